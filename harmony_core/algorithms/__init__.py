@@ -1,0 +1,1 @@
+"""Training classes: what to learn and from what. No tensors here."""

@@ -1,0 +1,1 @@
+"""Configuration: defaults, YAML files, environment and flags, merged with their sources kept."""

@@ -1,0 +1,1 @@
+"""One engine process: hosts the shard of every spawned model."""

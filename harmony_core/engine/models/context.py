@@ -1,0 +1,67 @@
+"""What one forward pass needs to know beside its tokens: the adapter, and how the row's attention is laid out.
+
+The only mutable global of the engine. Every forward runs one row `[1, T]` of sequences back to back inside
+`with forward_context(...)`; the attention function and the adapter layers read it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PackedAttention:
+    """Sequences back to back, each attending causally to itself only. `sum(lengths) == T`."""
+
+    lengths: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PagedAttention:
+    """New tokens of B sequences back to back, attending to everything their sequence has in the pages.
+
+    `keys[layer]`, `values[layer]`: `[slots, kv_heads_local, head_dim]`. `write_slots`: `[T]` long, where the new
+    tokens' keys and values go. `lengths`: new tokens of each sequence; `context_lengths`: its past plus new ones.
+    `read_slots`: `[B, max(context_lengths)]` long, padded with any valid slot; may be None when every sequence has
+    no past. All lengths 1 is a decode step.
+    """
+
+    keys: Sequence[Tensor]
+    values: Sequence[Tensor]
+    write_slots: Tensor
+    lengths: tuple[int, ...]
+    context_lengths: tuple[int, ...]
+    read_slots: Tensor | None
+
+
+@dataclass(frozen=True)
+class ForwardContext:
+    """One forward pass. `adapter` None runs the base weights alone."""
+
+    attention: PackedAttention | PagedAttention
+    adapter: str | None = None
+
+
+_current: list[ForwardContext] = []
+
+
+@contextmanager
+def forward_context(context: ForwardContext) -> Iterator[None]:
+    """Make `context` the one that attention and adapters read."""
+    _current.append(context)
+    try:
+        yield
+    finally:
+        _current.pop()
+
+
+def current_context() -> ForwardContext:
+    """The innermost context; a forward outside of one is our bug."""
+    assert _current, "a forward pass outside of forward_context()"
+    return _current[-1]

@@ -1,0 +1,1 @@
+"""Packed micro-batches, losses, the optimizer and the trainer of one rank."""

@@ -1,0 +1,201 @@
+"""The one tree of errors.
+
+    HarmonyError                     1  anything of ours; caught by a recipe that wants all of it
+    ├── UsageError                   2  the caller's input is wrong, nothing was started
+    │   ├── ConfigError              2  a configuration value; carries every problem found (`issues`)
+    │   ├── RecipeLoadError          2  the recipe file itself
+    │   ├── ModelRefused             2  architecture, kind, tp, or weights we do not take
+    │   ├── TokenizationError        2  a thread or template from which tokens or weights cannot be derived
+    │   └── DataError                2  a dataset line, a sample, a prompt
+    │       ├── SampleTooLong        2  details: tokens, limit
+    │       ├── NothingToTrain       2  a sample, batch or step without a weighted token
+    │       └── PromptTooLong        2  details: tokens, limit
+    ├── NotFoundError                3  a named thing does not exist
+    ├── ResourceError                4  devices, packages, disk
+    │   └── MemoryRefused            4  a spawn that cannot fit; message holds the table, hint the ways out
+    ├── EngineError                  5  the engine failed under the recipe
+    │   ├── RankDied                 5  details: rank, pid, cause, phase
+    │   ├── LauncherDied             5
+    │   ├── RankError                5  an exception on a rank; details: rank, type, traceback
+    │   └── StepFailed               5  an accepted sample failed; the step's gradients are gone
+    ├── ConflictError                6  exists already, in use, name taken
+    ├── VerificationError            7  bytes differ from what was recorded, or a file that must not be read
+    ├── GateFailed                   8  the recipe finished, a gate it declared did not hold
+    ├── InternalError               70  our bug
+    ├── Preempted                   75  stopped by SIGTERM with a committed checkpoint
+    └── RunTimeout                 124  `--timeout` passed, or a rank hung
+
+To add one: subclass the nearest class, set `exit_code` only if it differs, and draw it above.
+Every error is built from a message, a hint and plain details, so that it can cross the wire as data.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+
+class HarmonyError(Exception):
+    """Base of the tree: a message for people, a hint with the way out, and plain values for programs.
+
+    `details` holds only what msgpack and JSON can carry.
+    """
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str, *, hint: str = "", **details: Any) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        self.details = details
+
+    def __str__(self) -> str:
+        return f"{self.message}\nhint: {self.hint}" if self.hint else self.message
+
+    @property
+    def code(self) -> str:
+        """Stable dotted name for machine output, derived from the class: `SampleTooLong` -> `sample_too_long`."""
+        name = type(self).__name__
+        return "".join(f"_{c.lower()}" if c.isupper() and i else c.lower() for i, c in enumerate(name))
+
+
+class UsageError(HarmonyError):
+    """The caller's input is wrong; nothing was started."""
+
+    exit_code = 2
+
+
+class ConfigError(UsageError):
+    """Configuration problems, all of them: `issues` holds one line of text each."""
+
+    def __init__(self, message: str, *, hint: str = "", issues: Iterable[str] = (), **details: Any) -> None:
+        self.issues = list(issues)
+        super().__init__(message, hint=hint, issues=self.issues, **details)
+
+
+class RecipeLoadError(UsageError):
+    """The recipe file cannot be loaded or does not declare one entry point."""
+
+
+class ModelRefused(UsageError):
+    """A model, or a way to run it, that is not supported."""
+
+
+class TokenizationError(UsageError):
+    """Tokens or weights cannot be derived from a thread."""
+
+
+class DataError(UsageError):
+    """A dataset line, a sample or a prompt that cannot be used."""
+
+
+class SampleTooLong(DataError):
+    """More tokens than `max_batch_size`. Details: tokens, limit."""
+
+
+class NothingToTrain(DataError):
+    """A sample, batch or step without a weighted token."""
+
+
+class PromptTooLong(DataError):
+    """A prompt that leaves no room to generate. Details: tokens, limit."""
+
+
+class NotFoundError(HarmonyError):
+    """A named thing does not exist; the hint names the nearest ones."""
+
+    exit_code = 3
+
+
+class ResourceError(HarmonyError):
+    """The machine lacks something: devices, memory, disk, a package."""
+
+    exit_code = 4
+
+
+class MemoryRefused(ResourceError):
+    """A spawn that cannot fit. The message holds the table, the hint computed ways out."""
+
+
+class EngineError(HarmonyError):
+    """The engine failed under the recipe."""
+
+    exit_code = 5
+
+
+class RankDied(EngineError):
+    """A rank process is gone. Details: rank, pid, cause, phase, log (its last lines)."""
+
+
+class LauncherDied(EngineError):
+    """The launcher is gone, or never brought the ranks up."""
+
+
+class RankError(EngineError):
+    """An exception on a rank. Details: rank, type, traceback."""
+
+
+class StepFailed(EngineError):
+    """A sample that was accepted failed on a rank; the step's gradients were cleared everywhere."""
+
+
+class ConflictError(HarmonyError):
+    """Something with this name exists already, or is in use."""
+
+    exit_code = 6
+
+
+class VerificationError(HarmonyError):
+    """Stored bytes differ from what was recorded, or a file of a kind that is never read."""
+
+    exit_code = 7
+
+
+class GateFailed(HarmonyError):
+    """The recipe finished, but a gate that it declared does not hold."""
+
+    exit_code = 8
+
+
+class InternalError(HarmonyError):
+    """A bug of ours."""
+
+    exit_code = 70
+
+
+class Preempted(HarmonyError):
+    """Stopped by SIGTERM with a committed checkpoint: resume me."""
+
+    exit_code = 75
+
+
+class RunTimeout(HarmonyError):
+    """`--timeout` passed, or a rank hung."""
+
+    exit_code = 124
+
+
+def all_errors() -> dict[str, type[HarmonyError]]:
+    """Every class of the tree by name: the closed table by which an error crosses the wire."""
+    found: dict[str, type[HarmonyError]] = {}
+    pending: list[type[HarmonyError]] = [HarmonyError]
+    while pending:
+        cls = pending.pop()
+        found[cls.__name__] = cls
+        pending.extend(cls.__subclasses__())
+    return found
+
+
+def nearest(name: str, options: Iterable[str], count: int = 3) -> list[str]:
+    """The options most like `name`, best first; for hints of the form "did you mean ...?"."""
+    return difflib.get_close_matches(name, list(options), count, 0.5)
+
+
+def did_you_mean(name: str, options: Iterable[str]) -> str:
+    """A hint naming the nearest options, or all of them when there are few, or nothing."""
+    known = sorted(set(options))
+    close = nearest(name, known)
+    if close:
+        return f"did you mean {' or '.join(close)}?"
+    return f"there is: {', '.join(known)}" if 0 < len(known) <= 12 else ""

@@ -1,0 +1,1 @@
+"""Starting the ranks and knowing whether they live."""

@@ -1,0 +1,1 @@
+"""Metric loggers behind one interface."""

@@ -1,0 +1,1 @@
+"""Frames between the driver and its ranks."""

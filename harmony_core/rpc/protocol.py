@@ -1,0 +1,351 @@
+"""What the driver may ask of a rank: a closed table of typed messages, plain data only.
+
+Two classes of request. A *global* request goes to every leader with a sequence number that the driver counts up over
+the whole run; leaders execute them in that order. A *replica* request goes to the leader of one replica's block.
+Token ids travel as little-endian int32, values as float32 or float64 bytes (`pack_*`, `unpack_*`).
+"""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from collections.abc import Iterable
+from typing import Any
+
+import msgspec
+
+PROTOCOL_VERSION = 1
+
+
+class Message(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """Base of everything that crosses the wire."""
+
+
+# --- session ----------------------------------------------------------------------------------------------------
+
+
+class Hello(Message):
+    """A rank's first frame."""
+
+    token: str
+    protocol: int
+    version: str
+    rank: int
+    world_size: int
+    pid: int
+    device: str
+    torch: str
+
+
+class Beat(Message):
+    """Sent by a rank's own thread every second: proves life, and says where the engine thread is."""
+
+    phase: str
+    seconds: float
+    step: int
+    rss_bytes: int
+
+
+class Event(Message):
+    """A line for `events.jsonl`."""
+
+    type: str
+    data: dict[str, Any]
+
+
+class Nothing(Message):
+    """The result of a request that only succeeds."""
+
+
+# --- global requests --------------------------------------------------------------------------------------------
+
+
+class LoraSettings(Message, frozen=True):
+    """A new adapter. `targets` are leaf names of linear modules."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    seed: int = 0
+
+
+class ModelSource(Message, frozen=True):
+    """Where a model's bytes are. Paths are absolute.
+
+    `weights` is a directory with config.json and safetensors; `adapter` one with adapter_config.json, or "" for none.
+    Spawns with equal `digest` (of the base weights) and tp share them.
+    """
+
+    weights: str
+    digest: str
+    adapter: str = ""
+
+
+class Spawn(Message):
+    """Make a model live on the devices under a new name."""
+
+    name: str
+    source: ModelSource
+    tp: int
+    train: bool
+    max_batch_tokens: int
+    """Most tokens in one micro-batch (training), or in one scoring or prefill batch."""
+    kv_tokens: int
+    """Tokens in the page pool of each replica."""
+    lora: LoraSettings | None = None
+    """A new adapter on full weights; None trains or serves what the source holds."""
+    dtype: str = ""
+    """"" takes the device's: float32 on CPU, bfloat16 on CUDA."""
+    checkpointed_layers: int = 0
+    """How many layers recompute their activations in the backward pass."""
+    promised_bytes: int = 0
+    rehearse: bool = False
+    """A full rehearsal: worst-case micro-batch, all pages. Else a short one."""
+
+
+class Spawned(Message):
+    """What one rank holds for a spawn, in bytes."""
+
+    parameter_bytes: int
+    shared_bytes: int
+    """Of parameter_bytes, those that another spawn on this rank holds too."""
+    optimizer_bytes: int
+    kv_bytes: int
+    num_parameters: int
+    trainable_parameters: int
+
+
+class Clone(Message):
+    """A frozen copy of a live model's trained state under a new name."""
+
+    source: str
+    name: str
+    kv_tokens: int
+
+
+class OptimStep(Message):
+    """Divide by the step's denominator, clip, update, clear."""
+
+    model: str
+    lr: float
+    weight_decay: float
+    max_grad_norm: float
+    skip_nan: bool
+    normalise: str = "mean"
+    """"mean" divides by the denominator (one unit per step); "sum" divides by nothing."""
+    denominator: float = 1.0
+    """Over all replicas, counted by the driver."""
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+
+
+class StepMetrics(Message):
+    """Numbers of one optimizer step."""
+
+    values: dict[str, float]
+
+
+class AbandonStep(Message):
+    """Clear a model's accumulated gradients on every rank."""
+
+    model: str
+
+
+class Save(Message):
+    """Write a model's weights (or its adapter) and, unless `inference_only`, its optimizer state, into a directory."""
+
+    model: str
+    directory: str
+    inference_only: bool
+
+
+class Load(Message):
+    """Put stored weights (and optimizer state where there is one) into a live model."""
+
+    model: str
+    source: ModelSource
+
+
+class SetStep(Message):
+    """Set the optimizer's step counter."""
+
+    model: str
+    step: int
+
+
+class Dealloc(Message):
+    """Free a model."""
+
+    model: str
+
+
+class Reblock(Message):
+    """Regroup ranks into blocks of `size`. The driver sends it only while no replica request is in flight."""
+
+    size: int
+
+
+class Shutdown(Message):
+    """Leave in good order."""
+
+
+# --- replica requests -------------------------------------------------------------------------------------------
+
+
+class Sampling(Message, frozen=True):
+    """How to draw tokens."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    max_tokens: int = 2048
+    min_tokens: int = 0
+    seed: int = 0
+    stop_ids: tuple[int, ...] = ()
+
+
+class Generate(Message):
+    """One prompt, one completion."""
+
+    model: str
+    replica: int
+    tokens: bytes
+    sampling: Sampling
+
+
+class Generated(Message):
+    """Tokens with their records; all lists are as long as `tokens`. The stop token is included when one was drawn."""
+
+    tokens: bytes
+    logprobs: bytes
+    """Raw distribution (temperature 1), float32."""
+    sampled_logprobs: bytes
+    """The distribution that was drawn from, float32."""
+    versions: bytes
+    """Policy version (optimizer steps seen by the weights) of each token, int32."""
+    finish_reason: str
+    """"stop" or "length"."""
+    seconds_to_first: float
+    seconds: float
+
+
+class Cancel(Message):
+    """Withdraw a `Generate` by its call id. One way: no answer."""
+
+    call: int
+
+
+class Score(Message):
+    """Raw log-probs of `targets`, position by position, given the tokens up to there."""
+
+    model: str
+    replica: int
+    tokens: bytes
+    targets: bytes
+
+
+class Scored(Message):
+    """float32, one for each target."""
+
+    logprobs: bytes
+
+
+class MicroBatch(Message):
+    """Samples back to back, at most `max_batch_tokens` tokens. The loss is -sum(coefficient * logprob(target)).
+
+    tokens, targets: int32; coefficients: float64; lengths: int32, one for each sample. A coefficient is a
+    token's weight (language modelling) or its tangent; positions with coefficient 0 are not scored.
+    """
+
+    model: str
+    replica: int
+    tokens: bytes
+    targets: bytes
+    coefficients: bytes
+    lengths: bytes
+
+
+class MicroBatchDone(Message):
+    """What came back from one forward and backward pass."""
+
+    numerator: float
+    """Sum of -coefficient * logprob."""
+    tokens: int
+    samples: int
+    seconds: float
+
+
+GLOBAL: dict[type[Message], type[Message]] = {
+    Spawn: Spawned,
+    Clone: Spawned,
+    OptimStep: StepMetrics,
+    AbandonStep: Nothing,
+    Save: Nothing,
+    Load: Nothing,
+    SetStep: Nothing,
+    Dealloc: Nothing,
+    Reblock: Nothing,
+    Shutdown: Nothing,
+}
+"""Requests that every rank executes in one order, with the type of each answer."""
+
+REPLICA: dict[type[Message], type[Message]] = {
+    Generate: Generated,
+    Score: Scored,
+    MicroBatch: MicroBatchDone,
+    Cancel: Nothing,
+}
+"""Requests to one replica."""
+
+METHODS: dict[str, tuple[type[Message], type[Message]]] = {
+    request.__name__: (request, answer) for request, answer in (GLOBAL | REPLICA).items()
+}
+"""The closed table of methods: name -> (request type, answer type)."""
+
+
+def _pack(typecode: str, values: Iterable[float]) -> bytes:
+    data = array(typecode, values)  # type: ignore[type-var]
+    if sys.byteorder != "little":
+        data.byteswap()
+    return data.tobytes()
+
+
+def _unpack(typecode: str, data: bytes) -> list[Any]:
+    values = array(typecode)
+    values.frombytes(data)
+    if sys.byteorder != "little":
+        values.byteswap()
+    return values.tolist()
+
+
+def pack_ints(values: Iterable[int]) -> bytes:
+    """int32, little-endian."""
+    return _pack("i", values)
+
+
+def unpack_ints(data: bytes) -> list[int]:
+    """Inverse of `pack_ints`."""
+    return _unpack("i", data)
+
+
+def pack_floats(values: Iterable[float]) -> bytes:
+    """float32, little-endian."""
+    return _pack("f", values)
+
+
+def unpack_floats(data: bytes) -> list[float]:
+    """Inverse of `pack_floats`."""
+    return _unpack("f", data)
+
+
+def pack_doubles(values: Iterable[float]) -> bytes:
+    """float64, little-endian."""
+    return _pack("d", values)
+
+
+def unpack_doubles(data: bytes) -> list[float]:
+    """Inverse of `pack_doubles`."""
+    return _unpack("d", data)

@@ -1,0 +1,1 @@
+"""Recipes that come with the package; each is run by its name."""
