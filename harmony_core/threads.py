@@ -1,0 +1,282 @@
+"""Conversations as text, with a training weight for each turn. `TokenizedThread` is their form as tokens.
+
+A thread never changes, save for its `metadata`; every method that looks like a change returns a new thread that shares
+the metadata object. Knows nothing of templates or tokenizers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from html import escape
+from typing import Any, NamedTuple
+
+from harmony_core.errors import DataError
+from harmony_core.fragments import (
+    AnyFragment,
+    Fragment,
+    Image,
+    StructuredOutput,
+    Text,
+    ToolResponse,
+    from_public,
+    from_stored,
+    text_of,
+)
+from harmony_core.token_threads import (
+    TokenizedThread,
+    TokenizedTurn,
+    assistant_weights,
+    described_line,
+    described_thread,
+    from_index,
+)
+
+__all__ = ["StringThread", "StringTurn", "TokenizedThread", "TokenizedTurn", "Turn", "fragment_turn"]
+
+_SHOWN_TOOL_CHARACTERS = 500
+
+
+class StringTurn(NamedTuple):
+    """One turn as text."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One turn of a `StringThread`: role, fragments, and the weight of each of its tokens."""
+
+    role: str
+    fragments: tuple[AnyFragment, ...]
+    weight: float
+
+    @property
+    def text(self) -> str:
+        """Text fragments joined."""
+        return text_of(self.fragments)
+
+
+class StringThread:
+    """A conversation as text.
+
+    The constructor gives the last turn weight 1 whatever its role, and the others 0; `assistant()` and `system()`
+    append with weight 1, `user()` and `tool()` with 0; the `with_weight_*` methods set every turn's weight anew.
+    """
+
+    __slots__ = ("__weakref__", "_turns", "_uuid", "metadata")
+
+    def __init__(self, turns: Sequence[tuple[str, str]] | None = None, metadata: Any = None) -> None:
+        made = [_text_turn(turn) for turn in turns or ()]
+        if made:
+            made[-1] = replace(made[-1], weight=1.0)
+        self._turns: tuple[Turn, ...] = tuple(made)
+        self._uuid: str | None = None
+        self.metadata: Any = metadata
+
+    @classmethod
+    def from_turns(cls, turns: Sequence[Turn], metadata: Any = None, uuid: str | None = None) -> StringThread:
+        """Build from turns that carry their weights."""
+        thread = cls(None, metadata)
+        thread._turns = tuple(turns)
+        thread._uuid = uuid
+        return thread
+
+    @staticmethod
+    async def from_fragments(raw_turns: Sequence[tuple[str, Sequence[Fragment]]], metadata: Any = None) -> StringThread:
+        """Build from fragment dicts; the last turn gets weight 1. Raises DataError for a fragment that is not one."""
+        turns = [fragment_turn(role, fragments) for role, fragments in raw_turns]
+        if turns:
+            turns[-1] = replace(turns[-1], weight=1.0)
+        return StringThread.from_turns(turns, metadata)
+
+    @staticmethod
+    async def from_dataset(
+        raw_turns: Sequence[tuple[str, str | Sequence[Fragment]]], metadata: Any = None
+    ) -> StringThread:
+        """Build from text or fragment lists; all weights 0. Raises DataError for any other content."""
+        return StringThread.from_turns([fragment_turn(role, content) for role, content in raw_turns], metadata)
+
+    @staticmethod
+    def from_json(json_str: str) -> StringThread:
+        """Inverse of `to_json`; metadata comes back as None. Raises DataError."""
+        try:
+            raw = json.loads(json_str)
+            turns = [_stored_turn(turn, weight) for turn, weight in raw["turns"]]
+            uuid = raw.get("uuid")
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise DataError(f"not the JSON of a thread: {error}") from None
+        return StringThread.from_turns(turns, None, uuid if isinstance(uuid, str) else None)
+
+    def to_json(self) -> str:
+        """Turns, weights and uuid; metadata is not included."""
+        turns = [
+            [
+                {"role": turn.role, "content": [fragment.stored() for fragment in turn.fragments]},
+                {"flavor": "PerToken", "mult": turn.weight},
+            ]
+            for turn in self._turns
+        ]
+        return json.dumps({"turns": turns, "uuid": self._uuid}, ensure_ascii=False)
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        """The turns with fragments and weights."""
+        return self._turns
+
+    def user(self, content: str) -> StringThread:
+        """A copy with a user turn of weight 0 appended."""
+        return self._append("user", Text(_checked_text(content)), 0.0)
+
+    def system(self, content: str) -> StringThread:
+        """A copy with a system turn of weight 1 appended."""
+        return self._append("system", Text(_checked_text(content)), 1.0)
+
+    def assistant(self, content: str) -> StringThread:
+        """A copy with an assistant turn of weight 1 appended."""
+        return self._append("assistant", Text(_checked_text(content)), 1.0)
+
+    def tool(self, content: str, call_id: str | None = None) -> StringThread:
+        """A copy with a tool's response appended, weight 0."""
+        return self._append("tool", ToolResponse(call_id, _checked_text(content)), 0.0)
+
+    def structured(self, value: Any) -> StringThread:
+        """A copy with a pydantic instance appended as an assistant turn of weight 1."""
+        if not hasattr(value, "model_dump_json"):
+            raise TypeError(f"structured() takes a pydantic instance, not {type(value).__name__}")
+        fragment = StructuredOutput(
+            value.model_dump_json(), value.model_dump(mode="json"), type(value).model_json_schema()
+        )
+        return self._append("assistant", fragment, 1.0)
+
+    def last_content(self) -> str:
+        """The text of the last turn. Raises DataError when there is none."""
+        return self._last().text
+
+    def last_turn_fragments(self) -> list[Fragment]:
+        """The fragments of the last turn. Raises DataError when there is none."""
+        return [fragment.public() for fragment in self._last().fragments]
+
+    def messages(self) -> list[tuple[str, str]]:
+        """All turns as (role, content), without the last one if it is the assistant's."""
+        ends_with_assistant = bool(self._turns) and self._turns[-1].role == "assistant"
+        return [(turn.role, turn.content) for turn in self.get_turns()[: -1 if ends_with_assistant else None]]
+
+    def completion(self) -> str | None:
+        """The text of the last turn if it is the assistant's."""
+        return self._turns[-1].text if self._turns and self._turns[-1].role == "assistant" else None
+
+    def get_turns(self) -> list[StringTurn]:
+        """Role and text of every turn; an image shows as `<|image|>`, a tool's response as nothing."""
+        return [StringTurn(turn.role, _shown_text(turn)) for turn in self._turns]
+
+    def get_fragments(self) -> list[tuple[str, list[Fragment]]]:
+        """Role and fragments of every turn."""
+        return [(turn.role, [fragment.public() for fragment in turn.fragments]) for turn in self._turns]
+
+    def get_turn_weights(self) -> list[float]:
+        """The weight of every turn."""
+        return [turn.weight for turn in self._turns]
+
+    def uuid(self) -> str | None:
+        """The identifier it was stored with, if any."""
+        return self._uuid
+
+    def with_weight_all_assistant_turns(self) -> StringThread:
+        """A copy that trains every assistant turn."""
+        return self._weighted(lambda index, count: True)
+
+    def with_weight_last_assistant_turn(self) -> StringThread:
+        """A copy that trains the last assistant turn."""
+        return self._weighted(lambda index, count: index == count - 1)
+
+    def with_weight_assistant_turnsfrom_index(self, start_index: int) -> StringThread:
+        """A copy that trains assistant turns from the given one on, counted from 0."""
+        return self._weighted(from_index(start_index))
+
+    def _append(self, role: str, fragment: AnyFragment, weight: float) -> StringThread:
+        return StringThread.from_turns((*self._turns, Turn(role, (fragment,), weight)), self.metadata, self._uuid)
+
+    def _weighted(self, chosen: Callable[[int, int], bool]) -> StringThread:
+        weights = assistant_weights([turn.role for turn in self._turns], chosen)
+        turns = [replace(turn, weight=weight) for turn, weight in zip(self._turns, weights, strict=True)]
+        return StringThread.from_turns(turns, self.metadata, self._uuid)
+
+    def _last(self) -> Turn:
+        if not self._turns:
+            raise DataError("Empty thread error")
+        return self._turns[-1]
+
+    def __repr__(self) -> str:
+        lines = [described_line(turn.role, turn.weight, _described(turn)) for turn in self._turns]
+        return described_thread("StringThread", lines, self.metadata)
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f'<div style="margin:4px 0;padding:4px 8px;border-left:3px solid {"#2a2" if turn.weight else "#88a"}">'
+            f"<b>{escape(turn.role)}</b>{f' <small>weight {turn.weight:g}</small>' if turn.weight else ''}"
+            f'<div style="white-space:pre-wrap">{escape(_described(turn))}</div></div>'
+            for turn in self._turns
+        )
+        metadata = "" if self.metadata is None else f"<small>metadata: {escape(repr(self.metadata))}</small>"
+        return f"<div>{rows}{metadata}</div>"
+
+
+def fragment_turn(role: Any, content: Any, weight: float = 0.0) -> Turn:
+    """A turn from text or a list of fragment dicts. Raises DataError for anything else."""
+    if not isinstance(role, str):
+        raise DataError(f"a turn's role must be a string, not {type(role).__name__}")
+    if isinstance(content, str):
+        return Turn(role, (Text(content),), weight)
+    if isinstance(content, Sequence) and not isinstance(content, bytes | bytearray):
+        return Turn(role, tuple(from_public(raw) for raw in content), weight)
+    raise DataError(f"the content of a {role} turn must be text or a list of fragments, not {type(content).__name__}")
+
+
+def _text_turn(turn: Any) -> Turn:
+    if not isinstance(turn, tuple):
+        raise TypeError(f"a turn must be a tuple (role, content), not {type(turn).__name__}")
+    if len(turn) != 2:
+        raise ValueError(f"a turn must be a tuple (role, content), not one of {len(turn)} elements")
+    role, content = turn
+    return Turn(_checked_text(role), (Text(_checked_text(content)),), 0.0)
+
+
+def _stored_turn(turn: dict[str, Any], weight: dict[str, Any]) -> Turn:
+    mult = weight["mult"]
+    if weight["flavor"] != "PerToken" or isinstance(mult, bool) or not isinstance(mult, int | float):
+        raise ValueError(f"unknown weight {weight}")
+    if not math.isfinite(mult) or mult < 0:
+        raise ValueError(f"a weight must be a finite number, 0 or more, not {mult}")
+    role = turn["role"]
+    if not isinstance(role, str):
+        raise TypeError("a role must be a string")
+    return Turn(role, tuple(from_stored(raw) for raw in turn["content"]), float(mult))
+
+
+def _checked_text(content: Any) -> str:
+    if not isinstance(content, str):
+        raise TypeError(f"role and content must be strings, not {type(content).__name__}")
+    return content
+
+
+def _shown_text(turn: Turn) -> str:
+    return "".join("<|image|>" if isinstance(fragment, Image) else text_of((fragment,)) for fragment in turn.fragments)
+
+
+def _described(turn: Turn) -> str:
+    parts = []
+    for fragment in turn.fragments:
+        if isinstance(fragment, ToolResponse):
+            cut = fragment.content[:_SHOWN_TOOL_CHARACTERS]
+            parts.append(cut + ("…" if len(fragment.content) > len(cut) else ""))
+        elif isinstance(fragment, Image):
+            parts.append(f"<image, {len(fragment.data)} bytes>")
+        elif isinstance(fragment, Text | StructuredOutput):
+            parts.append(text_of((fragment,)))
+        else:
+            parts.append(str(fragment))
+    return "\n".join(parts)
