@@ -9,6 +9,7 @@
     │   └── DataError                2  a dataset line, a sample, a prompt
     │       ├── SampleTooLong        2  details: tokens, limit
     │       ├── NothingToTrain       2  a sample, batch or step without a weighted token
+    │       ├── TooManyFailures      2  more of a batch failed than is tolerated; details: failures, batch_size
     │       └── PromptTooLong        2  details: tokens, limit
     ├── NotFoundError                3  a named thing does not exist
     ├── ResourceError                4  devices, packages, disk
@@ -96,6 +97,10 @@ class SampleTooLong(DataError):
 
 class NothingToTrain(DataError):
     """A sample, batch or step without a weighted token."""
+
+
+class TooManyFailures(DataError, RuntimeError):
+    """More items of a batch failed, or were dropped, than is tolerated. Details: failures, batch_size."""
 
 
 class PromptTooLong(DataError):

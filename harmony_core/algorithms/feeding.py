@@ -1,0 +1,123 @@
+"""Taking batches of samples from a dataset, and replacing those that cannot be trained.
+
+Knows nothing of what training a sample means: that is a function that the training class brings.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from harmony_core.datasets import DataSet
+from harmony_core.errors import DataError, HarmonyError, TokenizationError, TooManyFailures, UsageError
+
+logger = logging.getLogger(__name__)
+
+S = TypeVar("S")
+T = TypeVar("T")
+
+Unusable = DataError | TokenizationError
+"""Errors that concern one sample: it is dropped, and the run goes on."""
+
+
+@dataclass(frozen=True)
+class Batch(Generic[T]):
+    """What training a batch returned for each sample, and the reasons for which others were dropped."""
+
+    results: list[T]
+    dropped: Counter[str]
+
+
+async def settle(f: Callable[[S], Awaitable[T]], items: Sequence[S]) -> list[T | Unusable]:
+    """`f` of every item, begun in the items' order; an error that concerns only its item stands in its place.
+
+    Any other error propagates once all calls have ended, the first item's first.
+    """
+
+    async def call(item: S) -> T:
+        return await f(item)
+
+    tasks = [asyncio.ensure_future(call(item)) for item in items]
+    outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+    settled: list[T | Unusable] = []
+    for outcome in outcomes:
+        if isinstance(outcome, BaseException) and not isinstance(outcome, Unusable):
+            raise outcome
+        settled.append(outcome)
+    return settled
+
+
+class BatchFeed(Generic[S]):
+    """Batches of `batch_size` samples over `epochs` passes; the last batch takes what is left.
+
+    A sample that cannot be trained is replaced by the next one. More than `max_dropped_fraction` of a batch dropped
+    ends the run.
+    """
+
+    def __init__(
+        self, samples: Sequence[S], batch_size: int, epochs: float, seed: int, max_dropped_fraction: float = 0.5
+    ) -> None:
+        if not samples:
+            raise DataError("the dataset is empty")
+        if batch_size < 1:
+            raise UsageError(f"samples_per_batch must be at least 1, got {batch_size}")
+        if epochs <= 0:
+            raise UsageError(f"epochs must be above 0, got {epochs}")
+        self.dataset: DataSet[S] = DataSet(samples, allow_looping=epochs != 1, seed=seed)
+        self.total = max(round(len(samples) * epochs), 1)
+        """Samples that the whole run takes, dropped ones included."""
+        self.batch_size = batch_size
+        self.dropped: Counter[str] = Counter()
+        """Samples dropped so far, by reason."""
+        self._most_dropped = max_dropped_fraction * min(batch_size, self.total)
+
+    @property
+    def taken(self) -> int:
+        """Samples handed out so far, dropped ones included."""
+        return self.dataset.idx
+
+    @property
+    def completion(self) -> float:
+        """How much of the run is done, 0 to 1."""
+        return min(self.taken / self.total, 1.0)
+
+    def _take(self, count: int) -> list[S]:
+        return [next(self.dataset) for _ in range(min(count, self.total - self.taken))]
+
+    async def next_batch(self, train: Callable[[Sequence[S]], Awaitable[Sequence[T | Unusable]]]) -> Batch[T]:
+        """Have `train` take the next batch, then replacements for what it returned as unusable, until it is full.
+
+        Raises TooManyFailures.
+        """
+        results: list[T] = []
+        errors: list[HarmonyError] = []
+        items = self._take(self.batch_size)
+        while items:
+            outcomes = await train(items)
+            results += [outcome for outcome in outcomes if not isinstance(outcome, Unusable)]
+            unusable = [outcome for outcome in outcomes if isinstance(outcome, Unusable)]
+            errors += unusable
+            items = self._take(len(unusable)) if len(errors) <= self._most_dropped else []
+        dropped = Counter(error.code for error in errors)
+        self.dropped += dropped
+        if errors:
+            logger.warning("%d samples dropped: %s; the last: %s", len(errors), in_words(dropped), errors[-1].message)
+        if len(errors) > self._most_dropped:
+            size = min(self.batch_size, self.total)
+            raise TooManyFailures(
+                f"{len(errors)} samples dropped in a batch of {size}: {in_words(dropped)}; "
+                f"the last: {errors[-1].message}",
+                hint=errors[-1].hint,
+                failures=len(errors),
+                batch_size=size,
+            ) from errors[-1]
+        return Batch(results, dropped)
+
+
+def in_words(counts: Counter[str]) -> str:
+    """`3 sample_too_long, 1 nothing_to_train`."""
+    return ", ".join(f"{count} {reason}" for reason, count in counts.most_common())

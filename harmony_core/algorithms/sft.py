@@ -1,0 +1,182 @@
+"""Supervised fine-tuning: raise the log-probability of every weighted token."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from harmony_core.algorithms.callbacks import RecipeCallback, invoke_callbacks
+from harmony_core.algorithms.feeding import Batch, BatchFeed, Unusable, in_words, settle
+from harmony_core.errors import NothingToTrain, UsageError
+from harmony_core.loggers import Logger, StdoutLogger
+from harmony_core.notifiers import StageNotifier, StdoutJobNotifier
+from harmony_core.schedulers import CosineScheduler, Scheduler
+from harmony_core.threads import StringThread, TokenizedThread
+
+if TYPE_CHECKING:
+    from harmony_core.client import TrainingModel
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """Sums over one sample's weighted tokens, before the step."""
+
+    logprob: float
+    weight: float
+
+
+@dataclass(frozen=True)
+class _Serialised:
+    thread: TokenizedThread
+    tokens: list[int]
+    patches: list[tuple[int, bytes]]
+    weights: list[float]
+
+
+class SFT:
+    """Trains a model on the weighted turns of threads; construct, then `await sft.run()`.
+
+    Each step takes `samples_per_batch` threads; the last one takes what is left of the run's
+    `len(dataset) * epochs` and is a full step. A thread that is too long, has no weighted token or cannot be
+    tokenized is dropped, counted under `dropped/<reason>` and replaced by the next; more than half of a batch dropped
+    raises TooManyFailures. Step k of n runs at `lr_scheduler(k / n)`, so the last runs at the lowest rate.
+
+    With `use_tangents` the same gradient goes through `train_tangents`, and `policy/loss` and `policy/num_tokens`
+    are measured before each step, at the price of a second forward pass.
+    """
+
+    def __init__(
+        self,
+        dataset: Sequence[StringThread],
+        model: TrainingModel,
+        logger: Logger | None = None,
+        stage_notifier: StageNotifier | None = None,
+        callbacks: Sequence[RecipeCallback] = (),
+        lr: float = 1e-5,
+        lr_scheduler: Scheduler | None = None,
+        samples_per_batch: int = 512,
+        max_grad_norm: float = 1.0,
+        epochs: float = 1,
+        weight_decay: float = 0,
+        skip_nan_gradients: bool = False,
+        checkpoint_restore_data: dict[str, Any] | None = None,
+        checkpoint_frequency: float = 0.2,
+        data_seed: int = 42,
+        use_tangents: bool = False,
+    ) -> None:
+        if checkpoint_restore_data is not None:
+            raise UsageError("SFT cannot resume from a checkpoint", hint="leave checkpoint_restore_data out")
+        self.model = model
+        self.logger = logger or StdoutLogger()
+        self.stage_notifier = stage_notifier or StdoutJobNotifier().stage_notifier("SFT Training")
+        self.callbacks = callbacks
+        self.lr_schedule: Scheduler = lr_scheduler or CosineScheduler(lr)
+        self.max_grad_norm = max_grad_norm
+        self.weight_decay = weight_decay
+        self.skip_nan_gradients = skip_nan_gradients
+        self.use_tangents = use_tangents
+        self.feed = BatchFeed(dataset, samples_per_batch, epochs, data_seed)
+        self.logger.log_config(
+            {
+                "algorithm": "SFT",
+                "samples": len(dataset),
+                "lr": lr,
+                "lr_scheduler": self.lr_schedule,
+                "samples_per_batch": samples_per_batch,
+                "max_grad_norm": max_grad_norm,
+                "epochs": epochs,
+                "weight_decay": weight_decay,
+                "skip_nan_gradients": skip_nan_gradients,
+                "data_seed": data_seed,
+                "use_tangents": use_tangents,
+            }
+        )
+
+    @property
+    def training_completion_percentage(self) -> float:
+        """How much of the run is done, 0 to 1."""
+        return self.feed.completion
+
+    async def run(self) -> dict[str, Any]:
+        """Train to the end. Returns the last step's metrics.
+
+        Raises TooManyFailures, and NothingToTrain when not a single sample could be trained.
+        """
+        _warn_about_weights(self.feed.dataset.threads)
+        feed = self.feed
+        metrics: dict[str, Any] = {}
+        if logs := await invoke_callbacks(self.callbacks, feed.completion):
+            self.logger(logs)
+        self.stage_notifier.report_progress(feed.total, feed.taken)
+        while feed.taken < feed.total:
+            batch = await feed.next_batch(self._train_with_tangents if self.use_tangents else self._train)
+            # The end of the data may hold dropped samples only: there is no step to take then.
+            metrics = await self._step(batch) if batch.results else metrics
+            logs = await invoke_callbacks(self.callbacks, feed.completion)
+            if batch.results or logs:
+                self.logger({**metrics, **logs, "completion_percentage": feed.completion})
+            self.stage_notifier.report_progress(feed.total, feed.taken)
+        if not metrics:
+            raise NothingToTrain(f"none of the {feed.total} samples could be trained: {in_words(feed.dropped)}")
+        if feed.dropped:
+            log.warning("dropped %d of %d samples: %s", feed.dropped.total(), feed.total, in_words(feed.dropped))
+        return {**metrics, "completion_percentage": feed.completion}
+
+    async def _step(self, batch: Batch[_Scored | None]) -> dict[str, Any]:
+        metrics: dict[str, Any] = dict(
+            await self.model.optim_step(
+                self.lr_schedule(self.feed.completion), self.weight_decay, self.max_grad_norm, self.skip_nan_gradients
+            )
+        )
+        scored = [result for result in batch.results if result is not None]
+        if scored:
+            weight = sum(sample.weight for sample in scored)
+            metrics["policy/loss"] = -sum(sample.logprob for sample in scored) / weight
+            metrics["policy/num_tokens"] = weight
+        return metrics | {f"dropped/{reason}": count for reason, count in batch.dropped.items()}
+
+    async def _train(self, threads: Sequence[StringThread]) -> list[Unusable | None]:
+        return await settle(self.model.train_language_modelling, threads)
+
+    async def _train_with_tangents(self, threads: Sequence[StringThread]) -> list[_Scored | Unusable]:
+        serialised = await settle(self._serialise, threads)
+        accepted = await settle(self._push, [sample for sample in serialised if isinstance(sample, _Serialised)])
+        scored = await settle(self._score, [sample for sample in accepted if isinstance(sample, _Serialised)])
+        refused = [sample for sample in (*serialised, *accepted) if not isinstance(sample, _Serialised)]
+        return [*scored, *refused]
+
+    async def _serialise(self, thread: StringThread) -> _Serialised:
+        tokenized = await self.model.tokenize_thread(thread)
+        tokens, patches, weights = await self.model.serialize_tokenized_thread(tokenized)
+        if not any(weight > 0 for weight in weights[1:]):
+            raise NothingToTrain("the sample has no weighted token")
+        return _Serialised(tokenized, tokens, patches, weights)
+
+    async def _push(self, sample: _Serialised) -> _Serialised:
+        tangents, targets = sample.weights[1:], sample.tokens[1:]
+        await self.model.train_tangents(sample.tokens[:-1], sample.patches, tangents, targets, sum(tangents))
+        return sample
+
+    async def _score(self, sample: _Serialised) -> _Scored:
+        logprobs = await self.model.logprobs_per_token(sample.thread)
+        weights = [weight for weight in sample.weights[1:] if weight > 0]
+        return _Scored(sum(w * x for w, x in zip(weights, logprobs, strict=True)), sum(weights))
+
+
+def _warn_about_weights(threads: Sequence[StringThread]) -> None:
+    """Say which threads are probably not meant as they are: trained user turns, no trained assistant turn."""
+    user = without = 0
+    for thread in threads:
+        weighted = [
+            turn.role for turn, weight in zip(thread.get_turns(), thread.get_turn_weights(), strict=True) if weight > 0
+        ]
+        user += "user" in weighted
+        without += "assistant" not in weighted
+    if user:
+        log.warning("%d of %d samples train on a user turn", user, len(threads))
+    if without:
+        log.warning("%d of %d samples train on no assistant turn", without, len(threads))

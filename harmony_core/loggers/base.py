@@ -1,0 +1,51 @@
+"""What a training class hands its metrics to."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+from harmony_core.logging_table import Table
+
+Metrics: TypeAlias = Mapping[str, "str | int | float | Table"]
+
+
+class Logger(ABC):
+    """One call records the metrics of one step. The step's number is the logger's own count and survives a resume."""
+
+    def __init__(self) -> None:
+        self.step = 0
+
+    def __call__(self, metrics: Metrics) -> None:
+        """Record one step's metrics."""
+        self.record(self.step, metrics)
+        self.step += 1
+
+    @abstractmethod
+    def record(self, step: int, metrics: Metrics) -> None:
+        """Write the metrics of step number `step`."""
+
+    def log_config(self, config: dict[str, Any]) -> None:  # noqa: B027 - not every logger has a place for it
+        """Record what the run was configured with."""
+
+    @staticmethod
+    def is_available() -> bool:
+        """Whether the logger can be used with what the environment holds."""
+        return True
+
+    def get_state(self) -> dict[str, Any]:
+        """What `set_state` needs to continue after a resume."""
+        return {"step": self.step}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continue from `get_state`."""
+        self.step = int(state["step"])
+
+    @property
+    def training_monitoring_link(self) -> str | None:
+        """Where people can watch the metrics."""
+        return None
+
+    def close(self) -> None:  # noqa: B027 - not every logger holds something open
+        """Write what is still held back."""

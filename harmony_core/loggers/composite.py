@@ -1,0 +1,56 @@
+"""Two loggers as one."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from harmony_core.loggers.base import Logger, Metrics
+
+log = logging.getLogger(__name__)
+
+
+class CompositeLogger(Logger):
+    """Hands everything to `main_logger`, then to `second_logger`, whose I/O errors are a warning and end nothing."""
+
+    def __init__(self, main_logger: Logger, second_logger: Logger) -> None:
+        super().__init__()
+        self.main_logger = main_logger
+        self.second_logger = second_logger
+
+    def _try_second(self, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except OSError as error:
+            log.warning("%s failed: %s", type(self.second_logger).__name__, error)
+
+    def record(self, step: int, metrics: Metrics) -> None:
+        """Record with both; each counts its own steps."""
+        self.main_logger(metrics)
+        self._try_second(lambda: self.second_logger(metrics))
+
+    def log_config(self, config: dict[str, Any]) -> None:
+        """Record with both."""
+        self.main_logger.log_config(config)
+        self._try_second(lambda: self.second_logger.log_config(config))
+
+    def get_state(self) -> dict[str, Any]:
+        """The states of both."""
+        return {"step": self.step, "main": self.main_logger.get_state(), "second": self.second_logger.get_state()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continue both."""
+        super().set_state(state)
+        self.main_logger.set_state(state["main"])
+        self.second_logger.set_state(state["second"])
+
+    @property
+    def training_monitoring_link(self) -> str | None:
+        """The main logger's link, else the second's."""
+        return self.main_logger.training_monitoring_link or self.second_logger.training_monitoring_link
+
+    def close(self) -> None:
+        """Close both."""
+        self.main_logger.close()
+        self._try_second(self.second_logger.close)

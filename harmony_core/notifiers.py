@@ -1,0 +1,287 @@
+"""Telling people and programs how far a run is: a job has stages, a stage has samples done out of a total.
+
+`StdoutJobNotifier` carries the documented name; what it writes is for people and goes to stderr, since stdout is the
+recipe's own. The command line hands it a `sink` that draws a bar, and the run's event writer.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+logger = logging.getLogger(__name__)
+
+ProgressSink = Callable[[str, int, int], None]
+"""Called with the stage's name, samples done, samples in all."""
+
+
+class EventWriter(Protocol):
+    """Appends one line to a run's `events.jsonl`."""
+
+    def __call__(self, type: str, data: dict[str, Any], /) -> None:
+        """Write one event."""
+
+
+@dataclass
+class PlainProgress:
+    """A sink of plain lines on stderr: when a stage begins and ends, and once in `interval` seconds between."""
+
+    interval: float = 30.0
+    _last: dict[str, float] = field(default_factory=dict, repr=False)
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Write the line, or hold it back."""
+        now = time.monotonic()
+        if stage in self._last and done < total and now - self._last[stage] < self.interval:
+            return
+        self._last[stage] = now
+        sys.stderr.write(f"{stage}: {done}/{total}\n")
+
+
+class StageNotifier(ABC):
+    """Reports progress of one stage of a job."""
+
+    monitoring_link: str | None = None
+
+    @property
+    @abstractmethod
+    def job_notifier(self) -> JobNotifier:
+        """The job that the stage belongs to."""
+
+    @property
+    @abstractmethod
+    def stage_name(self) -> str:
+        """The stage's name."""
+
+    def set_monitoring_link(self, monitoring_link: str) -> None:
+        """Where people can watch this stage; wins over the job's link."""
+        self.monitoring_link = monitoring_link
+
+    def report_progress(
+        self,
+        tot_num_samples: int | None = None,
+        processed_num_samples: int | None = None,
+        monitoring_link: str | None = None,
+        checkpoints: Sequence[str] | None = None,
+    ) -> None:
+        """Samples in all and done; more done than there are is reported as all done, with a warning."""
+        done, total = processed_num_samples, tot_num_samples
+        if total is not None and done is not None and done > total:
+            logger.warning("%s: %d samples of %d done", self.stage_name, done, total)
+            done = total
+        self.job_notifier.report_progress(
+            self.stage_name,
+            total,
+            done,
+            monitoring_link or self.monitoring_link or self.job_notifier.monitoring_link,
+            checkpoints,
+        )
+
+
+class JobNotifier(ABC):
+    """Reports what a job is doing: its stages, its progress, its end. A context manager that closes."""
+
+    job_id: str
+    stages: list[str]
+    monitoring_link: str | None
+
+    def __init__(self, job_id: str) -> None:
+        self.job_id = job_id
+        self.stages = []
+        self.monitoring_link = None
+
+    def set_monitoring_link(self, monitoring_link: str) -> None:
+        """Where people can watch the job."""
+        self.monitoring_link = monitoring_link
+
+    def register_stages(self, stages: Sequence[str]) -> None:
+        """Name the stages in the order in which they will run."""
+        self.stages = list(stages)
+
+    @abstractmethod
+    def stage_notifier(self, stage: str) -> StageNotifier:
+        """The notifier of one stage."""
+
+    @abstractmethod
+    def report_progress(
+        self,
+        stage: str,
+        tot_num_samples: int | None = None,
+        processed_num_samples: int | None = None,
+        monitoring_link: str | None = None,
+        checkpoints: Sequence[str] | None = None,
+    ) -> None:
+        """Samples done of one stage."""
+
+    @abstractmethod
+    def report_checkpoint(
+        self,
+        checkpoint_id: str,
+        step: int,
+        completion_percentage: float,
+        model_checkpoint_names: dict[str, str] | None = None,
+        user_data: dict[str, Any] | None = None,
+        stage_name: str | None = None,
+    ) -> None:
+        """A checkpoint was saved; `completion_percentage` from 0 to 100."""
+
+    @abstractmethod
+    def report_error(self, error: str) -> None:
+        """The job failed."""
+
+    @abstractmethod
+    def mark_running(self) -> None:
+        """The job has begun."""
+
+    @abstractmethod
+    def complete(self) -> None:
+        """The job ended well."""
+
+    def heartbeat(self) -> None:  # noqa: B027 - a job that nobody watches has nobody to tell
+        """Tell the job's owner that it is alive."""
+
+    def start_heartbeat(self, interval_seconds: float = 30.0) -> None:  # noqa: B027
+        """Tell the job's owner regularly."""
+
+    def stop_heartbeat(self) -> None:  # noqa: B027
+        """Stop telling."""
+
+    def close(self) -> None:
+        """Stop whatever the notifier does in the background."""
+        self.stop_heartbeat()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class StdoutJobNotifier(JobNotifier):
+    """Reports to people through a sink, and to `events.jsonl` where there is a run. Keeps no state outside itself."""
+
+    def __init__(
+        self, job_id: str = "local", *, sink: ProgressSink | None = None, events: EventWriter | None = None
+    ) -> None:
+        super().__init__(job_id)
+        self._sink = sink or PlainProgress()
+        self._events = events
+        self._announced: str | None = None
+
+    def _event(self, type: str, **data: Any) -> None:
+        if self._events is not None:
+            self._events(type, data)
+
+    def set_monitoring_link(self, monitoring_link: str) -> None:
+        """Where people can watch the job."""
+        super().set_monitoring_link(monitoring_link)
+        self._event("job.link", link=monitoring_link)
+
+    def register_stages(self, stages: Sequence[str]) -> None:
+        """Name the stages in the order in which they will run."""
+        super().register_stages(stages)
+        self._event("job.stages", stages=self.stages)
+
+    def stage_notifier(self, stage: str) -> StdoutStageNotifier:
+        """The notifier of one stage; any name is taken."""
+        return StdoutStageNotifier(self, stage)
+
+    def report_progress(
+        self,
+        stage: str,
+        tot_num_samples: int | None = None,
+        processed_num_samples: int | None = None,
+        monitoring_link: str | None = None,
+        checkpoints: Sequence[str] | None = None,
+    ) -> None:
+        """Samples done of one stage; a total of 0 or None is a stage that has only begun."""
+        done, total = processed_num_samples or 0, tot_num_samples or 0
+        self._sink(stage, done, total)
+        if monitoring_link is not None and monitoring_link != self._announced:
+            self._announced = monitoring_link
+            sys.stderr.write(f"{stage}: watch at {monitoring_link}\n")
+        extra = {"checkpoints": list(checkpoints)} if checkpoints else {}
+        self._event("progress", stage=stage, done=done, total=total, **extra)
+
+    def report_checkpoint(
+        self,
+        checkpoint_id: str,
+        step: int,
+        completion_percentage: float,
+        model_checkpoint_names: dict[str, str] | None = None,
+        user_data: dict[str, Any] | None = None,
+        stage_name: str | None = None,
+    ) -> None:
+        """A checkpoint was saved; `completion_percentage` from 0 to 100."""
+        self._event(
+            "checkpoint",
+            id=checkpoint_id,
+            step=step,
+            percent=completion_percentage,
+            models=model_checkpoint_names or {},
+            stage=stage_name,
+        )
+
+    def report_error(self, error: str) -> None:
+        """The job failed; the command line shows the error itself."""
+        self._event("job.error", error=error)
+
+    def mark_running(self) -> None:
+        """The job has begun."""
+        self._event("job.running", id=self.job_id)
+
+    def complete(self) -> None:
+        """The job ended well."""
+        self._event("job.complete", id=self.job_id)
+
+
+class StdoutStageNotifier(StageNotifier):
+    """One stage of a `StdoutJobNotifier`."""
+
+    def __init__(self, notifier: StdoutJobNotifier, stage: str) -> None:
+        self._job = notifier
+        self._stage = stage
+
+    @property
+    def job_notifier(self) -> StdoutJobNotifier:
+        """The job that the stage belongs to."""
+        return self._job
+
+    @property
+    def stage_name(self) -> str:
+        """The stage's name."""
+        return self._stage
+
+
+class SimpleProgressNotifier:
+    """A stage without samples: 0 of 1 on entry and 1 of 1 on a good exit. Works with `with` and `async with`."""
+
+    def __init__(self, job_notifier: StageNotifier, monitoring_link: str | None = None) -> None:
+        self._stage = job_notifier
+        self._link = monitoring_link
+
+    def __enter__(self) -> Self:
+        self._stage.report_progress(1, 0, self._link)
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if exc_type is None:
+            self._stage.report_progress(1, 1, self._link)
+
+    async def __aenter__(self) -> Self:
+        return self.__enter__()
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.__exit__(exc_type, exc, traceback)
