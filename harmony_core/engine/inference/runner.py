@@ -1,0 +1,114 @@
+"""Executes step plans: the model, its pages, the sampler. Every rank of a replica runs the same plan.
+
+It decides nothing and remembers nothing but what lies in the pages.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from harmony_core.engine.inference.blocks import PAGE_SIZE
+from harmony_core.engine.inference.draws import Draws
+from harmony_core.engine.inference.kv_cache import KVCache
+from harmony_core.engine.inference.sampler import sample
+from harmony_core.engine.inference.step import StepPlan, StepResult
+from harmony_core.engine.models.context import ForwardContext, PagedAttention, forward_context
+from harmony_core.engine.models.model import CausalLM
+
+_LOGITS_AT_ONCE = 8 * 1024 * 1024
+"""Most logits in memory at a time; more rows than that are drawn in groups."""
+
+
+class Runner:
+    """One model, or one adapter of it, with a page pool of `kv_tokens` on this rank."""
+
+    def __init__(
+        self, model: CausalLM, kv_tokens: int, *, adapter: str | None = None, page_size: int = PAGE_SIZE
+    ) -> None:
+        self.model = model
+        self.adapter = adapter
+        self.cache = KVCache(
+            kv_tokens,
+            num_layers=model.num_layers,
+            num_kv_heads=model.num_kv_heads_local,
+            head_dim=model.head_dim,
+            dtype=model.dtype,
+            device=model.device,
+            page_size=page_size,
+        )
+
+    @torch.no_grad()
+    def run(self, plan: StepPlan) -> StepResult:
+        """Run the forward pass, write the pages, draw the tokens."""
+        layout = _Layout(plan)
+        tokens = torch.from_numpy(np.frombuffer(plan.tokens, dtype=np.int32).astype(np.int64))
+        self.cache.touch(int(layout.write_slots.max()))
+        with forward_context(ForwardContext(self._attention(plan, layout), self.adapter)):
+            hidden = self.model.hidden_states(self._put(tokens), self._put(torch.from_numpy(layout.positions)))
+            if not plan.sampled:
+                return StepResult([], [], [], [])
+            if len(plan.sampled) != len(hidden):
+                ends = np.cumsum(plan.lengths)[plan.sampled] - 1
+                hidden = hidden[self._put(torch.from_numpy(ends))]
+            return self._sample(hidden, plan)
+
+    def _put(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.model.device)
+
+    def _attention(self, plan: StepPlan, layout: _Layout) -> PagedAttention:
+        read = layout.read_slots()
+        return PagedAttention(
+            keys=self.cache.keys,
+            values=self.cache.values,
+            write_slots=self._put(torch.from_numpy(layout.write_slots)),
+            lengths=tuple(plan.lengths),
+            context_lengths=tuple(plan.contexts),
+            read_slots=None if read is None else self._put(torch.from_numpy(read)),
+        )
+
+    def _sample(self, hidden: Tensor, plan: StepPlan) -> StepResult:
+        draws = Draws.unpack(plan.draws)
+        result = StepResult([], [], [], [])
+        step = max(1, _LOGITS_AT_ONCE // self.model.vocab_size)
+        for start in range(0, len(draws), step):
+            stop = min(start + step, len(draws))
+            suppressed = {row - start: ids for row, ids in plan.suppressed.items() if start <= row < stop}
+            drawn = sample(self.model.logits(hidden[start:stop]), draws.rows(slice(start, stop)), suppressed)
+            result.tokens.extend(drawn.tokens.tolist())
+            result.logprobs.extend(drawn.logprobs.tolist())
+            result.sampled_logprobs.extend(drawn.sampled_logprobs.tolist())
+            result.broken.extend(start + row for row, good in enumerate(drawn.valid.tolist()) if not good)
+        return result
+
+
+class _Layout:
+    """Where a plan's tokens are: positions and write slots `[T]`, and the table of pages `[B, most pages]`."""
+
+    def __init__(self, plan: StepPlan) -> None:
+        self.page_size = plan.page_size
+        self.lengths = np.array(plan.lengths, dtype=np.int64)
+        self.contexts = np.array(plan.contexts, dtype=np.int64)
+        counts = -(-self.contexts // plan.page_size)
+        held = np.arange(counts.max()) < counts[:, None]
+        self.table: NDArray[np.int64] = np.zeros(held.shape, dtype=np.int64)
+        self.table[held] = np.frombuffer(plan.pages, dtype=np.int32)
+        starts = np.cumsum(self.lengths) - self.lengths
+        row = np.repeat(np.arange(len(self.lengths)), self.lengths)
+        self.positions = np.arange(len(row)) - starts[row] + (self.contexts - self.lengths)[row]
+        self.write_slots = self.table[row, self.positions // self.page_size] * self.page_size + (
+            self.positions % self.page_size
+        )
+
+    def read_slots(self) -> NDArray[np.int64] | None:
+        """`[B, longest context]`, or None for whole prompts, which have no past.
+
+        Padding repeats the sequence's first slot: that one is written, so it holds no NaN of an earlier tenant.
+        """
+        if (self.lengths == self.contexts).all():
+            return None
+        slots = (self.table[:, :, None] * self.page_size + np.arange(self.page_size)).reshape(len(self.table), -1)
+        slots = slots[:, : self.contexts.max()]
+        return np.where(np.arange(slots.shape[1]) < self.contexts[:, None], slots, slots[:, :1])
