@@ -1,0 +1,189 @@
+"""A recipe's JSON schema, read as a list of parameters and as a guide from dotted names to what may stand there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from harmony_core.config.problems import Path, dotted
+from harmony_core.errors import nearest
+
+MAX_DEPTH = 6
+"""How deep parameters are listed; deeper ones are reached with `--set`. Recursive models end here at the latest."""
+
+Node = dict[str, Any]
+
+_NAMES = {"integer": "int", "number": "float", "string": "str", "boolean": "bool", "null": "null"}
+_BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+
+
+class UnknownKey(Exception):
+    """A name that the schema does not have at this place."""
+
+    def __init__(self, parent: Path, name: str, options: set[str]) -> None:
+        self.parent = parent
+        self.name = name
+        self.options = sorted(options)
+        self.suggestions = tuple(nearest(name, self.options))
+        super().__init__(dotted((*parent, name)))
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One settable place: a leaf, or a whole block, list or map."""
+
+    path: tuple[str, ...]
+    type: str
+    """For people: `int`, `list[str]`, `grpo|dpo`."""
+    description: str
+    required: bool
+    default: Any
+    choices: tuple[Any, ...]
+    bounds: str
+    is_bool: bool
+    is_tag: bool
+    """A constant that only says which class this is."""
+    variant: str
+    """The branch of a union in which the parameter exists, or nothing."""
+
+
+class Schema:
+    """Wraps what `model_json_schema()` returns."""
+
+    def __init__(self, schema: Node) -> None:
+        self.root = schema
+        self._definitions: dict[str, Node] = schema.get("$defs", {})
+
+    def resolve_reference(self, node: Node) -> Node:
+        """The node with `$ref` and a lone `allOf` replaced by what they mean; siblings such as `default` win."""
+        while "$ref" in node:
+            target = self._definitions[node["$ref"].rsplit("/", 1)[1]]
+            node = {**target, **{k: v for k, v in node.items() if k != "$ref"}}
+        if len(node.get("allOf", ())) == 1:
+            inner = self.resolve_reference(node["allOf"][0])
+            node = {**inner, **{k: v for k, v in node.items() if k != "allOf"}}
+        return node
+
+    def branches(self, node: Node) -> list[Node]:
+        """Every alternative of a union, flattened; a node that is no union is its only branch."""
+        node = self.resolve_reference(node)
+        for key in ("anyOf", "oneOf"):
+            if key in node:
+                return [branch for option in node[key] for branch in self.branches(option)]
+        return [node]
+
+    def label(self, node: Node) -> str:
+        """The type in words."""
+        return "|".join(dict.fromkeys(self._branch_label(branch) for branch in self.branches(node)))
+
+    def _branch_label(self, branch: Node) -> str:
+        if "const" in branch:
+            return str(branch["const"])
+        if "enum" in branch:
+            return "|".join(map(str, branch["enum"]))
+        kind = branch.get("type")
+        if kind == "array":
+            return f"list[{self.label(branch.get('items') or {})}]"
+        if kind == "object" and "properties" not in branch:
+            values = branch.get("additionalProperties")
+            return f"dict[str, {self.label(values if isinstance(values, dict) else {})}]"
+        if kind == "string":
+            return str(branch.get("format", "str"))
+        return _NAMES.get(str(kind), str(branch.get("title", "any")))
+
+    def parameters(self) -> Iterator[Parameter]:
+        """Every place with a fixed name, in the order of declaration, blocks before their contents."""
+        yield from self._parameters(self.root, (), "", frozenset())
+
+    def _parameters(
+        self, node: Node, path: tuple[str, ...], variant: str, above: frozenset[str]
+    ) -> Iterator[Parameter]:
+        node = self.resolve_reference(node)
+        required = set(node.get("required", ()))
+        for name, raw in node.get("properties", {}).items():
+            branches = self.branches(raw)
+            yield self._parameter(raw, branches, (*path, name), name in required, variant)
+            blocks = [branch for branch in branches if "properties" in branch]
+            for block in blocks:
+                title = str(block.get("title", ""))
+                if title in above or len(path) + 1 >= MAX_DEPTH:
+                    continue
+                inner = title if len(blocks) > 1 else variant
+                yield from self._parameters(block, (*path, name), inner, above | {title})
+
+    def _parameter(
+        self, raw: Node, branches: list[Node], path: tuple[str, ...], required: bool, variant: str
+    ) -> Parameter:
+        whole = self.resolve_reference(raw)
+        choices = [c for b in branches for c in b.get("enum", [b["const"]] if "const" in b else [])]
+        return Parameter(
+            path=path,
+            type=self.label(raw),
+            description=str(whole.get("description", "")).strip(),
+            required=required,
+            default=raw.get("default"),
+            choices=tuple(choices),
+            bounds=", ".join(
+                f"{sign} {branch[key]}" for branch in branches for key, sign in _BOUNDS.items() if key in branch
+            ),
+            is_bool={b.get("type") for b in branches} == {"boolean"},
+            is_tag=len(branches) == 1 and "const" in branches[0],
+            variant=variant,
+        )
+
+    def step(self, nodes: list[Node], name: str, parent: Path) -> tuple[str | int, list[Node]]:
+        """From what may stand at `parent` to what may stand at `name` below it; kebab-case is folded for fields.
+
+        Raises UnknownKey.
+        """
+        branches = [branch for node in nodes for branch in self.branches(node)]
+        folded = name.replace("-", "_")
+        if any(folded in branch.get("properties", {}) for branch in branches):
+            name = folded
+        found: list[Node] = []
+        known: set[str] = set()
+        key: str | int = name
+        for branch in branches:
+            if branch.get("type") == "array":
+                if name.isdecimal() and len(name) < 7:
+                    key = int(name)
+                    found.append(branch.get("items") or {})
+                continue
+            properties = branch.get("properties", {})
+            known |= set(properties)
+            extra = branch.get("additionalProperties")
+            if name in properties:
+                found.append(properties[name])
+            elif isinstance(extra, dict) or extra is True or is_open(branch):
+                found.append(extra if isinstance(extra, dict) else {})
+        if not found:
+            raise UnknownKey(parent, name, known)
+        return key, found
+
+    def follow(self, names: list[str]) -> tuple[Path, list[Node]]:
+        """A dotted name, split, to its path and the branches of what may stand there. Raises UnknownKey."""
+        path: Path = ()
+        nodes = [self.root]
+        for name in names:
+            key, nodes = self.step(nodes, name, path)
+            path = (*path, key)
+        return path, [branch for node in nodes for branch in self.branches(node)]
+
+    def narrowed(self, node: Node, value: dict[str, Any]) -> list[Node]:
+        """The branches that a map may be meant as: of a tagged union, only the one that its tag names."""
+        whole = self.resolve_reference(node)
+        tagged = whole.get("discriminator")
+        if tagged:
+            tag = value.get(tagged["propertyName"])
+            target = tagged.get("mapping", {}).get(tag) if isinstance(tag, str) else None
+            return self.branches({"$ref": target}) if target else []
+        options = whole.get("anyOf") or whole.get("oneOf")
+        return [branch for option in options for branch in self.narrowed(option, value)] if options else [whole]
+
+
+def is_open(branch: Node) -> bool:
+    """Whether a branch says nothing about what stands below it."""
+    if "properties" in branch or "enum" in branch or "const" in branch:
+        return False
+    return (branch.get("type") == "object" and "additionalProperties" not in branch) or "type" not in branch
