@@ -28,6 +28,13 @@ class EventWriter(Protocol):
         """Write one event."""
 
 
+def say(text: str) -> None:
+    """One line for people, on stderr."""
+    # Looked up for each line: a progress bar, or a test, may have put its own stream in place.
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
+
+
 @dataclass
 class PlainProgress:
     """A sink of plain lines on stderr: when a stage begins and ends, and once in `interval` seconds between."""
@@ -41,7 +48,7 @@ class PlainProgress:
         if stage in self._last and done < total and now - self._last[stage] < self.interval:
             return
         self._last[stage] = now
-        sys.stderr.write(f"{stage}: {done}/{total}\n")
+        say(f"{stage}: {done}/{total}")
 
 
 class StageNotifier(ABC):
@@ -207,7 +214,7 @@ class StdoutJobNotifier(JobNotifier):
         self._sink(stage, done, total)
         if monitoring_link is not None and monitoring_link != self._announced:
             self._announced = monitoring_link
-            sys.stderr.write(f"{stage}: watch at {monitoring_link}\n")
+            say(f"{stage}: watch at {monitoring_link}")
         extra = {"checkpoints": list(checkpoints)} if checkpoints else {}
         self._event("progress", stage=stage, done=done, total=total, **extra)
 

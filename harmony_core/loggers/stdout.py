@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from typing import Any, TextIO
+from typing import Any
 
 from harmony_core.loggers.base import Logger, Metrics
 from harmony_core.logging_table import Table
+from harmony_core.notifiers import say
 
 
 def _text(value: object) -> str:
@@ -17,21 +17,17 @@ def _text(value: object) -> str:
     return str(value)
 
 
+def _line(values: Metrics) -> str:
+    return "  ".join(f"{name}={_text(value)}" for name, value in values.items())
+
+
 class StdoutLogger(Logger):
     """One line for each step. It carries the documented name and writes to stderr: stdout is the recipe's own."""
 
-    def __init__(self, stream: TextIO | None = None) -> None:
-        super().__init__()
-        self._stream = stream
-
-    def _write(self, line: str) -> None:
-        # The stream is looked up for each line: a progress bar may have put its own in place.
-        (self._stream or sys.stderr).write(f"{line}\n")
-
     def record(self, step: int, metrics: Metrics) -> None:
         """Write `step N  name=value ...`."""
-        self._write(f"step {step + 1}  " + "  ".join(f"{name}={_text(value)}" for name, value in metrics.items()))
+        say(f"step {step + 1}  {_line(metrics)}")
 
     def log_config(self, config: dict[str, Any]) -> None:
         """Write `config  name=value ...`."""
-        self._write("config  " + "  ".join(f"{name}={_text(value)}" for name, value in config.items()))
+        say(f"config  {_line(config)}")
