@@ -1,1 +1,8 @@
 """Models and their versions on this machine."""
+
+from harmony_core.registry.keys import slugify
+from harmony_core.registry.staging import Staging
+from harmony_core.registry.store import Registry
+from harmony_core.registry.versions import Defaults, ModelEntry, ModelVersion
+
+__all__ = ["Defaults", "ModelEntry", "ModelVersion", "Registry", "Staging", "slugify"]

@@ -1,0 +1,275 @@
+"""What a stored model is, read from config.json and safetensors headers: enough to plan with, without torch.
+
+A family says which tensors an architecture has. To add one: a `Family` in FAMILIES, and if it has tensors beyond
+these, a line in `_layer_shapes`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harmony_core.errors import ModelRefused
+from harmony_core.weight_files import INDEX, SINGLE, Tensor, damaged, read_headers, read_json
+
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""safetensors' name of a type -> torch's."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model type: its architecture and what its config does not say."""
+
+    architecture: str
+    qkv_bias: bool | None = None
+    """None: the config's `attention_bias`, which then holds for the output projection too."""
+    qk_norm: bool = False
+    mlp_bias: bool = False
+    """Whether the config's `mlp_bias` counts."""
+    head_dim: int | None = None
+    """What a config without `head_dim` means; None: hidden size over heads."""
+    max_positions: int = 32768
+    """What a config without `max_position_embeddings` means."""
+
+
+FAMILIES = {
+    "llama": Family("LlamaForCausalLM", mlp_bias=True, max_positions=2048),
+    "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True),
+    "qwen3": Family("Qwen3ForCausalLM", qk_norm=True, head_dim=128),
+}
+
+SUPPORTED = frozenset(FAMILIES)
+"""The model types that are taken."""
+
+_CODE = ("auto_map", "custom_pipelines")
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A causal language model's shape. `num_parameters` counts tied embeddings once."""
+
+    architecture: str
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    tied: bool
+    max_positions: int
+    stored_dtype: str
+    num_parameters: int
+    attention_bias: bool
+    qk_norm: bool
+
+    @classmethod
+    def read(cls, directory: Path) -> ModelSpec:
+        """The spec of a model directory, every tensor's shape checked against the config.
+
+        Raises ModelRefused for what is not supported, VerificationError (naming the file) for what is damaged.
+        """
+        config = read_config(directory)
+        fields = _Fields(directory / "config.json", config)
+        family = FAMILIES[fields.model_type]
+        expected = _expected_shapes(fields, family)
+        tensors = read_headers(directory)
+        _compare(directory, tensors, expected, fields)
+        used = [tensors[name] for name in expected]
+        sizes: Counter[str] = Counter()
+        for tensor in used:
+            sizes[tensor.dtype] += tensor.bytes
+        return cls(
+            architecture=family.architecture,
+            model_type=fields.model_type,
+            vocab_size=fields.vocab_size,
+            hidden_size=fields.hidden_size,
+            intermediate_size=fields.intermediate_size,
+            num_layers=fields.num_layers,
+            num_heads=fields.num_heads,
+            num_kv_heads=fields.num_kv_heads,
+            head_dim=fields.head_dim,
+            tied=fields.tied,
+            max_positions=fields.max_positions,
+            stored_dtype=DTYPES[sizes.most_common(1)[0][0]],
+            num_parameters=sum(tensor.elements for tensor in used),
+            attention_bias=fields.qkv_bias(family),
+            qk_norm=family.qk_norm,
+        )
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """config.json, if it is a model that is taken: its family, no code of its own, not quantised."""
+    path = directory / "config.json"
+    config = read_json(path)
+    refuse_code(path, config)
+    model_type = config.get("model_type")
+    known = ", ".join(sorted(SUPPORTED))
+    if not isinstance(model_type, str) or model_type not in SUPPORTED:
+        raise ModelRefused(
+            f"{path}: model type {str(model_type)[:60]!r} is not supported",
+            hint=f"supported model types: {known}",
+            model_type=str(model_type)[:60],
+        )
+    architecture = FAMILIES[model_type].architecture
+    declared = config.get("architectures") or [architecture]
+    if declared != [architecture]:
+        raise ModelRefused(
+            f"{path}: architecture {str(declared)[:80]} is not supported",
+            hint=f"a {model_type} model must be {architecture}; supported model types: {known}",
+        )
+    if config.get("quantization_config"):
+        raise ModelRefused(f"{path}: quantised weights are not supported", hint="add the unquantised model")
+    layer_types = config.get("layer_types") or []
+    full = isinstance(layer_types, list) and all(kind == "full_attention" for kind in layer_types)
+    if config.get("use_sliding_window") or not full:
+        raise ModelRefused(f"{path}: sliding-window attention is not supported")
+    return config
+
+
+def refuse_code(path: Path, value: object) -> None:
+    """Raise VerificationError when a JSON file asks, at any depth, for code of its own to be run."""
+    pending = [value]
+    while pending:
+        item = pending.pop()
+        if isinstance(item, dict):
+            for name in _CODE:
+                if item.get(name):
+                    raise damaged(path, f"asks for code of its own ({name!r}), which is never run")
+            if item.get("trust_remote_code"):
+                raise damaged(path, "asks for 'trust_remote_code', which is never granted")
+            pending.extend(item.values())
+        elif isinstance(item, list):
+            pending.extend(item)
+
+
+class _Fields:
+    """Typed access to the numbers of a config."""
+
+    def __init__(self, path: Path, config: dict[str, Any]) -> None:
+        self._path, self._config = path, config
+        self.model_type: str = config["model_type"]
+        family = FAMILIES[self.model_type]
+        self.vocab_size = self._number("vocab_size")
+        self.hidden_size = self._number("hidden_size")
+        self.intermediate_size = self._number("intermediate_size")
+        self.num_layers = self._number("num_hidden_layers", most=10_000)
+        self.num_heads = self._number("num_attention_heads")
+        self.num_kv_heads = self._number("num_key_value_heads", self.num_heads)
+        self.head_dim = self._number("head_dim", family.head_dim or self.hidden_size // self.num_heads)
+        self.max_positions = self._number("max_position_embeddings", family.max_positions)
+        self.tied = self._flag("tie_word_embeddings")
+        self.attention_bias = self._flag("attention_bias")
+        self.mlp_bias = self._flag("mlp_bias")
+        if self.num_heads % self.num_kv_heads:
+            raise damaged(path, f"{self.num_heads} heads cannot share {self.num_kv_heads} key-value heads")
+
+    def _number(self, name: str, default: int | None = None, most: int = 2**31) -> int:
+        value = self._config.get(name)
+        value = default if value is None else value
+        if type(value) is not int or not 0 < value <= most:
+            raise damaged(self._path, f"{name} is {str(value)[:40]!r}, not a positive whole number")
+        return value
+
+    def _flag(self, name: str) -> bool:
+        value = self._config.get(name)
+        if value is not None and type(value) is not bool:
+            raise damaged(self._path, f"{name} is {str(value)[:40]!r}, not true or false")
+        return bool(value)
+
+    def qkv_bias(self, family: Family) -> bool:
+        return self.attention_bias if family.qkv_bias is None else family.qkv_bias
+
+
+def _layer_shapes(fields: _Fields, family: Family) -> dict[str, tuple[int, ...]]:
+    d, i = fields.hidden_size, fields.intermediate_size
+    q, kv = fields.num_heads * fields.head_dim, fields.num_kv_heads * fields.head_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "input_layernorm.weight": (d,),
+        "post_attention_layernorm.weight": (d,),
+        "self_attn.q_proj.weight": (q, d),
+        "self_attn.k_proj.weight": (kv, d),
+        "self_attn.v_proj.weight": (kv, d),
+        "self_attn.o_proj.weight": (d, q),
+        "mlp.gate_proj.weight": (i, d),
+        "mlp.up_proj.weight": (i, d),
+        "mlp.down_proj.weight": (d, i),
+    }
+    if fields.qkv_bias(family):
+        shapes |= {"self_attn.q_proj.bias": (q,), "self_attn.k_proj.bias": (kv,), "self_attn.v_proj.bias": (kv,)}
+    if family.qkv_bias is None and fields.attention_bias:
+        shapes["self_attn.o_proj.bias"] = (d,)
+    if family.qk_norm:
+        shapes |= {"self_attn.q_norm.weight": (fields.head_dim,), "self_attn.k_norm.weight": (fields.head_dim,)}
+    if family.mlp_bias and fields.mlp_bias:
+        shapes |= {"mlp.gate_proj.bias": (i,), "mlp.up_proj.bias": (i,), "mlp.down_proj.bias": (d,)}
+    return shapes
+
+
+def _expected_shapes(fields: _Fields, family: Family) -> dict[str, tuple[int, ...]]:
+    layer = _layer_shapes(fields, family)
+    expected: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (fields.vocab_size, fields.hidden_size)}
+    for index in range(fields.num_layers):
+        expected |= {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}
+    expected["model.norm.weight"] = (fields.hidden_size,)
+    if not fields.tied:
+        expected["lm_head.weight"] = (fields.vocab_size, fields.hidden_size)
+    return expected
+
+
+def _compare(
+    directory: Path, tensors: dict[str, Tensor], expected: dict[str, tuple[int, ...]], fields: _Fields
+) -> None:
+    for name, shape in expected.items():
+        if name not in tensors:
+            raise damaged(
+                directory / (INDEX if (directory / INDEX).exists() else SINGLE), f"tensor {name!r} is missing"
+            )
+        if tensors[name].shape != shape:
+            found = list(tensors[name].shape)
+            raise damaged(
+                directory / tensors[name].file,
+                f"tensor {name!r} has shape {found}, and config.json says {list(shape)}",
+            )
+    # A tied head stored again, and the rotary tables of old checkpoints, say nothing new.
+    spare = {name for name in tensors if name.endswith("rotary_emb.inv_freq")}
+    if fields.tied:
+        spare.add("lm_head.weight")
+    extra = sorted(tensors.keys() - expected.keys() - spare)
+    if extra:
+        raise ModelRefused(
+            f"{directory / tensors[extra[0]].file}: tensor {extra[0][:100]!r} is not part of a {fields.model_type} "
+            f"model ({len(extra)} such)"
+        )
+
+
+def check_tp(spec: ModelSpec, tp: int, world: int) -> None:
+    """Raise ModelRefused, naming the values that work, unless `tp` fits the model and `world` ranks.
+
+    Key-value heads fewer than tp are replicated.
+    """
+    if tp in fitting_tp(spec, world):
+        return
+    values = ", ".join(map(str, fitting_tp(spec, world)))
+    raise ModelRefused(
+        f"tp={tp} does not fit {world} rank{'s' if world != 1 else ''} and a model with {spec.num_heads} heads, "
+        f"{spec.num_kv_heads} key-value heads and intermediate size {spec.intermediate_size}",
+        hint=f"tp may be {values}",
+        tp=tp,
+        allowed=fitting_tp(spec, world),
+    )
+
+
+def fitting_tp(spec: ModelSpec, world: int) -> list[int]:
+    """The tensor-parallel sizes that divide `world` ranks and the model."""
+    return [
+        tp
+        for tp in range(1, world + 1)
+        if world % tp == 0
+        and spec.num_heads % tp == 0
+        and spec.intermediate_size % tp == 0
+        and (spec.num_kv_heads % tp == 0 or tp % spec.num_kv_heads == 0)
+    ]

@@ -1,0 +1,147 @@
+"""peft adapters: whose they are, and whether their tensors fit."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harmony_core.errors import HarmonyError, ModelRefused, NotFoundError, did_you_mean
+from harmony_core.model_spec import ModelSpec
+from harmony_core.registry.keys import slugify
+from harmony_core.registry.versions import ModelVersion
+from harmony_core.weight_files import ADAPTER, PICKLE_SUFFIXES, Tensor, damaged, read_header, read_json
+
+if TYPE_CHECKING:
+    from harmony_core.registry.store import Registry
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""The linear modules of a layer, which are those that may carry an adapter."""
+
+_REFUSED = (
+    "use_dora",
+    "use_rslora",
+    "modules_to_save",
+    "rank_pattern",
+    "alpha_pattern",
+    "layers_to_transform",
+    "layer_replication",
+    "fan_in_fan_out",
+    "lora_bias",
+    "trainable_token_indices",
+    "target_parameters",
+    "exclude_modules",
+)
+_NAME = re.compile(
+    r"base_model\.model\.model\.layers\.(\d{1,5})\.(?:self_attn|mlp)\.(\w+)\.lora_([AB])(?:\.default)?\.weight",
+    re.ASCII,
+)
+
+
+def find_base(registry: Registry, directory: Path, base: ModelVersion | str | None) -> ModelVersion:
+    """The version that an adapter belongs to: the one given, else the one its config names.
+
+    A name is a reference, or what a registered model was imported from.
+    """
+    if isinstance(base, ModelVersion):
+        return _whole(base)
+    if base:
+        return _whole(registry.resolve(base))
+    path = directory / "adapter_config.json"
+    name = read_json(path).get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise ModelRefused(f"{path}: names no base model", hint="say which one with --base KEY")
+    try:
+        return _whole(registry.resolve(name))
+    except NotFoundError:
+        imported = registry.imported_from(name)
+    if imported is None:
+        line = f"adaptive models add {slugify(name.rpartition('/')[2])} hf:{name}"
+        raise NotFoundError(
+            f"{path}: its base model {name[:200]!r} is not in the registry",
+            hint=f"add it ({line}), or say which one with --base KEY",
+        )
+    return _whole(imported)
+
+
+def _whole(base: ModelVersion) -> ModelVersion:
+    if base.base is not None:
+        raise ModelRefused(f"{base.ref} is an adapter itself", hint=f"its base is {base.base.ref}")
+    return base
+
+
+def check_adapter(directory: Path, base: ModelVersion) -> None:
+    """Raise ModelRefused or VerificationError unless the adapter is a plain LoRA whose tensors fit the base."""
+    path = directory / "adapter_config.json"
+    config = read_json(path)
+    rank = _check_config(path, config)
+    if not (directory / ADAPTER).is_file():
+        pickled = [p.name for p in directory.iterdir() if p.suffix in PICKLE_SUFFIXES]
+        reason = f"only pickled weights, which are never read ({pickled[0]})" if pickled else f"no {ADAPTER}"
+        raise damaged(directory, reason)
+    tensors = read_header(directory / ADAPTER)
+    if not tensors:
+        raise damaged(directory / ADAPTER, "holds no tensor")
+    for tensor in tensors.values():
+        _check_tensor(directory / ADAPTER, tensor, rank, base)
+    halves = {re.sub(r"lora_[AB]", "lora_?", name): 0 for name in tensors}
+    for name in tensors:
+        halves[re.sub(r"lora_[AB]", "lora_?", name)] += 1
+    lonely = next((name for name, count in halves.items() if count != 2), None)
+    if lonely:
+        raise damaged(directory / ADAPTER, f"{lonely!r} has one of its two halves only")
+
+
+def _check_config(path: Path, config: dict[str, Any]) -> int:
+    if config.get("peft_type") != "LORA":
+        raise ModelRefused(
+            f"{path}: adapter type {str(config.get('peft_type'))[:40]!r} is not supported", hint="LORA is"
+        )
+    for name in _REFUSED:
+        if config.get(name):
+            raise ModelRefused(f"{path}: {name} is not supported", hint="plain LoRA on a layer's linear modules is")
+    if config.get("bias", "none") != "none":
+        raise ModelRefused(f"{path}: bias={str(config['bias'])[:40]!r} is not supported", hint="bias='none' is")
+    rank = config.get("r")
+    if type(rank) is not int or not 0 < rank <= 65536:
+        raise damaged(path, f"r is {str(rank)[:40]!r}, not a positive whole number")
+    targets = config.get("target_modules")
+    if isinstance(targets, list):
+        unknown = next((name for name in targets if str(name).rpartition(".")[2] not in TARGETS), None)
+        if unknown is not None:
+            raise ModelRefused(
+                f"{path}: target module {str(unknown)[:60]!r} is not supported",
+                hint=did_you_mean(str(unknown), TARGETS),
+            )
+    return rank
+
+
+def module_shape(spec: ModelSpec, module: str) -> tuple[int, int]:
+    """(output, input) features of a layer's linear module."""
+    q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    d, i = spec.hidden_size, spec.intermediate_size
+    shapes = {"q_proj": (q, d), "k_proj": (kv, d), "v_proj": (kv, d), "o_proj": (d, q), "down_proj": (d, i)}
+    return shapes.get(module, (i, d))
+
+
+def _check_tensor(path: Path, tensor: Tensor, rank: int, base: ModelVersion) -> None:
+    match = _NAME.fullmatch(tensor.name)
+    if not match or match[2] not in TARGETS:
+        raise ModelRefused(f"{path}: tensor {tensor.name[:120]!r} is not a LoRA half of a layer's linear module")
+    if int(match[1]) >= base.spec.num_layers:
+        raise ModelRefused(
+            f"{path}: tensor {tensor.name!r} is for layer {match[1]}; {base.ref} has {base.spec.num_layers}"
+        )
+    out_features, in_features = module_shape(base.spec, match[2])
+    expected = (rank, in_features) if match[3] == "A" else (out_features, rank)
+    if tensor.shape != expected:
+        raise ModelRefused(
+            f"{path}: tensor {tensor.name!r} has shape {list(tensor.shape)}, and {base.ref} with rank {rank} needs "
+            f"{list(expected)}",
+            hint="is it another model's adapter?",
+        )
+
+
+def describe_failure(error: HarmonyError) -> str:
+    """One line of an error, for a listing."""
+    return error.message.splitlines()[0]

@@ -1,0 +1,189 @@
+"""The registry: versioned models by name. The directory tree is the truth; there is no index to go stale."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from harmony_core.errors import HarmonyError, NotFoundError, VerificationError, did_you_mean
+from harmony_core.home import Home
+from harmony_core.model_spec import ModelSpec, check_tp
+from harmony_core.registry import manifest as manifests
+from harmony_core.registry.builtin import NAMES, resolve_builtin
+from harmony_core.registry.entry import Entry, apply_setting, edit_entry, read_entry
+from harmony_core.registry.files import refuse_links
+from harmony_core.registry.keys import BUILTIN, SCHEME, Reference, parse_reference, source_hint
+from harmony_core.registry.staging import Staging
+from harmony_core.registry.versions import DEFAULT_NAMES, Defaults, ModelEntry, ModelVersion
+
+_VERSION_DIRECTORY = re.compile(r"v(\d{6,9})", re.ASCII)
+
+
+class Registry:
+    """Models of one home."""
+
+    def __init__(self, home: Home) -> None:
+        self.home = home
+
+    def resolve(self, ref: str) -> ModelVersion:
+        """The version that a reference names: `key`, `key@3`, `key@alias`, `builtin:NAME`, or behind `model_registry://`.
+
+        Sizes, small files and weight headers are checked; `verify` reads everything.
+        Raises NotFoundError (with the nearest keys) or VerificationError (naming the file).
+        """
+        plain = ref.removeprefix(SCHEME)
+        if plain.startswith(BUILTIN):
+            return resolve_builtin(self.home, plain.removeprefix(BUILTIN))
+        reference = parse_reference(ref)
+        known = self.versions(reference.key)
+        if not known:
+            hint = source_hint(ref) or did_you_mean(reference.key, self.keys()) or "adaptive models list"
+            raise NotFoundError(f"there is no model {ref!r}", hint=hint, ref=ref)
+        number = self._number(reference, known)
+        try:
+            return self._load(reference.key, number)
+        except VerificationError as error:
+            others = [f"{reference.key}@{n}" for n in known if n != number]
+            if not error.hint and others:
+                error.hint = f"other versions: {', '.join(others[-5:])}"
+            raise
+
+    def _number(self, reference: Reference, known: list[int]) -> int:
+        key = reference.key
+        if reference.alias is not None:
+            aliases = read_entry(self.home, key).aliases
+            number = aliases.get(reference.alias)
+            if number is None:
+                raise NotFoundError(
+                    f"{key!r} has no alias {reference.alias!r}", hint=did_you_mean(reference.alias, aliases)
+                )
+        else:
+            number = known[-1] if reference.version is None else reference.version
+        if number not in known:
+            versions = ", ".join(map(str, known[-12:]))
+            raise NotFoundError(f"{key!r} has no version {number}", hint=f"versions: {versions}", ref=str(reference))
+        return number
+
+    def _load(self, key: str, number: int) -> ModelVersion:
+        directory = self.directory(key, number)
+        refuse_links(self.home.models, directory)
+        record = manifests.read_manifest(directory, key)
+        path = Path(record.location) if record.location else directory
+        manifests.check_files(path, record, full=False)
+        base = self._base(f"{key}@{number}", record)
+        entry = read_entry(self.home, key)
+        return ModelVersion(
+            key=key,
+            version=number,
+            ref=f"{key}@{number}",
+            path=path,
+            format=record.format,
+            kind=record.kind,
+            trainable=entry.trainable,
+            base=base,
+            spec=base.spec if base else ModelSpec.read(path),
+            defaults=_defaults(entry, base),
+            digest=record.digest,
+            notes=record.notes,
+            source=record.source,
+            parent=record.parent,
+            run_id=record.run_id,
+            step=record.step,
+            created=record.created,
+            bytes=sum(file.size for file in record.files),
+        )
+
+    def _base(self, ref: str, record: manifests.Manifest) -> ModelVersion | None:
+        if record.base is None:
+            return None
+        try:
+            base = self.resolve(record.base.ref)
+        except NotFoundError as error:
+            raise NotFoundError(f"{ref} is an adapter of {record.base.ref}, which is gone", hint=error.hint) from error
+        if base.digest != record.base.digest:
+            raise VerificationError(f"{ref} is an adapter of {record.base.ref}, which is not the same model any more")
+        return base
+
+    def directory(self, key: str, number: int) -> Path:
+        """Where a version's record lies."""
+        return self.home.models / key / f"v{number:06d}"
+
+    def versions(self, key: str) -> list[int]:
+        """Published version numbers of a key, ascending; empty when there is no such key."""
+        try:
+            names = os.listdir(self.home.models / key)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        return sorted(int(match[1]) for name in names if (match := _VERSION_DIRECTORY.fullmatch(name)))
+
+    def _walk(self, prefix: str = "", depth: int = 4) -> Iterator[str]:
+        try:
+            children = sorted(os.scandir(self.home.models / prefix), key=lambda child: child.name)
+        except OSError:
+            return
+        if prefix and any(_VERSION_DIRECTORY.fullmatch(child.name) for child in children):
+            yield prefix
+        for child in children:
+            if depth and child.is_dir(follow_symlinks=False) and not _VERSION_DIRECTORY.fullmatch(child.name):
+                yield from self._walk(f"{prefix}/{child.name}".lstrip("/"), depth - 1)
+
+    def keys(self) -> list[str]:
+        """Every name that `resolve` takes without a version, the builtin ones last."""
+        return [*self._walk(), *(BUILTIN + name for name in NAMES)]
+
+    def list(self) -> list[ModelEntry]:
+        """Every stored key with its newest version; one that cannot be read is listed with its problem."""
+        return [self._entry(key) for key in self._walk()]
+
+    def _entry(self, key: str) -> ModelEntry:
+        newest, problem, entry = None, "", Entry(key=key)
+        try:
+            entry = read_entry(self.home, key)
+            newest = self.resolve(key)
+        except HarmonyError as error:
+            problem = error.message
+        return ModelEntry(key, tuple(self.versions(key)), dict(entry.aliases), entry.description, newest, problem)
+
+    def stage(self, expected_bytes: int = 0) -> Staging:
+        """Begin writing a version. Raises ResourceError when `expected_bytes` do not fit on the disk."""
+        return Staging(self, expected_bytes)
+
+    def imported_from(self, name: str) -> ModelVersion | None:
+        """The newest full model that was imported from a hub id or a path; None when there is none."""
+        for found in self.list():
+            source = found.newest.source.split("@")[0] if found.newest and not found.newest.base else ""
+            if source in (name, f"hf:{name}"):
+                return found.newest
+        return None
+
+    def set_defaults(self, key: str, values: dict[str, object]) -> ModelVersion:
+        """Edit a key's inference defaults (`tp`, `kv_cache_len`, `tokens_to_generate`), description, trainability.
+
+        None takes a value back. Nothing is changed unless everything can be. Returns the newest version.
+        """
+        version = self.resolve(key)
+
+        def change(entry: Entry) -> None:
+            for name, value in values.items():
+                apply_setting(entry, name, value)
+            tp = entry.defaults.get("tp")
+            if tp is not None and "tp" in values:
+                check_tp(version.spec, tp, tp)
+
+        edit_entry(self.home, version.key, change)
+        return self.resolve(version.key)
+
+
+def _defaults(entry: Entry, base: ModelVersion | None) -> Defaults:
+    """A key's own defaults; an adapter takes from its base what it does not set."""
+    values: dict[str, int] = {}
+    sources: dict[str, str] = {}
+    for name in DEFAULT_NAMES:
+        inherited = getattr(base.defaults, name) if base else None
+        if name in entry.defaults:
+            values[name], sources[name] = entry.defaults[name], f"models set {entry.key}"
+        elif base and inherited is not None:
+            values[name], sources[name] = inherited, base.defaults.sources.get(name, base.ref)
+    return Defaults(**values, sources=sources)
