@@ -60,7 +60,7 @@ class Nothing(Message):
 # --- global requests --------------------------------------------------------------------------------------------
 
 
-class LoraSettings(Message, frozen=True):
+class LoraSettings(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, frozen=True):
     """A new adapter. `targets` are leaf names of linear modules."""
 
     rank: int = 16
@@ -70,7 +70,7 @@ class LoraSettings(Message, frozen=True):
     seed: int = 0
 
 
-class ModelSource(Message, frozen=True):
+class ModelSource(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, frozen=True):
     """Where a model's bytes are. Paths are absolute.
 
     `weights` is a directory with config.json and safetensors; `adapter` one with adapter_config.json, or "" for none.
@@ -194,7 +194,7 @@ class Shutdown(Message):
 # --- replica requests -------------------------------------------------------------------------------------------
 
 
-class Sampling(Message, frozen=True):
+class Sampling(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, frozen=True):
     """How to draw tokens."""
 
     temperature: float = 1.0
@@ -306,8 +306,8 @@ METHODS: dict[str, tuple[type[Message], type[Message]]] = {
 """The closed table of methods: name -> (request type, answer type)."""
 
 
-def _pack(typecode: str, values: Iterable[float]) -> bytes:
-    data = array(typecode, values)  # type: ignore[type-var]
+def _pack(typecode: str, values: Iterable[Any]) -> bytes:
+    data = array(typecode, values)
     if sys.byteorder != "little":
         data.byteswap()
     return data.tobytes()

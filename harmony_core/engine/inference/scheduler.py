@@ -16,7 +16,7 @@ from harmony_core.engine.inference.blocks import PAGE_SIZE, PagePool, pages_for
 from harmony_core.engine.inference.draws import Draws, uniforms
 from harmony_core.engine.inference.sequence import Sequence, check_sampling
 from harmony_core.engine.inference.step import Finished, StepPlan, StepResult
-from harmony_core.errors import DataError, EngineError, PromptTooLong
+from harmony_core.errors import DataError, EngineError, HarmonyError, PromptTooLong
 from harmony_core.rpc.protocol import Sampling
 
 MAX_RUNNING = 256
@@ -115,6 +115,17 @@ class Scheduler:
             sequence.append(result.tokens[place], result.logprobs[place], result.sampled_logprobs[place], plan.version)
             if sequence.finish_reason:
                 finished.append(Finished(sequence.id, sequence.generated()))
+                self._leave(sequence)
+        return finished
+
+    def abort(self, plan: StepPlan, error: HarmonyError) -> list[Finished]:
+        """A step could not be executed: its requests end with `error`. A request cancelled meanwhile is left out."""
+        assert self._in_flight is not None and self._in_flight[0] is plan, "aborted a step that is not in flight"
+        batch = self._in_flight[1]
+        self._in_flight = None
+        finished = [Finished(sequence.id, None, error) for sequence in batch if sequence.alive]
+        for sequence in batch:
+            if sequence.alive:
                 self._leave(sequence)
         return finished
 

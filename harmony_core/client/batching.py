@@ -1,0 +1,85 @@
+"""Packs samples into micro-batches in call order. Plain data: no tokens are looked at here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+WINDOW_BATCHES = 4
+"""A window is cut once this many full micro-batches for each replica are pending: enough to pack well, early enough
+to keep the ranks busy while the recipe still submits."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sequence to train on: inputs, their targets, and -dL/dlogprob for each target."""
+
+    tokens: list[int]
+    targets: list[int]
+    coefficients: list[float]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass
+class _Bin:
+    free: int
+    members: list[int] = field(default_factory=list)
+
+
+def pack(lengths: Sequence[int], capacity: int, multiple_of: int = 1) -> list[list[int]]:
+    """Indices of `lengths` in bins of at most `capacity`, few and even.
+
+    Best-fit decreasing gives the number of bins (at most 11/9 of the optimum + 1, Johnson 1973); it is rounded up to
+    `multiple_of` (the replicas) where there are samples enough, and the longest-first samples then go to the emptiest
+    bin, so that replicas finish together. Falls back to the tight packing where the even one does not fit.
+    Deterministic; members of a bin keep call order.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    tight: list[_Bin] = []
+    for index in order:
+        fitting = [b for b in tight if b.free >= lengths[index]]
+        if fitting:
+            target = min(fitting, key=lambda b: b.free)
+        else:
+            target = _Bin(capacity)
+            tight.append(target)
+        target.free -= lengths[index]
+        target.members.append(index)
+    count = min(-(-len(tight) // multiple_of) * multiple_of, len(lengths))
+    even = [_Bin(capacity) for _ in range(count)]
+    for index in order:
+        target = max(even, key=lambda b: b.free)
+        if target.free < lengths[index]:
+            even = tight
+            break
+        target.free -= lengths[index]
+        target.members.append(index)
+    return [sorted(b.members) for b in even if b.members]
+
+
+class SampleQueue:
+    """Samples waiting to be cut into micro-batches of at most `capacity` tokens."""
+
+    def __init__(self, capacity: int, replicas: int) -> None:
+        self._capacity = capacity
+        self._replicas = replicas
+        self._pending: list[Sample] = []
+        self._tokens = 0
+
+    def add(self, sample: Sample) -> list[list[Sample]]:
+        """Queue a sample; the micro-batches that a full window makes, if it is one."""
+        self._pending.append(sample)
+        self._tokens += len(sample)
+        if self._tokens < WINDOW_BATCHES * self._replicas * self._capacity:
+            return []
+        return self.cut()
+
+    def cut(self) -> list[list[Sample]]:
+        """Everything pending, as micro-batches."""
+        batches = pack([len(s) for s in self._pending], self._capacity, self._replicas)
+        cut = [[self._pending[i] for i in batch] for batch in batches]
+        self._pending = []
+        self._tokens = 0
+        return cut

@@ -1,0 +1,183 @@
+"""How a model is to be spawned: an immutable record with setters, checked when it is spawned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from harmony_core.errors import ModelRefused, UsageError
+from harmony_core.model_spec import check_tp
+from harmony_core.rpc.protocol import LoraSettings
+
+if TYPE_CHECKING:
+    from harmony_core.client.engine import Engine
+    from harmony_core.client.inference_model import InferenceModel
+    from harmony_core.client.training_model import TrainingModel
+    from harmony_core.registry import ModelVersion
+
+TOKENS_TO_GENERATE = 2048
+"""Most new tokens of a request where neither the recipe nor the registry says otherwise."""
+
+
+@dataclass(frozen=True)
+class BuilderSettings:
+    """What was asked for. None: not set, so the registry's default applies, or else the engine's."""
+
+    tp: int | None = None
+    kv_cache_len: int | None = None
+    tokens_to_generate: int | None = None
+    max_seqlen: int | None = None
+    use_adapter: bool | None = None
+    lora: LoraSettings = LoraSettings()
+    dtype: str = ""
+
+
+class ModelBuilder:
+    """Fluent configuration of one model; every setter returns a new builder."""
+
+    def __init__(self, engine: Engine, version: ModelVersion, settings: BuilderSettings) -> None:
+        self._engine = engine
+        self._version = version
+        self._settings = settings
+
+    def __repr__(self) -> str:
+        return f"ModelBuilder({self.to_python_dict()})"
+
+    def _with(self, **changes: Any) -> ModelBuilder:
+        return ModelBuilder(self._engine, self._version, replace(self._settings, **changes))
+
+    def tp(self, tp: int) -> ModelBuilder:
+        """Tensor-parallel degree: devices per replica. Raises ModelRefused with the values that work."""
+        check_tp(self._version.spec, tp, self._engine.world_size)
+        return self._with(tp=tp)
+
+    def kv_cache_len(self, tokens: int) -> ModelBuilder:
+        """Tokens in each replica's KV pool: a contract. Unset: up to 131,072, as much as fits."""
+        if tokens < 1:
+            raise UsageError(f"kv_cache_len must be at least 1, not {tokens}")
+        return self._with(kv_cache_len=tokens)
+
+    def tokens_to_generate(self, tokens: int) -> ModelBuilder:
+        """Most new tokens of one request."""
+        if tokens < 1:
+            raise UsageError(f"tokens_to_generate must be at least 1, not {tokens}")
+        return self._with(tokens_to_generate=tokens)
+
+    def max_seqlen(self, max_seqlen: int) -> ModelBuilder:
+        """Longest sequence, prompt and completion together; unset: what the model was made for."""
+        limit = self._version.spec.max_positions
+        if not 2 <= max_seqlen <= limit:
+            raise UsageError(f"max_seqlen must be between 2 and {limit} for {self._version.ref}, not {max_seqlen}")
+        return self._with(max_seqlen=max_seqlen)
+
+    def with_adapter(
+        self,
+        use_adapter: bool = True,
+        *,
+        rank: int | None = None,
+        alpha: float | None = None,
+        dropout: float | None = None,
+        targets: tuple[str, ...] | list[str] | None = None,
+    ) -> ModelBuilder:
+        """Train a LoRA adapter in place of the full weights; on a stored adapter this changes nothing.
+
+        Defaults: rank 16, alpha 32, dropout 0, the seven linear modules of a layer. Raises ModelRefused for
+        `use_adapter=False` on a stored adapter.
+        """
+        if not use_adapter and self._version.format == "peft":
+            raise ModelRefused(
+                f"{self._version.ref} is an adapter of {self._version.base.ref if self._version.base else 'a model'}: "
+                "its full weights cannot be trained",
+                hint="leave with_adapter(False) out, or name the base model",
+            )
+        given = {"rank": rank, "alpha": alpha, "dropout": dropout, "targets": tuple(targets) if targets else None}
+        lora = {name: value for name, value in given.items() if value is not None}
+        if lora.get("rank", 1) < 1:  # type: ignore[operator]
+            raise UsageError(f"the adapter's rank must be at least 1, not {rank}")
+        if not 0 <= (dropout or 0) < 1:
+            raise UsageError(f"the adapter's dropout must be at least 0 and below 1, not {dropout}")
+        if lora and self._version.format == "peft":
+            raise ModelRefused(f"{self._version.ref} is an adapter already: its {' and '.join(lora)} cannot be set")
+        settings = LoraSettings(**{**_as_dict(self._settings.lora), **lora})
+        return self._with(use_adapter=use_adapter, lora=settings)
+
+    def dtype(self, dtype: str) -> ModelBuilder:
+        """Compute in "float32", "float64" or "bfloat16"; unset: float32 on CPU, bfloat16 on CUDA."""
+        if dtype not in ("float32", "float64", "bfloat16"):
+            raise UsageError(f'dtype must be "float32", "float64" or "bfloat16", not {dtype!r}')
+        return self._with(dtype=dtype)
+
+    def into_scoring_model(self) -> ModelBuilder:
+        """Scalar heads are not supported. Raises UsageError."""
+        raise UsageError("scalar heads (into_scoring_model) are not supported")
+
+    def with_draft(self, draft_model_path: str, num_draft_steps: int | None = None) -> ModelBuilder:
+        """Speculative decoding is not supported. Raises UsageError."""
+        raise UsageError("speculative decoding (with_draft) is not supported")
+
+    def tools(self, tools: list[str]) -> ModelBuilder:
+        """Tool URIs are not supported. Raises UsageError unless the list is empty."""
+        if tools:
+            raise UsageError("tool URIs are not supported; tools live in the recipe's environment")
+        return self
+
+    def extra_params(self, **params: Any) -> ModelBuilder:
+        """For external providers, of which there are none here. Raises UsageError unless empty."""
+        if params:
+            raise UsageError(f"extra_params are for external providers; {', '.join(params)} means nothing here")
+        return self
+
+    def api_key(self, api_key: str) -> ModelBuilder:
+        """For external providers, of which there are none here. Raises UsageError."""
+        raise UsageError("api_key is for external providers; local models need none")
+
+    def to_python_dict(self) -> dict[str, Any]:
+        """The full configuration, defaults filled in."""
+        settings = self._settings
+        return {
+            "path": f"model_registry://{self._version.ref}",
+            "tp": self.resolved_tp(),
+            "kv_cache_len": settings.kv_cache_len or self._version.defaults.kv_cache_len,
+            "tokens_to_generate": self.resolved_tokens_to_generate(),
+            "max_seqlen": settings.max_seqlen,
+            "use_adapter": settings.use_adapter,
+            "lora": _as_dict(settings.lora),
+        }
+
+    def resolved_tp(self) -> int:
+        """The builder's tp, else the registry's, else 1."""
+        return self._settings.tp or self._version.defaults.tp or 1
+
+    def resolved_tokens_to_generate(self) -> int:
+        """The builder's cap, else the registry's, else 2048."""
+        return self._settings.tokens_to_generate or self._version.defaults.tokens_to_generate or TOKENS_TO_GENERATE
+
+    async def spawn_inference(self, name: str) -> InferenceModel:
+        """Make the model live for generation and scoring. Raises MemoryRefused, ConflictError, ModelRefused."""
+        from harmony_core.client.inference_model import InferenceModel
+        from harmony_core.client.spawning import spawn
+
+        return InferenceModel(await spawn(self._engine, self._version, self, name, None))
+
+    async def spawn_train(self, name: str, max_batch_size: int) -> TrainingModel:
+        """Make the model live for training, too. `max_batch_size`: tokens in a micro-batch = longest sample.
+
+        Its memory, gradients, optimizer state and activations included, is promised now.
+        """
+        from harmony_core.client.spawning import spawn
+        from harmony_core.client.training_model import TrainingModel
+
+        if max_batch_size < 2:
+            raise UsageError(f"max_batch_size is a number of tokens and must be at least 2, not {max_batch_size}")
+        if not self._version.trainable:
+            raise ModelRefused(f"{self._version.ref} cannot be trained (kind {self._version.kind})")
+        return TrainingModel(await spawn(self._engine, self._version, self, name, max_batch_size))
+
+    @property
+    def settings(self) -> BuilderSettings:
+        """What was asked for."""
+        return self._settings
+
+
+def _as_dict(lora: LoraSettings) -> dict[str, Any]:
+    return {name: getattr(lora, name) for name in ("rank", "alpha", "dropout", "targets", "seed")}

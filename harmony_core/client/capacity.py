@@ -1,0 +1,59 @@
+"""How many ranks there will be, on what, and how many bytes each may use."""
+
+from __future__ import annotations
+
+import subprocess
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from harmony_core.errors import ResourceError, UsageError
+from harmony_core.launch.launcher import resolve_launch
+from harmony_core.ledger import Ledger, host_capacity, parse_assume
+
+if TYPE_CHECKING:
+    from harmony_core.client.engine import EngineOptions
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The ranks' devices. `capacity`: bytes of each CUDA device, or of the host that CPU ranks share."""
+
+    device: str
+    world_size: int
+    capacity: int | list[int]
+
+    @staticmethod
+    def find(options: EngineOptions) -> Machine:
+        """What the options and this machine (or the assumed one) give. Raises ResourceError, ConfigError."""
+        if options.assume:
+            devices = parse_assume(options.assume)
+            world_size = options.num_processes or len(devices)
+            if world_size > len(devices):
+                raise UsageError(f"--num-processes {world_size} on an assumed machine of {len(devices)} devices")
+            return Machine("cuda", world_size, devices[:world_size])
+        device, world_size = resolve_launch(options.num_processes, options.device, options.accelerate_config)
+        if device == "cpu":
+            return Machine("cpu", world_size, host_capacity(options.memory, ranks=world_size))
+        free = cuda_free_bytes()
+        if len(free) < world_size:
+            raise ResourceError(
+                f"{world_size} ranks asked for, {len(free)} CUDA devices found",
+                hint=f"--num-processes {len(free)}, or --device cpu",
+            )
+        return Machine("cuda", world_size, [min(b, options.memory or b) for b in free[:world_size]])
+
+    def ledger(self) -> Ledger:
+        """An empty ledger of this machine."""
+        if isinstance(self.capacity, int):
+            return Ledger(self.capacity, ranks=self.world_size)
+        return Ledger(self.capacity)
+
+
+def cuda_free_bytes() -> list[int]:
+    """Free bytes of each visible CUDA device, as the driver's own tool reports them."""
+    query = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
+    try:
+        shown = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        raise ResourceError("the memory of the CUDA devices cannot be read: nvidia-smi failed") from error
+    return [int(line) * 2**20 for line in shown.split()]

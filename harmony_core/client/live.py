@@ -1,0 +1,226 @@
+"""What the driver knows of one live model; its handles share it."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import sys
+from collections import deque
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from harmony_core.client.batching import Sample, SampleQueue
+from harmony_core.client.engine import Engine, Request
+from harmony_core.errors import ConflictError, ModelRefused, NothingToTrain, UsageError
+from harmony_core.rpc.protocol import Dealloc, Message, MicroBatch, pack_doubles, pack_ints
+
+if TYPE_CHECKING:
+    from harmony_core.ledger import Plan
+    from harmony_core.registry import ModelVersion
+    from harmony_core.tokenization import ChatTokenizer
+
+MAX_UNANSWERED = 8
+"""Micro-batches per replica that may wait on the ranks before `train_*` makes its caller wait."""
+
+
+class DryRunEnded(Exception):
+    """A dry run came to the first call that needs a rank. `where` is the caller's file:line."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__(where)
+        self.where = where
+
+
+def _callers_line() -> str:
+    """file:line of the nearest caller outside this package."""
+    package = str(Path(__file__).resolve().parent.parent)
+    frame = sys._getframe(1)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        ours = file.startswith((package, "<")) or "asyncio" in file or "adaptive_harmony" in file
+        if not ours:
+            return f"{Path(file).name}:{frame.f_lineno}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return "the recipe"
+
+
+@dataclass
+class PendingStep:
+    """What has been accepted since the last optimizer step."""
+
+    queue: SampleQueue
+    totals: dict[str, float] = field(default_factory=dict)
+    samples: int = 0
+    batches: deque[Request] = field(default_factory=deque)
+    next_batch: int = 0
+    """Micro-batch i goes to replica i mod dp."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How a model was spawned. Token counts; `plan` in bytes per rank."""
+
+    tp: int
+    train: bool
+    lora: bool
+    max_batch_tokens: int
+    kv_tokens: int
+    context_tokens: int
+    tokens_to_generate: int
+    plan: Plan
+    weights_key: str
+
+
+class LiveModel:
+    """A spawned model: where it runs, its limits, and what is under way. Frees itself when no handle is left."""
+
+    def __init__(
+        self, engine: Engine, name: str, version: ModelVersion, tokenizer: ChatTokenizer | None, placement: Placement
+    ) -> None:
+        self.engine = engine
+        self.name = name
+        self.version = version
+        self.placement = placement
+        self.replicas = engine.world_size // placement.tp
+        self.step = 0
+        self.pending = PendingStep(SampleQueue(placement.max_batch_tokens, self.replicas))
+        self._tokenizer = tokenizer
+        self._outstanding = [0] * self.replicas
+        self._requests = 0
+        self._freed = False
+        self._loop = asyncio.get_running_loop()
+
+    def copied(self, name: str, plan: Plan) -> LiveModel:
+        """The record of a frozen copy of this model."""
+        return LiveModel(
+            self.engine, name, self.version, self._tokenizer, replace(self.placement, train=False, plan=plan)
+        )
+
+    @property
+    def tokenizer(self) -> ChatTokenizer:
+        """The model's tokenizer. Raises ModelRefused for a model that has none."""
+        if self._tokenizer is None:
+            raise ModelRefused(
+                f"model {self.version.ref} has no tokenizer: only raw_logprobs and train_tangents can be used",
+                hint="add tokenizer.json and a chat template to the directory and import it again",
+            )
+        return self._tokenizer
+
+    def require_live(self) -> None:
+        """Raises ConflictError when the model was deallocated."""
+        if self._freed:
+            raise ConflictError(f"model {self.name!r} was deallocated", hint="spawn it again")
+
+    def require_ranks(self) -> None:
+        """Before any request: the model must be live, and not only planned. Raises DryRunEnded, ConflictError."""
+        self.require_live()
+        if self.engine.options.dry_run:
+            raise DryRunEnded(_callers_line())
+
+    # --- replica requests -------------------------------------------------------------------------------------
+
+    def next_request_seed(self) -> int:
+        """A request's seed: a hash of the run's seed, the spawn's name and the request's number."""
+        text = f"{self.engine.options.seed}/{self.name}/{self._requests}"
+        self._requests += 1
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+    def least_busy(self) -> int:
+        """The replica with the fewest outstanding tokens."""
+        return min(range(self.replicas), key=lambda r: (self._outstanding[r], r))
+
+    def post(self, replica: int, message: Message, cost: int) -> Request:
+        """Send a request of `cost` tokens to a replica."""
+        self._outstanding[replica] += cost
+        request = self.engine.post_replica(self.placement.tp, replica, message)
+
+        def answered(_: asyncio.Future[Message]) -> None:
+            self._outstanding[replica] -= cost
+
+        request.future.add_done_callback(answered)
+        return request
+
+    # --- training ---------------------------------------------------------------------------------------------
+
+    def accept(self, sample: Sample, unit: str, amount: float) -> None:
+        """Queue a validated sample that adds `amount` of `unit` to the step's denominator."""
+        self.require_ranks()
+        self.pending.totals[unit] = self.pending.totals.get(unit, 0.0) + amount
+        self.pending.samples += 1
+        self._send(self.pending.queue.add(sample))
+
+    def _send(self, batches: list[list[Sample]]) -> None:
+        pending = self.pending
+        for batch in batches:
+            replica = pending.next_batch % self.replicas
+            pending.next_batch += 1
+            message = MicroBatch(
+                model=self.name,
+                replica=replica,
+                tokens=pack_ints(t for s in batch for t in s.tokens),
+                targets=pack_ints(t for s in batch for t in s.targets),
+                coefficients=pack_doubles(c for s in batch for c in s.coefficients),
+                lengths=pack_ints(len(s) for s in batch),
+            )
+            request = self.post(replica, message, sum(map(len, batch)))
+            # A failure is reported by `optim_step`, which the ranks refuse; here it only must not be "never retrieved".
+            request.future.add_done_callback(lambda f: None if f.cancelled() else f.exception())
+            pending.batches.append(request)
+
+    async def room(self) -> None:
+        """Wait while too many micro-batches are unanswered."""
+        batches = self.pending.batches
+        while len(batches) > MAX_UNANSWERED * self.replicas:
+            await asyncio.wait([batches[0].future])
+            while batches and batches[0].future.done():
+                batches.popleft()
+
+    def close_step(self, normalise: str) -> float:
+        """Cut and send what is pending, and begin the next step. Returns the denominator.
+
+        Raises NothingToTrain when nothing was accepted, UsageError for mixed units.
+        """
+        pending = self.pending
+        self._send(pending.queue.cut())
+        self.pending = PendingStep(SampleQueue(self.placement.max_batch_tokens, self.replicas))
+        if pending.samples == 0:
+            raise NothingToTrain(
+                f"optim_step of {self.name!r}: no sample was accepted since the last one",
+                hint="await at least one train_* call before optim_step",
+            )
+        total = sum(pending.totals.values())
+        if normalise == "mean" and len(pending.totals) > 1:
+            units = " and ".join(sorted(pending.totals))
+            raise UsageError(
+                f"one step of {self.name!r} mixes losses that are normalised differently: {units}",
+                hint='call optim_step between them, or optim_step(..., normalise="sum")',
+            )
+        if normalise == "mean" and total == 0:
+            raise NothingToTrain(f"the step of {self.name!r} has a denominator of 0")
+        return total
+
+    # --- end --------------------------------------------------------------------------------------------------
+
+    def free(self) -> asyncio.Future[list[Message]] | None:
+        """Give the memory back; the model cannot be used afterwards. None when there is nothing to wait for."""
+        if self._freed:
+            return None
+        self._freed = True
+        self.engine.names.discard(self.name)
+        self.engine.ledger.release(self.name)
+        if self.engine.options.dry_run:
+            return None
+        return self.engine.post_global(Dealloc(model=self.name))
+
+    def __del__(self) -> None:
+        if not self._freed and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(_free_quietly, self.engine, self.name)
+
+
+def _free_quietly(engine: Engine, name: str) -> None:
+    """Free a model that no handle refers to any more."""
+    engine.names.discard(name)
+    engine.ledger.release(name)
+    if not engine.options.dry_run and not engine.closed:
+        engine.post_global(Dealloc(model=name)).add_done_callback(lambda f: f.exception())

@@ -1,0 +1,238 @@
+"""From a builder to a live model: plan, promise, spawn on every rank; on failure give everything back."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harmony_core import memory
+from harmony_core.client.live import LiveModel, Placement
+from harmony_core.client.storage import source_of
+from harmony_core.errors import ConflictError, HarmonyError, ModelRefused, UsageError
+from harmony_core.model_spec import check_tp
+from harmony_core.rpc.protocol import Clone, Dealloc, LoraSettings, Message, Spawn, Spawned
+from harmony_core.tokenization import ChatTokenizer
+
+if TYPE_CHECKING:
+    from harmony_core.client.builder import ModelBuilder
+    from harmony_core.client.engine import Engine
+    from harmony_core.registry import ModelVersion
+
+LEAST_KV_TOKENS = 1024
+"""A pool that nobody sized is not made smaller than this, or than one context."""
+PREFILL_TOKENS = 8192
+"""Most tokens that an inference model takes in one pass."""
+
+
+@lru_cache(maxsize=32)
+def load_tokenizer(directory: Path) -> ChatTokenizer:
+    """The tokenizer in a directory, read once."""
+    return ChatTokenizer.load(directory)
+
+
+async def spawn(
+    engine: Engine, version: ModelVersion, builder: ModelBuilder, name: str, max_batch_size: int | None
+) -> LiveModel:
+    """A live model named `name`; for training when `max_batch_size` is given."""
+    tp = builder.resolved_tp()
+    check_tp(version.spec, tp, engine.world_size)
+    _check_blocks(engine, version, tp)
+    async with engine.spawn_order:
+        plan = _Planned(engine, version, builder, name, tp, max_batch_size)
+        return await plan.make_live()
+
+
+def _check_blocks(engine: Engine, version: ModelVersion, tp: int) -> None:
+    for other in engine.tp_values:
+        if tp % other and other % tp:
+            raise ModelRefused(
+                f"{version.ref} with tp={tp} cannot run beside a model with tp={other}: "
+                "the tp values of a run must divide one another",
+                hint=f"use tp={other} for both",
+            )
+
+
+class _Planned:
+    """One spawn: its shape, its promise, and the message that carries it out."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        version: ModelVersion,
+        builder: ModelBuilder,
+        name: str,
+        tp: int,
+        max_batch_size: int | None,
+    ) -> None:
+        if not name:
+            raise UsageError("a spawned model needs a name")
+        if name in engine.names:
+            raise ConflictError(f"a model named {name!r} is live already", hint="choose another name, or dealloc() it")
+        settings = builder.settings
+        self.engine, self.version, self.name, self.tp = engine, version, name, tp
+        self.builder = builder
+        self.train = max_batch_size is not None
+        self.new_lora = seeded(settings.lora, name) if settings.use_adapter and version.format == "hf" else None
+        self.lora = self.new_lora is not None or version.format == "peft"
+        self.private = self.train and not self.lora
+        self.dtype = settings.dtype or ("float32" if engine.machine.device == "cpu" else "bfloat16")
+        self.context = settings.max_seqlen or version.spec.max_positions
+        self.max_batch = max_batch_size or min(PREFILL_TOKENS, version.spec.max_positions)
+        source = source_of(version)
+        self.weights_key = "" if self.private else f"{source.digest}/{tp}/{self.dtype}"
+        self.source = source
+        explicit_kv = settings.kv_cache_len or version.defaults.kv_cache_len
+        self.shape = self._shape(explicit_kv or 0)
+        if explicit_kv is None:
+            self.shape = self._shape(self._kv_that_fits())
+        self.kv_tokens = self.shape.kv_tokens
+        self.plan = memory.plan(self.shape)
+
+    def _shape(self, kv_tokens: int) -> memory.Shape:
+        lora = self.new_lora or (stored_lora(self.version) if self.lora else None)
+        shape = memory.Shape(
+            spec=self.version.spec,
+            tp=self.tp,
+            train=self.train,
+            lora=lora,
+            max_batch_tokens=self.max_batch,
+            kv_tokens=kv_tokens,
+            device=self.engine.machine.device,
+            dtype=self.dtype,
+            checkpointed_layers=0,
+            weights_shared=not self.private and self.engine.ledger.holds(self.weights_key),
+        )
+        return replace(shape, checkpointed_layers=self._checkpointed(shape))
+
+    def _checkpointed(self, shape: memory.Shape) -> int:
+        return memory.choose_checkpointing(shape, self.engine.ledger.free, self.engine.ledger.transient)
+
+    def _kv_that_fits(self) -> int:
+        """Half of what is left beside everything else, at most the default; at least one context."""
+        ledger = self.engine.ledger
+        needed = memory.plan(self.shape).total
+        half = needed + max(ledger.free - needed, 0) // 2
+        return max(memory.default_kv_tokens(self.shape, half, ledger.transient), min(self.context, LEAST_KV_TOKENS))
+
+    async def make_live(self) -> LiveModel:
+        """Promise the memory, spawn on every rank, and hand out the record."""
+        engine = self.engine
+        tokenizer_dir = self.version.tokenizer_dir
+        tokenizer = load_tokenizer(tokenizer_dir) if tokenizer_dir is not None else None
+        engine.ledger.promise(
+            self.name,
+            self.plan,
+            weights_key=self.weights_key,
+            ways_out=lambda free, transient: memory.ways_out(self.shape, free, engine.world_size, transient),
+        )
+        engine.names.add(self.name)
+        engine.events("spawn.planned", self.described(), None)
+        try:
+            if not engine.options.dry_run:
+                await engine.ready()
+                await engine.reblock(self.tp)
+                await _run_spawn(engine, self.name, self._message())
+        except BaseException:
+            engine.names.discard(self.name)
+            engine.ledger.release(self.name)
+            raise
+        engine.tp_values.add(self.tp)
+        engine.planned.append(self.described())
+        placement = Placement(
+            tp=self.tp,
+            train=self.train,
+            lora=self.lora,
+            max_batch_tokens=self.max_batch,
+            kv_tokens=self.kv_tokens,
+            context_tokens=min(self.context, self.kv_tokens),
+            tokens_to_generate=self.builder.resolved_tokens_to_generate(),
+            plan=self.plan,
+            weights_key=self.weights_key,
+        )
+        return LiveModel(engine, self.name, self.version, tokenizer, placement)
+
+    def _message(self) -> Spawn:
+        return Spawn(
+            name=self.name,
+            source=self.source,
+            tp=self.tp,
+            train=self.train,
+            max_batch_tokens=self.max_batch,
+            kv_tokens=self.kv_tokens,
+            lora=self.new_lora,
+            dtype=self.dtype,
+            checkpointed_layers=self.shape.checkpointed_layers,
+            promised_bytes=self.plan.total,
+            rehearse=self.engine.options.rehearse or self.engine.machine.device == "cuda",
+        )
+
+    def described(self) -> dict[str, Any]:
+        """The spawn as plain data, for events and the dry run's report. Bytes are per rank."""
+        return {
+            "name": self.name,
+            "model": self.version.ref,
+            "kind": "train" if self.train else "inference",
+            "adapter": self.lora,
+            "tp": self.tp,
+            "replicas": self.engine.world_size // self.tp,
+            "max_batch_size": self.max_batch,
+            "kv_cache_len": self.kv_tokens,
+            "tokens_to_generate": self.builder.resolved_tokens_to_generate(),
+            "checkpointed_layers": self.shape.checkpointed_layers,
+            "bytes": {**self.plan.parts(), "total": self.plan.total},
+        }
+
+
+async def _run_spawn(engine: Engine, name: str, message: Message) -> None:
+    """Run a spawn on all ranks; a cancelled caller leaves no model behind."""
+    posted = engine.post_global(message)
+    try:
+        answers = await asyncio.shield(posted)
+    except asyncio.CancelledError:
+        posted.add_done_callback(lambda done: _undo_spawn(engine, name, done))
+        raise
+    assert all(isinstance(answer, Spawned) for answer in answers)
+
+
+def _undo_spawn(engine: Engine, name: str, done: asyncio.Future[list[Message]]) -> None:
+    if not done.cancelled() and done.exception() is None and not engine.closed:
+        engine.post_global(Dealloc(model=name)).add_done_callback(lambda f: f.exception())
+
+
+def seeded(lora: LoraSettings, name: str) -> LoraSettings:
+    """The settings with the seed that the spawn's name gives."""
+    seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=6).digest(), "little") ^ lora.seed
+    return LoraSettings(rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, targets=lora.targets, seed=seed)
+
+
+def stored_lora(version: ModelVersion) -> LoraSettings:
+    """The settings of a stored adapter, as far as its memory depends on them."""
+    config = json.loads((version.path / "adapter_config.json").read_text(encoding="utf-8"))
+    return LoraSettings(rank=config["r"], targets=tuple(config["target_modules"]))
+
+
+async def clone(live: LiveModel) -> LiveModel:
+    """A frozen copy of a live model's trained state, promised and spawned like any other model."""
+    engine = live.engine
+    async with engine.spawn_order:
+        number = 1
+        while f"{live.name}-clone-{number}" in engine.names:
+            number += 1
+        name = f"{live.name}-clone-{number}"
+        live.require_live()
+        plan = replace(live.placement.plan, gradients=0, optimizer=0, activations=0)
+        engine.ledger.promise(name, plan, weights_key=live.placement.weights_key)
+        engine.names.add(name)
+        try:
+            if not engine.options.dry_run:
+                await _run_spawn(engine, name, Clone(source=live.name, name=name, kv_tokens=live.placement.kv_tokens))
+        except (HarmonyError, asyncio.CancelledError):
+            engine.names.discard(name)
+            engine.ledger.release(name)
+            raise
+        return live.copied(name, plan)

@@ -1,0 +1,60 @@
+"""Saving a live model as a registry version, and loading one into it."""
+
+from __future__ import annotations
+
+import asyncio
+
+from harmony_core.client.live import LiveModel
+from harmony_core.errors import ModelRefused
+from harmony_core.registry import ModelVersion, slugify
+from harmony_core.rpc.protocol import Load, ModelSource, Nothing, Save
+
+SCHEME = "model_registry://"
+
+
+def source_of(version: ModelVersion) -> ModelSource:
+    """Where the ranks find a version's bytes."""
+    adapter = str(version.path) if version.format == "peft" else ""
+    return ModelSource(weights=str(version.weights_dir), digest=version.weights_digest, adapter=adapter)
+
+
+async def save_live(live: LiveModel, name: str, inference_only: bool) -> str:
+    """Write, verify and publish; the exact reference of the new version."""
+    live.require_ranks()
+    # Shielded: a version that the ranks have written is published even if the caller is cancelled meanwhile.
+    return await asyncio.shield(asyncio.ensure_future(_save(live, slugify(name.removeprefix(SCHEME)), inference_only)))
+
+
+async def _save(live: LiveModel, key: str, inference_only: bool) -> str:
+    registry = live.engine.registry
+    with registry.stage() as staging:
+        message = Save(model=live.name, directory=str(staging.directory), inference_only=inference_only)
+        await live.engine.run_global(message, Nothing)
+        published = await asyncio.to_thread(
+            staging.publish,
+            key,
+            kind=live.version.kind,
+            parent=live.version,
+            base=(live.version.base or live.version) if live.placement.lora else None,
+            run_id=live.engine.options.run_id,
+            step=live.step,
+        )
+    live.engine.events("model.saved", {"model": live.name, "ref": published.ref, "step": live.step}, None)
+    return published.ref
+
+
+async def load_into(live: LiveModel, path: str) -> None:
+    """Replace a live model's weights by a stored version's. Raises ModelRefused when they are of another shape."""
+    version = live.engine.registry.resolve(path.removeprefix(SCHEME))
+    if (version.format == "peft") != live.placement.lora:
+        have, want = ("an adapter", "full weights") if live.placement.lora else ("full weights", "an adapter")
+        raise ModelRefused(f"{version.ref} cannot be loaded into {live.name!r}: it holds {want}, the model {have}")
+    ours, theirs = live.version.spec, version.spec
+    for field in ("model_type", "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads"):
+        if getattr(ours, field) != getattr(theirs, field):
+            raise ModelRefused(
+                f"{version.ref} cannot be loaded into {live.name!r}: "
+                f"{field} is {getattr(theirs, field)} there and {getattr(ours, field)} here"
+            )
+    live.require_ranks()
+    await live.engine.run_global(Load(model=live.name, source=source_of(version)), Nothing)

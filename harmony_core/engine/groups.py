@@ -1,0 +1,112 @@
+"""Who talks to whom: the control group of all ranks, blocks under one leader, and the groups of each tp value.
+
+Control traffic (instructions, outcomes, agreement) goes over gloo on every device; model collectives over the device's
+own backend. Groups are created by all ranks in the same order, so only while a global request is executed.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from harmony_core.engine.models.parallel import TensorParallel
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+FOREVER = timedelta(days=365)
+"""Followers wait for their leader as long as the recipe thinks; death is noticed through the sockets, not by a timeout."""
+
+
+def exchange(payload: bytes, group: ProcessGroup | None, size: int) -> list[bytes]:
+    """Everybody's bytes, in rank order, on every member."""
+    if size == 1:
+        return [payload]
+    lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(size)]
+    dist.all_gather(lengths, torch.tensor([len(payload)]), group=group)
+    longest = max(int(length) for length in lengths)
+    if longest == 0:
+        return [b""] * size
+    mine = torch.zeros(longest, dtype=torch.uint8)
+    mine[: len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8) if payload else mine[:0]
+    everyone = [torch.empty(longest, dtype=torch.uint8) for _ in range(size)]
+    dist.all_gather(everyone, mine, group=group)
+    return [t[: int(n)].numpy().tobytes() for t, n in zip(everyone, lengths, strict=True)]
+
+
+class Block:
+    """Consecutive ranks whose first one, the leader, hears requests and decides; the others execute what it announces."""
+
+    def __init__(self, first: int, size: int, rank: int, group: ProcessGroup | None) -> None:
+        self.first = first
+        self.size = size
+        self.is_leader = rank == first
+        self._group = group
+
+    def announce(self, instruction: bytes) -> None:
+        """Leader: send an instruction to the others."""
+        if self.size == 1:
+            return
+        dist.broadcast(torch.tensor([len(instruction)]), src=self.first, group=self._group)
+        data = torch.frombuffer(bytearray(instruction), dtype=torch.uint8)
+        dist.broadcast(data, src=self.first, group=self._group)
+
+    def listen(self) -> bytes:
+        """Follower: wait for the leader's next instruction."""
+        length = torch.zeros(1, dtype=torch.int64)
+        dist.broadcast(length, src=self.first, group=self._group)
+        data = torch.empty(int(length), dtype=torch.uint8)
+        dist.broadcast(data, src=self.first, group=self._group)
+        return data.numpy().tobytes()
+
+    def exchange(self, payload: bytes) -> list[bytes]:
+        """Every member's bytes, in rank order."""
+        return exchange(payload, self._group, self.size)
+
+
+class Groups:
+    """This rank's groups. `control` None with one rank."""
+
+    def __init__(self, rank: int, world_size: int, model_backend: str, model_timeout: timedelta) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self._backend = model_backend
+        self._timeout = model_timeout
+        self._control = self._new(list(range(world_size)), "gloo", FOREVER)
+        self._parallel: dict[int, tuple[TensorParallel, ProcessGroup | None]] = {}
+
+    def _new(self, ranks: list[int], backend: str, timeout: timedelta) -> ProcessGroup | None:
+        if len(ranks) == 1:
+            return None
+        group = dist.new_group(ranks, backend=backend, timeout=timeout)
+        return group if self.rank in ranks else None
+
+    def agree(self, payload: bytes) -> list[bytes]:
+        """Every rank's bytes, in rank order."""
+        return exchange(payload, self._control, self.world_size)
+
+    def block(self, size: int) -> Block:
+        """This rank's block when the run is cut into blocks of `size`. All ranks call it together."""
+        mine: ProcessGroup | None = None
+        for first in range(0, self.world_size, size):
+            group = self._new(list(range(first, first + size)), "gloo", FOREVER)
+            mine = group if group is not None else mine
+        return Block(self.rank // size * size, size, self.rank, mine)
+
+    def parallel(self, tp: int) -> tuple[TensorParallel, ProcessGroup | None]:
+        """This rank's tensor-parallel group for `tp`, and its data-parallel one. All ranks call it together."""
+        if tp not in self._parallel:
+            mine: ProcessGroup | None = None
+            for first in range(0, self.world_size, tp):
+                group = self._new(list(range(first, first + tp)), self._backend, self._timeout)
+                mine = group if group is not None else mine
+            replicas: ProcessGroup | None = None
+            for offset in range(tp):
+                group = self._new(list(range(offset, self.world_size, tp)), self._backend, self._timeout)
+                replicas = group if group is not None else replicas
+            here = TensorParallel.single() if tp == 1 else TensorParallel(size=tp, rank=self.rank % tp, group=mine)
+            self._parallel[tp] = here, replicas
+        return self._parallel[tp]

@@ -1,0 +1,288 @@
+"""The engine thread of one rank: take an instruction, execute it, answer. It issues every collective of the rank.
+
+A leader makes its instructions from requests; the other ranks of its block get them from it and execute them as they
+are. Nothing else decides anything, so all ranks of a block enter the same collectives in the same order.
+"""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from harmony_core.engine.groups import Block, Groups
+from harmony_core.engine.hosted import HostedModel, ModelTable
+from harmony_core.engine.inference.scheduler import Scheduler
+from harmony_core.engine.instructions import (
+    GenerateWork,
+    GlobalWork,
+    Instruction,
+    Outcome,
+    ScoreWork,
+    TrainWork,
+    decode_instruction,
+    decode_outcome,
+    encode_instruction,
+    encode_outcome,
+)
+from harmony_core.engine.leader import Leader
+from harmony_core.engine.order import ModelQueue, ReplicaQueue, Step
+from harmony_core.engine.scoring import score
+from harmony_core.errors import InternalError, StepFailed
+from harmony_core.rpc.protocol import (
+    AbandonStep,
+    Clone,
+    Dealloc,
+    Load,
+    Message,
+    Nothing,
+    OptimStep,
+    Reblock,
+    Save,
+    SetStep,
+    Shutdown,
+    Spawn,
+    StepMetrics,
+)
+from harmony_core.rpc.rank_channel import IDLE
+from harmony_core.rpc.wire import Failure, error_of, failure_of
+
+if TYPE_CHECKING:
+    from harmony_core.engine.process import Topology
+    from harmony_core.rpc.rank_channel import RankChannel
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+"""How long a model collective may take before the rank gives up; a dead peer is noticed long before, by its socket."""
+
+
+class Host:
+    """Serves one rank until the driver says to stop."""
+
+    def __init__(self, channel: RankChannel, topology: Topology) -> None:
+        self._channel = channel
+        self._topology = topology
+        backend = "gloo" if topology.device.type == "cpu" else "nccl"
+        self._groups = Groups(topology.rank, topology.world_size, backend, COLLECTIVE_TIMEOUT)
+        self._models = ModelTable(topology.device)
+        self._tp: dict[str, int] = {}
+        self._block: Block = self._groups.block(1)
+        self._leader: Leader | None = Leader(channel)
+        self._running = True
+
+    def serve(self) -> None:
+        """Execute instructions until `Shutdown`."""
+        while self._running:
+            if self._leader is not None:
+                step = self._leader.next_step()
+                self._block.announce(encode_instruction(step.instruction) if self._block.size > 1 else b"")
+                self._execute(step.instruction, step)
+            else:
+                self._execute(decode_instruction(self._block.listen()), None)
+
+    def _execute(self, instruction: Instruction, step: Step | None) -> None:
+        name = instruction.method if isinstance(instruction, GlobalWork) else type(instruction).__name__
+        self._channel.phase = name
+        if isinstance(instruction, GlobalWork):
+            self._execute_global(instruction.message(), step)
+        else:
+            self._execute_replica(instruction, step)
+        self._channel.step += 1
+        self._channel.phase = IDLE
+
+    # --- replica work -----------------------------------------------------------------------------------------
+
+    def _execute_replica(self, instruction: TrainWork | ScoreWork | GenerateWork, step: Step | None) -> None:
+        outcome = self._guarded(instruction)
+        outcomes = [outcome]
+        if self._block.size > 1:
+            outcomes = [decode_outcome(o) for o in self._block.exchange(encode_outcome(outcome))]
+        if step is None or self._leader is None:
+            return
+        tp = self._tp[instruction.model]
+        first = self._block.first
+        parts = {r: outcomes[r * tp - first : (r + 1) * tp - first] for r in _replicas(instruction)}
+        self._leader.answer(step, parts)
+
+    def _guarded(self, instruction: TrainWork | ScoreWork | GenerateWork) -> Outcome:
+        """Run this rank's part. What goes wrong belongs to the request, not to the rank: it is sent back as data."""
+        try:
+            return self._run(instruction)
+        except Exception as error:
+            failure = failure_of(error, self._topology.rank)
+            if isinstance(instruction, TrainWork):
+                hosted = self._models.get(instruction.model)
+                hosted.poison = hosted.poison or failure
+            return Outcome(failure=failure)
+
+    def _run(self, instruction: TrainWork | ScoreWork | GenerateWork) -> Outcome:
+        hosted = self._models.get(instruction.model)
+        replica = self._topology.rank // self._tp[instruction.model]
+        if isinstance(instruction, GenerateWork):
+            plan = instruction.plans.get(replica)
+            return Outcome(generated=None if plan is None else hosted.runner.run(plan))
+        if isinstance(instruction, ScoreWork):
+            requests = instruction.requests.get(replica)
+            return Outcome(scores=None if requests is None else score(hosted.model, hosted.adapter, requests))
+        batch = instruction.batches.get(replica)
+        if batch is None:
+            return Outcome()
+        assert hosted.trainer is not None
+        started = time.perf_counter()
+        done = hosted.trainer.accumulate(batch)
+        data = {"model": hosted.name, "replica": replica, "tokens": done.tokens, "samples": done.samples}
+        self._channel.event("micro_batch", {**data, "seconds": time.perf_counter() - started})
+        return Outcome(trained=done)
+
+    # --- global work ------------------------------------------------------------------------------------------
+
+    def _execute_global(self, message: Message, step: Step | None) -> None:
+        if isinstance(message, Shutdown):
+            self._running = False
+            self._reply(step, Nothing())
+            return
+        if isinstance(message, Reblock):
+            self._reblock(message, step)
+            return
+        if isinstance(message, OptimStep):
+            self._agree_on_poison(message, step)
+            return
+        answer, failure = self._attempt(message)
+        failures = self._agree(failure)
+        if failures:
+            self._undo(message)
+            self._fail(step, failures[0])
+            return
+        self._registered(message)
+        self._reply(step, answer)
+
+    def _attempt(self, message: Message) -> tuple[Message, Failure | None]:
+        try:
+            return self._run_global(message), None
+        except Exception as error:
+            return Nothing(), failure_of(error, self._topology.rank)
+
+    def _run_global(self, message: Message) -> Message:
+        if isinstance(message, Spawn):
+            tp, replicas = self._groups.parallel(message.tp)
+            return self._announced(self._models.spawn(message, tp, replicas))
+        if isinstance(message, Clone):
+            return self._announced(self._models.clone(message))
+        if isinstance(message, Save):
+            if self._topology.rank < self._tp[message.model]:
+                self._models.save(message, write=self._topology.rank == 0)
+        elif isinstance(message, Load):
+            self._models.load(message)
+        elif isinstance(message, SetStep):
+            trainer = self._models.get(message.model).trainer
+            assert trainer is not None
+            trainer.step = message.step
+        elif isinstance(message, AbandonStep):
+            self._abandon(self._models.get(message.model))
+        elif isinstance(message, Dealloc):
+            self._models.dealloc(message.model)
+        else:
+            raise InternalError(f"no way to execute a {type(message).__name__}")
+        return Nothing()
+
+    def _announced(self, hosted: HostedModel) -> Message:
+        spawned = hosted.spawned()
+        self._channel.event("spawn", {"model": hosted.name, **msgspec.to_builtins(spawned)})
+        return spawned
+
+    def _agree(self, failure: Failure | None) -> list[Failure]:
+        """The failures on all ranks, lowest rank first."""
+        payloads = self._groups.agree(msgspec.msgpack.encode(failure) if failure else b"")
+        return [msgspec.msgpack.decode(p, type=Failure) for p in payloads if p]
+
+    def _undo(self, message: Message) -> None:
+        """Another rank, or this one, could not spawn: nobody keeps it."""
+        if isinstance(message, Spawn | Clone):
+            self._models.dealloc(message.name)
+
+    def _registered(self, message: Message) -> None:
+        """Note who serves a model from now on, or that nobody does."""
+        if isinstance(message, Spawn | Clone):
+            tp = message.tp if isinstance(message, Spawn) else self._tp[message.source]
+            self._tp[message.name] = tp
+            if self._leader is not None:
+                self._leader.order.add_model(self._queue(message.name, tp))
+        elif isinstance(message, Dealloc):
+            self._tp.pop(message.model, None)
+            if self._leader is not None:
+                self._leader.forget(message.model)
+
+    def _queue(self, name: str, tp: int) -> ModelQueue:
+        hosted = self._models.get(name)
+        first, stop = self._block.first, self._block.first + self._block.size
+        replicas = {replica: ReplicaQueue(self._scheduler(hosted)) for replica in range(first // tp, stop // tp)}
+        return ModelQueue(name, hosted.max_batch_tokens, replicas)
+
+    def _scheduler(self, hosted: HostedModel) -> Scheduler:
+        return Scheduler(
+            kv_tokens=hosted.kv_tokens,
+            max_positions=hosted.model.max_positions,
+            vocab_size=hosted.model.vocab_size,
+            version=hosted.version,
+            prefill_tokens=hosted.max_batch_tokens,
+        )
+
+    def _reblock(self, message: Reblock, step: Step | None) -> None:
+        """Regroup; the old leaders answer, and the new ones go on from the same place in the driver's sequence."""
+        block = self._groups.block(message.size)
+        seqs = self._groups.agree(b"%d" % (self._leader.order.next_seq if self._leader is not None else -1))
+        self._reply(step, Nothing())
+        self._block = block
+        if not block.is_leader:
+            self._leader = None
+            return
+        assert self._leader is not None, "blocks only grow, so a leader was one before"
+        self._leader.order.continue_from(max(int(s) for s in seqs))
+        for name, tp in self._tp.items():
+            self._leader.order.remove_model(name)
+            self._leader.order.add_model(self._queue(name, tp))
+
+    # --- optimizer step ---------------------------------------------------------------------------------------
+
+    def _agree_on_poison(self, message: OptimStep, step: Step | None) -> None:
+        """A step whose samples failed anywhere is taken nowhere."""
+        hosted = self._models.get(message.model)
+        failures = self._agree(hosted.poison)
+        if failures:
+            self._abandon(hosted)
+            first = error_of(failures[0])
+            reason = StepFailed(f"a sample of this step failed: {first.message}", hint=first.hint, **first.details)
+            self._fail(step, failure_of(reason, self._topology.rank))
+            return
+        assert hosted.trainer is not None
+        try:
+            metrics = StepMetrics(values=hosted.trainer.optim_step(message))
+        except Exception as error:
+            self._fail(step, failure_of(error, self._topology.rank))
+            return
+        self._reply(step, metrics)
+
+    def _abandon(self, hosted: HostedModel) -> None:
+        hosted.poison = None
+        if hosted.trainer is not None:
+            hosted.trainer.abandon()
+
+    def _reply(self, step: Step | None, answer: Message) -> None:
+        if step is not None:
+            self._channel.reply(step.calls[0][0], answer)
+
+    def _fail(self, step: Step | None, failure: Failure) -> None:
+        if step is not None:
+            self._channel.fail(step.calls[0][0], error_of(failure))
+
+
+def _replicas(instruction: TrainWork | ScoreWork | GenerateWork) -> list[int]:
+    parts: dict[int, Any]
+    if isinstance(instruction, TrainWork):
+        parts = dict(instruction.batches)
+    elif isinstance(instruction, ScoreWork):
+        parts = dict(instruction.requests)
+    else:
+        parts = dict(instruction.plans)
+    return list(parts)

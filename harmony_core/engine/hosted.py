@@ -1,0 +1,227 @@
+"""The models that live on one rank: weights shared between spawns, adapters, trainers and page pools."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from harmony_core.engine.inference.runner import Runner
+from harmony_core.engine.models import adapters, weights
+from harmony_core.engine.models.loading import load_model
+from harmony_core.engine.models.model import CausalLM
+from harmony_core.engine.models.parallel import TensorParallel
+from harmony_core.engine.training.trainer import OPTIMIZER_FILE, Trainer
+from harmony_core.errors import ConflictError, ModelRefused
+from harmony_core.rpc.protocol import Clone, Load, Save, Spawn, Spawned
+from harmony_core.rpc.wire import Failure
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+SHORT_REHEARSAL_TOKENS = 64
+"""Enough to run every operation of a micro-batch once, and to fail early where one cannot run."""
+
+
+@dataclass
+class BaseWeights:
+    """Weights and how many spawns use them. `key` None: private, may be changed in place."""
+
+    model: CausalLM
+    key: tuple[str, int, torch.dtype] | None
+    users: int = 1
+
+
+@dataclass
+class HostedModel:
+    """One spawn on this rank. `poison` is the first failure of a sample that was accepted since the last step."""
+
+    name: str
+    base: BaseWeights
+    adapter: str | None
+    trainer: Trainer | None
+    runner: Runner
+    kv_tokens: int
+    max_batch_tokens: int
+    frozen_version: int = 0
+    poison: Failure | None = None
+
+    @property
+    def model(self) -> CausalLM:
+        """The module and its place in the tensor-parallel group."""
+        return self.base.model
+
+    def version(self) -> int:
+        """Optimizer steps that the weights have seen."""
+        return self.trainer.step if self.trainer else self.frozen_version
+
+    def spawned(self) -> Spawned:
+        """What this rank holds for it."""
+        base_bytes = self.model.base_parameter_bytes()
+        own = self.model.adapter_bytes(self.adapter) if self.adapter else 0
+        trainable = self.model.trainable_parameters(self.adapter) if self.trainer else {}
+        return Spawned(
+            parameter_bytes=base_bytes + own,
+            shared_bytes=base_bytes if self.base.users > 1 else 0,
+            optimizer_bytes=self.trainer.state_bytes if self.trainer else 0,
+            kv_bytes=self.runner.cache.promised_bytes,
+            num_parameters=self.model.num_parameters,
+            trainable_parameters=sum(p.numel() for p in trainable.values()),
+        )
+
+
+class ModelTable:
+    """Every spawn on this rank by name."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._models: dict[str, HostedModel] = {}
+        self._shared: dict[tuple[str, int, torch.dtype], BaseWeights] = {}
+        self._adapters = 0
+
+    def get(self, name: str) -> HostedModel:
+        """A live model. Raises ConflictError when there is none of that name."""
+        model = self._models.get(name)
+        if model is None:
+            raise ConflictError(f"no model named {name!r} is live on this rank")
+        return model
+
+    # --- spawn ------------------------------------------------------------------------------------------------
+
+    def spawn(self, request: Spawn, tp: TensorParallel, replicas: ProcessGroup | None) -> HostedModel:
+        """Build a spawn and rehearse it. On an error everything it took is given back."""
+        full_training = request.train and request.lora is None and not request.source.adapter
+        base = self._take_weights(request, tp, private=full_training)
+        adapter: str | None = None
+        trainer: Trainer | None = None
+        built = False
+        try:
+            adapter = self._make_adapter(base.model, request)
+            if request.train:
+                base.model.set_checkpointed_layers(request.checkpointed_layers)
+                trainer = Trainer(base.model, adapter, dp_group=replicas)
+            runner = Runner(base.model, request.kv_tokens, adapter=adapter)
+            hosted = HostedModel(
+                request.name, base, adapter, trainer, runner, request.kv_tokens, request.max_batch_tokens
+            )
+            if trainer is not None:
+                short = min(SHORT_REHEARSAL_TOKENS, request.max_batch_tokens)
+                trainer.rehearse(request.max_batch_tokens if request.rehearse else short)
+            self._models[request.name] = hosted
+            built = True
+            return hosted
+        finally:
+            if not built:
+                if trainer is not None:
+                    trainer.close()
+                self._give_back(base, adapter)
+
+    def _take_weights(self, request: Spawn, tp: TensorParallel, private: bool) -> BaseWeights:
+        dtype = _dtype(request.dtype, self.device)
+        key = (request.source.digest, tp.size, dtype)
+        if not private and key in self._shared:
+            self._shared[key].users += 1
+            return self._shared[key]
+        model = load_model(Path(request.source.weights), tp, self.device, dtype)
+        base = BaseWeights(model, None if private else key)
+        if not private:
+            self._shared[key] = base
+        return base
+
+    def _make_adapter(self, model: CausalLM, request: Spawn) -> str | None:
+        if request.lora is None and not request.source.adapter:
+            return None
+        # A name of our own: a spawn's may hold characters that a module's may not.
+        self._adapters += 1
+        name = f"adapter_{self._adapters}"
+        if request.lora is not None:
+            adapters.add_lora(model, name, request.lora)
+        else:
+            adapters.load_adapter(model, name, Path(request.source.adapter))
+        return name
+
+    def _give_back(self, base: BaseWeights, adapter: str | None) -> None:
+        base.users -= 1
+        if base.users == 0 and base.key is not None:
+            del self._shared[base.key]
+        elif base.users and adapter is not None and adapter in base.model.adapters:
+            adapters.remove_adapter(base.model, adapter)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def clone(self, request: Clone) -> HostedModel:
+        """A frozen copy of a model's trained state: A and B of an adapter, else the weights."""
+        source = self.get(request.source)
+        adapter: str | None = None
+        if source.adapter is not None:
+            self._adapters += 1
+            adapter = f"adapter_{self._adapters}"
+            adapters.copy_adapter(source.model, source.adapter, adapter)
+            source.base.users += 1
+            base = source.base
+        elif source.base.key is not None:
+            source.base.users += 1
+            base = source.base
+        else:
+            base = BaseWeights(source.model.copy_weights(), None)
+        runner = Runner(base.model, request.kv_tokens, adapter=adapter)
+        hosted = HostedModel(
+            request.name, base, adapter, None, runner, request.kv_tokens, source.max_batch_tokens, source.version()
+        )
+        self._models[request.name] = hosted
+        return hosted
+
+    def dealloc(self, name: str) -> None:
+        """Free a model; one that is not here is fine."""
+        hosted = self._models.pop(name, None)
+        if hosted is not None:
+            if hosted.trainer is not None:
+                hosted.trainer.close()
+            base, adapter = hosted.base, hosted.adapter
+            del hosted
+            self._give_back(base, adapter)
+
+    # --- storage ----------------------------------------------------------------------------------------------
+
+    def save(self, request: Save, write: bool) -> None:
+        """Gather over the tensor-parallel ranks and, where `write`, store."""
+        hosted = self.get(request.model)
+        directory = Path(request.directory)
+        if hosted.adapter is not None:
+            weights.save_adapter(hosted.model, hosted.adapter, directory, write=write)
+        else:
+            weights.save_model(hosted.model, directory, write=write)
+        if not request.inference_only and hosted.trainer is not None:
+            hosted.trainer.save_optimizer(directory, write=write)
+
+    def load(self, request: Load) -> None:
+        """Replace weights in place, and the optimizer's state where the source has one.
+
+        Shared base weights are immutable: a model that uses them gets a private copy first.
+        """
+        hosted = self.get(request.model)
+        if hosted.adapter is None and hosted.base.key is not None:
+            self._make_private(hosted)
+        directory = Path(request.source.adapter or request.source.weights)
+        weights.load_into(hosted.model, directory, adapter=hosted.adapter)
+        if hosted.trainer is not None:
+            hosted.trainer.weights_changed()
+            if (directory / OPTIMIZER_FILE).is_file():
+                hosted.trainer.load_optimizer(directory)
+
+    def _make_private(self, hosted: HostedModel) -> None:
+        copy = BaseWeights(hosted.model.copy_weights(), None)
+        self._give_back(hosted.base, None)
+        hosted.base = copy
+        hosted.runner = Runner(copy.model, hosted.kv_tokens)
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    known = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+    if not name:
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if name not in known:
+        raise ModelRefused(f"dtype {name!r} is not one of {', '.join(known)}")
+    return known[name]

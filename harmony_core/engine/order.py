@@ -1,0 +1,184 @@
+"""What a leader does next. Requests come in; one instruction at a time goes out. No tensors.
+
+Global requests run in the driver's sequence, each once every micro-batch that was sent to its model before it has run.
+Between them, models with pending work take turns, one step each; within a model training, scoring and generation do.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from harmony_core.engine.inference.scheduler import Scheduler
+from harmony_core.engine.instructions import GenerateWork, GlobalWork, Instruction, ScoreWork, TrainWork
+from harmony_core.rpc.protocol import Clone, Message, MicroBatch, Reblock, Score, Shutdown, Spawn
+
+GLOBAL_WITHOUT_QUEUE = (Spawn, Clone, Reblock, Shutdown)
+"""Global requests that wait for no model's micro-batches."""
+
+
+@dataclass(frozen=True)
+class Barrier:
+    """A global request's place among a model's micro-batches."""
+
+    seq: int
+
+
+@dataclass
+class ReplicaQueue:
+    """One replica's pending work. Numbers are the driver's call ids."""
+
+    scheduler: Scheduler | None
+    training: deque[tuple[int, MicroBatch] | Barrier] = field(default_factory=deque)
+    scoring: deque[tuple[int, Score]] = field(default_factory=deque)
+
+    def micro_batch(self) -> tuple[int, MicroBatch] | None:
+        """The next micro-batch, unless a global request stands before it."""
+        head = self.training[0] if self.training else None
+        return None if head is None or isinstance(head, Barrier) else head
+
+
+@dataclass
+class ModelQueue:
+    """One model's pending work in this block, by replica."""
+
+    name: str
+    score_tokens: int
+    replicas: dict[int, ReplicaQueue]
+    turn: int = 0
+
+    def kinds(self) -> list[str]:
+        """The kinds of work that can run now."""
+        queues = self.replicas.values()
+        found = []
+        if any(q.micro_batch() is not None for q in queues):
+            found.append("train")
+        if any(q.scoring for q in queues):
+            found.append("score")
+        if any(q.scheduler is not None and q.scheduler.has_work for q in queues):
+            found.append("generate")
+        return found
+
+
+@dataclass
+class Step:
+    """An instruction, and the calls that it answers: by replica, in the order of its parts."""
+
+    instruction: Instruction
+    calls: dict[int, list[int]]
+
+
+class Order:
+    """The pending work of a block."""
+
+    def __init__(self) -> None:
+        self._models: dict[str, ModelQueue] = {}
+        self._globals: dict[int, tuple[int, Message]] = {}
+        self._next_seq = 0
+        self._turn: deque[str] = deque()
+
+    def continue_from(self, seq: int) -> None:
+        """Begin at a sequence number, as a new leader does."""
+        self._next_seq = seq
+
+    @property
+    def next_seq(self) -> int:
+        """The global request that is due."""
+        return self._next_seq
+
+    # --- what comes in ----------------------------------------------------------------------------------------
+
+    def add_model(self, queue: ModelQueue) -> None:
+        """A model that this block now serves."""
+        self._models[queue.name] = queue
+        self._turn.append(queue.name)
+
+    def remove_model(self, name: str) -> ModelQueue | None:
+        """Forget a model; what it still had pending."""
+        if name in self._models:
+            self._turn.remove(name)
+        return self._models.pop(name, None)
+
+    def models(self) -> Iterable[ModelQueue]:
+        """All models of this block."""
+        return self._models.values()
+
+    def replica(self, model: str, replica: int) -> ReplicaQueue | None:
+        """A replica's queue, or None when it does not live here."""
+        queue = self._models.get(model)
+        return queue.replicas.get(replica) if queue else None
+
+    def add_global(self, call: int, seq: int, message: Message) -> None:
+        """A request of the driver's sequence."""
+        self._globals[seq] = call, message
+        queue = None if isinstance(message, GLOBAL_WITHOUT_QUEUE) else self._models.get(getattr(message, "model", ""))
+        for replica in queue.replicas.values() if queue else ():
+            replica.training.append(Barrier(seq))
+
+    # --- what goes out ----------------------------------------------------------------------------------------
+
+    def next(self) -> Step | None:
+        """The next step, or None when nothing can run."""
+        due = self._due_global()
+        if due is not None:
+            return due
+        for _ in range(len(self._turn)):
+            queue = self._models[self._turn[0]]
+            self._turn.rotate(-1)
+            kinds = queue.kinds()
+            if kinds:
+                queue.turn += 1
+                return self._step(queue, kinds[queue.turn % len(kinds)])
+        return None
+
+    def _due_global(self) -> Step | None:
+        pending = self._globals.get(self._next_seq)
+        if pending is None:
+            return None
+        call, message = pending
+        queue = None if isinstance(message, GLOBAL_WITHOUT_QUEUE) else self._models.get(getattr(message, "model", ""))
+        barrier = Barrier(self._next_seq)
+        replicas = list(queue.replicas.values()) if queue else []
+        if any(barrier in r.training and r.training[0] != barrier for r in replicas):
+            return None
+        for replica in replicas:
+            if barrier in replica.training:
+                replica.training.popleft()
+        del self._globals[self._next_seq]
+        self._next_seq += 1
+        return Step(GlobalWork.of(message), {0: [call]})
+
+    def _step(self, queue: ModelQueue, kind: str) -> Step:
+        if kind == "train":
+            return self._train(queue)
+        if kind == "score":
+            return self._score(queue)
+        plans = {r: q.scheduler.plan() for r, q in queue.replicas.items() if q.scheduler and q.scheduler.has_work}
+        return Step(GenerateWork(queue.name, plans), {})
+
+    def _train(self, queue: ModelQueue) -> Step:
+        calls: dict[int, list[int]] = {}
+        batches: dict[int, MicroBatch] = {}
+        for number, replica in queue.replicas.items():
+            head = replica.micro_batch()
+            if head is not None:
+                replica.training.popleft()
+                calls[number], batches[number] = [head[0]], head[1]
+        return Step(TrainWork(queue.name, batches), calls)
+
+    def _score(self, queue: ModelQueue) -> Step:
+        calls: dict[int, list[int]] = {}
+        requests: dict[int, list[Score]] = {}
+        for number, replica in queue.replicas.items():
+            room = queue.score_tokens
+            while replica.scoring:
+                call, score = replica.scoring[0]
+                tokens = len(score.tokens) // 4
+                if number in calls and tokens > room:
+                    break
+                room -= tokens
+                replica.scoring.popleft()
+                calls.setdefault(number, []).append(call)
+                requests.setdefault(number, []).append(score)
+        return Step(ScoreWork(queue.name, requests), calls)

@@ -1,0 +1,164 @@
+"""One rank, from its first instruction: log file, death signal, connection, torch, process group, host.
+
+Order matters. The output goes to its file and the driver hears of us before anything slow or fallible happens; torch
+and the engine are imported before the rendezvous, so that a broken import on one rank keeps no other waiting.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import importlib.metadata
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+from harmony_core import __version__
+from harmony_core.engine.topology import COLLECTIVE_TIMEOUT, Topology
+from harmony_core.rpc.platform import die_with_parent
+from harmony_core.rpc.protocol import PROTOCOL_VERSION, Hello
+from harmony_core.rpc.rank_channel import DRIVER_GONE, IDLE, RankChannel
+
+Serve = Callable[[RankChannel, Topology], None]
+
+READY = "rank_ready"
+"""The event by which a rank says that it takes requests."""
+
+
+def begin() -> RankChannel:
+    """A process becomes a rank: everything that needs no torch. Its environment comes from the launcher."""
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    _redirect_output(Path(os.environ["ADAPTIVE_RANK_LOG_DIR"]) / f"rank-{rank}.log")
+    if not die_with_parent(int(os.environ["ADAPTIVE_LAUNCHER_PID"])):
+        os._exit(DRIVER_GONE)
+    faulthandler.enable(all_threads=True)
+    faulthandler.register(signal.SIGUSR2, all_threads=True)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in the terminal is the driver's business
+    socket_path = os.environ["ADAPTIVE_RANK_SOCKET"]
+    device = os.environ["ADAPTIVE_RANK_DEVICE"]
+    hello = Hello(
+        token=os.environ.pop("ADAPTIVE_RANK_TOKEN"),
+        protocol=PROTOCOL_VERSION,
+        version=__version__,
+        rank=rank,
+        world_size=world_size,
+        pid=os.getpid(),
+        device=f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" else device,
+        torch=_torch_version(),
+    )
+    try:
+        return RankChannel.connect(socket_path, hello, lambda: _sweep(socket_path))
+    except OSError as error:
+        sys.stderr.write(f"rank {rank}: cannot reach the driver: {error}\n")
+        _sweep(socket_path)
+        os._exit(DRIVER_GONE)
+
+
+def _redirect_output(path: Path) -> None:
+    """Send this process's output, that of native code included, to a file that only the user can read."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    for standard in (1, 2):
+        os.dup2(descriptor, standard)
+    os.close(descriptor)
+
+
+def _sweep(socket_path: str) -> None:
+    """Remove what the driver, which is gone, can no longer remove."""
+    shutil.rmtree(Path(socket_path).parent, ignore_errors=True)
+
+
+def _torch_version() -> str:
+    try:
+        return importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def run_rank(load: Callable[[], Serve]) -> None:
+    """A rank's whole life. `load` imports the engine and returns what serves the channel. Does not return."""
+    channel = begin()
+    try:
+        channel.phase = "importing"
+        serve = load()
+        topology = _topology(channel.rank)
+        channel.phase = "rendezvous"
+        _init_distributed(topology)
+        channel.phase = IDLE
+        channel.event(READY, {"device": str(topology.device)})
+        serve(channel, topology)
+    except BaseException as error:
+        # The process's edge: whatever it was, the driver is told, and the log keeps the traceback.
+        sys.excepthook(type(error), error, error.__traceback__)
+        channel.fatal(error)
+        _leave(1)
+    channel.flush()
+    _leave(0)
+
+
+def _leave(status: int) -> None:
+    """End without the interpreter's teardown, which can wait for other ranks' collectives."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(status)
+
+
+def _topology(rank: int) -> Topology:
+    import torch
+
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    world_size, promised = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ["ADAPTIVE_RANK_WORLD_SIZE"])
+    if world_size != promised:
+        raise RuntimeError(f"{promised} ranks were promised, the launcher started {world_size}")
+    if os.environ["ADAPTIVE_RANK_DEVICE"] == "cuda":
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+    torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
+    return Topology(rank=rank, world_size=world_size, device=device)
+
+
+def _init_distributed(topology: Topology) -> None:
+    """The default group: gloo for CPU tensors and, on CUDA devices, nccl for theirs."""
+    import torch.distributed as dist
+
+    cuda = topology.device.type == "cuda"
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    device_id = topology.device if cuda else None
+    if topology.world_size == 1:
+        dist.init_process_group(
+            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT, device_id=device_id
+        )
+        return
+    # The rendezvous has the shorter time limit; the groups made on its store have their own.
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        topology.world_size,
+        is_master=False,
+        timeout=timedelta(seconds=float(os.environ["ADAPTIVE_RANK_INIT_TIMEOUT"])),
+    )
+    dist.init_process_group(
+        backend,
+        store=dist.PrefixStore("harmony", store),
+        rank=topology.rank,
+        world_size=topology.world_size,
+        timeout=COLLECTIVE_TIMEOUT,
+        device_id=device_id,
+    )
+
+
+def _load_engine() -> Serve:
+    from harmony_core.engine.host import Host
+
+    return lambda channel, topology: Host(channel, topology).serve()
+
+
+if __name__ == "__main__":
+    run_rank(_load_engine)
