@@ -1,0 +1,59 @@
+"""A micro-batch message as tensors: samples back to back in one row, and which positions are scored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from harmony_core.errors import DataError, InternalError
+from harmony_core.rpc.protocol import MicroBatch
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """T tokens of len(lengths) samples, of which N positions are scored.
+
+    tokens, positions: `[T]` long, positions from 0 in each sample. rows: `[N]` long, the scored positions; None when
+    all are. targets: `[N]` long. coefficients: `[N]` float64, none of them 0.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    rows: Tensor | None
+    targets: Tensor
+    coefficients: Tensor
+    lengths: tuple[int, ...]
+
+
+def unpack(batch: MicroBatch, vocab_size: int, device: torch.device) -> PackedBatch:
+    """Tensors on `device`. Raises DataError for a token outside the vocabulary."""
+    tokens = np.frombuffer(batch.tokens, "<i4").astype(np.int64)
+    targets = np.frombuffer(batch.targets, "<i4").astype(np.int64)
+    coefficients = np.frombuffer(batch.coefficients, "<f8").astype(np.float64)
+    lengths = np.frombuffer(batch.lengths, "<i4").astype(np.int64)
+    if not (tokens.size == targets.size == coefficients.size == lengths.sum() > 0) or lengths.min() < 1:
+        raise InternalError(
+            f"a micro-batch of {tokens.size} tokens, {targets.size} targets, {coefficients.size} coefficients"
+            f" and lengths that sum to {lengths.sum()}"
+        )
+    (scored,) = np.nonzero(coefficients)
+    for what, ids in (("token", tokens), ("target", targets[scored])):
+        if ids.size and (ids.min() < 0 or ids.max() >= vocab_size):
+            worst = int(ids.min() if ids.min() < 0 else ids.max())
+            raise DataError(f"{what} {worst} is outside the vocabulary of {vocab_size}", value=worst, limit=vocab_size)
+    positions = np.arange(tokens.size) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+
+    def there(values: np.ndarray[tuple[int], np.dtype[np.int64]]) -> Tensor:
+        return torch.from_numpy(values).to(device)
+
+    return PackedBatch(
+        tokens=there(tokens),
+        positions=there(positions),
+        rows=None if scored.size == tokens.size else there(scored),
+        targets=there(targets[scored]),
+        coefficients=torch.from_numpy(coefficients[scored]).to(device),
+        lengths=tuple(lengths.tolist()),
+    )

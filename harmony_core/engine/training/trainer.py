@@ -1,0 +1,259 @@
+"""One model's training on one rank: accumulate un-normalised gradients over micro-batches, then one global step.
+
+Nothing is divided before `optim_step`: gradients, numerators and counts are summed over micro-batches and replicas
+and divided once by the step's denominator, so how samples were cut, packed and spread never changes the step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from harmony_core.engine.models.context import ForwardContext, PackedAttention, forward_context
+from harmony_core.engine.models.heads import linear_logprob_loss
+from harmony_core.engine.models.model import CausalLM
+from harmony_core.engine.training import state_files
+from harmony_core.engine.training.gradients import FlatGradients
+from harmony_core.engine.training.optimizer import AdamW
+from harmony_core.engine.training.packing import PackedBatch, unpack
+from harmony_core.errors import EngineError, InternalError, NothingToTrain, StepFailed, UsageError
+from harmony_core.rpc.protocol import MicroBatch, MicroBatchDone, OptimStep
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class Trainer:
+    """Trains `adapter` of `model`, or with None all of its weights, which must then be its own.
+
+    `dp_group` joins the ranks that hold the same shard in every replica; None when there is one replica. Gradients
+    and optimizer state are allocated here. Every rank of the model must make the same `optim_step` calls.
+    """
+
+    def __init__(
+        self, model: CausalLM, adapter: str | None, *, dp_group: ProcessGroup | None = None, seed: int = 0
+    ) -> None:
+        self.model = model
+        self.adapter = adapter
+        self.dp_group = dp_group
+        self.seed = seed
+        self.gradients = FlatGradients(model.trainable_parameters(adapter), model.tp)
+        self.optimizer = AdamW(self.gradients)
+        self._failed = False
+        self._reset_counts()
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps so far: Adam's counter."""
+        return self.optimizer.step_count
+
+    @step.setter
+    def step(self, value: int) -> None:
+        if value < 0:
+            raise UsageError(f"an optimizer step cannot be {value}", hint="0 means before the first update")
+        self.optimizer.step_count = value
+
+    @property
+    def num_trainable(self) -> int:
+        """Elements that this rank trains."""
+        return self.gradients.buffer.numel()
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of moments and masters."""
+        return self.optimizer.state_bytes
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Bytes of gradients."""
+        return self.gradients.buffer.nbytes
+
+    def accumulate(self, batch: MicroBatch) -> MicroBatchDone:
+        """Forward and backward; adds to the gradients of this step.
+
+        After an exception the step is unusable until `abandon`.
+        """
+        started = time.perf_counter()
+        self._failed = True
+        packed = unpack(batch, self.model.vocab_size, self.model.device)
+        numerator = self._forward_backward(packed, self._dropout_seed(batch))
+        self._failed = False
+        self._micro_batches += 1
+        self._numerator += numerator
+        self._weighted += packed.targets.numel()
+        self._samples += len(packed.lengths)
+        return MicroBatchDone(
+            numerator=numerator,
+            tokens=packed.tokens.numel(),
+            samples=len(packed.lengths),
+            seconds=time.perf_counter() - started,
+        )
+
+    def optim_step(self, request: OptimStep) -> dict[str, float]:
+        """Reduce over the replicas, divide, clip, update, clear. Returns the step's metrics.
+
+        Raises NothingToTrain for a denominator of 0, EngineError naming the first tensor with a NaN or an infinity
+        (with `skip_nan` the step is skipped and counted instead); then nothing but the gradients has changed.
+        """
+        started = time.perf_counter()
+        if self._failed:
+            raise StepFailed(f"step {self.step + 1} of {request.model!r} cannot be taken: a micro-batch failed")
+        _check(request)
+        with self._cleared_afterwards():
+            self.gradients.check_attached()
+            numerator, weighted, samples = self._reduced_counts()
+            denominator = self._denominator(request, samples)
+            self.gradients.reduce(self.dp_group)
+            norm = self.gradients.norm() / denominator
+            skipped = not math.isfinite(norm) and self._refuse_or_skip(request)
+            clip = min(1.0, request.max_grad_norm / (norm + 1e-6))
+            if not skipped:
+                self.optimizer.update(
+                    request.lr, request.weight_decay, request.beta1, request.beta2, request.eps, clip / denominator
+                )
+        return {
+            "loss": numerator / denominator,
+            "grad_norm": norm,
+            "num_tokens": weighted,
+            "num_samples": samples,
+            "lr": request.lr,
+            "clipped": float(clip < 1.0 and not skipped),
+            "skipped": float(skipped),
+            "step": float(self.step),
+            "seconds": time.perf_counter() - started,
+        }
+
+    def abandon(self) -> None:
+        """Forget what was accumulated since the last step."""
+        self.gradients.clear()
+        self._failed = False
+        self._reset_counts()
+
+    def close(self) -> None:
+        """Let the parameters go; the trainer is not used afterwards."""
+        self.gradients.detach()
+
+    def weights_changed(self) -> None:
+        """To be called after the parameters were written from outside."""
+        self.optimizer.refresh_masters()
+
+    def save_optimizer(self, directory: Path, write: bool) -> None:
+        """Write the optimizer's state, full size, into `directory`; every rank calls, the one with `write` writes."""
+        state_files.save(self.optimizer, directory, write)
+
+    def load_optimizer(self, directory: Path) -> None:
+        """Read the optimizer's state and step; raises VerificationError, with nothing changed, if it does not fit."""
+        state_files.load(self.optimizer, directory)
+
+    def rehearse(self, max_batch_tokens: int) -> None:
+        """A worst-case micro-batch without any collective; RNG, gradients and moments are left as they were.
+
+        Raises whatever a real one would, an out-of-memory error first of all.
+        """
+        device = self.model.device
+        kept = self.gradients.buffer.clone() if self._samples else None
+        ids = torch.arange(max_batch_tokens, device=device)
+        packed = PackedBatch(
+            tokens=ids % self.model.vocab_size,
+            positions=ids,
+            rows=None,
+            targets=ids % self.model.vocab_size,
+            coefficients=torch.ones(max_batch_tokens, dtype=torch.float64, device=device),
+            lengths=(max_batch_tokens,),
+        )
+        try:
+            with torch.random.fork_rng([device] if device.type == "cuda" else []), self.model.tp.without_collectives():
+                self._forward_backward(packed, seed=0)
+        finally:
+            if kept is None:
+                self.gradients.clear()
+            else:
+                self.gradients.buffer.copy_(kept)
+
+    def _forward_backward(self, packed: PackedBatch, seed: int) -> float:
+        """Adds the gradient of -sum(coefficient * logprob); returns that sum, in float64."""
+        if not packed.targets.numel():
+            return 0.0
+        # Checkpointed layers run again in the backward pass and need the context there too.
+        with forward_context(ForwardContext(PackedAttention(packed.lengths), self.adapter, seed)):
+            hidden = self.model.hidden_states(packed.tokens, packed.positions)
+            scored = hidden if packed.rows is None else hidden.index_select(0, packed.rows)
+            loss, logprobs = linear_logprob_loss(self.model, scored, packed.targets, packed.coefficients)
+            loss.backward()  # type: ignore[no-untyped-call]
+        return -float((packed.coefficients * logprobs.double()).sum().item())
+
+    def _dropout_seed(self, batch: MicroBatch) -> int:
+        """Alike on the tensor-parallel ranks of a replica, another one for every micro-batch."""
+        text = f"{self.seed}/{self.step}/{batch.replica}/{self._micro_batches}"
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little")
+
+    def _reset_counts(self) -> None:
+        self._micro_batches = 0
+        self._numerator = 0.0
+        self._weighted = 0
+        self._samples = 0
+
+    @contextmanager
+    def _cleared_afterwards(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            self.abandon()
+
+    def _denominator(self, request: OptimStep, samples: float) -> float:
+        if samples and request.normalise == "sum":
+            return 1.0
+        if not samples or request.denominator == 0:
+            raise NothingToTrain(
+                f"step {self.step + 1} of {request.model!r} has nothing to train on",
+                hint="call train_* with a weighted token before optim_step",
+            )
+        return request.denominator
+
+    def _reduced_counts(self) -> tuple[float, float, float]:
+        counts = torch.tensor([self._numerator, self._weighted, self._samples], dtype=torch.float64)
+        counts = counts.to(self.model.device)
+        if self.dp_group is not None:
+            dist.all_reduce(counts, group=self.dp_group)
+        numerator, weighted, samples = counts.tolist()
+        return numerator, weighted, samples
+
+    def _refuse_or_skip(self, request: OptimStep) -> bool:
+        """With a norm that is not finite, the same on every rank: True to skip the step."""
+        name = self.gradients.first_bad()
+        if request.skip_nan:
+            return True
+        where = f"the first in {name}" if name else "in their sum of squares"
+        raise EngineError(
+            f"step {self.step + 1} of {request.model!r}: the gradients hold NaN or infinite values, {where};"
+            " weights and optimizer are unchanged",
+            hint="look at the last losses and advantages, lower the learning rate, or pass skip_nan_gradients=True",
+            step=self.step + 1,
+            tensor=name or "",
+        )
+
+
+def _check(request: OptimStep) -> None:
+    """Refuse numbers that would destroy the weights; the same on every rank, before any collective."""
+    limits = {
+        "lr": math.isfinite(request.lr) and request.lr >= 0,
+        "weight_decay": math.isfinite(request.weight_decay) and request.weight_decay >= 0,
+        "max_grad_norm": request.max_grad_norm > 0,
+        "denominator": math.isfinite(request.denominator) and request.denominator >= 0,
+    }
+    for name, good in limits.items():
+        if not good:
+            raise UsageError(
+                f"optim_step got {name}={getattr(request, name)}",
+                hint="max_grad_norm must be above 0 (inf does not clip)" if name == "max_grad_norm" else "",
+            )
+    if request.normalise not in ("mean", "sum"):
+        raise InternalError(f"normalise={request.normalise!r}")
