@@ -23,6 +23,8 @@ from harmony_core.rpc.platform import die_with_parent
 from harmony_core.rpc.protocol import PROTOCOL_VERSION, Hello
 from harmony_core.rpc.rank_channel import DRIVER_GONE, IDLE, RankChannel
 
+__all__ = ["Topology", "begin", "run_rank"]
+
 Serve = Callable[[RankChannel, Topology], None]
 
 READY = "rank_ready"
@@ -128,29 +130,29 @@ def _init_distributed(topology: Topology) -> None:
     """The default group: gloo for CPU tensors and, on CUDA devices, nccl for theirs."""
     import torch.distributed as dist
 
-    cuda = topology.device.type == "cuda"
-    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    device_id = topology.device if cuda else None
+    # Documented names that torch.distributed re-exports without saying so to type checkers.
+    from torch.distributed import HashStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+
+    store: Store
     if topology.world_size == 1:
-        dist.init_process_group(
-            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT, device_id=device_id
+        store = HashStore()
+    else:
+        # The launcher holds the store. Its time limit is the rendezvous's; groups made on it have their own.
+        store = TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            topology.world_size,
+            is_master=False,
+            timeout=timedelta(seconds=float(os.environ["ADAPTIVE_RANK_INIT_TIMEOUT"])),
         )
-        return
-    # The rendezvous has the shorter time limit; the groups made on its store have their own.
-    store = dist.TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        topology.world_size,
-        is_master=False,
-        timeout=timedelta(seconds=float(os.environ["ADAPTIVE_RANK_INIT_TIMEOUT"])),
-    )
+    cuda = topology.device.type == "cuda"
     dist.init_process_group(
-        backend,
-        store=dist.PrefixStore("harmony", store),
+        "cpu:gloo,cuda:nccl" if cuda else "gloo",
+        store=PrefixStore("harmony", store),
         rank=topology.rank,
         world_size=topology.world_size,
         timeout=COLLECTIVE_TIMEOUT,
-        device_id=device_id,
+        device_id=topology.device if cuda else None,
     )
 
 

@@ -1,0 +1,181 @@
+"""What is started, and with which environment: the command line, the configuration file and the variables."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from harmony_core.errors import ConfigError, ResourceError
+from harmony_core.launch.accelerate_config import AccelerateSettings, read_accelerate_config
+from harmony_core.launch.devices import visible_devices
+from harmony_core.rpc.platform import loopback_interface
+
+RANK_COMMAND = [sys.executable, "-P", "-m", "harmony_core.engine.process"]
+
+_INHERITED_NO_MORE = ("ACCELERATE_", "FSDP_", "PET_", "TORCHELASTIC_", "ADAPTIVE_RANK_")
+_TORCHRUN = {
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE"),
+    *("ROLE_RANK", "ROLE_NAME", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+}
+
+
+@dataclass
+class LaunchOptions:
+    """How to start the ranks, and how long to bear with them. Times are in seconds."""
+
+    log_dir: Path
+    """Takes `rank-N.log` and `launcher.log`; made if it is missing."""
+    run_id: str
+    num_processes: int | None = None
+    """None: every visible CUDA device, else 1."""
+    device: str = "auto"
+    accelerate_config: Path | None = None
+    env: dict[str, str] = field(default_factory=dict)
+    """Added last to the ranks' environment."""
+    init_timeout: float = 300.0
+    """For all ranks to be ready."""
+    hang_timeout: float | None = None
+    """The longest that one phase of a rank may take; None: for ever."""
+    silence_timeout: float = 120.0
+    """A rank that has not even beaten for so long is stuck (the hang timeout, when that is shorter)."""
+    command: list[str] | None = None
+    """What runs as each rank; None: the engine."""
+    launcher: list[str] | None = None
+    """What starts the ranks, given `command` as its arguments; None: `accelerate launch`."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A resolved launch: device "cpu" or "cuda", how many ranks, and what the user's file adds."""
+
+    device: str
+    world_size: int
+    settings: AccelerateSettings
+
+
+def resolve_launch(num_processes: int | None, device: str, accelerate_config: Path | None) -> tuple[str, int]:
+    """The device ("cpu" or "cuda") and the number of ranks that these options mean here.
+
+    Raises ConfigError, ResourceError when there are fewer devices, NotFoundError for the file.
+    """
+    launch = resolve(num_processes, device, accelerate_config)
+    return launch.device, launch.world_size
+
+
+def default_processes() -> int:
+    """Every visible CUDA device, else 1."""
+    return max(1, len(visible_devices()))
+
+
+def resolve(num_processes: int | None, device: str, accelerate_config: Path | None) -> Launch:
+    """`resolve_launch`, with what the accelerate configuration says. Flags win over the file."""
+    if device not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"device {device!r}", hint="auto, cpu or cuda")
+    settings = read_accelerate_config(accelerate_config) if accelerate_config else AccelerateSettings()
+    count = num_processes if num_processes is not None else settings.num_processes
+    if count is not None and count < 1:
+        raise ConfigError(f"{count} ranks asked for", hint="--num-processes must be at least 1")
+    if device == "auto" and settings.cpu:
+        device = "cpu"
+    if device == "cpu":
+        return Launch("cpu", count or 1, settings)
+    found = len(_device_names(settings))
+    if device == "auto" and not found:
+        return Launch("cpu", count or 1, settings)
+    if found < (count or 1):
+        raise ResourceError(
+            f"{count or 1} ranks asked for, {found} CUDA devices visible",
+            hint=f"--num-processes {found}, or --device cpu" if found else "--device cpu",
+        )
+    return Launch("cuda", count or found, settings)
+
+
+def _device_names(settings: AccelerateSettings) -> list[str]:
+    if settings.gpu_ids:
+        return visible_devices({"CUDA_VISIBLE_DEVICES": settings.gpu_ids})
+    return visible_devices()
+
+
+def launch_command(options: LaunchOptions, launch: Launch, directory: Path) -> list[str]:
+    """The command line of the launcher; writes its configuration file into `directory`."""
+    ranks = options.command or RANK_COMMAND
+    if options.launcher is not None:
+        return [*options.launcher, *ranks]
+    config = directory / "accelerate.yaml"
+    config.write_text(_config_file(launch), encoding="utf-8")
+    return [
+        *(sys.executable, "-P", "-m", "accelerate.commands.launch"),
+        *("--config_file", str(config)),
+        *("--num_processes", str(launch.world_size), "--num_machines", "1", "--machine_rank", "0"),
+        *("--main_process_port", "0", "--max_restarts", "0", "--rdzv_backend", "static"),
+        *("--mixed_precision", "no", "--dynamo_backend", "no"),
+        *("--log_dir", str(directory / "elastic")),
+        *("--no_python", *ranks),
+    ]
+
+
+def _config_file(launch: Launch) -> str:
+    """One rank is started without torchrun. More are started with it, on CPU too: `use_cpu` would start only one."""
+    kind = "MULTI_GPU" if launch.world_size > 1 else "NO"
+    return (
+        "compute_environment: LOCAL_MACHINE\n"
+        f"distributed_type: {kind}\n"
+        f"num_processes: {launch.world_size}\n"
+        "num_machines: 1\nmachine_rank: 0\nmain_process_port: 0\nrdzv_backend: static\n"
+        "mixed_precision: 'no'\nuse_cpu: false\ndebug: false\n"
+    )
+
+
+def launch_environment(options: LaunchOptions, launch: Launch, environ: Mapping[str, str]) -> dict[str, str]:
+    """The launcher's and the ranks' environment, made from the caller's."""
+    env = {
+        name: value
+        for name, value in environ.items()
+        if name not in _TORCHRUN and not name.startswith(_INHERITED_NO_MORE)
+    }
+    env |= launch.settings.environment
+    if launch.device == "cpu":
+        env["CUDA_VISIBLE_DEVICES"] = ""
+    else:
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(_device_names(launch.settings)[: launch.world_size])
+    for name, value in _preferred(launch).items():
+        env.setdefault(name, value)
+    env |= _fixed(options, launch)
+    return env | options.env
+
+
+def _preferred(launch: Launch) -> dict[str, str]:
+    """Defaults that the user's environment may override."""
+    preferred = {
+        "OMP_NUM_THREADS": str(max(1, available_cores() // launch.world_size)),
+        "MALLOC_ARENA_MAX": "1",
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+    }
+    if loopback := loopback_interface():
+        preferred |= {"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback}
+    return preferred
+
+
+def _fixed(options: LaunchOptions, launch: Launch) -> dict[str, str]:
+    return {
+        "PYTHONFAULTHANDLER": "1",
+        "PYTHONUNBUFFERED": "1",
+        "NCCL_NVLS_ENABLE": "0",  # no NVLink multicast
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+        "ADAPTIVE_RUN_ID": options.run_id,
+        "ADAPTIVE_RANK_WORLD_SIZE": str(launch.world_size),
+        "ADAPTIVE_RANK_DEVICE": launch.device,
+        "ADAPTIVE_RANK_LOG_DIR": str(options.log_dir.absolute()),
+        "ADAPTIVE_RANK_INIT_TIMEOUT": str(options.init_timeout),
+    }
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -1,0 +1,111 @@
+"""What became of a process, in words: exit status, last log lines, and which failure was the first."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import signal
+from collections import deque
+from pathlib import Path
+
+from harmony_core.errors import HarmonyError, RankError
+from harmony_core.rpc import platform
+from harmony_core.rpc.platform import ProcessHandle
+from harmony_core.rpc.rank_channel import DRIVER_GONE
+
+LOG_LINES = 50
+_SHOWN_LINES = 12
+_TAIL_BYTES = 1 << 16
+_CONFIRM_SECONDS = 2.0
+_REPORT_SECONDS = 2.0
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_PEER_FAILED = re.compile(
+    r"gloo|nccl|process ?group|connection (closed|reset|refused)|broken pipe|peer|tcpstore|rendezvous", re.IGNORECASE
+)
+_ELASTIC_STATUS = r"\(exitcode: (-?\d+)\) local_rank: \d+ \(pid: {pid}\)"
+_CHILD_SIGNAL = re.compile(r"died with <Signals\.(SIG[A-Z0-9]+)")
+_CHILD_STATUS = re.compile(r"returned non-zero exit status (\d+)")
+
+
+def last_lines(path: Path, count: int = LOG_LINES) -> list[str]:
+    """The last lines of a log that hold anything, terminal control characters taken out; empty without a file."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(max(0, size - _TAIL_BYTES))
+            text = file.read().decode("utf-8", "replace")
+    except OSError:
+        return []
+    lines = (_CONTROL.sub("", line).rstrip()[:2000] for line in text.splitlines())
+    return list(deque((line for line in lines if line), maxlen=count))
+
+
+def shown(path: Path, lines: list[str]) -> str:
+    """The tail of a log for an error message, or ""."""
+    if not lines:
+        return ""
+    return f"\nlast lines of {path}:\n" + "\n".join(f"  {line}" for line in lines[-_SHOWN_LINES:])
+
+
+async def exit_status(process: ProcessHandle, launcher_log: Path) -> int | None:
+    """How a rank that closed its socket ended: negative for a signal. None: it still runs, or nobody can say.
+
+    Its parent is the launcher, so the kernel tells us only until the launcher has collected it; after that the
+    launcher's own report is read.
+    """
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + _CONFIRM_SECONDS
+    while process.alive():
+        if loop.time() > deadline:
+            return None
+        await asyncio.sleep(0.002)
+    status = platform.zombie_status(process.pid)
+    deadline = loop.time() + _REPORT_SECONDS
+    while status is None and loop.time() < deadline:
+        status = reported_status(process.pid, launcher_log)
+        await asyncio.sleep(0.02)
+    return status
+
+
+def reported_status(pid: int, launcher_log: Path) -> int | None:
+    """What the launcher's log says of process `pid` (torchrun), or of its only child (one rank)."""
+    text = "\n".join(last_lines(launcher_log, 400))
+    if found := re.search(_ELASTIC_STATUS.format(pid=pid), text):
+        return int(found[1])
+    if found := _CHILD_SIGNAL.search(text):
+        return -int(signal.Signals[found[1]])
+    if found := _CHILD_STATUS.search(text):
+        return int(found[1])
+    return None
+
+
+def in_words(status: int | None, oom_kills: int) -> str:
+    """An exit status for people. `oom_kills`: how many the kernel killed for memory since the start."""
+    if status is None:
+        return "ended; how is not known"
+    if status >= 0:
+        return f"exited with status {status}"
+    try:
+        name = signal.Signals(-status).name
+    except ValueError:
+        name = f"signal {-status}"
+    if name == "SIGKILL":
+        ran = f"it has killed {oom_kills} process(es) meanwhile" if oom_kills > 0 else "or another process"
+        return f"killed by SIGKILL - often the kernel, out of memory ({ran})"
+    return f"killed by {name}"
+
+
+def is_collateral_error(error: HarmonyError) -> bool:
+    """Whether an exception on a rank reads as the echo of another rank's failure."""
+    if not isinstance(error, RankError):
+        return False
+    kind = str(error.details.get("type", ""))
+    return kind.startswith("Dist") or (
+        kind in ("RuntimeError", "ConnectionError", "OSError") and bool(_PEER_FAILED.search(error.message))
+    )
+
+
+def is_collateral_status(status: int | None) -> bool:
+    """Whether a rank ended because it was told to."""
+    return status in (-signal.SIGTERM, DRIVER_GONE)

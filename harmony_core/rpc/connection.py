@@ -1,0 +1,227 @@
+"""The driver's end of one socket: calls out, answers and events in."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections import deque
+from collections.abc import Callable
+from typing import cast
+
+from harmony_core.errors import HarmonyError
+from harmony_core.rpc import platform
+from harmony_core.rpc.protocol import METHODS, Hello, Message
+from harmony_core.rpc.wire import (
+    MAX_BODY_BYTES,
+    MAX_HELLO_BYTES,
+    Failure,
+    Frame,
+    FrameDecoder,
+    WireError,
+    encode,
+    error_of,
+    failure_of,
+)
+
+MAX_CALLS_IN_FLIGHT = 4096
+"""More calls than this to one rank wait in the driver, first come first served."""
+
+HIGH_WATER_BYTES = 8 << 20
+"""Calls wait, too, while this many bytes have not been taken by the rank."""
+
+
+class Listener:
+    """Told what happens on a connection. `lost` comes once and last."""
+
+    def hello(self, connection: Connection, message: Hello) -> None:
+        """The first frame, and the only one until `accept`."""
+
+    def event(self, connection: Connection, message: Message) -> None:
+        """A Beat or an Event."""
+
+    def fatal(self, connection: Connection, error: HarmonyError) -> None:
+        """The rank cannot go on: an `err` frame that answers no call."""
+
+    def lost(self, connection: Connection, reason: str) -> None:
+        """The socket is closed. `reason` is "" when the other side closed it."""
+
+
+class Connection(asyncio.Protocol):
+    """One rank's socket. Answers are matched with calls by id; the answer's type is checked against the table."""
+
+    def __init__(self, listener: Listener) -> None:
+        self.listener = listener
+        self.peer_pid = 0
+        self.hold_error: Callable[[HarmonyError], float] = lambda error: 0.0
+        """Seconds to hold back an error that answers a call, because the cause may be another rank's death."""
+        self._transport: asyncio.Transport | None = None
+        self._decoder = FrameDecoder(MAX_HELLO_BYTES)
+        self._accepted = False
+        self._reason = ""
+        self._next_id = 1
+        self._pending: dict[int, tuple[str, asyncio.Future[Message]]] = {}
+        self._waiting: deque[tuple[Message, int | None, asyncio.Future[asyncio.Future[Message]]]] = deque()
+        self._full = False
+        self._failure: HarmonyError | None = None
+
+    # --- requests ---------------------------------------------------------------------------------------------
+
+    def submit(self, message: Message, seq: int | None = None) -> tuple[int, asyncio.Future[Message]]:
+        """Send a call now; its id, and the future of its answer. Never raises: a failure is in the future."""
+        future: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+        call = self._next_id
+        self._next_id += 1
+        method = type(message).__name__
+        try:
+            if self._failure is not None:
+                raise self._failure
+            frame = encode("call", message, id=call, seq=seq)
+        except HarmonyError as error:
+            _fail(future, error)
+            return call, future
+        assert method in METHODS
+        self._pending[call] = method, future
+        self._write(frame)
+        return call, future
+
+    async def call(self, message: Message, seq: int | None = None) -> Message:
+        """Send a call, as soon as the rank keeps up, and wait for its answer."""
+        if self._failure is None and (self._waiting or not self._has_room()):
+            turn: asyncio.Future[asyncio.Future[Message]] = asyncio.get_running_loop().create_future()
+            self._waiting.append((message, seq, turn))
+            answer = await turn
+        else:
+            _, answer = self.submit(message, seq)
+        return await answer
+
+    def cast(self, message: Message, seq: int | None = None) -> None:
+        """Send a message that is not answered; dropped when the rank is gone."""
+        if self._failure is None:
+            self._write(encode("cast", message, seq=seq))
+
+    def refuse(self, error: HarmonyError) -> None:
+        """Tell the peer why it is not taken, and close."""
+        self._write(encode("err", failure_of(error, -1)))
+        self.close()
+
+    def _write(self, frame: bytes) -> None:
+        # A socket that is closing is reported by `lost`; until then its calls stay pending.
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.write(frame)
+
+    def _has_room(self) -> bool:
+        return not self._full and len(self._pending) < MAX_CALLS_IN_FLIGHT
+
+    def _release(self) -> None:
+        """Send calls that wait, in order, as many as there is room for; after a failure all of them, to fail."""
+        while self._waiting and (self._failure is not None or self._has_room()):
+            message, seq, turn = self._waiting.popleft()
+            if not turn.done():
+                turn.set_result(self.submit(message, seq)[1])
+
+    # --- life -------------------------------------------------------------------------------------------------
+
+    def accept(self) -> None:
+        """The peer is a rank of ours: take frames of any length, and events."""
+        self._accepted = True
+        self._decoder.max_body_bytes = MAX_BODY_BYTES
+
+    def fail(self, error: HarmonyError) -> None:
+        """Every pending and later call fails with `error`."""
+        self._failure = error
+        pending, self._pending = self._pending, {}
+        for _, future in pending.values():
+            _fail(future, error)
+        self._release()
+
+    def close(self) -> None:
+        """Close the socket; what was written is still sent."""
+        if self._transport is not None:
+            self._transport.close()
+
+    # --- asyncio.Protocol -------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Refuse a peer of another user."""
+        self._transport = cast("asyncio.Transport", transport)
+        self._transport.set_write_buffer_limits(high=HIGH_WATER_BYTES)
+        credentials = platform.peer(cast("socket.socket", transport.get_extra_info("socket")))
+        if credentials is not None:
+            self.peer_pid, uid = credentials
+            if uid != platform.user():
+                self._abort(f"refused: the peer is user {uid}")
+
+    def data_received(self, data: bytes) -> None:
+        """Hand each complete frame on."""
+        try:
+            for frame in self._decoder.feed(data):
+                self._dispatch(frame)
+                if self._reason:
+                    return
+        except WireError as error:
+            self._abort(error.message)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Tell the listener, which knows whether that was expected."""
+        self.listener.lost(self, self._reason)
+
+    def pause_writing(self) -> None:
+        """The rank does not read."""
+        self._full = True
+
+    def resume_writing(self) -> None:
+        """The rank has caught up."""
+        self._full = False
+        self._release()
+
+    def _dispatch(self, frame: Frame) -> None:
+        header, body = frame.header, frame.body
+        if not self._accepted:
+            if not isinstance(body, Hello):
+                raise WireError(f"{header.method[:80]!r} before Hello")
+            self.listener.hello(self, body)
+        elif header.kind == "event":
+            self.listener.event(self, body)
+        elif header.kind == "err":
+            self._error(header.id, error_of(cast("Failure", body)))
+        elif header.kind == "ok":
+            self._answer(header.id, header.method, body)
+        else:
+            raise WireError(f"a rank sent a {header.kind}")
+
+    def _answer(self, call: int, method: str, body: Message) -> None:
+        asked, future = self._pending.pop(call, (method, None))
+        if asked != method:
+            raise WireError(f"an answer to {method} for call {call}, which was {asked}")
+        if future is not None and not future.done():
+            future.set_result(body)
+        self._release()
+
+    def _error(self, call: int, error: HarmonyError) -> None:
+        if call == 0:
+            self.listener.fatal(self, error)
+            return
+        if call not in self._pending:
+            return
+        seconds = self.hold_error(error)
+        if seconds:
+            asyncio.get_running_loop().call_later(seconds, self._deliver_error, call, error)
+        else:
+            self._deliver_error(call, error)
+
+    def _deliver_error(self, call: int, error: HarmonyError) -> None:
+        _, future = self._pending.pop(call, ("", None))
+        if future is not None:
+            _fail(future, error)
+        self._release()
+
+    def _abort(self, reason: str) -> None:
+        self._reason = reason
+        assert self._transport is not None
+        self._transport.abort()
+
+
+def _fail(future: asyncio.Future[Message], error: HarmonyError) -> None:
+    if not future.done():
+        future.set_exception(error)
+        future.exception()  # marks it as seen: a call that nobody awaits any more is not a warning

@@ -1,0 +1,175 @@
+"""A rank's end of its socket. Loads no torch; none of its threads issues a collective.
+
+One thread reads requests into `inbox`, one writes what could not be sent at once and a beat every second. The engine
+thread takes from `inbox` and answers. When the driver goes away the process ends at once.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import socket
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from harmony_core.rpc import platform
+from harmony_core.rpc.protocol import METHODS, Beat, Event, Hello, Message
+from harmony_core.rpc.wire import Failure, FrameDecoder, WireError, encode, error_of, failure_of
+
+BEAT_SECONDS = 1.0
+DRIVER_GONE = 17
+"""Exit status of a rank whose driver went away."""
+
+IDLE = "idle"
+"""The phase of a rank that waits for work; it may last for ever. Any other phase has to end."""
+
+
+@dataclass(frozen=True)
+class Incoming:
+    """One request. `id` answers it; it is 0 for a message that wants no answer. `seq` orders global requests."""
+
+    id: int
+    message: Message
+    seq: int | None
+
+
+class RankChannel:
+    """Requests in, answers and events out. Every method may be called from any thread."""
+
+    def __init__(self, sock: socket.socket, rank: int, on_driver_gone: Callable[[], None] = lambda: None) -> None:
+        self.rank = rank
+        self.inbox: queue.SimpleQueue[Incoming] = queue.SimpleQueue()
+        self.step = 0
+        """Counts the engine's progress; shown in beats."""
+        self._socket = sock
+        self._on_driver_gone = on_driver_gone
+        self._phase = ("starting", time.monotonic())
+        self._methods: dict[int, str] = {}
+        self._lock = threading.Lock()
+        self._outbox: deque[bytes] = deque()
+        self._wake = threading.Event()
+        self._flushed = threading.Event()
+        self._flushed.set()
+
+    @classmethod
+    def connect(cls, path: str, hello: Hello, on_driver_gone: Callable[[], None] = lambda: None) -> RankChannel:
+        """Connect to the driver's socket, say who we are, and start the two threads. Raises OSError."""
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.connect(path)
+        channel = cls(sock, hello.rank, on_driver_gone)
+        sock.sendall(encode("event", hello))
+        threading.Thread(target=channel._read, name="rank-reader", daemon=True).start()
+        threading.Thread(target=channel._write, name="rank-writer", daemon=True).start()
+        return channel
+
+    @property
+    def phase(self) -> str:
+        """What the engine thread does; `IDLE` while it waits for work. Shown in beats and in errors."""
+        return self._phase[0]
+
+    @phase.setter
+    def phase(self, name: str) -> None:
+        self._phase = (name, time.monotonic())
+
+    def reply(self, id: int, message: Message) -> None:
+        """Answer call `id`."""
+        self._send(encode("ok", message, id=id, method=self._methods.pop(id)))
+
+    def fail(self, id: int, error: BaseException) -> None:
+        """Answer call `id` with an exception, which the driver raises to the caller."""
+        self._methods.pop(id, None)
+        self._send(encode("err", failure_of(error, self.rank), id=id))
+
+    def event(self, type: str, data: dict[str, Any]) -> None:
+        """Report something for `events.jsonl`."""
+        self._send(encode("event", Event(type=type, data=data)))
+
+    def fatal(self, error: BaseException) -> None:
+        """Tell the driver that this rank cannot go on, and wait until that is sent."""
+        self._send(encode("err", failure_of(error, self.rank)))
+        self.flush()
+
+    def flush(self, timeout: float = 2.0) -> None:
+        """Wait until everything is handed to the kernel."""
+        self._flushed.wait(timeout)
+
+    # --- sending ----------------------------------------------------------------------------------------------
+
+    def _send(self, frame: bytes) -> None:
+        """Send at once what the socket takes; the writer thread sends the rest. Never blocks."""
+        with self._lock:
+            if not self._outbox:
+                try:
+                    frame = frame[self._socket.send(frame, socket.MSG_DONTWAIT) :]
+                except (BlockingIOError, InterruptedError):
+                    pass
+                except OSError:
+                    return  # the reader sees the same, and ends the process
+            if frame:
+                self._outbox.append(frame)
+                self._flushed.clear()
+                self._wake.set()
+
+    def _write(self) -> None:
+        next_beat = time.monotonic()
+        while True:
+            if time.monotonic() >= next_beat:
+                next_beat = time.monotonic() + BEAT_SECONDS
+                self._send(encode("event", self._beat()))
+            if not self._wake.wait(max(0.0, next_beat - time.monotonic())):
+                continue
+            try:
+                self._drain()
+            except OSError:
+                return
+
+    def _drain(self) -> None:
+        while True:
+            with self._lock:
+                if not self._outbox:
+                    self._wake.clear()
+                    self._flushed.set()
+                    return
+                frame = self._outbox[0]
+            self._socket.sendall(frame)  # unlocked: while the outbox holds this frame, nobody else sends
+            with self._lock:
+                self._outbox.popleft()
+
+    def _beat(self) -> Beat:
+        name, since = self._phase
+        seconds = time.monotonic() - since
+        return Beat(phase=name, seconds=seconds, step=self.step, rss_bytes=platform.resident_bytes())
+
+    # --- receiving --------------------------------------------------------------------------------------------
+
+    def _read(self) -> None:
+        decoder = FrameDecoder()
+        try:
+            while data := self._socket.recv(1 << 18):
+                for frame in decoder.feed(data):
+                    self._take(frame.header.kind, frame.header.id, frame.header.seq, frame.body)
+            self._leave("the driver went away")
+        except ConnectionError as error:
+            self._leave(f"the driver went away ({error})")
+        except WireError as error:
+            self._leave(error.message)
+
+    def _take(self, kind: str, id: int, seq: int | None, message: Message) -> None:
+        if isinstance(message, Failure):
+            self._leave(f"the driver refuses this rank: {error_of(message)}")
+        if kind not in ("call", "cast") or type(message).__name__ not in METHODS:
+            raise WireError(f"the driver sent a {kind}")
+        if kind == "call":
+            self._methods[id] = type(message).__name__
+        self.inbox.put(Incoming(id if kind == "call" else 0, message, seq))
+
+    def _leave(self, reason: str) -> NoReturn:
+        sys.stderr.write(f"rank {self.rank}: {reason}\n")
+        sys.stderr.flush()
+        self._on_driver_gone()
+        os._exit(DRIVER_GONE)

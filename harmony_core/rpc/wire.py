@@ -1,0 +1,140 @@
+"""Frames: what a message looks like as bytes, and how an error crosses as data.
+
+    u32 header length | u64 body length | header | body          little-endian
+
+Header and body are msgpack. The header names the method and the kind; both bodies and headers are typed, unknown
+fields and methods are refused, and lengths are checked before a byte is stored. No input or output happens here.
+"""
+
+from __future__ import annotations
+
+import struct
+import traceback
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import msgspec
+
+from harmony_core.errors import EngineError, HarmonyError, RankError, all_errors
+from harmony_core.rpc.protocol import METHODS, PROTOCOL_VERSION, Beat, Event, Hello, Message
+
+Kind = Literal["call", "ok", "err", "event", "cast"]
+
+MAX_HEADER_BYTES = 4096
+MAX_BODY_BYTES = 1 << 30
+MAX_HELLO_BYTES = 1 << 16
+"""The most that a peer may send before it has said who it is."""
+
+_PREFIX = struct.Struct("<IQ")
+
+
+class WireError(EngineError):
+    """Bytes that are not a frame of ours."""
+
+
+class Header(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
+    """`id` pairs an answer with its call; `seq` orders global requests."""
+
+    v: int = PROTOCOL_VERSION
+    id: int = 0
+    kind: Kind
+    method: str
+    seq: int | None = None
+
+
+class Failure(Message):
+    """An exception as data: the body of an `err` frame. `type` is a class of the error tree."""
+
+    type: str
+    message: str
+    hint: str
+    details: dict[str, Any]
+
+
+class Frame(msgspec.Struct):
+    """One decoded frame."""
+
+    header: Header
+    body: Message
+
+
+_EVENTS: dict[str, type[Message]] = {"Hello": Hello, "Beat": Beat, "Event": Event}
+_encoder = msgspec.msgpack.Encoder()
+_header_decoder = msgspec.msgpack.Decoder(Header)
+_decoders: dict[tuple[str, str], msgspec.msgpack.Decoder[Any]] = {
+    **{("call", name): msgspec.msgpack.Decoder(request) for name, (request, _) in METHODS.items()},
+    **{("cast", name): msgspec.msgpack.Decoder(request) for name, (request, _) in METHODS.items()},
+    **{("ok", name): msgspec.msgpack.Decoder(answer) for name, (_, answer) in METHODS.items()},
+    **{("event", name): msgspec.msgpack.Decoder(event) for name, event in _EVENTS.items()},
+}
+_failure_decoder = msgspec.msgpack.Decoder(Failure)
+
+
+def encode(kind: Kind, message: Message, *, id: int = 0, method: str = "", seq: int | None = None) -> bytes:
+    """One frame. `method` defaults to the message's class; answers name the method that they answer."""
+    header = _encoder.encode(Header(id=id, kind=kind, method=method or type(message).__name__, seq=seq))
+    body = _encoder.encode(message)
+    if len(body) > MAX_BODY_BYTES:
+        raise WireError(f"a {type(message).__name__} of {len(body)} bytes; one message holds at most {MAX_BODY_BYTES}")
+    return b"".join((_PREFIX.pack(len(header), len(body)), header, body))
+
+
+class FrameDecoder:
+    """Bytes in, frames out. Memory grows with the bytes that arrived, never with the lengths they announce."""
+
+    def __init__(self, max_body_bytes: int = MAX_BODY_BYTES) -> None:
+        self.max_body_bytes = max_body_bytes
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> Iterator[Frame]:
+        """Frames completed by `data`, each decoded when it is asked for. Raises WireError; the stream is then lost."""
+        self._buffer += data
+        return self._frames()
+
+    def _frames(self) -> Iterator[Frame]:
+        while len(self._buffer) >= _PREFIX.size:
+            header_bytes, body_bytes = _PREFIX.unpack_from(self._buffer)
+            if header_bytes > MAX_HEADER_BYTES or body_bytes > self.max_body_bytes:
+                raise WireError(f"a frame that announces {header_bytes} + {body_bytes} bytes")
+            end = _PREFIX.size + header_bytes + body_bytes
+            if len(self._buffer) < end:
+                return
+            header = bytes(self._buffer[_PREFIX.size : _PREFIX.size + header_bytes])
+            body = bytes(self._buffer[_PREFIX.size + header_bytes : end])
+            del self._buffer[:end]
+            yield _decode(header, body)
+
+
+def _decode(header_bytes: bytes, body: bytes) -> Frame:
+    try:
+        header = _header_decoder.decode(header_bytes)
+        if header.v != PROTOCOL_VERSION:
+            raise WireError(f"a frame of protocol {header.v}; this side speaks {PROTOCOL_VERSION}")
+        decoder = _failure_decoder if header.kind == "err" else _decoders.get((header.kind, header.method))
+        if decoder is None:
+            raise WireError(f"there is no {header.kind} {header.method[:80]!r}")
+        return Frame(header, decoder.decode(body))
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise WireError(f"a frame that cannot be read: {error}") from error
+
+
+def failure_of(error: BaseException, rank: int) -> Failure:
+    """An exception as data. One that is not ours becomes a RankError that carries its traceback."""
+    if not isinstance(error, HarmonyError):
+        lines = traceback.format_exception(error)
+        text = str(error).strip() or "no message"
+        message = f"rank {rank}: {type(error).__name__}: {text}"
+        error = RankError(message, rank=rank, type=type(error).__name__, traceback="".join(lines)[-16_000:])
+    details = msgspec.to_builtins(error.details, enc_hook=repr, str_keys=True)
+    return Failure(type=type(error).__name__, message=error.message, hint=error.hint, details=details)
+
+
+def error_of(failure: Failure) -> HarmonyError:
+    """The exception that a `Failure` describes, looked up in the error tree; of an unknown class: a RankError."""
+    known = all_errors().get(failure.type)
+    if known is not None:
+        try:
+            return known(failure.message, hint=failure.hint, **failure.details)
+        except TypeError:  # details that this class cannot be built from
+            pass
+    return RankError(f"{failure.type}: {failure.message}", hint=failure.hint, type=failure.type)
