@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from harmony_core.errors import ModelRefused, UsageError
@@ -28,7 +28,7 @@ class BuilderSettings:
     tokens_to_generate: int | None = None
     max_seqlen: int | None = None
     use_adapter: bool | None = None
-    lora: LoraSettings = LoraSettings()
+    lora: LoraSettings = field(default_factory=LoraSettings)
     dtype: str = ""
 
 

@@ -63,7 +63,8 @@ class InferenceModel:
         self._settings = settings or SamplingSettings()
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self._live.name!r}, model={self._live.version.ref!r}, tp={self._live.placement.tp})"
+        live = self._live
+        return f"{type(self).__name__}({live.name!r}, model={live.version.ref!r}, tp={live.placement.tp})"
 
     # --- settings ---------------------------------------------------------------------------------------------
 
@@ -176,12 +177,11 @@ class InferenceModel:
                 limit=live.placement.context_tokens,
             )
         settings = self._settings
+        cap = live.placement.tokens_to_generate
         sampling = Sampling(
             temperature=settings.temperature,
             top_p=settings.top_p,
-            max_tokens=min(
-                settings.max_gen_len or live.placement.tokens_to_generate, live.placement.tokens_to_generate, room
-            ),
+            max_tokens=min(settings.max_gen_len or cap, cap, room),
             min_tokens=settings.min_gen_len,
             seed=seed,
             stop_ids=tuple(sorted(live.tokenizer.stop_ids)),

@@ -13,12 +13,10 @@ import torch
 import torch.distributed as dist
 
 from harmony_core.engine.models.parallel import TensorParallel
+from harmony_core.engine.topology import COLLECTIVE_TIMEOUT, IDLE_TIMEOUT
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-FOREVER = timedelta(days=365)
-"""Followers wait for their leader as long as the recipe thinks; death is noticed through the sockets, not by a timeout."""
 
 
 def exchange(payload: bytes, group: ProcessGroup | None, size: int) -> list[bytes]:
@@ -38,7 +36,7 @@ def exchange(payload: bytes, group: ProcessGroup | None, size: int) -> list[byte
 
 
 class Block:
-    """Consecutive ranks whose first one, the leader, hears requests and decides; the others execute what it announces."""
+    """Consecutive ranks. The first, the leader, hears requests and decides; all execute what it announces."""
 
     def __init__(self, first: int, size: int, rank: int, group: ProcessGroup | None) -> None:
         self.first = first
@@ -70,12 +68,11 @@ class Block:
 class Groups:
     """This rank's groups. `control` None with one rank."""
 
-    def __init__(self, rank: int, world_size: int, model_backend: str, model_timeout: timedelta) -> None:
+    def __init__(self, rank: int, world_size: int, model_backend: str) -> None:
         self.rank = rank
         self.world_size = world_size
         self._backend = model_backend
-        self._timeout = model_timeout
-        self._control = self._new(list(range(world_size)), "gloo", FOREVER)
+        self._control = self._new(list(range(world_size)), "gloo", IDLE_TIMEOUT)
         self._parallel: dict[int, tuple[TensorParallel, ProcessGroup | None]] = {}
 
     def _new(self, ranks: list[int], backend: str, timeout: timedelta) -> ProcessGroup | None:
@@ -92,7 +89,7 @@ class Groups:
         """This rank's block when the run is cut into blocks of `size`. All ranks call it together."""
         mine: ProcessGroup | None = None
         for first in range(0, self.world_size, size):
-            group = self._new(list(range(first, first + size)), "gloo", FOREVER)
+            group = self._new(list(range(first, first + size)), "gloo", IDLE_TIMEOUT)
             mine = group if group is not None else mine
         return Block(self.rank // size * size, size, self.rank, mine)
 
@@ -101,11 +98,11 @@ class Groups:
         if tp not in self._parallel:
             mine: ProcessGroup | None = None
             for first in range(0, self.world_size, tp):
-                group = self._new(list(range(first, first + tp)), self._backend, self._timeout)
+                group = self._new(list(range(first, first + tp)), self._backend, COLLECTIVE_TIMEOUT)
                 mine = group if group is not None else mine
             replicas: ProcessGroup | None = None
             for offset in range(tp):
-                group = self._new(list(range(offset, self.world_size, tp)), self._backend, self._timeout)
+                group = self._new(list(range(offset, self.world_size, tp)), self._backend, COLLECTIVE_TIMEOUT)
                 replicas = group if group is not None else replicas
             here = TensorParallel.single() if tp == 1 else TensorParallel(size=tp, rank=self.rank % tp, group=mine)
             self._parallel[tp] = here, replicas

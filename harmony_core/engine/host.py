@@ -7,7 +7,6 @@ are. Nothing else decides anything, so all ranks of a block enter the same colle
 from __future__ import annotations
 
 import time
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -50,11 +49,8 @@ from harmony_core.rpc.rank_channel import IDLE
 from harmony_core.rpc.wire import Failure, error_of, failure_of
 
 if TYPE_CHECKING:
-    from harmony_core.engine.process import Topology
+    from harmony_core.engine.topology import Topology
     from harmony_core.rpc.rank_channel import RankChannel
-
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-"""How long a model collective may take before the rank gives up; a dead peer is noticed long before, by its socket."""
 
 
 class Host:
@@ -64,7 +60,7 @@ class Host:
         self._channel = channel
         self._topology = topology
         backend = "gloo" if topology.device.type == "cpu" else "nccl"
-        self._groups = Groups(topology.rank, topology.world_size, backend, COLLECTIVE_TIMEOUT)
+        self._groups = Groups(topology.rank, topology.world_size, backend)
         self._models = ModelTable(topology.device)
         self._tp: dict[str, int] = {}
         self._block: Block = self._groups.block(1)

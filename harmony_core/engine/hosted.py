@@ -13,7 +13,8 @@ from harmony_core.engine.models import adapters, weights
 from harmony_core.engine.models.loading import load_model
 from harmony_core.engine.models.model import CausalLM
 from harmony_core.engine.models.parallel import TensorParallel
-from harmony_core.engine.training.trainer import OPTIMIZER_FILE, Trainer
+from harmony_core.engine.training import state_files
+from harmony_core.engine.training.trainer import Trainer
 from harmony_core.errors import ConflictError, ModelRefused
 from harmony_core.rpc.protocol import Clone, Load, Save, Spawn, Spawned
 from harmony_core.rpc.wire import Failure
@@ -32,6 +33,8 @@ class BaseWeights:
     model: CausalLM
     key: tuple[str, int, torch.dtype] | None
     users: int = 1
+    checkpointed_layers: int = 0
+    """The most that one of its trainers asked for."""
 
 
 @dataclass
@@ -59,16 +62,15 @@ class HostedModel:
 
     def spawned(self) -> Spawned:
         """What this rank holds for it."""
-        base_bytes = self.model.base_parameter_bytes()
-        own = self.model.adapter_bytes(self.adapter) if self.adapter else 0
-        trainable = self.model.trainable_parameters(self.adapter) if self.trainer else {}
+        base_bytes = self.model.parameter_bytes()
         return Spawned(
-            parameter_bytes=base_bytes + own,
+            parameter_bytes=self.model.parameter_bytes(self.adapter),
             shared_bytes=base_bytes if self.base.users > 1 else 0,
+            gradient_bytes=self.trainer.gradient_bytes if self.trainer else 0,
             optimizer_bytes=self.trainer.state_bytes if self.trainer else 0,
-            kv_bytes=self.runner.cache.promised_bytes,
-            num_parameters=self.model.num_parameters,
-            trainable_parameters=sum(p.numel() for p in trainable.values()),
+            kv_bytes=self.runner.cache.bytes,
+            num_parameters=self.model.num_parameters(),
+            trainable_parameters=self.trainer.num_trainable if self.trainer else 0,
         )
 
 
@@ -100,7 +102,8 @@ class ModelTable:
         try:
             adapter = self._make_adapter(base.model, request)
             if request.train:
-                base.model.set_checkpointed_layers(request.checkpointed_layers)
+                base.checkpointed_layers = max(base.checkpointed_layers, request.checkpointed_layers)
+                base.model.set_checkpointed_layers(base.checkpointed_layers)
                 trainer = Trainer(base.model, adapter, dp_group=replicas)
             runner = Runner(base.model, request.kv_tokens, adapter=adapter)
             hosted = HostedModel(
@@ -208,7 +211,7 @@ class ModelTable:
         weights.load_into(hosted.model, directory, adapter=hosted.adapter)
         if hosted.trainer is not None:
             hosted.trainer.weights_changed()
-            if (directory / OPTIMIZER_FILE).is_file():
+            if (directory / state_files.FILE).is_file():
                 hosted.trainer.load_optimizer(directory)
 
     def _make_private(self, hosted: HostedModel) -> None:

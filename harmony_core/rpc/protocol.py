@@ -110,6 +110,7 @@ class Spawned(Message):
     parameter_bytes: int
     shared_bytes: int
     """Of parameter_bytes, those that another spawn on this rank holds too."""
+    gradient_bytes: int
     optimizer_bytes: int
     kv_bytes: int
     num_parameters: int
