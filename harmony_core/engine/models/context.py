@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,10 +42,16 @@ class PagedAttention:
 
 @dataclass(frozen=True)
 class ForwardContext:
-    """One forward pass. `adapter` None runs the base weights alone."""
+    """One forward pass. `adapter` None runs the base weights alone.
+
+    `seed` is what an adapter's dropout draws from: the same on all tensor-parallel ranks of a replica, another one for
+    each micro-batch. `prepared` is the attention function's own: what it computes once for all layers.
+    """
 
     attention: PackedAttention | PagedAttention
     adapter: str | None = None
+    seed: int = 0
+    prepared: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
 _current: list[ForwardContext] = []

@@ -1,0 +1,124 @@
+"""From a directory to a live model: config, an empty model of its shape, then each rank's slices from the files.
+
+Full-size tensors are never built for what a rank holds a slice of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from harmony_core.engine.models import attention
+from harmony_core.engine.models.model import CausalLM
+from harmony_core.engine.models.parallel import Shard, TensorParallel, set_shard, shard_of
+from harmony_core.engine.models.sharding import shard_modules
+from harmony_core.engine.models.stored import StoredWeights, read_json
+from harmony_core.errors import ModelRefused, VerificationError
+
+Reader = Callable[[str, Shard | None, tuple[int, ...]], Tensor]
+"""(name, slice, its shape) -> this rank's values."""
+
+
+def load_model(directory: Path, tp: TensorParallel, device: torch.device, dtype: torch.dtype) -> CausalLM:
+    """The causal language model stored in `directory`, this rank's slices of it, in `dtype` on `device`.
+
+    No parameter requires a gradient. Raises `ModelRefused` for what we do not run (remote code, quantised weights, a
+    `tp` that does not fit) and `VerificationError` for missing or damaged files.
+    """
+    config = read_config(directory)
+    module, summed = empty_module(config, tp, dtype)
+    with StoredWeights(directory) as stored:
+        check_names(module, stored)
+        fill(module, config, device, lambda name, shard, shape: stored.read(name, shard, shape, dtype))
+    return CausalLM(module, config, tp, device, dtype, summed)
+
+
+def copy_model(model: CausalLM) -> CausalLM:
+    """A private copy of a model's base weights; adapters are not copied."""
+    module, summed = empty_module(model.config, model.tp, model.dtype)
+    source = model.base_parameters
+    fill(module, model.config, model.device, lambda name, shard, shape: source[name].detach().clone())
+    return CausalLM(module, model.config, model.tp, model.device, model.dtype, summed)
+
+
+def read_config(directory: Path) -> Any:
+    """The transformers config of a model directory, never running code from it."""
+    path = directory / "config.json"
+    raw = read_json(path)
+    if "auto_map" in raw:
+        raise ModelRefused(f"{path}: auto_map asks for code from the model's directory, which is never run")
+    if raw.get("quantization_config"):
+        raise ModelRefused(f"{path}: quantised weights are not supported", hint="store the model unquantised")
+    try:
+        return AutoConfig.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelRefused(f"{path}: transformers cannot read it: {error}") from None
+
+
+def empty_module(config: Any, tp: TensorParallel, dtype: torch.dtype) -> tuple[nn.Module, frozenset[str]]:
+    """The unmodified transformers model on the meta device, its planned layers split; with `shard_modules`' names."""
+    try:
+        with torch.device("meta"):
+            module: nn.Module = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, dtype=dtype, attn_implementation=attention.NAME, trust_remote_code=False
+            )
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelRefused(f"{getattr(config, 'model_type', '?')}: transformers cannot build it: {error}") from None
+    head = module.get_output_embeddings()  # type: ignore[operator]
+    if head is None or head.bias is not None or getattr(config, "final_logit_softcapping", None):
+        raise ModelRefused(f"{type(module).__name__}: a head that is not one plain matrix is not supported")
+    summed = shard_modules(module, tp)
+    _tie(module, config)
+    return module.eval(), summed
+
+
+def fill(module: nn.Module, config: Any, device: torch.device, read: Reader) -> None:
+    """Replace every meta parameter and buffer of `module` by real ones on `device`, gradients off."""
+    for name, empty in list(module.named_parameters()):
+        shard = shard_of(empty)
+        values = read(name, shard, tuple(empty.shape))
+        parameter = nn.Parameter(values.to(device), requires_grad=False)
+        set_shard(parameter, shard)
+        owner, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(owner), leaf, parameter)
+    _tie(module, config)
+    for name, owner_module in module.named_modules():
+        empty_buffers = [key for key, buffer in owner_module.named_buffers(recurse=False) if buffer.is_meta]
+        if empty_buffers:
+            _rebuild_buffers(owner_module, name, empty_buffers, config, device)
+
+
+def check_names(module: nn.Module, stored: StoredWeights) -> None:
+    """Refuse files that lack a tensor the model needs, or hold one that it would silently ignore."""
+    wanted = {name for name, _ in module.named_parameters()}
+    missing = sorted(wanted - stored.names)
+    if missing:
+        raise VerificationError(f"{stored.directory}: {len(missing)} tensors are missing, the first is {missing[0]}")
+    # A tied head may be stored a second time, and old files hold the rotary frequencies.
+    known = wanted | {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    extra = sorted(name for name in stored.names - known if not name.endswith("rotary_emb.inv_freq"))
+    if extra:
+        raise VerificationError(
+            f"{stored.directory}: {len(extra)} stored tensors are not part of {type(module).__name__}, "
+            f"the first is {extra[0]}"
+        )
+
+
+def _tie(module: nn.Module, config: Any) -> None:
+    if config.get_text_config().tie_word_embeddings:
+        module.get_output_embeddings().weight = module.get_input_embeddings().weight  # type: ignore[operator]
+
+
+def _rebuild_buffers(module: nn.Module, name: str, buffers: list[str], config: Any, device: torch.device) -> None:
+    """Buffers that no file stores (rotary frequencies) come from building their module again, off the meta device."""
+    try:
+        fresh = type(module)(config=config)
+    except TypeError:
+        raise ModelRefused(f"{name}: buffers {', '.join(buffers)} cannot be rebuilt") from None
+    for key in buffers:
+        setattr(module, key, fresh.get_buffer(key).to(device))

@@ -1,0 +1,160 @@
+"""A causal language model on one rank: the transformers module, this rank's weights, and what the engine asks of it.
+
+It knows nothing of batching, sampling or optimizers. Shapes: T tokens of one packed row, d hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from harmony_core.engine.models.parallel import Shard, TensorParallel, gather_full, shard_of, sum_gradient
+from harmony_core.errors import DataError, ModelRefused
+
+if TYPE_CHECKING:
+    from harmony_core.engine.models.adapters import AdapterInfo
+
+
+class CausalLM:
+    """This rank's share of a model: base weights and any number of adapters on them.
+
+    `load_model` makes one. Base weights may be shared between spawns; `forward_context` says which adapter applies.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        config: Any,
+        tp: TensorParallel,
+        device: torch.device,
+        dtype: torch.dtype,
+        summed_gradients: frozenset[str],
+    ) -> None:
+        self.module, self.config, self.tp, self.device, self.dtype = module, config, tp, device, dtype
+        self.adapters: dict[str, AdapterInfo] = {}
+        # Taken before any adapter wraps a layer, so these are the names of the stored tensors. A tied head is absent.
+        self.base_parameters: dict[str, nn.Parameter] = dict(module.named_parameters())
+        self._summed_gradients = summed_gradients
+        self._decoder: nn.Module = module.base_model  # type: ignore[assignment]
+        self._embedding: nn.Module = module.get_input_embeddings()  # type: ignore[operator]
+        self._head: nn.Module = module.get_output_embeddings()  # type: ignore[operator]
+        text = config.get_text_config()
+        self.vocab_size: int = text.vocab_size
+        self.num_layers: int = text.num_hidden_layers
+        self.num_heads_local: int = text.num_attention_heads // tp.size
+        self.num_kv_heads_local: int = max(1, text.num_key_value_heads // tp.size)
+        self.hidden_size: int = text.hidden_size
+        self.head_dim: int = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        self.max_positions: int = text.max_position_embeddings
+
+    def hidden_states(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Token ids `[T]` at `positions` `[T]` -> `[T, d]` after the final norm. Call inside `forward_context`."""
+        if tokens.device.type == "cpu" and tokens.numel():
+            # Split over ranks, an unknown token would become a row of zeros without a word.
+            low, high = (int(bound) for bound in torch.aminmax(tokens))
+            if low < 0 or high >= self.vocab_size:
+                raise DataError(f"token id {low if low < 0 else high} is outside the vocabulary of {self.vocab_size}")
+        output = self._decoder(input_ids=tokens[None], position_ids=positions[None], use_cache=False)
+        hidden: Tensor = output.last_hidden_state[0]
+        return hidden
+
+    @property
+    def head_weight(self) -> nn.Parameter:
+        """`[V_local, d]`: this rank's rows of the output matrix, starting at token `vocab_start`."""
+        weight = self._head.weight
+        assert isinstance(weight, nn.Parameter)
+        return weight
+
+    @property
+    def tied(self) -> bool:
+        """The output matrix is the embedding."""
+        return self._head.weight is self._embedding.weight
+
+    @property
+    def vocab_shard(self) -> Shard:
+        """Which tokens this rank's head scores."""
+        return shard_of(self.head_weight) or Shard(0, 0, self.vocab_size, self.vocab_size)
+
+    @property
+    def vocab_start(self) -> int:
+        """The first token of this rank's rows of the head."""
+        return self.vocab_shard.start
+
+    @torch.no_grad()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """`[N, d]` -> `[N, V]`, the full vocabulary, the same on every tensor-parallel rank, without gradient.
+
+        float32, or float64 in a float64 model.
+        """
+        local = F.linear(hidden, self.head_weight)
+        local = local if local.dtype == torch.float64 else local.float()
+        if self.tp.size == 1:
+            return local
+        shard = self.vocab_shard
+        return gather_full(local, Shard(1, shard.start, shard.stop, shard.full), self.tp)
+
+    def trainable_parameters(self, adapter: str | None) -> dict[str, nn.Parameter]:
+        """What a trainer of `adapter` (None: of the base weights) updates, by stored name.
+
+        From here on they take gradients. Each is this rank's slice: `shard_of` says which.
+        """
+        chosen = self.base_parameters if adapter is None else self.adapters[adapter].parameters
+        for name, parameter in chosen.items():
+            if not parameter.requires_grad:
+                parameter.requires_grad_(True)
+                if name in self._summed_gradients:
+                    sum_gradient(parameter, self.tp)
+        return dict(chosen)
+
+    def shard_of(self, parameter: nn.Parameter) -> Shard | None:
+        """Which slice of the full tensor a parameter is; None when every rank holds all of it."""
+        return shard_of(parameter)
+
+    def parameter_bytes(self, adapter: str | None = None) -> int:
+        """Bytes of the base weights held here, and of one adapter's if named."""
+        held = list(self.base_parameters.values())
+        if adapter is not None:
+            held += self.adapters[adapter].parameters.values()
+        return sum(parameter.numel() * parameter.element_size() for parameter in held)
+
+    def num_parameters(self, adapter: str | None = None) -> int:
+        """Elements of the full base model over all ranks, or of one adapter if named."""
+        held = self.base_parameters if adapter is None else self.adapters[adapter].parameters
+        total = 0
+        for parameter in held.values():
+            shard = shard_of(parameter)
+            scale = 1 if shard is None else shard.full
+            total += parameter.numel() * scale // (1 if shard is None else max(1, shard.stop - shard.start))
+        return total
+
+    def copy_weights(self) -> CausalLM:
+        """A private copy of the base weights, for training all of them or for a frozen clone. Adapters stay behind."""
+        from harmony_core.engine.models.loading import copy_model
+
+        return copy_model(self)
+
+    def set_checkpointed_layers(self, count: int) -> None:
+        """Let the first `count` layers recompute their activations in the backward pass.
+
+        The backward pass must then run inside the same `forward_context`.
+        """
+        layers = list(self._decoder.layers)  # type: ignore[arg-type]
+        if count and not hasattr(layers[0], "gradient_checkpointing"):
+            raise ModelRefused(f"{type(layers[0]).__name__} cannot recompute its activations")
+        for index, layer in enumerate(layers):
+            layer.gradient_checkpointing = index < count
+            layer._gradient_checkpointing_func = _recompute
+            # transformers asks the layer itself, not its children, whether it trains.
+            layer.training = index < count
+
+
+def _recompute(function: Any, *args: Any) -> Any:
+    # No layer draws from torch's random state: dropout draws from the context's seed.
+    if not torch.is_grad_enabled():
+        return function(*args)
+    return partial(checkpoint, use_reentrant=False, preserve_rng_state=False)(function, *args)
