@@ -100,6 +100,8 @@ class RecipeContext:
     registry: Registry
     gates: list[Gate]
     """Every gate so far, in order."""
+    _working_dir: Path
+    _owns_run: bool
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         raise TypeError("a recipe is given its RecipeContext; elsewhere it comes from `await RecipeContext.load()`")
@@ -123,6 +125,7 @@ class RecipeContext:
         ctx.config = config or RecipeConfig(job_id=job.job_id)
         ctx.gates = []
         ctx._working_dir = working_dir
+        ctx._owns_run = False
         return ctx
 
     @classmethod
@@ -181,12 +184,22 @@ class RecipeContext:
         self.job.complete()
         self.job.close()
         self.client.close()
+        self._end_run("succeeded", 0)
 
     async def aclose(self) -> None:
         """Complete the job and stop the engine."""
         self.job.complete()
+        await self._stop()
+        self._end_run("succeeded", 0)
+
+    async def _stop(self) -> None:
         self.job.close()
         await self.client.aclose()
+
+    def _end_run(self, status: str, exit_code: int) -> None:
+        # A run of the command line is ended by the command line, which also knows the result.
+        if self._owns_run:
+            self.run.finish(status, exit_code, {})
 
 
 class RecipeContextManager:
@@ -208,7 +221,9 @@ class RecipeContextManager:
         job = StdoutJobNotifier(config.job_id or run.id, events=run.events.write)
         job.mark_running()
         working_dir = Path(config.working_dir).expanduser() if config.working_dir else run.directory
-        return RecipeContext.create(client, run, registry, working_dir, job, config)
+        ctx = RecipeContext.create(client, run, registry, working_dir, job, config)
+        ctx._owns_run = True
+        return ctx
 
     def __await__(self) -> Generator[Any, None, RecipeContext]:
         return self._open().__await__()
@@ -225,8 +240,8 @@ class RecipeContextManager:
             await self._ctx.aclose()
             return
         self._ctx.job.report_error("".join(traceback.format_exception(exc)))
-        self._ctx.job.close()
-        await self._ctx.client.aclose()
+        await self._ctx._stop()
+        self._ctx._end_run("failed", getattr(exc, "exit_code", 1))
 
 
 def _made(directory: Path) -> Path:
