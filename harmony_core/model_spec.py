@@ -265,11 +265,15 @@ def check_tp(spec: ModelSpec, tp: int, world: int) -> None:
 
 def fitting_tp(spec: ModelSpec, world: int) -> list[int]:
     """The tensor-parallel sizes that divide `world` ranks and the model."""
+    return [tp for tp in model_tp(spec) if world % tp == 0]
+
+
+def model_tp(spec: ModelSpec) -> list[int]:
+    """The tensor-parallel sizes that divide the model, whatever the ranks."""
     return [
         tp
-        for tp in range(1, world + 1)
-        if world % tp == 0
-        and spec.num_heads % tp == 0
+        for tp in range(1, spec.num_heads + 1)
+        if spec.num_heads % tp == 0
         and spec.intermediate_size % tp == 0
         and (spec.num_kv_heads % tp == 0 or tp % spec.num_kv_heads == 0)
     ]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from harmony_core import __version__
-from harmony_core.errors import NotFoundError, VerificationError, did_you_mean
+from harmony_core.errors import NotFoundError, VerificationError
 from harmony_core.home import Home
 from harmony_core.model_spec import ModelSpec
 from harmony_core.registry import manifest as manifests
@@ -69,7 +69,10 @@ _CONFIG = {
 def resolve_builtin(home: Home, name: str) -> ModelVersion:
     """The model `builtin:NAME`, written first if it is missing or damaged. Raises NotFoundError for another name."""
     if name not in NAMES:
-        raise NotFoundError(f"there is no model '{BUILTIN}{name[:100]}'", hint=did_you_mean(name, NAMES))
+        raise NotFoundError(
+            f"there is no model '{BUILTIN}{name[:100]}'",
+            hint=f"there is: {', '.join(BUILTIN + known for known in NAMES)}",
+        )
     key = BUILTIN + name
     directory = home.cache / "builtin" / f"{name}-{_REVISION}"
     try:

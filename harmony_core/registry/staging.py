@@ -12,6 +12,7 @@ import fcntl
 import os
 import shutil
 import socket
+import stat
 import time
 import uuid
 from datetime import UTC, datetime
@@ -120,6 +121,12 @@ class Staging:
         return registry.resolve(f"{key}@{number}")
 
     def _make_durable(self, files: list[Path]) -> None:
+        """On the disk, and with the permissions that the umask gives: some libraries write for the owner alone."""
+        mode = stat.S_IMODE(self.directory.stat().st_mode) & 0o666
+        for path in files:
+            state = path.stat()
+            if state.st_nlink == 1 and stat.S_IMODE(state.st_mode) != mode:  # a shared file keeps its owner's
+                path.chmod(mode)
         for path in {*files, *(path.parent for path in files)}:
             fsync_path(path)
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import builtins
+import contextlib
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from harmony_core.errors import HarmonyError, NotFoundError, VerificationError, did_you_mean
+from harmony_core.errors import HarmonyError, NotFoundError, UsageError, VerificationError, did_you_mean
 from harmony_core.home import Home
-from harmony_core.model_spec import ModelSpec, check_tp
+from harmony_core.model_spec import ModelSpec, model_tp
 from harmony_core.registry import manifest as manifests
 from harmony_core.registry.builtin import NAMES, resolve_builtin
 from harmony_core.registry.entry import Entry, apply_setting, edit_entry, read_entry
 from harmony_core.registry.files import refuse_links
-from harmony_core.registry.keys import BUILTIN, SCHEME, Reference, parse_reference, source_hint
+from harmony_core.registry.importing import ImportOptions, import_model
+from harmony_core.registry.keys import BUILTIN, SCHEME, Reference, check_alias, parse_reference, source_hint
+from harmony_core.registry.removal import in_use, remove
 from harmony_core.registry.staging import Staging
 from harmony_core.registry.versions import DEFAULT_NAMES, Defaults, ModelEntry, ModelVersion
 
@@ -36,22 +40,27 @@ class Registry:
         plain = ref.removeprefix(SCHEME)
         if plain.startswith(BUILTIN):
             return resolve_builtin(self.home, plain.removeprefix(BUILTIN))
-        reference = parse_reference(ref)
-        known = self.versions(reference.key)
-        if not known:
-            hint = source_hint(ref) or did_you_mean(reference.key, self.keys()) or "adaptive models list"
-            raise NotFoundError(f"there is no model {ref!r}", hint=hint, ref=ref)
-        number = self._number(reference, known)
+        try:
+            reference = parse_reference(ref)
+        except NotFoundError as error:
+            error.hint = error.hint or did_you_mean(plain.lower(), self.names())
+            raise
+        number = self.number(reference)
         try:
             return self._load(reference.key, number)
         except VerificationError as error:
-            others = [f"{reference.key}@{n}" for n in known if n != number]
+            others = [f"{reference.key}@{n}" for n in self.versions(reference.key) if n != number]
             if not error.hint and others:
                 error.hint = f"other versions: {', '.join(others[-5:])}"
             raise
 
-    def _number(self, reference: Reference, known: list[int]) -> int:
+    def number(self, reference: Reference) -> int:
+        """The version number that a reference means. Raises NotFoundError."""
         key = reference.key
+        known = self.versions(key)
+        if not known:
+            hint = source_hint(str(reference)) or did_you_mean(key, self.names()) or "adaptive models list"
+            raise NotFoundError(f"there is no model {str(reference)!r}", hint=hint, ref=str(reference))
         if reference.alias is not None:
             aliases = read_entry(self.home, key).aliases
             number = aliases.get(reference.alias)
@@ -129,7 +138,7 @@ class Registry:
             if depth and child.is_dir(follow_symlinks=False) and not _VERSION_DIRECTORY.fullmatch(child.name):
                 yield from self._walk(f"{prefix}/{child.name}".lstrip("/"), depth - 1)
 
-    def keys(self) -> list[str]:
+    def names(self) -> list[str]:
         """Every name that `resolve` takes without a version, the builtin ones last."""
         return [*self._walk(), *(BUILTIN + name for name in NAMES)]
 
@@ -150,6 +159,65 @@ class Registry:
         """Begin writing a version. Raises ResourceError when `expected_bytes` do not fit on the disk."""
         return Staging(self, expected_bytes)
 
+    def add(
+        self,
+        key: str,
+        source: str,
+        *,
+        reference: bool = False,
+        base: str | None = None,
+        chat_template: Path | None = None,
+    ) -> ModelVersion:
+        """Import a model as the next version of `key`.
+
+        `source`: a directory (Hugging Face shape, or a peft adapter), `hf:org/name[@revision]`, a .gguf file,
+        `package:NAME` (the .gguf file in an installed Python package), `builtin:NAME`. With `reference` the weights
+        stay where they are. `base` names an adapter's base, `chat_template` a file that replaces the template.
+        """
+        return import_model(self, key, source, ImportOptions(reference, base, chat_template))
+
+    def remove(self, ref: str, every: bool = False) -> builtins.list[str]:
+        """Remove a version (or, with `every`, all of a key's). Raises ConflictError while something refers to it."""
+        return remove(self, ref, every)
+
+    @contextlib.contextmanager
+    def hold(self, version: ModelVersion) -> Iterator[None]:
+        """Keep a version, and its base, from being removed by anyone while the block runs."""
+        with contextlib.ExitStack() as stack:
+            for used in (version, version.base):
+                if used and not used.key.startswith(BUILTIN):
+                    stack.enter_context(in_use(self.directory(used.key, used.version) / manifests.NAME))
+            yield
+
+    def verify(self, ref: str, quick: bool = False) -> ModelVersion:
+        """Read and hash every file of a version; with `quick`, files unchanged since they were last hashed are trusted.
+
+        Raises VerificationError naming the first file that differs.
+        """
+        version = self.resolve(ref)
+        record_at = version.path if version.key.startswith(BUILTIN) else self.directory(version.key, version.version)
+        record = manifests.read_manifest(record_at, version.key)
+        manifests.check_files(version.path, record, full=True, home=self.home if quick else None)
+        return version
+
+    def set_alias(self, key: str, alias: str, version: int | None) -> Entry:
+        """Point an alias at a version of a key; None removes it. Raises UsageError or NotFoundError."""
+        check_alias(alias)
+        if version is not None:
+            self.number(Reference(key, version=version))
+        elif alias not in read_entry(self.home, key).aliases:
+            raise NotFoundError(
+                f"{key!r} has no alias {alias!r}", hint=did_you_mean(alias, read_entry(self.home, key).aliases)
+            )
+
+        def change(entry: Entry) -> None:
+            if version is None:
+                entry.aliases.pop(alias, None)
+            else:
+                entry.aliases[alias] = version
+
+        return edit_entry(self.home, key, change)
+
     def imported_from(self, name: str) -> ModelVersion | None:
         """The newest full model that was imported from a hub id or a path; None when there is none."""
         for found in self.list():
@@ -164,13 +232,20 @@ class Registry:
         None takes a value back. Nothing is changed unless everything can be. Returns the newest version.
         """
         version = self.resolve(key)
+        if version.key.startswith(BUILTIN):
+            raise UsageError(
+                f"{version.key} is generated and keeps no settings", hint=f"adaptive models add KEY {version.key}"
+            )
 
         def change(entry: Entry) -> None:
             for name, value in values.items():
                 apply_setting(entry, name, value)
             tp = entry.defaults.get("tp")
-            if tp is not None and "tp" in values:
-                check_tp(version.spec, tp, tp)
+            if tp is not None and tp not in model_tp(version.spec):
+                allowed = ", ".join(map(str, model_tp(version.spec)))
+                raise UsageError(
+                    f"tp={tp} does not divide {key!r} ({version.spec.num_heads} heads)", hint=f"tp may be {allowed}"
+                )
 
         edit_entry(self.home, version.key, change)
         return self.resolve(version.key)
@@ -183,7 +258,7 @@ def _defaults(entry: Entry, base: ModelVersion | None) -> Defaults:
     for name in DEFAULT_NAMES:
         inherited = getattr(base.defaults, name) if base else None
         if name in entry.defaults:
-            values[name], sources[name] = entry.defaults[name], f"models set {entry.key}"
+            values[name], sources[name] = entry.defaults[name], f"stored with {entry.key}"
         elif base and inherited is not None:
             values[name], sources[name] = inherited, base.defaults.sources.get(name, base.ref)
     return Defaults(**values, sources=sources)
