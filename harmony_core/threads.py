@@ -193,7 +193,7 @@ class StringThread:
         """A copy that trains the last assistant turn."""
         return self._weighted(lambda index, count: index == count - 1)
 
-    def with_weight_assistant_turnsfrom_index(self, start_index: int) -> StringThread:
+    def with_weight_assistant_turns_from_index(self, start_index: int) -> StringThread:
         """A copy that trains assistant turns from the given one on, counted from 0."""
         return self._weighted(from_index(start_index))
 

@@ -147,7 +147,7 @@ class TokenizedThread:
         """A copy that trains the last assistant turn. Raises TokenizationError if its tokens are not known."""
         return self._weighted(lambda index, count: index == count - 1)
 
-    def with_weight_assistant_turnsfrom_index(self, start_index: int) -> TokenizedThread:
+    def with_weight_assistant_turns_from_index(self, start_index: int) -> TokenizedThread:
         """A copy that trains assistant turns from the given one on, counted from 0. Raises TokenizationError."""
         return self._weighted(from_index(start_index))
 
