@@ -1,17 +1,322 @@
-"""Adapters: low-rank additions to the linear layers of a shared base model (Hu et al., LoRA, 2021)."""
+"""Adapters: low-rank additions to the linear layers of a shared base model (Hu et al., LoRA, 2021).
+
+peft makes the layers and reads its own files' settings; which adapter a forward pass uses comes from the forward
+context, never from peft's switches, which would turn gradients off on every other adapter. The only file that imports
+peft. On tensor-parallel ranks A and B are split as the layer they belong to: of a column-parallel layer B by rows, of
+a row-parallel layer A by columns.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import math
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from types import MethodType
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
+from harmony_core.engine.models.context import current_context
+from harmony_core.engine.models.parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    Shard,
+    TensorParallel,
+    copy_to,
+    full_shape,
+    reduce_from,
+    set_shard,
+    shard_of,
+)
+from harmony_core.engine.models.stored import StoredWeights, read_json
+from harmony_core.errors import ConflictError, ModelRefused, VerificationError, did_you_mean
 from harmony_core.rpc.protocol import LoraSettings
+
+if TYPE_CHECKING:
+    from harmony_core.engine.models.model import CausalLM
+
+PREFIX = "base_model.model."
+"""What peft puts before a module's name in its files."""
+
+READ_SETTINGS = frozenset({"r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "peft_type", "task_type"})
+HARMLESS_SETTINGS = frozenset(
+    {
+        "auto_mapping",
+        "peft_version",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "init_lora_weights",
+        "fan_in_fan_out",
+        "megatron_core",
+        "loftq_config",
+        "runtime_config",
+    }
+)
 
 
 @dataclass(frozen=True)
 class AdapterInfo:
-    """One adapter of a model: its settings, and this rank's parameters by stored name."""
+    """One adapter of a model: its settings, and this rank's parameters by stored name (without peft's prefix)."""
 
     settings: LoraSettings
     parameters: dict[str, nn.Parameter]
+
+    @property
+    def scaling(self) -> float:
+        """What the low-rank product is multiplied by."""
+        return self.settings.alpha / self.settings.rank
+
+
+Draw = Callable[[str, Shard | None, tuple[int, ...]], Tensor]
+"""(stored name, slice, full shape) -> this rank's values."""
+
+
+def add_lora(model: CausalLM, name: str, settings: LoraSettings) -> None:
+    """Add a new adapter: A random, B zero, so that it changes nothing yet.
+
+    A is drawn whole from (seed, module name) and then cut, so it is the same for every number of ranks. Raises
+    `ModelRefused` for targets that the model does not have, `ConflictError` for a name in use.
+    """
+
+    def draw(stored_name: str, shard: Shard | None, shape: tuple[int, ...]) -> Tensor:
+        if stored_name.endswith("lora_B.weight"):
+            full = torch.zeros(shape)
+        else:
+            generator = torch.Generator().manual_seed(_hash(settings.seed, stored_name))
+            # peft's default: nn.init.kaiming_uniform_ with a = sqrt(5).
+            full = (torch.rand(shape, generator=generator) * 2 - 1) / math.sqrt(shape[1])
+        return full if shard is None else shard.take(full)
+
+    _attach(model, name, settings, draw)
+
+
+def load_adapter(model: CausalLM, name: str, directory: Path) -> None:
+    """Add the peft adapter stored in `directory`. Raises `ModelRefused` naming the first setting we do not run."""
+    with StoredWeights(directory, "adapter_model") as stored:
+        settings = read_settings(model, directory, stored)
+        _attach(model, name, settings, lambda key, shard, shape: _read(stored, key, shard, shape, model.dtype))
+        surplus = sorted(stored.names - {PREFIX + key for key in model.adapters[name].parameters})
+    if surplus:
+        remove_adapter(model, name)
+        raise VerificationError(f"{directory}: {surplus[0]} belongs to no layer of this model")
+
+
+def load_into_adapter(model: CausalLM, name: str, directory: Path) -> None:
+    """Overwrite a live adapter's values with stored ones, which must have its rank, scale and layers."""
+    info = model.adapters[name]
+    with StoredWeights(directory, "adapter_model") as stored:
+        found = read_settings(model, directory, stored)
+        if (found.rank, found.alpha) != (info.settings.rank, info.settings.alpha):
+            raise ModelRefused(
+                f"{directory}: stored with rank {found.rank} and alpha {found.alpha}; adapter {name!r} has rank "
+                f"{info.settings.rank} and alpha {info.settings.alpha}"
+            )
+        if stored.names != {PREFIX + key for key in info.parameters}:
+            raise ModelRefused(f"{directory}: stored for other layers than those of adapter {name!r}")
+        values = {
+            key: _read(stored, key, shard_of(parameter), full_shape(parameter), model.dtype)
+            for key, parameter in info.parameters.items()
+        }
+    with torch.no_grad():
+        for key, parameter in info.parameters.items():
+            parameter.copy_(values[key])
+
+
+def copy_adapter(model: CausalLM, source: str, name: str) -> None:
+    """A frozen copy of a live adapter under a new name, on the same base."""
+    info = model.adapters[source]
+    _attach(model, name, info.settings, lambda key, _shard, _shape: info.parameters[key].detach().clone())
+
+
+def remove_adapter(model: CausalLM, name: str) -> None:
+    """Take an adapter off the model and drop its parameters; the last one leaves the layers as they were."""
+    del model.adapters[name]
+    key = _module_key(name)
+    for path, layer in _lora_layers(model.module):
+        for attribute in (*layer.adapter_layer_names, *layer.other_param_names):
+            container = getattr(layer, attribute)
+            if key in container:
+                del container[key]
+        if not layer.lora_A:
+            parent, _, leaf = path.rpartition(".")
+            setattr(model.module.get_submodule(parent), leaf, layer.base_layer)
+
+
+def settings_as_stored(settings: LoraSettings, base_ref: str) -> dict[str, Any]:
+    """The content of `adapter_config.json` for an adapter on `base_ref`: what every version of peft reads."""
+    config = _lora_config(settings, task_type="CAUSAL_LM", base_model_name_or_path=base_ref, inference_mode=True)
+    raw: dict[str, Any] = config.to_dict()
+    # Defaults are left out: each version of peft has settings of its own that the others do not know.
+    kept = READ_SETTINGS | {"base_model_name_or_path", "inference_mode", "peft_version"}
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in raw.items() if key in kept}
+
+
+def read_settings(model: CausalLM, directory: Path, stored: StoredWeights) -> LoraSettings:
+    """The settings of a stored adapter; anything that we would have to ignore is refused."""
+    from peft import LoraConfig
+
+    path = directory / "adapter_config.json"
+    raw = read_json(path)
+    if raw.get("peft_type") != "LORA":
+        raise ModelRefused(f"{path}: peft_type {raw.get('peft_type')!r} is not supported", hint="LORA is")
+    defaults: dict[str, Any] = LoraConfig().to_dict()  # type: ignore[no-untyped-call]
+    for key, value in raw.items():
+        if key not in READ_SETTINGS | HARMLESS_SETTINGS and value and value != defaults.get(key):
+            raise ModelRefused(f"{path}: {key}={value!r} is not supported")
+    try:
+        rank, alpha, dropout = int(raw["r"]), float(raw["lora_alpha"]), float(raw.get("lora_dropout") or 0.0)
+    except (KeyError, TypeError, ValueError) as error:
+        raise VerificationError(f"{path}: r, lora_alpha or lora_dropout: {error!r}") from None
+    if rank < 1:
+        raise VerificationError(f"{path}: r={rank}")
+    # rsLoRA divides by the square root of the rank; as an ordinary alpha that is:
+    alpha = alpha * math.sqrt(rank) if raw.get("use_rslora") else alpha
+    # Which layers it has is what the file holds: target_modules may be a pattern, or missing.
+    modules = {key.removeprefix(PREFIX).rpartition(".lora_")[0] for key in stored.names}
+    leaves = tuple(sorted({module.rpartition(".")[2] for module in modules}))
+    named_by_leaves = {path for path in _linear_layers(model) if path.rpartition(".")[2] in leaves}
+    targets = leaves if named_by_leaves == modules else tuple(sorted(modules))
+    return LoraSettings(rank=rank, alpha=alpha, dropout=dropout, targets=targets)
+
+
+def _attach(model: CausalLM, name: str, settings: LoraSettings, draw: Draw) -> None:
+    if name in model.adapters:
+        raise ConflictError(f"the model has an adapter {name!r} already")
+    targets = _find_targets(model, settings)
+    key = _module_key(name)
+    _inject(model.module, key, settings)
+    parameters: dict[str, nn.Parameter] = {}
+    for path, layer in _lora_layers(model.module):
+        if path not in targets:
+            continue
+        for half in ("lora_A", "lora_B"):
+            linear = getattr(layer, half)[key]
+            shape = tuple(linear.weight.shape)
+            shard = _shard(layer.base_layer, half, shape, model.tp)
+            stored_name = f"{path}.{half}.weight"
+            values = draw(stored_name, shard, shape).to(model.device, model.dtype).contiguous()
+            linear.weight = nn.Parameter(values, requires_grad=False)
+            set_shard(linear.weight, shard)
+            parameters[stored_name] = linear.weight
+        layer.harmony_name, layer.harmony_tp = path, model.tp
+        layer.forward = MethodType(_forward, layer)
+    model.adapters[name] = AdapterInfo(settings, parameters)
+
+
+def _find_targets(model: CausalLM, settings: LoraSettings) -> set[str]:
+    """Paths of the layers to adapt; every target must name at least one linear layer inside the decoder."""
+    if settings.rank < 1 or settings.alpha <= 0 or not 0 <= settings.dropout < 1 or not settings.targets:
+        raise ModelRefused(
+            f"an adapter with rank={settings.rank}, alpha={settings.alpha}, dropout={settings.dropout}, "
+            f"targets={settings.targets}",
+            hint="rank at least 1, alpha above 0, dropout from 0 to below 1, at least one target",
+        )
+    linears = _linear_layers(model)
+    chosen = set()
+    for target in settings.targets:
+        found = {path for path in linears if path == target or path.endswith("." + target)}
+        if not found:
+            leaves = {path.rpartition(".")[2] for path in linears}
+            raise ModelRefused(f"no linear layer {target!r} to adapt", hint=did_you_mean(target, leaves))
+        chosen |= found
+    return chosen
+
+
+def _linear_layers(model: CausalLM) -> list[str]:
+    """Paths of the linear layers inside the decoder, wrapped or not."""
+    head = model.module.get_output_embeddings()  # type: ignore[operator]
+    return [
+        path.removesuffix(".base_layer")
+        for path, module in model.module.named_modules()
+        if isinstance(module, nn.Linear) and module is not head and ".lora_" not in path
+    ]
+
+
+def _inject(module: nn.Module, key: str, settings: LoraSettings) -> None:
+    """Let peft wrap the target layers, on the meta device, and undo what it does to everything else."""
+    from peft import inject_adapter_in_model
+
+    required = {parameter: parameter.requires_grad for parameter in module.parameters()}
+    training = {child: child.training for child in module.modules()}
+    with warnings.catch_warnings():
+        # Several adapters on one model are the plan here.
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+        inject_adapter_in_model(_lora_config(settings), module, key, low_cpu_mem_usage=True)
+    # We keep our own record; peft's would only make it warn about further adapters.
+    del module.peft_config
+    for parameter, flag in required.items():
+        parameter.requires_grad_(flag)
+    for child in module.modules():
+        child.training = training.get(child, False)
+
+
+def _lora_config(settings: LoraSettings, **more: Any) -> Any:
+    from peft import LoraConfig
+
+    # peft declares an integer and takes any number.
+    alpha: Any = int(settings.alpha) if settings.alpha == int(settings.alpha) else settings.alpha
+    targets = list(settings.targets)
+    return LoraConfig(r=settings.rank, lora_alpha=alpha, lora_dropout=settings.dropout, target_modules=targets, **more)
+
+
+def _forward(layer: Any, x: Tensor, *_: Any, **__: Any) -> Tensor:
+    """`base(x) + scaling * B(A(x))` with the context's adapter; bound to peft's layers in place of their own."""
+    result: Tensor = layer.base_layer(x)
+    context = current_context()
+    if context.adapter is None:
+        return result
+    key = _module_key(context.adapter)
+    if key not in layer.lora_A:
+        return result
+    a, b = layer.lora_A[key].weight, layer.lora_B[key].weight
+    dropout = layer.lora_dropout[key]
+    if isinstance(dropout, nn.Dropout) and dropout.p and torch.is_grad_enabled() and a.requires_grad:
+        x = x * _dropout_mask(layer, x, dropout.p, context.seed)
+    low = F.linear(x, a)
+    if isinstance(layer.base_layer, ColumnParallelLinear):
+        low = copy_to(low, layer.harmony_tp)
+    elif isinstance(layer.base_layer, RowParallelLinear):
+        low = reduce_from(low, layer.harmony_tp)
+    return torch.add(result, F.linear(low, b), alpha=layer.scaling[key])
+
+
+def _dropout_mask(layer: Any, x: Tensor, p: float, seed: int) -> Tensor:
+    """Drawn from (seed, layer) for the full width and then cut: equal for every tp, and again in a recomputation."""
+    generator = torch.Generator(device=x.device).manual_seed(_hash(seed, layer.harmony_name))
+    keep = torch.rand((*x.shape[:-1], layer.in_features), generator=generator, device=x.device) >= p
+    if keep.shape[-1] != x.shape[-1]:
+        keep = Shard.of(layer.harmony_tp, x.dim() - 1, layer.in_features).take(keep)
+    return keep.to(x.dtype) / (1 - p)
+
+
+def _shard(base: nn.Module, half: str, shape: tuple[int, ...], tp: TensorParallel) -> Shard | None:
+    if isinstance(base, ColumnParallelLinear) and half == "lora_B":
+        return Shard.of(tp, 0, shape[0])
+    if isinstance(base, RowParallelLinear) and half == "lora_A":
+        return Shard.of(tp, 1, shape[1])
+    return None
+
+
+def _lora_layers(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    return iter([(path, child) for path, child in module.named_modules() if hasattr(child, "lora_A")])
+
+
+def _module_key(name: str) -> str:
+    # Names of module dictionaries may not contain dots; spawn names may.
+    return "adapter_" + name.encode().hex()
+
+
+def _hash(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8], "little") >> 1
+
+
+def _read(stored: StoredWeights, name: str, shard: Shard | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    if PREFIX + name not in stored.names:
+        raise VerificationError(f"{stored.directory}: {PREFIX + name} is missing")
+    return stored.read(PREFIX + name, shard, shape, dtype)

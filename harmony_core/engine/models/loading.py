@@ -5,7 +5,7 @@ Full-size tensors are never built for what a rank holds a slice of.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from harmony_core.engine.models import attention
 from harmony_core.engine.models.model import CausalLM
-from harmony_core.engine.models.parallel import Shard, TensorParallel, set_shard, shard_of
+from harmony_core.engine.models.parallel import Shard, TensorParallel, full_shape, set_shard, shard_of
 from harmony_core.engine.models.sharding import shard_modules
 from harmony_core.engine.models.stored import StoredWeights, read_json
 from harmony_core.errors import ModelRefused, VerificationError
 
 Reader = Callable[[str, Shard | None, tuple[int, ...]], Tensor]
-"""(name, slice, its shape) -> this rank's values."""
+"""(name, slice, full shape) -> this rank's values."""
 
 
 def load_model(directory: Path, tp: TensorParallel, device: torch.device, dtype: torch.dtype) -> CausalLM:
@@ -33,7 +33,7 @@ def load_model(directory: Path, tp: TensorParallel, device: torch.device, dtype:
     config = read_config(directory)
     module, summed = empty_module(config, tp, dtype)
     with StoredWeights(directory) as stored:
-        check_names(module, stored)
+        check_names(dict(module.named_parameters()), tied_names(module), stored)
         fill(module, config, device, lambda name, shard, shape: stored.read(name, shard, shape, dtype))
     return CausalLM(module, config, tp, device, dtype, summed)
 
@@ -81,7 +81,7 @@ def fill(module: nn.Module, config: Any, device: torch.device, read: Reader) -> 
     """Replace every meta parameter and buffer of `module` by real ones on `device`, gradients off."""
     for name, empty in list(module.named_parameters()):
         shard = shard_of(empty)
-        values = read(name, shard, tuple(empty.shape))
+        values = read(name, shard, full_shape(empty))
         parameter = nn.Parameter(values.to(device), requires_grad=False)
         set_shard(parameter, shard)
         owner, _, leaf = name.rpartition(".")
@@ -93,20 +93,23 @@ def fill(module: nn.Module, config: Any, device: torch.device, read: Reader) -> 
             _rebuild_buffers(owner_module, name, empty_buffers, config, device)
 
 
-def check_names(module: nn.Module, stored: StoredWeights) -> None:
-    """Refuse files that lack a tensor the model needs, or hold one that it would silently ignore."""
-    wanted = {name for name, _ in module.named_parameters()}
-    missing = sorted(wanted - stored.names)
+def check_names(needed: Collection[str], aliases: frozenset[str], stored: StoredWeights) -> None:
+    """Refuse files that lack a tensor the model needs, or hold one that would be silently ignored."""
+    missing = sorted(set(needed) - stored.names)
     if missing:
         raise VerificationError(f"{stored.directory}: {len(missing)} tensors are missing, the first is {missing[0]}")
     # A tied head may be stored a second time, and old files hold the rotary frequencies.
-    known = wanted | {name for name, _ in module.named_parameters(remove_duplicate=False)}
-    extra = sorted(name for name in stored.names - known if not name.endswith("rotary_emb.inv_freq"))
-    if extra:
+    surplus = sorted(n for n in stored.names - set(needed) - aliases if not n.endswith("rotary_emb.inv_freq"))
+    if surplus:
         raise VerificationError(
-            f"{stored.directory}: {len(extra)} stored tensors are not part of {type(module).__name__}, "
-            f"the first is {extra[0]}"
+            f"{stored.directory}: {len(surplus)} tensors are not part of the model, the first is {surplus[0]}"
         )
+
+
+def tied_names(module: nn.Module) -> frozenset[str]:
+    """Second names of parameters that have two: the head of a model with tied embeddings."""
+    first = {name for name, _ in module.named_parameters()}
+    return frozenset(name for name, _ in module.named_parameters(remove_duplicate=False) if name not in first)
 
 
 def _tie(module: nn.Module, config: Any) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from harmony_core.engine.models.context import current_context
 from harmony_core.engine.models.parallel import Shard, TensorParallel, gather_full, shard_of, sum_gradient
 from harmony_core.errors import DataError, ModelRefused
 
@@ -54,6 +55,8 @@ class CausalLM:
 
     def hidden_states(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Token ids `[T]` at `positions` `[T]` -> `[T, d]` after the final norm. Call inside `forward_context`."""
+        adapter = current_context().adapter
+        assert adapter is None or adapter in self.adapters, f"no adapter {adapter!r} on this model"
         if tokens.device.type == "cpu" and tokens.numel():
             # Split over ranks, an unknown token would become a row of zeros without a word.
             low, high = (int(bound) for bound in torch.aminmax(tokens))

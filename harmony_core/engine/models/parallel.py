@@ -83,6 +83,14 @@ def shard_of(parameter: Tensor) -> Shard | None:
     return shard
 
 
+def full_shape(parameter: Tensor) -> tuple[int, ...]:
+    """The shape of the whole that a parameter is a slice of."""
+    shard, shape = shard_of(parameter), list(parameter.shape)
+    if shard is not None:
+        shape[shard.dim] = shard.full
+    return tuple(shape)
+
+
 # Plain collectives: no gradient.
 
 

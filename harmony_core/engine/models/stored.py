@@ -58,28 +58,28 @@ class StoredWeights:
         """Every stored tensor's name."""
         return frozenset(self._files)
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The full shape of a stored tensor."""
-        return tuple(self._slice(name).get_shape())
-
-    def read(self, name: str, shard: Shard | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """This rank's slice of a tensor, converted to `dtype`, on the CPU; `shape` is what the slice must have."""
+    def check(self, name: str, shape: tuple[int, ...]) -> None:
+        """Raise unless the tensor has this full shape and a type that we read."""
         stored = self._slice(name)
         if stored.get_dtype() not in DTYPES:
             raise ModelRefused(
                 f"{self._files[name]}: {name} is stored as {stored.get_dtype()}",
                 hint="float32, bfloat16 and float16 weights are supported; convert quantised ones first",
             )
-        found, expected = list(stored.get_shape()), list(shape)
-        if shard is not None:
-            expected[shard.dim] = shard.full
-        if found != expected:
-            raise VerificationError(f"{self._files[name]}: {name} has shape {found}, the config asks for {expected}")
+        if tuple(stored.get_shape()) != shape:
+            found, expected = list(stored.get_shape()), list(shape)
+            raise VerificationError(f"{self._files[name]}: {name} has shape {found}, the model needs {expected}")
+
+    def read(self, name: str, shard: Shard | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """This rank's slice of a tensor of full `shape`, converted to `dtype`, on the CPU."""
+        self.check(name, shape)
         window = [slice(None)] * len(shape)
         if shard is not None:
             window[shard.dim] = slice(shard.start, shard.stop)
         try:
-            tensor: Tensor = stored[tuple(window)] if shape else self._open(self._files[name]).get_tensor(name)
+            tensor: Tensor = (
+                self._slice(name)[tuple(window)] if shape else self._open(self._files[name]).get_tensor(name)
+            )
         except SafetensorError as error:
             raise VerificationError(f"{self._files[name]}: {name} cannot be read: {error}") from None
         # A slice of a mapped file must not outlive the mapping, and the optimizer wants it contiguous.

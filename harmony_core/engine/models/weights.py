@@ -1,0 +1,105 @@
+"""Live weights to disk and back: files that plain transformers and peft load.
+
+Every tensor-parallel rank of one replica joins in gathering; only the one with `write` holds full tensors and writes.
+Writing is not atomic and nothing is fsynced here: the caller hands in a staging directory.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from harmony_core.engine.models.adapters import PREFIX, load_into_adapter, settings_as_stored
+from harmony_core.engine.models.loading import check_names, tied_names
+from harmony_core.engine.models.model import CausalLM
+from harmony_core.engine.models.parallel import full_shape, gather_full, shard_of
+from harmony_core.engine.models.stored import StoredWeights
+
+FILE_BYTES = 4 << 30
+"""One file's worth of tensors is what the writing rank holds at a time."""
+
+
+def save_model(model: CausalLM, directory: Path, write: bool) -> None:
+    """The base weights and config.json, as a Hugging Face model directory without tokenizer."""
+    files = _cut_into_files(model.base_parameters)
+    names = [
+        "model.safetensors" if len(files) == 1 else f"model-{i:05}-of-{len(files):05}.safetensors"
+        for i in range(1, len(files) + 1)
+    ]
+    for name, group in zip(names, files, strict=True):
+        _gather_and_write(model, {key: model.base_parameters[key] for key in group}, "", directory / name, write)
+    if not write:
+        return
+    if len(files) > 1:
+        places = {key: name for name, group in zip(names, files, strict=True) for key in group}
+        index = {
+            "metadata": {"total_size": sum(map(_full_bytes, model.base_parameters.values()))},
+            "weight_map": places,
+        }
+        _write_json(directory / "model.safetensors.index.json", index)
+    config = copy.deepcopy(model.config)
+    config.dtype = model.dtype
+    config.architectures = [type(model.module).__name__]
+    config.save_pretrained(directory)
+
+
+def save_adapter(model: CausalLM, name: str, directory: Path, base_ref: str, write: bool) -> None:
+    """One adapter as a peft adapter directory that names `base_ref` as its base."""
+    info = model.adapters[name]
+    _gather_and_write(model, info.parameters, PREFIX, directory / "adapter_model.safetensors", write)
+    if write:
+        _write_json(directory / "adapter_config.json", settings_as_stored(info.settings, base_ref))
+
+
+def load_into(model: CausalLM, directory: Path, adapter: str | None = None) -> None:
+    """Overwrite live values in place with those stored in `directory`: an adapter's, or the base weights'.
+
+    Names and shapes are checked before the first value changes.
+    """
+    if adapter is not None:
+        load_into_adapter(model, adapter, directory)
+        return
+    with StoredWeights(directory) as stored, torch.no_grad():
+        check_names(model.base_parameters, tied_names(model.module), stored)
+        for name, parameter in model.base_parameters.items():
+            stored.check(name, full_shape(parameter))
+        for name, parameter in model.base_parameters.items():
+            parameter.copy_(stored.read(name, shard_of(parameter), full_shape(parameter), model.dtype))
+
+
+def _gather_and_write(
+    model: CausalLM, parameters: dict[str, nn.Parameter], prefix: str, path: Path, write: bool
+) -> None:
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in parameters.items():
+        full = gather_full(parameter.detach(), shard_of(parameter), model.tp)
+        if write:
+            tensors[prefix + name] = full.cpu().contiguous()
+    if write:
+        save_file(tensors, path, metadata={"format": "pt"})
+
+
+def _cut_into_files(parameters: dict[str, nn.Parameter]) -> list[list[str]]:
+    files: list[list[str]] = [[]]
+    held = 0
+    for name, parameter in parameters.items():
+        size = _full_bytes(parameter)
+        if files[-1] and held + size > FILE_BYTES:
+            files.append([])
+            held = 0
+        files[-1].append(name)
+        held += size
+    return files
+
+
+def _full_bytes(parameter: nn.Parameter) -> int:
+    return torch.Size(full_shape(parameter)).numel() * parameter.element_size()
+
+
+def _write_json(path: Path, data: object) -> None:
+    path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", "utf-8")
