@@ -28,14 +28,20 @@ async def save_live(live: LiveModel, name: str, inference_only: bool) -> str:
 async def _save(live: LiveModel, key: str, inference_only: bool) -> str:
     registry = live.engine.registry
     with registry.stage() as staging:
-        message = Save(model=live.name, directory=str(staging.directory), inference_only=inference_only)
+        base = (live.version.base or live.version) if live.placement.lora else None
+        message = Save(
+            model=live.name,
+            directory=str(staging.directory),
+            inference_only=inference_only,
+            base_ref=base.ref if base else "",
+        )
         await live.engine.run_global(message, Nothing)
         published = await asyncio.to_thread(
             staging.publish,
             key,
             kind=live.version.kind,
             parent=live.version,
-            base=(live.version.base or live.version) if live.placement.lora else None,
+            base=base,
             run_id=live.engine.options.run_id,
             step=live.step,
         )

@@ -193,7 +193,7 @@ class ModelTable:
         hosted = self.get(request.model)
         directory = Path(request.directory)
         if hosted.adapter is not None:
-            weights.save_adapter(hosted.model, hosted.adapter, directory, write=write)
+            weights.save_adapter(hosted.model, hosted.adapter, directory, request.base_ref, write=write)
         else:
             weights.save_model(hosted.model, directory, write=write)
         if not request.inference_only and hosted.trainer is not None:

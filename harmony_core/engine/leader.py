@@ -6,10 +6,10 @@ import queue
 from typing import TYPE_CHECKING
 
 from harmony_core.engine.inference.step import Finished
-from harmony_core.engine.instructions import GenerateWork, Outcome, ScoreWork, TrainWork
+from harmony_core.engine.instructions import GenerateWork, GlobalWork, Outcome, ScoreWork, TrainWork
 from harmony_core.engine.order import ModelQueue, Order, ReplicaQueue, Step
 from harmony_core.errors import ConflictError, HarmonyError, InternalError
-from harmony_core.rpc.protocol import Cancel, Generate, MicroBatch, Score, Scored, unpack_ints
+from harmony_core.rpc.protocol import Cancel, Generate, MicroBatch, Score, Scored, Shutdown, unpack_ints
 from harmony_core.rpc.wire import error_of
 
 if TYPE_CHECKING:
@@ -23,12 +23,16 @@ class Leader:
         self.order = Order()
         self._channel = channel
         self._generating: dict[int, ReplicaQueue] = {}
+        self._shutdown: Incoming | None = None
 
     def next_step(self) -> Step:
-        """The next step; waits for requests when there is nothing to do."""
+        """The next step; waits for requests when there is nothing to do. A shutdown comes before all else."""
         self._take_in(block=False)
-        while (step := self.order.next()) is None:
+        while self._shutdown is None and (step := self.order.next()) is None:
             self._take_in(block=True)
+        if self._shutdown is not None:
+            return Step(GlobalWork.of(self._shutdown.message), {0: [self._shutdown.id]})
+        assert step is not None
         return step
 
     # --- requests ---------------------------------------------------------------------------------------------
@@ -47,6 +51,8 @@ class Leader:
                 self._cancel(message.call)
             elif isinstance(message, Generate | Score | MicroBatch):
                 self._enqueue(incoming.id, message)
+            elif isinstance(message, Shutdown):
+                self._shutdown = incoming
             elif incoming.seq is not None:
                 self.order.add_global(incoming.id, incoming.seq, message)
             else:

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 
 from harmony_core.engine.inference.scheduler import Scheduler
 from harmony_core.engine.instructions import GenerateWork, GlobalWork, Instruction, ScoreWork, TrainWork
-from harmony_core.rpc.protocol import Clone, Message, MicroBatch, Reblock, Score, Shutdown, Spawn
+from harmony_core.rpc.protocol import Clone, Message, MicroBatch, Reblock, Score, Spawn
 
-GLOBAL_WITHOUT_QUEUE = (Spawn, Clone, Reblock, Shutdown)
+GLOBAL_WITHOUT_QUEUE = (Spawn, Clone, Reblock)
 """Global requests that wait for no model's micro-batches."""
 
 

@@ -160,6 +160,8 @@ class Save(Message):
     model: str
     directory: str
     inference_only: bool
+    base_ref: str = ""
+    """What a saved adapter names as its base."""
 
 
 class Load(Message):
