@@ -187,6 +187,8 @@ class Trainer:
             hidden = self.model.hidden_states(packed.tokens, packed.positions)
             scored = hidden if packed.rows is None else hidden.index_select(0, packed.rows)
             loss, logprobs = linear_logprob_loss(self.model, scored, packed.targets, packed.coefficients)
+            # The loss has its gradients already; the backward pass needs the room.
+            del hidden, scored
             loss.backward()  # type: ignore[no-untyped-call]
         return -float((packed.coefficients * logprobs.double()).sum().item())
 

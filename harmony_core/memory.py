@@ -1,0 +1,323 @@
+"""The closed-form memory plan of a spawn: which bytes each rank will hold, from the model's shape alone, without torch.
+
+Every term is derived from what the engine allocates; tests compare the sums with measured memory.
+
+Shapes: T tokens in a micro-batch, d hidden size, q = heads x head_dim and kv = kv_heads x head_dim (a rank's part),
+i feed-forward width (a rank's part), v vocabulary (a rank's part), r adapter rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from harmony_core.ledger import Ledger, Plan, format_size, host_capacity, parse_assume, parse_size
+from harmony_core.model_spec import ModelSpec, fitting_tp
+from harmony_core.rpc.protocol import LoraSettings
+
+__all__ = [
+    "DEFAULT_KV_TOKENS",
+    "Ledger",
+    "Plan",
+    "Shape",
+    "choose_checkpointing",
+    "default_kv_tokens",
+    "format_size",
+    "host_capacity",
+    "kv_token_bytes",
+    "largest_batch",
+    "parse_assume",
+    "parse_size",
+    "plan",
+    "reserve",
+    "ways_out",
+]
+
+DEFAULT_KV_TOKENS = 131_072
+"""Most tokens of a pool whose size nobody asked for."""
+
+BATCH_STEP = 64
+"""Suggested micro-batch sizes are multiples of this."""
+
+_DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+_HEAD_CHUNK_BYTES = 64 << 20
+"""Logits of one chunk: the head's own constant."""
+_PADDING = 1.2
+"""Attention pads sequences of like length to groups, by at most a fifth."""
+_OUTER_HIDDEN = 3
+"""Hidden states outside of the layers: the last one, its normalised form, the gradient that comes from the head."""
+_ROPE_TABLES = 2
+_INDEX_BYTES = 80
+"""Ten 64-bit numbers a token: ids, positions, targets, coefficients, gather indices."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One spawn, as far as memory is concerned.
+
+    `lora` holds the settings of its adapter, new or stored; None means full weights. `weights_shared`: the base
+    weights are on the ranks already. `kv_tokens`: those of the pool that are promised.
+    """
+
+    spec: ModelSpec
+    tp: int
+    train: bool
+    lora: LoraSettings | None
+    max_batch_tokens: int
+    kv_tokens: int
+    device: str = "cpu"
+    dtype: str = ""
+    checkpointed_layers: int = 0
+    weights_shared: bool = False
+
+    @property
+    def element(self) -> int:
+        """Bytes of a weight or an activation."""
+        return _DTYPE_BYTES[self.dtype or ("bfloat16" if self.device == "cuda" else "float32")]
+
+    @property
+    def accumulate(self) -> int:
+        """Bytes of a gradient or a moment: float32 at least."""
+        return max(4, self.element)
+
+
+@dataclass(frozen=True)
+class _Local:
+    """A rank's part of the sizes of a model."""
+
+    d: int
+    q: int
+    kv: int
+    projected_kv: int
+    heads: int
+    i: int
+    v: int
+
+    @classmethod
+    def of(cls, spec: ModelSpec, tp: int) -> _Local:
+        split = spec.num_kv_heads % tp == 0
+        return cls(
+            d=spec.hidden_size,
+            q=spec.num_heads // tp * spec.head_dim,
+            # With fewer key-value heads than ranks each rank computes all of them and attends to one.
+            kv=(spec.num_kv_heads // tp if split else 1) * spec.head_dim,
+            projected_kv=(spec.num_kv_heads // tp if split else spec.num_kv_heads) * spec.head_dim,
+            heads=spec.num_heads // tp,
+            i=spec.intermediate_size // tp,
+            v=-(-spec.vocab_size // tp),
+        )
+
+
+def plan(shape: Shape) -> Plan:
+    """What a spawn of this shape holds on each rank."""
+    own_weights = shape.train and shape.lora is None
+    base = weight_elements(shape.spec, shape.tp)
+    adapter = adapter_elements(shape.spec, shape.lora, shape.tp) if shape.lora else 0
+    trained = (adapter if shape.lora else base) if shape.train else 0
+    state = 2 if shape.element >= 4 else 3
+    activations, workspace = _training(shape) if shape.train else (0, 0)
+    inference = _inference(shape)
+    # A training model samples and scores too, but not while it is in a micro-batch.
+    workspace = max(workspace, inference - activations)
+    return Plan(
+        weights=0 if shape.weights_shared and not own_weights else base * shape.element,
+        adapter=adapter * shape.element,
+        gradients=trained * shape.accumulate,
+        optimizer=trained * state * shape.accumulate,
+        kv=shape.kv_tokens * kv_token_bytes(shape),
+        activations=activations,
+        workspace=workspace,
+    )
+
+
+def weight_elements(spec: ModelSpec, tp: int) -> int:
+    """Elements of the base weights on a rank."""
+    n = _Local.of(spec, tp)
+    attention = n.d * (n.q + 2 * n.projected_kv) + n.q * n.d
+    attention += (n.q + 2 * n.projected_kv) if spec.attention_bias else 0
+    attention += 2 * spec.head_dim if spec.qk_norm else 0
+    layer = attention + 3 * n.d * n.i + 2 * n.d
+    return spec.num_layers * layer + n.v * n.d * (1 if spec.tied else 2) + n.d
+
+
+def adapter_elements(spec: ModelSpec, lora: LoraSettings, tp: int) -> int:
+    """Elements of an adapter on a rank: the half that meets a split dimension is split with it."""
+    sides = _lora_sides(spec, lora, tp)
+    return lora.rank * sum(layers * (inside + outside) for layers, inside, outside in sides)
+
+
+def kv_token_bytes(shape: Shape) -> int:
+    """Bytes of one token's keys and values on a rank."""
+    return shape.spec.num_layers * 2 * _Local.of(shape.spec, shape.tp).kv * shape.element
+
+
+def _lora_sides(spec: ModelSpec, lora: LoraSettings, tp: int) -> list[tuple[int, int, int]]:
+    """For each target: the layers that it names, and the widths of its input and output on a rank."""
+    n = _Local.of(spec, tp)
+    widths = {
+        "q_proj": (n.d, n.q),
+        "k_proj": (n.d, n.projected_kv),
+        "v_proj": (n.d, n.projected_kv),
+        "o_proj": (n.q, n.d),
+        "gate_proj": (n.d, n.i),
+        "up_proj": (n.d, n.i),
+        "down_proj": (n.i, n.d),
+    }
+    # A target is the name of a module in every layer, or the path of one.
+    named = [(target.rpartition(".")[2], 1 if "layers." in target else spec.num_layers) for target in lora.targets]
+    return [(layers, *widths[leaf]) for leaf, layers in named if leaf in widths]
+
+
+def _training(shape: Shape) -> tuple[int, int]:
+    """Bytes that the forward pass keeps for the backward pass, and the most that comes on top of them at once."""
+    spec, tokens, n = shape.spec, shape.max_batch_tokens, _Local.of(shape.spec, shape.tp)
+    layer = _layer_activations(shape, n)
+    recomputed = shape.checkpointed_layers
+    # A recomputed layer keeps its input only.
+    kept = (
+        (spec.num_layers - recomputed) * layer + recomputed * n.d + _OUTER_HIDDEN * n.d + _ROPE_TABLES * spec.head_dim
+    )
+    activations = tokens * (kept * shape.element + _INDEX_BYTES)
+
+    # At the head: its weight's gradient, and chunks of logits.
+    head_gradient = n.v * n.d * shape.accumulate if shape.lora is None else 0
+    at_head = head_gradient + _head_chunks(shape, n)
+    # In the deepest layer, which is all there once recomputed: two tensors as wide as the feed-forward beyond what is
+    # freed, two hidden states, and the gradient of one weight before it is added up.
+    in_layers = tokens * (2 * n.i + 2 * n.d) * shape.element
+    if recomputed == spec.num_layers:
+        in_layers += tokens * layer * shape.element
+    if shape.lora is None:
+        in_layers += n.d * max(n.i, n.q) * shape.element
+        # A tied head's gradient waits for the embedding's at the end of the backward pass.
+        in_layers += head_gradient if spec.tied else 0
+    return activations, max(at_head, in_layers)
+
+
+def _layer_activations(shape: Shape, n: _Local) -> int:
+    """Elements that one layer keeps for the backward pass, per token.
+
+    Of each norm its input and its output, and where its weight is trained the normalised state between (d each; half
+    precision normalises in float32, so that its input counts twice). Query, key, value and output of attention, and the
+    softmax's sums; on CPU these lie in padded groups, and the output once more in row order. Of the feed-forward four
+    tensors: gate, its activation, up and their product.
+    """
+    wide = 4 // min(4, shape.element)
+    norms = 2 * (wide * n.d + n.d + (n.d if shape.lora is None else 0)) + 2 * wide
+    attention = 2 * n.q + 2 * n.kv + wide * n.heads
+    if shape.device == "cpu":
+        attention = int(_PADDING * attention) + n.q
+    return norms + attention + 4 * n.i + (_adapter_activations(shape) if shape.lora else 0)
+
+
+def _adapter_activations(shape: Shape) -> int:
+    """Elements per token that an adapter keeps in one layer: r between its halves; with dropout, mask and result."""
+    assert shape.lora is not None
+    sides = _lora_sides(shape.spec, shape.lora, shape.tp)
+    kept = sum(layers * (shape.lora.rank + (2 * inside if shape.lora.dropout else 0)) for layers, inside, _ in sides)
+    return -(-kept // shape.spec.num_layers)
+
+
+def _head_chunks(shape: Shape, n: _Local) -> int:
+    """Bytes of the chunk of logits being scored, and the one before it, which is still there."""
+    rows = min(shape.max_batch_tokens, max(1, _HEAD_CHUNK_BYTES // (4 * n.v)))
+    chunks = 2 if rows < shape.max_batch_tokens else 1
+    return chunks * rows * n.v * shape.accumulate
+
+
+def _inference(shape: Shape) -> int:
+    """Bytes that a prefill of `max_batch_tokens` tokens, or the sampling after it, needs beside weights and pages."""
+    n = _Local.of(shape.spec, shape.tp)
+    wide = max(3 * n.i + 3 * n.d, 2 * n.d + 4 * n.q + 4 * n.kv)
+    return shape.max_batch_tokens * (wide * shape.element + _INDEX_BYTES) + _head_chunks(shape, n)
+
+
+def choose_checkpointing(shape: Shape, free: int, transient: int = 0) -> int:
+    """The fewest layers to recompute so that the spawn fits; all of them if it does not fit anyhow.
+
+    `free`: bytes per rank that no model holds; `transient`: what the largest live model needs while it works.
+    """
+    layers = shape.spec.num_layers
+    if not shape.train:
+        return 0
+    return _least(
+        lambda count: _fits(plan(replace(shape, checkpointed_layers=count)), free, transient), 0, layers, layers
+    )
+
+
+def largest_batch(shape: Shape, free: int, transient: int = 0) -> int:
+    """The most tokens of a micro-batch that fit, a multiple of 64, with as many layers recomputed as it takes; 0 if none."""
+
+    def too_large(steps: int) -> bool:
+        smaller = replace(shape, max_batch_tokens=steps * BATCH_STEP, checkpointed_layers=shape.spec.num_layers)
+        return not _fits(plan(smaller), free, transient)
+
+    ceiling = max(1, 2 * free // BATCH_STEP)
+    return (_least(too_large, 1, ceiling, ceiling) - 1) * BATCH_STEP
+
+
+def default_kv_tokens(shape: Shape, free: int, transient: int = 0) -> int:
+    """Tokens of a pool that nobody sized: up to 131,072, as many as fit after everything else, 0 if none."""
+    rest = plan(replace(shape, kv_tokens=0))
+    left = free - rest.resident - max(rest.transient, transient)
+    return max(0, min(DEFAULT_KV_TOKENS, left // kv_token_bytes(shape)))
+
+
+def ways_out(shape: Shape, free: int, world: int, transient: int = 0) -> list[str]:
+    """Changes, each enough by itself, with which the spawn would fit; every one has been planned."""
+    found: list[str] = []
+
+    def fits(changed: Shape) -> bool:
+        changed = replace(changed, checkpointed_layers=choose_checkpointing(changed, free, transient))
+        return _fits(plan(changed), free, transient)
+
+    batch = largest_batch(shape, free, transient)
+    if BATCH_STEP <= batch < shape.max_batch_tokens:
+        found.append(f"max_batch_size={batch}")
+    for tp in fitting_tp(shape.spec, world):
+        # Weights on the ranks already are sharded for the present tp.
+        if tp > shape.tp and fits(replace(shape, tp=tp, weights_shared=False)):
+            found.append(f"tp={tp}")
+            break
+    if shape.train and shape.lora is None and fits(replace(shape, lora=LoraSettings())):
+        found.append("with_adapter()")
+    tokens = default_kv_tokens(
+        replace(shape, checkpointed_layers=shape.spec.num_layers if shape.train else 0), free, transient
+    )
+    if 1 <= tokens < shape.kv_tokens:
+        found.append(f"kv_cache_len={tokens}")
+    return found
+
+
+def reserve(ledger: Ledger, name: str, shape: Shape, *, world: int, weights_key: str = "") -> tuple[Shape, Plan]:
+    """Plan a spawn, with as few recomputed layers as it takes, and promise it; or raise MemoryRefused with ways out.
+
+    Spawns with an equal `weights_key` share their base weights. Returns the shape that was planned.
+    """
+    shape = replace(shape, weights_shared=ledger.holds(weights_key))
+    layers = choose_checkpointing(shape, ledger.free, ledger.transient)
+    shape = replace(shape, checkpointed_layers=layers)
+    needed = plan(shape)
+    ledger.promise(
+        name,
+        needed,
+        weights_key=weights_key,
+        ways_out=lambda free, transient: ways_out(shape, free, world, transient),
+    )
+    return shape, needed
+
+
+def _fits(needed: Plan, free: int, transient: int) -> bool:
+    return needed.resident + max(needed.transient, transient) <= free
+
+
+def _least(good: Callable[[int], bool], low: int, high: int, otherwise: int) -> int:
+    """The smallest number in [low, high) for which a monotonic `good` holds, by bisection."""
+    first, last = low, high
+    while first < last:
+        middle = (first + last) // 2
+        if good(middle):
+            last = middle
+        else:
+            first = middle + 1
+    return first if first < high else otherwise

@@ -1,0 +1,102 @@
+"""Run alone, in a fresh process: the peak memory of a trainer at work, beside what the plan says. Prints JSON."""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from harmony_core.memory import Shape
+
+
+def resident() -> tuple[int, int]:
+    """Bytes of this process now, and their maximum since the last reset."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(fields["VmRSS"].split()[0]) * 1024, int(fields["VmHWM"].split()[0]) * 1024
+
+
+def lengths_of(total: int, longest: int) -> list[int]:
+    """A ragged row that fills `total` tokens exactly."""
+    lengths: list[int] = []
+    while sum(lengths) < total:
+        wanted = longest - (37 * len(lengths)) % (longest * 3 // 4)
+        lengths.append(min(wanted, total - sum(lengths)))
+    return lengths
+
+
+def main(directory: Path, warm_up: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Train the model in `directory` as heavily as `settings` allow; bytes measured and planned.
+
+    A tiny model goes first, so that the code of torch's kernels is there before memory is measured.
+    """
+    import torch
+
+    from harmony_core.memory import Shape, plan
+    from harmony_core.model_spec import ModelSpec
+    from harmony_core.rpc.protocol import LoraSettings
+
+    torch.set_num_threads(1)
+    lora = LoraSettings(rank=settings["rank"]) if settings.get("rank") else None
+    shape = Shape(
+        spec=ModelSpec.read(directory),
+        tp=1,
+        train=True,
+        lora=lora,
+        max_batch_tokens=settings["tokens"],
+        kv_tokens=settings.get("kv_tokens", 0),
+        checkpointed_layers=settings.get("checkpointed", 0),
+    )
+    train(warm_up, replace(shape, max_batch_tokens=128, kv_tokens=0, checkpointed_layers=1))
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+    before, _ = resident()
+    held = train(directory, shape) - before
+    planned = plan(shape)
+    return {
+        "measured": resident()[1] - before,
+        "planned": planned.total,
+        "held": held,
+        "resident": planned.resident,
+        "parts": planned.parts(),
+    }
+
+
+def train(directory: Path, shape: Shape) -> int:
+    """Load, make a trainer, fill the pages, two worst-case micro-batches and a step; what was resident before these."""
+    import torch
+
+    from harmony_core.engine.models import adapters
+    from harmony_core.engine.models.loading import load_model
+    from harmony_core.engine.models.parallel import TensorParallel
+    from harmony_core.engine.training.trainer import Trainer
+    from harmony_core.memory import kv_token_bytes
+    from harmony_core.rpc.protocol import MicroBatch, OptimStep, pack_doubles, pack_ints
+
+    tokens = shape.max_batch_tokens
+    model = load_model(directory, TensorParallel.single(), torch.device("cpu"), torch.float32)
+    if shape.lora:
+        adapters.add_lora(model, "policy", shape.lora)
+    model.set_checkpointed_layers(shape.checkpointed_layers)
+    trainer = Trainer(model, "policy" if shape.lora else None)
+    pages = torch.ones(shape.kv_tokens * kv_token_bytes(shape) // 4)
+    held, _ = resident()
+    ids = pack_ints(i % model.vocab_size for i in range(tokens))
+    weights = pack_doubles(float(i % 64 > 0) for i in range(tokens))
+    lengths = pack_ints(lengths_of(tokens, tokens // 3))
+    for _ in range(2):
+        trainer.accumulate(
+            MicroBatch(model="policy", replica=0, tokens=ids, targets=ids, coefficients=weights, lengths=lengths)
+        )
+    trainer.optim_step(
+        OptimStep(model="policy", lr=1e-4, weight_decay=0.01, max_grad_norm=1.0, skip_nan=False, denominator=tokens)
+    )
+    del pages
+    return held
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(main(Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3]))))
