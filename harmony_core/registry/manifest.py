@@ -120,8 +120,8 @@ def check_files(directory: Path, manifest: Manifest, full: bool, home: Home | No
         path = directory / record.path
         try:
             size = path.stat().st_size
-            changed = size == record.size and (full or size <= _HASHED_AT_ONCE)
-            found = file_hash(path, home) if changed else record.sha256
+            due = size == record.size and (full or size <= _HASHED_AT_ONCE)
+            found = file_hash(path, home) if due else record.sha256
         except OSError as error:
             raise damaged(path, error.strerror or str(error)) from error
         if size != record.size:

@@ -17,7 +17,15 @@ from harmony_core.registry.builtin import NAMES, resolve_builtin
 from harmony_core.registry.entry import Entry, apply_setting, edit_entry, read_entry
 from harmony_core.registry.files import refuse_links
 from harmony_core.registry.importing import ImportOptions, import_model
-from harmony_core.registry.keys import BUILTIN, SCHEME, Reference, check_alias, parse_reference, source_hint
+from harmony_core.registry.keys import (
+    BUILTIN,
+    SCHEME,
+    Reference,
+    check_alias,
+    key_problem,
+    parse_reference,
+    source_hint,
+)
 from harmony_core.registry.removal import in_use, remove
 from harmony_core.registry.staging import Staging
 from harmony_core.registry.versions import DEFAULT_NAMES, Defaults, ModelEntry, ModelVersion
@@ -120,14 +128,16 @@ class Registry:
         return self.home.models / key / f"v{number:06d}"
 
     def versions(self, key: str) -> list[int]:
-        """Published version numbers of a key, ascending; empty when there is no such key."""
+        """Published version numbers of a key, ascending; empty when there is no such key, or it cannot be one."""
+        if key_problem(key):
+            return []
         try:
             names = os.listdir(self.home.models / key)
         except (FileNotFoundError, NotADirectoryError):
             return []
         return sorted(int(match[1]) for name in names if (match := _VERSION_DIRECTORY.fullmatch(name)))
 
-    def _walk(self, prefix: str = "", depth: int = 4) -> Iterator[str]:
+    def _walk(self, prefix: str = "") -> Iterator[str]:
         try:
             children = sorted(os.scandir(self.home.models / prefix), key=lambda child: child.name)
         except OSError:
@@ -135,8 +145,9 @@ class Registry:
         if prefix and any(_VERSION_DIRECTORY.fullmatch(child.name) for child in children):
             yield prefix
         for child in children:
-            if depth and child.is_dir(follow_symlinks=False) and not _VERSION_DIRECTORY.fullmatch(child.name):
-                yield from self._walk(f"{prefix}/{child.name}".lstrip("/"), depth - 1)
+            key = f"{prefix}/{child.name}".lstrip("/")
+            if not key_problem(key) and child.is_dir(follow_symlinks=False):
+                yield from self._walk(key)
 
     def names(self) -> list[str]:
         """Every name that `resolve` takes without a version, the builtin ones last."""
@@ -203,9 +214,8 @@ class Registry:
     def set_alias(self, key: str, alias: str, version: int | None) -> Entry:
         """Point an alias at a version of a key; None removes it. Raises UsageError or NotFoundError."""
         check_alias(alias)
-        if version is not None:
-            self.number(Reference(key, version=version))
-        elif alias not in read_entry(self.home, key).aliases:
+        self.number(Reference(key, version=version))
+        if version is None and alias not in read_entry(self.home, key).aliases:
             raise NotFoundError(
                 f"{key!r} has no alias {alias!r}", hint=did_you_mean(alias, read_entry(self.home, key).aliases)
             )

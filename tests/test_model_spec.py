@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small_models
+
+from harmony_core.errors import ModelRefused, VerificationError
+from harmony_core.model_spec import ModelSpec, check_tp, fitting_tp
+
+
+def edit(path: Path, **changes: Any) -> None:
+    values = json.loads(path.read_text()) | changes
+    small_models.write_json(path, {name: value for name, value in values.items() if value != "DROP"})
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_model_is_read_as_transformers_reads_it(tmp_path: Path, family: str, tied: bool) -> None:
+    import transformers
+
+    spec = ModelSpec.read(small_models.write_model(tmp_path, family, tied=tied, shards=2, dtype="BF16"))
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    config = model.config
+    assert spec.num_parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert (spec.architecture, spec.model_type) == (type(model).__name__, config.model_type)
+    assert (spec.num_heads, spec.num_kv_heads) == (config.num_attention_heads, config.num_key_value_heads)
+    assert (spec.hidden_size, spec.intermediate_size) == (config.hidden_size, config.intermediate_size)
+    assert (spec.num_layers, spec.vocab_size) == (config.num_hidden_layers, config.vocab_size)
+    assert (spec.tied, spec.stored_dtype, spec.max_positions) == (tied, "bfloat16", 64)
+    attention = model.model.layers[0].self_attn
+    assert spec.attention_bias == (attention.q_proj.bias is not None)
+    assert spec.qk_norm == hasattr(attention, "q_norm")
+    assert spec.head_dim == attention.head_dim
+
+
+def test_biases_that_the_config_asks_for_are_expected(tmp_path: Path) -> None:
+    small_models.write_model(tmp_path)
+    edit(tmp_path / "config.json", attention_bias=True)
+    with pytest.raises(VerificationError, match=r"self_attn.q_proj.bias' is missing"):
+        ModelSpec.read(tmp_path)
+    edit(tmp_path / "config.json", attention_bias=False, mlp_bias=True)
+    with pytest.raises(VerificationError, match=r"mlp.gate_proj.bias' is missing"):
+        ModelSpec.read(tmp_path)
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"model_type": "gpt2"}, "supported model types: llama, qwen2, qwen3"),
+    ({"model_type": ["llama"]}, "supported model types"),
+    ({"model_type": "DROP"}, "supported model types"),
+    ({"architectures": ["LlamaForSequenceClassification"]}, "must be LlamaForCausalLM"),
+    ({"architectures": "LlamaForCausalLM"}, "must be LlamaForCausalLM"),
+    ({"quantization_config": {"bits": 4}}, "unquantised"),
+    ({"use_sliding_window": True}, "sliding-window"),
+    ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding-window"),
+    ({"layer_types": "sliding_attention"}, "sliding-window"),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), REFUSED)
+def test_what_is_not_supported_is_refused(tmp_path: Path, change: dict[str, Any], words: str) -> None:
+    edit(small_models.write_model(tmp_path) / "config.json", **change)
+    with pytest.raises(ModelRefused) as caught:
+        ModelSpec.read(tmp_path)
+    assert words in str(caught.value)
+
+
+DAMAGED: list[tuple[dict[str, Any], str]] = [
+    ({"auto_map": {"AutoModel": "code.Model"}}, "never run"),
+    ({"text_config": {"inner": [{"auto_map": {"AutoConfig": "code.C"}}]}}, "never run"),
+    ({"vision": {"trust_remote_code": True}}, "never granted"),
+    ({"hidden_size": 0}, "hidden_size is '0'"),
+    ({"hidden_size": "8"}, "hidden_size"),
+    ({"hidden_size": True}, "hidden_size"),
+    ({"vocab_size": 2**40}, "vocab_size"),
+    ({"num_hidden_layers": 10**8}, "num_hidden_layers"),
+    ({"num_key_value_heads": 3}, "cannot share"),
+    ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
+    ({"hidden_size": 16}, "has shape"),
+    ({"num_hidden_layers": 3}, "is missing"),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), DAMAGED)
+def test_a_config_that_lies_is_refused(tmp_path: Path, change: dict[str, Any], words: str) -> None:
+    edit(small_models.write_model(tmp_path) / "config.json", **change)
+    with pytest.raises(VerificationError, match=words) as caught:
+        ModelSpec.read(tmp_path)
+    assert str(tmp_path) in caught.value.message
+
+
+def test_fewer_layers_than_stored_is_refused(tmp_path: Path) -> None:
+    edit(small_models.write_model(tmp_path) / "config.json", num_hidden_layers=1)
+    with pytest.raises(ModelRefused, match=r"model.layers.1.* is not part of a llama model \(9 such\)"):
+        ModelSpec.read(tmp_path)
+
+
+def test_a_tied_head_that_is_stored_again_is_not_counted(tmp_path: Path) -> None:
+    counted = ModelSpec.read(small_models.write_model(tmp_path / "a", tied=True)).num_parameters
+    small_models.write_model(tmp_path / "b", tied=False)
+    edit(tmp_path / "b" / "config.json", tie_word_embeddings=True)
+    assert ModelSpec.read(tmp_path / "b").num_parameters == counted
+
+
+def spec_with(tmp_path: Path, **changes: Any) -> ModelSpec:
+    from dataclasses import replace
+
+    return replace(ModelSpec.read(small_models.write_model(tmp_path)), **changes)
+
+
+FITS: list[tuple[dict[str, int], int, list[int]]] = [
+    ({}, 8, [1, 2, 4]),
+    ({}, 6, [1, 2]),
+    ({}, 1, [1]),
+    ({"num_heads": 9, "num_kv_heads": 3, "intermediate_size": 1536}, 6, [1, 3]),
+    ({"num_heads": 8, "num_kv_heads": 2, "intermediate_size": 16}, 8, [1, 2, 4, 8]),
+    ({"num_heads": 12, "num_kv_heads": 2, "intermediate_size": 24}, 12, [1, 2, 4, 6, 12]),
+    ({"num_heads": 12, "num_kv_heads": 4, "intermediate_size": 24}, 12, [1, 2, 4, 12]),
+    ({"num_heads": 8, "num_kv_heads": 8, "intermediate_size": 12}, 8, [1, 2, 4]),
+]
+
+
+@pytest.mark.parametrize(("changes", "world", "fitting"), FITS)
+def test_tp_divides_ranks_heads_and_layers(
+    tmp_path: Path, changes: dict[str, int], world: int, fitting: list[int]
+) -> None:
+    spec = spec_with(tmp_path, **changes)
+    assert fitting_tp(spec, world) == fitting
+    assert [tp for tp in range(-1, 20) if _accepts(spec, tp, world)] == fitting
+
+
+def _accepts(spec: ModelSpec, tp: int, world: int) -> bool:
+    try:
+        check_tp(spec, tp, world)
+    except ModelRefused as error:
+        assert error.hint == f"tp may be {', '.join(map(str, fitting_tp(spec, world)))}"
+        return False
+    return True

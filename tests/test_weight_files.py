@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import json
+import random
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small_models
+
+from harmony_core.errors import VerificationError
+from harmony_core.weight_files import read_header, read_headers, read_json, weight_names
+
+
+def entry(shape: list[int], begin: int, end: int, dtype: Any = "F32") -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+def write_raw(path: Path, header: Any, data: int = 0) -> Path:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(data))
+    return path
+
+
+def test_a_header_is_read_as_the_library_reads_it(tmp_path: Path) -> None:
+    from safetensors import safe_open
+
+    small_models.write_safetensors(tmp_path / "x.safetensors", {"a": (3, 5), "b": (), "c": (0, 4)}, dtype="BF16")
+    with safe_open(tmp_path / "x.safetensors", "numpy") as file:
+        names = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    ours = read_header(tmp_path / "x.safetensors")
+    assert {name: tensor.shape for name, tensor in ours.items()} == names
+    assert {tensor.dtype for tensor in ours.values()} == {"BF16"}
+    assert [tensor.bytes for tensor in ours.values()] == [30, 2, 0]
+
+
+@pytest.mark.parametrize(
+    ("header", "data", "reason"),
+    [
+        ({"a": entry([2], 0, 8)}, 7, "truncated or padded"),
+        ({"a": entry([2], 0, 8)}, 9, "truncated or padded"),
+        ({"a": entry([2], 0, 8), "b": entry([1], 12, 16)}, 16, "overlap or leave a gap"),
+        ({"a": entry([2], 0, 8), "b": entry([2], 4, 12)}, 12, "overlap or leave a gap"),
+        ({"a": entry([3], 0, 8)}, 8, "has shape"),
+        ({"a": entry([2], 8, 0)}, 8, "has shape"),
+        ({"a": entry([2], 0, 8, "I64")}, 8, "has type I64"),
+        ({"a": entry([2], 0, 8, ["F32"])}, 8, "has type"),
+        ({"a": entry([-2], 0, -8)}, 8, "broken header entry"),
+        ({"a": entry([2.0], 0, 8)}, 8, "broken header entry"),  # type: ignore[list-item]
+        ({"a": {"dtype": "F32", "shape": [2]}}, 8, "broken header entry"),
+        ({"a": "text"}, 8, "broken header entry"),
+        (b'{"a": 1, "a": 2}', 0, "occurs twice"),
+        (b"[1, 2]", 0, "not a safetensors file"),
+        (b"{" * 100_000, 0, "not valid JSON"),
+        (b'{"a": \xff}', 0, "not valid JSON"),
+    ],
+)
+def test_a_broken_header_is_refused(tmp_path: Path, header: Any, data: int, reason: str) -> None:
+    path = write_raw(tmp_path / "x.safetensors", header, data)
+    with pytest.raises(VerificationError, match=reason) as caught:
+        read_header(path)
+    assert str(path) in caught.value.message
+
+
+@pytest.mark.parametrize("content", [b"", b"short", struct.pack("<Q", 2**63) + b"{}", struct.pack("<Q", 0) + b"{}"])
+def test_what_is_no_safetensors_file_is_refused_without_reading_it(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x.safetensors").write_bytes(content)
+    with pytest.raises(VerificationError, match="not a safetensors file, or truncated"):
+        read_header(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("start", [b"PK\x03\x04", b"\x80\x04\x95"])
+def test_a_pickle_under_a_safe_name_is_named_as_one(tmp_path: Path, start: bytes) -> None:
+    (tmp_path / "x.safetensors").write_bytes(start + bytes(100))
+    with pytest.raises(VerificationError, match="pickled"):
+        read_header(tmp_path / "x.safetensors")
+
+
+def test_mutated_headers_give_typed_errors_only(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    small_models.write_safetensors(path, {"a": (3, 5), "b": (2,)})
+    whole = path.read_bytes()
+    rng = random.Random(0)
+    refused = 0
+    for _ in range(2000):
+        mutated = bytearray(whole)
+        for _ in range(rng.randint(1, 4)):
+            mutated[rng.randrange(len(mutated) - 60)] = rng.randrange(256)
+        path.write_bytes(mutated[: rng.choice([len(mutated), rng.randrange(len(mutated))])])
+        try:
+            read_header(path)
+        except VerificationError:
+            refused += 1
+    assert refused > 1500  # a changed letter in a name cannot be seen here
+
+
+def test_an_index_must_agree_with_its_files(tmp_path: Path) -> None:
+    directory = small_models.write_model(tmp_path / "m", shards=3)
+    assert len(weight_names(directory)) == 3
+    assert read_headers(directory).keys() == small_models.shapes().keys()
+    index = directory / "model.safetensors.index.json"
+    good = json.loads(index.read_text())
+
+    def refuse(change: dict[str, Any], reason: str) -> None:
+        small_models.write_json(index, {"weight_map": good["weight_map"] | change})
+        with pytest.raises(VerificationError, match=reason):
+            read_headers(directory)
+
+    refuse({"extra": "model-00001-of-00003.safetensors"}, "'extra' is missing")
+    refuse({"model.norm.weight": "model-00001-of-00003.safetensors"}, "is missing")
+    for escape in ("../x.safetensors", "/etc/x.safetensors", "a/b.safetensors", ".hidden.safetensors", "x.bin", 7):
+        refuse({"extra": escape}, "not to a safetensors file here")
+    small_models.write_json(index, {"weight_map": []})
+    with pytest.raises(VerificationError, match="no weight_map"):
+        read_headers(directory)
+
+
+def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
+    directory = small_models.write_model(tmp_path / "m", shards=2)
+    small_models.write_safetensors(directory / "model-00001-of-00002.safetensors", small_models.shapes())
+    with pytest.raises(VerificationError, match="is also in"):
+        read_headers(directory)
+
+
+def test_only_pickled_weights_are_named(tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
+    with pytest.raises(VerificationError, match=r"only pickled files, which are never read \(pytorch_model.bin\)"):
+        read_headers(tmp_path)
+
+
+def test_json_is_an_object_in_a_file(tmp_path: Path) -> None:
+    for text, reason in ((b"[]", "not a JSON object"), (b"{", "not valid JSON"), (b"[" * 10**5, "not valid JSON")):
+        (tmp_path / "x.json").write_bytes(text)
+        with pytest.raises(VerificationError, match=reason):
+            read_json(tmp_path / "x.json")
+    with pytest.raises(VerificationError, match="No such file"):
+        read_json(tmp_path / "none.json")
