@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from harmony_core.dataset_kinds import Format
-from harmony_core.errors import DataError, HarmonyError, did_you_mean
+from harmony_core.errors import DataError, HarmonyError, did_you_mean, nearest
 from harmony_core.threads import StringThread, Turn, fragment_turn
 
 Layout = Literal["internal", "external"]
@@ -207,9 +207,9 @@ def _suggestion(line: Line, wanted: tuple[str, ...]) -> str:
     """Names a key of the line that looks like a misspelt one of those that are wanted."""
     known = {*_EXTERNAL_KEYS, *_INTERNAL_KEYS}
     for key in line:
-        hint = "" if key in known or len(key) > 40 else did_you_mean(key, wanted)
-        if hint.startswith("did you mean"):
-            return f" ('{key}': {hint})"
+        meant = nearest(key, wanted, 1) if key not in known and len(key) <= 40 else []
+        if meant:
+            return f" ('{key}': did you mean {meant[0]}?)"
     return ""
 
 

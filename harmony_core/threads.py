@@ -233,7 +233,7 @@ def fragment_turn(role: Any, content: Any, weight: float = 0.0) -> Turn:
         return Turn(role, (Text(content),), weight)
     if isinstance(content, Sequence) and not isinstance(content, bytes | bytearray):
         return Turn(role, tuple(from_public(raw) for raw in content), weight)
-    raise DataError(f"the content of a {role} turn must be text or a list of fragments, not {type(content).__name__}")
+    raise DataError(f"the content of a turn must be text or a list of fragments, not {type(content).__name__}")
 
 
 def _text_turn(turn: Any) -> Turn:

@@ -1,0 +1,347 @@
+"""JSONL datasets: both formats, every kind, every bad line by `path:line: reason`; and the shuffled iterator."""
+
+from __future__ import annotations
+
+import base64
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from harmony_core import datasets
+from harmony_core.datasets import DataSet, convert_sample_dict, load_from_hf, load_threads
+from harmony_core.errors import DataError, NotFoundError, ResourceError
+from harmony_core.threads import StringThread
+
+META = {"id": "0b0e3b52-6b1c-4d2c-9a4e-6f3b6f0f8a11", "created_at": 1750000000}
+ASK = [{"role": "user", "content": "2+2?"}]
+PROMPT = {"prompt": [["system", "Be brief."], ["user", "2+2?"]], "metadata": META}
+COMPLETION = {
+    "prompt": [["user", "2+2?"]],
+    "completion": ["assistant", "4"],
+    "metadata": META | {"external_data": {"label": "math"}},
+}
+METRIC = COMPLETION | {"metrics": {"quality": 0.9}}
+PREFERENCE = {
+    "prompt": [["user", "2+2?"]],
+    "good_completion": ["assistant", "4"],
+    "bad_completion": ["assistant", "5"],
+    "metric": "preference",
+    "metadata": META,
+}
+
+
+def write(tmp_path: Path, *lines: Any, name: str = "d.jsonl", end: str = "\n") -> Path:
+    path = tmp_path / name
+    texts = [line if isinstance(line, str) else json.dumps(line, ensure_ascii=False) for line in lines]
+    path.write_bytes(end.join([*texts, ""]).encode())
+    return path
+
+
+def read(tmp_path: Path, *lines: Any, **options: Any) -> list[tuple[list[Any], list[float], Any]]:
+    threads = load_threads(write(tmp_path, *lines), **options)
+    return [(list(map(tuple, t.get_turns())), t.get_turn_weights(), t.metadata) for t in threads]
+
+
+def refused(tmp_path: Path, *lines: Any, **options: Any) -> str:
+    path = write(tmp_path, *lines)
+    with pytest.raises(DataError) as error:
+        load_threads(path, **options)
+    return error.value.message.replace(str(path), "d")
+
+
+USER, ANSWER = ("user", "2+2?"), ("assistant", "4")
+
+
+def test_internal_lines(tmp_path: Path) -> None:
+    assert read(tmp_path, PROMPT) == [([("system", "Be brief."), USER], [0, 0], {})]
+    assert read(tmp_path, COMPLETION) == [([USER, ANSWER], [0, 1], {"label": "math"})]
+    assert read(tmp_path, METRIC) == [([USER, ANSWER], [0, 1], {"label": "math"})]
+    assert read(tmp_path, METRIC, feedback_key="quality")[0][2] == {"label": "math", "res": 0.9}
+    both = {"preferred_completion": "4", "other_completion": "5"}
+    assert read(tmp_path, PREFERENCE) == [([USER], [0], both)]
+
+
+def test_internal_lines_of_a_kind(tmp_path: Path) -> None:
+    assert read(tmp_path, METRIC, kind="prompts") == [([USER], [0], {"label": "math"})]
+    assert read(tmp_path, METRIC, kind="completions") == [([USER, ANSWER], [0, 1], {"label": "math"})]
+    assert refused(tmp_path, PROMPT, kind="completions") == "d:1: has no 'completion'"
+    assert refused(tmp_path, COMPLETION, kind="feedbacks") == "d:1: has no 'metrics'"
+    assert refused(tmp_path, COMPLETION, kind="preference") == "d:1: has no 'good_completion'"
+
+
+def test_external_lines(tmp_path: Path) -> None:
+    assert read(tmp_path, {"messages": ASK}) == [([USER], [0], {})]
+    line = {"messages": ASK, "completion": "4", "metadata": {"topic": "math"}, "labels": {"a": "b"}}
+    assert read(tmp_path, line) == [([USER, ANSWER], [0, 1], {"topic": "math"})]
+    whole = {"messages": [*ASK, {"role": "assistant", "content": "4"}] * 2}
+    assert read(tmp_path, whole) == [([USER, ANSWER, USER, ANSWER], [0, 0, 0, 1], {})]
+    graded = {"messages": ASK, "completion": "4", "feedbacks": {"helpful": True, "quality": 0.8}}
+    assert read(tmp_path, graded, feedback_key="helpful") == [([USER, ANSWER], [0, 1], {"res": True})]
+    pair = {"messages": ASK, "preferred_completion": "4", "other_completion": "5", "feedback_key": "quality"}
+    assert read(tmp_path, pair) == [([USER], [0], {"preferred_completion": "4", "other_completion": "5"})]
+    assert read(tmp_path, {"input": ASK, "messages": []}) == [([USER], [0], {})]
+    assert read(tmp_path, {"messages": ASK, "completion": ""}) == [([USER], [0], {})]
+
+
+def test_external_lines_of_a_kind(tmp_path: Path) -> None:
+    whole = {"messages": [*ASK, *[{"role": "assistant", "content": "4"}] * 2], "completion": "5"}
+    assert read(tmp_path, whole, kind="prompts") == [([USER], [0], {})]
+    assert "has no 'completion' and its last message" in refused(tmp_path, {"messages": ASK}, kind="completions")
+    assert "('complettion': did you mean completion?)" in refused(
+        tmp_path, {"messages": ASK, "complettion": "4"}, kind="completions"
+    )
+    assert refused(tmp_path, whole, kind="preference") == "d:1: has no 'preferred_completion'"
+    only = {"messages": [{"role": "assistant", "content": "4"}]}
+    assert "no prompt is left" in refused(tmp_path, only, kind="prompts")
+
+
+def test_content_may_be_fragments(tmp_path: Path) -> None:
+    image = "data:image/png;base64," + base64.b64encode(b"\x89PNG\r\n\x1a\n").decode()
+    content = [{"type": "text", "text": "What?"}, {"type": "image", "url": image}]
+    threads = load_threads(
+        write(tmp_path, {"messages": [{"role": "user", "content": content}], "completion": "A cat."})
+    )
+    assert threads[0].get_fragments()[0] == ("user", content)
+    internal = COMPLETION | {"prompt": [["user", content]]}
+    assert load_threads(write(tmp_path, internal))[0].get_fragments()[0] == ("user", content)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\n\n", "\n  \r\n"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_line_ends_blank_lines_and_a_byte_order_mark(tmp_path: Path, end: str, mark: str) -> None:
+    first = mark + json.dumps({"messages": ASK})
+    threads = load_threads(write(tmp_path, first, {"messages": [{"role": "user", "content": "é\r\n\u2028"}]}, end=end))
+    assert [thread.last_content() for thread in threads] == ["2+2?", "é\r\n\u2028"]
+
+
+def test_a_last_line_without_end(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_text(json.dumps({"messages": ASK}))
+    assert len(load_threads(path)) == 1
+
+
+GOOD = {"messages": ASK, "completion": "4"}
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("{", "not JSON: Expecting property name enclosed in double quotes at column 2"),
+        ("[1]", "must be one JSON object, not an array"),
+        ('"text"', "must be one JSON object, not text"),
+        ("null", "must be one JSON object, not null"),
+        ('{"messages": [], "messages": []}', "not JSON: a key occurs twice in one object"),
+        ('{"metadata": {"a": NaN}}', "not JSON: NaN is not a JSON number"),
+        ('{"metadata": {"a": -Infinity}}', "not JSON: -Infinity is not a JSON number"),
+        ('{"metadata": {"a": 1e999}}', "not JSON: a number is too large"),
+        ('{"metadata": ' + "9" * 5000 + "}", "not JSON: Exceeds the limit"),
+        ("[" * 100_000, "not JSON that can be read: nested too deeply"),
+        ('{"messages": [{"role": "user", "content": "\\ud800"}]}', "holds half of a surrogate pair"),
+        ('{"messages": [{"role": "user", "content": "a\x01b"}]}', "not JSON: Invalid control character"),
+        ({}, "has neither 'messages' nor 'input' nor a list 'prompt'"),
+        ({"mesages": ASK}, "('mesages': did you mean messages?)"),
+        ({"prompt": "2+2?", "completion": "4"}, "is written as a message of the user"),
+        ({"messages": []}, "'messages' must be a list of messages that is not empty"),
+        ({"messages": "hi"}, "'messages' must be a list of messages that is not empty"),
+        ({"messages": ["hi"]}, "'messages[0]' must be an object with 'role' and 'content', not text"),
+        ({"messages": [{"content": "a"}]}, "'messages[0].role' is missing"),
+        ({"messages": [{"role": "user"}]}, "'messages[0].content' is missing"),
+        ({"messages": [{"role": "user", "content": None}]}, "'messages[0].content' is null"),
+        ({"messages": [{"role": "user", "content": 3}]}, "must be text or a list of fragments, not int"),
+        ({"messages": [{"role": 3, "content": "a"}]}, "'messages[0]': a turn's role must be a string"),
+        ({"messages": [{"role": "user", "content": [{"type": "smell"}]}]}, "invalid fragment type: 'smell'"),
+        (
+            {"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]},
+            "'messages[0].tool_calls' is not read",
+        ),
+        (GOOD | {"metadata": []}, "'metadata' must be an object, not an array"),
+        (GOOD | {"completion": 4}, "'completion': the content of a turn must be text"),
+        ({"messages": ASK, "preferred_completion": "4"}, "has no 'other_completion'"),
+        ({"messages": ASK, "preferred_completion": "4", "other_completion": 5}, "must be text, not a number"),
+        ({"messages": ASK, "preferred_completion": "4", "other_completion": ""}, "text that is not empty"),
+        (GOOD | {"feedbacks": [1]}, "'feedbacks' must be an object, not an array"),
+        ({"prompt": [["user", "a"]]}, "'metadata' must be an object with a string 'id'"),
+        (PROMPT | {"metadata": {"id": "a"}}, "'metadata.created_at' must be an integer"),
+        (PROMPT | {"prompt": [{"role": "user"}]}, "'prompt[0]' must be a two-element array of role and content"),
+        (COMPLETION | {"completion": "4"}, "'completion' must be a two-element array"),
+        (COMPLETION | {"metadata": META | {"external_data": 3}}, "'metadata.external_data' must be an object"),
+        (METRIC | {"metrics": 3}, "'metrics' must be an object, not a number"),
+    ],
+)
+def test_bad_lines(tmp_path: Path, line: Any, reason: str) -> None:
+    message = refused(tmp_path, "", line)
+    assert message.startswith("d:2: ") and reason in message and "\n" not in message
+
+
+def test_bad_utf8(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_bytes(json.dumps(GOOD).encode() + b'\n{"messages": "\xff"}\n')
+    with pytest.raises(DataError, match=r"d\.jsonl:2: not UTF-8: byte 0xff at 15"):
+        load_threads(path)
+    path.write_bytes(json.dumps(GOOD).encode("utf-16"))
+    with pytest.raises(DataError, match=r"d\.jsonl:1: not UTF-8: byte 0xff at 1"):
+        load_threads(path)
+
+
+def test_reasons_do_not_repeat_content(tmp_path: Path) -> None:
+    secret = "hunter2"
+    for line in (
+        '{"messages": "hunter2"',
+        {"messages": secret},
+        {"messages": [{"role": "user", "content": {secret: 1}}]},
+    ):
+        assert secret not in refused(tmp_path, line)
+
+
+def test_formats_and_kinds_are_not_mixed(tmp_path: Path) -> None:
+    external = {"messages": ASK, "completion": "4"}
+    assert refused(tmp_path, "", COMPLETION, external) == "d:3: is in the external format, line 2 in the internal one"
+    assert refused(tmp_path, external, COMPLETION) == "d:2: is in the internal format, line 1 in the external one"
+    assert refused(tmp_path, {"messages": ASK}, external) == (
+        "d:2: has the fields of completions, line 1 those of prompts"
+    )
+    assert refused(tmp_path, PROMPT, PREFERENCE) == "d:2: has the fields of preference, line 1 those of prompts"
+    assert refused(tmp_path, METRIC, COMPLETION) == "d:2: has the fields of completions, line 1 those of feedbacks"
+    assert len(read(tmp_path, COMPLETION, METRIC)) == 2
+    assert len(read(tmp_path, {"messages": ASK}, external, kind="prompts")) == 2
+
+
+def test_the_first_usable_line_decides(tmp_path: Path) -> None:
+    assert refused(tmp_path, "{", COMPLETION, {"messages": ASK}).splitlines()[1:] == [
+        "d:3: is in the external format, line 2 in the internal one"
+    ]
+
+
+def test_all_bad_lines_are_listed_up_to_twenty(tmp_path: Path) -> None:
+    lines = [GOOD, "{", GOOD, "[]", GOOD]
+    assert [line.split(":")[1] for line in refused(tmp_path, *lines).splitlines()] == ["2", "4"]
+    many = refused(tmp_path, *["{"] * 50).splitlines()
+    assert len(many) == 21 and many[-1] == "d: not read further"
+
+
+def test_feedbacks_by_key(tmp_path: Path) -> None:
+    line = GOOD | {"feedbacks": {"quality": 1, "note": "x"}}
+    assert "has no feedback 'qualty': did you mean quality?" in refused(tmp_path, line, feedback_key="qualty")
+    assert "must be a number or a boolean, not text" in refused(tmp_path, line, feedback_key="note")
+    assert "has no feedback 'quality'" in refused(tmp_path, GOOD, feedback_key="quality")
+    assert read(tmp_path, {"messages": ASK, "feedbacks": {"q": 1}}, kind="prompts", feedback_key="q")[0][2] == {
+        "res": 1
+    }
+
+
+@pytest.mark.parametrize("content", ["", "\n\n", "\ufeff", "  \r\n"])
+def test_an_empty_file(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_text(content)
+    with pytest.raises(DataError, match=r"d\.jsonl: has no line with a sample"):
+        load_threads(path)
+
+
+def test_a_line_that_is_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets, "MAX_LINE_BYTES", 200)
+    long = {"messages": [{"role": "user", "content": "x" * 1000}]}
+    message = refused(tmp_path, {"messages": ASK}, long, "{")
+    assert message.splitlines()[0] == "d:2: longer than 200 bytes" and message.splitlines()[1].startswith(
+        "d:3: not JSON"
+    )
+    exact = json.dumps({"messages": [{"role": "user", "content": ""}]})
+    fits = exact.replace('""', json.dumps("x" * (199 - len(exact))))
+    assert len(fits) == 199 and len(read(tmp_path, fits)) == 1
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    write(tmp_path, GOOD, name="train.jsonl")
+    with pytest.raises(NotFoundError, match=r"no dataset file .*trian\.jsonl[\s\S]*did you mean train\.jsonl"):
+        load_threads(tmp_path / "trian.jsonl")
+    with pytest.raises(DataError, match="cannot be read: Is a directory"):
+        load_threads(tmp_path)
+
+
+def test_random_bytes_only_ever_give_data_errors(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    lines = [json.dumps(line).encode() for line in (PROMPT, METRIC, PREFERENCE, GOOD)]
+    path = tmp_path / "d.jsonl"
+    for _ in range(300):
+        data = bytearray(b"\n".join(lines[i] for i in rng.integers(0, 4, 3)))
+        for position in rng.integers(0, len(data), 4):
+            data[position] = rng.integers(0, 256)
+        path.write_bytes(bytes(data))
+        try:
+            load_threads(path)
+        except DataError as error:
+            assert error.message.startswith(f"{path}:")
+
+
+def samples(count: int) -> list[StringThread]:
+    return [StringThread([("user", str(i))], {"i": i}) for i in range(count)]
+
+
+def test_dataset_is_numpys_permutation_from_the_first_pass_on() -> None:
+    rng = np.random.default_rng(42)
+    expected = [*rng.permutation(7), *rng.permutation(7), *rng.permutation(7)]
+    data = DataSet(samples(7), allow_looping=True)
+    assert [next(data).metadata["i"] for _ in range(21)] == expected
+    assert data.access_indices == expected and data.idx == 21 and data.completion_percentage() == 3.0
+    assert [thread.metadata["i"] for thread in DataSet(samples(7))] == expected[:7]
+    assert [t.metadata["i"] for t in DataSet(samples(7), seed=1)] == [*np.random.default_rng(1).permutation(7)]
+
+
+def test_dataset_counts_stamps_and_resets() -> None:
+    data = DataSet(samples(3))
+    assert [thread.metadata["sample_index"] for thread in data] == [0, 1, 2]
+    assert data.completion_percentage() == 1.0 and next(data, None) is None
+    data.reset()
+    assert data.idx == 0 and len(list(data)) == 3
+    assert len(data) == 3 and data[1].metadata["i"] == 1 and [t.metadata["i"] for t in data[1:]] == [1, 2]
+    assert sorted(DataSet(["a", "b"])) == ["a", "b"]
+    for looping in (False, True):
+        assert list(DataSet([], allow_looping=looping)) == [] and DataSet([]).completion_percentage() == 1.0
+
+
+@pytest.mark.parametrize("taken", [0, 1, 4, 5, 6, 12])
+def test_dataset_state_continues_where_it_stood(taken: int) -> None:
+    data = DataSet(samples(5), allow_looping=True, seed=3)
+    for _ in range(taken):
+        next(data)
+    state = json.loads(json.dumps(data.get_state()))
+    again = DataSet(samples(5), allow_looping=True, seed=9)
+    again.set_state(state)
+    assert again.completion_percentage() == data.completion_percentage()
+    assert [next(again).metadata["i"] for _ in range(12)] == [next(data).metadata["i"] for _ in range(12)]
+    with pytest.raises(DataError, match="is of 5 samples, the dataset has 4"):
+        DataSet(samples(4)).set_state(state)
+
+
+def test_convert_sample_dict() -> None:
+    sample = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "label": 3}
+    thread = convert_sample_dict()(sample)
+    assert thread.get_turns() == [("user", "a"), ("assistant", "b")] and thread.get_turn_weights() == [0, 1]
+    assert thread.metadata == {"label": 3}
+    assert convert_sample_dict(trim_final_assistant_turns=True)(sample).get_turns() == [("user", "a")]
+    turns = [{"from": "user", "value": "a"}]
+    assert convert_sample_dict(None, "from", "value")(turns).get_turns() == [("user", "a")]
+    assert convert_sample_dict("conv", "from", "value")({"conv": turns}).get_turns() == [("user", "a")]
+    for bad in (
+        {},
+        {"messages": [{"role": "user"}]},
+        {"messages": 3},
+        {"messages": [{"role": "user", "content": None}]},
+    ):
+        with pytest.raises(DataError):
+            convert_sample_dict()(bad)
+
+
+def test_load_from_hf(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ResourceError, match="pip install datasets"):
+        load_from_hf("org/name", "train", convert_sample_dict())
+    library = ModuleType("datasets")
+    library.load_dataset = lambda repo, split: [{"messages": ASK, "at": (repo, split)}]  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "datasets", library)
+    threads = load_from_hf("org/name", "train", convert_sample_dict())
+    assert threads[0].metadata == {"at": ("org/name", "train")} and threads[0].last_content() == "2+2?"
