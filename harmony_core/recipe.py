@@ -108,7 +108,7 @@ def _is_variant_union(annotation: Any) -> bool:
 def _is_annotated(cls: type, name: str) -> bool:
     """Whether the author wrote `Annotated[A | B, ...]`: then the union is left as it is."""
     for ancestor in cls.__mro__:
-        raw = inspect.get_annotations(ancestor).get(name)
+        raw: Any = inspect.get_annotations(ancestor).get(name)
         if raw is not None:
             return get_origin(raw) is Annotated or (isinstance(raw, str) and "Annotated[" in raw.split("|")[0])
     return False
@@ -282,9 +282,8 @@ def _named(module: types.ModuleType, name: str, path: Path) -> Callable[..., Any
 
 def _marked(module: types.ModuleType, path: Path) -> Callable[..., Any]:
     marked = {id(f): f for f in vars(module).values() if callable(f) and getattr(f, MARK, False) is True}
-    own: list[Callable[..., Any]] = [
-        f for f in marked.values() if getattr(f, "__module__", None) == module.__name__
-    ] or list(marked.values())
+    own: list[Callable[..., Any]] = [f for f in marked.values() if f.__module__ == module.__name__]
+    own = own or list(marked.values())
     if not own:
         raise RecipeLoadError(
             f"{path}:1: no function is marked with @recipe_main", hint=f"put @recipe_main above {SHAPES}"

@@ -27,7 +27,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
 
-from harmony_core.errors import NotFoundError, ResourceError, did_you_mean
+from harmony_core.errors import HarmonyError, NotFoundError, ResourceError, did_you_mean
 from harmony_core.home import Home
 from harmony_core.redaction import Redactor
 
@@ -42,7 +42,7 @@ class EventLog:
     def __init__(self, path: Path, run_id: str, redactor: Redactor) -> None:
         self.path = path
         self._run_id = run_id
-        self._redactor = redactor
+        self.redactor = redactor
         self._lock = threading.Lock()
         self._seq = 0
         self._file: IO[str] | None = path.open("a", encoding="utf-8")
@@ -65,7 +65,7 @@ class EventLog:
                 "data": data,
             }
             self._seq += 1
-            line = self._redactor.text(json.dumps(event, default=str, ensure_ascii=False))
+            line = self.redactor.text(json.dumps(event, default=str, ensure_ascii=False))
             if self._file is not None:
                 with contextlib.suppress(OSError):
                     self._file.write(line + "\n")
@@ -118,6 +118,18 @@ class Run:
             raise ResourceError(f"cannot write a run under {home.runs}: {error.strerror or error}") from error
         run.events.write("run.start", {"name": name, "argv": redactor.argv(argv)})
         return run
+
+    @classmethod
+    @contextlib.contextmanager
+    def opened(cls, home: Home, name: str, argv: Sequence[str]) -> Iterator[Run]:
+        """`create`, and in every case an end: a run that is left by an exception counts as failed."""
+        run = cls.create(home, name, argv)
+        try:
+            yield run
+        except BaseException as error:
+            code = error.exit_code if isinstance(error, HarmonyError) else 70
+            run.finish("failed", code, {"ok": False, "exit": code, "run": run.id, "errors": []})
+            raise
 
     @classmethod
     @contextlib.contextmanager

@@ -185,7 +185,11 @@ def _walk(resolved: Resolved, schema: Schema, nodes: list[Node], value: Any, pat
         try:
             key, below = schema.step(maps, name, path)
         except UnknownKey as unknown:
-            resolved.errors.append(_unknown_key(unknown, at_key, schema))
+            other = next((b for node in nodes for b in schema.branches(node) if name in b.get("properties", {})), None)
+            if other is not None:
+                resolved.errors.append(_of_another_variant(resolved, path, name, other, at_key))
+            else:
+                resolved.errors.append(_unknown_key(unknown, at_key, schema))
             continue
         if key != name and isinstance(key, str):  # `learning-rate` is for flags; a file has the field's own name
             resolved.errors.append(Issue("unknown key", at_key, dotted((*path, name)), "unknown_key", (key,)))
@@ -208,6 +212,14 @@ def _fill(resolved: Resolved, schema: Schema, nodes: list[Node], value: dict[str
 def _is_secret(node: Node) -> bool:
     """A secret's default is masked in the schema."""
     return bool(node.get("writeOnly"))
+
+
+def _of_another_variant(resolved: Resolved, path: Path, name: str, other: Node, at_key: Source | None) -> Issue:
+    message = f"belongs to {other.get('title', 'another variant')}, and the block is of another kind"
+    kinds = {source.kind for p, source in resolved.sources.items() if p[:-1] == path}
+    if len(kinds) > 1:
+        message += f"; to replace the whole block, give --{dotted(path)} '{{...}}'"
+    return Issue(message, at_key, dotted((*path, name)), "unknown_key")
 
 
 def _unknown_key(unknown: UnknownKey, source: Source | None, schema: Schema | None = None) -> Issue:

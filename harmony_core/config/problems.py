@@ -17,6 +17,13 @@ def dotted(path: Path) -> str:
     return ".".join(map(str, path))
 
 
+def holds(node: Any, key: str | int) -> bool:
+    """Whether a map has the key, or a list the index."""
+    if isinstance(node, list):
+        return isinstance(key, int) and 0 <= key < len(node)
+    return isinstance(node, dict) and key in node
+
+
 @dataclass(frozen=True)
 class Source:
     """Where a value was written. Lines and columns count from 1; 0 where the source is not a file."""
@@ -55,12 +62,15 @@ class Issue:
     suggestions: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        text = f"{self.path}: {self.message}" if self.path else self.message
+        text = f"{self.path}: {self.message}" if self.path and not self._flag_says_it() else self.message
         if self.source is not None and self.source.kind != "default":
             text = f"{self.source}: {text}"
         if self.suggestions:
             text += f" (did you mean {' or '.join(self.suggestions)}?)"
         return text
+
+    def _flag_says_it(self) -> bool:
+        return self.source is not None and self.source.name == f"--{self.path.replace('_', '-')}"
 
     def as_data(self) -> dict[str, Any]:
         """For `--json`."""
@@ -94,4 +104,4 @@ def raise_if_any(issues: Iterable[Issue], what: str = "the configuration is not 
         raise ConfigError(message, issues=map(str, ordered), errors=[issue.as_data() for issue in ordered])
 
 
-__all__ = ["DEFAULT", "Issue", "Path", "Source", "dotted", "in_reading_order", "raise_if_any"]
+__all__ = ["DEFAULT", "Issue", "Path", "Source", "dotted", "holds", "in_reading_order", "raise_if_any"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from harmony_core.config.problems import Path, dotted
@@ -25,7 +25,7 @@ class UnknownKey(Exception):
         self.parent = parent
         self.name = name
         self.options = sorted(options)
-        self.suggestions = tuple(nearest(name, self.options))
+        self.suggestions = tuple(nearest(name, self.options, 2))
         super().__init__(dotted((*parent, name)))
 
 
@@ -94,23 +94,26 @@ class Schema:
 
     def parameters(self) -> Iterator[Parameter]:
         """Every place with a fixed name, in the order of declaration, blocks before their contents."""
-        yield from self._parameters(self.root, (), "", frozenset())
+        yield from self._parameters(self.root, (), "", frozenset(), {})
 
     def _parameters(
-        self, node: Node, path: tuple[str, ...], variant: str, above: frozenset[str]
+        self, node: Node, path: tuple[str, ...], variant: str, above: frozenset[str], defaults: Node
     ) -> Iterator[Parameter]:
+        """`defaults` is what the field above gives the block as its default; it wins over the block's own."""
         node = self.resolve_reference(node)
         required = set(node.get("required", ()))
         for name, raw in node.get("properties", {}).items():
             branches = self.branches(raw)
-            yield self._parameter(raw, branches, (*path, name), name in required, variant)
+            parameter = self._parameter(raw, branches, (*path, name), name in required, variant)
+            yield replace(parameter, default=defaults[name]) if name in defaults else parameter
             blocks = [branch for branch in branches if "properties" in branch]
             for block in blocks:
                 title = str(block.get("title", ""))
                 if title in above or len(path) + 1 >= MAX_DEPTH:
                     continue
                 inner = title if len(blocks) > 1 else variant
-                yield from self._parameters(block, (*path, name), inner, above | {title})
+                given = parameter.default if len(blocks) == 1 and isinstance(parameter.default, dict) else {}
+                yield from self._parameters(block, (*path, name), inner, above | {title}, given)
 
     def _parameter(
         self, raw: Node, branches: list[Node], path: tuple[str, ...], required: bool, variant: str

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from harmony_core.config.layers import Resolved
-from harmony_core.config.problems import Issue, Path, dotted, raise_if_any
+from harmony_core.config.problems import Issue, Path, dotted, holds, raise_if_any
 from harmony_core.config.schema import Schema
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
@@ -22,7 +22,7 @@ def validate(model: type[ModelT], resolved: Resolved, schema: Schema) -> ModelT:
     try:
         config = model.model_validate(resolved.data)
     except ValidationError as error:
-        known = {issue.path for issue in issues}
+        known = {issue.path for issue in issues} | {name for issue in issues for name in _meant_by(issue)}
         details = _one_branch_each(error.errors(include_url=False), resolved.data, schema)
         issues += [issue for d in details if (issue := _issue(d, resolved)).path not in known]
         raise_if_any(issues)
@@ -37,17 +37,11 @@ def _place(loc: tuple[str | int, ...], data: Any) -> tuple[Path, list[tuple[Path
     skipped: list[tuple[Path, str | int]] = []
     node: Any = data
     for segment in loc:
-        if _is_in(segment, node):
+        if holds(node, segment):
             node, path = node[segment], (*path, segment)
         else:
             skipped.append((path, segment))
     return path, skipped
-
-
-def _is_in(segment: str | int, node: Any) -> bool:
-    if isinstance(node, list):
-        return isinstance(segment, int) and segment < len(node)
-    return isinstance(node, dict) and segment in node
 
 
 def _one_branch_each(details: Iterable[ErrorDetails], data: Any, schema: Schema) -> list[ErrorDetails]:
@@ -87,10 +81,7 @@ def _issue(detail: ErrorDetails, resolved: Resolved) -> Issue:
         flag = f"; give --{name.replace('_', '-')} or set it in a YAML file" if not path else ""
         return Issue(f"a value is required{flag}", source, name, kind)
     if kind == "extra_forbidden":
-        hint = "unknown key"
-        if _tag_came_from_elsewhere(path, resolved):
-            hint += f"; to replace the whole block, give --{dotted(path[:-1])} '{{...}}'"
-        return Issue(hint, source.at_key() if source else None, dotted(path), "unknown_key")
+        return Issue("unknown key", source.at_key() if source else None, dotted(path), "unknown_key")
     if kind == "union_tag_not_found":
         message = f"the block must say which it is: {detail['ctx']['discriminator']}" if "ctx" in detail else message
     elif _is_plain(detail["input"]) and not kind.startswith(("value_error", "assertion")):
@@ -102,7 +93,7 @@ def _is_plain(value: Any) -> bool:
     return value is None or (isinstance(value, int | float | str) and len(str(value)) <= 60)
 
 
-def _tag_came_from_elsewhere(path: Path, resolved: Resolved) -> bool:
-    """Whether a flag changed a block of which a file wrote the rest."""
-    sources = {source.kind for p, source in resolved.sources.items() if len(p) == len(path) and p[:-1] == path[:-1]}
-    return len(sources) > 1
+def _meant_by(issue: Issue) -> list[str]:
+    """The names that an unknown key was probably meant to be: one misspelt required key is one problem, not two."""
+    parent, dot, _ = issue.path.rpartition(".")
+    return [f"{parent}{dot}{name}" for name in issue.suggestions] if issue.type == "unknown_key" else []

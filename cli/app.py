@@ -1,0 +1,192 @@
+"""Which command was meant, and what every error looks like at the edge of the process."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import typer
+
+from harmony_core.errors import HarmonyError, InternalError, UsageError, did_you_mean, nearest
+from harmony_core.recipe import Recipe, load_recipe
+
+from . import output
+
+COMMANDS = {
+    "run": "Run a recipe.",
+    "recipes": "List, show and copy the built-in recipes.",
+    "config": "Show a recipe's configuration, or its schema.",
+    "models": "The registry of models.",
+    "runs": "List and show runs.",
+    "doctor": "Check this machine.",
+}
+_COMPLETION = "_ADAPTIVE_COMPLETE"
+
+EXIT_CODES = """\b
+Exit codes: 0 ok, 1 the recipe raised, 2 usage, configuration or data, 3 not found,
+4 environment, 5 a rank or the launcher died, 6 conflict, 7 verification failed,
+8 a gate does not hold, 70 a bug here, 75 stopped with a checkpoint, 124 timeout,
+130 Ctrl-C, 143 SIGTERM."""
+
+
+@dataclass
+class Reply:
+    """What a command leaves for `--json`, and what it knew when it failed."""
+
+    data: dict[str, Any] | None = None
+    known_flags: list[str] = field(default_factory=list)
+
+
+def dispatch(words: Sequence[str]) -> int:
+    """Run one command line. Every error ends here: as lines on stderr, and as the one object of `--json`."""
+    options = words[: list(words).index("--")] if "--" in words else words
+    as_json = "--json" in options
+    word = next((w for w in words if not w.startswith("-")), "")
+    reply = Reply()
+    try:
+        with output.Stdout(as_json and word == "run"):
+            code = _guarded(list(words), word, reply)
+        if as_json and reply.data is not None:
+            output.data(output.dumped(reply.data))
+    except BrokenPipeError:
+        # Whoever read our stdout has gone. Python would complain once more while it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
+    return code
+
+
+def _guarded(words: list[str], word: str, reply: Reply) -> int:
+    try:
+        return _run(words, word, reply)
+    except BrokenPipeError:
+        raise
+    except HarmonyError as error:
+        return _failed(error, reply)
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:  # the edge of the process
+        if hasattr(error, "format_message"):  # Typer's own complaints about the words
+            return _failed(_usage_error(error, words, word, reply), reply)
+        return _failed(_bug(error), reply)
+
+
+def _failed(error: HarmonyError, reply: Reply) -> int:
+    from harmony_core.outcome import Outcome
+
+    outcome = Outcome()
+    outcome.fail(error)
+    output.tell_errors(outcome.errors)
+    reply.data = outcome.as_data(None)
+    return outcome.exit_code
+
+
+def _usage_error(error: Exception, words: list[str], word: str, reply: Reply) -> UsageError:
+    """All unknown flags at once, each with the nearest ones; or what else is wrong, in Typer's words."""
+    help_hint = f"adaptive {word} --help" if word in COMMANDS else "adaptive --help"
+    if hasattr(error, "option_name") and hasattr(error, "possibilities") and reply.known_flags:
+        given = dict.fromkeys(w.partition("=")[0] for w in words if w.startswith("--") and w != "--")
+        unknown = [flag for flag in given if flag not in reply.known_flags] or [str(error.option_name)]
+        lines = [_unknown_flag(flag, reply.known_flags) for flag in unknown]
+        errors = [
+            {"path": flag, "type": "unknown_flag", "message": line} for flag, line in zip(unknown, lines, strict=True)
+        ]
+        return UsageError(lines[0], hint=help_hint, issues=lines, errors=errors)
+    return UsageError(str(error.format_message()), hint=help_hint)  # type: ignore[attr-defined]
+
+
+def _unknown_flag(flag: str, known: list[str]) -> str:
+    close = nearest(flag, known, 1)
+    return f"unknown flag {flag}" + (f" (did you mean {' or '.join(close)}?)" if close else "")
+
+
+def _bug(error: Exception) -> InternalError:
+    with tempfile.NamedTemporaryFile("w", prefix="adaptive-bug-", suffix=".log", delete=False) as file:
+        file.write("".join(traceback.format_exception(error)))
+    return InternalError(
+        f"a bug in harmony-core: {type(error).__name__}: {error}", hint=f"please report it with {file.name}"
+    )
+
+
+def _run(words: list[str], word: str, reply: Reply) -> int:
+    completing = _COMPLETION in os.environ
+    if completing:
+        line = os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS") or ""
+        word = next((w for w in line.split()[1:] if not w.startswith("-")), "")
+        words = line.split()[1:]
+    elif word and word not in COMMANDS:
+        raise UsageError(f"there is no command '{word}'", hint=did_you_mean(word, COMMANDS))
+    app = _app(words, word, reply, completing)
+    code = app(args=None if completing else words, prog_name="adaptive", standalone_mode=False)
+    return code if isinstance(code, int) else 0
+
+
+def _app(words: list[str], word: str, reply: Reply, completing: bool) -> typer.Typer:
+    """The commands, in full only the one that was named: the others would cost their imports."""
+    app = typer.Typer(
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        add_completion=True,
+        no_args_is_help=True,
+        epilog=EXIT_CODES,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+
+    @app.callback(epilog=EXIT_CODES)
+    def root(version: bool = typer.Option(False, "--version", help="Print the version.")) -> None:
+        """Post-train, evaluate and sample language models with one recipe file."""
+
+    for name, text in COMMANDS.items():
+        if name == word:
+            _add(app, name, text, words, reply, completing)
+        elif name in ("run", "doctor"):
+            app.command(name, help=text)(lambda: None)
+        else:
+            app.add_typer(typer.Typer(help=text), name=name)
+    return app
+
+
+def _add(app: typer.Typer, name: str, text: str, words: list[str], reply: Reply, completing: bool) -> None:
+    if name == "run":
+        from .run import command, runner, start
+
+        made = command(_recipe(words, completing), runner, lambda invocation: start(invocation, words, reply), reply)
+        app.command("run", short_help=text)(made)
+    elif name == "config":
+        from .config import application
+
+        app.add_typer(application(_recipe(words, completing), reply), name=name, help=text)
+    elif name == "models":
+        from .models import app as models
+
+        app.add_typer(models, name=name, help=text)
+    elif name == "recipes":
+        from .recipes import app as recipes
+
+        app.add_typer(recipes, name=name, help=text)
+    elif name == "runs":
+        from .runs import app as runs
+
+        app.add_typer(runs, name=name, help=text)
+    else:
+        from .doctor import doctor
+
+        app.command("doctor", short_help=text)(doctor)
+
+
+def _recipe(words: list[str], completing: bool) -> Recipe | None:
+    """The recipe that the words name, loaded before they are parsed: its flags are part of the command."""
+    from .words import recipe_word
+
+    spec = recipe_word(words)
+    if spec is None:
+        return None
+    if not completing:
+        return load_recipe(spec)
+    try:
+        return load_recipe(spec)
+    except HarmonyError:
+        return None

@@ -1,0 +1,94 @@
+"""Lines for people on stderr, data on stdout, and the one object of `--json`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable
+from types import TracebackType
+from typing import IO, Any
+
+
+def clean(text: str) -> str:
+    """Text without control characters, which could rewrite what a terminal shows."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def tell(text: str) -> None:
+    """One line for people."""
+    # Looked up for each line: a progress bar puts its own stream in place.
+    stream = sys.stderr
+    stream.write(_encodable(clean(text), stream) + "\n")
+    stream.flush()
+
+
+def tell_error(lines: Iterable[str]) -> None:
+    """An error: its first line marked, the rest as it is."""
+    for number, line in enumerate(lines):
+        tell(f"error: {line}" if number == 0 else line)
+
+
+def tell_errors(errors: Iterable[dict[str, Any]]) -> None:
+    """The errors of an outcome. Several issues of one error are each marked."""
+    for error in errors:
+        lines = list(error["lines"])
+        issues = error.get("details", {}).get("errors")
+        marked = len(issues) if isinstance(issues, list) else 1
+        for line in lines[:marked]:
+            tell(f"error: {line}")
+        for line in lines[marked:]:
+            tell(line)
+
+
+def data(text: str) -> None:
+    """Text for stdout."""
+    sys.stdout.write(_encodable(text, sys.stdout) + "\n")
+    sys.stdout.flush()
+
+
+def dumped(value: Any) -> str:
+    """One line of JSON that any parser takes."""
+    return json.dumps(value, ensure_ascii=False, default=str, allow_nan=False)
+
+
+def _encodable(text: str, stream: IO[str]) -> str:
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return text.encode(encoding, "replace").decode(encoding)
+
+
+class Stdout:
+    """With `json`, what is written to stdout meanwhile, by subprocesses too, goes to stderr; else nothing changes."""
+
+    def __init__(self, json: bool) -> None:
+        self._json = json
+        self._saved: int | None = None
+        self._stream: Any = None
+
+    def __enter__(self) -> Stdout:
+        if self._json:
+            self._stream = sys.stdout
+            self._flush()
+            try:
+                self._saved = os.dup(1)
+                os.dup2(2, 1)
+            except OSError:  # stdout or stderr is closed
+                self._saved = None
+            sys.stdout = sys.stderr
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._json:
+            self._flush()
+            sys.stdout = self._stream
+            if self._saved is not None:
+                os.dup2(self._saved, 1)
+                os.close(self._saved)
+                self._saved = None
+
+    @staticmethod
+    def _flush() -> None:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()

@@ -1,0 +1,208 @@
+"""`adaptive run`: a recipe's flags, its configuration, and the run."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from harmony_core.errors import UsageError
+from harmony_core.recipe import Recipe
+
+from . import output
+from .configuration import Configured, configure
+from .flags import Flag, as_parameter, assignments, flags_of, names_of
+
+if TYPE_CHECKING:
+    from .app import Reply
+
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)(s|m|h|d)?")
+_SECONDS = {None: 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+class Device(StrEnum):
+    """Where the ranks run."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+def runner(
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            metavar="RECIPE", help="path.py, path.py:function, or the name of a built-in.", show_default=False
+        ),
+    ],
+    config: Annotated[
+        list[str] | None,
+        typer.Option("--config", "-c", metavar="FILE", help="YAML file, - for stdin; repeat it, later ones win."),
+    ] = None,
+    set: Annotated[
+        list[str] | None,
+        typer.Option("--set", "-s", metavar="KEY=VALUE", help="Set any value: --set lora.r=8; repeatable."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything and plan every spawn; start nothing.")
+    ] = False,
+    assume: Annotated[
+        str | None, typer.Option("--assume", metavar="NxSIZE", help="Dry run for another machine, such as 8x80GiB.")
+    ] = None,
+    num_processes: Annotated[
+        int | None,
+        typer.Option("--num-processes", min=1, help="Number of ranks.  [default: every visible CUDA device, else 1]"),
+    ] = None,
+    device: Annotated[Device, typer.Option("--device", help="Where the ranks run.")] = Device.auto,
+    memory: Annotated[
+        str | None, typer.Option("--memory", metavar="SIZE", help="Limit for models: 8GB of the host, or per device.")
+    ] = None,
+    accelerate_config: Annotated[
+        Path | None,
+        typer.Option("--accelerate-config", metavar="FILE", help="Process count, device ids and environment."),
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Seed of the run, and of the recipe's `seed`.")] = None,
+    timeout: Annotated[
+        str | None, typer.Option("--timeout", metavar="TIME", help="End the run after 90s, 30m, 2h; exit code 124.")
+    ] = None,
+    rehearse: Annotated[
+        bool, typer.Option("--rehearse", help="Try the worst micro-batch of every spawn on CPU too.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout; prints go to stderr.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only errors on stderr.")] = False,
+) -> None:
+    """Run a recipe. `adaptive run RECIPE --help` shows the recipe's own parameters."""
+
+
+@dataclass(frozen=True)
+class Invocation:
+    """A parsed command line: the runner's values by name, and what was given for the recipe."""
+
+    recipe: Recipe
+    values: dict[str, Any]
+    flags: list[Flag]
+
+    def configured(self) -> Configured:
+        """The recipe's configuration. Raises ConfigError, NotFoundError."""
+        given = assignments(self.flags, self.values)
+        seed = self.values.get("seed")
+        if seed is not None and self.takes_seed:
+            from harmony_core.config import Assignment, Source
+
+            given.append(Assignment(("seed",), seed, Source("flag", "--seed")))
+        return configure(self.recipe, self.values["config"] or [], self.values["set"] or [], given)
+
+    @property
+    def takes_seed(self) -> bool:
+        """Whether the recipe has a field `seed`."""
+        return self.recipe.config_type is not None and "seed" in self.recipe.config_type.model_fields
+
+
+def command(
+    recipe: Recipe | None,
+    fixed: Callable[..., None],
+    act: Callable[[Invocation], int],
+    reply: Reply,
+    with_flags: bool = True,
+) -> Callable[..., int]:
+    """A function for Typer: the parameters of `fixed` and, behind the recipe's name, its own flags."""
+    flags = flags_of(recipe) if recipe is not None and with_flags else []
+
+    def invoke(**values: Any) -> int:
+        if recipe is None:
+            raise UsageError("no recipe was given", hint="adaptive recipes list")
+        return act(Invocation(recipe, values, flags))
+
+    parameters = list(inspect.signature(fixed, eval_str=True).parameters.values())
+    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
+    parameters[1:1] = [as_parameter(flag) for flag in flags]
+    reply.known_flags += [name for p in parameters for name in names_of(p)]
+    invoke.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    invoke.__annotations__ = {p.name: p.annotation for p in parameters}
+    invoke.__name__ = fixed.__name__
+    invoke.__doc__ = _document(recipe) or fixed.__doc__
+    return invoke
+
+
+def _document(recipe: Recipe | None) -> str:
+    if recipe is None:
+        return ""
+    # \b keeps a paragraph's lines as the author wrote them.
+    paragraphs = [f"\b\n{paragraph}" for paragraph in recipe.doc.replace("\f", "").split("\n\n") if paragraph.strip()]
+    return "\n\n".join([f"Run {recipe.name}.", *paragraphs, "The recipe's own parameters come first."])
+
+
+def start(invocation: Invocation, words: Sequence[str], reply: Reply) -> int:
+    """Check everything, then run. Returns the exit code."""
+    from harmony_core.config.names import settle_names
+    from harmony_core.execution import RunOptions, execute
+    from harmony_core.home import Home
+    from harmony_core.registry import Registry
+    from harmony_core.run import Run
+
+    from .progress import progress
+    from .record import record_inputs
+    from .report import print_plan, print_result
+
+    values, recipe = invocation.values, invocation.recipe
+    quiet, as_json = bool(values["quiet"]), bool(values["json"])
+    options = _options(RunOptions, values)
+    configured = invocation.configured()
+    home = Home.open()
+    registry = Registry(home)
+    config = configured.config
+    models: dict[str, dict[str, str]] = {}
+    if config is not None:
+        config, models = settle_names(config, configured.resolved, registry, recipe.path.parent)
+        if values["seed"] is None and isinstance(getattr(config, "seed", None), int):
+            options = _options(RunOptions, values | {"seed": config.seed})  # type: ignore[attr-defined]
+    opened = Run.temporary("dry-run") if options.dry_run else Run.opened(home, recipe.name, words)
+    tell = (lambda text: None) if quiet else output.tell
+    with opened as run:
+        if not options.dry_run:
+            record_inputs(run, recipe, configured, config, models)
+            tell(f"run {run.id}")
+        with progress(quiet) as sink:
+            outcome = asyncio.run(execute(recipe, config, options, run, registry, sink, tell))
+        data = run.redactor.data(outcome.as_data(None if options.dry_run else run.id))
+        run.finish(outcome.status, outcome.exit_code, data)
+    (print_plan if options.dry_run else print_result)(data, recipe, models, quiet, as_json)
+    reply.data = data
+    return outcome.exit_code
+
+
+def _options(kind: Any, values: dict[str, Any]) -> Any:
+    from harmony_core.ledger import parse_assume, parse_size
+
+    assume = values["assume"]
+    if assume is not None:
+        if not values["dry_run"]:
+            raise UsageError("--assume plans for a machine that is not here", hint="add --dry-run")
+        parse_assume(assume)
+    return kind(
+        num_processes=values["num_processes"],
+        device=Device(values["device"]).value,
+        accelerate_config=values["accelerate_config"],
+        memory=None if values["memory"] is None else parse_size(values["memory"]),
+        seed=values["seed"] or 0,
+        timeout=None if values["timeout"] is None else seconds(values["timeout"]),
+        rehearse=values["rehearse"],
+        dry_run=values["dry_run"],
+        assume=assume,
+    )
+
+
+def seconds(text: str) -> float:
+    """`90`, `90s`, `30m`, `2h`, `1d`. Raises UsageError."""
+    match = _DURATION.fullmatch(text.strip())
+    found = float(match[1]) * _SECONDS[match[2]] if match else 0.0
+    if found <= 0:
+        raise UsageError(f"--timeout: not a time: {text!r}", hint="write 90s, 30m or 2h")
+    return found

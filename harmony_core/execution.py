@@ -1,0 +1,208 @@
+"""Running a recipe: engine, context, `main`, and an end in every case."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import inspect
+import re
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TextIO
+
+from harmony_core.client import DryRunEnded, EngineOptions, HarmonyClient
+from harmony_core.context import RecipeContext
+from harmony_core.errors import HarmonyError, RunTimeout
+from harmony_core.frames import place_of
+from harmony_core.interruption import EXIT_CODES, Interruption
+from harmony_core.notifiers import ProgressSink, StdoutJobNotifier, say
+from harmony_core.outcome import Outcome, leaves
+from harmony_core.recipe import InputConfig, Recipe
+from harmony_core.registry import Registry
+from harmony_core.run import Run
+
+CLOSE_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What the runner's own flags say. `memory` in bytes, `timeout` in seconds."""
+
+    num_processes: int | None = None
+    device: str = "auto"
+    accelerate_config: Path | None = None
+    memory: int | None = None
+    seed: int = 0
+    timeout: float | None = None
+    rehearse: bool = False
+    dry_run: bool = False
+    assume: str | None = None
+
+    def for_engine(self, run: Run) -> EngineOptions:
+        """The part that the engine is given."""
+        return EngineOptions(
+            log_dir=run.directory / "logs",
+            run_id=run.id,
+            num_processes=self.num_processes,
+            device=self.device,
+            accelerate_config=self.accelerate_config,
+            memory=self.memory,
+            seed=self.seed,
+            rehearse=self.rehearse,
+            dry_run=self.dry_run,
+            assume=self.assume,
+        )
+
+
+class RecipeExit(Exception):
+    """The recipe called `sys.exit` or was interrupted by its own hand."""
+
+    def __init__(self, cause: BaseException) -> None:
+        super().__init__(f"the recipe called {type(cause).__name__}({cause})")
+        self.code = cause.code if isinstance(cause, SystemExit) else 1
+
+
+async def execute(
+    recipe: Recipe,
+    config: InputConfig | None,
+    options: RunOptions,
+    run: Run,
+    registry: Registry,
+    sink: ProgressSink | None = None,
+    tell: Callable[[str], None] = say,
+) -> Outcome:
+    """Run the recipe to its end and stop the engine. Never raises what the recipe raised: it is in the outcome.
+
+    Call it on the main thread, so that signals can be taken. `sink` draws progress, `tell` shows a line to people.
+    """
+    outcome = Outcome()
+    run.events.listen(lambda event: outcome.models.append(event["data"]) if event["type"] == "model.saved" else None)
+    last_words = _last_words(run, outcome)
+    with Interruption(options.timeout, tell, last_words) as stop, _forgotten(outcome):
+        try:
+            client = HarmonyClient.start(options.for_engine(run), registry, run.events.write)
+        except HarmonyError as error:
+            outcome.fail(error)
+            return outcome
+        job = StdoutJobNotifier(run.id, sink=sink, events=run.events.write)
+        ctx = RecipeContext.create(client, run, registry, run.directory, job)
+        try:
+            task = asyncio.get_running_loop().create_task(_call(recipe, config, ctx), name="recipe")
+            stop.watch(task)
+            job.mark_running()
+            await asyncio.wait([task])
+            _record(task, ctx, outcome, run)
+        finally:
+            outcome.plan = list(client.planned)
+            job.close()
+            await client.aclose(min(CLOSE_SECONDS, max(0.0, stop.seconds_left - 2)))
+    if options.dry_run and outcome.exit_code == 0:
+        outcome.status = "planned"
+    _count_stop(stop, outcome, options)
+    return outcome
+
+
+async def _call(recipe: Recipe, config: InputConfig | None, ctx: RecipeContext) -> Any:
+    # These two would leave the event loop at once, with the engine still running.
+    try:
+        result = recipe.call(config, ctx)
+        return await result if inspect.isawaitable(result) else result
+    except (SystemExit, KeyboardInterrupt) as error:
+        raise RecipeExit(error) from error
+
+
+def _record(task: asyncio.Task[Any], ctx: RecipeContext, outcome: Outcome, run: Run) -> None:
+    """Put the end of the recipe's task into the outcome."""
+    error: BaseException | None = asyncio.CancelledError() if task.cancelled() else task.exception()
+    outcome.gates = [vars(gate) for gate in ctx.gates]
+    if error is not None and all(isinstance(leaf, DryRunEnded) for leaf in leaves(error)):
+        outcome.planned_until = next(leaf.where for leaf in leaves(error) if isinstance(leaf, DryRunEnded))
+        error = None
+    elif isinstance(error, RecipeExit) and error.code in (None, 0):
+        error = None
+    elif error is None:
+        outcome.result = task.result()
+    if error is None:
+        ctx.job.complete()
+        if any(not gate.passed for gate in ctx.gates):
+            outcome.exit_code = 8
+        return
+    outcome.fail(error)
+    text = "".join(traceback.format_exception(error))
+    run.write_text("logs/driver.log", text)
+    ctx.job.report_error(outcome.errors[-1]["message"])
+
+
+def _count_stop(stop: Interruption, outcome: Outcome, options: RunOptions) -> None:
+    """A run that was asked to stop ends with the code of the reason; `Preempted` keeps its own."""
+    if stop.reason is None or outcome.exit_code == 75:
+        return
+    outcome.errors = [error for error in outcome.errors if error["code"] != "recipe_cancelled"]
+    if stop.reason == "timeout":
+        outcome.fail(RunTimeout(f"--timeout {options.timeout:g} s passed"))
+    outcome.status = "stopped"
+    outcome.exit_code = EXIT_CODES[stop.reason]
+
+
+def _last_words(run: Run, outcome: Outcome) -> Callable[[int], None]:
+    def write(exit_code: int) -> None:
+        ended = replace(outcome, exit_code=exit_code, status="stopped")
+        run.finish("stopped", exit_code, ended.as_data(run.id))
+
+    return write
+
+
+@contextlib.contextmanager
+def _forgotten(outcome: Outcome) -> Iterator[None]:
+    """Coroutines that were never awaited, and tasks whose failure nobody saw, fail the run: work was lost.
+
+    Only where the run would have been good: a recipe that failed or was stopped leaves such things behind.
+    """
+    loop = asyncio.get_running_loop()
+    old_handler, old_depth = loop.get_exception_handler(), sys.get_coroutine_origin_tracking_depth()
+    found: list[BaseException] = []
+
+    def on_exception(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        error = context.get("exception")
+        if isinstance(error, Exception) and place_of(error) is not None:
+            found.append(error)
+
+    def on_warning(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if category is RuntimeWarning and "was never awaited" in str(message):
+            found.append(_never_awaited(str(message)))
+        else:
+            show(message, category, filename, lineno, file, line)
+
+    loop.set_exception_handler(on_exception)
+    sys.set_coroutine_origin_tracking_depth(1)
+    try:
+        with warnings.catch_warnings():
+            show = warnings.showwarning
+            warnings.filterwarnings("always", message="coroutine .* was never awaited", category=RuntimeWarning)
+            warnings.showwarning = on_warning
+            yield
+            gc.collect()  # both are noticed when the forgotten object is freed
+    finally:
+        loop.set_exception_handler(old_handler)
+        sys.set_coroutine_origin_tracking_depth(old_depth)
+    for error in found if outcome.exit_code == 0 else ():
+        outcome.fail(error)
+
+
+def _never_awaited(text: str) -> HarmonyError:
+    name = text.split("'")[1] if "'" in text else "?"
+    places = re.findall(r'File "(.+)", line (\d+)', text)
+    where = f", created at {places[-1][0]}:{places[-1][1]}" if places else ""
+    return HarmonyError(f"coroutine '{name}' was never awaited{where}", hint="write `await` before the call")

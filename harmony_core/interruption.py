@@ -1,0 +1,172 @@
+"""Stopping a recipe from outside: Ctrl-C, SIGTERM and `--timeout`, also while its code blocks the event loop.
+
+Signals reach a watching thread through a socket that the C-level handler writes to, so they are noticed whatever the
+main thread does. The first one cancels the recipe; if the loop does not react, the main thread is signalled and the
+handler raises the cancellation inside the blocking code. The second one, and a recipe that does not end in time, end
+the process: the ranks see their socket close and end too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, Literal
+
+Reason = Literal["interrupt", "terminate", "timeout"]
+
+EXIT_CODES: dict[Reason, int] = {"interrupt": 130, "terminate": 143, "timeout": 124}
+GRACE_SECONDS = 10.0
+STALL_SECONDS = 1.0
+
+_REASONS: dict[int, Reason] = {signal.SIGINT: "interrupt", signal.SIGTERM: "terminate"}
+
+
+class Interruption:
+    """A context manager around the recipe's task; use it on the main thread, inside the running loop.
+
+    `say` tells people what happens; `last_words(exit_code)` runs on the watching thread just before the process is
+    ended at once, and must be quick.
+    """
+
+    def __init__(
+        self,
+        timeout: float | None = None,
+        say: Callable[[str], None] = lambda text: None,
+        last_words: Callable[[int], None] = lambda code: None,
+        grace: float = GRACE_SECONDS,
+    ) -> None:
+        self.reason: Reason | None = None
+        self._say = say
+        self._last_words = last_words
+        self._grace = grace
+        self._timeout = timeout
+        self._started = time.monotonic()
+        self._stopped_at = 0.0
+        self._task: asyncio.Task[Any] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._acknowledged = False
+        self._raise_now = False
+        self._own_signals = 0
+        self._restore: dict[int, Any] = {}
+
+    @property
+    def seconds_left(self) -> float:
+        """Until the process is ended, once it was asked to stop; the whole grace before."""
+        return self._grace if self.reason is None else max(0.0, self._stopped_at + self._grace - time.monotonic())
+
+    def watch(self, task: asyncio.Task[Any]) -> None:
+        """The task to cancel. If a stop was asked for already, it is cancelled now."""
+        self._task = task
+        if self.reason is not None:
+            task.cancel()
+
+    def __enter__(self) -> Interruption:
+        self._loop = asyncio.get_running_loop()
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        if threading.current_thread() is threading.main_thread():
+            for number in _REASONS:
+                self._restore[number] = signal.signal(number, self._on_signal)
+            self._old_wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        self._main = threading.main_thread().ident
+        self._thread = threading.Thread(target=self._watch, name="adaptive-signals", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._restore:
+            signal.set_wakeup_fd(self._old_wakeup)
+            for number, handler in self._restore.items():
+                signal.signal(number, handler)
+        with contextlib.suppress(OSError):
+            self._writer.shutdown(socket.SHUT_RDWR)
+        self._thread.join()
+        self._reader.close()
+        self._writer.close()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        """On the main thread, between two of its instructions."""
+        if self._raise_now and self._loop is not None and asyncio.current_task(self._loop) is not None:
+            self._raise_now = False
+            raise asyncio.CancelledError
+
+    def _watch(self) -> None:
+        while True:
+            readable, _, _ = select.select([self._reader], [], [], self._next_check())
+            for number in self._reader.recv(64) if readable else b"":
+                if number in _REASONS and not self._is_own(number):
+                    self._stop(_REASONS[number])
+            if readable and not self._is_open():
+                return
+            self._check()
+
+    def _is_open(self) -> bool:
+        """Whether the writing end lives; EOF is how the watcher is told to end."""
+        try:
+            return self._reader.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) != b""
+        except BlockingIOError:
+            return True
+
+    def _is_own(self, number: int) -> bool:
+        if number == signal.SIGINT and self._own_signals:
+            self._own_signals -= 1
+            return True
+        return False
+
+    def _next_check(self) -> float | None:
+        if self.reason is not None:
+            return 0.1
+        return None if self._timeout is None else max(0.0, self._started + self._timeout - time.monotonic())
+
+    def _check(self) -> None:
+        now = time.monotonic()
+        if self.reason is None:
+            if self._timeout is not None and now >= self._started + self._timeout:
+                self._stop("timeout")
+            return
+        if now >= self._stopped_at + self._grace:
+            self._end(EXIT_CODES[self.reason], f"not stopped within {self._grace:.0f} s")
+        stalled = not self._acknowledged and now >= self._stopped_at + STALL_SECONDS
+        if stalled and not self._raise_now and self._main is not None:
+            self._raise_now = True
+            self._own_signals += 1
+            signal.pthread_kill(self._main, signal.SIGINT)
+
+    def _stop(self, reason: Reason) -> None:
+        if self.reason is not None:
+            self._end(EXIT_CODES[reason if reason != "timeout" else self.reason], "asked twice")
+        self.reason = reason
+        self._stopped_at = time.monotonic()
+        if reason == "timeout":
+            self._say(f"stopping: --timeout {self._timeout:g} s passed")
+        elif reason == "interrupt":
+            self._say("stopping (Ctrl-C again: end at once)")
+        else:
+            self._say("stopping: SIGTERM")
+        assert self._loop is not None
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the run is over
+            self._loop.call_soon_threadsafe(self._cancel)
+
+    def _cancel(self) -> None:
+        self._acknowledged = True
+        if self._task is not None and not self._task.done():
+            self._task.cancel()
+
+    def _end(self, exit_code: int, why: str) -> None:
+        """Leave without cleaning up; closing the sockets to the ranks ends them."""
+        try:
+            self._say(f"ended: {why}")
+            self._last_words(exit_code)
+        finally:
+            if sys.stderr.isatty():
+                os.write(2, b"\x1b[?25h\n")  # a progress bar hides the cursor
+            os._exit(exit_code)
