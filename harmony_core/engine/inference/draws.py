@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-_GOLDEN = 0x9E3779B97F4A7C15
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MASK = 0xFFFFFFFFFFFFFFFF
 
 
@@ -23,15 +23,20 @@ def _mix(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return state ^ (state >> np.uint64(31))
 
 
-def uniforms(seeds: Sequence[int], positions: Sequence[int]) -> NDArray[np.float64]:
-    """One number in [0, 1) for each (request seed, token position): mix(mix(seed) + (position + 1) * golden) / 2^64.
+def stream(seed: int) -> int:
+    """A request seed as the key of its numbers. Seeds of any size are taken modulo 2^64."""
+    return int(_mix(np.array([seed & _MASK], dtype=np.uint64) + _GOLDEN)[0])
 
-    `mix` is splitmix64's; the top 53 bits are kept, so every value is a multiple of 2^-53 and below 1. Seeds of any
-    size are taken modulo 2^64. Mixing the seed first keeps neighbouring seeds from sharing shifted streams.
+
+def uniforms(streams: Sequence[int], positions: Sequence[int]) -> NDArray[np.float64]:
+    """One number in [0, 1) for each (stream of a request, token position).
+
+    It is mix(stream(seed) + (position + 1) * golden) / 2^64 with stream(seed) = mix(seed + golden), where `mix` is
+    splitmix64's; the top 53 bits are kept, so every value is a multiple of 2^-53 and below 1. The seed is mixed first
+    so that neighbouring seeds do not share shifted streams.
     """
-    seed = np.array([value & _MASK for value in seeds], dtype=np.uint64)
     step = np.array(positions, dtype=np.uint64) + np.uint64(1)
-    bits = _mix(_mix(seed + np.uint64(_GOLDEN)) + step * np.uint64(_GOLDEN)) >> np.uint64(11)
+    bits = _mix(np.array(streams, dtype=np.uint64) + step * _GOLDEN) >> np.uint64(11)
     return bits.astype(np.float64) * 2.0**-53
 
 
@@ -61,6 +66,12 @@ class Draws:
 
     def __len__(self) -> int:
         return len(self.temperature)
+
+    @property
+    def kinds(self) -> NDArray[np.int64]:
+        """How each row is drawn: 0 greedily, 1 from all ids, 2 from those that top-k, top-p and min-p leave."""
+        filtered = (self.top_k > 0) | (self.top_p < 1) | (self.min_p > 0)
+        return (self.temperature > 0) * (1 + filtered)
 
     def rows(self, which: slice | NDArray[np.bool_]) -> Draws:
         """Some of the rows."""

@@ -5,6 +5,8 @@ It decides nothing and remembers nothing but what lies in the pages.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -40,7 +42,7 @@ class Runner:
             page_size=page_size,
         )
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
         """Run the forward pass, write the pages, draw the tokens."""
         layout = _Layout(plan)
@@ -80,7 +82,8 @@ class Runner:
             result.tokens.extend(drawn.tokens.tolist())
             result.logprobs.extend(drawn.logprobs.tolist())
             result.sampled_logprobs.extend(drawn.sampled_logprobs.tolist())
-            result.broken.extend(start + row for row, good in enumerate(drawn.valid.tolist()) if not good)
+        pairs = zip(result.logprobs, result.sampled_logprobs, strict=True)
+        result.broken.extend(row for row, pair in enumerate(pairs) if not all(map(math.isfinite, pair)))
         return result
 
 
@@ -103,12 +106,8 @@ class _Layout:
         )
 
     def read_slots(self) -> NDArray[np.int64] | None:
-        """`[B, longest context]`, or None for whole prompts, which have no past.
-
-        Padding repeats the sequence's first slot: that one is written, so it holds no NaN of an earlier tenant.
-        """
+        """`[B, longest context]`, or None for whole prompts, which have no past. Padding names a slot of the pool."""
         if (self.lengths == self.contexts).all():
             return None
-        slots = (self.table[:, :, None] * self.page_size + np.arange(self.page_size)).reshape(len(self.table), -1)
-        slots = slots[:, : self.contexts.max()]
-        return np.where(np.arange(slots.shape[1]) < self.contexts[:, None], slots, slots[:, :1])
+        slots = self.table[:, :, None] * self.page_size + np.arange(self.page_size)
+        return slots.reshape(len(slots), -1)[:, : self.contexts.max()]

@@ -23,12 +23,11 @@ _COLDEST = 1e-30
 
 @dataclass(frozen=True)
 class Sampled:
-    """`[N]` each. `valid` is False where the logits are no distribution; the other values mean nothing there."""
+    """`[N]` each. A row whose logits are no distribution (NaN, infinite) has log-probs that are not finite."""
 
     tokens: Tensor
     logprobs: Tensor
     sampled_logprobs: Tensor
-    valid: Tensor
 
 
 def sample(logits: Tensor, draws: Draws, suppressed: dict[int, list[int]] | None = None) -> Sampled:
@@ -38,27 +37,20 @@ def sample(logits: Tensor, draws: Draws, suppressed: dict[int, list[int]] | None
     ids, whose log-prob in the distribution drawn from is 0. `suppressed` names ids that a row must not draw; the raw
     log-prob ignores that.
     """
-    normaliser = logits.logsumexp(-1)
     allowed = _suppress(logits, suppressed) if suppressed else logits
-    greedy = draws.temperature == 0
-    filtered = ~greedy & ((draws.top_k > 0) | (draws.top_p < 1) | (draws.min_p > 0))
-    tokens = torch.zeros(len(draws), dtype=torch.long, device=logits.device)
-    processed = torch.zeros(len(draws), dtype=torch.float32, device=logits.device)
-    for group, filters in ((greedy, False), (~greedy & ~filtered, False), (filtered, True)):
-        if not group.any():
-            continue
-        rows = None if group.all() else torch.from_numpy(np.flatnonzero(group)).to(logits.device)
-        chosen = allowed if rows is None else allowed[rows]
-        if group is greedy:
-            drawn, logprob = chosen.argmax(-1), processed.new_zeros(len(chosen))
-        else:
-            drawn, logprob = _draw(chosen, _select(draws, group), filters)
-        if rows is None:
-            tokens, processed = drawn, logprob
-        else:
-            tokens[rows], processed[rows] = drawn, logprob
-    raw = logits.gather(-1, tokens[:, None])[:, 0] - normaliser
-    return Sampled(tokens, raw.float(), processed, normaliser.isfinite() & processed.isfinite())
+    kinds = draws.kinds
+    present = np.unique(kinds)
+    if len(present) == 1:
+        tokens, processed = _METHODS[present[0]](allowed, draws)
+    else:
+        tokens = torch.empty(len(draws), dtype=torch.long, device=logits.device)
+        processed = logits.new_empty(len(draws))
+        for kind in present:
+            group = kinds == kind
+            rows = torch.from_numpy(np.flatnonzero(group)).to(logits.device)
+            tokens[rows], processed[rows] = _METHODS[kind](allowed[rows], draws.rows(group))
+    raw = logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
+    return Sampled(tokens, raw, processed)
 
 
 def keep(scaled: Tensor, draws: Draws) -> Tensor:
@@ -77,15 +69,21 @@ def _suppress(logits: Tensor, suppressed: dict[int, list[int]]) -> Tensor:
     return masked
 
 
-def _select(draws: Draws, group: NDArray[np.bool_]) -> Draws:
-    return draws if group.all() else draws.rows(group)
-
-
 def _column(values: NDArray[np.float64], like: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.tensor(values[:, None], dtype=dtype, device=like.device)
 
 
-def _draw(logits: Tensor, draws: Draws, filters: bool) -> tuple[Tensor, Tensor]:
+def _greedy(logits: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+    # Zero, unless the row holds something that is not a number.
+    best, tokens = logits.max(-1)
+    return tokens, best - best
+
+
+def _filtered(logits: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+    return _draw(logits, draws, filters=True)
+
+
+def _draw(logits: Tensor, draws: Draws, filters: bool = False) -> tuple[Tensor, Tensor]:
     """Ids and log-probs in the processed distribution, `[N]` each."""
     # The maximum goes first, so that a tiny temperature cannot overflow: the best id stays at 0.
     scaled = logits - logits.amax(-1, keepdim=True)
@@ -96,10 +94,14 @@ def _draw(logits: Tensor, draws: Draws, filters: bool) -> tuple[Tensor, Tensor]:
     cumulative = scaled.exp().cumsum(-1, dtype=torch.float64)
     total = cumulative[:, -1:]
     target = _column(draws.uniform, logits, torch.float64) * total
-    # The clamp matters only for rows that are no distribution; they are reported as invalid.
+    # The clamp matters only for rows that are no distribution; their log-probs say so.
     tokens = torch.searchsorted(cumulative, target, right=True).clamp_(max=logits.shape[-1] - 1)
     logprobs = scaled.gather(-1, tokens) - total.log()
-    return tokens[:, 0], logprobs[:, 0].float()
+    return tokens[:, 0], logprobs[:, 0].to(logits.dtype)
+
+
+_METHODS = (_greedy, _draw, _filtered)
+"""By `Draws.kinds`."""
 
 
 def _floors(scaled: Tensor, draws: Draws) -> Tensor:

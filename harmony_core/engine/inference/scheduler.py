@@ -194,7 +194,7 @@ class Scheduler:
                 tokens.append(sequence.prompt[context - count : context])
         sampled = [row for row, (sequence, _) in enumerate(batch) if contexts[row] == sequence.length]
         drawing = [batch[row][0] for row in sampled]
-        numbers = uniforms([sequence.sampling.seed for sequence in drawing], [sequence.length for sequence in drawing])
+        numbers = uniforms([sequence.stream for sequence in drawing], [sequence.length for sequence in drawing])
         return StepPlan(
             ids=[sequence.id for sequence, _ in batch],
             tokens=b"".join(tokens),

@@ -7,6 +7,7 @@ import time
 from array import array
 from dataclasses import dataclass, field
 
+from harmony_core.engine.inference.draws import stream
 from harmony_core.errors import DataError
 from harmony_core.rpc.protocol import Generated, Sampling, pack_floats, pack_ints
 
@@ -44,6 +45,7 @@ class Sequence:
     versions: list[int] = field(default_factory=list)
     settings: tuple[float, float, float, float] = (1.0, 0.0, 1.0, 0.0)
     stop_ids: frozenset[int] = frozenset()
+    stream: int = 0
     finish_reason: str = ""
     started: float = field(default_factory=time.perf_counter)
     first: float = 0.0
@@ -52,6 +54,7 @@ class Sequence:
         sampling = self.sampling
         self.settings = (sampling.temperature, float(sampling.top_k), sampling.top_p, sampling.min_p)
         self.stop_ids = frozenset(sampling.stop_ids)
+        self.stream = stream(sampling.seed)
 
     @property
     def length(self) -> int:

@@ -1,6 +1,6 @@
 import numpy as np
 
-from harmony_core.engine.inference.draws import Draws, uniforms
+from harmony_core.engine.inference.draws import Draws, stream, uniforms
 
 _MASK = (1 << 64) - 1
 
@@ -18,7 +18,7 @@ def test_the_hash_is_splitmix64() -> None:
     for seed, position in ((0, 0), (1, 0), (7, 511), (-3, 2), ((1 << 64) - 1, 131071), (1 << 70, 5)):
         hashed = _splitmix64(seed & _MASK)
         expected = _splitmix64((hashed + position * 0x9E3779B97F4A7C15) & _MASK) >> 11
-        assert uniforms([seed], [position])[0] == expected * 2.0**-53
+        assert uniforms([stream(seed)], [position])[0] == expected * 2.0**-53
 
 
 def test_a_number_depends_on_its_own_seed_and_position_only() -> None:
@@ -29,7 +29,10 @@ def test_a_number_depends_on_its_own_seed_and_position_only() -> None:
 
 def test_numbers_are_uniform_along_positions_and_along_seeds() -> None:
     count = 20_000
-    for numbers in (uniforms([3] * count, range(count)), uniforms(range(count), [40] * count)):
+    for numbers in (
+        uniforms([stream(3)] * count, range(count)),
+        uniforms([stream(n) for n in range(count)], [40] * count),
+    ):
         assert numbers.min() >= 0 and numbers.max() < 1
         observed, _ = np.histogram(numbers, bins=50, range=(0, 1))
         chi_square = ((observed - count / 50) ** 2 / (count / 50)).sum()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from harmony_core.engine.inference.draws import Draws, uniforms
+from harmony_core.engine.inference.draws import Draws, stream, uniforms
 from harmony_core.engine.inference.sampler import Sampled, keep, sample
 
 Setting = tuple[float, float, float, float]
@@ -18,7 +18,8 @@ PLAIN: Setting = (1.0, 0, 1.0, 0.0)
 
 
 def draws_of(settings: Sequence[Setting], seeds: Sequence[int] | None = None, position: int = 0) -> Draws:
-    numbers = uniforms(range(len(settings)) if seeds is None else seeds, [position] * len(settings))
+    keys = [stream(seed) for seed in (range(len(settings)) if seeds is None else seeds)]
+    numbers = uniforms(keys, [position] * len(settings))
     return Draws.unpack(Draws.pack(settings, numbers))
 
 
@@ -86,7 +87,7 @@ def test_log_probs_are_those_of_the_raw_and_of_the_processed_distribution(settin
     processed = warped(logits, setting).double().log_softmax(-1)[rows, drawn.tokens]
     torch.testing.assert_close(drawn.logprobs.double(), raw, atol=1e-5, rtol=0)
     torch.testing.assert_close(drawn.sampled_logprobs.double(), processed, atol=1e-5, rtol=1e-6)
-    assert drawn.valid.all()
+    assert drawn.logprobs.isfinite().all()
 
 
 def test_greedy_takes_the_lowest_of_the_best_and_is_certain_of_it() -> None:
@@ -139,7 +140,8 @@ def chi_square(tokens: Tensor, probabilities: Tensor) -> tuple[float, int]:
 def test_twenty_thousand_draws_follow_the_probabilities(setting: Setting, over: str) -> None:
     count = 20_000
     logits = random_logits(1, 60, seed=4, spread=1.5)
-    numbers = uniforms(range(count), [3] * count) if over == "seeds" else uniforms([3] * count, range(count))
+    streams = [stream(seed) for seed in range(count)]
+    numbers = uniforms(streams, [3] * count) if over == "seeds" else uniforms(streams[3:4] * count, range(count))
     draws = Draws.unpack(Draws.pack([setting] * count, numbers))
     tokens = sample(logits.expand(count, -1), draws).tokens
     statistic, freedom = chi_square(tokens, warped(logits, setting).softmax(-1)[0])
@@ -171,7 +173,7 @@ def test_rows_that_are_no_distribution_are_reported_and_disturb_nobody(bad: floa
         spoilt[row, 17] = bad
     drawn = sample(spoilt, draws_of(settings))
     healthy = torch.tensor([row not in range(5, 10) for row in range(len(settings))])
-    assert torch.equal(drawn.valid, healthy)
+    assert torch.equal(drawn.logprobs.isfinite() & drawn.sampled_logprobs.isfinite(), healthy)
     assert torch.equal(drawn.tokens[healthy], good.tokens[healthy])
     assert drawn.tokens.max() < 500
 
@@ -184,7 +186,7 @@ def test_a_tiny_temperature_is_greedy_and_not_a_number_is_never_met() -> None:
     logits = random_logits(8, 300)
     cold = sample(logits, draws_of([(1e-300, 0, 1.0, 0.0), (1e-45, 3, 0.9, 0.1)] * 4))
     assert same(cold, sample(logits, draws_of([(0.0, 0, 1.0, 0.0)] * 8)))
-    assert cold.valid.all()
+    assert cold.sampled_logprobs.isfinite().all()
 
 
 def test_double_precision_logits_are_taken_as_they_are() -> None:
