@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from os.path import commonprefix
 from typing import Any
 
 from harmony_core.chat_template import ChatTemplate
@@ -77,7 +78,8 @@ def locate(template: ChatTemplate, turns: Sequence[Turn], add_generation_prompt:
     for index, turn in enumerate(turns):
         mark = marks.get(index)
         if mark == (None, None) and any(str(message["content"]).strip() for message in turn_messages(index, turn)):
-            raise TokenizationError(f"{template.origin}: the chat template leaves out turn {index} ({turn.role})")
+            problem = f"the chat template leaves out the text of turn {index} ({turn.role})"
+            raise TokenizationError(f"{template.origin}: {problem}")
         if turn.role == "assistant":
             places.append(_assistant_place(template, turns[:index], rendered.text, mark, generated.get(index)))
         elif mark is None or mark[0] is None or mark[1] is None:
@@ -97,29 +99,25 @@ def _assistant_place(
     if mark is None:
         return Place(problem="the chat template rewrites its content")
     content_start, content_end = mark
-    start = _prompt_length(template, before, text)
-    if start is None and generation is not None:
-        start = generation[0]
-    if start is None and not before:
-        start = content_start
-    if start is None:
-        return Place(
-            content_start=content_start,
-            problem="the chat template's prompt for it is not what the rendered conversation begins with",
-        )
+    try:
+        prompt = template.render(all_messages(before) if before else [], add_generation_prompt=True).text
+    except TokenizationError:
+        prompt = None
+    if prompt is not None and text.startswith(prompt):
+        start = len(prompt)
+    elif generation is not None:
+        # Authors put headers into their blocks; what the prompt has in common with the conversation is no output.
+        shared = 0 if prompt is None else len(commonprefix([prompt, text]))
+        start = max(generation[0], shared if content_start is None else min(shared, content_start))
+    elif not before and content_start is not None:
+        start = content_start  # many templates have no prompt for a conversation that the assistant begins
+    else:
+        problem = "the chat template's prompt for it is not what the rendered conversation begins with"
+        return Place(content_start=content_start, problem=problem)
     end = start if content_end is None else content_end
     if end < start:
         return Place(content_start=content_start, problem="the chat template shows its content before its prompt")
     return Place(start, end, content_start)
-
-
-def _prompt_length(template: ChatTemplate, before: Sequence[Turn], text: str) -> int | None:
-    """Where the prompt for the turn after `before` ends in `text`; None if `text` does not begin with it."""
-    try:
-        prompt = template.render(all_messages(before) if before else [], add_generation_prompt=True).text
-    except TokenizationError:
-        return None
-    return len(prompt) if text.startswith(prompt) else None
 
 
 def _marked_positions(

@@ -238,9 +238,14 @@ def load(directory: Path, template: str | None, **more: Any) -> ChatTokenizer:
 
 
 def test_generation_blocks_say_where_a_turn_begins_when_its_prompt_does_not(tmp_path: Path) -> None:
-    tokenizer = load(tmp_path, directories.MARKED)
     turns = [("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "b")]
-    assert weighted_texts(tokenizer, tokenizer.tokenize(all_assistant(turns))) == ["a<|im_end|>", "b<|im_end|>"]
+    block, header = "{% generation %}", "<|im_start|>assistant\n"
+    sloppy = directories.MARKED.replace(header + block, block + header)
+    assert sloppy != directories.MARKED
+    for name, template in (("exact", directories.MARKED), ("header inside", sloppy)):
+        tokenizer = load(tmp_path / name, template)
+        tokenized = tokenizer.tokenize(all_assistant(turns))
+        assert weighted_texts(tokenizer, tokenized) == ["a<|im_end|>", "b<|im_end|>"]
 
 
 def test_without_blocks_such_a_turn_cannot_be_trained(tmp_path: Path) -> None:
@@ -281,7 +286,7 @@ def test_a_token_across_the_start_of_a_turn_weighs_nothing(tmp_path: Path) -> No
 def test_a_turn_that_the_template_leaves_out_is_an_error(tokenizers: dict[str, ChatTokenizer]) -> None:
     thread = StringThread([("user", "q"), ("critic", "bad"), ("assistant", "a")])
     for ask in (tokenizers["qwen3"].tokenize, tokenizers["qwen3"].prompt_ids):
-        with pytest.raises(TokenizationError, match=r"leaves out turn 1 \(critic\)"):
+        with pytest.raises(TokenizationError, match=r"leaves out the text of turn 1 \(critic\)"):
             ask(thread)
 
 
