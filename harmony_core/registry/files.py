@@ -17,6 +17,8 @@ from harmony_core.errors import HarmonyError, ResourceError, VerificationError
 from harmony_core.home import Home
 
 _FICLONE = 0x40049409  # linux/fs.h: share the blocks of another file, on filesystems that can
+SMALL_BYTES = 1024 * 1024
+"""Up to here a file is hashed whenever it is looked at."""
 _HASH_CHUNK = 8 * 1024 * 1024
 
 
@@ -40,19 +42,21 @@ def fsync_path(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_json(path: Path, value: object) -> None:
-    """Replace a small file atomically and durably, with the permissions that the umask gives."""
+def write_json(path: Path, value: object, durable: bool = True) -> None:
+    """Replace a small file atomically and, with `durable`, past a power loss; permissions as the umask says."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with temporary.open("w", encoding="utf-8") as file:
             json.dump(value, file, indent=2, ensure_ascii=False)
             file.write("\n")
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    fsync_path(path.parent)
+    if durable:
+        fsync_path(path.parent)
 
 
 def place_file(source: Path, target: Path, share: bool) -> str:
@@ -85,9 +89,10 @@ def _reflink(source: Path, target: Path) -> bool:
 
 
 def file_hash(path: Path, home: Home | None = None) -> str:
-    """sha256 of a file, in hex. With a home, remembered there by inode, time of change and size."""
+    """sha256 of a file, in hex. With a home, a large file's is remembered there by inode, time of change and size."""
     state = path.stat()
-    memory = home.cache / "hashes" / f"{state.st_dev:x}-{state.st_ino:x}.json" if home else None
+    name = f"{state.st_dev:x}-{state.st_ino:x}.json"
+    memory = home.cache / "hashes" / name if home and state.st_size > SMALL_BYTES else None
     identity = [state.st_mtime_ns, state.st_size]
     if memory:
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
@@ -102,7 +107,7 @@ def file_hash(path: Path, home: Home | None = None) -> str:
         # Only a shortcut: a home that cannot be written must not fail a verification.
         with contextlib.suppress(OSError):
             memory.parent.mkdir(parents=True, exist_ok=True)
-            write_json(memory, {"identity": identity, "sha256": digest.hexdigest()})
+            write_json(memory, {"identity": identity, "sha256": digest.hexdigest()}, durable=False)
     return digest.hexdigest()
 
 

@@ -13,13 +13,12 @@ import msgspec
 
 from harmony_core.errors import VerificationError
 from harmony_core.home import Home
-from harmony_core.registry.files import file_hash
+from harmony_core.registry.files import SMALL_BYTES, file_hash
 from harmony_core.weight_files import PICKLE_SUFFIXES, damaged
 
 NAME = "manifest.json"
 FORMAT = 1
 CONFIGS = {"hf": "config.json", "peft": "adapter_config.json"}
-_HASHED_AT_ONCE = 1024 * 1024  # smaller files are hashed at every resolve; larger ones by `verify`
 
 
 class FileRecord(msgspec.Struct, frozen=True):
@@ -120,7 +119,7 @@ def check_files(directory: Path, manifest: Manifest, full: bool, home: Home | No
         path = directory / record.path
         try:
             size = path.stat().st_size
-            due = size == record.size and (full or size <= _HASHED_AT_ONCE)
+            due = size == record.size and (full or size <= SMALL_BYTES)
             found = file_hash(path, home) if due else record.sha256
         except OSError as error:
             raise damaged(path, error.strerror or str(error)) from error
