@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from os.path import commonprefix
+from itertools import takewhile
 from typing import Any
 
 from harmony_core.chat_template import ChatTemplate
@@ -107,7 +107,7 @@ def _assistant_place(
         start = len(prompt)
     elif generation is not None:
         # Authors put headers into their blocks; what the prompt has in common with the conversation is no output.
-        shared = 0 if prompt is None else len(commonprefix([prompt, text]))
+        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt or "", text, strict=False)))
         start = max(generation[0], shared if content_start is None else min(shared, content_start))
     elif not before and content_start is not None:
         start = content_start  # many templates have no prompt for a conversation that the assistant begins
