@@ -57,7 +57,8 @@ class Parameter(BaseModel):
         if isinstance(data, cls):
             return data
         if isinstance(data, Parameter) and issubclass(cls, type(data)):
-            return data._as(cls)
+            converted: Self = data._as(cls)
+            return converted
         if isinstance(data, str):
             return handler(cls._fields_from_string(data))
         if not isinstance(data, Mapping):

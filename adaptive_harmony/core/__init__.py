@@ -1,0 +1,1 @@
+"""Schedulers, datasets and helpers."""

@@ -1,0 +1,5 @@
+"""Learning rates over a run."""
+
+from harmony_core.schedulers import CombinedSchedule, CosineScheduler, CosineSchedulerWithoutWarmup, Scheduler
+
+__all__ = ["CombinedSchedule", "CosineScheduler", "CosineSchedulerWithoutWarmup", "Scheduler"]

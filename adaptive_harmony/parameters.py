@@ -1,0 +1,5 @@
+"""What a recipe's configuration may name."""
+
+from harmony_core.parameters import Dataset, Grader, Model, dataset_kinds, model_kinds
+
+__all__ = ["Dataset", "Grader", "Model", "dataset_kinds", "model_kinds"]

@@ -1,0 +1,24 @@
+"""What a recipe is written with: its mark, its configuration, its context, its notifiers."""
+
+from harmony_core.context import RecipeConfig, RecipeContext, RecipeContextManager
+from harmony_core.notifiers import (
+    JobNotifier,
+    SimpleProgressNotifier,
+    StageNotifier,
+    StdoutJobNotifier,
+    StdoutStageNotifier,
+)
+from harmony_core.recipe import InputConfig, recipe_main
+
+__all__ = [
+    "InputConfig",
+    "JobNotifier",
+    "RecipeConfig",
+    "RecipeContext",
+    "RecipeContextManager",
+    "SimpleProgressNotifier",
+    "StageNotifier",
+    "StdoutJobNotifier",
+    "StdoutStageNotifier",
+    "recipe_main",
+]

@@ -1,0 +1,5 @@
+"""A stage without samples."""
+
+from harmony_core.notifiers import SimpleProgressNotifier
+
+__all__ = ["SimpleProgressNotifier"]

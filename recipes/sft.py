@@ -1,0 +1,68 @@
+"""Supervised fine-tuning: train a model on the answers of a file of conversations, and save it.
+
+Without any flag it trains the built-in tiny model on shipped data, which shows that everything works.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field
+
+from adaptive_harmony.common import SFT
+from adaptive_harmony.metric_logger import get_prod_logger
+from adaptive_harmony.parameters import Dataset, Model, model_kinds
+from adaptive_harmony.runtime import InputConfig, RecipeContext, recipe_main
+
+
+class Config(InputConfig):
+    """What to train, on what, and how."""
+
+    model: Model[model_kinds.Trainable] = Model[model_kinds.Trainable](model_key="builtin:tiny-lm")
+    """The model to train: a key of the registry."""
+    dataset: Dataset = Dataset(dataset_key="sort-letters")
+    """A JSONL file of conversations, or the name of a shipped dataset. Answers of the assistant are trained."""
+    lr: float = Field(default=3e-3, gt=0)
+    """Highest learning rate: reached after a tenth of the run, down to a tenth of it at the end."""
+    epochs: float = Field(default=1, gt=0)
+    """Passes over the data."""
+    samples_per_batch: int = Field(default=64, ge=1)
+    """Conversations in one optimizer step."""
+    max_batch_size: int = Field(default=4096, ge=1)
+    """Tokens in one micro-batch, and so in the longest conversation that is trained."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients are scaled down to this norm."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW's weight decay, on matrices only."""
+    tp: int | None = Field(default=None, ge=1)
+    """Ranks that share one copy of the model; unset: the registry's setting, else 1."""
+    adapter: bool = False
+    """Train a LoRA adapter in place of the full weights."""
+    save_as: str | None = "sft"
+    """Key under which the model is saved as a new version; null saves nothing."""
+    seed: int = 42
+    """Order of the data."""
+
+
+@recipe_main
+async def main(config: Config, ctx: RecipeContext) -> dict[str, Any]:
+    """Train, save, and return the last step's metrics."""
+    threads = await config.dataset.load(ctx)
+    builder = await config.model.to_builder(ctx, tp=config.tp)
+    if config.adapter:
+        builder = builder.with_adapter()
+    model = await builder.spawn_train("policy", config.max_batch_size)
+    metrics = await SFT(
+        threads,
+        model,
+        get_prod_logger(ctx),
+        ctx.job.stage_notifier("SFT Training"),
+        lr=config.lr,
+        samples_per_batch=config.samples_per_batch,
+        max_grad_norm=config.max_grad_norm,
+        epochs=config.epochs,
+        weight_decay=config.weight_decay,
+        data_seed=config.seed,
+    ).run()
+    saved = await model.save(config.save_as, ctx=ctx) if config.save_as else None
+    return {"model": saved, **metrics}
