@@ -246,7 +246,7 @@ def choose_checkpointing(shape: Shape, free: int, transient: int = 0) -> int:
 
 
 def largest_batch(shape: Shape, free: int, transient: int = 0) -> int:
-    """The most tokens of a micro-batch that fit, a multiple of 64, with as many layers recomputed as it takes; 0 if none."""
+    """The most tokens of a micro-batch that fit, recomputing as many layers as it takes; a multiple of 64, or 0."""
 
     def too_large(steps: int) -> bool:
         smaller = replace(shape, max_batch_tokens=steps * BATCH_STEP, checkpointed_layers=shape.spec.num_layers)
