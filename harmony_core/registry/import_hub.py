@@ -58,13 +58,14 @@ def _fetch(name: str, revision: str | None) -> tuple[Path, str]:
     api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
     with _typed(name, revision):
         if constants.is_offline_mode():
-            cached = Path(api.snapshot_download(name, revision=revision, local_files_only=True))
-            return cached, cached.name
-        info = api.model_info(name, revision=revision)
-        commit = str(info.sha)
-        names = [sibling.rfilename for sibling in info.siblings or ()]
-        _refuse_early(api, name, commit, names)
-        return Path(api.snapshot_download(name, revision=commit, allow_patterns=list(_PATTERNS))), commit
+            directory = Path(api.snapshot_download(name, revision=revision, local_files_only=True))
+        else:
+            info = api.model_info(name, revision=revision)
+            names = [sibling.rfilename for sibling in info.siblings or ()]
+            _refuse_early(api, name, str(info.sha), names)
+            # By branch rather than by commit: so the cache learns what the branch means, for when there is no network.
+            directory = Path(api.snapshot_download(name, revision=revision, allow_patterns=list(_PATTERNS)))
+    return directory, directory.name
 
 
 def _refuse_early(api: HfApi, name: str, commit: str, names: list[str]) -> None:

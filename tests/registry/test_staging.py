@@ -67,51 +67,46 @@ def damaged(registry: Registry, key: str = "a") -> list[str]:
 
 
 def count_steps(registry: Registry, source: Path, **options: Any) -> int:
-    steps = int(finish(start(registry, source, key="count", **options))[-1].split()[1])
-    registry.remove("count")
-    return steps
-
-
-def kill_at_steps(registry: Registry, source: Path, points: list[int], **options: Any) -> tuple[list[str], int]:
-    """Saves killed at the given points: everything acknowledged, and how many of them were killed."""
-    acks: list[str] = []
-    killed = 0
-    for point in points:
-        writer = start(registry, source, die_at=point, **options)
-        acks += acknowledged(finish(writer))
-        killed += writer.returncode == -signal.SIGKILL
-    return acks, killed
+    """How many things one save does to the filesystem."""
+    return int(finish(start(registry, source, **options))[-1].split()[1])
 
 
 def spread(steps: int, count: int) -> list[int]:
     return sorted({1 + round(n * (steps - 1) / (count - 1)) for n in range(count)})
 
 
-def check_kills(registry: Registry, source: Path, points: list[int]) -> None:
-    registry.remove(finish(start(registry, source, key="warm"))[1])
-    acks, killed = kill_at_steps(registry, source, points)
-    assert killed == len(points)
-    assert damaged(registry) == []
-    assert set(acks) <= {f"a@{number}" for number in registry.versions("a")}
-    assert finish(start(registry, source))[1] == f"a@{max([0, *registry.versions('a')])}"
-    assert not list(registry.home.staging.iterdir()), "the next save sweeps what the dead left"
-    assert damaged(registry) == []
+def check_kills(registry: Registry, source: Path, points: list[int], keys: list[str]) -> None:
+    """Save to each key, killed at its point; what was there stays, what is there is whole, the rest is swept."""
+    before = {key: registry.versions(key) for key in keys}
+    for key, point in zip(keys, points, strict=True):
+        writer = start(registry, source, key=key, die_at=point)
+        assert acknowledged(finish(writer)) == []
+        assert writer.returncode == -signal.SIGKILL
+    for key in keys:
+        assert damaged(registry, key) == []
+        assert set(before[key]) <= set(registry.versions(key))
+    newest = max([0, *registry.versions(keys[0])])
+    assert acknowledged(finish(start(registry, source, key=keys[0]))) == [f"{keys[0]}@{newest + 1}"]
+    assert not list(registry.home.staging.iterdir())
 
 
 def test_a_save_killed_at_any_step_damages_nothing(registry: Registry, source: Path) -> None:
-    check_kills(registry, source, spread(count_steps(registry, source), 10))
+    finish(start(registry, source))
+    points = spread(count_steps(registry, source), 10)
+    check_kills(registry, source, points, ["a"] * len(points))
+    assert registry.versions("a")[:2] == [1, 2]
 
 
 @pytest.mark.slow
-def test_a_save_killed_at_every_step_damages_nothing(registry: Registry, source: Path) -> None:
+def test_a_first_save_killed_at_every_step_damages_nothing(registry: Registry, source: Path) -> None:
     steps = count_steps(registry, source)
     assert steps > 30
-    check_kills(registry, source, list(range(1, steps + 1)))
+    check_kills(registry, source, list(range(1, steps + 1)), [f"new{step}" for step in range(steps)])
 
 
 def test_the_same_kills_damage_a_naive_save(registry: Registry, source: Path) -> None:
-    steps = count_steps(registry, source, naive=True)
-    kill_at_steps(registry, source, spread(steps, 4), naive=True)
+    for point in spread(count_steps(registry, source, naive=True), 4):
+        finish(start(registry, source, naive=True, die_at=point))
     assert damaged(registry), "the control must fail, or the check cannot see damage"
 
 
