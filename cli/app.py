@@ -7,14 +7,16 @@ import tempfile
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from harmony_core.errors import HarmonyError, InternalError, UsageError, did_you_mean, nearest
-from harmony_core.recipe import Recipe, load_recipe
 
 from . import output
+
+if TYPE_CHECKING:
+    from harmony_core.recipe import Recipe
 
 COMMANDS = {
     "run": "Run a recipe.",
@@ -179,6 +181,8 @@ def _add(app: typer.Typer, name: str, text: str, words: list[str], reply: Reply,
 
 def _recipe(words: list[str], completing: bool) -> Recipe | None:
     """The recipe that the words name, loaded before they are parsed: its flags are part of the command."""
+    from harmony_core.recipe import load_recipe
+
     from .words import recipe_word
 
     spec = recipe_word(words)

@@ -55,6 +55,7 @@ class Interruption:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._acknowledged = False
         self._raise_now = False
+        self._raised = False
         self._own_signals = 0
         self._restore: dict[int, Any] = {}
 
@@ -95,8 +96,13 @@ class Interruption:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         """On the main thread, between two of its instructions."""
-        if self._raise_now and self._loop is not None and asyncio.current_task(self._loop) is not None:
+        if not self._raise_now or self._loop is None:
+            return
+        running = asyncio.current_task(self._loop)
+        if running is not None:
             self._raise_now = False
+            # The task itself must not be cancelled again when the loop comes to it: it is in its `finally` by then.
+            self._raised = running is self._task
             raise asyncio.CancelledError
 
     def _watch(self) -> None:
@@ -158,7 +164,7 @@ class Interruption:
 
     def _cancel(self) -> None:
         self._acknowledged = True
-        if self._task is not None and not self._task.done():
+        if self._task is not None and not self._task.done() and not self._raised:
             self._task.cancel()
 
     def _end(self, exit_code: int, why: str) -> None:

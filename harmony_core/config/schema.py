@@ -179,6 +179,8 @@ class Schema:
         tagged = whole.get("discriminator")
         if tagged:
             tag = value.get(tagged["propertyName"])
+            if tag is None:  # missing or misspelt: any of them
+                return self.branches(node)
             target = tagged.get("mapping", {}).get(tag) if isinstance(tag, str) else None
             return self.branches({"$ref": target}) if target else []
         options = whole.get("anyOf") or whole.get("oneOf")

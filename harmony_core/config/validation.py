@@ -22,9 +22,12 @@ def validate(model: type[ModelT], resolved: Resolved, schema: Schema) -> ModelT:
     try:
         config = model.model_validate(resolved.data)
     except ValidationError as error:
-        known = {issue.path for issue in issues} | {name for issue in issues for name in _meant_by(issue)}
+        known = {issue.path for issue in issues if issue.type != "duplicate"}
+        meant = {name for issue in issues for name in _meant_by(issue)}
         details = _one_branch_each(error.errors(include_url=False), resolved.data, schema)
-        issues += [issue for d in details if (issue := _issue(d, resolved)).path not in known]
+        for found in (_issue(detail, resolved) for detail in details):
+            if found.path not in known and not (found.type == "missing" and found.path in meant):
+                issues.append(found)
         raise_if_any(issues)
         raise
     raise_if_any(issues)
@@ -85,7 +88,7 @@ def _issue(detail: ErrorDetails, resolved: Resolved) -> Issue:
     if kind == "union_tag_not_found":
         message = f"the block must say which it is: {detail['ctx']['discriminator']}" if "ctx" in detail else message
     elif _is_plain(detail["input"]) and not kind.startswith(("value_error", "assertion")):
-        message += f", got {detail['input']!r}"
+        message += f", got {'null' if detail['input'] is None else repr(detail['input'])}"
     return Issue(message, source, dotted(path), kind)
 
 
