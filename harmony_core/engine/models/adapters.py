@@ -188,28 +188,31 @@ def read_settings(model: CausalLM, directory: Path, stored: StoredWeights) -> Lo
 def _attach(model: CausalLM, name: str, settings: LoraSettings, draw: Draw) -> None:
     if name in model.adapters:
         raise ConflictError(f"the model has an adapter {name!r} already")
+    # Everything that can fail comes before the first layer is touched.
     targets = _find_targets(model, settings)
+    parameters: dict[str, nn.Parameter] = {}
+    for path in targets:
+        layer = model.module.get_submodule(path)
+        base: Any = getattr(layer, "base_layer", layer)
+        shapes = {"lora_A": (settings.rank, base.in_features), "lora_B": (base.out_features, settings.rank)}
+        for half, shape in shapes.items():
+            shard = _shard(base, half, shape, model.tp)
+            values = draw(f"{path}.{half}.weight", shard, shape).to(model.device, model.dtype).contiguous()
+            parameter = nn.Parameter(values, requires_grad=False)
+            set_shard(parameter, shard)
+            parameters[f"{path}.{half}.weight"] = parameter
     key = _module_key(name)
     _inject(model.module, key, settings)
-    parameters: dict[str, nn.Parameter] = {}
-    for path, layer in _lora_layers(model.module):
-        if path not in targets:
-            continue
-        for half in ("lora_A", "lora_B"):
-            linear = getattr(layer, half)[key]
-            shape = tuple(linear.weight.shape)
-            shard = _shard(layer.base_layer, half, shape, model.tp)
-            stored_name = f"{path}.{half}.weight"
-            values = draw(stored_name, shard, shape).to(model.device, model.dtype).contiguous()
-            linear.weight = nn.Parameter(values, requires_grad=False)
-            set_shard(linear.weight, shard)
-            parameters[stored_name] = linear.weight
-        layer.harmony_name, layer.harmony_tp = path, model.tp
-        layer.forward = MethodType(_forward, layer)
+    for path in targets:
+        wrapped: Any = model.module.get_submodule(path)
+        wrapped.lora_A[key].weight = parameters[f"{path}.lora_A.weight"]
+        wrapped.lora_B[key].weight = parameters[f"{path}.lora_B.weight"]
+        wrapped.harmony_name, wrapped.harmony_tp = path, model.tp
+        wrapped.forward = MethodType(_forward, wrapped)
     model.adapters[name] = AdapterInfo(settings, parameters)
 
 
-def _find_targets(model: CausalLM, settings: LoraSettings) -> set[str]:
+def _find_targets(model: CausalLM, settings: LoraSettings) -> list[str]:
     """Paths of the layers to adapt; every target must name at least one linear layer inside the decoder."""
     if settings.rank < 1 or settings.alpha <= 0 or not 0 <= settings.dropout < 1 or not settings.targets:
         raise ModelRefused(
@@ -218,14 +221,14 @@ def _find_targets(model: CausalLM, settings: LoraSettings) -> set[str]:
             hint="rank at least 1, alpha above 0, dropout from 0 to below 1, at least one target",
         )
     linears = _linear_layers(model)
-    chosen = set()
+    chosen: set[str] = set()
     for target in settings.targets:
         found = {path for path in linears if path == target or path.endswith("." + target)}
         if not found:
             leaves = {path.rpartition(".")[2] for path in linears}
             raise ModelRefused(f"no linear layer {target!r} to adapt", hint=did_you_mean(target, leaves))
         chosen |= found
-    return chosen
+    return [path for path in linears if path in chosen]
 
 
 def _linear_layers(model: CausalLM) -> list[str]:

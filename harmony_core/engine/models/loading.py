@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -56,7 +57,7 @@ def read_config(directory: Path) -> Any:
         raise ModelRefused(f"{path}: quantised weights are not supported", hint="store the model unquantised")
     try:
         return AutoConfig.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         raise ModelRefused(f"{path}: transformers cannot read it: {error}") from None
 
 

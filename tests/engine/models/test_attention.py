@@ -1,0 +1,101 @@
+"""The attention function: packed rows, pages, windows, and how sequences are grouped."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+from ranks import RankPool
+from torch import nn
+
+from harmony_core.engine.models.attention import attend
+from harmony_core.engine.models.attention_plan import group_by_length, plan_packed
+from harmony_core.engine.models.context import ForwardContext, PackedAttention, forward_context
+from harmony_core.engine.models.loading import load_model
+from harmony_core.engine.models.parallel import TensorParallel
+from harmony_core.errors import ModelRefused
+
+CPU = torch.device("cpu")
+WINDOWED = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    root = tmp_path_factory.mktemp("models")
+    settings = {
+        "llama": {"family": "llama"},
+        "qwen3-kv1": {"family": "qwen3", "kv_heads": 1},
+        "qwen2-window": {"family": "qwen2", **WINDOWED},
+        "qwen3-window": {"family": "qwen3", "tied": True, **WINDOWED},
+    }
+    return {name: str(tiny_models.build(root / name, **values)) for name, values in settings.items()}
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [("float32", 2e-5), ("float64", 1e-9)])
+@pytest.mark.parametrize("tp", [1, 2])
+def test_pages_equal_whole_forward_passes(
+    rank_pool: RankPool, directories: dict[str, str], tp: int, dtype: str, limit: float
+) -> None:
+    run = "engine.models.paged_cases:against_whole_forward"
+    for worst in rank_pool.run(run, ranks=tp, directories=list(directories.values()), tp=tp, dtype=dtype):
+        assert max(worst) < limit, worst
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2-window", "qwen3-window"])
+def test_packed_equals_unpacked_for_many_ragged_sequences(directories: dict[str, str], name: str) -> None:
+    draw = random.Random(3)
+    lengths = [1 + int(draw.lognormvariate(2.0, 0.9)) % 60 for _ in range(60)]
+    model = load_model(Path(directories[name]), TensorParallel.single(), CPU, torch.float64)
+    reference = tiny_models.reference(Path(directories[name]), torch.float64)
+    samples = tiny_models.random_tokens(lengths)
+    tokens = torch.tensor([token for sample in samples for token in sample])
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    with forward_context(ForwardContext(PackedAttention(tuple(lengths)))), torch.no_grad():
+        logits = model.logits(model.hidden_states(tokens, positions))
+        expected = torch.cat([reference(torch.tensor([sample])).logits[0] for sample in samples])
+    assert (logits - expected).abs().max() < 1e-9
+
+
+def test_groups_hold_every_sequence_once_with_little_padding() -> None:
+    draw = random.Random(0)
+    for lengths in (
+        [7] * 100,
+        [draw.randint(5, 120) for _ in range(120)],
+        [draw.randint(1, 2000) for _ in range(12)],
+        [1],
+    ):
+        groups = group_by_length(lengths)
+        assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
+        padded = sum(max(lengths[i] for i in group) * len(group) for group in groups)
+        assert padded <= 1.2 * sum(lengths) + 64 * len(groups)
+    assert len(group_by_length([7] * 100)) == 1
+    assert len(group_by_length([draw.randint(5, 120) for _ in range(120)])) <= 10
+
+
+def test_a_row_that_needs_no_padding_is_not_copied() -> None:
+    assert plan_packed(PackedAttention((40,)), CPU).order is None
+    assert plan_packed(PackedAttention((8, 8, 8)), CPU).restore is None
+    plan = plan_packed(PackedAttention((2, 8)), CPU)
+    assert plan.restore is not None and plan.restore.tolist()[:2] == [8, 9]
+
+
+def test_the_plan_is_made_once_for_all_layers(directories: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from harmony_core.engine.models import attention
+
+    calls = []
+    real = attention.plan_packed
+    monkeypatch.setattr(attention, "plan_packed", lambda *args: calls.append(1) or real(*args))
+    model = load_model(Path(directories["llama"]), TensorParallel.single(), CPU, torch.float32)
+    with forward_context(ForwardContext(PackedAttention((3, 5)))):
+        model.hidden_states(torch.arange(3, 11), torch.tensor([0, 1, 2, 0, 1, 2, 3, 4]))
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("unsupported", [{"softcap": 30.0}, {"dropout": 0.1}, {"s_aux": torch.zeros(2)}])
+def test_what_is_not_computed_is_refused(unsupported: dict[str, object]) -> None:
+    states = torch.zeros(1, 2, 3, 4)
+    with forward_context(ForwardContext(PackedAttention((3,)))), pytest.raises(ModelRefused, match="not supported"):
+        attend(nn.Identity(), states, states, states, None, **unsupported)  # type: ignore[arg-type]
