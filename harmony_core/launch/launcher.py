@@ -54,6 +54,8 @@ class Launch:
     device: str
     world_size: int
     settings: AccelerateSettings
+    devices: list[str] = field(default_factory=list)
+    """Identifiers of the CUDA devices, one for each rank."""
 
 
 def resolve_launch(num_processes: int | None, device: str, accelerate_config: Path | None) -> tuple[str, int]:
@@ -82,7 +84,8 @@ def resolve(num_processes: int | None, device: str, accelerate_config: Path | No
         device = "cpu"
     if device == "cpu":
         return Launch("cpu", count or 1, settings)
-    found = len(_device_names(settings))
+    devices = visible_devices({"CUDA_VISIBLE_DEVICES": settings.gpu_ids} if settings.gpu_ids else os.environ)
+    found = len(devices)
     if device == "auto" and not found:
         return Launch("cpu", count or 1, settings)
     if found < (count or 1):
@@ -90,13 +93,7 @@ def resolve(num_processes: int | None, device: str, accelerate_config: Path | No
             f"{count or 1} ranks asked for, {found} CUDA devices visible",
             hint=f"--num-processes {found}, or --device cpu" if found else "--device cpu",
         )
-    return Launch("cuda", count or found, settings)
-
-
-def _device_names(settings: AccelerateSettings) -> list[str]:
-    if settings.gpu_ids:
-        return visible_devices({"CUDA_VISIBLE_DEVICES": settings.gpu_ids})
-    return visible_devices()
+    return Launch("cuda", count or found, settings, devices[: count or found])
 
 
 def launch_command(options: LaunchOptions, launch: Launch, directory: Path) -> list[str]:
@@ -137,10 +134,7 @@ def launch_environment(options: LaunchOptions, launch: Launch, environ: Mapping[
         if name not in _TORCHRUN and not name.startswith(_INHERITED_NO_MORE)
     }
     env |= launch.settings.environment
-    if launch.device == "cpu":
-        env["CUDA_VISIBLE_DEVICES"] = ""
-    else:
-        env["CUDA_VISIBLE_DEVICES"] = ",".join(_device_names(launch.settings)[: launch.world_size])
+    env["CUDA_VISIBLE_DEVICES"] = ",".join(launch.devices)
     for name, value in _preferred(launch).items():
         env.setdefault(name, value)
     env |= _fixed(options, launch)
@@ -151,8 +145,9 @@ def _preferred(launch: Launch) -> dict[str, str]:
     """Defaults that the user's environment may override."""
     preferred = {
         "OMP_NUM_THREADS": str(max(1, available_cores() // launch.world_size)),
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # the order in which the driver's own tool counts them
         "MALLOC_ARENA_MAX": "1",
-        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_MMAP_THRESHOLD_": "1048576",
     }
     if loopback := loopback_interface():
         preferred |= {"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback}
