@@ -76,9 +76,9 @@ def test_all_at_once_in_reading_order(configure: Any) -> None:
         "0.yaml:8:14: weights.a: Input should be a valid number, unable to parse string as a number, got 'x'",
         "0.yaml:9:8: steps: Input should be a valid integer, got null",
         "0.yaml:10:1: lr: duplicate key (first at line 2)",
-        "--lora.alpha: Input should be a valid number, unable to parse string as a number, got 'x'",
         "--stepz: unknown key (did you mean steps?)",
         "--weights.b: Input should be a valid number, got null",
+        "--lora.alpha: Input should be a valid number, unable to parse string as a number, got 'x'",
     ]
 
 

@@ -1,0 +1,161 @@
+"""A run's directory: what it holds, who holds its lock, and what it never holds."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from harmony_core.errors import NotFoundError, ResourceError
+from harmony_core.home import Home
+from harmony_core.redaction import MASK, Redactor, is_secret_name
+from harmony_core.run import Run, find_run, list_runs
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Home:
+    return Home.open(tmp_path / "home")
+
+
+def test_a_run_from_start_to_end(home: Home) -> None:
+    run = Run.create(home, "My Recipe.py", ["run", "x.py", "--lr", "1"])
+    assert "-my-recipe-py-" in run.id
+    assert [record.status for record in list_runs(home)] == ["running"]
+    run.events.write("step", {"loss": 1.5}, rank=1)
+    run.finish("succeeded", 0, {"ok": True})
+    run.finish("failed", 1, {"ok": False})
+    (record,) = list_runs(home)
+    assert (record.status, record.data["exit"]) == ("succeeded", 0)
+    assert json.loads((run.directory / "result.json").read_text()) == {"ok": True}
+    assert json.loads((run.directory / "argv.json").read_text()) == ["run", "x.py", "--lr", "1"]
+    assert json.loads((run.directory / "versions.json").read_text())["torch"]
+    events = [json.loads(line) for line in (run.directory / "events.jsonl").read_text().splitlines()]
+    assert [event["type"] for event in events] == ["run.start", "step", "run.end"]
+    assert [event["seq"] for event in events] == [0, 1, 2]
+    assert events[1]["data"] == {"loss": 1.5}
+    assert events[1]["rank"] == 1
+    assert all(event["v"] == 1 and event["run"] == run.id and event["ts"].endswith("Z") for event in events)
+
+
+def test_events_from_many_threads_are_whole_lines_in_order(home: Home) -> None:
+    run = Run.create(home)
+    heard: list[int] = []
+    run.events.listen(lambda event: heard.append(event["seq"]))
+    threads = [
+        threading.Thread(target=lambda: [run.events.write("t", {"text": "x" * 500}) for _ in range(50)])
+        for _ in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    run.finish("succeeded", 0, {})
+    run.events.write("late", {})
+    events = [json.loads(line) for line in (run.directory / "events.jsonl").read_text().splitlines()]
+    assert [event["seq"] for event in events] == list(range(402))
+    assert set(range(1, 401)) < set(heard)
+
+
+def test_a_killed_run_reads_as_crashed(home: Home) -> None:
+    code = (
+        "import os, sys; from harmony_core.home import Home; from harmony_core.run import Run;"
+        "run = Run.create(Home.open(sys.argv[1]), 'killed'); print(run.id, flush=True); sys.stdin.read()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(home.path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with process:
+        assert process.stdout is not None
+        run_id = process.stdout.readline().strip()
+        assert find_run(home, run_id).status == "running"
+        process.kill()
+        process.wait()
+    assert find_run(home, run_id).status == "crashed"
+
+
+def test_runs_are_found_by_a_part_of_their_id(home: Home) -> None:
+    first, second = Run.create(home, "first"), Run.create(home, "second")
+    assert find_run(home, "first").id == first.id
+    assert find_run(home, "last").id == max(first.id, second.id)
+    with pytest.raises(NotFoundError, match="2 runs match"):
+        find_run(home, "-")
+    with pytest.raises(NotFoundError, match="there is no run 'third'"):
+        find_run(home, "third")
+    (home.runs / "rubbish").mkdir()
+    assert len(list_runs(home)) == 2
+    first.finish("failed", 1, {})
+    second.finish("failed", 1, {})
+
+
+def test_a_run_that_is_left_by_an_exception_has_an_end(home: Home) -> None:
+    with pytest.raises(ResourceError), Run.opened(home, "x", []) as run:
+        raise ResourceError("no")
+    assert (find_run(home, run.id).status, find_run(home, run.id).data["exit"]) == ("failed", 4)
+
+
+def test_a_temporary_run_leaves_nothing(home: Home) -> None:
+    with Run.temporary("dry-run") as run:
+        run.events.write("x", {})
+        assert (run.directory / "events.jsonl").is_file()
+        run.finish("planned", 0, {})
+    assert not run.directory.exists()
+    assert list_runs(home) == []
+
+
+def test_an_unwritable_home_is_an_error_of_the_environment(home: Home) -> None:
+    home.runs.rmdir()
+    home.runs.write_text("a file")
+    with pytest.raises(ResourceError, match="cannot write a run"):
+        Run.create(home)
+
+
+def test_secrets_reach_no_file_of_a_run(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    canaries = [f"canary{number:02d}secret" for number in range(7)]
+    monkeypatch.setenv("WANDB_API_KEY", canaries[0])
+    shaped = ["hf_" + "a1" * 12, "sk-" + "b2" * 12, "ghp_" + "c3" * 12]
+    config = tmp_path / "c.yaml"
+    config.write_text(f"api_key: {canaries[1]}\nblock:\n  - db_password: '{canaries[2]}'\nmodel_key: kept\n")
+    argv = ["run", "--api-key", canaries[3], "--set", f"x.token={canaries[4]}", f"--hub-token={canaries[5]}", shaped[0]]
+    run = Run.create(home, "x", argv)
+    run.redactor = run.events.redactor = run.redactor.knowing({"secret": canaries[6]})
+    run.keep_inputs([config])
+    run.events.write("log", {"text": f"{canaries[0]} {canaries[6]} {' '.join(shaped)} https://me:{canaries[6]}@x.org"})
+    run.finish("failed", 1, {"errors": [f"boom {canaries[0]} postgres://u:plainword@h"]})
+    text = "".join(path.read_text() for path in run.directory.rglob("*") if path.is_file())
+    for canary in [*canaries, *shaped, "plainword"]:
+        assert canary not in text
+    assert "model_key: kept" in text
+    assert MASK in text
+
+
+@pytest.mark.parametrize(
+    ("name", "secret"),
+    [
+        ("api_key", True),
+        ("HF_TOKEN", True),
+        ("hub-token", True),
+        ("x.password", True),
+        ("secret", True),
+        ("aws_secret_access_key", True),
+        ("model_key", False),
+        ("tokens_to_generate", False),
+        ("dataset_key", False),
+        ("max_tokens", False),
+        ("tokenizer", False),
+    ],
+)
+def test_names_of_secrets(name: str, secret: bool) -> None:
+    assert is_secret_name(name) is secret
+
+
+def test_redacted_data_keeps_its_shape() -> None:
+    redactor = Redactor().knowing({"nested": [{"token": "abcdefgh"}]})
+    assert redactor.data({"a": ["x abcdefgh", 1, None], "password": "p", "token": 5}) == {
+        "a": [f"x {MASK}", 1, None],
+        "password": MASK,
+        "token": 5,
+    }
