@@ -72,7 +72,7 @@ def golden(directory: Path) -> Path:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for k, (name, parameter) in enumerate(sorted(model.named_parameters())):
-            index = torch.arange(parameter.numel(), dtype=torch.float32)
+            index = torch.arange(parameter.numel(), dtype=torch.float64)
             parameter.copy_((0.2 * torch.sin(0.7 * index + k)).view_as(parameter))
             if "norm" in name:
                 parameter.fill_(1.0)

@@ -30,10 +30,13 @@ class PackedBatch:
 
 def unpack(batch: MicroBatch, vocab_size: int, device: torch.device) -> PackedBatch:
     """Tensors on `device`. Raises DataError for a token outside the vocabulary."""
-    tokens = np.frombuffer(batch.tokens, "<i4").astype(np.int64)
-    targets = np.frombuffer(batch.targets, "<i4").astype(np.int64)
-    coefficients = np.frombuffer(batch.coefficients, "<f8").astype(np.float64)
-    lengths = np.frombuffer(batch.lengths, "<i4").astype(np.int64)
+    try:
+        tokens, targets, lengths = (
+            np.frombuffer(field, "<i4").astype(np.int64) for field in (batch.tokens, batch.targets, batch.lengths)
+        )
+        coefficients = np.frombuffer(batch.coefficients, "<f8").astype(np.float64)
+    except ValueError as error:
+        raise InternalError(f"a micro-batch with a cut-off number: {error}") from error
     if not (tokens.size == targets.size == coefficients.size == lengths.sum() > 0) or lengths.min() < 1:
         raise InternalError(
             f"a micro-batch of {tokens.size} tokens, {targets.size} targets, {coefficients.size} coefficients"
