@@ -59,7 +59,8 @@ def _in_package(name: str) -> Path:
 
 def _convert(path: Path, directory: Path) -> None:
     """Run the converter; its answer is one line of JSON, its other output is shown only when it fails."""
-    command = [sys.executable, "-m", CONVERTER, str(path), str(directory)]
+    # -P: what lies in the working directory must not stand in for a package.
+    command = [sys.executable, "-P", "-m", CONVERTER, str(path), str(directory)]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=environment, check=False)
     answer = _answer(done.stdout)

@@ -50,7 +50,7 @@ def import_model(registry: Registry, key: str, source: str, options: ImportOptio
 
         return import_gguf(registry, key, source, options)
     directory = Path(source).expanduser()
-    if not directory.is_dir():
+    if not source or not directory.is_dir():
         hub = "" if source.startswith(("/", ".", "~")) else source_hint(source)
         what = "is a file, not a model directory" if directory.is_file() else "does not exist"
         raise NotFoundError(f"{source!r} {what}", hint=hub or "a source is a directory, hf:org/name, or a .gguf file")

@@ -115,7 +115,7 @@ class Staging:
                 self._make_durable(content.files)
             write_json(self.directory / manifests.NAME, msgspec.to_builtins(record))
             number = self._rename(key)
-            self._describe(key, ancestor)
+            self._describe(key, None if content.base else ancestor)
         except OSError as error:
             raise storage_error(f"cannot store {key!r}", error) from error
         return registry.resolve(f"{key}@{number}")
@@ -156,6 +156,7 @@ class Staging:
             return 0  # a damaged model.json must not cost a trained model
 
     def _describe(self, key: str, parent: ModelVersion | None) -> None:
+        """A new key begins with its parent's settings; an adapter has its base's anyway, as they are at the time."""
         with entry_lock(self._home, key):
             if (self._home.models / key / "model.json").exists():
                 return

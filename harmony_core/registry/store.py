@@ -229,12 +229,17 @@ class Registry:
         return edit_entry(self.home, key, change)
 
     def imported_from(self, name: str) -> ModelVersion | None:
-        """The newest full model that was imported from a hub id or a path; None when there is none."""
+        """The newest full model that came from a hub id or a path, or lies at that path; None when there is none."""
         for found in self.list():
-            source = found.newest.source.split("@")[0] if found.newest and not found.newest.base else ""
-            if source in (name, f"hf:{name}"):
+            source = found.newest.source if found.newest and not found.newest.base else ""
+            if source == name or source.partition("@")[0] == f"hf:{name}":
                 return found.newest
-        return None
+        path = Path(name)
+        number = _VERSION_DIRECTORY.fullmatch(path.name)
+        if number and path.is_relative_to(self.home.models):
+            return self.resolve(f"{path.parent.relative_to(self.home.models)}@{int(number[1])}")
+        generated = (resolve_builtin(self.home, known) for known in NAMES)
+        return next((version for version in generated if version.path == path), None)
 
     def set_defaults(self, key: str, values: dict[str, object]) -> ModelVersion:
         """Edit a key's inference defaults (`tp`, `kv_cache_len`, `tokens_to_generate`), description, trainability.

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import small_models
-from hub_server import COMMIT, Hub, serve
 
+import small_models
 from harmony_core.home import Home
 from harmony_core.registry import Registry
+from hub_server import COMMIT, Hub, serve
 
 ADD = """
 import json, sys

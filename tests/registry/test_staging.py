@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import small_models
 
+import small_models
 from harmony_core.errors import HarmonyError, ResourceError
 from harmony_core.home import Home
 from harmony_core.registry import Registry

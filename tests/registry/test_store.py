@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import small_models
 
+import small_models
 from harmony_core.errors import (
     ConflictError,
     HarmonyError,
