@@ -23,7 +23,7 @@ from harmony_core.rpc.platform import die_with_parent
 from harmony_core.rpc.protocol import PROTOCOL_VERSION, Hello
 from harmony_core.rpc.rank_channel import DRIVER_GONE, IDLE, RankChannel
 
-__all__ = ["Topology", "begin", "run_rank"]
+__all__ = ["Topology", "begin", "live", "run_rank"]
 
 Serve = Callable[[RankChannel, Topology], None]
 
@@ -35,6 +35,7 @@ def begin() -> RankChannel:
     """A process becomes a rank: everything that needs no torch. Its environment comes from the launcher."""
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     _redirect_output(Path(os.environ["ADAPTIVE_RANK_LOG_DIR"]) / f"rank-{rank}.log")
+    sys.stderr.write(f"rank {rank} of {world_size}, pid {os.getpid()}\n")
     if not die_with_parent(int(os.environ["ADAPTIVE_LAUNCHER_PID"])):
         os._exit(DRIVER_GONE)
     faulthandler.enable(all_threads=True)
@@ -84,22 +85,30 @@ def _torch_version() -> str:
 def run_rank(load: Callable[[], Serve]) -> None:
     """A rank's whole life. `load` imports the engine and returns what serves the channel. Does not return."""
     channel = begin()
+    live(channel, lambda: _serve(channel, load))
+
+
+def live(channel: RankChannel, work: Callable[[], None]) -> None:
+    """Do `work` at the edge of the process: whatever it raises, the driver is told. Does not return."""
     try:
-        channel.phase = "importing"
-        serve = load()
-        topology = _topology(channel.rank)
-        channel.phase = "rendezvous"
-        _init_distributed(topology)
-        channel.phase = IDLE
-        channel.event(READY, {"device": str(topology.device)})
-        serve(channel, topology)
+        work()
     except BaseException as error:
-        # The process's edge: whatever it was, the driver is told, and the log keeps the traceback.
         sys.excepthook(type(error), error, error.__traceback__)
         channel.fatal(error)
         _leave(1)
     channel.flush()
     _leave(0)
+
+
+def _serve(channel: RankChannel, load: Callable[[], Serve]) -> None:
+    channel.phase = "importing"
+    serve = load()
+    topology = _topology(channel.rank)
+    channel.phase = "rendezvous"
+    _init_distributed(topology)
+    channel.phase = IDLE
+    channel.event(READY, {"device": str(topology.device)})
+    serve(channel, topology)
 
 
 def _leave(status: int) -> None:

@@ -22,8 +22,10 @@ def visible_devices(environ: Mapping[str, str] = os.environ) -> list[str]:
     if chosen is None:
         return [str(index) for index in range(installed_devices())]
     seen: list[str] = []
+    installed = installed_devices()
     for name in (part.strip() for part in chosen.split(",")):
-        if not name or name.startswith("-"):  # the driver stops at the first name that is none
+        # The CUDA driver stops at the first name that is none.
+        if not name or name.startswith("-") or (name.isdigit() and int(name) >= installed):
             break
         seen.append(name)
-    return seen if seen and installed_devices() else []
+    return seen if installed else []

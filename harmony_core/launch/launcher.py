@@ -119,7 +119,7 @@ def _config_file(launch: Launch) -> str:
     kind = "MULTI_GPU" if launch.world_size > 1 else "NO"
     return (
         "compute_environment: LOCAL_MACHINE\n"
-        f"distributed_type: {kind}\n"
+        f"distributed_type: '{kind}'\n"
         f"num_processes: {launch.world_size}\n"
         "num_machines: 1\nmachine_rank: 0\nmain_process_port: 0\nrdzv_backend: static\n"
         "mixed_precision: 'no'\nuse_cpu: false\ndebug: false\n"

@@ -6,6 +6,7 @@ import asyncio
 import re
 import signal
 from collections import deque
+from dataclasses import dataclass
 from pathlib import Path
 
 from harmony_core.errors import HarmonyError, RankError
@@ -23,8 +24,9 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _PEER_FAILED = re.compile(
     r"gloo|nccl|process ?group|connection (closed|reset|refused)|broken pipe|peer|tcpstore|rendezvous", re.IGNORECASE
 )
-_ELASTIC_STATUS = r"\(exitcode: (-?\d+)\) local_rank: \d+ \(pid: {pid}\)"
+_ELASTIC_STATUS = re.compile(r"\(exitcode: (-?\d+)\) local_rank: (\d+) \(pid: (\d+)\)")
 _CHILD_SIGNAL = re.compile(r"died with <Signals\.(SIG[A-Z0-9]+)")
+_LAUNCHER_SIGNAL = re.compile(r"SignalException: Process \d+ got signal: (\d+)")
 _CHILD_STATUS = re.compile(r"returned non-zero exit status (\d+)")
 
 
@@ -48,6 +50,22 @@ def shown(path: Path, lines: list[str]) -> str:
     return f"\nlast lines of {path}:\n" + "\n".join(f"  {line}" for line in lines[-_SHOWN_LINES:])
 
 
+def first_traceback(lines: list[str]) -> list[str]:
+    """The first Python traceback in a log, or nothing: what torchrun prints after it only says that it happened."""
+    for start, line in enumerate(lines):
+        if line.startswith("Traceback (most recent call last)"):
+            for end in range(start + 1, len(lines)):
+                if not lines[end].startswith(" "):
+                    return lines[start : end + 1]
+    return []
+
+
+def excerpt(path: Path) -> list[str]:
+    """The lines of the launcher's log that say most: the first traceback, else the last lines."""
+    lines = last_lines(path, 400)
+    return (first_traceback(lines) or lines)[-LOG_LINES:]
+
+
 async def exit_status(process: ProcessHandle, launcher_log: Path) -> int | None:
     """How a rank that closed its socket ended: negative for a signal. None: it still runs, or nobody can say.
 
@@ -68,16 +86,40 @@ async def exit_status(process: ProcessHandle, launcher_log: Path) -> int | None:
     return status
 
 
+@dataclass(frozen=True)
+class Reported:
+    """The first failure that torchrun tells of."""
+
+    rank: int
+    pid: int
+    status: int
+
+
+def reported_failure(launcher_log: Path) -> Reported | None:
+    """What torchrun wrote about the rank that failed first; on one machine its local rank is its rank."""
+    found = _ELASTIC_STATUS.search("\n".join(last_lines(launcher_log, 400)))
+    return Reported(rank=int(found[2]), pid=int(found[3]), status=int(found[1])) if found else None
+
+
 def reported_status(pid: int, launcher_log: Path) -> int | None:
     """What the launcher's log says of process `pid` (torchrun), or of its only child (one rank)."""
+    first = reported_failure(launcher_log)
+    if first is not None:
+        return first.status if first.pid == pid else -signal.SIGTERM  # torchrun then ends the others
     text = "\n".join(last_lines(launcher_log, 400))
-    if found := re.search(_ELASTIC_STATUS.format(pid=pid), text):
-        return int(found[1])
     if found := _CHILD_SIGNAL.search(text):
         return -int(signal.Signals[found[1]])
     if found := _CHILD_STATUS.search(text):
         return int(found[1])
     return None
+
+
+def launcher_signal(code: int | None, launcher_log: Path) -> int:
+    """The signal that ended the launcher, or that it reports to have got; 0 if there was none."""
+    if code is not None and code < 0:
+        return -code
+    found = _LAUNCHER_SIGNAL.search("\n".join(last_lines(launcher_log)))
+    return int(found[1]) if found else 0
 
 
 def in_words(status: int | None, oom_kills: int) -> str:

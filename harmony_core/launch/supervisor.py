@@ -7,36 +7,29 @@ that tells stuck from dead. One failure ends the engine: every call, pending or 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hmac
+import math
 import os
 import re
 import secrets
-import signal
-import subprocess
-import sys
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
 from harmony_core import __version__
-from harmony_core.errors import EngineError, HarmonyError, LauncherDied, RankDied, ResourceError
+from harmony_core.errors import EngineError, HarmonyError, LauncherDied, RankDied, RankError, ResourceError
 from harmony_core.launch import postmortem, private_directory
-from harmony_core.launch.launcher import Launch, LaunchOptions, launch_command, launch_environment, resolve
+from harmony_core.launch.launcher import Launch, LaunchOptions, resolve
 from harmony_core.launch.liveness import TICK_SECONDS, Watch
+from harmony_core.launch.processes import LaunchedProcesses, wait_for
 from harmony_core.launch.rank_handle import RankHandle
 from harmony_core.rpc import platform
 from harmony_core.rpc.connection import Connection, Listener
 from harmony_core.rpc.protocol import PROTOCOL_VERSION, Beat, Event, Hello, Message, Shutdown
-from harmony_core.rpc.wire import WireError
 
 __all__ = ["RankHandle", "Supervisor"]
 
 READY_EVENT = "rank_ready"
-LAUNCH_ID = "ADAPTIVE_RANK_LAUNCH"
-"""Environment variable that marks every process of one launch, and no other process."""
-
-_HELLO_SECONDS = 10.0
 _SETTLE_SECONDS = 2.0
 _POLL_SECONDS = 0.05
 _MAX_STARTS = 3
@@ -54,12 +47,13 @@ class Supervisor(Listener):
         self._on_event = on_event
         self._directory = private_directory.create()
         self._token = secrets.token_hex(32)
-        self._launch_id = secrets.token_hex(16)
         self._server: asyncio.Server | None = None
-        self._launcher: subprocess.Popen[bytes] | None = None
+        self._processes = LaunchedProcesses(options, launch)
         self._handles: dict[int, RankHandle] = {}
         self._all_ready: asyncio.Future[None] = loop.create_future()
         self._stopping = False
+        self._stop: asyncio.Task[None] | None = None
+        self._patience = math.inf
         self._tasks: set[asyncio.Task[None]] = set()
         self._watch = Watch(options, self._handles, self._log_of)
         self._oom_kills = platform.oom_kills()
@@ -70,12 +64,15 @@ class Supervisor(Listener):
 
         Raises ConfigError, ResourceError, NotFoundError for options that cannot be.
         """
-        launch = resolve(options.num_processes, options.device, options.accelerate_config)
+        launch = await asyncio.to_thread(resolve, options.num_processes, options.device, options.accelerate_config)
         self = cls(options, launch, on_event)
         try:
             path = self._directory / "s"
-            self._server = await asyncio.get_running_loop().create_unix_server(lambda: Connection(self), str(path))
+            loop = asyncio.get_running_loop()
+            # Two calls: cancelled while it begins to serve, one call would lose the open socket.
+            self._server = await loop.create_unix_server(lambda: Connection(self), str(path), start_serving=False)
             os.chmod(path, 0o600)
+            await self._server.start_serving()
             self._spawn()
         except BaseException:
             await self.stop(0)
@@ -102,27 +99,9 @@ class Supervisor(Listener):
     # --- start ------------------------------------------------------------------------------------------------
 
     def _spawn(self) -> None:
-        """Start the launcher in its own session: a terminal's Ctrl-C does not reach it."""
-        self.options.log_dir.mkdir(parents=True, exist_ok=True)
-        environment = launch_environment(self.options, self._launch, os.environ)
-        environment |= {
-            LAUNCH_ID: self._launch_id,
-            "ADAPTIVE_RANK_SOCKET": str(self._directory / "s"),
-            "ADAPTIVE_RANK_TOKEN": self._token,
-        }
-        stub = [sys.executable, "-P", "-m", "harmony_core.launch.stub", str(os.getpid())]
-        log = os.open(self._launcher_log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        try:
-            self._launcher = subprocess.Popen(
-                stub + launch_command(self.options, self._launch, self._directory),
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-        finally:
-            os.close(log)
+        socket_path = str(self._directory / "s")
+        environment = {"ADAPTIVE_RANK_SOCKET": socket_path, "ADAPTIVE_RANK_TOKEN": self._token}
+        self._processes.spawn(self._directory, environment)
 
     def hello(self, connection: Connection, message: Hello) -> None:
         """A process says that it is a rank of ours; believe it if it knows the token."""
@@ -184,9 +163,9 @@ class Supervisor(Listener):
                 for rank, handle in handles.items()
                 if handle is None or not handle.ready
             ]
-            lines = postmortem.last_lines(self._launcher_log)
+            lines = postmortem.last_lines(self._processes.log)
             text = f"not all ranks were ready within {self.options.init_timeout:g} s: " + "; ".join(states)
-            self._fail(LauncherDied(text + postmortem.shown(self._launcher_log, lines), log=lines))
+            self._fail(LauncherDied(text + postmortem.shown(self._processes.log, lines), log=lines))
 
     # --- failures ---------------------------------------------------------------------------------------------
 
@@ -203,7 +182,7 @@ class Supervisor(Listener):
             return
         handle.lost = True
         if reason:
-            error = WireError(f"rank {handle.rank} (pid {handle.pid}) sent {reason}", rank=handle.rank, pid=handle.pid)
+            error = RankError(f"rank {handle.rank} (pid {handle.pid}) sent {reason}", rank=handle.rank, pid=handle.pid)
             handle.error = handle.error or error
         self._incident(handle)
 
@@ -214,19 +193,35 @@ class Supervisor(Listener):
     async def _diagnose(self, handle: RankHandle) -> None:
         """Find out why, and whether it was the first. An echo of another rank's failure gives that one time to show."""
         if handle.error is None:
-            handle.status = await postmortem.exit_status(handle.process, self._launcher_log)
+            handle.status = await postmortem.exit_status(handle.process, self._processes.log)
             collateral = postmortem.is_collateral_status(handle.status)
         else:
             collateral = postmortem.is_collateral_error(handle.error)
         if collateral:
             await asyncio.wait([self.failure], timeout=_SETTLE_SECONDS)
-        if self._stopping or self.failure.done():
+        if self._stopping or self.failure.done() or self._died_unheard_of():
             return
-        code = self._launcher.poll() if self._launcher else None
-        if handle.error is None and code is not None and code < 0:
-            self._launcher_died(code)
+        signalled = postmortem.launcher_signal(self._processes.launcher_status(), self._processes.log)
+        if handle.error is None and signalled:
+            self._launcher_died(-signalled)
         else:
             self._fail(self._describe(handle))
+
+    def _died_unheard_of(self) -> bool:
+        """Fail for a rank that the launcher reports dead and that never connected, if there is one."""
+        reported = postmortem.reported_failure(self._processes.log)
+        if reported is None or reported.rank in self._handles:
+            return False
+        lines = postmortem.excerpt(self._processes.log)
+        words = self._in_words(reported.status)
+        text = f"rank {reported.rank} (pid {reported.pid}) died before it reached the driver: {words}"
+        where: dict[str, Any] = {"rank": reported.rank, "pid": reported.pid, "status": reported.status}
+        shown = postmortem.shown(self._processes.log, lines)
+        self._fail(RankDied(text + shown, cause=words, phase="starting", log=lines, **where))
+        return True
+
+    def _in_words(self, status: int | None) -> str:
+        return postmortem.in_words(status, platform.oom_kills() - self._oom_kills)
 
     def _describe(self, handle: RankHandle) -> HarmonyError:
         log = self._log_of(handle.rank)
@@ -238,10 +233,8 @@ class Supervisor(Listener):
                 error.details = where | error.details
                 error.hint = error.hint or f"the whole output of rank {handle.rank} is in {log}"
             return error
-        if handle.process.alive():
-            cause = "closed its connection, and runs on"
-        else:
-            cause = postmortem.in_words(handle.status, platform.oom_kills() - self._oom_kills)
+        alive = handle.process.alive()
+        cause = "closed its connection, and runs on" if alive else self._in_words(handle.status)
         text = f"rank {handle.rank} (pid {handle.pid}) died {handle.where()}: {cause}"
         return RankDied(text + postmortem.shown(log, lines), cause=cause, status=handle.status, **where)
 
@@ -249,47 +242,44 @@ class Supervisor(Listener):
         """A call that failed because another rank did gets that rank's failure, if it shows soon."""
         return _SETTLE_SECONDS if postmortem.is_collateral_error(error) else 0.0
 
-    def _launcher_died(self, code: int) -> None:
-        words = postmortem.in_words(code, platform.oom_kills() - self._oom_kills)
-        lines = postmortem.last_lines(self._launcher_log)
-        text = f"the launcher of the ranks {words}"
-        self._fail(LauncherDied(text + postmortem.shown(self._launcher_log, lines), status=code, log=lines))
+    def _launcher_died(self, status: int) -> None:
+        lines = postmortem.excerpt(self._processes.log)
+        text = f"the launcher of the ranks {self._in_words(status)}"
+        self._fail(LauncherDied(text + postmortem.shown(self._processes.log, lines), status=status, log=lines))
 
     def _fail(self, error: HarmonyError) -> None:
         """The end of the engine: everybody who waits gets `error`, and the processes are ended."""
         if self.failure.done():
             return
         self.failure.set_result(error)
-        if not self._all_ready.done():
-            self._all_ready.set_exception(error)
-            self._all_ready.exception()
-        for handle in self._handles.values():
-            handle.connection.fail(error)
+        self._fail_waiters(error)
         if not self._stopping:
             self._background(self._end_processes())
+
+    def _fail_waiters(self, error: HarmonyError) -> None:
+        if not self._all_ready.done():
+            self._all_ready.set_exception(error)
+            self._all_ready.exception()  # seen: nobody may be waiting
+        for handle in self._handles.values():
+            handle.connection.fail(error)
 
     async def _watch_launcher(self) -> None:
         """The fallback: a launcher that ends before its ranks are known, or without them."""
         starts = 1
-        while True:
+        while not self.failure.done():
             await asyncio.sleep(_POLL_SECONDS)
-            assert self._launcher is not None
-            code = self._launcher.poll()
-            if code is None:
+            status = self._processes.launcher_status()
+            if status is None:
                 continue
-            if self._stopping or self.failure.done():
-                return
-            log = "\n".join(postmortem.last_lines(self._launcher_log))
+            log = "\n".join(postmortem.last_lines(self._processes.log))
             if not self._handles and starts < _MAX_STARTS and _PORT_TAKEN.search(log):
                 starts += 1
-                self._launcher_log.unlink(missing_ok=True)
                 self._spawn()
                 continue
-            # Ranks that end with it, or just before it, are the better news; they report within moments.
-            await asyncio.wait([self.failure], timeout=0.5 if code < 0 else 2 * _SETTLE_SECONDS)
-            if not self._stopping:
-                self._launcher_died(code)
-            return
+            if self._handles:  # a rank that ends just before it, or with it, is the better news and comes soon
+                await asyncio.wait([self.failure], timeout=0.2 if status < 0 else 2 * _SETTLE_SECONDS)
+            if not self._died_unheard_of():
+                self._launcher_died(status)
 
     async def _watch_ranks(self) -> None:
         while not self.failure.done():
@@ -305,61 +295,41 @@ class Supervisor(Listener):
     # --- stop -------------------------------------------------------------------------------------------------
 
     async def stop(self, grace: float = 10.0) -> None:
-        """Ask the ranks to leave, for at most `grace` seconds, then end them. Nothing of the launch is left."""
-        self._stopping = True
-        if self._all_ready.done() and not self.failure.done() and grace > 0:
+        """Ask the ranks to leave, for at most `grace` seconds, then end them. Nothing of the launch is left.
+
+        Calling it again with less grace makes the first call hurry; cancelling a caller does not cut it short.
+        """
+        self._patience = min(self._patience, asyncio.get_running_loop().time() + grace)
+        if self._stop is None:
+            self._stopping = True
+            self._stop = asyncio.get_running_loop().create_task(self._stop_ladder())
+        await asyncio.shield(self._stop)
+
+    async def _stop_ladder(self) -> None:
+        if self._all_ready.done() and not self.failure.done():
             for handle in self._handles.values():
                 handle.submit(Shutdown())
-            await self._wait(lambda: all(h.lost for h in self._handles.values()), grace)
-            if not self._ranks_alive():
-                await self._wait(lambda: self._launcher is None or self._launcher.poll() is not None, 1.0)
-        self._fail(EngineError("the engine is stopped"))
-        for task in list(self._tasks):
+            loop = asyncio.get_running_loop()
+            while not all(handle.lost for handle in self._handles.values()) and loop.time() < self._patience:
+                await asyncio.sleep(0.01)
+            if not any(handle.process.alive() for handle in self._handles.values()):
+                await wait_for(self._processes.launcher_gone, 1.0)
+        self._fail_waiters(EngineError("the engine is stopped"))
+        for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._end_processes()
-        for handle in self._handles.values():
-            handle.connection.close()
-            handle.process.close()
-        self._close_door()
+        try:
+            await self._end_processes()
+        finally:
+            for handle in self._handles.values():
+                handle.connection.close()
+                handle.process.close()
+            self._close_door()
 
     async def _end_processes(self) -> None:
-        """SIGTERM to the launcher, SIGKILL to whatever carries this launch's mark and is still there."""
-        launcher = self._launcher
-        if launcher is not None and launcher.poll() is None:
-            launcher.send_signal(signal.SIGTERM)
-            await self._wait(lambda: launcher.poll() is not None and not self._ranks_alive(), 2.0)
-        for _ in range(20):
-            marked = [platform.ProcessHandle(pid) for pid in platform.processes_with(LAUNCH_ID, self._launch_id)]
-            left = [process for process in marked if process.alive()]
-            for process in left:
-                process.send(signal.SIGKILL)
-            if launcher is not None and launcher.poll() is None:
-                launcher.kill()
-            for handle in self._handles.values():
-                handle.process.send(signal.SIGKILL)
-                with contextlib.suppress(ChildProcessError):  # ours to collect only if we are process 1
-                    os.waitpid(handle.pid, os.WNOHANG)
-            await self._wait(lambda: launcher is None or launcher.poll() is not None, 1.0)
-            for process in marked:
-                process.close()
-            if not left and not self._ranks_alive():
-                return
-            await asyncio.sleep(_POLL_SECONDS)
-
-    def _ranks_alive(self) -> bool:
-        return any(handle.process.alive() for handle in self._handles.values())
-
-    async def _wait(self, done: Callable[[], bool], seconds: float) -> None:
-        deadline = asyncio.get_running_loop().time() + seconds
-        while not done() and asyncio.get_running_loop().time() < deadline:
-            await asyncio.sleep(0.01)
+        await self._processes.end(handle.process for handle in self._handles.values())
 
     # --- small things -----------------------------------------------------------------------------------------
-
-    @property
-    def _launcher_log(self) -> Path:
-        return self.options.log_dir / "launcher.log"
 
     def _log_of(self, rank: int) -> Path:
         return self.options.log_dir / f"rank-{rank}.log"

@@ -26,6 +26,9 @@ from harmony_core.rpc.wire import (
 MAX_CALLS_IN_FLIGHT = 4096
 """More calls than this to one rank wait in the driver, first come first served."""
 
+HELLO_SECONDS = 10.0
+"""A peer that has not said who it is by then is cut off."""
+
 HIGH_WATER_BYTES = 8 << 20
 """Calls wait, too, while this many bytes have not been taken by the rank."""
 
@@ -145,6 +148,7 @@ class Connection(asyncio.Protocol):
         """Refuse a peer of another user."""
         self._transport = cast("asyncio.Transport", transport)
         self._transport.set_write_buffer_limits(high=HIGH_WATER_BYTES)
+        asyncio.get_running_loop().call_later(HELLO_SECONDS, self._expect_hello)
         credentials = platform.peer(cast("socket.socket", transport.get_extra_info("socket")))
         if credentials is not None:
             self.peer_pid, uid = credentials
@@ -159,7 +163,7 @@ class Connection(asyncio.Protocol):
                 if self._reason:
                     return
         except WireError as error:
-            self._abort(error.message)
+            self._abort(str(error))
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Tell the listener, which knows whether that was expected."""
@@ -214,6 +218,10 @@ class Connection(asyncio.Protocol):
         if future is not None:
             _fail(future, error)
         self._release()
+
+    def _expect_hello(self) -> None:
+        if not self._accepted:
+            self._abort("no Hello")
 
     def _abort(self, reason: str) -> None:
         self._reason = reason

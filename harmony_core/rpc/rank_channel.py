@@ -6,6 +6,7 @@ thread takes from `inbox` and answers. When the driver goes away the process end
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import socket
@@ -78,7 +79,9 @@ class RankChannel:
 
     def reply(self, id: int, message: Message) -> None:
         """Answer call `id`."""
-        self._send(encode("ok", message, id=id, method=self._methods.pop(id)))
+        method = self._methods.pop(id)
+        assert isinstance(message, METHODS[method][1]), f"a {type(message).__name__} for {method}"
+        self._send(encode("ok", message, id=id, method=method))
 
     def fail(self, id: int, error: BaseException) -> None:
         """Answer call `id` with an exception, which the driver raises to the caller."""
@@ -157,7 +160,8 @@ class RankChannel:
         except ConnectionError as error:
             self._leave(f"the driver went away ({error})")
         except WireError as error:
-            self._leave(error.message)
+            self.fatal(error)
+            self._leave(f"the driver sent {error}")
 
     def _take(self, kind: str, id: int, seq: int | None, message: Message) -> None:
         if isinstance(message, Failure):
@@ -169,7 +173,8 @@ class RankChannel:
         self.inbox.put(Incoming(id if kind == "call" else 0, message, seq))
 
     def _leave(self, reason: str) -> NoReturn:
-        sys.stderr.write(f"rank {self.rank}: {reason}\n")
-        sys.stderr.flush()
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.write(f"rank {self.rank}: {reason}\n")
+            sys.stderr.flush()
         self._on_driver_gone()
         os._exit(DRIVER_GONE)

@@ -28,8 +28,8 @@ MAX_HELLO_BYTES = 1 << 16
 _PREFIX = struct.Struct("<IQ")
 
 
-class WireError(EngineError):
-    """Bytes that are not a frame of ours."""
+class WireError(Exception):
+    """Bytes that are not a frame of ours: the stream they came on is lost."""
 
 
 class Header(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
@@ -75,7 +75,7 @@ def encode(kind: Kind, message: Message, *, id: int = 0, method: str = "", seq: 
     header = _encoder.encode(Header(id=id, kind=kind, method=method or type(message).__name__, seq=seq))
     body = _encoder.encode(message)
     if len(body) > MAX_BODY_BYTES:
-        raise WireError(f"a {type(message).__name__} of {len(body)} bytes; one message holds at most {MAX_BODY_BYTES}")
+        raise EngineError(f"a {type(message).__name__} of {len(body)} bytes; a message holds at most {MAX_BODY_BYTES}")
     return b"".join((_PREFIX.pack(len(header), len(body)), header, body))
 
 
@@ -125,8 +125,24 @@ def failure_of(error: BaseException, rank: int) -> Failure:
         text = str(error).strip() or "no message"
         message = f"rank {rank}: {type(error).__name__}: {text}"
         error = RankError(message, rank=rank, type=type(error).__name__, traceback="".join(lines)[-16_000:])
-    details = msgspec.to_builtins(error.details, enc_hook=repr, str_keys=True)
-    return Failure(type=type(error).__name__, message=error.message, hint=error.hint, details=details)
+    return Failure(
+        type=type(error).__name__,
+        message=_plain_text(error.message),
+        hint=_plain_text(error.hint),
+        details={_plain_text(key): _plain(value) for key, value in error.details.items()},
+    )
+
+
+def _plain(value: Any) -> Any:
+    """`value` where msgpack can carry it, else its representation."""
+    try:
+        return msgspec.msgpack.decode(_encoder.encode(value))
+    except (TypeError, ValueError, OverflowError, RecursionError, msgspec.MsgspecError):
+        return ascii(value)
+
+
+def _plain_text(text: str) -> str:
+    return str(text).encode("utf-8", "backslashreplace").decode()
 
 
 def error_of(failure: Failure) -> HarmonyError:

@@ -1,0 +1,44 @@
+"""Stands in for `accelerate launch` without importing torch: starts the ranks, each in its own session, and waits.
+
+As torchrun does, it reports the first rank that fails, ends the others, and exits with status 1.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+
+def main() -> int:
+    world_size, command = int(os.environ["ADAPTIVE_RANK_WORLD_SIZE"]), sys.argv[1:]
+    ranks = [
+        subprocess.Popen(
+            command,
+            env=os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)},
+            start_new_session=True,
+        )
+        for rank in range(world_size)
+    ]
+    while None in [rank.poll() for rank in ranks]:
+        time.sleep(0.05)
+        failed = next((index for index, rank in enumerate(ranks) if rank.returncode), None)
+        if failed is not None:
+            status = ranks[failed].returncode
+            sys.stderr.write(
+                f"failed (exitcode: {status}) local_rank: {failed} (pid: {ranks[failed].pid}) of binary: x\n"
+            )
+            sys.stderr.flush()
+            for rank in ranks:
+                if rank.poll() is None:
+                    rank.send_signal(signal.SIGTERM)
+            for rank in ranks:
+                rank.wait()
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
