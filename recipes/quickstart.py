@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import shlex
 import sys
 
 from pydantic import Field
@@ -71,9 +72,13 @@ async def score(reference: Model, rows: list[StringThread], ctx: RecipeContext) 
 
 async def score_in_fresh_process(reference: str) -> float:
     """What `adaptive run quickstart --evaluate REFERENCE` finds."""
-    command = ("-m", "harmony_core.cli", "run", __file__, "--evaluate", reference, "--at-least", "0", "--json")
-    process = await asyncio.create_subprocess_exec(sys.executable, *command, stdout=asyncio.subprocess.PIPE)
-    output, _ = await process.communicate()
+    words = f"-m harmony_core.cli run {shlex.quote(__file__)} --evaluate {reference} --at-least 0 --json --quiet"
+    process = await asyncio.create_subprocess_exec(sys.executable, *shlex.split(words), stdout=asyncio.subprocess.PIPE)
+    try:
+        output, _ = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.terminate()
     if process.returncode != 0:
         raise RuntimeError(f"scoring {reference} ended with exit code {process.returncode}")
     return float(json.loads(output)["gates"][0]["value"])
@@ -95,18 +100,14 @@ async def main(config: Config, ctx: RecipeContext) -> str:
     policy = await config.model.spawn_train("policy", ctx, max_batch_size=4096)
     examples = [StringThread(row.messages()) for row in held_out[:3]]
     await show_samples("before", policy.temperature(0), examples)
+    logger, stage = get_prod_logger(ctx), ctx.job.stage_notifier("Training")
+    size, seed = config.samples_per_batch, config.seed
     await SFT(
-        rows,
-        policy,
-        get_prod_logger(ctx),
-        ctx.job.stage_notifier("Training"),
-        lr=config.lr,
-        samples_per_batch=config.samples_per_batch,
-        epochs=config.epochs,
-        data_seed=config.seed,
+        rows, policy, logger, stage, lr=config.lr, samples_per_batch=size, epochs=config.epochs, data_seed=seed
     ).run()
     await show_samples("after", policy.temperature(0), examples)
     saved = await policy.save(config.save_as, ctx=ctx)
     await policy.dealloc()
     print(f"saved as {saved}; ask it yourself: adaptive run generate --model {saved} --prompt zebra")
+    print(f"scoring {saved} on {len(held_out)} held-out rows in a fresh process ...")
     return report(ctx, config, await score_in_fresh_process(saved))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from harmony_core.algorithms.callbacks import RecipeCallback, invoke_callbacks
-from harmony_core.algorithms.feeding import Batch, BatchFeed, Unusable, in_words, settle
+from harmony_core.algorithms.feeding import BatchFeed, Unusable, in_words, settle
 from harmony_core.errors import NothingToTrain, UsageError
 from harmony_core.loggers import Logger, StdoutLogger
 from harmony_core.notifiers import StageNotifier, StdoutJobNotifier
@@ -101,43 +101,39 @@ class SFT:
         """How much of the run is done, 0 to 1."""
         return self.feed.completion
 
-    async def run(self) -> dict[str, Any]:
-        """Train to the end. Returns the last step's metrics.
-
-        Raises TooManyFailures, and NothingToTrain when not a single sample could be trained.
-        """
+    async def run(self) -> dict[str, float]:
+        """Train to the end. Returns the last step's metrics. Raises TooManyFailures."""
         _warn_about_weights(self.feed.dataset.threads)
         feed = self.feed
-        metrics: dict[str, Any] = {}
+        metrics: dict[str, float] = {}
         if logs := await invoke_callbacks(self.callbacks, feed.completion):
             self.logger(logs)
         self.stage_notifier.report_progress(feed.total, feed.taken)
         while feed.taken < feed.total:
             batch = await feed.next_batch(self._train_with_tangents if self.use_tangents else self._train)
+            dropped = {f"dropped/{reason}": count for reason, count in batch.dropped.items()}
             # The end of the data may hold dropped samples only: there is no step to take then.
-            metrics = await self._step(batch) if batch.results else metrics
+            step = await self._step(batch.results) if batch.results else {}
             logs = await invoke_callbacks(self.callbacks, feed.completion)
-            if batch.results or logs:
-                self.logger({**metrics, **logs, "completion_percentage": feed.completion})
+            self.logger({**step, **dropped, **logs, "completion_percentage": feed.completion})
+            metrics = step or metrics
             self.stage_notifier.report_progress(feed.total, feed.taken)
-        if not metrics:
-            raise NothingToTrain(f"none of the {feed.total} samples could be trained: {in_words(feed.dropped)}")
         if feed.dropped:
             log.warning("dropped %d of %d samples: %s", feed.dropped.total(), feed.total, in_words(feed.dropped))
         return {**metrics, "completion_percentage": feed.completion}
 
-    async def _step(self, batch: Batch[_Scored | None]) -> dict[str, Any]:
-        metrics: dict[str, Any] = dict(
+    async def _step(self, results: Sequence[_Scored | None]) -> dict[str, float]:
+        metrics = dict(
             await self.model.optim_step(
                 self.lr_schedule(self.feed.completion), self.weight_decay, self.max_grad_norm, self.skip_nan_gradients
             )
         )
-        scored = [result for result in batch.results if result is not None]
+        scored = [result for result in results if result is not None]
         if scored:
             weight = sum(sample.weight for sample in scored)
             metrics["policy/loss"] = -sum(sample.logprob for sample in scored) / weight
             metrics["policy/num_tokens"] = weight
-        return metrics | {f"dropped/{reason}": count for reason, count in batch.dropped.items()}
+        return metrics
 
     async def _train(self, threads: Sequence[StringThread]) -> list[Unusable | None]:
         return await settle(self.model.train_language_modelling, threads)

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from harmony_core.algorithms.callbacks import RecipeCallback, invoke_callbacks
+from harmony_core.errors import UsageError
+
+
+class Recorder(RecipeCallback):
+    def __init__(self, frequency: float, **options: Any) -> None:
+        super().__init__(frequency, **options)
+        self.calls: list[float] = []
+
+    async def callback(self, current_percentage: float) -> dict[str, Any]:
+        self.calls.append(current_percentage)
+        return {"count": len(self.calls)}
+
+
+def calls(callback: Recorder, progress: list[float]) -> list[float]:
+    async def run() -> None:
+        for fraction in progress:
+            await callback.maybe_call(fraction)
+
+    asyncio.run(run())
+    return callback.calls
+
+
+def test_evenly_spaced_progress_runs_every_time() -> None:
+    steps = [k * 0.1 for k in range(11)]
+    assert calls(Recorder(0.1), steps) == steps
+    thirds = [k / 3 for k in range(4)]
+    assert calls(Recorder(1 / 3), thirds) == thirds
+
+
+def test_each_multiple_counts_once_at_the_first_report_past_it() -> None:
+    assert calls(Recorder(0.25), [0, 0.1, 0.3, 0.45, 0.49, 0.7, 0.74, 0.76, 1.0]) == [0, 0.3, 0.7, 0.76, 1.0]
+
+
+def test_a_jump_over_several_multiples_is_one_call() -> None:
+    assert calls(Recorder(0.1), [0, 0.55, 0.58, 0.61]) == [0, 0.55, 0.61]
+
+
+def test_the_end_counts_once_and_only_when_forced() -> None:
+    assert calls(Recorder(0.4), [0, 0.5, 1.0, 1.0]) == [0, 0.5, 1.0]
+    assert calls(Recorder(0.4, force_run_on_exit=False), [0, 0.5, 0.85, 1.0]) == [0, 0.5, 0.85]
+    assert calls(Recorder(1.5), [0, 0.5, 1.0]) == [0, 1.0]
+
+
+def test_what_is_logged_has_its_prefix_and_the_completion() -> None:
+    first, second = Recorder(0.5, log_key_prefix="val"), Recorder(1.0)
+    logs = asyncio.run(invoke_callbacks([first, second], 0.0))
+    completion = {"completion_percentage": 0.0, "training/completion_percentage": 0.0}
+    assert logs == {"val/count": 1, "count": 1, **completion}
+    assert asyncio.run(invoke_callbacks([first, second], 0.1)) == {}
+
+
+def test_a_frequency_that_is_none_is_refused() -> None:
+    with pytest.raises(UsageError, match="frequency"):
+        Recorder(0)

@@ -1,0 +1,67 @@
+"""SFT on a live model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from engines import LiveEngine, pair
+from harmony_core.algorithms import SFT
+from harmony_core.client import TrainingModel
+from harmony_core.loggers import EventLogger
+from harmony_core.threads import StringThread
+
+
+async def trained(engine: LiveEngine, name: str, dataset: list[StringThread], **options: Any) -> list[dict[str, Any]]:
+    """Metrics of every step of one run on a fresh model, which is freed."""
+    metrics: list[dict[str, Any]] = []
+    logger = EventLogger(lambda type, data: metrics.append(data["metrics"]) if type == "metrics" else None)
+    model = await spawned(engine, name)
+    try:
+        await SFT(dataset, model, logger, lr=3e-3, **options).run()
+    finally:
+        await model.dealloc()
+    return metrics
+
+
+async def spawned(engine: LiveEngine, name: str) -> TrainingModel:
+    builder = engine.client.model("builtin:tiny-lm", kv_cache_len=512).dtype("float64")
+    return await builder.spawn_train(name, max_batch_size=256)
+
+
+def samples() -> list[StringThread]:
+    return [pair(f"say {i % 5}", "abcde"[i % 5] * (1 + i % 3)) for i in range(40)]
+
+
+def test_the_loss_falls_and_the_documented_metrics_are_logged(one_rank: LiveEngine) -> None:
+    metrics = one_rank.run(trained(one_rank, "sft", samples(), samples_per_batch=10, epochs=3))
+    assert len(metrics) == 12
+    assert metrics[-1]["loss"] < metrics[0]["loss"] - 0.5
+    assert {"loss", "grad_norm", "num_tokens", "lr", "completion_percentage"} <= set(metrics[0])
+    assert metrics[-1]["lr"] == pytest.approx(3e-4)
+
+
+def test_tangents_give_the_same_steps(one_rank: LiveEngine) -> None:
+    dataset = samples()
+    direct = one_rank.run(trained(one_rank, "direct", dataset, samples_per_batch=16))
+    tangents = one_rank.run(trained(one_rank, "tangents", dataset, samples_per_batch=16, use_tangents=True))
+    for a, b in zip(direct, tangents, strict=True):
+        for name in ("loss", "grad_norm", "num_tokens", "lr"):
+            assert b[name] == pytest.approx(a[name], rel=1e-9), name
+        # Measured by a forward pass of its own, before the step.
+        assert b["policy/loss"] == pytest.approx(a["loss"], rel=1e-5)
+        assert b["policy/num_tokens"] == a["num_tokens"]
+    assert "policy/loss" not in direct[0]
+
+
+@pytest.mark.parametrize("use_tangents", [False, True])
+def test_too_long_and_unweighted_samples_are_dropped_by_reason(one_rank: LiveEngine, use_tangents: bool) -> None:
+    unusable = [pair("long", "x" * 300), StringThread([("user", "q"), ("assistant", "a"), ("user", "")])]
+    dataset = samples()[:18] + unusable
+    metrics = one_rank.run(trained(one_rank, "drops", dataset, samples_per_batch=9, use_tangents=use_tangents))
+    counted = {
+        key: sum(step.get(key, 0) for step in metrics)
+        for key in ("num_samples", "dropped/sample_too_long", "dropped/nothing_to_train")
+    }
+    assert counted == {"num_samples": 18, "dropped/sample_too_long": 1, "dropped/nothing_to_train": 1}

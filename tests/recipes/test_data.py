@@ -1,0 +1,32 @@
+"""The shipped data: what it is, and that it is what the script makes."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from pathlib import Path
+
+from harmony_core.parameters import shipped_data
+
+NAMES = ("sort-letters", "sort-letters-held-out")
+
+
+def rows(name: str) -> list[tuple[str, str]]:
+    lines = [json.loads(line) for line in shipped_data()[name].read_text(encoding="utf-8").splitlines()]
+    return [(line["messages"][0]["content"], line["completion"]) for line in lines]
+
+
+def test_the_script_makes_the_shipped_files(tmp_path: Path) -> None:
+    folder = shipped_data()[NAMES[0]].parent
+    runpy.run_path(str(folder / "make.py"))["main"](tmp_path)
+    for name in NAMES:
+        assert (tmp_path / f"{name}.jsonl").read_bytes() == (folder / f"{name}.jsonl").read_bytes()
+
+
+def test_answers_are_right_and_nothing_held_out_is_trained() -> None:
+    training, held_out = (rows(name) for name in NAMES)
+    assert (len(training), len(held_out)) == (3000, 200)
+    for prompt, answer in training + held_out:
+        assert len(set(prompt)) == 5
+        assert answer == "".join(sorted(prompt))
+    assert not {answer for _, answer in training} & {answer for _, answer in held_out}
