@@ -1,7 +1,8 @@
 """From logits to tokens, with the log-prob of each token in the raw distribution and in the one it was drawn from.
 
 A token is drawn by inverse CDF: the lowest id whose cumulative probability, summed in float64 in the order of ids,
-exceeds the row's random number. Every row is computed from its own logits alone.
+exceeds the row's random number. Every row is computed from its own logits alone. N rows, V ids, W the width of the
+working copy: V rounded up to whole blocks, with probability 0 behind V.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from harmony_core.engine.inference.draws import Draws
 
 _CANDIDATES = 256
 """Highest logits that are looked at first for top-k and top-p; grown for rows that need more."""
+_BLOCK = 256
+"""Ids whose probabilities are summed before any of them is looked at."""
 _COLDEST = 1e-30
 """Temperatures below this draw as this one does; it is greedy already, and in the range of float32."""
 
@@ -49,8 +52,12 @@ def sample(logits: Tensor, draws: Draws, suppressed: dict[int, list[int]] | None
             group = kinds == kind
             rows = torch.from_numpy(np.flatnonzero(group)).to(logits.device)
             tokens[rows], processed[rows] = _METHODS[kind](allowed[rows], draws.rows(group))
-    raw = logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
-    return Sampled(tokens, raw, processed)
+    if allowed is logits and (kinds == 1).all() and (draws.temperature == 1).all():
+        return Sampled(tokens, processed, processed)
+    best = logits.amax(-1, keepdim=True)
+    total = (logits - best).exp_().sum(-1, dtype=torch.float64)
+    chosen = logits.gather(-1, tokens[:, None]) - best
+    return Sampled(tokens, chosen[:, 0] - total.log().to(logits.dtype), processed)
 
 
 def keep(scaled: Tensor, draws: Draws) -> Tensor:
@@ -86,22 +93,46 @@ def _filtered(logits: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
 def _draw(logits: Tensor, draws: Draws, filters: bool = False) -> tuple[Tensor, Tensor]:
     """Ids and log-probs in the processed distribution, `[N]` each."""
     # The maximum goes first, so that a tiny temperature cannot overflow: the best id stays at 0.
-    scaled = logits - logits.amax(-1, keepdim=True)
+    best = logits.amax(-1, keepdim=True)
+    size = logits.shape[-1]
+    work = logits.new_empty(len(logits), -(-size // _BLOCK) * _BLOCK)
+    torch.sub(logits, best, out=work[:, :size])
+    work[:, size:] = float("-inf")
+    heat = None
     if (draws.temperature != 1).any():
-        scaled /= _column(np.maximum(draws.temperature, _COLDEST), logits, logits.dtype)
+        heat = _column(np.maximum(draws.temperature, _COLDEST), logits, logits.dtype)
+        work /= heat
     if filters:
-        scaled.masked_fill_(scaled < _floors(scaled, draws), float("-inf"))
-    cumulative = scaled.exp().cumsum(-1, dtype=torch.float64)
-    total = cumulative[:, -1:]
-    target = _column(draws.uniform, logits, torch.float64) * total
+        work.masked_fill_(work < _floors(work, draws), float("-inf"))
+    tokens, total = _invert(work.exp_(), _column(draws.uniform, logits, torch.float64))
     # The clamp matters only for rows that are no distribution; their log-probs say so.
-    tokens = torch.searchsorted(cumulative, target, right=True).clamp_(max=logits.shape[-1] - 1)
-    logprobs = scaled.gather(-1, tokens) - total.log()
-    return tokens[:, 0], logprobs[:, 0].to(logits.dtype)
+    tokens.clamp_(max=size - 1)
+    chosen = logits.gather(-1, tokens) - best
+    if heat is not None:
+        chosen /= heat
+    return tokens[:, 0], (chosen - total.log())[:, 0].to(logits.dtype)
 
 
 _METHODS = (_greedy, _draw, _filtered)
 """By `Draws.kinds`."""
+
+
+def _invert(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Ids at `uniform` `[N, 1]` of the cumulative `weights` `[N, W]`, and the weights' sums, `[N, 1]` each.
+
+    The block is found by the blocks' sums, the id within it; an id of weight 0 is never found.
+    """
+    blocks = weights.view(len(weights), -1, _BLOCK)
+    ends = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
+    total = ends[:, -1:]
+    target = uniform * total
+    block = torch.searchsorted(ends, target, right=True).clamp_(max=ends.shape[1] - 1)
+    start = torch.where(block > 0, ends.gather(-1, (block - 1).clamp_(min=0)), 0.0)
+    inside = blocks.gather(1, block[:, :, None].expand(-1, -1, _BLOCK))[:, 0].cumsum(-1, dtype=torch.float64)
+    # The two sums of a block may differ in the last bit: never step over its last id.
+    last = torch.searchsorted(inside, inside[:, -1:].contiguous())
+    found = torch.minimum(torch.searchsorted(inside, target - start, right=True), last)
+    return block * _BLOCK + found, total
 
 
 def _floors(scaled: Tensor, draws: Draws) -> Tensor:
@@ -109,11 +140,13 @@ def _floors(scaled: Tensor, draws: Draws) -> Tensor:
     with np.errstate(divide="ignore"):
         floors = _column(np.log(draws.min_p), scaled, scaled.dtype)
     size = scaled.shape[-1]
-    top_k, top_p = draws.top_k, draws.top_p
-    pending = np.flatnonzero((top_k > 0) | (top_p < 1))
-    count = min(size, max(_CANDIDATES, int(min(top_k.max(initial=0), size))))
+    pending = np.flatnonzero((draws.top_k > 0) | (draws.top_p < 1))
+    mass = scaled.exp().sum(-1, keepdim=True, dtype=torch.float64) if len(pending) else floors
+    count = min(size, _CANDIDATES)
     while len(pending):
-        found, certain = _nucleus(scaled[pending], top_k[pending], top_p[pending], count)
+        highest = scaled[pending].topk(count, dim=-1).values
+        found, certain = _nucleus(highest, mass[pending], draws.top_k[pending], draws.top_p[pending])
+        certain |= count == size
         done = pending[certain]
         floors[done] = torch.maximum(floors[done], found[certain])
         pending = pending[~certain]
@@ -122,23 +155,21 @@ def _floors(scaled: Tensor, draws: Draws) -> Tensor:
 
 
 def _nucleus(
-    scaled: Tensor, top_k: NDArray[np.float64], top_p: NDArray[np.float64], count: int
+    highest: Tensor, mass: Tensor, top_k: NDArray[np.float64], top_p: NDArray[np.float64]
 ) -> tuple[Tensor, NDArray[np.bool_]]:
-    """Floors by top-k, then top-p over what top-k left, from the `count` highest logits; and which are certain.
+    """Floors by top-k, then by top-p over what top-k left, from the C highest logits of each row, in order.
 
-    An uncertain floor is too high: the nucleus reaches past the candidates.
+    Also which rows are certain: what top-k keeps, or else the nucleus, ends before the candidates do. `mass` `[N, 1]`
+    is that of all ids.
     """
-    size = scaled.shape[-1]
-    highest = scaled.topk(count, dim=-1).values
-    last = np.where(top_k > 0, np.minimum(top_k, size), size).astype(np.int64) - 1
-    floor = highest.gather(-1, torch.from_numpy(np.minimum(last, count - 1)[:, None]).to(scaled.device))
-    floor = torch.where(_column(top_k, scaled, torch.float64) > 0, floor, float("-inf"))
-    mass = scaled.exp().masked_fill_(scaled < floor, 0).sum(-1, keepdim=True, dtype=torch.float64)
-    weights = highest.exp().masked_fill_(highest < floor, 0)
-    before = weights.cumsum(-1, dtype=torch.float64) - weights
-    wanted = (before < _column(top_p, scaled, torch.float64) * mass) & (weights > 0)
-    kept = wanted.sum(-1, keepdim=True).clamp_(min=1)
-    by_p = highest.gather(-1, kept - 1)
-    off = _column(top_p, scaled, torch.float64) >= 1
-    certain = off | (kept < count) | (count == size)
-    return torch.where(off, floor, torch.maximum(floor, by_p)), certain[:, 0].cpu().numpy()
+    count = highest.shape[-1]
+    limited, cut = _column(top_k, highest, torch.float64) > 0, _column(top_p, highest, torch.float64)
+    last = torch.tensor(np.clip(top_k, 1, count)[:, None] - 1, dtype=torch.long, device=highest.device)
+    by_k = torch.where(limited, highest.gather(-1, last), float("-inf"))
+    weights = highest.double().exp().masked_fill_(highest < by_k, 0)
+    ends = weights.cumsum(-1)
+    mass = torch.where(limited, ends[:, -1:], mass)
+    kept = (((ends - weights) < cut * mass) & (weights > 0)).sum(-1, keepdim=True).clamp_(min=1)
+    floor = torch.where(cut < 1, highest.gather(-1, kept - 1), by_k)
+    certain = highest[:, -1:] < torch.where(limited, by_k, floor)
+    return floor, certain[:, 0].cpu().numpy()

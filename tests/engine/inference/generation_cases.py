@@ -8,13 +8,13 @@ from typing import Any
 import msgspec
 import torch
 import torch.distributed as dist
-from ranks import Group
 
 from harmony_core.engine.inference.runner import Runner
 from harmony_core.engine.inference.scheduler import Scheduler
 from harmony_core.engine.inference.step import StepPlan
 from harmony_core.engine.models.loading import load_model
 from harmony_core.rpc.protocol import Sampling, unpack_floats, unpack_ints
+from ranks import Group
 
 
 def generate(

@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_models
 import torch
-from ranks import RankPool
 from torch import Tensor
 
+import tiny_models
 from harmony_core.engine.inference.generator import Generator
 from harmony_core.engine.inference.step import Finished
 from harmony_core.engine.models.context import ForwardContext, PackedAttention, forward_context
@@ -20,6 +19,7 @@ from harmony_core.engine.models.model import CausalLM
 from harmony_core.engine.models.parallel import TensorParallel
 from harmony_core.errors import EngineError
 from harmony_core.rpc.protocol import Generated, Sampling, unpack_floats, unpack_ints
+from ranks import RankPool
 
 GREEDY = Sampling(temperature=0, max_tokens=40)
 EDGES = [1, 2, 15, 16, 17, 31, 32, 33, 47, 48, 49, 5]
