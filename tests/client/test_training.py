@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import pytest
+
 from engines import LiveEngine, pair, pairs
 from harmony_core.client import TrainingModel
 from harmony_core.client.batching import Sample

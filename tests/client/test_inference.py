@@ -1,0 +1,204 @@
+"""Generation and scoring through the public handles on real ranks."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from engines import LiveEngine, pair
+from harmony_core.client import InferenceModel
+from harmony_core.errors import ConflictError, DataError, ModelRefused, NotFoundError, PromptTooLong, UsageError
+from harmony_core.threads import StringThread
+from tiny_models import golden
+
+TINY = "builtin:tiny-lm"
+
+
+def question(text: str) -> StringThread:
+    return StringThread([("user", text)])
+
+
+async def spawn(engine: LiveEngine, name: str, *, tp: int = 1, kv: int = 4096) -> InferenceModel:
+    builder = engine.client.model(TINY, kv_cache_len=kv, tokens_to_generate=512)
+    return await builder.tp(tp).spawn_inference(name)
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_greedy_equals_transformers_generate(one_rank: LiveEngine, two_ranks: LiveEngine, tp: int) -> None:
+    engine = one_rank if tp == 1 else two_ranks
+
+    async def ours() -> list[list[int]]:
+        model = (await spawn(engine, "greedy", tp=tp)).temperature(0).max_gen_len(24)
+        prompts = [question(f"say {i} please"[: 5 + i]) for i in range(6)]
+        threads = await asyncio.gather(*(model.generate_tokens(p) for p in prompts))
+        result = [t.token_ids for t in threads]
+        await model.dealloc()
+        return result
+
+    reference = AutoModelForCausalLM.from_pretrained(engine.registry.resolve(TINY).path)
+    tokenizer_stops = {3}
+    for ids in engine.run(ours()):
+        # The completion starts after the last header; regenerate from every cut that the engine made.
+        prompt = ids[: len(ids) - _completion_length(ids, tokenizer_stops)]
+        expected = reference.generate(
+            torch.tensor([prompt]), do_sample=False, max_new_tokens=24, eos_token_id=list(tokenizer_stops)
+        )[0].tolist()
+        assert ids == expected[: len(ids)] and len(expected) == len(ids)
+
+
+def _completion_length(ids: list[int], stops: set[int]) -> int:
+    """Tokens after the generation prompt `<|im_start|>assistant` + newline."""
+    header = max(i for i, token in enumerate(ids[:-24] or ids) if token == 2)
+    newline = next(i for i in range(header, len(ids)) if ids[i] == 4)
+    return len(ids) - newline - 1
+
+
+def test_sampled_tokens_do_not_depend_on_neighbours(one_rank: LiveEngine) -> None:
+    async def work() -> None:
+        # The run's seed is fixed, so the spawn's name and the request's number decide.
+        alone = await spawn(one_rank, "neighbours")
+        first = (await alone.max_gen_len(20).generate_tokens(question("tell me"))).token_ids
+        await alone.dealloc()
+        crowded = await spawn(one_rank, "neighbours")
+        asked = [question("tell me")] + [question(f"number {i}" * (1 + i % 5)) for i in range(63)]
+        threads = await asyncio.gather(*(crowded.max_gen_len(20).generate_tokens(q) for q in asked))
+        assert threads[0].token_ids == first
+        assert len({tuple(t.token_ids) for t in threads}) > 30
+        await crowded.dealloc()
+
+    one_rank.run(work())
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_sampler_logprobs_equal_scored_ones(one_rank: LiveEngine, two_ranks: LiveEngine, tp: int) -> None:
+    engine = one_rank if tp == 1 else two_ranks
+
+    async def work() -> None:
+        model = await spawn(engine, "logprobs", tp=tp)
+        warm = model.temperature(0.7).top_p(0.9).max_gen_len(16)
+        threads = await asyncio.gather(*(warm.generate_tokens(question(f"q {i}")) for i in range(8)))
+        for thread in threads:
+            assert thread.logprobs is not None and thread.sampled_logprobs is not None
+            scored = await model.logprobs_per_token(thread)
+            assert scored == pytest.approx(thread.logprobs, abs=1e-4)
+            assert sum(scored) == pytest.approx(sum(await model.logprobs_per_token(thread)), abs=1e-6)
+            assert all(raw <= 1e-6 for raw in scored)
+        assert any(
+            abs(a - b) > 1e-3 for t in threads for a, b in zip(t.logprobs or [], t.sampled_logprobs or [], strict=True)
+        )
+        await model.dealloc()
+
+    engine.run(work())
+
+
+def test_a_thousand_requests_with_random_cancels_leave_the_pool_empty(one_rank: LiveEngine) -> None:
+    async def work() -> None:
+        model = await spawn(one_rank, "cancels", kv=512)
+        draw = random.Random(5)
+        tasks = [
+            asyncio.ensure_future(model.max_gen_len(1 + i % 12).generate(question(f"{i}" * (1 + i % 7))))
+            for i in range(1000)
+        ]
+        victims = draw.sample(tasks, 400)
+        for batch in range(20):
+            await asyncio.sleep(0.01)
+            for task in victims[batch * 20 : batch * 20 + 20]:
+                task.cancel()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        cancelled = sum(isinstance(r, asyncio.CancelledError) for r in results)
+        assert cancelled > 50
+        assert all(isinstance(r, StringThread | asyncio.CancelledError) for r in results)
+        # Only an empty pool has room for a request that may take all of it.
+        whole = model.min_gen_len(480).max_gen_len(480)
+        thread = await asyncio.wait_for(whole.generate_tokens(question("x")), 60)
+        assert thread.len_last_turn() > 400
+        await model.dealloc()
+
+    one_rank.run(work())
+
+
+def test_limits_of_length(one_rank: LiveEngine) -> None:
+    async def work() -> None:
+        builder = one_rank.client.model(TINY, kv_cache_len=2048, tokens_to_generate=5)
+        model = await builder.max_seqlen(40).spawn_inference("limits")
+        assert (await model.min_gen_len(5).generate_tokens(question("hi"))).len_last_turn() == 5
+        with pytest.raises(PromptTooLong) as refused:
+            await model.generate(question("x" * 60))
+        assert refused.value.details["limit"] == 40 and refused.value.details["tokens"] > 60
+        for wrong in (lambda: model.temperature(-1), lambda: model.top_p(0), lambda: model.max_gen_len(0)):
+            with pytest.raises(UsageError):
+                wrong()
+        await model.dealloc()
+        with pytest.raises(ConflictError, match="dealloc"):
+            await model.generate(question("hi"))
+
+    one_rank.run(work())
+
+
+def test_timings_and_raw_text(one_rank: LiveEngine) -> None:
+    async def work() -> None:
+        model = await spawn(one_rank, "raw")
+        thread, timings = await model.max_gen_len(6).generate(question("hi"), return_timings=True)
+        assert thread.completion() is not None and 0 <= timings.ttft_from_creation_sec < 60
+        assert timings.num_tokens <= 6
+        ids = await model.tokenize("some text")
+        assert await model.detokenize(ids) == "some text"
+        assert len(await model.max_gen_len(7).min_gen_len(7).raw_token_create("some text")) == 7
+        values = await model.raw_logprobs(ids)
+        assert len(values) == len(ids) and values[0] == 0 and all(v < 0 for v in values[1:])
+        with pytest.raises(DataError, match="outside the vocabulary"):
+            await model.raw_logprobs([1, 99_999])
+        tokenized = await model.tokenize_thread(pair("a", "b"))
+        assert (await model.detokenize_thread(tokenized)).get_turns() == pair("a", "b").get_turns()
+        await model.dealloc()
+
+    one_rank.run(work())
+
+
+def test_golden_logprobs_without_a_tokenizer(one_rank: LiveEngine, tmp_path: Path) -> None:
+    """Summed log-probs of a model given by a formula, computed elsewhere with plain transformers."""
+    one_rank.registry.add("golden", str(golden(tmp_path / "golden")))
+
+    async def work() -> None:
+        model = await one_rank.client.model("golden", kv_cache_len=256).spawn_inference("golden")
+        rows = [[1, 5, 9, 13, 17, 21, 2], [1, 6, 11, 16, 21, 26, 31, 3, 2]]
+        sums = [sum((await model.raw_logprobs(row))[3:]) for row in rows]
+        assert sums == pytest.approx([-10.517499923706055, -19.154621124267578], abs=1e-4)
+        with pytest.raises(ModelRefused, match="no tokenizer"):
+            await model.generate(question("hi"))
+        await model.dealloc()
+
+    one_rank.run(work())
+
+
+def test_names_and_keys(one_rank: LiveEngine) -> None:
+    async def work() -> None:
+        with pytest.raises(NotFoundError, match="tiny-ml"):
+            one_rank.client.model("builtin:tiny-ml")
+        with pytest.raises(UsageError, match="openai"):
+            one_rank.client.model("openai://gpt")
+        with pytest.raises(ModelRefused, match="tp"):
+            one_rank.client.model(TINY).tp(3)
+        model = await spawn(one_rank, "unique")
+        with pytest.raises(ConflictError, match="unique"):
+            await spawn(one_rank, "unique")
+        assert model.get_builder_args()["path"] == "model_registry://builtin:tiny-lm"
+        await model.dealloc()
+
+    one_rank.run(work())
+
+
+def test_a_model_that_nobody_holds_is_freed(one_rank: LiveEngine) -> None:
+    async def work() -> None:
+        model = await spawn(one_rank, "forgotten")
+        assert "forgotten" in one_rank.client.memory()["models"]
+        del model
+        await one_rank.until(lambda: "forgotten" not in one_rank.client.memory()["models"])
+        await (await spawn(one_rank, "forgotten")).dealloc()
+
+    one_rank.run(work())
