@@ -92,13 +92,22 @@ def check_tokenizer(directory: Path, vocab_size: int) -> tuple[str, ...]:
     from tokenizers import Tokenizer
 
     try:
-        vocabulary = Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True)
+        tokenizer = Tokenizer.from_file(str(path))
+        vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     except Exception as error:  # the library raises nothing narrower
         raise damaged(path, f"not a tokenizer ({error})") from error
-    highest = max(vocabulary.values(), default=-1)
-    if highest >= vocab_size:
+    beyond = {name: number for name, number in vocabulary.items() if number >= vocab_size}
+    added = tokenizer.get_added_tokens_decoder()
+    if any(number not in added for number in beyond.values()):
+        highest = max(beyond.values())
         raise ModelRefused(f"{path}: token {highest} does not fit a model with {vocab_size} tokens")
-    return () if has_template(directory) else ("no chat template: it serves calls with raw tokens only",)
+    notes = []
+    if beyond:
+        # Fine-tunes often come with a padding token that the weights have no row for.
+        notes.append(f"the model does not know the added tokens {', '.join(sorted(beyond)[:5])}")
+    if not has_template(directory):
+        notes.append("no chat template: it serves calls with raw tokens only")
+    return tuple(notes)
 
 
 def has_template(directory: Path) -> bool:

