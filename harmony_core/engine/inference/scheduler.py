@@ -26,8 +26,9 @@ MAX_RUNNING = 256
 class Scheduler:
     """Requests of one replica: submit and cancel at any time; plan, then commit, once per step.
 
-    `kv_tokens` is the pool, `max_positions` the model's context, `prefill_tokens` the most prompt tokens in one step,
-    `version` says which policy version the weights have now.
+    `kv_tokens` is the pool, `max_positions` the model's context, `prefill_tokens` the most tokens in one step, prompt
+    or decoding, `max_running` the most sequences that hold pages; `version` says which policy version the weights have
+    now.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class Scheduler:
         self.max_positions = max_positions
         self.vocab_size = vocab_size
         self.prefill_tokens = prefill_tokens
-        self.max_running = max_running
+        self.max_running = min(max_running, prefill_tokens)
         self._version = version
         self._waiting: OrderedDict[int, Sequence] = OrderedDict()
         self._running: dict[int, Sequence] = {}

@@ -12,24 +12,43 @@ import torch.distributed as dist
 from harmony_core.engine.inference.runner import Runner
 from harmony_core.engine.inference.scheduler import Scheduler
 from harmony_core.engine.inference.step import StepPlan
+from harmony_core.engine.models.adapters import add_lora
 from harmony_core.engine.models.loading import load_model
-from harmony_core.rpc.protocol import Sampling, unpack_floats, unpack_ints
+from harmony_core.engine.models.model import CausalLM
+from harmony_core.engine.models.parallel import full_shape
+from harmony_core.rpc.protocol import LoraSettings, Sampling, unpack_floats, unpack_ints
 from ranks import Group
+
+LORA = LoraSettings(rank=4, alpha=8.0, seed=5)
+
+
+def add_adapter(model: CausalLM, name: str) -> None:
+    """An adapter that changes a lot: its B is not zero. The same values on every number of ranks."""
+    add_lora(model, name, LORA)
+    with torch.no_grad():
+        for index, (path, parameter) in enumerate(model.adapters[name].parameters.items()):
+            if path.endswith("lora_B.weight"):
+                shape = full_shape(parameter)
+                full = torch.randn(shape, generator=torch.Generator().manual_seed(index)) * 0.3
+                shard = model.shard_of(parameter)
+                parameter.copy_(full if shard is None else shard.take(full))
 
 
 def generate(
-    group: Group, directory: str, prompts: list[list[int]], samplings: list[dict[str, Any]], kv_tokens: int = 4096
+    group: Group, directory: str, prompts: list[list[int]], samplings: list[dict[str, Any]], adapter: bool
 ) -> dict[str, Any] | None:
     """Tokens, raw and processed log-probs of every request, from the first rank."""
     tp, _, _ = group.grid(group.size)
     model = load_model(Path(directory), tp, torch.device("cpu"), torch.float32)
-    runner = Runner(model, kv_tokens)
+    if adapter:
+        add_adapter(model, "style")
+    runner = Runner(model, 4096, adapter="style" if adapter else None)
     if group.rank:
         while plan := _broadcast(group, None):
             runner.run(msgspec.msgpack.decode(plan, type=StepPlan))
         return None
     scheduler = Scheduler(
-        kv_tokens=kv_tokens,
+        kv_tokens=4096,
         max_positions=model.max_positions,
         vocab_size=model.vocab_size,
         version=lambda: 0,

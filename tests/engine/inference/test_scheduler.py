@@ -145,8 +145,9 @@ def test_a_large_request_at_the_head_is_not_overtaken() -> None:
     assert sched.pool.is_empty
 
 
-def test_at_most_max_running_sequences_decode_together() -> None:
-    sched = scheduler(max_running=3)
+@pytest.mark.parametrize("options", [{"max_running": 3}, {"prefill_tokens": 3}])
+def test_at_most_so_many_sequences_decode_together(options: dict[str, int]) -> None:
+    sched = scheduler(**options)
     for id in range(7):
         sched.submit(id, [0], Sampling(max_tokens=5))
     widths = []
@@ -267,6 +268,18 @@ def test_a_broken_distribution_ends_its_own_request_only() -> None:
     assert isinstance(finished.error, EngineError)
     assert "request 2" in finished.error.message and "position 2" in finished.error.message
     assert sorted(drain(sched)) == [1, 3]
+    assert sched.pool.is_empty
+
+
+def test_a_step_that_cannot_be_executed_ends_its_requests_and_no_others() -> None:
+    sched = scheduler(prefill_tokens=10)
+    for id in range(4):
+        sched.submit(id, [0] * 5, Sampling(max_tokens=2))
+    plan = sched.plan()
+    sched.cancel(1)
+    failure = EngineError("no")
+    assert [(finished.id, finished.error) for finished in sched.abort(plan, failure)] == [(0, failure)]
+    assert sorted(drain(sched)) == [2, 3]
     assert sched.pool.is_empty
 
 
