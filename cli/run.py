@@ -144,6 +144,8 @@ def start(invocation: Invocation, words: Sequence[str], reply: Reply) -> int:
     from harmony_core.config.names import settle_names
     from harmony_core.execution import RunOptions, execute
     from harmony_core.home import Home
+    from harmony_core.interruption import Interruption
+    from harmony_core.notifiers import silenced
     from harmony_core.registry import Registry
     from harmony_core.run import Run
 
@@ -169,8 +171,8 @@ def start(invocation: Invocation, words: Sequence[str], reply: Reply) -> int:
         if not options.dry_run:
             record_inputs(run, recipe, configured, config, models)
             tell(f"run {run.id}")
-        with progress(quiet) as sink:
-            outcome = asyncio.run(execute(recipe, config, options, run, registry, sink, tell))
+        with silenced(quiet), progress(quiet) as sink, Interruption(options.timeout, tell) as stop:
+            outcome = asyncio.run(execute(recipe, config, options, run, registry, sink, stop))
         data = run.redactor.data(outcome.as_data(None if options.dry_run else run.id))
         run.finish(outcome.status, outcome.exit_code, data)
     (print_plan if options.dry_run else print_result)(data, recipe, models, quiet, as_json)

@@ -74,16 +74,20 @@ async def execute(
     run: Run,
     registry: Registry,
     sink: ProgressSink | None = None,
-    tell: Callable[[str], None] = say,
+    stop: Interruption | None = None,
 ) -> Outcome:
     """Run the recipe to its end and stop the engine. Never raises what the recipe raised: it is in the outcome.
 
-    Call it on the main thread, so that signals can be taken. `sink` draws progress, `tell` shows a line to people.
+    `sink` draws progress. `stop` is an interruption that the caller has entered around the event loop; without one,
+    signals are not taken and `options.timeout` alone is kept.
     """
+    if stop is None:
+        with Interruption(options.timeout, say, owns_process=False) as stop:
+            return await execute(recipe, config, options, run, registry, sink, stop)
     outcome = Outcome()
     run.events.listen(lambda event: outcome.models.append(event["data"]) if event["type"] == "model.saved" else None)
-    last_words = _last_words(run, outcome)
-    with Interruption(options.timeout, tell, last_words) as stop, _forgotten(outcome):
+    stop.last_words = _last_words(run, outcome)
+    with _forgotten(outcome):
         try:
             client = HarmonyClient.start(options.for_engine(run), registry, run.events.write)
         except HarmonyError as error:
@@ -161,7 +165,8 @@ def _last_words(run: Run, outcome: Outcome) -> Callable[[int], None]:
 def _forgotten(outcome: Outcome) -> Iterator[None]:
     """Coroutines that were never awaited, and tasks whose failure nobody saw, fail the run: work was lost.
 
-    Only where the run would have been good: a recipe that failed or was stopped leaves such things behind.
+    Only where the run would have been good: a recipe that failed, was stopped, or was planned up to a line, leaves
+    such things behind.
     """
     loop = asyncio.get_running_loop()
     old_handler, old_depth = loop.get_exception_handler(), sys.get_coroutine_origin_tracking_depth()
@@ -197,7 +202,7 @@ def _forgotten(outcome: Outcome) -> Iterator[None]:
     finally:
         loop.set_exception_handler(old_handler)
         sys.set_coroutine_origin_tracking_depth(old_depth)
-    for error in found if outcome.exit_code == 0 else ():
+    for error in found if outcome.exit_code == 0 and not outcome.planned_until else ():
         outcome.fail(error)
 
 

@@ -31,22 +31,24 @@ _REASONS: dict[int, Reason] = {signal.SIGINT: "interrupt", signal.SIGTERM: "term
 
 
 class Interruption:
-    """A context manager around the recipe's task; use it on the main thread, inside the running loop.
+    """A context manager around the event loop that runs the recipe; use it on the main thread.
 
-    `say` tells people what happens; `last_words(exit_code)` runs on the watching thread just before the process is
-    ended at once, and must be quick.
+    `say` tells people what happens. `last_words(exit_code)` may be set; it runs on the watching thread just before the
+    process is ended at once, and must be quick. With `owns_process=False` signals and the process are left alone: the
+    time limit cancels the task, and that is all.
     """
 
     def __init__(
         self,
         timeout: float | None = None,
         say: Callable[[str], None] = lambda text: None,
-        last_words: Callable[[int], None] = lambda code: None,
         grace: float = GRACE_SECONDS,
+        owns_process: bool = True,
     ) -> None:
         self.reason: Reason | None = None
         self._say = say
-        self._last_words = last_words
+        self._owns_process = owns_process
+        self.last_words: Callable[[int], None] = lambda exit_code: None
         self._grace = grace
         self._timeout = timeout
         self._started = time.monotonic()
@@ -67,14 +69,14 @@ class Interruption:
     def watch(self, task: asyncio.Task[Any]) -> None:
         """The task to cancel. If a stop was asked for already, it is cancelled now."""
         self._task = task
+        self._loop = task.get_loop()
         if self.reason is not None:
-            task.cancel()
+            self._cancel()
 
     def __enter__(self) -> Interruption:
-        self._loop = asyncio.get_running_loop()
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
-        if threading.current_thread() is threading.main_thread():
+        if self._owns_process:
             for number in _REASONS:
                 self._restore[number] = signal.signal(number, self._on_signal)
             self._old_wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
@@ -139,9 +141,11 @@ class Interruption:
             if self._timeout is not None and now >= self._started + self._timeout:
                 self._stop("timeout")
             return
+        if not self._owns_process:
+            return
         if now >= self._stopped_at + self._grace:
             self._end(EXIT_CODES[self.reason], f"not stopped within {self._grace:.0f} s")
-        stalled = not self._acknowledged and now >= self._stopped_at + STALL_SECONDS
+        stalled = self._loop is not None and not self._acknowledged and now >= self._stopped_at + STALL_SECONDS
         if stalled and not self._raise_now and self._main is not None:
             self._raise_now = True
             self._own_signals += 1
@@ -158,7 +162,8 @@ class Interruption:
             self._say("stopping (Ctrl-C again: end at once)")
         else:
             self._say("stopping: SIGTERM")
-        assert self._loop is not None
+        if self._loop is None:
+            return  # the task is cancelled as soon as there is one
         with contextlib.suppress(RuntimeError):  # the loop is closed: the run is over
             self._loop.call_soon_threadsafe(self._cancel)
 
@@ -171,7 +176,7 @@ class Interruption:
         """Leave without cleaning up; closing the sockets to the ranks ends them."""
         try:
             self._say(f"ended: {why}")
-            self._last_words(exit_code)
+            self.last_words(exit_code)
         finally:
             if sys.stderr.isatty():
                 os.write(2, b"\x1b[?25h\n")  # a progress bar hides the cursor

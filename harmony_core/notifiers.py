@@ -10,7 +10,9 @@ import logging
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -28,8 +30,23 @@ class EventWriter(Protocol):
         """Write one event."""
 
 
+_silent: ContextVar[bool] = ContextVar("silent", default=False)
+
+
+@contextmanager
+def silenced(silent: bool = True) -> Iterator[None]:
+    """`say` writes nothing in here, nor in tasks and threads begun in here."""
+    token = _silent.set(silent)
+    try:
+        yield
+    finally:
+        _silent.reset(token)
+
+
 def say(text: str) -> None:
     """One line for people, on stderr."""
+    if _silent.get():
+        return
     # Looked up for each line: a progress bar, or a test, may have put its own stream in place.
     sys.stderr.write(f"{text}\n")
     sys.stderr.flush()

@@ -16,7 +16,9 @@ _SHAPES = re.compile(
     r"|xox[abprs]-[A-Za-z0-9-]{10,}|AKIA[A-Z0-9]{16})"
 )
 _USERINFO = re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^\s/@:\"']+:[^\s/@\"']+@")
-_LINE = re.compile(r"^(?P<name>[ \t]*(?:-[ \t]+)?[\"']?[\w.-]+[\"']?[ \t]*[:=][ \t]*)(?P<value>[^\s#].*)$", re.MULTILINE)
+_LINE = re.compile(
+    r"^(?P<name>[ \t]*(?:-[ \t]+)?[\"']?[\w.-]+[\"']?[ \t]*[:=][ \t]*)(?P<value>[^\s#].*)$", re.MULTILINE
+)
 
 
 def is_secret_name(name: str) -> bool:

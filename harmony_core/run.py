@@ -127,8 +127,11 @@ class Run:
         try:
             yield run
         except BaseException as error:
-            code = error.exit_code if isinstance(error, HarmonyError) else 70
-            run.finish("failed", code, {"ok": False, "exit": code, "run": run.id, "errors": []})
+            interrupted = isinstance(error, KeyboardInterrupt)
+            code = error.exit_code if isinstance(error, HarmonyError) else 130 if interrupted else 70
+            run.finish(
+                "stopped" if interrupted else "failed", code, {"ok": False, "exit": code, "run": run.id, "errors": []}
+            )
             raise
 
     @classmethod

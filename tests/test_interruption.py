@@ -37,14 +37,16 @@ async def recipe():
         await asyncio.sleep(0.01)
         print("finally", flush=True)
 
-async def main():
-    with Interruption(timeout, print, lambda code: print("last words", code, flush=True), grace) as stop:
-        task = asyncio.create_task(recipe())
-        stop.watch(task)
-        await asyncio.wait([task])
+async def main(stop):
+    task = asyncio.create_task(recipe())
+    stop.watch(task)
+    await asyncio.wait([task])
     return EXIT_CODES[stop.reason] if task.cancelled() else 0
 
-sys.exit(asyncio.run(main()))
+with Interruption(timeout, print, grace) as stop:
+    stop.last_words = lambda code: print("last words", code, flush=True)
+    code = asyncio.run(main(stop))
+sys.exit(code)
 """
 
 

@@ -1,0 +1,210 @@
+"""Every way in which a recipe can end, without ranks: a dry run has the same path up to the first spawn."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from harmony_core.errors import MemoryRefused, NotFoundError
+from harmony_core.execution import RunOptions, execute
+from harmony_core.home import Home
+from harmony_core.outcome import Outcome, exit_code_of, plain
+from harmony_core.recipe import load_recipe
+from harmony_core.registry import Registry
+from harmony_core.run import Run
+
+HEAD = """\
+import asyncio, sys, time
+from pydantic import BaseModel
+from harmony_core.context import RecipeContext
+from harmony_core.errors import *
+from harmony_core.recipe import InputConfig, recipe_main
+from harmony_core.threads import StringThread
+"""
+
+Play = Callable[..., Outcome]
+
+
+@pytest.fixture
+def play(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Play:
+    """Run a recipe's body to its outcome."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    home = Home.open(tmp_path / "home")
+
+    def run(body: str, timeout: float | None = None) -> Outcome:
+        path = tmp_path / "recipe.py"
+        path.write_text(f"{HEAD}\n@recipe_main\n{body}\n")
+        options = RunOptions(dry_run=True, device="cpu", timeout=timeout)
+        with Run.opened(home, "test", []) as opened:
+            outcome = asyncio.run(execute(load_recipe(str(path)), None, options, opened, Registry(home)))
+            opened.finish(outcome.status, outcome.exit_code, outcome.as_data(opened.id))
+        # Whatever came of it can be printed as JSON that any parser takes.
+        json.dumps(outcome.as_data(None), allow_nan=False)
+        return outcome
+
+    return run
+
+
+def _lines(outcome: Outcome) -> list[str]:
+    return [line for error in outcome.errors for line in error["lines"]]
+
+
+def test_the_result_is_what_main_returns(play: Play) -> None:
+    assert play("async def main(ctx: RecipeContext):\n    return {'x': 1}").result == {"x": 1}
+    assert play("def main(ctx: RecipeContext):\n    return 'plain function'").result == "plain function"
+    assert play("async def main(ctx: RecipeContext): ...").exit_code == 0
+
+
+def test_gates(play: Play) -> None:
+    body = "async def main(ctx: RecipeContext):\n    ctx.gate('acc', {}, '>=', 0.75)\n    return 1"
+    assert play(body.format("0.8")).exit_code == 0
+    failed = play(body.format("0.7"))
+    assert (failed.exit_code, failed.result, failed.gates[0]["passed"]) == (8, 1, False)
+    assert failed.as_data("id")["code"] == "gate_failed"
+    assert play(body.format("float('nan')")).exit_code == 8
+
+
+def test_the_recipes_own_frames_come_first(play: Play) -> None:
+    body = (
+        "async def main(ctx: RecipeContext):\n"
+        "    try:\n"
+        "        await asyncio.gather(work(), asyncio.sleep(1))\n"
+        "    except ZeroDivisionError as error:\n"
+        "        raise ValueError('bad') from error\n\n"
+        "async def work():\n"
+        "    return 1 / 0\n"
+    )
+    outcome = play(body)
+    lines = _lines(outcome)
+    assert outcome.exit_code == 1
+    assert lines[0] == "ValueError: bad"
+    assert lines[1].endswith("recipe.py:13 in main")
+    assert "caused by ZeroDivisionError: division by zero" in lines
+    assert lines[-2].endswith("recipe.py:16 in work")
+    assert lines[-1].strip() == "return 1 / 0"
+    assert not any("execution.py" in line or "Traceback" in line for line in lines)
+
+
+def test_frames_below_the_recipe_are_folded(play: Play) -> None:
+    class_body = "async def main(ctx: RecipeContext):\n    import json\n    json.loads('{')"
+    lines = _lines(play(class_body))
+    assert lines[0].startswith("JSONDecodeError")
+    assert lines[1].endswith("recipe.py:11 in main")
+    assert lines[-1] == "  ... 3 frames below the recipe ..."
+
+
+@pytest.mark.parametrize(
+    ("statement", "code"),
+    [
+        ("raise ValueError('x')", 1),
+        ("raise MemoryRefused('no room', hint='tp=2')", 4),
+        ("raise DataError('x')", 2),
+        ("raise NotFoundError('x')", 3),
+        ("raise RankDied('x')", 5),
+        ("raise VerificationError('x')", 7),
+        ("raise HarmonyError('x')", 1),
+        ("raise ExceptionGroup('g', [RankDied('a'), ConflictError('b')])", 5),
+        ("raise ExceptionGroup('g', [RankDied('a'), ExceptionGroup('h', [ValueError('b')])])", 1),
+        ("raise BaseException('x')", 1),
+        ("raise asyncio.CancelledError", 1),
+        ("raise KeyboardInterrupt", 1),
+        ("sys.exit(3)", 1),
+        ("sys.exit('words')", 1),
+        ("sys.exit()", 0),
+        ("sys.exit(0)", 0),
+        ("raise StopIteration", 1),
+        ("raise GeneratorExit", 1),
+        ("assert False", 1),
+        ("undefined", 1),
+        ("RecursionError.__new__(1)", 1),
+    ],
+)
+def test_exit_codes(play: Play, statement: str, code: int) -> None:
+    outcome = play(f"async def main(ctx: RecipeContext):\n    {statement}")
+    assert outcome.exit_code == code
+    assert outcome.errors if code else not outcome.errors
+
+
+def test_our_errors_say_where_and_the_way_out(play: Play) -> None:
+    body = "async def main(ctx: RecipeContext):\n    raise MemoryRefused('no room', hint='tp=2')"
+    outcome = play(body)
+    lines = _lines(outcome)
+    assert (lines[0], lines[-1]) == ("no room", "hint: tp=2")
+    assert lines[1].endswith("recipe.py:10 in main")
+    assert outcome.errors[0]["code"] == "memory_refused"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "async def main(ctx: RecipeContext):\n    asyncio.sleep(0)\n",
+        "async def main(ctx: RecipeContext):\n    work()\nasync def work(): ...\n",
+        "async def main(ctx: RecipeContext):\n    waiting = [work() for _ in range(2)]\n    del waiting\n"
+        "async def work(): ...\n",
+    ],
+)
+def test_a_forgotten_await_fails_the_run(play: Play, body: str) -> None:
+    outcome = play(body)
+    assert outcome.exit_code == 1
+    assert "was never awaited, created at" in _lines(outcome)[0]
+    assert "recipe.py:" in _lines(outcome)[0]
+
+
+def test_a_task_whose_failure_nobody_saw_fails_the_run(play: Play) -> None:
+    body = (
+        "async def main(ctx: RecipeContext):\n    task = asyncio.create_task(work())\n    await asyncio.sleep(0.01)\n"
+        "    del task\nasync def work():\n    raise ValueError('unseen')\n"
+    )
+    outcome = play(body)
+    assert outcome.exit_code == 1
+    assert _lines(outcome)[0] == "ValueError: unseen"
+
+
+def test_the_time_limit(play: Play) -> None:
+    outcome = play("async def main(ctx: RecipeContext):\n    await asyncio.sleep(30)", timeout=0.1)
+    assert (outcome.exit_code, outcome.status) == (124, "stopped")
+    assert [error["code"] for error in outcome.errors] == ["run_timeout"]
+
+
+def test_a_dry_run_ends_at_the_first_call_that_needs_a_rank(play: Play) -> None:
+    body = (
+        "async def main(ctx: RecipeContext):\n"
+        "    model = await ctx.client.model('builtin:tiny-lm').spawn_inference('m')\n"
+        "    await model.generate(StringThread([('user', 'hi')]))\n"
+    )
+    outcome = play(body)
+    assert (outcome.exit_code, outcome.status) == (0, "planned")
+    assert outcome.planned_until == "recipe.py:11"
+    assert [spawn["name"] for spawn in outcome.plan] == ["m"]
+
+
+def test_several_errors_count_as_the_lowest() -> None:
+    outcome = Outcome()
+    outcome.fail(MemoryRefused("a"))
+    outcome.fail(NotFoundError("b"))
+    assert outcome.exit_code == 3
+    assert exit_code_of(ExceptionGroup("g", [MemoryRefused("a"), ValueError("b")])) == 1
+
+
+def test_results_become_plain_data() -> None:
+    import numpy as np
+
+    class Odd:
+        def __str__(self) -> str:
+            return "odd"
+
+    nested: list[object] = []
+    nested.append(nested)
+    assert plain({1: (1, float("nan")), "s": {2}, "p": Path("x"), "n": np.float32(0.5), "o": Odd()}) == {
+        "1": [1, "nan"],
+        "s": [2],
+        "p": "x",
+        "n": 0.5,
+        "o": "odd",
+    }
+    json.dumps(plain(nested))
