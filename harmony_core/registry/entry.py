@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import msgspec
@@ -51,7 +52,7 @@ def edit_entry(home: Home, key: str, change: Callable[[Entry], None]) -> Entry:
     return entry
 
 
-def entry_lock(home: Home, key: str):  # type: ignore[no-untyped-def]
+def entry_lock(home: Home, key: str) -> AbstractContextManager[None]:
     """The lock that guards a key's model.json."""
     return lock(home.locks / f"{key.replace('/', '~')}.lock")
 
