@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from harmony_core.client.capacity import Machine
 from harmony_core.errors import ConflictError, HarmonyError, InternalError
 from harmony_core.launch.launcher import LaunchOptions
 from harmony_core.launch.supervisor import RankHandle, Supervisor
-from harmony_core.registry import Registry
+from harmony_core.registry import ModelVersion, Registry
 from harmony_core.rpc.protocol import Cancel, Event, Message, Reblock
 
 Answer = TypeVar("Answer", bound=Message)
@@ -48,7 +49,6 @@ class Request:
     def cancel(self) -> None:
         """Tell the replica that nobody waits any more; it answers in its own time."""
         self.cancelled = True
-        self.future.add_done_callback(lambda f: None if f.cancelled() else f.exception())
         if self.handle is not None and not self.future.done():
             self.handle.cast(Cancel(call=self.call))
 
@@ -69,6 +69,7 @@ class Engine:
         self.names: set[str] = set()
         self.tp_values: set[int] = set()
         self.planned: list[dict[str, Any]] = []
+        self._held_versions: dict[str, contextlib.ExitStack] = {}
         self.spawn_order = asyncio.Lock()
         self._supervisor: Supervisor | None = None
         self._starting: asyncio.Task[list[RankHandle]] | None = None
@@ -129,9 +130,18 @@ class Engine:
         assert self._supervisor is not None
         return await asyncio.shield(self._supervisor.failure)
 
+    def hold(self, version: ModelVersion) -> None:
+        """Keep a version from being removed while this session lives."""
+        if version.ref not in self._held_versions:
+            stack = contextlib.ExitStack()
+            stack.enter_context(self.registry.hold(version))
+            self._held_versions[version.ref] = stack
+
     async def close(self, grace: float = 10.0) -> None:
         """Stop the ranks; nothing of the run is left afterwards."""
         self._closed = True
+        while self._held_versions:
+            self._held_versions.popitem()[1].close()
         if self._starting is None:
             return
         if self._supervisor is None and not self._starting.done():
@@ -151,7 +161,7 @@ class Engine:
 
     def post_replica(self, tp: int, replica: int, message: Message) -> Request:
         """Give a request to one replica of a model with `tp` its place in the order, now."""
-        request = Request(asyncio.get_running_loop().create_future())
+        request = Request(_own_future())
         self._in_order(lambda: self._send_replica(tp, replica, message, request))
         return request
 
@@ -174,7 +184,7 @@ class Engine:
 
     def post_global(self, message: Message) -> asyncio.Future[list[Message]]:
         """Give a request to all ranks its place in the order, now. Resolves to the leaders' answers."""
-        future: asyncio.Future[list[Message]] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[list[Message]] = _own_future()
         self._in_order(lambda: self._send_global(message, future))
         return future
 
@@ -197,7 +207,7 @@ class Engine:
         self._held = held
         try:
             await self._idle.wait()
-            future: asyncio.Future[list[Message]] = asyncio.get_running_loop().create_future()
+            future: asyncio.Future[list[Message]] = _own_future()
             self._send_global(Reblock(size=tp), future)
             await asyncio.shield(future)
             self._block_size = tp
@@ -205,6 +215,13 @@ class Engine:
             self._held = None
             while held:
                 held.popleft()()
+
+
+def _own_future() -> asyncio.Future[Any]:
+    """A future whose error is no news to asyncio when nobody awaits it any more, as after a cancelled call."""
+    future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+    future.add_done_callback(lambda done: None if done.cancelled() else done.exception())
+    return future
 
 
 def _copy_result(

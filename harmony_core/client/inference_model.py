@@ -149,6 +149,7 @@ class InferenceModel:
     async def _complete(self, thread: StringThread, seed: int) -> tuple[TokenizedThread, Timings]:
         live = self._live
         prompt = live.tokenizer.prompt_ids(thread)
+        self._check_ids(prompt)
         answer = await self._request_generation(prompt, seed)
         completion = unpack_ints(answer.tokens)
         tokenized = live.tokenizer.with_completion(
@@ -241,9 +242,10 @@ class InferenceModel:
 
     def _check_ids(self, tokens: Sequence[int]) -> None:
         size = self._live.version.spec.vocab_size
-        for position, token in enumerate(tokens):
-            if not 0 <= token < size:
-                raise DataError(f"token {token} at position {position} is outside the vocabulary of {size}")
+        if not tokens or (min(tokens) >= 0 and max(tokens) < size):
+            return
+        position = next(i for i, token in enumerate(tokens) if not 0 <= token < size)
+        raise DataError(f"token {tokens[position]} at position {position} is outside the vocabulary of {size}")
 
     # --- tokens and threads -----------------------------------------------------------------------------------
 

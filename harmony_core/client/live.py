@@ -164,8 +164,6 @@ class LiveModel:
                 lengths=pack_ints(len(s) for s in batch),
             )
             request = self.post(replica, message, sum(map(len, batch)))
-            # A failure is reported by `optim_step`, which the ranks refuse; here it only must not be "never retrieved".
-            request.future.add_done_callback(lambda f: None if f.cancelled() else f.exception())
             pending.batches.append(request)
 
     async def room(self) -> None:
@@ -223,4 +221,4 @@ def _free_quietly(engine: Engine, name: str) -> None:
     engine.names.discard(name)
     engine.ledger.release(name)
     if not engine.options.dry_run and not engine.closed:
-        engine.post_global(Dealloc(model=name)).add_done_callback(lambda f: f.exception())
+        engine.post_global(Dealloc(model=name))

@@ -131,6 +131,7 @@ class _Planned:
             ways_out=lambda free, transient: memory.ways_out(self.shape, free, engine.world_size, transient),
         )
         engine.names.add(self.name)
+        engine.hold(self.version)
         engine.events("spawn.planned", self.described(), None)
         try:
             if not engine.options.dry_run:
@@ -201,7 +202,7 @@ async def _run_spawn(engine: Engine, name: str, message: Message) -> None:
 
 def _undo_spawn(engine: Engine, name: str, done: asyncio.Future[list[Message]]) -> None:
     if not done.cancelled() and done.exception() is None and not engine.closed:
-        engine.post_global(Dealloc(model=name)).add_done_callback(lambda f: f.exception())
+        engine.post_global(Dealloc(model=name))
 
 
 def seeded(lora: LoraSettings, name: str) -> LoraSettings:

@@ -27,7 +27,7 @@ async def save_live(live: LiveModel, name: str, inference_only: bool) -> str:
 
 async def _save(live: LiveModel, key: str, inference_only: bool) -> str:
     registry = live.engine.registry
-    with registry.stage() as staging:
+    with registry.stage(_expected_bytes(live, inference_only)) as staging:
         base = (live.version.base or live.version) if live.placement.lora else None
         message = Save(
             model=live.name,
@@ -49,6 +49,13 @@ async def _save(live: LiveModel, key: str, inference_only: bool) -> str:
     return published.ref
 
 
+def _expected_bytes(live: LiveModel, inference_only: bool) -> int:
+    """What a save will write, over all tensor-parallel ranks."""
+    plan = live.placement.plan
+    held = plan.adapter if live.placement.lora else plan.weights
+    return (held + (0 if inference_only else plan.optimizer)) * live.placement.tp
+
+
 async def load_into(live: LiveModel, path: str) -> None:
     """Replace a live model's weights by a stored version's. Raises ModelRefused when they are of another shape."""
     version = live.engine.registry.resolve(path.removeprefix(SCHEME))
@@ -63,4 +70,5 @@ async def load_into(live: LiveModel, path: str) -> None:
                 f"{field} is {getattr(theirs, field)} there and {getattr(ours, field)} here"
             )
     live.require_ranks()
+    live.engine.hold(version)
     await live.engine.run_global(Load(model=live.name, source=source_of(version)), Nothing)

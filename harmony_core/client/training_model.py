@@ -39,6 +39,7 @@ class TrainingModel(InferenceModel):
                     "the sample has no weighted token",
                     hint="give an assistant turn a weight, as with_weight_last_assistant_turn() does",
                 )
+            self._check_ids(tokens)
             return Sample(tokens[:-1], tokens[1:], weights[1:]), total
 
         return self._accept(build, "weighted tokens")
@@ -171,8 +172,7 @@ class TrainingModel(InferenceModel):
             raise UsageError(f"the optimizer step must be 0 or more, not {step}")
         self._live.require_ranks()
         self._live.step = step
-        posted = self._live.engine.post_global(SetStep(model=self._live.name, step=step))
-        posted.add_done_callback(lambda f: None if f.cancelled() else f.exception())
+        self._live.engine.post_global(SetStep(model=self._live.name, step=step))
 
     # --- other handles, storage -------------------------------------------------------------------------------
 
