@@ -41,6 +41,8 @@ def is_own(frame: Frame) -> bool:
     if frame.filename.startswith("<"):
         return False
     path = Path(frame.filename)
+    if path.is_relative_to(_BUILT_IN):  # a built-in recipe is written as a user's is
+        return True
     return not any(path.is_relative_to(folder) for folder in _FOREIGN)
 
 
@@ -51,6 +53,7 @@ def _foreign() -> list[Path]:
 
 
 _FOREIGN = _foreign()
+_BUILT_IN = Path(harmony_core.__file__).parent / "recipes"
 
 
 def describe(error: BaseException) -> list[str]:

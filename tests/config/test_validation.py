@@ -110,3 +110,27 @@ def test_tags_of_unions(configure: Any) -> None:
 def test_errors_of_a_flag_are_not_blamed_on_the_file(configure: Any) -> None:
     (issue,) = configure.issues("model: m\nlora: {r: 1}", "--lora.r=0")
     assert issue == "--lora.r: Input should be greater than or equal to 1, got 0"
+
+
+def test_garbled_text_is_an_error_or_a_configuration(configure: Any) -> None:
+    """Random edits of a good file: never another exception, never a hang."""
+    import random
+
+    from harmony_core.errors import ConfigError
+
+    rng = random.Random(7)
+    alphabet = "abr: -[]{}#&*!|>'\"%@`,?\n\t\x00\x7f0.1eü~<"
+    good = bad = 0
+    for _ in range(400):
+        text = list(GOOD)
+        for _ in range(rng.randint(1, 6)):
+            place = rng.randrange(len(text))
+            text[place : place + rng.randint(0, 3)] = rng.choice(alphabet) * rng.randint(0, 2)
+        try:
+            configure("\n" + "".join(text))
+            good += 1
+        except ConfigError as error:
+            bad += 1
+            assert error.issues
+    assert good >= 5
+    assert bad > 100
