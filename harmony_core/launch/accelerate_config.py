@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from harmony_core.errors import ConfigError, NotFoundError
+from harmony_core.config.problems import Issue
+from harmony_core.config.yaml_source import load_yaml_file
+from harmony_core.errors import ConfigError
 
 _HARMLESS: dict[str, tuple[Any, ...]] = {
     "compute_environment": ("LOCAL_MACHINE",),
@@ -34,13 +34,13 @@ _HARMLESS: dict[str, tuple[Any, ...]] = {
     "tpu_use_sudo": (False,),
     "use_cpu": (False, True),
 }
+_TAKEN = ("num_processes", "gpu_ids", "environment")
 _EMPTY = frozenset(
     (
         *("deepspeed_config", "fsdp_config", "megatron_lm_config", "mpirun_config", "fp8_config"),
         *("parallelism_config", "dynamo_config", "commands", "command_file", "tpu_name", "tpu_vm", "tpu_zone"),
     )
 )
-_MAX_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -54,20 +54,31 @@ class AccelerateSettings:
 
 
 def read_accelerate_config(path: Path) -> AccelerateSettings:
-    """Read and check a file. Raises ConfigError listing every key that may not be set, NotFoundError."""
-    values = _load(path)
-    issues = [f"{path}: {key}: {values[key]!r} is not supported" for key in values if not _allowed(key, values[key])]
-    count, gpu_ids = values.get("num_processes"), values.get("gpu_ids")
-    environment = values.get("environment") or {}
+    """Read and check a file. Raises ConfigError with every problem and its place, NotFoundError, ResourceError."""
+    document = load_yaml_file(path)
+    issues, values = list(document.issues), document.data
+
+    def refuse(key: str, message: str) -> None:
+        place = document.sources.get((key,))
+        issues.append(Issue(message, place.at_key() if place else None, key))
+
+    for key, value in values.items():
+        if not _allowed(key, value):
+            refuse(key, f"{value!r} is not supported: the engine decides it itself")
+    count, gpu_ids, environment = (values.get(key) for key in _TAKEN)
     if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
-        issues.append(f"{path}: num_processes: {count!r} is not a whole number of at least 1")
+        refuse("num_processes", f"{count!r} is not a whole number of at least 1")
+    if gpu_ids is not None and (not isinstance(gpu_ids, str | int) or isinstance(gpu_ids, bool)):
+        refuse("gpu_ids", "must be `all` or device numbers with commas between them")
+    environment = {} if environment is None else environment
     if not isinstance(environment, dict) or not all(_is_variable(*item) for item in environment.items()):
-        issues.append(f"{path}: environment: must map names of variables to text or numbers")
+        refuse("environment", "must map names of variables to text or numbers")
     if issues:
+        texts = [str(issue) for issue in issues]
         raise ConfigError(
-            f"{path} sets what the engine decides itself:\n  " + "\n  ".join(issues),
+            "\n".join(texts),
             hint="an accelerate configuration may set num_processes, gpu_ids and environment only",
-            issues=issues,
+            issues=texts,
         )
     return AccelerateSettings(
         num_processes=count,
@@ -77,24 +88,8 @@ def read_accelerate_config(path: Path) -> AccelerateSettings:
     )
 
 
-def _load(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise ConfigError(f"{path}: more than {_MAX_BYTES} bytes; not an accelerate configuration")
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise NotFoundError(f"there is no accelerate configuration {path}") from None
-    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise ConfigError(f"{path}: must map names to values")
-    return values
-
-
 def _allowed(key: str, value: Any) -> bool:
-    if key in ("num_processes", "gpu_ids", "environment", "main_process_port"):  # our port is always a free one
+    if key in _TAKEN or key == "main_process_port":  # ours is always a free one
         return True
     if key in _EMPTY:
         return not value

@@ -56,6 +56,7 @@ class RankChannel:
         self._wake = threading.Event()
         self._flushed = threading.Event()
         self._flushed.set()
+        self._gone = False
 
     @classmethod
     def connect(cls, path: str, hello: Hello, on_driver_gone: Callable[[], None] = lambda: None) -> RankChannel:
@@ -112,7 +113,8 @@ class RankChannel:
                 except (BlockingIOError, InterruptedError):
                     pass
                 except OSError:
-                    return  # the reader sees the same, and ends the process
+                    self._gone = True  # the reader sees the same, and ends the process
+                    return
             if frame:
                 self._outbox.append(frame)
                 self._flushed.clear()
@@ -120,7 +122,7 @@ class RankChannel:
 
     def _write(self) -> None:
         next_beat = time.monotonic()
-        while True:
+        while not self._gone:
             if time.monotonic() >= next_beat:
                 next_beat = time.monotonic() + BEAT_SECONDS
                 self._send(encode("event", self._beat()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -13,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from harmony_core.errors import RankError
+from harmony_core.errors import RankError, RunTimeout
 from harmony_core.launch.launcher import LaunchOptions
 from harmony_core.launch.supervisor import Supervisor
-from harmony_core.rpc.protocol import Dealloc, Nothing, OptimStep, StepMetrics
+from harmony_core.rpc.protocol import AbandonStep, Dealloc, Nothing, OptimStep, StepMetrics
 from leftovers import running
 
 TESTS = Path(__file__).parents[1]
@@ -57,6 +58,7 @@ async def reduced(supervisor: Supervisor) -> list[dict[str, float]]:
     return [answer.values for answer in answers if isinstance(answer, StepMetrics)]
 
 
+@pytest.mark.slow
 async def test_one_rank_has_a_process_group_of_one(tmp_path: Path):
     async with started(tmp_path, 1) as supervisor:
         assert await reduced(supervisor) == [{"total": 1.0, "world": 1.0}]
@@ -112,3 +114,58 @@ async def test_an_exception_on_one_rank_is_named_while_the_other_waits_for_it(tm
         with pytest.raises(RankError) as same:
             await waiting
         assert same.value is error.value
+
+
+@pytest.mark.slow
+async def test_the_rank_that_hangs_is_named_not_the_one_that_waits_for_it(tmp_path: Path):
+    async with started(tmp_path, 2, hang_timeout=4.0) as supervisor:
+        ranks = await supervisor.ready()
+        calls = [
+            asyncio.create_task(ranks[0].call(STEP)),
+            asyncio.create_task(ranks[1].call(AbandonStep(model="sleep"))),
+        ]
+        failure = await asyncio.wait_for(asyncio.shield(supervisor.failure), 4 + 5)
+        assert isinstance(failure, RunTimeout) and failure.details["rank"] == 1, failure
+        assert "rank(s) 0 wait" in failure.message and any("in serve" in line for line in failure.details["log"])
+        assert all(isinstance(e, RunTimeout) for e in await asyncio.gather(*calls, return_exceptions=True))
+
+
+@pytest.mark.slow
+async def test_a_stopped_rank_is_named_not_the_one_that_waits_for_it(tmp_path: Path):
+    async with started(tmp_path, 2, hang_timeout=4.0) as supervisor:
+        ranks = await supervisor.ready()
+        os.kill(ranks[1].pid, signal.SIGSTOP)
+        call = asyncio.create_task(ranks[0].call(STEP))
+        failure = await asyncio.wait_for(asyncio.shield(supervisor.failure), 4 + 5)
+        assert isinstance(failure, RunTimeout) and failure.details["rank"] == 1 and "SIGSTOP" in failure.message
+        await asyncio.gather(call, return_exceptions=True)
+
+
+@pytest.mark.slow
+async def test_a_driver_blocked_for_half_a_minute_loses_nobody(tmp_path: Path):
+    async with started(tmp_path, 2, hang_timeout=5.0, silence_timeout=5.0) as supervisor:
+        await supervisor.ready()
+        time.sleep(30)
+        assert await reduced(supervisor) == [{"total": 3.0, "world": 2.0}] * 2
+        assert not supervisor.failure.done()
+
+
+@pytest.mark.slow
+async def test_the_driver_and_the_ranks_listen_on_no_port(tmp_path: Path):
+    """Torch's own sockets remain: the launcher's store, and gloo's, which are bound to the loopback interface."""
+    async with started(tmp_path, 2) as supervisor:
+        ranks = await supervisor.ready()
+        assert listening(os.getpid()) == []
+        for rank in ranks:
+            assert {address for address in listening(rank.pid) if not address.startswith("0100007F")} == set()
+
+
+def listening(pid: int) -> list[str]:
+    """Local addresses, as the kernel prints them, of the TCP sockets on which a process listens."""
+    inodes = set()
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        target = os.readlink(descriptor) if descriptor.is_symlink() else ""
+        if target.startswith("socket:["):
+            inodes.add(target[8:-1])
+    rows = [row.split() for table in ("tcp", "tcp6") for row in Path(f"/proc/net/{table}").read_text().splitlines()[1:]]
+    return [row[1] for row in rows if row[3] == "0A" and row[9] in inodes]

@@ -73,6 +73,7 @@ def test_everything_else_is_refused_by_name_all_at_once(tmp_path: Path):
     )
     with pytest.raises(ConfigError) as error:
         read_accelerate_config(write(tmp_path, text))
+    assert error.value.issues[0].startswith(f"{tmp_path / 'accelerate.yaml'}:1:1: distributed_type: 'FSDP'")
     assert [issue.split(": ")[1] for issue in error.value.issues] == [
         *("distributed_type", "mixed_precision", "num_machines", "machine_rank", "debug", "fsdp_config"),
         *("dynamo_config", "something_new", "main_process_ip", "num_processes", "environment"),
@@ -81,7 +82,16 @@ def test_everything_else_is_refused_by_name_all_at_once(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "text", ["[1, 2]", "a: [", "1: 2", "a: !!python/object/apply:os.system [x]", "[" * 5000, "x" * 70_000, "a: \x00"]
+    "text",
+    [
+        "[1, 2]",
+        "a: [",
+        "a: 1\na: 2",
+        "a: !!python/object/apply:os.system [x]",
+        "[" * 100_000,
+        "x" * 1_100_000,
+        "a: \x00",
+    ],
 )
 def test_a_file_that_is_none_is_a_config_error(tmp_path: Path, text: str):
     with pytest.raises(ConfigError):
