@@ -52,13 +52,14 @@ class LiveEngine:
 def start_engine(home: Path, ranks: int, **options: Any) -> LiveEngine:
     """An engine with its home in `home`."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    options.setdefault("device", "cpu")
     loop = asyncio.new_event_loop()
     registry = Registry(Home.open(home))
     log_dir = home / "logs"
     events: list[tuple[str, dict[str, Any], int | None]] = []
 
     async def start() -> HarmonyClient:
-        settings = EngineOptions(log_dir=log_dir, run_id=f"test-{ranks}", num_processes=ranks, device="cpu", **options)
+        settings = EngineOptions(log_dir=log_dir, run_id=f"test-{ranks}", num_processes=ranks, **options)
         return HarmonyClient.start(settings, registry, lambda kind, data, rank: events.append((kind, data, rank)))
 
     return LiveEngine(loop, loop.run_until_complete(start()), registry, log_dir, events)
