@@ -125,7 +125,9 @@ def _record(task: asyncio.Task[Any], ctx: RecipeContext, outcome: Outcome, run: 
     error: BaseException | None = asyncio.CancelledError() if task.cancelled() else task.exception()
     outcome.gates = [vars(gate) for gate in ctx.gates]
     if error is not None and all(isinstance(leaf, DryRunEnded) for leaf in leaves(error)):
-        outcome.planned_until = next(leaf.where for leaf in leaves(error) if isinstance(leaf, DryRunEnded))
+        ended = next(leaf for leaf in leaves(error) if isinstance(leaf, DryRunEnded))
+        # A verb in a task of its own has no recipe on its stack, but its exception has passed through the recipe.
+        outcome.planned_until = Path(place_of(ended) or ended.where).name
         error = None
     elif isinstance(error, RecipeExit) and error.code in (None, 0):
         error = None

@@ -276,9 +276,9 @@ class Dataset(Parameter, Generic[DatasetKindT]):
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        fields = handler.resolve_ref_schema(handler(core_schema))
+        # The object is left open here, so that it does not become three flags beside the one that people use.
         text = {"type": "string", "format": "dataset-key", "kind": cls.kind().kind or "all", "minLength": 1}
-        return {"anyOf": [text, fields]}
+        return {"anyOf": [text, {"type": "object", "title": "Dataset", "description": cls.__doc__}]}
 
     @classmethod
     def _fields_from_string(cls, text: str) -> dict[str, Any]:
