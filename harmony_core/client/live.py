@@ -8,11 +8,13 @@ import sys
 from collections import deque
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from harmony_core.client.batching import Sample, SampleQueue
 from harmony_core.client.engine import Engine, Request
 from harmony_core.errors import ConflictError, ModelRefused, NothingToTrain, UsageError
+from harmony_core.frames import Frame, is_own
 from harmony_core.rpc.protocol import Dealloc, Message, MicroBatch, pack_doubles, pack_ints
 
 if TYPE_CHECKING:
@@ -33,15 +35,13 @@ class DryRunEnded(Exception):
 
 
 def _callers_line() -> str:
-    """file:line of the nearest caller outside this package."""
-    package = str(Path(__file__).resolve().parent.parent)
-    frame = sys._getframe(1)
+    """file:line of the nearest caller that is the author's own code."""
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        file = frame.f_code.co_filename
-        ours = file.startswith((package, "<")) or "asyncio" in file or "adaptive_harmony" in file
-        if not ours:
-            return f"{Path(file).name}:{frame.f_lineno}"
-        frame = frame.f_back  # type: ignore[assignment]
+        here = Frame(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name)
+        if is_own(here):
+            return f"{Path(here.filename).name}:{here.line}"
+        frame = frame.f_back
     return "the recipe"
 
 
