@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-import tiny_models
 import torch
-from ranks import Group
 from torch import Tensor
 
+import tiny_models
 from harmony_core.engine.models.context import ForwardContext, PagedAttention, forward_context
 from harmony_core.engine.models.loading import load_model
 from harmony_core.engine.models.model import CausalLM
+from ranks import Group
 
 SLOTS = 512
 STEPS: list[list[tuple[int, int]]] = [
@@ -30,8 +31,10 @@ class Pages:
 
     def __init__(self, model: CausalLM) -> None:
         shape = (SLOTS, model.num_kv_heads_local, model.head_dim)
-        self.keys = [torch.full(shape, torch.nan, dtype=model.dtype) for _ in range(model.num_layers)]
-        self.values = [torch.full(shape, torch.nan, dtype=model.dtype) for _ in range(model.num_layers)]
+        self.device = model.device
+        empty = torch.full(shape, torch.nan, dtype=model.dtype, device=model.device)
+        self.keys = [empty.clone() for _ in range(model.num_layers)]
+        self.values = [empty.clone() for _ in range(model.num_layers)]
         self.free = torch.randperm(SLOTS, generator=torch.Generator().manual_seed(1)).tolist()
         self.slots: dict[int, list[int]] = {}
 
@@ -48,23 +51,26 @@ class Pages:
         return PagedAttention(
             keys=self.keys,
             values=self.values,
-            write_slots=torch.tensor(write),
+            write_slots=torch.tensor(write, device=self.device),
             lengths=tuple(count for _, count in new),
             context_lengths=tuple(contexts),
-            read_slots=read if any(past) else None,
+            read_slots=read.to(self.device) if any(past) else None,
         )
 
 
 def against_whole_forward(group: Group, directories: list[str], tp: int, dtype: str) -> list[float]:
     """For each model the worst difference of any new token's logits from those of plain transformers."""
-    return [_worst(group, directory, tp, getattr(torch, dtype)) for directory in directories]
+    place, _, _ = group.grid(tp)
+    kind, worst = getattr(torch, dtype), []
+    for directory in directories:
+        model = load_model(Path(directory), place, torch.device("cpu"), kind)
+        worst.append(worst_difference(model, tiny_models.reference(Path(directory), kind)))
+    return worst
 
 
 @torch.no_grad()
-def _worst(group: Group, directory: str, tp: int, dtype: torch.dtype) -> float:
-    place, _, _ = group.grid(tp)
-    model = load_model(Path(directory), place, torch.device("cpu"), dtype)
-    reference = tiny_models.reference(Path(directory), dtype)
+def worst_difference(model: CausalLM, reference: Any) -> float:
+    """Of the logits of any new token of any step from those of a whole forward pass of `reference`."""
     pages, worst = Pages(model), 0.0
     history = dict(enumerate(tiny_models.random_tokens([60] * 6)))
     for new in STEPS:
@@ -73,7 +79,10 @@ def _worst(group: Group, directory: str, tp: int, dtype: torch.dtype) -> float:
         tokens = [t for s, count in new for t in history[s][before[s] : before[s] + count]]
         positions = [p for s, count in new for p in range(before[s], before[s] + count)]
         with forward_context(ForwardContext(attention)):
-            logits = model.logits(model.hidden_states(torch.tensor(tokens), torch.tensor(positions)))
+            hidden = model.hidden_states(
+                torch.tensor(tokens, device=model.device), torch.tensor(positions, device=model.device)
+            )
+            logits = model.logits(hidden).cpu()
         expected: list[Tensor] = []
         for s, count in new:
             whole = reference(torch.tensor([history[s][: before[s] + count]])).logits[0]

@@ -8,13 +8,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import tiny_models
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, PeftModel, get_peft_model
-from ranks import Group
 from torch import Tensor
 
+import tiny_models
 from harmony_core.engine.models.adapters import add_lora, copy_adapter, load_adapter
 from harmony_core.engine.models.context import ForwardContext, PackedAttention, forward_context
 from harmony_core.engine.models.heads import linear_logprob_loss, token_logprobs
@@ -23,6 +22,7 @@ from harmony_core.engine.models.model import CausalLM
 from harmony_core.engine.models.parallel import full_shape, gather_full, shard_of
 from harmony_core.engine.models.weights import load_into, save_adapter, save_model
 from harmony_core.rpc.protocol import LoraSettings
+from ranks import Group
 
 MICRO_BATCHES = ([5, 9, 1], [17], [3, 3, 8, 2])
 VOCAB = 67

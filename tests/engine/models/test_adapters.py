@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_models
 import torch
 
+import tiny_models
 from harmony_core.engine.models.adapters import add_lora, copy_adapter, load_adapter, remove_adapter
 from harmony_core.engine.models.context import ForwardContext, PackedAttention, forward_context
 from harmony_core.engine.models.loading import load_model

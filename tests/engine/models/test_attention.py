@@ -6,17 +6,17 @@ import random
 from pathlib import Path
 
 import pytest
-import tiny_models
 import torch
-from ranks import RankPool
 from torch import nn
 
+import tiny_models
 from harmony_core.engine.models.attention import attend
 from harmony_core.engine.models.attention_plan import group_by_length, plan_packed
 from harmony_core.engine.models.context import ForwardContext, PackedAttention, forward_context
 from harmony_core.engine.models.loading import load_model
 from harmony_core.engine.models.parallel import TensorParallel
 from harmony_core.errors import ModelRefused
+from ranks import RankPool
 
 CPU = torch.device("cpu")
 WINDOWED = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}

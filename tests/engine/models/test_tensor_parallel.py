@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_models
-from ranks import RankPool
 
+import tiny_models
 from harmony_core.rpc.protocol import LoraSettings
+from ranks import RankPool
 
 TOLERANCE = {"float32": 1e-5, "float64": 1e-9}
 
