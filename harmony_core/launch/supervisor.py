@@ -201,6 +201,8 @@ class Supervisor(Listener):
             await asyncio.wait([self.failure], timeout=_SETTLE_SECONDS)
         if self._stopping or self.failure.done() or self._died_unheard_of():
             return
+        if platform.is_ending(self._processes.launcher_pid):
+            await wait_for(self._processes.launcher_gone, _SETTLE_SECONDS)
         signalled = postmortem.launcher_signal(self._processes.launcher_status(), self._processes.log)
         if handle.error is None and signalled:
             self._launcher_died(-signalled)

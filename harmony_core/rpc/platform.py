@@ -17,6 +17,7 @@ from pathlib import Path
 
 LINUX = sys.platform == "linux"
 _PR_SET_PDEATHSIG = 1
+_PF_EXITING = 0x4
 _PROC = Path("/proc")
 
 
@@ -105,6 +106,12 @@ def state(pid: int) -> str:
     """One letter: R running, S asleep, D in the kernel, T stopped, Z dead and not yet collected; "" unknown or gone."""
     fields = _stat_fields(pid)
     return fields[0] if fields else ""
+
+
+def is_ending(pid: int) -> bool:
+    """Whether a process is on its way out: the kernel signals its children before its own exit can be collected."""
+    fields = _stat_fields(pid)
+    return len(fields) > 6 and bool(int(fields[6]) & _PF_EXITING)
 
 
 def start_time(pid: int) -> str:
