@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,7 +60,7 @@ def imports(source: str, module: str, is_package: bool = False) -> Iterator[Impo
             yield Import(target, node.lineno, id(node) in typing_only)
 
 
-@lru_cache(maxsize=None)
+@cache
 def imports_of(module: str, file: Path) -> list[Import]:
     """Every import of a file."""
     return list(imports(file.read_text(encoding="utf-8"), module, file.name == "__init__.py"))

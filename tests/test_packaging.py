@@ -11,9 +11,10 @@ from fnmatch import fnmatch
 from importlib.metadata import distribution, entry_points
 from pathlib import Path
 
-import harmony_core
 from packaging.requirements import Requirement
 from packaging.version import Version
+
+import harmony_core
 from source_tree import FOLDERS, MOUNTED, ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))

@@ -1,0 +1,167 @@
+"""What never stands in the tree: code that runs data, errors that are swallowed, traces of where it was written."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from source_tree import FOLDERS, ROOT
+
+SOURCES = [file for folder in FOLDERS for file in sorted((ROOT / folder).rglob("*.py"))]
+PYTHON = [*SOURCES, *(file for folder in ("tests", "benchmarks") for file in sorted((ROOT / folder).rglob("*.py")))]
+
+SWALLOWED = {
+    "cli/app.py": (1, "the edge of the process"),
+    "harmony_core/chat_template.py": (1, "a template is foreign code"),
+    "harmony_core/engine/convert_gguf.py": (2, "the edge of a converting process, and a reader that checks little"),
+    "harmony_core/engine/host.py": (3, "the edge of a request: an exception is sent back as data"),
+    "harmony_core/engine/process.py": (1, "the edge of a rank"),
+    "harmony_core/mapping.py": (2, "a failure of one item, by contract"),
+    "harmony_core/recipe.py": (2, "whatever a recipe's module and classes raise while they are loaded"),
+    "harmony_core/registry/content.py": (1, "tokenizers raises a bare Exception"),
+    "harmony_core/tokenizer_files.py": (1, "tokenizers raises a bare Exception"),
+}
+"""Handlers of everything that do not raise again: how many in a file, and why."""
+
+FORBIDDEN_MODULES = {"cPickle", "cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"}
+FORBIDDEN_CALLS = {"__import__", "eval", "exec", "numpy.load", "np.load", "os.system", "torch.load", "yaml.load"}
+FORBIDDEN_ARGUMENTS = {"allow_pickle", "shell", "trust_remote_code"}
+
+TEXT = (".cfg", ".jinja", ".json", ".jsonl", ".md", ".py", ".sh", ".toml", ".txt", ".yaml", ".yml", "")
+TRACES = re.compile(
+    "|".join(
+        (
+            *(r"\bTO" + r"DO\b", r"\bFIX" + r"ME\b", r"\bX" + r"XX\b", r"\bHA" + r"CK\b"),
+            *(r"(?<![\w.])/(?:work|root|mnt|Users)/", r"/home/(?!USER\b)\w", r"/tmp/" + r"(?:w|venv)\b"),
+            *(r"\bdesign" + r"\.md\b", r"\bcontract" + r"\.md\b", r"\bissue " + r"#?\d", r"\bAI[- ]generated\b"),
+        )
+    )
+)
+
+
+def name_of(file: Path) -> str:
+    return file.relative_to(ROOT).as_posix()
+
+
+def dangerous(tree: ast.AST) -> Iterator[str]:
+    """Ways in which data becomes code, with their lines."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+            yield from (f"{node.lineno}: import {n}" for n in names if n.split(".")[0] in FORBIDDEN_MODULES)
+        elif isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            if called in FORBIDDEN_CALLS:
+                yield f"{node.lineno}: {called}()"
+            for keyword in node.keywords:
+                if keyword.arg in FORBIDDEN_ARGUMENTS and ast.unparse(keyword.value) != "False":
+                    yield f"{node.lineno}: {keyword.arg}={ast.unparse(keyword.value)}"
+
+
+def swallowing(tree: ast.AST) -> Iterator[int]:
+    """Lines of handlers that take every exception and do not raise again, and of such `suppress` calls."""
+    everything = {"Exception", "BaseException"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ExceptHandler):
+            caught = node.type
+            types = caught.elts if isinstance(caught, ast.Tuple) else [caught] if caught else []
+            broad = not types or any(ast.unparse(t) in everything for t in types)
+            again = isinstance(node.body[-1], ast.Raise) and node.body[-1].exc is None
+            if broad and not again:
+                yield node.lineno
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("suppress"):
+            yield from (node.lineno for argument in node.args if ast.unparse(argument) in everything)
+
+
+def test_data_never_becomes_code() -> None:
+    found = [f"{name_of(file)}:{line}" for file in PYTHON for line in dangerous(ast.parse(file.read_text("utf-8")))]
+    assert found == []
+
+
+def test_errors_are_swallowed_only_at_listed_edges() -> None:
+    found = Counter(name_of(file) for file in SOURCES for _ in swallowing(ast.parse(file.read_text("utf-8"))))
+    assert dict(found) == {name: count for name, (count, _) in SWALLOWED.items()}
+
+
+def test_sources_keep_their_size() -> None:
+    """A file fits a short walk, a function a screen."""
+    long_files, long_functions = {}, {}
+    for file in SOURCES:
+        text = file.read_text("utf-8")
+        if text.count("\n") > 400:
+            long_files[name_of(file)] = text.count("\n")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = (node.end_lineno or 0) - node.lineno + 1
+                if lines > 60 and not only_declares(node):
+                    long_functions[f"{name_of(file)}:{node.name}"] = lines
+    assert (long_files, long_functions) == ({}, {})
+
+
+def only_declares(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    """A signature with a docstring, such as a command's options."""
+    return all(isinstance(statement, ast.Expr | ast.Pass) for statement in node.body)
+
+
+def texts() -> list[Path]:
+    """Every text file of the tree that was written by hand."""
+    skipped = {"build", "dist", "node_modules"}
+    found = []
+    for file in sorted(ROOT.rglob("*")):
+        parts = file.relative_to(ROOT).parts
+        hidden = any(part.startswith(".") and part not in (".ci", ".dockerignore", ".gitignore") for part in parts)
+        generated = skipped & set(parts) or any(part.endswith(".egg-info") or part == "__pycache__" for part in parts)
+        if file.is_file() and not hidden and not generated and file.suffix in TEXT and file != Path(__file__):
+            found.append(file)
+    return found
+
+
+def test_no_traces_of_where_and_how_it_was_written() -> None:
+    found = [
+        f"{name_of(file)}:{number}: {line.strip()[:100]}"
+        for file in texts()
+        for number, line in enumerate(file.read_text("utf-8", errors="replace").splitlines(), 1)
+        if TRACES.search(line)
+    ]
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "from pickle import loads",
+        "eval('1')",
+        "torch.load(path)",
+        "subprocess.run(command, shell=True)",
+        "AutoConfig.from_pretrained(path, trust_remote_code=flag)",
+    ],
+)
+def test_dangerous_code_would_be_seen(source: str) -> None:
+    assert list(dangerous(ast.parse(source)))
+
+
+@pytest.mark.parametrize(
+    ("body", "seen"),
+    [
+        ("except Exception:\n    pass", True),
+        ("except:\n    pass", True),
+        ("except (OSError, BaseException) as e:\n    print(e)", True),
+        ("except Exception:\n    close()\n    raise", False),
+        ("except OSError:\n    pass", False),
+    ],
+)
+def test_a_swallowed_error_would_be_seen(body: str, seen: bool) -> None:
+    assert bool(list(swallowing(ast.parse(f"try:\n    f()\n{body}")))) is seen
+
+
+@pytest.mark.parametrize(
+    "line", ["# TO" + "DO: later", "open('/wor" + "k/x')", "see design" + ".md", "/home" + "/me/x"]
+)
+def test_a_trace_would_be_seen(line: str) -> None:
+    assert TRACES.search(line)
