@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from harmony_core.rpc.protocol import Sampling
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MASK = 0xFFFFFFFFFFFFFFFF
@@ -40,10 +43,32 @@ def uniforms(streams: Sequence[int], positions: Sequence[int]) -> NDArray[np.flo
     return bits.astype(np.float64) * 2.0**-53
 
 
+GREEDY, PLAIN, FILTERED = 0, 1, 2
+"""Kinds of rows: the best id; any id; any id that top-k, top-p and min-p leave."""
+
+
+class Setting(NamedTuple):
+    """How a request draws each of its tokens, as numbers of a row."""
+
+    kind: float
+    temperature: float
+    top_k: float
+    top_p: float
+    min_p: float
+
+    @staticmethod
+    def of(sampling: Sampling) -> Setting:
+        """A request's settings; they must be sound."""
+        filters = sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0
+        kind = GREEDY if sampling.temperature == 0 else FILTERED if filters else PLAIN
+        return Setting(kind, sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
+
+
 @dataclass(frozen=True)
 class Draws:
-    """One value per row that samples: settings as in `Sampling`, and the row's random number. All `[N]` float64."""
+    """One value per row that samples: its kind and settings, and its random number. All `[N]` float64."""
 
+    kind: NDArray[np.float64]
     temperature: NDArray[np.float64]
     top_k: NDArray[np.float64]
     top_p: NDArray[np.float64]
@@ -51,30 +76,29 @@ class Draws:
     uniform: NDArray[np.float64]
 
     @staticmethod
-    def pack(settings: Sequence[tuple[float, float, float, float]], uniform: NDArray[np.float64]) -> bytes:
-        """Rows of (temperature, top_k, top_p, min_p) and their random numbers, as bytes for a step plan."""
-        matrix = np.empty((5, len(settings)), dtype=np.float64)
+    def pack(settings: Sequence[Setting], uniform: NDArray[np.float64]) -> bytes:
+        """Rows of settings and their random numbers, as bytes for a step plan."""
+        matrix = np.empty((6, len(settings)))
         if settings:
-            matrix[:4] = np.array(settings, dtype=np.float64).T
-        matrix[4] = uniform
+            matrix[:5] = np.array(settings).T
+        matrix[5] = uniform
         return matrix.tobytes()
 
     @staticmethod
     def unpack(data: bytes) -> Draws:
         """Inverse of `pack`."""
-        return Draws(*np.frombuffer(data, dtype=np.float64).reshape(5, -1))
+        return Draws(*np.frombuffer(data, dtype=np.float64).reshape(6, -1))
 
     def __len__(self) -> int:
-        return len(self.temperature)
-
-    @property
-    def kinds(self) -> NDArray[np.int64]:
-        """How each row is drawn: 0 greedily, 1 from all ids, 2 from those that top-k, top-p and min-p leave."""
-        filtered = (self.top_k > 0) | (self.top_p < 1) | (self.min_p > 0)
-        return (self.temperature > 0) * (1 + filtered)
+        return len(self.kind)
 
     def rows(self, which: slice | NDArray[np.bool_]) -> Draws:
         """Some of the rows."""
         return Draws(
-            self.temperature[which], self.top_k[which], self.top_p[which], self.min_p[which], self.uniform[which]
+            self.kind[which],
+            self.temperature[which],
+            self.top_k[which],
+            self.top_p[which],
+            self.min_p[which],
+            self.uniform[which],
         )

@@ -98,9 +98,12 @@ class _Layout:
         held = np.arange(counts.max()) < counts[:, None]
         self.table: NDArray[np.int64] = np.zeros(held.shape, dtype=np.int64)
         self.table[held] = np.frombuffer(plan.pages, dtype=np.int32)
-        starts = np.cumsum(self.lengths) - self.lengths
-        row = np.repeat(np.arange(len(self.lengths)), self.lengths)
-        self.positions = np.arange(len(row)) - starts[row] + (self.contexts - self.lengths)[row]
+        row = np.arange(len(self.lengths))
+        self.positions = self.contexts - 1
+        if self.lengths.max() > 1:
+            row = np.repeat(row, self.lengths)
+            # The last token of each sequence has this position and this place in the row; the others go up to it.
+            self.positions = np.arange(len(row)) + (self.contexts - np.cumsum(self.lengths))[row]
         self.write_slots = self.table[row, self.positions // self.page_size] * self.page_size + (
             self.positions % self.page_size
         )

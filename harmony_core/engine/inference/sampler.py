@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from harmony_core.engine.inference.draws import Draws
+from harmony_core.engine.inference.draws import FILTERED, GREEDY, PLAIN, Draws
 
 _CANDIDATES = 256
 """Highest logits that are looked at first for top-k and top-p; grown for rows that need more."""
@@ -41,18 +41,17 @@ def sample(logits: Tensor, draws: Draws, suppressed: dict[int, list[int]] | None
     log-prob ignores that.
     """
     allowed = _suppress(logits, suppressed) if suppressed else logits
-    kinds = draws.kinds
-    present = np.unique(kinds)
-    if len(present) == 1:
-        tokens, processed = _METHODS[present[0]](allowed, draws)
+    kinds = sorted({int(kind) for kind in draws.kind})
+    if len(kinds) == 1:
+        tokens, processed = _METHODS[kinds[0]](allowed, draws)
     else:
         tokens = torch.empty(len(draws), dtype=torch.long, device=logits.device)
         processed = logits.new_empty(len(draws))
-        for kind in present:
-            group = kinds == kind
+        for kind in kinds:
+            group = draws.kind == kind
             rows = torch.from_numpy(np.flatnonzero(group)).to(logits.device)
             tokens[rows], processed[rows] = _METHODS[kind](allowed[rows], draws.rows(group))
-    if allowed is logits and (kinds == 1).all() and (draws.temperature == 1).all():
+    if allowed is logits and kinds == [PLAIN] and (draws.temperature == 1).all():
         return Sampled(tokens, processed, processed)
     best = logits.amax(-1, keepdim=True)
     total = (logits - best).exp_().sum(-1, dtype=torch.float64)
@@ -113,15 +112,18 @@ def _draw(logits: Tensor, draws: Draws, filters: bool = False) -> tuple[Tensor, 
     return tokens[:, 0], (chosen - total.log())[:, 0].to(logits.dtype)
 
 
-_METHODS = (_greedy, _draw, _filtered)
-"""By `Draws.kinds`."""
+_METHODS = {GREEDY: _greedy, PLAIN: _draw, FILTERED: _filtered}
 
 
 def _invert(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """Ids at `uniform` `[N, 1]` of the cumulative `weights` `[N, W]`, and the weights' sums, `[N, 1]` each.
 
-    The block is found by the blocks' sums, the id within it; an id of weight 0 is never found.
+    In a large vocabulary the block is found by the blocks' sums, then the id within it. An id of weight 0 is never
+    found.
     """
+    if weights.shape[-1] <= 8 * _BLOCK:
+        ends = weights.cumsum(-1, dtype=torch.float64)
+        return torch.searchsorted(ends, uniform * ends[:, -1:], right=True), ends[:, -1:]
     blocks = weights.view(len(weights), -1, _BLOCK)
     ends = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
     total = ends[:, -1:]

@@ -182,29 +182,28 @@ class Scheduler:
         return batch
 
     def _describe(self, batch: list[tuple[Sequence, int]]) -> StepPlan:
-        page_size = self.pool.page_size
-        contexts = [sequence.cached + count for sequence, count in batch]
         tokens: list[array[int]] = []
-        for (sequence, count), context in zip(batch, contexts, strict=True):
-            while len(sequence.pages) * page_size < context:
-                sequence.pages.append(self.pool.take())
-                sequence.reserved_pages -= 1
-            if sequence.tokens:
-                tokens.append(array("i", sequence.tokens[-1:]))
-            else:
-                tokens.append(sequence.prompt[context - count : context])
-        sampled = [row for row, (sequence, _) in enumerate(batch) if contexts[row] == sequence.length]
-        drawing = [batch[row][0] for row in sampled]
-        numbers = uniforms([sequence.stream for sequence in drawing], [sequence.length for sequence in drawing])
+        contexts: list[int] = []
+        sampled: list[int] = []
+        drawing: list[Sequence] = []
+        for row, (sequence, count) in enumerate(batch):
+            context = sequence.cached + count
+            contexts.append(context)
+            self._grow(sequence, context)
+            tokens.append(sequence.new_tokens(context))
+            if context == sequence.length:
+                sampled.append(row)
+                drawing.append(sequence)
+        numbers = uniforms([sequence.stream for sequence in drawing], [contexts[row] for row in sampled])
         return StepPlan(
             ids=[sequence.id for sequence, _ in batch],
             tokens=b"".join(tokens),
             lengths=[count for _, count in batch],
             contexts=contexts,
-            pages=b"".join(sequence.pages for sequence, _ in batch),
-            page_size=page_size,
+            pages=b"".join([sequence.pages for sequence, _ in batch]),
+            page_size=self.pool.page_size,
             sampled=sampled,
-            draws=Draws.pack([sequence.settings for sequence in drawing], numbers),
+            draws=Draws.pack([sequence.setting for sequence in drawing], numbers),
             suppressed={
                 place: [token for token in sequence.stop_ids if 0 <= token < self.vocab_size]
                 for place, sequence in enumerate(drawing)
@@ -212,6 +211,11 @@ class Scheduler:
             },
             version=self._version(),
         )
+
+    def _grow(self, sequence: Sequence, tokens: int) -> None:
+        while len(sequence.pages) * self.pool.page_size < tokens:
+            sequence.pages.append(self.pool.take())
+            sequence.reserved_pages -= 1
 
     def _leave(self, sequence: Sequence) -> None:
         self._running.pop(sequence.id, None)

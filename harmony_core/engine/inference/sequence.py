@@ -7,7 +7,7 @@ import time
 from array import array
 from dataclasses import dataclass, field
 
-from harmony_core.engine.inference.draws import stream
+from harmony_core.engine.inference.draws import Setting, stream
 from harmony_core.errors import DataError
 from harmony_core.rpc.protocol import Generated, Sampling, pack_floats, pack_ints
 
@@ -43,23 +43,28 @@ class Sequence:
     logprobs: list[float] = field(default_factory=list)
     sampled_logprobs: list[float] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
-    settings: tuple[float, float, float, float] = (1.0, 0.0, 1.0, 0.0)
-    stop_ids: frozenset[int] = frozenset()
-    stream: int = 0
+    setting: Setting = field(init=False)
+    stop_ids: frozenset[int] = field(init=False)
+    stream: int = field(init=False)
     finish_reason: str = ""
     started: float = field(default_factory=time.perf_counter)
     first: float = 0.0
 
     def __post_init__(self) -> None:
-        sampling = self.sampling
-        self.settings = (sampling.temperature, float(sampling.top_k), sampling.top_p, sampling.min_p)
-        self.stop_ids = frozenset(sampling.stop_ids)
-        self.stream = stream(sampling.seed)
+        self.setting = Setting.of(self.sampling)
+        self.stop_ids = frozenset(self.sampling.stop_ids)
+        self.stream = stream(self.sampling.seed)
 
     @property
     def length(self) -> int:
         """Prompt and new tokens: also the position of the next token."""
         return len(self.prompt) + len(self.tokens)
+
+    def new_tokens(self, context: int) -> array[int]:
+        """The tokens after those in the pages, up to `context`."""
+        if self.tokens:
+            return array("i", self.tokens[-1:])
+        return self.prompt[self.cached : context]
 
     @property
     def must_go_on(self) -> bool:

@@ -1,6 +1,7 @@
 import numpy as np
 
-from harmony_core.engine.inference.draws import Draws, stream, uniforms
+from harmony_core.engine.inference.draws import FILTERED, GREEDY, PLAIN, Draws, Setting, stream, uniforms
+from harmony_core.rpc.protocol import Sampling
 
 _MASK = (1 << 64) - 1
 
@@ -41,12 +42,20 @@ def test_numbers_are_uniform_along_positions_and_along_seeds() -> None:
 
 
 def test_draws_survive_packing() -> None:
-    settings = [(1.0, 0.0, 1.0, 0.0), (0.7, 40.0, 0.9, 0.05), (0.0, 0.0, 1.0, 0.0)]
-    draws = Draws.unpack(Draws.pack(settings, uniforms([1, 2, 3], [4, 5, 6])))
-    assert len(draws) == 3
-    assert draws.temperature.tolist() == [1.0, 0.7, 0.0]
-    assert draws.top_k.tolist() == [0, 40, 0]
-    assert draws.top_p.tolist() == [1, 0.9, 1]
-    assert draws.min_p.tolist() == [0, 0.05, 0]
-    assert draws.uniform.tolist() == uniforms([1, 2, 3], [4, 5, 6]).tolist()
+    samplings = [
+        Sampling(),
+        Sampling(temperature=0.7, top_k=40, top_p=0.9, min_p=0.05),
+        Sampling(temperature=0.0, top_k=5),
+        Sampling(top_p=0.5),
+    ]
+    numbers = uniforms([1, 2, 3, 4], [4, 5, 6, 7])
+    draws = Draws.unpack(Draws.pack([Setting.of(sampling) for sampling in samplings], numbers))
+    assert len(draws) == 4
+    assert draws.kind.tolist() == [PLAIN, FILTERED, GREEDY, FILTERED]
+    assert draws.temperature.tolist() == [1.0, 0.7, 0.0, 1.0]
+    assert draws.top_k.tolist() == [0, 40, 5, 0]
+    assert draws.top_p.tolist() == [1, 0.9, 1, 0.5]
+    assert draws.min_p.tolist() == [0, 0.05, 0, 0]
+    assert draws.uniform.tolist() == numbers.tolist()
+    assert draws.rows(slice(1, 3)).top_k.tolist() == [40, 5]
     assert len(Draws.unpack(Draws.pack([], uniforms([], [])))) == 0

@@ -5,29 +5,36 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from harmony_core.engine.inference.draws import Draws, stream, uniforms
+from harmony_core.engine.inference.draws import Draws, Setting, stream, uniforms
 from harmony_core.engine.inference.sampler import Sampled, keep, sample
+from harmony_core.rpc.protocol import Sampling
 
-Setting = tuple[float, float, float, float]
+Settings = tuple[float, int, float, float]
 """temperature, top_k, top_p, min_p"""
 
-PLAIN: Setting = (1.0, 0, 1.0, 0.0)
+PLAIN: Settings = (1.0, 0, 1.0, 0.0)
 
 
-def draws_of(settings: Sequence[Setting], seeds: Sequence[int] | None = None, position: int = 0) -> Draws:
+def draws_of(settings: Sequence[Settings], seeds: Sequence[int] | None = None, position: int = 0) -> Draws:
     keys = [stream(seed) for seed in (range(len(settings)) if seeds is None else seeds)]
     numbers = uniforms(keys, [position] * len(settings))
-    return Draws.unpack(Draws.pack(settings, numbers))
+    return draws_with(settings, numbers)
+
+
+def draws_with(settings: Sequence[Settings], numbers: NDArray[np.float64]) -> Draws:
+    samplings = [Sampling(temperature=t, top_k=k, top_p=p, min_p=m) for t, k, p, m in settings]
+    return Draws.unpack(Draws.pack([Setting.of(sampling) for sampling in samplings], numbers))
 
 
 def random_logits(rows: int, vocab: int, seed: int = 0, spread: float = 3.0) -> Tensor:
     return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * spread
 
 
-def warped(logits: Tensor, setting: Setting) -> Tensor:
+def warped(logits: Tensor, setting: Settings) -> Tensor:
     """transformers' own warpers, in the order in which `generate` applies them."""
     temperature, top_k, top_p, min_p = setting
     ids = torch.zeros(len(logits), 1, dtype=torch.long)
@@ -41,7 +48,7 @@ def warped(logits: Tensor, setting: Setting) -> Tensor:
     return scores
 
 
-SETTINGS: list[Setting] = [
+SETTINGS: list[Settings] = [
     (1.0, 1, 1.0, 0.0),
     (1.0, 50, 1.0, 0.0),
     (1.0, 5000, 1.0, 0.0),
@@ -58,7 +65,7 @@ SETTINGS: list[Setting] = [
 
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("vocab", [7, 3000])
-def test_top_k_top_p_and_min_p_keep_the_sets_that_transformers_keeps(setting: Setting, vocab: int) -> None:
+def test_top_k_top_p_and_min_p_keep_the_sets_that_transformers_keeps(setting: Settings, vocab: int) -> None:
     logits = random_logits(8, vocab)
     kept = keep(logits / setting[0], draws_of([setting] * 8))
     assert torch.equal(kept, warped(logits, setting).isfinite())
@@ -67,7 +74,7 @@ def test_top_k_top_p_and_min_p_keep_the_sets_that_transformers_keeps(setting: Se
 
 def test_a_flat_distribution_needs_more_candidates_than_are_looked_at_first() -> None:
     logits = random_logits(3, 6000, spread=0.1)
-    setting: Setting = (1.0, 0, 0.8, 0.0)
+    setting: Settings = (1.0, 0, 0.8, 0.0)
     kept = keep(logits, draws_of([setting] * 3))
     assert torch.equal(kept, warped(logits, setting).isfinite())
     assert (kept.sum(-1) > 4000).all()
@@ -79,7 +86,7 @@ def test_equal_logits_are_kept_together() -> None:
 
 
 @pytest.mark.parametrize("setting", [PLAIN, (0.6, 0, 1.0, 0.0), (2.5, 0, 1.0, 0.0), *SETTINGS])
-def test_log_probs_are_those_of_the_raw_and_of_the_processed_distribution(setting: Setting) -> None:
+def test_log_probs_are_those_of_the_raw_and_of_the_processed_distribution(setting: Settings) -> None:
     logits = random_logits(16, 2000)
     drawn = sample(logits, draws_of([setting] * 16))
     rows = torch.arange(16)
@@ -103,12 +110,25 @@ def test_a_token_is_found_by_inverse_cdf_over_ids() -> None:
     probabilities = torch.tensor([0.1, 0.0, 0.4, 0.2, 0.3])
     edges = [(0.0, 0), (0.09, 0), (0.11, 2), (0.49, 2), (0.51, 3), (0.69, 3), (0.71, 4), (1 - 2.0**-53, 4)]
     count = len(edges)
-    draws = Draws(np.ones(count), np.zeros(count), np.ones(count), np.zeros(count), np.array([u for u, _ in edges]))
+    draws = draws_with([PLAIN] * count, np.array([number for number, _ in edges]))
     drawn = sample(probabilities.log().expand(count, -1), draws)
     assert drawn.tokens.tolist() == [token for _, token in edges]
 
 
-MIXED: list[Setting] = [PLAIN, (0.0, 0, 1.0, 0.0), (0.7, 0, 1.0, 0.0), (1.0, 5, 1.0, 0.0), (0.9, 0, 0.9, 0.01)] * 4
+@pytest.mark.parametrize("vocab", [2048, 2049, 5000])
+def test_a_large_vocabulary_is_searched_as_a_small_one_is(vocab: int) -> None:
+    count = 3000
+    logits = random_logits(1, vocab, seed=6)
+    logits[0, : vocab // 2] = float("-inf")
+    logits[0, -300:-5] = float("-inf")
+    numbers = np.concatenate([uniforms([1] * count, range(count)), [0.0, 1 - 2.0**-53, 1e-300]])
+    drawn = sample(logits.expand(len(numbers), -1), draws_with([PLAIN] * len(numbers), numbers)).tokens
+    ends = np.cumsum((logits[0] - logits.max()).exp().double().numpy())
+    assert drawn.tolist() == np.searchsorted(ends, numbers * ends[-1], side="right").tolist()
+    assert drawn.min() == vocab // 2 and drawn.max() == vocab - 1
+
+
+MIXED: list[Settings] = [PLAIN, (0.0, 0, 1.0, 0.0), (0.7, 0, 1.0, 0.0), (1.0, 5, 1.0, 0.0), (0.9, 0, 0.9, 0.01)] * 4
 
 
 def test_neighbours_with_other_settings_change_nothing() -> None:
@@ -137,12 +157,12 @@ def chi_square(tokens: Tensor, probabilities: Tensor) -> tuple[float, int]:
     "setting", [PLAIN, (0.5, 0, 1.0, 0.0), (1.3, 20, 1.0, 0.0), (1.0, 0, 0.8, 0.0), (1, 9, 0.9, 0.1)]
 )
 @pytest.mark.parametrize("over", ["seeds", "positions"])
-def test_twenty_thousand_draws_follow_the_probabilities(setting: Setting, over: str) -> None:
+def test_twenty_thousand_draws_follow_the_probabilities(setting: Settings, over: str) -> None:
     count = 20_000
     logits = random_logits(1, 60, seed=4, spread=1.5)
     streams = [stream(seed) for seed in range(count)]
     numbers = uniforms(streams, [3] * count) if over == "seeds" else uniforms(streams[3:4] * count, range(count))
-    draws = Draws.unpack(Draws.pack([setting] * count, numbers))
+    draws = draws_with([setting] * count, numbers)
     tokens = sample(logits.expand(count, -1), draws).tokens
     statistic, freedom = chi_square(tokens, warped(logits, setting).softmax(-1)[0])
     # Mean `freedom`, variance twice that: 4.5 standard deviations.
