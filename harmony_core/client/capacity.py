@@ -7,11 +7,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from harmony_core.errors import ResourceError, UsageError
-from harmony_core.launch.launcher import resolve_launch
+from harmony_core.launch.launcher import resolve
 from harmony_core.ledger import Ledger, host_capacity, parse_assume
 
 if TYPE_CHECKING:
     from harmony_core.client.engine import EngineOptions
+
+
+CUDA_BASELINE_BYTES = 1 << 30
+"""What a rank takes of its device before its first model: context, libraries, communication buffers."""
 
 
 @dataclass(frozen=True)
@@ -31,16 +35,11 @@ class Machine:
             if world_size > len(devices):
                 raise UsageError(f"--num-processes {world_size} on an assumed machine of {len(devices)} devices")
             return Machine("cuda", world_size, devices[:world_size])
-        device, world_size = resolve_launch(options.num_processes, options.device, options.accelerate_config)
-        if device == "cpu":
-            return Machine("cpu", world_size, host_capacity(options.memory, ranks=world_size))
-        free = cuda_free_bytes()
-        if len(free) < world_size:
-            raise ResourceError(
-                f"{world_size} ranks asked for, {len(free)} CUDA devices found",
-                hint=f"--num-processes {len(free)}, or --device cpu",
-            )
-        return Machine("cuda", world_size, [min(b, options.memory or b) for b in free[:world_size]])
+        launch = resolve(options.num_processes, options.device, options.accelerate_config)
+        if launch.device == "cpu":
+            return Machine("cpu", launch.world_size, host_capacity(options.memory, ranks=launch.world_size))
+        free = cuda_free_bytes(launch.devices)
+        return Machine("cuda", launch.world_size, [min(b, options.memory or b) for b in free])
 
     def ledger(self) -> Ledger:
         """An empty ledger of this machine."""
@@ -49,11 +48,11 @@ class Machine:
         return Ledger(self.capacity)
 
 
-def cuda_free_bytes() -> list[int]:
-    """Free bytes of each visible CUDA device, as the driver's own tool reports them."""
-    query = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
+def cuda_free_bytes(devices: list[str]) -> list[int]:
+    """Free bytes of the named CUDA devices, as the driver's own tool reports them, less what a process costs."""
+    query = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits", "-i", ",".join(devices)]
     try:
         shown = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
     except (OSError, subprocess.SubprocessError) as error:
         raise ResourceError("the memory of the CUDA devices cannot be read: nvidia-smi failed") from error
-    return [int(line) * 2**20 for line in shown.split()]
+    return [max(0, int(line) * 2**20 - CUDA_BASELINE_BYTES) for line in shown.split()]

@@ -145,6 +145,8 @@ def _preferred(launch: Launch) -> dict[str, str]:
     """Defaults that the user's environment may override."""
     preferred = {
         "OMP_NUM_THREADS": str(max(1, available_cores() // launch.world_size)),
+        # Threads that spin while they wait cost a busy machine several times the work itself.
+        "OMP_WAIT_POLICY": "PASSIVE",
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # the order in which the driver's own tool counts them
         "MALLOC_ARENA_MAX": "1",
         "MALLOC_MMAP_THRESHOLD_": "1048576",
