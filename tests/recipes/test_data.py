@@ -8,6 +8,7 @@ from pathlib import Path
 
 from harmony_core.parameters import shipped_data
 
+SCRIPT = Path(__file__).parents[2] / "recipes" / "data" / "make.py"
 NAMES = ("sort-letters", "sort-letters-held-out")
 
 
@@ -17,10 +18,9 @@ def rows(name: str) -> list[tuple[str, str]]:
 
 
 def test_the_script_makes_the_shipped_files(tmp_path: Path) -> None:
-    folder = shipped_data()[NAMES[0]].parent
-    runpy.run_path(str(folder / "make.py"))["main"](tmp_path)
+    runpy.run_path(str(SCRIPT))["main"](tmp_path)
     for name in NAMES:
-        assert (tmp_path / f"{name}.jsonl").read_bytes() == (folder / f"{name}.jsonl").read_bytes()
+        assert (tmp_path / f"{name}.jsonl").read_bytes() == shipped_data()[name].read_bytes()
 
 
 def test_answers_are_right_and_nothing_held_out_is_trained() -> None:
