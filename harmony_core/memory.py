@@ -29,15 +29,14 @@ __all__ = [
     "parse_assume",
     "parse_size",
     "plan",
-    "reserve",
     "ways_out",
 ]
 
 DEFAULT_KV_TOKENS = 131_072
 """Most tokens of a pool whose size nobody asked for."""
 
-BATCH_STEP = 64
-"""Suggested micro-batch sizes are multiples of this."""
+BATCH_STEP = 16
+"""Computed micro-batch sizes are multiples of this."""
 
 _DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 _HEAD_CHUNK_BYTES = 64 << 20
@@ -47,6 +46,10 @@ _PADDING = 1.2
 _OUTER_HIDDEN = 3
 """Hidden states outside of the layers: the last one, its normalised form, the gradient that comes from the head."""
 _ROPE_TABLES = 2
+_MAX_RUNNING = 256
+"""Sequences that the scheduler lets run at once: its own constant."""
+_SAMPLED_AT_ONCE = 8 << 20
+"""Logits that the sampler takes at once: its own constant."""
 _INDEX_BYTES = 80
 """Ten 64-bit numbers a token: ids, positions, targets, coefficients, gather indices."""
 
@@ -226,98 +229,106 @@ def _head_chunks(shape: Shape, n: _Local) -> int:
 
 
 def _inference(shape: Shape) -> int:
-    """Bytes that a prefill of `max_batch_tokens` tokens, or the sampling after it, needs beside weights and pages."""
+    """Bytes that a pass over `max_batch_tokens` tokens, or the sampling after it, needs beside weights and pages.
+
+    No layer keeps anything: at the widest point there are two hidden states and either three tensors of the
+    feed-forward's width, or query, key and value with their padded groups and the output in both orders.
+    """
     n = _Local.of(shape.spec, shape.tp)
-    wide = max(3 * n.i + 3 * n.d, 2 * n.d + 4 * n.q + 4 * n.kv)
-    return shape.max_batch_tokens * (wide * shape.element + _INDEX_BYTES) + _head_chunks(shape, n)
+    attention = n.q + 2 * n.kv + int(_PADDING * (2 * n.q + 2 * n.kv)) + n.q
+    widest = shape.max_batch_tokens * ((2 * n.d + max(3 * n.i, attention)) * shape.element + _INDEX_BYTES)
+    # One row of logits for each sequence, the draw's working copy, and two temporaries.
+    sampling = 4 * shape.accumulate * min(_MAX_RUNNING * shape.spec.vocab_size, _SAMPLED_AT_ONCE)
+    # A decode step gathers one layer's keys and values at a time.
+    gathered = 2 * shape.kv_tokens * n.kv * shape.element if shape.device == "cpu" else 0
+    return max(widest, sampling, gathered, _head_chunks(shape, n))
 
 
 def choose_checkpointing(shape: Shape, free: int, transient: int = 0) -> int:
-    """The fewest layers to recompute so that the spawn fits; all of them if it does not fit anyhow.
+    """The fewest layers to recompute so that the spawn fits; as many as helps most if it does not fit anyhow.
 
     `free`: bytes per rank that no model holds; `transient`: what the largest live model needs while it works.
     """
-    layers = shape.spec.num_layers
     if not shape.train:
         return 0
-    return _least(
-        lambda count: _fits(plan(replace(shape, checkpointed_layers=count)), free, transient), 0, layers, layers
-    )
+
+    def enough(layers: int) -> bool:
+        return _fits(plan(replace(shape, checkpointed_layers=layers)), free, transient)
+
+    last = _tightest(shape).checkpointed_layers
+    layers = _least(enough, 0, shape.spec.num_layers)
+    return last if layers == shape.spec.num_layers else layers
 
 
 def largest_batch(shape: Shape, free: int, transient: int = 0) -> int:
-    """The most tokens of a micro-batch that fit, recomputing as many layers as it takes; a multiple of 64, or 0."""
+    """The most tokens of a micro-batch that fit, recomputing as many layers as it takes; a multiple of 16, or 0."""
 
     def too_large(steps: int) -> bool:
-        smaller = replace(shape, max_batch_tokens=steps * BATCH_STEP, checkpointed_layers=shape.spec.num_layers)
-        return not _fits(plan(smaller), free, transient)
+        return not _fits(plan(_tightest(replace(shape, max_batch_tokens=steps * BATCH_STEP))), free, transient)
 
-    ceiling = max(1, 2 * free // BATCH_STEP)
-    return (_least(too_large, 1, ceiling, ceiling) - 1) * BATCH_STEP
+    return (_least(too_large, 1, max(1, free // BATCH_STEP)) - 1) * BATCH_STEP
 
 
 def default_kv_tokens(shape: Shape, free: int, transient: int = 0) -> int:
     """Tokens of a pool that nobody sized: up to 131,072, as many as fit after everything else, 0 if none."""
-    rest = plan(replace(shape, kv_tokens=0))
-    left = free - rest.resident - max(rest.transient, transient)
-    return max(0, min(DEFAULT_KV_TOKENS, left // kv_token_bytes(shape)))
+
+    def too_many(tokens: int) -> bool:
+        return not _fits(plan(replace(shape, kv_tokens=tokens)), free, transient)
+
+    return _least(too_many, 1, DEFAULT_KV_TOKENS + 1) - 1
 
 
-def ways_out(shape: Shape, free: int, world: int, transient: int = 0) -> list[str]:
-    """Changes, each enough by itself, with which the spawn would fit; every one has been planned."""
+def ways_out(shape: Shape, free: int, world: int, transient: int = 0, *, base_live: bool = False) -> list[str]:
+    """Changes, each enough by itself, with which the spawn would fit; every one has been planned.
+
+    `base_live`: the model's base weights are on the ranks, so that an adapter in place of full weights shares them.
+    """
     found: list[str] = []
 
     def fits(changed: Shape) -> bool:
-        changed = replace(changed, checkpointed_layers=choose_checkpointing(changed, free, transient))
-        return _fits(plan(changed), free, transient)
+        return _fits(plan(_tightest(changed)), free, transient)
 
     batch = largest_batch(shape, free, transient)
-    if BATCH_STEP <= batch < shape.max_batch_tokens:
+    if 0 < batch < shape.max_batch_tokens:
         found.append(f"max_batch_size={batch}")
     for tp in fitting_tp(shape.spec, world):
         # Weights on the ranks already are sharded for the present tp.
         if tp > shape.tp and fits(replace(shape, tp=tp, weights_shared=False)):
             found.append(f"tp={tp}")
             break
-    if shape.train and shape.lora is None and fits(replace(shape, lora=LoraSettings())):
-        found.append("with_adapter()")
-    tokens = default_kv_tokens(
-        replace(shape, checkpointed_layers=shape.spec.num_layers if shape.train else 0), free, transient
-    )
-    if 1 <= tokens < shape.kv_tokens:
+    tokens = default_kv_tokens(_tightest(shape), free, transient)
+    if 0 < tokens < shape.kv_tokens:
         found.append(f"kv_cache_len={tokens}")
+    if shape.train and shape.lora is None:
+        adapter = replace(shape, lora=LoraSettings(), weights_shared=base_live)
+        if fits(adapter):
+            found.append("with_adapter()")
+        elif not found:
+            batch = largest_batch(adapter, free, transient)
+            found += [f"with_adapter() and max_batch_size={batch}"] if batch else []
     return found
-
-
-def reserve(ledger: Ledger, name: str, shape: Shape, *, world: int, weights_key: str = "") -> tuple[Shape, Plan]:
-    """Plan a spawn, with as few recomputed layers as it takes, and promise it; or raise MemoryRefused with ways out.
-
-    Spawns with an equal `weights_key` share their base weights. Returns the shape that was planned.
-    """
-    shape = replace(shape, weights_shared=ledger.holds(weights_key))
-    layers = choose_checkpointing(shape, ledger.free, ledger.transient)
-    shape = replace(shape, checkpointed_layers=layers)
-    needed = plan(shape)
-    ledger.promise(
-        name,
-        needed,
-        weights_key=weights_key,
-        ways_out=lambda free, transient: ways_out(shape, free, world, transient),
-    )
-    return shape, needed
 
 
 def _fits(needed: Plan, free: int, transient: int) -> bool:
     return needed.resident + max(needed.transient, transient) <= free
 
 
-def _least(good: Callable[[int], bool], low: int, high: int, otherwise: int) -> int:
-    """The smallest number in [low, high) for which a monotonic `good` holds, by bisection."""
-    first, last = low, high
-    while first < last:
-        middle = (first + last) // 2
+def _tightest(shape: Shape) -> Shape:
+    """With the number of recomputed layers that needs least memory."""
+    if not shape.train:
+        return shape
+    # The deepest layer is needed again at once: recomputing it saves only what would lie there beside the head's work.
+    layers = shape.spec.num_layers
+    choices = (replace(shape, checkpointed_layers=count) for count in (layers - 1, layers))
+    return min(choices, key=lambda choice: plan(choice).total)
+
+
+def _least(good: Callable[[int], bool], low: int, high: int) -> int:
+    """The smallest number in [low, high) for which a monotonic `good` holds, by bisection; `high` if none."""
+    while low < high:
+        middle = (low + high) // 2
         if good(middle):
-            last = middle
+            high = middle
         else:
-            first = middle + 1
-    return first if first < high else otherwise
+            low = middle + 1
+    return low

@@ -1,4 +1,4 @@
-"""Run alone, in a fresh process: the peak memory of a trainer at work, beside what the plan says. Prints JSON."""
+"""Run alone, in a fresh process: the peak memory of a model at work, beside what the plan says. Prints JSON."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def lengths_of(total: int, longest: int) -> list[int]:
 
 
 def main(directory: Path, warm_up: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Train the model in `directory` as heavily as `settings` allow; bytes measured and planned.
+    """Train or serve the model in `directory` as heavily as `settings` allow; bytes measured and planned.
 
     A tiny model goes first, so that the code of torch's kernels is there before memory is measured.
     """
@@ -44,17 +44,18 @@ def main(directory: Path, warm_up: Path, settings: dict[str, Any]) -> dict[str, 
     shape = Shape(
         spec=ModelSpec.read(directory),
         tp=1,
-        train=True,
+        train=not settings.get("serve"),
         lora=lora,
         max_batch_tokens=settings["tokens"],
         kv_tokens=settings.get("kv_tokens", 0),
         checkpointed_layers=settings.get("checkpointed", 0),
     )
-    train(warm_up, replace(shape, max_batch_tokens=128, kv_tokens=0, checkpointed_layers=1))
+    work = train if shape.train else serve
+    work(warm_up, replace(shape, max_batch_tokens=128, kv_tokens=256, checkpointed_layers=int(shape.train)))
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")
     before, _ = resident()
-    held = train(directory, shape) - before
+    held = work(directory, shape) - before
     planned = plan(shape)
     return {
         "measured": resident()[1] - before,
@@ -66,7 +67,7 @@ def main(directory: Path, warm_up: Path, settings: dict[str, Any]) -> dict[str, 
 
 
 def train(directory: Path, shape: Shape) -> int:
-    """Load, make a trainer, fill the pages, two worst-case micro-batches and a step; what was resident before these."""
+    """Load, make a trainer, fill the pages, a worst-case micro-batch and a step; what was resident before these."""
     import torch
 
     from harmony_core.engine.models import adapters
@@ -87,14 +88,33 @@ def train(directory: Path, shape: Shape) -> int:
     ids = pack_ints(i % model.vocab_size for i in range(tokens))
     weights = pack_doubles(float(i % 64 > 0) for i in range(tokens))
     lengths = pack_ints(lengths_of(tokens, tokens // 3))
-    for _ in range(2):
-        trainer.accumulate(
-            MicroBatch(model="policy", replica=0, tokens=ids, targets=ids, coefficients=weights, lengths=lengths)
-        )
+    trainer.accumulate(
+        MicroBatch(model="policy", replica=0, tokens=ids, targets=ids, coefficients=weights, lengths=lengths)
+    )
     trainer.optim_step(
         OptimStep(model="policy", lr=1e-4, weight_decay=0.01, max_grad_norm=1.0, skip_nan=False, denominator=tokens)
     )
     del pages
+    return held
+
+
+def serve(directory: Path, shape: Shape) -> int:
+    """Load, fill the pool with as many prompts as it takes, a few tokens each; what was resident before the prompts."""
+    import torch
+
+    from harmony_core.engine.inference.generator import Generator
+    from harmony_core.engine.models.loading import load_model
+    from harmony_core.engine.models.parallel import TensorParallel
+    from harmony_core.rpc.protocol import Sampling
+
+    model = load_model(directory, TensorParallel.single(), torch.device("cpu"), torch.float32)
+    generator = Generator(model, shape.kv_tokens, prefill_tokens=shape.max_batch_tokens)
+    held, _ = resident()
+    for request in range(shape.kv_tokens // 128):
+        ids = [(request + i) % model.vocab_size for i in range(120)]
+        generator.submit(request, ids, Sampling(max_tokens=8, min_tokens=8, top_p=0.9, seed=request))
+    while generator.has_work:
+        generator.step()
     return held
 
 

@@ -7,18 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine.training.trainer_cases import difference, make_trainer, micro_batch, optim_step, parameters, samples
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tiny_models import build
 from torch import nn
 
+from engine.training.trainer_cases import difference, make_trainer, micro_batch, optim_step, parameters, samples
 from harmony_core.engine.models.parallel import TensorParallel
 from harmony_core.engine.training import optimizer
 from harmony_core.engine.training.gradients import FlatGradients
 from harmony_core.engine.training.optimizer import AdamW
 from harmony_core.engine.training.state_files import FILE
 from harmony_core.errors import VerificationError
+from tiny_models import build
 
 SHAPES = {"matrix": (40, 30), "bias": (40,), "wide": (3, 500), "scalar": (1,), "cube": (4, 5, 6)}
 SETTINGS = {"lr": 3e-3, "weight_decay": 0.2, "beta1": 0.8, "beta2": 0.95, "eps": 1e-6}

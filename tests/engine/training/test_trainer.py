@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from engine.training.trainer_cases import (
     PlainLoop,
     difference,
@@ -18,11 +19,10 @@ from engine.training.trainer_cases import (
     samples,
     total_weight,
 )
-from tiny_models import build, golden
-
 from harmony_core.engine.training.trainer import Trainer
 from harmony_core.errors import DataError, EngineError, InternalError, NothingToTrain, StepFailed, UsageError
 from harmony_core.rpc.protocol import pack_doubles, pack_ints
+from tiny_models import build, golden
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ranks import Group
-from tiny_models import random_tokens, reference
 from torch import nn
 
 from harmony_core.engine.models.adapters import add_lora
@@ -15,6 +13,8 @@ from harmony_core.engine.models.loading import load_model
 from harmony_core.engine.models.parallel import TensorParallel, gather_full, shard_of
 from harmony_core.engine.training.trainer import Trainer
 from harmony_core.rpc.protocol import LoraSettings, MicroBatch, OptimStep, pack_doubles, pack_floats, pack_ints
+from ranks import Group
+from tiny_models import random_tokens, reference
 
 Sample = tuple[list[int], list[float]]
 """Token ids, and the weight of each (the first one's is not used: nothing predicts it)."""
