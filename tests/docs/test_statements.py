@@ -1,0 +1,72 @@
+"""Statements of the documentation that a program can check: links, tables and the tree."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from harmony_core.errors import all_errors
+from harmony_core.recipe import RUNNER_FLAGS, built_in_recipes
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+README = (ROOT / "README.md").read_text("utf-8")
+PAGES = [*(ROOT / f"{name}.md" for name in ("README", "SECURITY", "CONTRIBUTING")), *sorted(ROOT.glob("docs/*.md"))]
+
+
+def anchors(page: Path) -> set[str]:
+    """Anchors as they are made from headings: lower case, no punctuation, hyphens for spaces."""
+    titles = re.findall(r"^#+ (.+)$", page.read_text("utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#\s]*#?[^)\s]*)\)", page.read_text("utf-8")):
+        if not target.startswith("http"):
+            name, _, anchor = target.partition("#")
+            found = (page.parent / name).resolve() if name else page
+            assert found.is_file(), target
+            assert not anchor or anchor in anchors(found), target
+
+
+def test_every_page_is_linked_from_the_readme() -> None:
+    linked = set(re.findall(r"\]\((docs/\w+\.md)\)", README))
+    assert linked == {f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")}
+
+
+def test_the_readme_lists_every_flag_of_the_runner() -> None:
+    cells = [line.split("|")[1] for line in README.splitlines() if line.startswith("| `-")]
+    listed = {flag.replace("-", "_") for cell in cells for flag in re.findall(r"--([a-z-]+)", cell)}
+    assert listed == RUNNER_FLAGS - {"help"}
+
+
+def test_the_readme_lists_every_exit_code() -> None:
+    rows = [line for line in README.splitlines() if re.match(r"\| \d+ \|", line)]
+    listed = {int(cell) for row in rows for cell in row.split("|") if cell.strip().isdigit()}
+    assert listed == {0, 130, 143} | {error.exit_code for error in all_errors().values()}
+
+
+def test_the_readme_shows_the_tree() -> None:
+    listed, above = set(), ""
+    for indent, name in re.findall(r"^( *)(\w+)/ +\S", README, re.MULTILINE):
+        parents = above.split("/")[: len(indent) // 2]
+        above = "/".join([*parents, name])
+        listed.add(above)
+    assert all((ROOT / folder).is_dir() for folder in listed)
+    code = {file.parent.relative_to(ROOT).as_posix() for file in (ROOT / "harmony_core").rglob("__init__.py")}
+    top = {file.parent.name for file in ROOT.glob("*/__init__.py")} | {"docs", "tests"}
+    assert code | top <= listed
+
+
+def test_the_built_in_recipes_are_named() -> None:
+    (line,) = re.findall(r"^recipes/ +(.+)$", README, re.MULTILINE)
+    assert all(name in line for name in built_in_recipes())
+
+
+def test_files_that_pages_name_are_there() -> None:
+    """`engine/order.py` and the like, from the root, from the package or beside it."""
+    for page in PAGES:
+        for name in re.findall(r"`((?:[a-z_]+/)+[a-z_]+\.py)`", page.read_text("utf-8")):
+            assert (ROOT / name).is_file() or (ROOT / "harmony_core" / name).is_file(), f"{page.name}: {name}"
