@@ -164,7 +164,14 @@ def _decode(
         ]
     batch, heads, width = q.shape
     kv_heads = keys.shape[1]
-    k, v = (x.index_select(0, plan.slots).view(batch, -1, kv_heads, width).transpose(1, 2) for x in (keys, values))
+    if "gathered" not in context.prepared:
+        # Every layer gathers as much: one pair of buffers serves them all.
+        size = (len(plan.slots), *keys.shape[1:])
+        context.prepared["gathered"] = keys.new_empty(size), values.new_empty(size)
+    k, v = (
+        torch.index_select(store, 0, plan.slots, out=buffer).view(batch, -1, kv_heads, width).transpose(1, 2)
+        for store, buffer in zip((keys, values), context.prepared["gathered"], strict=True)
+    )
     # All query heads of one key-value head see the same keys: they become its query rows.
     rows = q.reshape(batch, kv_heads, heads // kv_heads, width)
     out = F.scaled_dot_product_attention(rows, k, v, attn_mask=context.prepared[name], scale=scale)

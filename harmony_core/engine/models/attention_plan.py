@@ -98,6 +98,9 @@ def plan_packed(attention: PackedAttention, device: torch.device) -> PackedPlan:
 def plan_paged(attention: PagedAttention, device: torch.device) -> PagedPlan:
     """The calls for a prefill or decode step; sequences without a past need no pages to attend."""
     lengths, contexts, slots = attention.lengths, attention.context_lengths, attention.read_slots
+    if slots is not None and max(lengths) == 1 and min(contexts) > 1:
+        # A decode step, the common case by far.
+        return PagedPlan(None, None, _plan_decode(slots, contexts, range(len(lengths))), None, (), None)
     starts = [0, *accumulate(lengths)]
     past = [context - length for length, context in zip(lengths, contexts, strict=True)]
     fresh = [i for i in range(len(lengths)) if past[i] == 0]
