@@ -7,7 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from harmony_core import ledger, memory
+from harmony_core.client import builder, capacity, spawning
+from harmony_core.config import yaml_source
 from harmony_core.errors import all_errors
+from harmony_core.interruption import GRACE_SECONDS
 from harmony_core.recipe import RUNNER_FLAGS, built_in_recipes
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -70,3 +74,24 @@ def test_files_that_pages_name_are_there() -> None:
     for page in PAGES:
         for name in re.findall(r"`((?:[a-z_]+/)+[a-z_]+\.py)`", page.read_text("utf-8")):
             assert (ROOT / name).is_file() or (ROOT / "harmony_core" / name).is_file(), f"{page.name}: {name}"
+
+
+@pytest.mark.parametrize(
+    ("page", "statement"),
+    [
+        ("memory", f"up to {memory.DEFAULT_KV_TOKENS:,} tokens"),
+        ("memory", f"the largest multiple of {memory.BATCH_STEP} that fits"),
+        ("memory", f"not made smaller than {spawning.LEAST_KV_TOKENS:,} tokens"),
+        ("memory", f"{ledger.RANK_BASELINE_BYTES >> 20} MiB are set aside"),
+        ("memory", f"less {capacity.CUDA_BASELINE_BYTES >> 30} GiB for a process"),
+        ("compatibility", f"at most {memory.DEFAULT_KV_TOKENS:,}"),
+        ("configuration", f"more than {yaml_source.MAX_DEPTH} levels, {yaml_source.MAX_ALIASES} aliases"),
+        ("configuration", f"{yaml_source.MAX_NODES:,} values"),
+        ("command_line", f"which has {GRACE_SECONDS:.0f} s to finish"),
+        ("writing_a_recipe", "with_adapter(rank={rank}, alpha={alpha:g}, dropout={dropout:g}, targets=...)"),
+    ],
+)
+def test_numbers_are_those_of_the_code(page: str, statement: str) -> None:
+    lora = builder.LoraSettings()
+    expected = statement.format(rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout)
+    assert expected in (ROOT / "docs" / f"{page}.md").read_text("utf-8")
