@@ -15,10 +15,11 @@ from harmony_core.client.batching import Sample, SampleQueue
 from harmony_core.client.engine import Engine, Request
 from harmony_core.errors import ConflictError, ModelRefused, NothingToTrain, UsageError
 from harmony_core.frames import Frame, is_own
+from harmony_core.ledger import Plan
+from harmony_core.memory import Shape, weight_elements
 from harmony_core.rpc.protocol import Dealloc, Message, MicroBatch, pack_doubles, pack_ints
 
 if TYPE_CHECKING:
-    from harmony_core.ledger import Plan
     from harmony_core.registry import ModelVersion
     from harmony_core.tokenization import ChatTokenizer
 
@@ -68,6 +69,7 @@ class Placement:
     kv_tokens: int
     context_tokens: int
     tokens_to_generate: int
+    shape: Shape
     plan: Plan
     weights_key: str
 
@@ -88,6 +90,7 @@ class LiveModel:
         self._tokenizer = tokenizer
         self._outstanding = [0] * self.replicas
         self._requests = 0
+        self._owns_weights = False
         self._freed = False
         self._loop = asyncio.get_running_loop()
 
@@ -198,6 +201,14 @@ class LiveModel:
             raise NothingToTrain(f"the step of {self.name!r} has a denominator of 0")
         return total
 
+    def promise_own_weights(self) -> None:
+        """Promise memory for weights that are no longer shared with other spawns. Raises MemoryRefused."""
+        if self.placement.weights_key and not self._owns_weights:
+            shape = self.placement.shape
+            weights = weight_elements(shape.spec, shape.tp) * shape.element
+            self.engine.ledger.promise(_own_weights(self.name), Plan(weights=weights))
+            self._owns_weights = True
+
     # --- end --------------------------------------------------------------------------------------------------
 
     def free(self) -> asyncio.Future[list[Message]] | None:
@@ -206,7 +217,7 @@ class LiveModel:
             return None
         self._freed = True
         self.engine.names.discard(self.name)
-        self.engine.ledger.release(self.name)
+        _release(self.engine, self.name)
         if self.engine.options.dry_run:
             return None
         return self.engine.post_global(Dealloc(model=self.name))
@@ -216,9 +227,18 @@ class LiveModel:
             self._loop.call_soon_threadsafe(_free_quietly, self.engine, self.name)
 
 
+def _own_weights(name: str) -> str:
+    return f"{name}: loaded weights"
+
+
+def _release(engine: Engine, name: str) -> None:
+    engine.ledger.release(name)
+    engine.ledger.release(_own_weights(name))
+
+
 def _free_quietly(engine: Engine, name: str) -> None:
     """Free a model that no handle refers to any more."""
     engine.names.discard(name)
-    engine.ledger.release(name)
+    _release(engine, name)
     if not engine.options.dry_run and not engine.closed:
         engine.post_global(Dealloc(model=name))

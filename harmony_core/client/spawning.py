@@ -84,7 +84,9 @@ class _Planned:
         self.context = settings.max_seqlen or version.spec.max_positions
         self.max_batch = max_batch_size or min(PREFILL_TOKENS, version.spec.max_positions)
         source = source_of(version)
-        self.weights_key = "" if self.private else f"{source.digest}/{tp}/{self.dtype}"
+        shared_key = f"{source.digest}/{tp}/{self.dtype}"
+        self.weights_key = "" if self.private else shared_key
+        self.base_live = engine.ledger.holds(shared_key)
         self.source = source
         explicit_kv = settings.kv_cache_len or version.defaults.kv_cache_len
         self.shape = self._shape(explicit_kv or 0)
@@ -128,7 +130,9 @@ class _Planned:
             self.name,
             self.plan,
             weights_key=self.weights_key,
-            ways_out=lambda free, transient: memory.ways_out(self.shape, free, engine.world_size, transient),
+            ways_out=lambda free, transient: memory.ways_out(
+                self.shape, free, engine.world_size, transient, base_live=self.base_live
+            ),
         )
         engine.names.add(self.name)
         engine.hold(self.version)
@@ -152,6 +156,7 @@ class _Planned:
             kv_tokens=self.kv_tokens,
             context_tokens=min(self.context, self.kv_tokens),
             tokens_to_generate=self.builder.resolved_tokens_to_generate(),
+            shape=self.shape,
             plan=self.plan,
             weights_key=self.weights_key,
         )

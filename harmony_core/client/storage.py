@@ -71,4 +71,6 @@ async def load_into(live: LiveModel, path: str) -> None:
             )
     live.require_ranks()
     live.engine.hold(version)
+    if not live.placement.train and not live.placement.lora:
+        live.promise_own_weights()
     await live.engine.run_global(Load(model=live.name, source=source_of(version)), Nothing)

@@ -15,7 +15,7 @@ from harmony_core.engine.models.model import CausalLM
 from harmony_core.engine.models.parallel import TensorParallel
 from harmony_core.engine.training import state_files
 from harmony_core.engine.training.trainer import Trainer
-from harmony_core.errors import ConflictError, ModelRefused
+from harmony_core.errors import ConflictError, MemoryRefused, ModelRefused
 from harmony_core.rpc.protocol import Clone, Load, Save, Spawn, Spawned
 from harmony_core.rpc.wire import Failure
 
@@ -93,7 +93,20 @@ class ModelTable:
     # --- spawn ------------------------------------------------------------------------------------------------
 
     def spawn(self, request: Spawn, tp: TensorParallel, replicas: ProcessGroup | None) -> HostedModel:
-        """Build a spawn and rehearse it. On an error everything it took is given back."""
+        """Build a spawn and rehearse it. On an error everything it took is given back.
+
+        Raises MemoryRefused when the device turns out to be fuller than was promised.
+        """
+        try:
+            return self._spawn(request, tp, replicas)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise MemoryRefused(
+                f"{request.name!r} was promised {request.promised_bytes} bytes, and the device ran out: {error}",
+                hint="another process uses this device, or the plan is too low: try --memory with less, or a smaller "
+                "max_batch_size",
+            ) from error
+
+    def _spawn(self, request: Spawn, tp: TensorParallel, replicas: ProcessGroup | None) -> HostedModel:
         full_training = request.train and request.lora is None and not request.source.adapter
         base = self._take_weights(request, tp, private=full_training)
         adapter: str | None = None
@@ -218,7 +231,8 @@ class ModelTable:
         copy = BaseWeights(hosted.model.copy_weights(), None)
         self._give_back(hosted.base, None)
         hosted.base = copy
-        hosted.runner = Runner(copy.model, hosted.kv_tokens)
+        # The pages stay: sequences under way keep their keys and values.
+        hosted.runner.model = copy.model
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:

@@ -99,3 +99,22 @@ def test_concurrent_saves_of_one_name_make_versions(one_rank: LiveEngine) -> Non
         await model.dealloc()
 
     one_rank.run(work())
+
+
+def test_an_inference_model_that_loads_no_longer_shares_its_weights(one_rank: LiveEngine) -> None:
+    async def work() -> None:
+        model = await trained(one_rank, "source", 1, adapter=False)
+        ref = await model.save("loaded-later")
+        thread = pair("say 2", "a2")
+        shared = one_rank.client.model(TINY, kv_cache_len=512)
+        first, second = await shared.spawn_inference("first"), await shared.spawn_inference("second")
+        before, promised = await second.logprobs(thread), one_rank.client.memory()["free"]
+        await first.load(ref)
+        assert await first.logprobs(thread) == pytest.approx(await model.logprobs(thread), abs=1e-4)
+        assert await second.logprobs(thread) == before
+        assert promised - one_rank.client.memory()["free"] == 324_000 * 4
+        for live in (model, first, second):
+            await live.dealloc()
+        assert one_rank.client.memory()["models"] == {}
+
+    one_rank.run(work())
