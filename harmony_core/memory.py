@@ -200,13 +200,17 @@ def _training(shape: Shape) -> tuple[int, int]:
 def _layer_activations(shape: Shape, n: _Local) -> int:
     """Elements that one layer keeps for the backward pass, per token.
 
-    Of each norm its input and its output, and where its weight is trained the normalised state between (d each; half
-    precision normalises in float32, so that its input counts twice). Query, key, value and output of attention, and the
-    softmax's sums; on CPU these lie in padded groups, and the output once more in row order. Of the feed-forward four
-    tensors: gate, its activation, up and their product.
+    Of each norm its input and its output, and where its weight is trained the normalised state between (half precision
+    normalises in float32, so that its input counts twice); of a norm inside the heads not its output, which rotation
+    replaces. Query, key, value and output of attention, and the softmax's sums; on CPU these lie in padded groups, and
+    the output once more in row order. Of the feed-forward four tensors: gate, its activation, up and their product.
     """
+    # A norm keeps, per width: its input in float32, and what it normalised where its weight is trained.
     wide = 4 // min(4, shape.element)
-    norms = 2 * (wide * n.d + n.d + (n.d if shape.lora is None else 0)) + 2 * wide
+    norm = wide + (1 if shape.lora is None else 0)
+    norms = 2 * (norm * n.d + n.d) + 2 * wide
+    if shape.spec.qk_norm:
+        norms += norm * (n.q + n.projected_kv) + wide * (n.q + n.projected_kv) // shape.spec.head_dim
     attention = 2 * n.q + 2 * n.kv + wide * n.heads
     if shape.device == "cpu":
         attention = int(_PADDING * attention) + n.q
