@@ -20,7 +20,7 @@ from harmony_core.engine.inference.step import StepPlan, StepResult
 from harmony_core.engine.models.context import ForwardContext, PagedAttention, forward_context
 from harmony_core.engine.models.model import CausalLM
 
-_LOGITS_AT_ONCE = 8 * 1024 * 1024
+_LOGITS_AT_ONCE = 4 * 1024 * 1024
 """Most logits in memory at a time; more rows than that are drawn in groups."""
 
 

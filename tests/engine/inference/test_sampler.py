@@ -72,7 +72,7 @@ def test_top_k_top_p_and_min_p_keep_the_sets_that_transformers_keeps(setting: Se
     assert kept.any(-1).all()
 
 
-def test_a_flat_distribution_needs_more_candidates_than_are_looked_at_first() -> None:
+def test_a_flat_distribution_keeps_most_of_a_vocabulary() -> None:
     logits = random_logits(3, 6000, spread=0.1)
     setting: Settings = (1.0, 0, 0.8, 0.0)
     kept = keep(logits, draws_of([setting] * 3))
