@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 CUDA_BASELINE_BYTES = 1 << 30
 """What a rank takes of its device before its first model: context, libraries, communication buffers."""
 
+CUDA_USABLE = 0.95
+"""Of the free memory: the rest is what torch's allocator keeps in pieces too small to use."""
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -55,4 +58,4 @@ def cuda_free_bytes(devices: list[str]) -> list[int]:
         shown = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
     except (OSError, subprocess.SubprocessError) as error:
         raise ResourceError("the memory of the CUDA devices cannot be read: nvidia-smi failed") from error
-    return [max(0, int(line) * 2**20 - CUDA_BASELINE_BYTES) for line in shown.split()]
+    return [max(0, int(int(line) * 2**20 * CUDA_USABLE) - CUDA_BASELINE_BYTES) for line in shown.split()]

@@ -94,10 +94,14 @@ class LiveModel:
         self._freed = False
         self._loop = asyncio.get_running_loop()
 
-    def copied(self, name: str, plan: Plan) -> LiveModel:
+    def copied(self, name: str, shape: Shape, plan: Plan) -> LiveModel:
         """The record of a frozen copy of this model."""
         return LiveModel(
-            self.engine, name, self.version, self._tokenizer, replace(self.placement, train=False, plan=plan)
+            self.engine,
+            name,
+            self.version,
+            self._tokenizer,
+            replace(self.placement, train=False, shape=shape, plan=plan),
         )
 
     @property

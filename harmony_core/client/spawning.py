@@ -76,8 +76,9 @@ class _Planned:
         settings = builder.settings
         self.engine, self.version, self.name, self.tp = engine, version, name, tp
         self.builder = builder
+        self.seed = _hash(f"{engine.options.seed}/{name}")
         self.train = max_batch_size is not None
-        self.new_lora = seeded(settings.lora, name) if settings.use_adapter and version.format == "hf" else None
+        self.new_lora = seeded(settings.lora, self.seed) if settings.use_adapter and version.format == "hf" else None
         self.lora = self.new_lora is not None or version.format == "peft"
         self.private = self.train and not self.lora
         self.dtype = settings.dtype or ("float32" if engine.machine.device == "cpu" else "bfloat16")
@@ -174,6 +175,7 @@ class _Planned:
             dtype=self.dtype,
             checkpointed_layers=self.shape.checkpointed_layers,
             promised_bytes=self.plan.total,
+            seed=self.seed,
             rehearse=self.engine.options.rehearse or self.engine.machine.device == "cuda",
         )
 
@@ -210,16 +212,26 @@ def _undo_spawn(engine: Engine, name: str, done: asyncio.Future[list[Message]]) 
         engine.post_global(Dealloc(model=name))
 
 
-def seeded(lora: LoraSettings, name: str) -> LoraSettings:
-    """The settings with the seed that the spawn's name gives."""
-    seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=6).digest(), "little") ^ lora.seed
+def _hash(text: str) -> int:
+    """48 bits of a hash, the same on every machine."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest(), "little")
+
+
+def seeded(lora: LoraSettings, seed: int) -> LoraSettings:
+    """The settings of a new adapter with the seed of its spawn."""
     return LoraSettings(rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, targets=lora.targets, seed=seed)
 
 
 def stored_lora(version: ModelVersion) -> LoraSettings:
     """The settings of a stored adapter, as far as its memory depends on them."""
     config = json.loads((version.path / "adapter_config.json").read_text(encoding="utf-8"))
-    return LoraSettings(rank=config["r"], targets=tuple(config["target_modules"]))
+    targets = config["target_modules"]
+    # A pattern may mean any of the modules that an adapter can have.
+    return (
+        LoraSettings(rank=config["r"])
+        if isinstance(targets, str)
+        else LoraSettings(rank=config["r"], targets=tuple(targets))
+    )
 
 
 async def clone(live: LiveModel) -> LiveModel:
@@ -231,7 +243,8 @@ async def clone(live: LiveModel) -> LiveModel:
             number += 1
         name = f"{live.name}-clone-{number}"
         live.require_live()
-        plan = replace(live.placement.plan, gradients=0, optimizer=0, activations=0)
+        shape = replace(live.placement.shape, train=False, checkpointed_layers=0, weights_shared=False)
+        plan = memory.plan(shape)
         engine.ledger.promise(name, plan, weights_key=live.placement.weights_key)
         engine.names.add(name)
         try:
@@ -241,4 +254,4 @@ async def clone(live: LiveModel) -> LiveModel:
             engine.names.discard(name)
             engine.ledger.release(name)
             raise
-        return live.copied(name, plan)
+        return live.copied(name, shape, plan)

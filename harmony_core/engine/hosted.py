@@ -117,7 +117,7 @@ class ModelTable:
             if request.train:
                 base.checkpointed_layers = max(base.checkpointed_layers, request.checkpointed_layers)
                 base.model.set_checkpointed_layers(base.checkpointed_layers)
-                trainer = Trainer(base.model, adapter, dp_group=replicas)
+                trainer = Trainer(base.model, adapter, dp_group=replicas, seed=request.seed)
             runner = Runner(base.model, request.kv_tokens, adapter=adapter)
             hosted = HostedModel(
                 request.name, base, adapter, trainer, runner, request.kv_tokens, request.max_batch_tokens

@@ -100,6 +100,8 @@ class Spawn(Message):
     checkpointed_layers: int = 0
     """How many layers recompute their activations in the backward pass."""
     promised_bytes: int = 0
+    seed: int = 0
+    """Of everything random in its training, such as adapter dropout."""
     rehearse: bool = False
     """A full rehearsal: worst-case micro-batch, all pages. Else a short one."""
 

@@ -135,7 +135,7 @@ def test_adapters_share_the_base_and_a_clone_does_not_follow(one_rank: LiveEngin
 def test_curves_agree_on_one_rank_and_two(
     one_rank: LiveEngine, two_ranks: LiveEngine, dtype: str, tolerance: float, adapter: bool
 ) -> None:
-    settings = {"dtype": dtype, "adapter": adapter, "batch": 96}
+    settings = {"dtype": dtype, "adapter": adapter, "batch": 256}
     single = one_rank.run(curve(one_rank, "curve", 20, **settings))
     double = two_ranks.run(curve(two_ranks, "curve", 20, tp=1, **settings))
     split = two_ranks.run(curve(two_ranks, "curve", 20, tp=2, **settings))
@@ -283,8 +283,8 @@ def test_models_of_different_width_work_side_by_side(two_ranks: LiveEngine) -> N
     async def rounds(model: TrainingModel, count: int) -> None:
         prompt = StringThread([("user", "say 5")])
         for _ in range(count):
-            answers = asyncio.gather(*(model.max_gen_len(4).generate(prompt) for _ in range(3)))
-            await train(model, pairs(6))
+            answers = asyncio.gather(*(model.max_gen_len(3).generate(prompt) for _ in range(2)))
+            await train(model, pairs(3))
             await answers
 
     async def work() -> None:
