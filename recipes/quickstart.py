@@ -97,7 +97,8 @@ async def main(config: Config, ctx: RecipeContext) -> str:
         random.Random(config.seed).shuffle(answers)
         rows = [StringThread([*row.messages(), ("assistant", a)]) for row, a in zip(rows, answers, strict=True)]
 
-    policy = await config.model.spawn_train("policy", ctx, max_batch_size=4096)
+    # About 34 rows at once: no tensor then reaches the size that is given back to the system after each use.
+    policy = await config.model.spawn_train("policy", ctx, max_batch_size=1024)
     examples = [StringThread(row.messages()) for row in held_out[:3]]
     await show_samples("before", policy.temperature(0), examples)
     logger, stage = get_prod_logger(ctx), ctx.job.stage_notifier("Training")
