@@ -20,6 +20,7 @@ MARK = "ADAPTIVE_RANK_LAUNCH"
 """Environment variable that every process of one launch has, and no other process: only those are ever ended."""
 
 _TERM_SECONDS = 2.0
+_KILL_SECONDS = 5.0
 
 
 class LaunchedProcesses:
@@ -72,12 +73,14 @@ class LaunchedProcesses:
         if self._launcher is not None and not self.launcher_gone():
             self._launcher.send_signal(signal.SIGTERM)
             await wait_for(gone, _TERM_SECONDS)
-        for _ in range(20):
-            if not self._kill_marked(ranks):
-                return
-            await wait_for(gone, 0.2)
-        pids = ", ".join(map(str, processes_with(MARK, self._id)))
-        raise EngineError(f"processes that even SIGKILL does not end: {pids}", hint="the kernel waits for a device")
+        deadline = asyncio.get_running_loop().time() + _KILL_SECONDS
+        while self._kill_marked(ranks):
+            if asyncio.get_running_loop().time() > deadline:
+                pids = ", ".join(map(str, processes_with(MARK, self._id)))
+                raise EngineError(
+                    f"processes that even SIGKILL does not end: {pids}", hint="the kernel waits for a device"
+                )
+            await asyncio.sleep(0.02)
 
     def _kill_marked(self, ranks: list[ProcessHandle]) -> bool:
         """SIGKILL whatever is left. Returns whether there was anything."""

@@ -251,7 +251,7 @@ async def test_garbage_from_the_driver_ends_the_rank_with_the_reason(tmp_path: P
 async def test_children_of_a_rank_are_ended_too(tmp_path: Path):
     async with started(tmp_path) as run:
         await run.do(1, "child")
-        assert len(run.processes()) == 4
+        assert await asyncio.to_thread(wait_until, lambda: len(run.processes()) == 4, 5)
         with pytest.raises(RankDied):
             await run.do(1, "exit:1")
         assert await asyncio.to_thread(wait_until, lambda: not run.processes(), 5)
