@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import small_models
 
+import small_models
 from harmony_core.errors import ModelRefused, VerificationError
 from harmony_core.model_spec import ModelSpec, check_tp, fitting_tp
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tokenizer_directories as directories
 
+import tokenizer_directories as directories
 from harmony_core.errors import TokenizationError
 from harmony_core.threads import StringThread
 from harmony_core.token_threads import TokenizedThread

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import small_models
 
+import small_models
 from harmony_core.errors import VerificationError
 from harmony_core.weight_files import read_header, read_headers, read_json, weight_names
 
