@@ -6,6 +6,8 @@ It decides nothing and remembers nothing but what lies in the pages.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -22,6 +24,8 @@ from harmony_core.engine.models.model import CausalLM
 
 _LOGITS_AT_ONCE = 4 * 1024 * 1024
 """Most logits in memory at a time; more rows than that are drawn in groups."""
+_ALONE_BELOW = 50_000_000
+"""Products of weights and tokens in a step on CPU below which waking a second thread costs more than it saves."""
 
 
 class Runner:
@@ -41,10 +45,18 @@ class Runner:
             device=model.device,
             page_size=page_size,
         )
+        self._weights = model.parameter_bytes(adapter) // model.dtype.itemsize
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
         """Run the forward pass, write the pages, draw the tokens."""
+        alone = self.model.device.type == "cpu" and self._weights * sum(plan.lengths) < _ALONE_BELOW
+        if not alone or torch.get_num_threads() == 1:
+            return self._run(plan)
+        with _one_thread():
+            return self._run(plan)
+
+    def _run(self, plan: StepPlan) -> StepResult:
         layout = _Layout(plan)
         tokens = torch.from_numpy(np.frombuffer(plan.tokens, dtype=np.int32).astype(np.int64))
         self.cache.touch(int(layout.write_slots.max()))
@@ -85,6 +97,16 @@ class Runner:
         pairs = zip(result.logprobs, result.sampled_logprobs, strict=True)
         result.broken.extend(row for row, pair in enumerate(pairs) if not all(map(math.isfinite, pair)))
         return result
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class _Layout:

@@ -376,3 +376,25 @@ def test_tokens_record_the_version_that_drew_them(load: Loader) -> None:
     generator.step()
     version[0] = 4
     assert unpack_ints(answers(generator)[0].versions) == [3, 3, 4, 4, 4]
+
+
+def test_a_step_with_little_work_runs_on_one_thread(load: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = load()
+    seen: list[int] = []
+    hidden_states = model.hidden_states
+
+    def watched(tokens: Tensor, positions: Tensor) -> Tensor:
+        seen.append(torch.get_num_threads())
+        return hidden_states(tokens, positions)
+
+    monkeypatch.setattr(model, "hidden_states", watched)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        generator = Generator(model, 8192)
+        generator.submit(0, [1, 2, 3], Sampling(max_tokens=3))
+        drain(generator)
+        after = torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [1, 1, 1] and after == 2
