@@ -66,7 +66,7 @@ def test_a_recipe_for_the_documented_api_runs_unmodified(home: Path, tmp_path: P
 
 
 def test_one_model_over_two_ranks_has_the_same_losses(home: Path, tmp_path: Path) -> None:
-    common = ("run", "sft", "--samples-per-batch", "256", "--adapter", "--json", "--save-as", "null")
+    common = ("run", "sft", "--samples-per-batch", "64", "--epochs", "0.25", "--adapter", "--json", "--save-as", "null")
     single = result(adaptive(home, tmp_path, *common))
     split = result(adaptive(home, tmp_path, *common, "--num-processes", "2", "--tp", "2"))
     curves = [[e["data"]["loss"] for e in events(home, done["run"], "optim_step")] for done in (single, split)]
@@ -87,9 +87,8 @@ def test_a_refused_spawn_keeps_its_code_and_names_ways_out(home: Path, tmp_path:
 
 
 def test_data_parallel_needs_no_other_recipe(home: Path, tmp_path: Path) -> None:
-    done = result(
-        adaptive(home, tmp_path, "run", "sft", "--num-processes", "2", "--samples-per-batch", "512", "--json")
-    )
+    words = ("run", "sft", "--num-processes", "2", "--samples-per-batch", "128", "--epochs", "0.2", "--json")
+    done = result(adaptive(home, tmp_path, *words))
     tokens = [0, 0]
     for event in events(home, done["run"], "micro_batch"):
         tokens[event["rank"]] += event["data"]["tokens"]
