@@ -72,7 +72,7 @@ def _measure(directory: Path, warm_up: Path, settings: dict[str, Any]) -> dict[s
     environment = {
         **os.environ,
         "MALLOC_ARENA_MAX": "1",
-        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_MMAP_THRESHOLD_": "1048576",
         "OMP_NUM_THREADS": "1",
     }
     done = subprocess.run(
