@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -387,11 +386,3 @@ def test_a_directory_without_a_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({}))
     with pytest.raises(TokenizationError, match=r"has no tokenizer\.json"):
         ChatTokenizer.load(tmp_path)
-
-
-def test_two_thousand_threads_take_little_time(tokenizers: dict[str, ChatTokenizer]) -> None:
-    threads = [StringThread([("user", f"what is {i} + {i}?"), ("assistant", str(2 * i))]) for i in range(2000)]
-    begin = time.process_time()
-    for thread in threads:
-        tokenizers["llama3"].tokenize(thread)
-    assert time.process_time() - begin < 4  # 0.5 s where it was written; a machine under load gets room
