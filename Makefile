@@ -23,8 +23,7 @@ $(VENV)/.dev: $(BIN)/adaptive
 
 quickstart: $(BIN)/adaptive ## install, then train, save, reload and score the builtin model (CPU, offline)
 	$(BIN)/adaptive run quickstart
-	@echo
-	@echo "next: $(BIN)/adaptive run sft --help" >&2
+	@printf '\nnext: %s\n' "$(BIN)/adaptive run sft --help" >&2
 
 test: $(VENV)/.dev ## install, then the default test suite
 	$(BIN)/pytest
