@@ -23,12 +23,6 @@ def tell(text: str) -> None:
     stream.flush()
 
 
-def tell_error(lines: Iterable[str]) -> None:
-    """An error: its first line marked, the rest as it is."""
-    for number, line in enumerate(lines):
-        tell(f"error: {line}" if number == 0 else line)
-
-
 def tell_errors(errors: Iterable[dict[str, Any]]) -> None:
     """The errors of an outcome. Several issues of one error are each marked."""
     for error in errors:

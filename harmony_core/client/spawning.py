@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from harmony_core import memory
 from harmony_core.client.live import LiveModel, Placement
 from harmony_core.client.storage import source_of
-from harmony_core.errors import ConflictError, HarmonyError, ModelRefused, UsageError
+from harmony_core.errors import ConflictError, ModelRefused, UsageError
 from harmony_core.model_spec import check_tp
 from harmony_core.rpc.protocol import Clone, Dealloc, LoraSettings, Message, Spawn, Spawned
 from harmony_core.tokenization import ChatTokenizer
@@ -127,28 +129,16 @@ class _Planned:
         engine = self.engine
         tokenizer_dir = self.version.tokenizer_dir
         tokenizer = load_tokenizer(tokenizer_dir) if tokenizer_dir is not None else None
-        engine.ledger.promise(
-            self.name,
-            self.plan,
-            weights_key=self.weights_key,
-            ways_out=lambda free, transient: memory.ways_out(
-                self.shape, free, engine.world_size, transient, base_live=self.base_live
-            ),
-        )
-        engine.names.add(self.name)
-        engine.hold(self.version)
-        engine.events("spawn.planned", self.described(), None)
-        try:
+        described = self.described()
+        with _promised(engine, self.name, self.plan, self.weights_key, self._ways_out):
+            engine.hold(self.version)
+            engine.events("spawn.planned", described, None)
             if not engine.options.dry_run:
                 await engine.ready()
                 await engine.reblock(self.tp)
                 await _run_spawn(engine, self.name, self._message())
-        except BaseException:
-            engine.names.discard(self.name)
-            engine.ledger.release(self.name)
-            raise
         engine.tp_values.add(self.tp)
-        engine.planned.append(self.described())
+        engine.planned.append(described)
         placement = Placement(
             tp=self.tp,
             train=self.train,
@@ -162,6 +152,9 @@ class _Planned:
             weights_key=self.weights_key,
         )
         return LiveModel(engine, self.name, self.version, tokenizer, placement)
+
+    def _ways_out(self, free: int, transient: int) -> list[str]:
+        return memory.ways_out(self.shape, free, self.engine.world_size, transient, base_live=self.base_live)
 
     def _message(self) -> Spawn:
         return Spawn(
@@ -194,6 +187,25 @@ class _Planned:
             "checkpointed_layers": self.shape.checkpointed_layers,
             "bytes": {**self.plan.parts(), "total": self.plan.total},
         }
+
+
+@contextmanager
+def _promised(
+    engine: Engine,
+    name: str,
+    plan: memory.Plan,
+    weights_key: str,
+    ways_out: Callable[[int, int], list[str]] | None = None,
+) -> Iterator[None]:
+    """The name and its memory are taken; both are given back when what follows fails. Raises MemoryRefused."""
+    engine.ledger.promise(name, plan, weights_key=weights_key, ways_out=ways_out)
+    engine.names.add(name)
+    try:
+        yield
+    except BaseException:
+        engine.names.discard(name)
+        engine.ledger.release(name)
+        raise
 
 
 async def _run_spawn(engine: Engine, name: str, message: Message) -> None:
@@ -245,13 +257,7 @@ async def clone(live: LiveModel) -> LiveModel:
         live.require_live()
         shape = replace(live.placement.shape, train=False, checkpointed_layers=0, weights_shared=False)
         plan = memory.plan(shape)
-        engine.ledger.promise(name, plan, weights_key=live.placement.weights_key)
-        engine.names.add(name)
-        try:
+        with _promised(engine, name, plan, live.placement.weights_key):
             if not engine.options.dry_run:
                 await _run_spawn(engine, name, Clone(source=live.name, name=name, kv_tokens=live.placement.kv_tokens))
-        except (HarmonyError, asyncio.CancelledError):
-            engine.names.discard(name)
-            engine.ledger.release(name)
-            raise
         return live.copied(name, shape, plan)

@@ -6,8 +6,7 @@ are. Nothing else decides anything, so all ranks of a block enter the same colle
 
 from __future__ import annotations
 
-import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -125,10 +124,9 @@ class Host:
         if batch is None:
             return Outcome()
         assert hosted.trainer is not None
-        started = time.perf_counter()
         done = hosted.trainer.accumulate(batch)
-        data = {"model": hosted.name, "replica": replica, "tokens": done.tokens, "samples": done.samples}
-        self._channel.event("micro_batch", {**data, "seconds": time.perf_counter() - started})
+        counts = {"tokens": done.tokens, "samples": done.samples, "seconds": done.seconds}
+        self._channel.event("micro_batch", {"model": hosted.name, "replica": replica, **counts})
         return Outcome(trained=done)
 
     # --- global work ------------------------------------------------------------------------------------------
@@ -274,11 +272,9 @@ class Host:
 
 
 def _replicas(instruction: TrainWork | ScoreWork | GenerateWork) -> list[int]:
-    parts: dict[int, Any]
+    """The replicas of the block that have a part in an instruction."""
     if isinstance(instruction, TrainWork):
-        parts = dict(instruction.batches)
-    elif isinstance(instruction, ScoreWork):
-        parts = dict(instruction.requests)
-    else:
-        parts = dict(instruction.plans)
-    return list(parts)
+        return list(instruction.batches)
+    if isinstance(instruction, ScoreWork):
+        return list(instruction.requests)
+    return list(instruction.plans)

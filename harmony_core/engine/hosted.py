@@ -149,14 +149,17 @@ class ModelTable:
     def _make_adapter(self, model: CausalLM, request: Spawn) -> str | None:
         if request.lora is None and not request.source.adapter:
             return None
-        # A name of our own: a spawn's may hold characters that a module's may not.
-        self._adapters += 1
-        name = f"adapter_{self._adapters}"
+        name = self._new_adapter_name()
         if request.lora is not None:
             adapters.add_lora(model, name, request.lora)
         else:
             adapters.load_adapter(model, name, Path(request.source.adapter))
         return name
+
+    def _new_adapter_name(self) -> str:
+        """A name of our own: a spawn's may hold characters that a module's may not."""
+        self._adapters += 1
+        return f"adapter_{self._adapters}"
 
     def _give_back(self, base: BaseWeights, adapter: str | None) -> None:
         base.users -= 1
@@ -172,16 +175,13 @@ class ModelTable:
         source = self.get(request.source)
         adapter: str | None = None
         if source.adapter is not None:
-            self._adapters += 1
-            adapter = f"adapter_{self._adapters}"
+            adapter = self._new_adapter_name()
             adapters.copy_adapter(source.model, source.adapter, adapter)
-            source.base.users += 1
-            base = source.base
-        elif source.base.key is not None:
-            source.base.users += 1
-            base = source.base
-        else:
+        if source.base.key is None:
             base = BaseWeights(source.model.copy_weights(), None)
+        else:
+            base = source.base
+            base.users += 1
         runner = Runner(base.model, request.kv_tokens, adapter=adapter)
         hosted = HostedModel(
             request.name, base, adapter, None, runner, request.kv_tokens, source.max_batch_tokens, source.version()

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import msgspec
 
 from harmony_core.engine.inference.step import StepPlan, StepResult
 from harmony_core.rpc.protocol import METHODS, Message, MicroBatch, MicroBatchDone, Score
-from harmony_core.rpc.wire import Failure, error_of
+from harmony_core.rpc.wire import Failure
 
 
 class GlobalWork(msgspec.Struct, tag=True):
@@ -60,12 +58,6 @@ class Outcome(msgspec.Struct):
     trained: MicroBatchDone | None = None
     scores: list[bytes] | None = None
     generated: StepResult | None = None
-    answer: dict[str, Any] | None = None
-
-    def raise_failure(self) -> None:
-        """Raise what the rank raised, if it did."""
-        if self.failure is not None:
-            raise error_of(self.failure)
 
 
 encode_instruction = msgspec.msgpack.Encoder().encode

@@ -58,22 +58,16 @@ class Launch:
     """Identifiers of the CUDA devices, one for each rank."""
 
 
-def resolve_launch(num_processes: int | None, device: str, accelerate_config: Path | None) -> tuple[str, int]:
-    """The device ("cpu" or "cuda") and the number of ranks that these options mean here.
-
-    Raises ConfigError, ResourceError when there are fewer devices, NotFoundError for the file.
-    """
-    launch = resolve(num_processes, device, accelerate_config)
-    return launch.device, launch.world_size
-
-
 def default_processes() -> int:
     """Every visible CUDA device, else 1."""
     return max(1, len(visible_devices()))
 
 
 def resolve(num_processes: int | None, device: str, accelerate_config: Path | None) -> Launch:
-    """`resolve_launch`, with what the accelerate configuration says. Flags win over the file."""
+    """The devices and the number of ranks that these options mean here. Flags win over the accelerate file.
+
+    Raises ConfigError, ResourceError when there are fewer devices, NotFoundError for the file.
+    """
     if device not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"device {device!r}", hint="auto, cpu or cuda")
     settings = read_accelerate_config(accelerate_config) if accelerate_config else AccelerateSettings()

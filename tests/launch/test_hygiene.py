@@ -88,16 +88,20 @@ def test_a_stopped_driver_keeps_its_ranks(tmp_path: Path):
 
 def test_kill_the_driver_while_it_starts(tmp_path: Path, no_leftovers: Path):
     """Also then no process stays; the directory of the launch is swept by the next one."""
-    rng = random.Random(5)
-    for index in range(5):
-        run_id = f"early-{index}-{os.getpid()}"
-        with driver(tmp_path, run_id, "fake") as (process, _):
+    kill_while_it_starts(tmp_path, "fake", random.Random(5), count=5, seconds=0.3)
+    sweep(tmp_path, no_leftovers)
+
+
+def kill_while_it_starts(tmp_path: Path, ranks: str, rng: random.Random, count: int, seconds: float) -> None:
+    """Kill a driver at a random moment of its start; nothing of it may stay."""
+    for index in range(count):
+        run_id = f"starting-{ranks}-{index}-{os.getpid()}"
+        with driver(tmp_path, run_id, ranks) as (process, _):
             assert wait_until(lambda run_id=run_id: bool(running("ADAPTIVE_RUN_ID", run_id)), 30)
-            time.sleep(rng.random() * 0.3)
+            time.sleep(rng.random() * seconds)
             process.kill()
             process.wait()
             assert wait_until(lambda run_id=run_id: not running("ADAPTIVE_RUN_ID", run_id), 5)
-    sweep(tmp_path, no_leftovers)
 
 
 def sweep(tmp_path: Path, runtime: Path) -> None:
@@ -127,13 +131,5 @@ def test_kill_one_of_a_real_run_of_one_rank(tmp_path: Path, victim: str):
 
 @pytest.mark.slow
 def test_kill_a_real_driver_at_any_moment_of_the_start(tmp_path: Path, no_leftovers: Path):
-    rng = random.Random(9)
-    for index in range(10):
-        run_id = f"import-{index}-{os.getpid()}"
-        with driver(tmp_path, run_id, "echo") as (process, _):
-            assert wait_until(lambda run_id=run_id: bool(running("ADAPTIVE_RUN_ID", run_id)), 30)
-            time.sleep(rng.random() * 8)
-            process.kill()
-            process.wait()
-            assert wait_until(lambda run_id=run_id: not running("ADAPTIVE_RUN_ID", run_id), 5)
+    kill_while_it_starts(tmp_path, "echo", random.Random(9), count=10, seconds=8)
     sweep(tmp_path, no_leftovers)

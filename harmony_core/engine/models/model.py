@@ -47,7 +47,6 @@ class CausalLM:
         text = config.get_text_config()
         self.vocab_size: int = text.vocab_size
         self.num_layers: int = text.num_hidden_layers
-        self.num_heads_local: int = text.num_attention_heads // tp.size
         self.num_kv_heads_local: int = max(1, text.num_key_value_heads // tp.size)
         self.hidden_size: int = text.hidden_size
         self.head_dim: int = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
