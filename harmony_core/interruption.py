@@ -53,6 +53,7 @@ class Interruption:
         self._timeout = timeout
         self._started = time.monotonic()
         self._stopped_at = 0.0
+        self._pushed_at = 0.0
         self._task: asyncio.Task[Any] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._acknowledged = False
@@ -145,8 +146,11 @@ class Interruption:
             return
         if now >= self._stopped_at + self._grace:
             self._end(EXIT_CODES[self.reason], f"not stopped within {self._grace:.0f} s")
-        stalled = self._loop is not None and not self._acknowledged and now >= self._stopped_at + STALL_SECONDS
+        # A recipe that has been told is in its `finally`, which must not be cut short; the grace bounds it.
+        told = self._acknowledged or self._raised
+        stalled = self._loop is not None and not told and now >= self._pushed_at + STALL_SECONDS
         if stalled and not self._raise_now and self._main is not None:
+            self._pushed_at = now
             self._raise_now = True
             self._own_signals += 1
             signal.pthread_kill(self._main, signal.SIGINT)
@@ -155,7 +159,7 @@ class Interruption:
         if self.reason is not None:
             self._end(EXIT_CODES[reason if reason != "timeout" else self.reason], "asked twice")
         self.reason = reason
-        self._stopped_at = time.monotonic()
+        self._stopped_at = self._pushed_at = time.monotonic()
         if reason == "timeout":
             self._say(f"stopping: --timeout {self._timeout:g} s passed")
         elif reason == "interrupt":
