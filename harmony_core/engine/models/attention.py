@@ -6,29 +6,16 @@ registered under the name, so transformers builds no mask. T tokens, H query hea
 
 from __future__ import annotations
 
-import inspect
-from functools import cache
-from itertools import accumulate
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import AttentionInterface
 
-from harmony_core.engine.models.attention_plan import (
-    ChunkPlan,
-    DecodePlan,
-    PackedPlan,
-    PagedPlan,
-    plan_packed,
-    plan_paged,
-)
+from harmony_core.engine.models import attention_cpu, attention_cuda
 from harmony_core.engine.models.context import ForwardContext, PackedAttention, PagedAttention, current_context
 from harmony_core.errors import ModelRefused
 
 NAME = "harmony"
-FLASH_DTYPES = (torch.bfloat16, torch.float16)
 
 
 def attend(
@@ -77,14 +64,9 @@ def _packed(
 ) -> Tensor:
     """Each sequence causally with itself; `[T, H, D]`."""
     assert sum(lengths) == q.shape[0], "lengths do not add up to the row"
-    if _flash_applies(q):
-        if "cu_seqlens" not in context.prepared:
-            bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-            context.prepared["cu_seqlens"] = bounds.to(q.device)
-        return _flash(q, k, v, context.prepared["cu_seqlens"], max(lengths), scale, window)
-    if "packed" not in context.prepared:
-        context.prepared["packed"] = plan_packed(PackedAttention(lengths), q.device)
-    return _by_groups(context.prepared["packed"], q, k, v, scale, window)
+    if attention_cuda.applies(q):
+        return attention_cuda.packed(context, lengths, q, k, v, scale, window)
+    return attention_cpu.packed(context, lengths, q, k, v, scale, window)
 
 
 def _paged(
@@ -103,123 +85,4 @@ def _paged(
     values.index_copy_(0, layout.write_slots, v.to(values.dtype))
     if layout.lengths == layout.context_lengths:
         return _packed(context, layout.lengths, q, k, v, scale, window)
-    if "paged" not in context.prepared:
-        context.prepared["paged"] = plan_paged(layout, q.device)
-    plan: PagedPlan = context.prepared["paged"]
-    parts = []
-    if plan.fresh is not None:
-        assert plan.fresh_rows is not None
-        fresh_q, fresh_k, fresh_v = (x.index_select(0, plan.fresh_rows) for x in (q, k, v))
-        parts.append(_by_groups(plan.fresh, fresh_q, fresh_k, fresh_v, scale, window))
-    if plan.decode is not None:
-        rows_q = q if plan.decode_rows is None else q.index_select(0, plan.decode_rows)
-        parts.append(_decode(context, plan.decode, rows_q, keys, values, scale, window))
-    for chunk in plan.chunks:
-        parts.append(_chunk(chunk, q, keys, values, scale, window))
-    output = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return output if plan.restore is None else output.index_select(0, plan.restore)
-
-
-def _by_groups(plan: PackedPlan, q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int | None) -> Tensor:
-    if plan.order is not None:
-        q, k, v = (x.index_select(0, plan.order) for x in (q, k, v))
-    outputs = []
-    for group in plan.groups:
-        size = group.batch * group.length
-        # [B * L, heads, D] -> [B, heads, L, D], views.
-        qg, kg, vg = (
-            x.narrow(0, group.start, size).view(group.batch, group.length, *x.shape[1:]).transpose(1, 2)
-            for x in (q, k, v)
-        )
-        mask = None
-        if window is not None and group.length > window:
-            mask = _window_mask(group.length, group.length, window, q.device)
-        out = F.scaled_dot_product_attention(
-            qg, kg, vg, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-        )
-        outputs.append(out.transpose(1, 2).flatten(0, 1))
-    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    return output if plan.restore is None else output.index_select(0, plan.restore)
-
-
-def _decode(
-    context: ForwardContext,
-    plan: DecodePlan,
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    scale: float | None,
-    window: int | None,
-) -> Tensor:
-    """One token of each sequence: one gather and one call for the batch; `q` `[B, H, D]`."""
-    name = f"decode mask {window}"
-    if name not in context.prepared:
-        visible = plan.visible
-        if window is not None:
-            # Keys lie in order; of a context of n the last `window` are in sight.
-            n = visible.sum(1, keepdim=True)
-            visible = visible & (torch.arange(visible.shape[1], device=visible.device) >= n - window)
-        context.prepared[name] = torch.zeros_like(visible, dtype=q.dtype).masked_fill_(~visible, -torch.inf)[
-            :, None, None
-        ]
-    batch, heads, width = q.shape
-    kv_heads = keys.shape[1]
-    if "gathered" not in context.prepared:
-        # Every layer gathers as much: one pair of buffers serves them all.
-        size = (len(plan.slots), *keys.shape[1:])
-        context.prepared["gathered"] = keys.new_empty(size), values.new_empty(size)
-    k, v = (
-        torch.index_select(store, 0, plan.slots, out=buffer).view(batch, -1, kv_heads, width).transpose(1, 2)
-        for store, buffer in zip((keys, values), context.prepared["gathered"], strict=True)
-    )
-    # All query heads of one key-value head see the same keys: they become its query rows.
-    rows = q.reshape(batch, kv_heads, heads // kv_heads, width)
-    out = F.scaled_dot_product_attention(rows, k, v, attn_mask=context.prepared[name], scale=scale)
-    return out.reshape(batch, heads, width)
-
-
-def _chunk(plan: ChunkPlan, q: Tensor, keys: Tensor, values: Tensor, scale: float | None, window: int | None) -> Tensor:
-    """Several tokens of one sequence behind its past; `[L, H, D]`."""
-    rows = q[plan.start : plan.stop].transpose(0, 1)[None]
-    k, v = (x.index_select(0, plan.slots).transpose(0, 1)[None] for x in (keys, values))
-    mask = _window_mask(rows.shape[2], k.shape[2], window, q.device)
-    out = F.scaled_dot_product_attention(
-        rows, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != keys.shape[1]
-    )
-    return out[0].transpose(0, 1)
-
-
-def _window_mask(new: int, total: int, window: int | None, device: torch.device) -> Tensor:
-    """`[new, total]`: the last `new` of `total` tokens see what is not after them and less than `window` before."""
-    distance = torch.arange(total - new, total, device=device)[:, None] - torch.arange(total, device=device)
-    mask = distance >= 0
-    return mask if window is None else mask & (distance < window)
-
-
-@cache
-def _flash_options() -> dict[str, Any] | None:
-    """What this torch's variable-length attention needs beside its tensors; None when there is none."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    return {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-
-
-def _flash_applies(q: Tensor) -> bool:
-    return q.is_cuda and q.dtype in FLASH_DTYPES and q.shape[2] <= 256 and _flash_options() is not None
-
-
-def _flash(
-    q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, scale: float | None, window: int | None
-) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    left = -1 if window is None else window - 1
-    options = _flash_options() or {}
-    output = varlen_attn(
-        q.contiguous(), k.contiguous(), v.contiguous(), bounds, bounds, longest, longest,
-        scale=scale, window_size=(left, 0), **options,
-    )  # fmt: skip
-    assert isinstance(output, Tensor)
-    return output
+    return attention_cpu.paged(context, layout, layer, q, k, v, scale, window)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import tiny_models
+from harmony_core.engine.models import attention_cpu
 from harmony_core.engine.models.attention import attend
 from harmony_core.engine.models.attention_plan import group_by_length, plan_packed
 from harmony_core.engine.models.context import ForwardContext, PackedAttention, forward_context
@@ -83,11 +84,9 @@ def test_a_row_that_needs_no_padding_is_not_copied() -> None:
 
 
 def test_the_plan_is_made_once_for_all_layers(directories: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from harmony_core.engine.models import attention
-
     calls = []
-    real = attention.plan_packed
-    monkeypatch.setattr(attention, "plan_packed", lambda *args: calls.append(1) or real(*args))
+    real = attention_cpu.plan_packed
+    monkeypatch.setattr(attention_cpu, "plan_packed", lambda *args: calls.append(1) or real(*args))
     model = load_model(Path(directories["llama"]), TensorParallel.single(), CPU, torch.float32)
     with forward_context(ForwardContext(PackedAttention((3, 5)))):
         model.hidden_states(torch.arange(3, 11), torch.tensor([0, 1, 2, 0, 1, 2, 3, 4]))

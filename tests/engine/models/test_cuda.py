@@ -9,7 +9,7 @@ import torch
 
 import tiny_models
 from engine.models import paged_cases
-from harmony_core.engine.models import attention
+from harmony_core.engine.models import attention_cuda
 from harmony_core.engine.models.context import ForwardContext, PackedAttention, forward_context
 from harmony_core.engine.models.heads import linear_logprob_loss
 from harmony_core.engine.models.loading import load_model
@@ -66,11 +66,11 @@ def test_float32_equals_the_cpu(directory: Path) -> None:
 
 def test_bfloat16_runs_the_flash_kernel_and_stays_near(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    real = attention._flash
-    monkeypatch.setattr(attention, "_flash", lambda *args: calls.append(1) or real(*args))
+    real = attention_cuda.packed
+    monkeypatch.setattr(attention_cuda, "packed", lambda *args: calls.append(1) or real(*args))
     found = train(load(directory, "cuda", torch.bfloat16))
     # The yardstick: what bfloat16 costs without the flash kernel.
-    monkeypatch.setattr(attention, "_flash_applies", lambda q: False)
+    monkeypatch.setattr(attention_cuda, "applies", lambda q: False)
     plain = train(load(directory, "cuda", torch.bfloat16))
     assert len(calls) == 2
     exact = train(load(directory, "cpu", torch.float64))
