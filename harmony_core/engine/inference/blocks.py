@@ -11,6 +11,8 @@ from collections.abc import Iterable
 
 PAGE_SIZE = 16
 """Tokens in a page."""
+MAX_RUNNING = 256
+"""Most sequences that hold pages at once, and so most in one decode step."""
 
 
 def pages_for(tokens: int, page_size: int) -> int:

@@ -24,7 +24,7 @@ class Generator:
         prefill_tokens: int = 8192,
         max_running: int = 256,
     ) -> None:
-        self.runner = Runner(model, kv_tokens, adapter=adapter)
+        self.runner = Runner(model, kv_tokens, adapter=adapter, max_running=max_running)
         self.scheduler = Scheduler(
             kv_tokens=kv_tokens,
             max_positions=model.max_positions,

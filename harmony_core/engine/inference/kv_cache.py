@@ -68,6 +68,12 @@ class KVCache:
         """Record that slots up to this one are written."""
         self.touched_slots = max(self.touched_slots, highest_slot + 1)
 
+    def copy_page(self, source: int, target: int) -> None:
+        """Make one page hold what another does, in every layer."""
+        size = self.page_size
+        for store in (*self.keys, *self.values):
+            store[target * size : (target + 1) * size] = store[source * size : (source + 1) * size]
+
 
 def _allocate(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     if device.type != "cpu":

@@ -1,11 +1,10 @@
-"""Executes step plans: the model, its pages, the sampler. Every rank of a replica runs the same plan.
+"""Executes step plans: the model, its pages, the sampler. Every rank of a replica runs the same plans in order.
 
-It decides nothing and remembers nothing but what lies in the pages.
+It decides nothing, and remembers the pages, the tables that say whose they are, and the last token of each slot.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,11 +13,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from harmony_core.engine.inference.blocks import PAGE_SIZE
+from harmony_core.engine.inference.blocks import MAX_RUNNING, PAGE_SIZE, pages_for
 from harmony_core.engine.inference.draws import Draws
 from harmony_core.engine.inference.kv_cache import KVCache
 from harmony_core.engine.inference.sampler import sample
-from harmony_core.engine.inference.step import StepPlan, StepResult
+from harmony_core.engine.inference.step import StepPlan, StepResult, int32
 from harmony_core.engine.models.context import ForwardContext, PagedAttention, forward_context
 from harmony_core.engine.models.model import CausalLM
 
@@ -32,7 +31,13 @@ class Runner:
     """One model, or one adapter of it, with a page pool of `kv_tokens` on this rank."""
 
     def __init__(
-        self, model: CausalLM, kv_tokens: int, *, adapter: str | None = None, page_size: int = PAGE_SIZE
+        self,
+        model: CausalLM,
+        kv_tokens: int,
+        *,
+        adapter: str | None = None,
+        max_running: int = MAX_RUNNING,
+        page_size: int = PAGE_SIZE,
     ) -> None:
         self.model = model
         self.adapter = adapter
@@ -45,58 +50,71 @@ class Runner:
             device=model.device,
             page_size=page_size,
         )
+        longest = pages_for(min(kv_tokens, model.max_positions), page_size)
+        self._table: NDArray[np.int32] = np.zeros((max_running, longest), dtype=np.int32)
+        self._last = torch.zeros(max_running, dtype=torch.long, device=model.device)
         self._weights = model.parameter_bytes(adapter) // model.dtype.itemsize
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
-        """Run the forward pass, write the pages, draw the tokens."""
-        alone = self.model.device.type == "cpu" and self._weights * sum(plan.lengths) < _ALONE_BELOW
+        """Run the forward pass, write the pages, draw the tokens, copy pages."""
+        lengths = int32(plan.lengths)
+        alone = self.model.device.type == "cpu" and self._weights * int(lengths.sum()) < _ALONE_BELOW
         if not alone or torch.get_num_threads() == 1:
             return self._run(plan)
         with _one_thread():
             return self._run(plan)
 
     def _run(self, plan: StepPlan) -> StepResult:
-        layout = _Layout(plan)
-        tokens = torch.from_numpy(np.frombuffer(plan.tokens, dtype=np.int32).astype(np.int64))
-        self.cache.touch(int(layout.write_slots.max()))
-        with forward_context(ForwardContext(self._attention(plan, layout), self.adapter)):
-            hidden = self.model.hidden_states(self._put(tokens), self._put(torch.from_numpy(layout.positions)))
-            if not plan.sampled:
-                return StepResult([], [], [], [])
-            if len(plan.sampled) != len(hidden):
-                ends = np.cumsum(plan.lengths)[plan.sampled] - 1
-                hidden = hidden[self._put(torch.from_numpy(ends))]
-            return self._sample(hidden, plan)
+        changes = int32(plan.new_pages).reshape(-1, 3)
+        self._table[changes[:, 0], changes[:, 1]] = changes[:, 2]
+        if len(changes):
+            self.cache.touch((int(changes[:, 2].max()) + 1) * self.cache.page_size - 1)
+        layout = _Layout(plan, self._table, self.cache.page_size)
+        if plan.is_decode:
+            tokens = self._last[self._put(layout.slots)]
+        else:
+            tokens = self._put(int32(plan.tokens).astype(np.int64))
+        with forward_context(ForwardContext(self._attention(layout), self.adapter)):
+            hidden = self.model.hidden_states(tokens, self._put(layout.positions))
+            result = self._sample(hidden[self._put(layout.ends[int32(plan.sampled)])], plan)
+        for source, target in int32(plan.copies).reshape(-1, 2):
+            self.cache.copy_page(int(source), int(target))
+        return result
 
-    def _put(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.model.device)
+    def _put(self, array: NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy(array).to(self.model.device)
 
-    def _attention(self, plan: StepPlan, layout: _Layout) -> PagedAttention:
+    def _attention(self, layout: _Layout) -> PagedAttention:
         read = layout.read_slots()
         return PagedAttention(
             keys=self.cache.keys,
             values=self.cache.values,
-            write_slots=self._put(torch.from_numpy(layout.write_slots)),
-            lengths=tuple(plan.lengths),
-            context_lengths=tuple(plan.contexts),
-            read_slots=None if read is None else self._put(torch.from_numpy(read)),
+            write_slots=self._put(layout.write_slots),
+            lengths=tuple(layout.lengths.tolist()),
+            context_lengths=tuple(layout.contexts.tolist()),
+            read_slots=None if read is None else self._put(read),
         )
 
     def _sample(self, hidden: Tensor, plan: StepPlan) -> StepResult:
         draws = Draws.unpack(plan.draws)
-        result = StepResult([], [], [], [])
+        parts = []
         step = max(1, _LOGITS_AT_ONCE // self.model.vocab_size)
         for start in range(0, len(draws), step):
             stop = min(start + step, len(draws))
             suppressed = {row - start: ids for row, ids in plan.suppressed.items() if start <= row < stop}
-            drawn = sample(self.model.logits(hidden[start:stop]), draws.rows(slice(start, stop)), suppressed)
-            result.tokens.extend(drawn.tokens.tolist())
-            result.logprobs.extend(drawn.logprobs.tolist())
-            result.sampled_logprobs.extend(drawn.sampled_logprobs.tolist())
-        pairs = zip(result.logprobs, result.sampled_logprobs, strict=True)
-        result.broken.extend(row for row, pair in enumerate(pairs) if not all(map(math.isfinite, pair)))
-        return result
+            parts.append(sample(self.model.logits(hidden[start:stop]), draws.rows(slice(start, stop)), suppressed))
+        if not parts:
+            return StepResult(b"", b"", b"")
+        tokens = torch.cat([part.tokens for part in parts])
+        self._last[self._put(int32(plan.targets).astype(np.int64))] = tokens
+        logprobs = torch.cat([part.logprobs for part in parts])
+        sampled_logprobs = torch.cat([part.sampled_logprobs for part in parts])
+        return StepResult(
+            tokens.to("cpu", torch.int32).numpy().tobytes(),
+            logprobs.to("cpu", torch.float64).numpy().tobytes(),
+            sampled_logprobs.to("cpu", torch.float64).numpy().tobytes(),
+        )
 
 
 @contextmanager
@@ -110,25 +128,23 @@ def _one_thread() -> Iterator[None]:
 
 
 class _Layout:
-    """Where a plan's tokens are: positions and write slots `[T]`, and the table of pages `[B, most pages]`."""
+    """Where a plan's tokens are: positions and write slots `[T]`, and the last token of each sequence in the row."""
 
-    def __init__(self, plan: StepPlan) -> None:
-        self.page_size = plan.page_size
-        self.lengths = np.array(plan.lengths, dtype=np.int64)
-        self.contexts = np.array(plan.contexts, dtype=np.int64)
-        counts = -(-self.contexts // plan.page_size)
-        held = np.arange(counts.max()) < counts[:, None]
-        self.table: NDArray[np.int64] = np.zeros(held.shape, dtype=np.int64)
-        self.table[held] = np.frombuffer(plan.pages, dtype=np.int32)
+    def __init__(self, plan: StepPlan, table: NDArray[np.int32], page_size: int) -> None:
+        self.page_size = page_size
+        self.slots = int32(plan.slots).astype(np.int64)
+        self.lengths = int32(plan.lengths).astype(np.int64)
+        self.contexts = int32(plan.contexts).astype(np.int64)
+        most = -(-int(self.contexts.max()) // page_size)
+        self.table = table[self.slots, :most].astype(np.int64)
+        self.ends = np.cumsum(self.lengths) - 1
         row = np.arange(len(self.lengths))
         self.positions = self.contexts - 1
         if self.lengths.max() > 1:
             row = np.repeat(row, self.lengths)
             # The last token of each sequence has this position and this place in the row; the others go up to it.
-            self.positions = np.arange(len(row)) + (self.contexts - np.cumsum(self.lengths))[row]
-        self.write_slots = self.table[row, self.positions // self.page_size] * self.page_size + (
-            self.positions % self.page_size
-        )
+            self.positions = np.arange(len(row)) + (self.contexts - self.ends - 1)[row]
+        self.write_slots = self.table[row, self.positions // page_size] * page_size + self.positions % page_size
 
     def read_slots(self) -> NDArray[np.int64] | None:
         """`[B, longest context]`, or None for whole prompts, which have no past. Padding names a slot of the pool."""

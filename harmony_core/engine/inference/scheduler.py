@@ -7,20 +7,20 @@ A request is admitted with pages reserved for its prompt and every new token it 
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable
 from collections.abc import Sequence as Items
 
-from harmony_core.engine.inference.blocks import PAGE_SIZE, PagePool, pages_for
+import numpy as np
+
+from harmony_core.engine.inference.blocks import MAX_RUNNING, PAGE_SIZE, PagePool, pages_for
 from harmony_core.engine.inference.draws import Draws, uniforms
 from harmony_core.engine.inference.sequence import Sequence, check_sampling
-from harmony_core.engine.inference.step import Finished, StepPlan, StepResult
+from harmony_core.engine.inference.step import Finished, StepPlan, StepResult, float64, int32
 from harmony_core.errors import DataError, EngineError, HarmonyError, PromptTooLong
 from harmony_core.rpc.protocol import Sampling
-
-MAX_RUNNING = 256
-"""Most sequences in one decode step."""
 
 
 class Scheduler:
@@ -52,6 +52,7 @@ class Scheduler:
         self._version = version
         self._waiting: OrderedDict[int, Sequence] = OrderedDict()
         self._running: dict[int, Sequence] = {}
+        self._slots = list(range(self.max_running))
         self._in_flight: tuple[StepPlan, list[Sequence]] | None = None
 
     # --- requests -------------------------------------------------------------------------------------------------
@@ -85,6 +86,10 @@ class Scheduler:
         """Requests that hold pages."""
         return len(self._running)
 
+    def running_slots(self) -> dict[int, int]:
+        """Slot -> request of every sequence that has one."""
+        return {sequence.slot: sequence.id for sequence in self._running.values()}
+
     # --- steps ----------------------------------------------------------------------------------------------------
 
     def plan(self) -> StepPlan:
@@ -101,19 +106,25 @@ class Scheduler:
         assert self._in_flight is not None and self._in_flight[0] is plan, "committed a step that is not in flight"
         batch = self._in_flight[1]
         self._in_flight = None
-        for sequence, context in zip(batch, plan.contexts, strict=True):
+        for sequence, context in zip(batch, int32(plan.contexts).tolist(), strict=True):
             sequence.cached = context
         finished: list[Finished] = []
-        broken = frozenset(result.broken)
-        for place, row in enumerate(plan.sampled):
+        draws = zip(
+            int32(plan.sampled).tolist(),
+            int32(result.tokens).tolist(),
+            float64(result.logprobs).tolist(),
+            float64(result.sampled_logprobs).tolist(),
+            strict=True,
+        )
+        for row, token, logprob, sampled_logprob in draws:
             sequence = batch[row]
             if not sequence.alive:
                 continue
-            if place in broken:
+            if not (math.isfinite(logprob) and math.isfinite(sampled_logprob)):
                 finished.append(Finished(sequence.id, None, _not_a_number(sequence)))
                 self._leave(sequence)
                 continue
-            sequence.append(result.tokens[place], result.logprobs[place], result.sampled_logprobs[place], plan.version)
+            sequence.append(token, logprob, sampled_logprob, plan.version)
             if sequence.finish_reason:
                 finished.append(Finished(sequence.id, sequence.generated()))
                 self._leave(sequence)
@@ -162,6 +173,7 @@ class Scheduler:
                 return
             self.pool.reserve(need)
             head.reserved_pages = need
+            head.slot = self._slots.pop()
             del self._waiting[head.id]
             self._running[head.id] = head
 
@@ -184,25 +196,29 @@ class Scheduler:
     def _describe(self, batch: list[tuple[Sequence, int]]) -> StepPlan:
         tokens: list[array[int]] = []
         contexts: list[int] = []
+        new_pages: list[tuple[int, int, int]] = []
         sampled: list[int] = []
         drawing: list[Sequence] = []
         for row, (sequence, count) in enumerate(batch):
             context = sequence.cached + count
             contexts.append(context)
-            self._grow(sequence, context)
-            tokens.append(sequence.new_tokens(context))
+            new_pages += self._grow(sequence, context)
+            if not sequence.tokens:
+                tokens.append(sequence.prompt[sequence.cached : context])
             if context == sequence.length:
                 sampled.append(row)
                 drawing.append(sequence)
+        slots = [sequence.slot for sequence, _ in batch]
         numbers = uniforms([sequence.stream for sequence in drawing], [contexts[row] for row in sampled])
         return StepPlan(
-            ids=[sequence.id for sequence, _ in batch],
+            slots=_pack(slots),
             tokens=b"".join(tokens),
-            lengths=[count for _, count in batch],
-            contexts=contexts,
-            pages=b"".join([sequence.pages for sequence, _ in batch]),
-            page_size=self.pool.page_size,
-            sampled=sampled,
+            lengths=_pack([count for _, count in batch]),
+            contexts=_pack(contexts),
+            new_pages=_pack(new_pages),
+            copies=b"",
+            sampled=_pack(sampled),
+            targets=_pack([slots[row] for row in sampled]),
             draws=Draws.pack([sequence.setting for sequence in drawing], numbers),
             suppressed={
                 place: [token for token in sequence.stop_ids if 0 <= token < self.vocab_size]
@@ -212,17 +228,26 @@ class Scheduler:
             version=self._version(),
         )
 
-    def _grow(self, sequence: Sequence, tokens: int) -> None:
+    def _grow(self, sequence: Sequence, tokens: int) -> list[tuple[int, int, int]]:
+        added = []
         while len(sequence.pages) * self.pool.page_size < tokens:
-            sequence.pages.append(self.pool.take())
+            page = self.pool.take()
+            added.append((sequence.slot, len(sequence.pages), page))
+            sequence.pages.append(page)
             sequence.reserved_pages -= 1
+        return added
 
     def _leave(self, sequence: Sequence) -> None:
-        self._running.pop(sequence.id, None)
+        if self._running.pop(sequence.id, None) is not None:
+            self._slots.append(sequence.slot)
         self.pool.give_back(sequence.pages, sequence.reserved_pages)
         sequence.alive = False
         sequence.reserved_pages = 0
         del sequence.pages[:]
+
+
+def _pack(numbers: Items[int] | Items[tuple[int, int, int]]) -> bytes:
+    return np.array(numbers, dtype=np.int32).tobytes()
 
 
 def _not_a_number(sequence: Sequence) -> EngineError:

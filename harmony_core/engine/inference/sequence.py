@@ -37,6 +37,7 @@ class Sequence:
     limit: int
     cached: int = 0
     alive: bool = True
+    slot: int = -1
     pages: array[int] = field(default_factory=lambda: array("i"))
     reserved_pages: int = 0
     tokens: list[int] = field(default_factory=list)
@@ -59,12 +60,6 @@ class Sequence:
     def length(self) -> int:
         """Prompt and new tokens: also the position of the next token."""
         return len(self.prompt) + len(self.tokens)
-
-    def new_tokens(self, context: int) -> array[int]:
-        """The tokens after those in the pages, up to `context`."""
-        if self.tokens:
-            return array("i", self.tokens[-1:])
-        return self.prompt[self.cached : context]
 
     @property
     def must_go_on(self) -> bool:

@@ -1,54 +1,71 @@
-"""What the leader of a replica decides for one step, and what comes back. Plain data, no torch."""
+"""What the leader of a replica decides for one step, and what comes back. Plain data, no torch.
+
+Every running sequence has a slot: its row of the tables that each rank keeps, pages and last drawn token. A plan says
+only what changes in them, so a rank executes plans in the order they were made, each exactly once.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from harmony_core.errors import HarmonyError
 from harmony_core.rpc.protocol import Generated
 
 
 class StepPlan(msgspec.Struct, frozen=True):
-    """One forward pass over B sequences with T new tokens, and the draws at its end.
+    """One forward pass over B sequences with T new tokens, the draws at its end, and copies of pages after it.
 
-    Complete in itself: a rank that holds the model and the pages executes it without knowing any earlier step.
-    Numbers are in the byte order of the machine: a plan stays on its host.
+    Either every sequence reads given tokens (a prefill step), or each reads the one that was last drawn for its slot,
+    which the leader need not know yet (a decode step: `tokens` is empty, and every length is 1). Numbers are in the
+    byte order of the machine: a plan stays on its host.
     """
 
-    ids: list[int]
-    """Request of each sequence."""
+    slots: bytes
+    """int32 `[B]`, slot of each sequence."""
     tokens: bytes
-    """int32 `[T]`, the sequences' new tokens back to back."""
-    lengths: list[int]
-    """New tokens of each sequence. All 1 is a decode step."""
-    contexts: list[int]
-    """Tokens of each sequence in the pages once this step is done."""
-    pages: bytes
-    """int32, the pages of each sequence back to back: ceil(context / page_size) of them each, in order."""
-    page_size: int
-    sampled: list[int]
-    """Which sequences draw a token; a prompt that is not complete yet does not."""
+    """int32 `[T]`, the sequences' new tokens back to back; empty in a decode step."""
+    lengths: bytes
+    """int32 `[B]`, new tokens of each sequence."""
+    contexts: bytes
+    """int32 `[B]`, tokens of each sequence in the pages once this step is done."""
+    new_pages: bytes
+    """int32 `[P, 3]`, entries of the page tables that are new: slot, place in its row, page."""
+    copies: bytes
+    """int32 `[C, 2]`, pages whose content is copied after the forward pass: from, to."""
+    sampled: bytes
+    """int32 `[N]`, the sequence whose last new token each draw follows. One may be drawn from several times; a prompt
+    that is not complete yet is not."""
+    targets: bytes
+    """int32 `[N]`, the slot that each drawn token belongs to."""
     draws: bytes
-    """`Draws.pack` of the sequences that draw."""
+    """`Draws.pack` of the N draws."""
     suppressed: dict[int, list[int]]
     """Place in `sampled` -> token ids that must not be drawn there."""
     version: int
     """Policy version of the weights this step runs with."""
 
+    @property
+    def is_decode(self) -> bool:
+        """Whether every sequence continues with the token last drawn for it."""
+        return not self.tokens
 
-@dataclass(frozen=True)
-class StepResult:
-    """One entry for each sequence of `StepPlan.sampled`, identical on every rank of the replica."""
 
-    tokens: list[int]
-    logprobs: list[float]
-    """Of the raw distribution (temperature 1)."""
-    sampled_logprobs: list[float]
-    """Of the distribution that was drawn from."""
-    broken: list[int]
-    """Places in `sampled` whose distribution is not one (NaN or infinite logits); their token means nothing."""
+class StepResult(msgspec.Struct, frozen=True):
+    """One entry for each draw of the plan, identical on every rank of the replica.
+
+    A distribution that is not one (NaN or infinite logits) has log-probs that are not finite; its token means nothing.
+    """
+
+    tokens: bytes
+    """int32 `[N]`."""
+    logprobs: bytes
+    """float64 `[N]`, of the raw distribution (temperature 1)."""
+    sampled_logprobs: bytes
+    """float64 `[N]`, of the distribution that was drawn from."""
 
 
 @dataclass(frozen=True)
@@ -58,3 +75,13 @@ class Finished:
     id: int
     generated: Generated | None
     error: HarmonyError | None = None
+
+
+def int32(data: bytes) -> NDArray[np.int32]:
+    """A field of a plan or a result as numbers, read-only."""
+    return np.frombuffer(data, dtype=np.int32)
+
+
+def float64(data: bytes) -> NDArray[np.float64]:
+    """A field of a result as numbers, read-only."""
+    return np.frombuffer(data, dtype=np.float64)

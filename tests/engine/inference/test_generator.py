@@ -12,7 +12,7 @@ from torch import Tensor
 import tiny_models
 from engine.inference.generation_cases import LORA, add_adapter
 from harmony_core.engine.inference.generator import Generator
-from harmony_core.engine.inference.step import Finished
+from harmony_core.engine.inference.step import Finished, int32
 from harmony_core.engine.models.context import ForwardContext, PackedAttention, forward_context
 from harmony_core.engine.models.heads import linear_logprob_loss, token_logprobs
 from harmony_core.engine.models.loading import load_model
@@ -112,13 +112,15 @@ def logits_by_step(
         if waiting and steps % 2 == 0:
             generator.submit(*waiting.pop(0))
         plan = generator.plan()
+        owner = generator.scheduler.running_slots()
         seen.clear()
         for finished in generator.commit(plan, generator.run(plan)):
             assert finished.generated is not None
             done[finished.id] = tokens_of(finished.generated)
         rows = torch.cat(seen) if seen else torch.empty(0)
-        for row, logits in zip(plan.sampled, rows, strict=True):
-            found[plan.ids[row], plan.contexts[row]] = logits
+        contexts = int32(plan.contexts)
+        for row, slot, logits in zip(int32(plan.sampled), int32(plan.targets), rows, strict=True):
+            found[owner[int(slot)], int(contexts[row])] = logits
         steps += 1
     return found, done
 
