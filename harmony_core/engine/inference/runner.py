@@ -5,8 +5,10 @@ It decides nothing, and remembers the pages, the tables that say whose they are,
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -23,8 +25,16 @@ from harmony_core.engine.models.model import CausalLM
 
 _LOGITS_AT_ONCE = 4 * 1024 * 1024
 """Most logits in memory at a time; more rows than that are drawn in groups."""
+_STATISTICS = ("prefill_seconds", "decode_seconds", "prefill_tokens", "decode_tokens", "steps")
 _ALONE_BELOW = 50_000_000
 """Products of weights and tokens in a step on CPU below which waking a second thread costs more than it saves."""
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A step that has been launched; `Runner.collect` turns it into its result, once."""
+
+    result: StepResult
 
 
 class Runner:
@@ -54,10 +64,41 @@ class Runner:
         self._table: NDArray[np.int32] = np.zeros((max_running, longest), dtype=np.int32)
         self._last = torch.zeros(max_running, dtype=torch.long, device=model.device)
         self._weights = model.parameter_bytes(adapter) // model.dtype.itemsize
+        self.depth = 0
+        """Steps worth launching before the oldest is collected: none where a launch waits for its result."""
+        self.statistics: dict[str, float] = dict.fromkeys(_STATISTICS, 0.0)
+        """Totals over the steps collected so far: seconds on the device, tokens read, steps."""
+
+    def run(self, plan: StepPlan) -> StepResult:
+        """Execute one step and wait for it."""
+        return self.collect(self.launch(plan))
+
+    def launch(self, plan: StepPlan) -> Pending:
+        """Start a step: forward pass, draws, copies of pages. Steps run in the order of their launch."""
+        start = time.perf_counter()
+        result = self._alone_or_not(plan)
+        kind = "decode" if plan.is_decode else "prefill"
+        self.statistics[f"{kind}_seconds"] += time.perf_counter() - start
+        self.statistics[f"{kind}_tokens"] += int(int32(plan.lengths).sum())
+        self.statistics["steps"] += 1
+        return Pending(result)
+
+    def collect(self, pending: Pending) -> StepResult:
+        """Wait for a step that was launched, and read its draws. Oldest first."""
+        return pending.result
+
+    def rebind(self, model: CausalLM) -> None:
+        """Go on with other weights of the same shape. Pages, tables and last tokens stay."""
+        self.model = model
+
+    def weights_changed(self) -> None:
+        """The weights were updated in place."""
+
+    def close(self) -> None:
+        """Give back what the runner holds on the device."""
 
     @torch.inference_mode()
-    def run(self, plan: StepPlan) -> StepResult:
-        """Run the forward pass, write the pages, draw the tokens, copy pages."""
+    def _alone_or_not(self, plan: StepPlan) -> StepResult:
         lengths = int32(plan.lengths)
         alone = self.model.device.type == "cpu" and self._weights * int(lengths.sum()) < _ALONE_BELOW
         if not alone or torch.get_num_threads() == 1:
