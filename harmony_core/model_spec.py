@@ -1,7 +1,6 @@
 """What a stored model is, read from config.json and safetensors headers: enough to plan with, without torch.
 
-A family says which tensors an architecture has. To add one: a `Family` in FAMILIES, and if it has tensors beyond
-these, a line in `_layer_shapes`.
+A family (`model_families.py`) says which tensors an architecture has.
 """
 
 from __future__ import annotations
@@ -12,43 +11,33 @@ from pathlib import Path
 from typing import Any
 
 from harmony_core.errors import ModelRefused
+from harmony_core.model_families import FAMILIES, SUPPORTED, Family, family_of, layer_windows, refuse_unsupported
 from harmony_core.weight_files import INDEX, SINGLE, Tensor, damaged, read_headers, read_json
+
+__all__ = [
+    "DTYPES",
+    "SUPPORTED",
+    "ModelSpec",
+    "check_tp",
+    "fitting_tp",
+    "model_tp",
+    "read_config",
+    "refuse_code",
+]
 
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """safetensors' name of a type -> torch's."""
-
-
-@dataclass(frozen=True)
-class Family:
-    """A model type: its architecture and what its config does not say."""
-
-    architecture: str
-    qkv_bias: bool | None = None
-    """None: the config's `attention_bias`, which then holds for the output projection too."""
-    qk_norm: bool = False
-    mlp_bias: bool = False
-    """Whether the config's `mlp_bias` counts."""
-    head_dim: int | None = None
-    """What a config without `head_dim` means; None: hidden size over heads."""
-    max_positions: int = 32768
-    """What a config without `max_position_embeddings` means."""
-
-
-FAMILIES = {
-    "llama": Family("LlamaForCausalLM", mlp_bias=True, max_positions=2048),
-    "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True),
-    "qwen3": Family("Qwen3ForCausalLM", qk_norm=True, head_dim=128),
-}
-
-SUPPORTED = frozenset(FAMILIES)
-"""The model types that are taken."""
 
 _CODE = ("auto_map", "custom_pipelines")
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A causal language model's shape. `num_parameters` counts tied embeddings once."""
+    """A causal language model's shape. `num_parameters` counts tied embeddings once.
+
+    `post_norms`: four norms a layer, not two. `window`: the tokens that one sees, itself included, in
+    `windowed_layers` of the layers; None where there are none.
+    """
 
     architecture: str
     model_type: str
@@ -65,6 +54,9 @@ class ModelSpec:
     num_parameters: int
     attention_bias: bool
     qk_norm: bool
+    post_norms: bool = False
+    window: int | None = None
+    windowed_layers: int = 0
 
     @classmethod
     def read(cls, directory: Path) -> ModelSpec:
@@ -76,6 +68,7 @@ class ModelSpec:
         fields = _Fields(directory / "config.json", config)
         family = FAMILIES[fields.model_type]
         expected = _expected_shapes(fields, family)
+        windows = [w for w in layer_windows(fields.path, config, fields.num_layers) if w is not None]
         tensors = read_headers(directory)
         _compare(directory, tensors, expected, fields)
         used = [tensors[name] for name in expected]
@@ -98,35 +91,20 @@ class ModelSpec:
             num_parameters=sum(tensor.elements for tensor in used),
             attention_bias=fields.qkv_bias(family),
             qk_norm=family.qk_norm,
+            post_norms=family.post_norms,
+            window=windows[0] if windows else None,
+            windowed_layers=len(windows),
         )
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """config.json, if it is a model that is taken: its family, no code of its own, not quantised."""
+    """config.json, if it is a model that is taken: family, layers, no code of its own, not quantised."""
     path = directory / "config.json"
     config = read_json(path)
     refuse_code(path, config)
-    model_type = config.get("model_type")
-    known = ", ".join(sorted(SUPPORTED))
-    if not isinstance(model_type, str) or model_type not in SUPPORTED:
-        raise ModelRefused(
-            f"{path}: model type {str(model_type)[:60]!r} is not supported",
-            hint=f"supported model types: {known}",
-            model_type=str(model_type)[:60],
-        )
-    architecture = FAMILIES[model_type].architecture
-    declared = config.get("architectures") or [architecture]
-    if declared != [architecture]:
-        raise ModelRefused(
-            f"{path}: architecture {str(declared)[:80]} is not supported",
-            hint=f"a {model_type} model must be {architecture}; supported model types: {known}",
-        )
-    if config.get("quantization_config"):
-        raise ModelRefused(f"{path}: quantised weights are not supported", hint="add the unquantised model")
-    layer_types = config.get("layer_types") or []
-    full = isinstance(layer_types, list) and all(kind == "full_attention" for kind in layer_types)
-    if config.get("use_sliding_window") or not full:
-        raise ModelRefused(f"{path}: sliding-window attention is not supported")
+    family_of(path, config)
+    refuse_unsupported(path, config)
+    layer_windows(path, config, _Fields(path, config).num_layers)
     return config
 
 
@@ -150,17 +128,17 @@ class _Fields:
     """Typed access to the numbers of a config."""
 
     def __init__(self, path: Path, config: dict[str, Any]) -> None:
-        self._path, self._config = path, config
+        self.path, self._config = path, config
         self.model_type: str = config["model_type"]
-        family = FAMILIES[self.model_type]
+        self._defaults = FAMILIES[self.model_type].defaults
         self.vocab_size = self._number("vocab_size")
         self.hidden_size = self._number("hidden_size")
         self.intermediate_size = self._number("intermediate_size")
         self.num_layers = self._number("num_hidden_layers", most=10_000)
         self.num_heads = self._number("num_attention_heads")
         self.num_kv_heads = self._number("num_key_value_heads", self.num_heads)
-        self.head_dim = self._number("head_dim", family.head_dim or self.hidden_size // self.num_heads)
-        self.max_positions = self._number("max_position_embeddings", family.max_positions)
+        self.head_dim = self._number("head_dim", self.hidden_size // self.num_heads)
+        self.max_positions = self._number("max_position_embeddings")
         self.tied = self._flag("tie_word_embeddings")
         self.attention_bias = self._flag("attention_bias")
         self.mlp_bias = self._flag("mlp_bias")
@@ -168,16 +146,16 @@ class _Fields:
             raise damaged(path, f"{self.num_heads} heads cannot share {self.num_kv_heads} key-value heads")
 
     def _number(self, name: str, default: int | None = None, most: int = 2**31) -> int:
-        value = self._config.get(name)
+        value = self._config.get(name, self._defaults.get(name))
         value = default if value is None else value
         if type(value) is not int or not 0 < value <= most:
-            raise damaged(self._path, f"{name} is {str(value)[:40]!r}, not a positive whole number")
+            raise damaged(self.path, f"{name} is {str(value)[:40]!r}, not a positive whole number")
         return value
 
     def _flag(self, name: str) -> bool:
-        value = self._config.get(name)
+        value = self._config.get(name, self._defaults.get(name))
         if value is not None and type(value) is not bool:
-            raise damaged(self._path, f"{name} is {str(value)[:40]!r}, not true or false")
+            raise damaged(self.path, f"{name} is {str(value)[:40]!r}, not true or false")
         return bool(value)
 
     def qkv_bias(self, family: Family) -> bool:
@@ -204,6 +182,8 @@ def _layer_shapes(fields: _Fields, family: Family) -> dict[str, tuple[int, ...]]
         shapes["self_attn.o_proj.bias"] = (d,)
     if family.qk_norm:
         shapes |= {"self_attn.q_norm.weight": (fields.head_dim,), "self_attn.k_norm.weight": (fields.head_dim,)}
+    if family.post_norms:
+        shapes |= {"pre_feedforward_layernorm.weight": (d,), "post_feedforward_layernorm.weight": (d,)}
     if family.mlp_bias and fields.mlp_bias:
         shapes |= {"mlp.gate_proj.bias": (i,), "mlp.up_proj.bias": (i,), "mlp.down_proj.bias": (d,)}
     return shapes

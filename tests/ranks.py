@@ -181,7 +181,9 @@ def _main(store: str, fds: list[int]) -> None:
     import signal
 
     import torch
+    import transformers.models.gemma3.modeling_gemma3
     import transformers.models.llama.modeling_llama
+    import transformers.models.mistral.modeling_mistral
     import transformers.models.qwen2.modeling_qwen2
     import transformers.models.qwen3.modeling_qwen3  # noqa: F401 - imported once, for all ranks
 

@@ -10,7 +10,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+}
 SIZES = {"vocab": 12, "d": 8, "intermediate": 16, "heads": 4, "kv": 2, "head_dim": 2}
 
 
@@ -50,7 +56,9 @@ def shapes(family: str = "llama", layers: int = 2, tied: bool = False) -> dict[s
         }
         if family == "qwen2":
             one |= {"self_attn.q_proj.bias": (q,), "self_attn.k_proj.bias": (kv,), "self_attn.v_proj.bias": (kv,)}
-        if family == "qwen3":
+        if family == "gemma3_text":
+            one |= dict.fromkeys(("pre_feedforward_layernorm.weight", "post_feedforward_layernorm.weight"), (d,))
+        if family in ("qwen3", "gemma3_text"):
             one |= dict.fromkeys(("self_attn.q_norm.weight", "self_attn.k_norm.weight"), (SIZES["head_dim"],))
         found |= {f"model.layers.{layer}.{name}": shape for name, shape in one.items()}
     if not tied:

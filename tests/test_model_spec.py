@@ -8,6 +8,7 @@ import pytest
 
 import small_models
 from harmony_core.errors import ModelRefused, VerificationError
+from harmony_core.model_families import FAMILIES, SUPPORTED, layer_windows
 from harmony_core.model_spec import ModelSpec, check_tp, fitting_tp
 
 
@@ -16,7 +17,7 @@ def edit(path: Path, **changes: Any) -> None:
     small_models.write_json(path, {name: value for name, value in values.items() if value != "DROP"})
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", sorted(SUPPORTED))
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_model_is_read_as_transformers_reads_it(tmp_path: Path, family: str, tied: bool) -> None:
     import transformers
@@ -34,6 +35,53 @@ def test_a_model_is_read_as_transformers_reads_it(tmp_path: Path, family: str, t
     assert spec.attention_bias == (attention.q_proj.bias is not None)
     assert spec.qk_norm == hasattr(attention, "q_norm")
     assert spec.head_dim == attention.head_dim
+    assert spec.post_norms == hasattr(model.model.layers[0], "pre_feedforward_layernorm")
+
+
+WINDOWS: list[tuple[str, dict[str, Any]]] = [
+    ("mistral", {}),
+    ("mistral", {"sliding_window": None}),
+    ("mistral", {"sliding_window": 7, "layer_types": ["sliding_attention"] * 4}),
+    ("gemma3_text", {}),
+    ("gemma3_text", {"sliding_window": 5, "sliding_window_pattern": 2}),
+    ("gemma3_text", {"layer_types": ["full_attention", *["sliding_attention"] * 3], "sliding_window_pattern": 2}),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 3}),
+    ("qwen2", {"use_sliding_window": True}),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": None}),
+    ("qwen2", {"sliding_window": 9}),
+    ("qwen3", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 0}),
+    ("qwen3", {"use_sliding_window": True, "layer_types": [*["sliding_attention"] * 2, *["full_attention"] * 2]}),
+    ("llama", {"sliding_window": 9, "layer_types": ["full_attention"] * 4}),
+]
+
+
+@pytest.mark.parametrize(("family", "changes"), WINDOWS)
+def test_windows_are_those_of_transformers(tmp_path: Path, family: str, changes: dict[str, Any]) -> None:
+    import transformers
+
+    path = tmp_path / "config.json"
+    small_models.write_json(path, small_models.config(family, layers=4) | changes)
+    found = layer_windows(path, json.loads(path.read_text()), 4)
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    kinds = getattr(config, "layer_types", None)
+    if family == "mistral":
+        assert found == (config.sliding_window,) * 4
+    elif kinds is None or "sliding_attention" not in kinds:
+        assert found == (None,) * 4
+    else:
+        assert found == tuple(config.sliding_window if kind == "sliding_attention" else None for kind in kinds)
+
+
+@pytest.mark.parametrize("family", sorted(SUPPORTED))
+def test_what_a_config_leaves_out_is_what_transformers_takes(family: str) -> None:
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(family).to_dict() | {"sliding_window_pattern": 6}
+    for name, value in FAMILIES[family].defaults.items():
+        # The window's size is there in the class, and gone from an instance that does not use it.
+        found = type(AutoConfig.for_model(family)).sliding_window if name == "sliding_window" else config[name]
+        assert found == value, name
+    assert FAMILIES[family].defaults.get("tie_word_embeddings", False) == config["tie_word_embeddings"]
 
 
 def test_biases_that_the_config_asks_for_are_expected(tmp_path: Path) -> None:
@@ -47,7 +95,7 @@ def test_biases_that_the_config_asks_for_are_expected(tmp_path: Path) -> None:
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"model_type": "gpt2"}, "supported model types: llama, qwen2, qwen3"),
+    ({"model_type": "gpt2"}, "supported model types: gemma3_text, llama, mistral, qwen2, qwen3"),
     ({"model_type": ["llama"]}, "supported model types"),
     ({"model_type": "DROP"}, "supported model types"),
     ({"architectures": ["LlamaForSequenceClassification"]}, "must be LlamaForCausalLM"),
@@ -55,7 +103,16 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"quantization_config": {"bits": 4}}, "unquantised"),
     ({"use_sliding_window": True}, "sliding-window"),
     ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding-window"),
-    ({"layer_types": "sliding_attention"}, "sliding-window"),
+    ({"layer_types": "sliding_attention"}, "layer_types"),
+    ({"layer_types": ["full_attention", "chunked_attention"]}, "layer_types"),
+    ({"model_type": "mistral", "architectures": "DROP", "layer_types": ["full_attention"] * 2}, "sliding-window"),
+    ({"model_type": "gemma2"}, "soft-capped"),
+    ({"model_type": "gemma3"}, "its text part alone"),
+    ({"final_logit_softcapping": 30.0}, "soft-capped"),
+    ({"attn_logit_softcapping": 50.0}, "soft-capped"),
+    ({"use_bidirectional_attention": True}, "causal"),
+    ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling of type 'dynamic'"),
+    ({"rope_parameters": {"full_attention": {"rope_type": "longrope"}}}, "rope_parameters of type 'longrope'"),
 ]
 
 
@@ -78,6 +135,10 @@ DAMAGED: list[tuple[dict[str, Any], str]] = [
     ({"num_hidden_layers": 10**8}, "num_hidden_layers"),
     ({"num_key_value_heads": 3}, "cannot share"),
     ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
+    ({"layer_types": ["full_attention"] * 3}, "names 3 layers, and there are 2"),
+    ({"model_type": "gemma3_text", "architectures": "DROP", "sliding_window": None}, "sliding_window is 'None'"),
+    ({"model_type": "gemma3_text", "architectures": "DROP", "sliding_window_pattern": "6"}, "sliding_window_pattern"),
+    ({"model_type": "qwen3", "architectures": "DROP", "layer_types": ["sliding_attention"] * 2}, "sliding_window is"),
     ({"hidden_size": 16}, "has shape"),
     ({"num_hidden_layers": 3}, "is missing"),
 ]

@@ -11,7 +11,11 @@ from transformers.utils.logging import disable_progress_bar
 
 disable_progress_bar()
 
-FAMILIES = ("llama", "qwen2", "qwen3")
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma3_text")
+
+HEAD_DIM = {"qwen3": 16, "gemma3_text": 16}
+WINDOW = 20
+"""Tokens that one sees in the windowed layers of mistral and gemma3_text."""
 
 
 def build(
@@ -29,9 +33,16 @@ def build(
     seed: int = 0,
     **config: Any,
 ) -> Path:
-    """Write a random model into `directory` and return it. Head width 16 in qwen3, hidden / heads elsewhere."""
-    if family == "qwen3":
-        config.setdefault("head_dim", 16)
+    """Write a random model into `directory` and return it. Head width 16 in qwen3 and gemma3_text, else hidden / heads.
+
+    Every other layer of a gemma3_text has a window, all of a mistral unless `sliding_window` is None.
+    """
+    if family in HEAD_DIM:
+        config.setdefault("head_dim", HEAD_DIM[family])
+    if family in ("mistral", "gemma3_text"):
+        config.setdefault("sliding_window", WINDOW)
+    if family == "gemma3_text":
+        config.setdefault("layer_types", [("sliding_attention", "full_attention")[i % 2] for i in range(layers)])
     settings = AutoConfig.for_model(
         family,
         hidden_size=hidden,
@@ -51,7 +62,9 @@ def build(
             values = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(1 + 0.1 * values if parameter.ndim == 1 else values / parameter.shape[1] ** 0.5)
         for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
+            # The norms of gemma3_text add the 1 themselves; those behind a part make it count beside the embedding.
+            plus_one = family == "gemma3_text" and parameter.ndim == 1 and "post_" not in name
+            if name.endswith("bias") or plus_one:
                 parameter.sub_(1)
     model.to(dtype).save_pretrained(directory)
     return directory

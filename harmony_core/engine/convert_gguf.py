@@ -13,19 +13,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harmony_core.errors import HarmonyError, ModelRefused, VerificationError
-from harmony_core.model_spec import SUPPORTED
 
 if TYPE_CHECKING:
     import torch
+
+ARCHITECTURES = frozenset({"llama", "qwen2", "qwen3"})
+"""What is converted: of other families transformers does not read all that such a file says (scaled rotation)."""
 
 
 def convert(source: Path, directory: Path) -> None:
     """Write config, weights, tokenizer and chat template of `source` into `directory`."""
     architecture = _architecture(source)
-    if architecture not in SUPPORTED:
+    if architecture not in ARCHITECTURES:
         raise ModelRefused(
-            f"{source}: model type {architecture[:60]!r} is not supported",
-            hint=f"supported model types: {', '.join(sorted(SUPPORTED))}",
+            f"{source}: model type {architecture[:60]!r} is not supported in GGUF files",
+            hint=f"supported there: {', '.join(sorted(ARCHITECTURES))}; others come from a Hugging Face directory",
         )
     _remember_name_maps()
     _write_tokenizer(source, directory)

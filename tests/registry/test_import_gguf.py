@@ -110,7 +110,7 @@ def test_what_cannot_be_converted_is_refused(registry: Registry, tmp_path: Path)
     (tmp_path / "head.gguf").write_bytes(whole[:200])
     (tmp_path / "not.gguf").write_bytes(b"PK\x03\x04" + bytes(500))
     cases: list[tuple[str, type[HarmonyError], str]] = [
-        ("other", ModelRefused, "supported model types: llama, qwen2, qwen3"),
+        ("other", ModelRefused, "supported there: llama, qwen2, qwen3"),
         ("short", VerificationError, "short.gguf"),
         ("head", VerificationError, "head.gguf"),
         ("not", VerificationError, "not a GGUF file"),

@@ -24,7 +24,7 @@ def source(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("shards", [1, 3])
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", sorted(small_models.ARCHITECTURES))
 def test_a_directory_is_imported_and_loads_in_transformers(
     registry: Registry, tmp_path: Path, family: str, shards: int
 ) -> None:

@@ -71,8 +71,9 @@ def empty_module(config: Any, tp: TensorParallel, dtype: torch.dtype) -> tuple[n
     except (ValueError, KeyError, TypeError) as error:
         raise ModelRefused(f"{getattr(config, 'model_type', '?')}: transformers cannot build it: {error}") from None
     head = module.get_output_embeddings()  # type: ignore[operator]
-    if head is None or head.bias is not None or getattr(config, "final_logit_softcapping", None):
-        raise ModelRefused(f"{type(module).__name__}: a head that is not one plain matrix is not supported")
+    softcapped = any(getattr(config, f"{name}_logit_softcapping", None) for name in ("attn", "final"))
+    if head is None or head.bias is not None or softcapped:
+        raise ModelRefused(f"{type(module).__name__}: only a plain matrix as head and no soft-capping are supported")
     summed = shard_modules(module, tp)
     _tie(module, config)
     return module.eval(), summed
@@ -119,7 +120,14 @@ def _tie(module: nn.Module, config: Any) -> None:
 
 
 def _rebuild_buffers(module: nn.Module, name: str, buffers: list[str], config: Any, device: torch.device) -> None:
-    """Buffers that no file stores (rotary frequencies) come from building their module again, off the meta device."""
+    """Buffers that no file stores (rotary frequencies) come from building their module again, off the meta device.
+
+    An embedding's scale is a number that its module remembers.
+    """
+    scale: float | None = getattr(module, "scalar_embed_scale", None)
+    if scale is not None and buffers == ["embed_scale"]:
+        module.embed_scale = torch.tensor(scale, device=device, dtype=module.weight.dtype)  # type: ignore[arg-type]
+        return
     try:
         fresh = type(module)(config=config)
     except TypeError:

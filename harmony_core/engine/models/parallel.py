@@ -230,10 +230,12 @@ class RowParallelLinear(nn.Linear):
 
 
 class VocabParallelEmbedding(nn.Embedding):
-    """An embedding split by its rows; the vocabulary need not divide evenly."""
+    """An embedding split by its rows; the vocabulary need not divide evenly. `scale` multiplies what it gives."""
 
-    def __init__(self, full: nn.Embedding, tp: TensorParallel) -> None:
+    def __init__(self, full: nn.Embedding, tp: TensorParallel, scale: float | None = None) -> None:
         nn.Module.__init__(self)
+        # Rounded as the weights are: so it is in models that scale their embeddings.
+        self.scale = None if scale is None else torch.tensor(scale, dtype=full.weight.dtype).item()
         self.num_embeddings, self.embedding_dim = full.num_embeddings, full.embedding_dim
         self.padding_idx, self.tp = full.padding_idx, tp
         self.shard = Shard.of(tp, 0, full.num_embeddings)
@@ -247,7 +249,8 @@ class VocabParallelEmbedding(nn.Embedding):
         local = input - self.shard.start
         mine = (local >= 0) & (local < self.weight.shape[0])
         rows = F.embedding(local.clamp(0, self.weight.shape[0] - 1), self.weight, self.local_padding_idx)
-        return reduce_from(rows * mine.unsqueeze(-1), self.tp)
+        whole = reduce_from(rows * mine.unsqueeze(-1), self.tp)
+        return whole if self.scale is None else whole * self.scale
 
 
 def _empty_slice(full: Tensor, shard: Shard) -> nn.Parameter:

@@ -104,11 +104,13 @@ def _name_of(model: nn.Module, wanted: nn.Module) -> str:
 
 
 def _split(module: nn.Module, name: str, style: str, tp: TensorParallel) -> nn.Module:
-    kind = nn.Embedding if style == "embedding_rowwise" else nn.Linear
-    if type(module) is not kind:
+    # transformers keeps the number that an embedding is multiplied by beside its buffer, on the meta device too.
+    embedding = style == "embedding_rowwise"
+    scale: float | None = getattr(module, "scalar_embed_scale", None) if embedding else None
+    if type(module) is not (nn.Embedding if embedding else nn.Linear) and scale is None:
         raise ModelRefused(f"{name}: cannot split a {type(module).__name__} over {tp.size} ranks", hint="use tp=1")
     if isinstance(module, nn.Embedding):
-        return VocabParallelEmbedding(module, tp)
+        return VocabParallelEmbedding(module, tp, scale)
     assert isinstance(module, nn.Linear)
     if style == "vocab_head":
         return ColumnParallelLinear(module, tp, gather_output=True)

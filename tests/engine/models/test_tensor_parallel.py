@@ -13,6 +13,12 @@ from ranks import RankPool
 
 TOLERANCE = {"float32": 1e-5, "float64": 1e-9}
 
+SCALED = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
+"""How the larger Gemma 3 models rotate."""
+
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"family": "llama"},
     "llama-tied": {"family": "llama", "tied": True},
@@ -24,6 +30,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama-kv1": {"family": "llama", "kv_heads": 1},
     "qwen2-kv1": {"family": "qwen2", "kv_heads": 1},
     "qwen3-kv1": {"family": "qwen3", "kv_heads": 1, "tied": True},
+    "mistral": {"family": "mistral", "sliding_window": 6},
+    "mistral-no-window": {"family": "mistral", "sliding_window": None, "tied": True},
+    "gemma3": {"family": "gemma3_text", "sliding_window": 6, "tied": True, "query_pre_attn_scalar": 9},
+    "gemma3-kv1": {"family": "gemma3_text", "sliding_window": 3, "kv_heads": 1, "rope_parameters": SCALED},
 }
 
 
@@ -40,6 +50,7 @@ def compare(pool: RankPool, ranks: int, cases: list[dict[str, Any]]) -> None:
             limit = TOLERANCE[case["dtype"]]
             for what in ("logits", "logprobs", "loss", "gradient"):
                 assert result[what] < limit, (case, result)
+            assert result["norm gradient"] < TOLERANCE["float32"], (case, result)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -51,13 +62,13 @@ def test_full_weights(rank_pool: RankPool, models: dict[str, str], ranks: int, t
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize(("ranks", "tp"), [(1, 1), (2, 2), (4, 2)], ids=["tp1", "tp2", "dp2-tp2"])
 def test_adapter(rank_pool: RankPool, models: dict[str, str], ranks: int, tp: int, dtype: str) -> None:
-    names = ["llama", "llama-bias", "qwen2-tied", "qwen3", "qwen3-kv1"]
+    names = ["llama", "llama-bias", "qwen2-tied", "qwen3", "qwen3-kv1", "mistral", "gemma3", "gemma3-kv1"]
     cases = [{"directory": models[name], "tp": tp, "dtype": dtype, "adapter": True} for name in names]
     compare(rank_pool, ranks, cases)
 
 
 def test_four_ranks_share_two_key_value_heads_or_one(rank_pool: RankPool, models: dict[str, str]) -> None:
-    names = ["llama", "qwen2-tied", "qwen3", "qwen3-kv1"]
+    names = ["llama", "qwen2-tied", "qwen3", "qwen3-kv1", "mistral", "gemma3-kv1"]
     cases = [{"directory": models[name], "tp": 4, "dtype": "float64"} for name in names]
     cases += [{**case, "adapter": True} for case in (cases[0], cases[3])]
     compare(rank_pool, 4, cases)
@@ -69,6 +80,7 @@ def test_recomputed_layers(rank_pool: RankPool, models: dict[str, str]) -> None:
         {**base, "directory": models["qwen3"], "checkpointed": 2},
         {**base, "directory": models["qwen3-kv1"], "checkpointed": 1},
         {**base, "directory": models["qwen3"], "checkpointed": 2, "adapter": True},
+        {**base, "directory": models["gemma3"], "checkpointed": 2},
     ]
     compare(rank_pool, 2, cases)
 
@@ -83,7 +95,7 @@ def test_each_rank_holds_its_share(rank_pool: RankPool, tmp_path: Path) -> None:
     assert sum(shares) >= whole
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3-tied", "qwen3-kv1"])
+@pytest.mark.parametrize("name", ["llama", "qwen3-tied", "qwen3-kv1", "mistral", "gemma3"])
 @pytest.mark.parametrize("tp", [1, 2])
 def test_saved_weights_load_in_transformers_and_back(
     rank_pool: RankPool, models: dict[str, str], tmp_path: Path, name: str, tp: int
@@ -106,7 +118,7 @@ def test_a_new_adapter_is_the_same_for_every_tp(rank_pool: RankPool, models: dic
         assert rank_pool.run(run, ranks=tp, directory=models["llama"], tp=tp) == [alone] * tp
 
 
-@pytest.mark.parametrize("name", ["llama-bias", "qwen3-kv1"])
+@pytest.mark.parametrize("name", ["llama-bias", "qwen3-kv1", "gemma3-kv1"])
 @pytest.mark.parametrize("tp", [1, 2])
 def test_saved_adapters_load_in_peft_and_back(
     rank_pool: RankPool, models: dict[str, str], tmp_path: Path, name: str, tp: int

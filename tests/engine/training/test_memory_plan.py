@@ -19,7 +19,7 @@ from harmony_core.engine.training.trainer import Trainer
 from harmony_core.memory import Shape, adapter_elements, plan, weight_elements
 from harmony_core.model_spec import ModelSpec
 from harmony_core.rpc.protocol import LoraSettings
-from tiny_models import build
+from tiny_models import FAMILIES, build
 
 PROBE = Path(__file__).with_name("memory_probe.py")
 SMALL = {"hidden": 256, "layers": 4, "heads": 8, "kv_heads": 4, "intermediate": 768, "vocab": 4096}
@@ -38,7 +38,7 @@ CONFIGURATIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("tied", "kv_heads"), [(False, 2), (True, 1)])
 @pytest.mark.parametrize("tp", [1, 2, 4])
 def test_elements_are_counted_exactly(tmp_path: Path, family: str, tied: bool, kv_heads: int, tp: int) -> None:
