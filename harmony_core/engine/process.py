@@ -2,18 +2,25 @@
 
 Order matters. The output goes to its file and the driver hears of us before anything slow or fallible happens; torch
 and the engine are imported before the rendezvous, so that a broken import on one rank keeps no other waiting.
+
+Imports run without garbage collection: the collector would walk everything that torch and transformers define over and
+over, a quarter of the time, and find nothing. What they defined is set aside for good, so that no later collection, in
+the middle of a decode step, walks it either.
 """
 
 from __future__ import annotations
 
 import contextlib
 import faulthandler
+import gc
+import importlib
 import importlib.metadata
 import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -28,7 +35,10 @@ __all__ = ["Topology", "begin", "live", "run_rank"]
 Serve = Callable[[RankChannel, Topology], None]
 
 READY = "rank_ready"
-"""The event by which a rank says that it takes requests."""
+"""The event by which a rank says that it takes requests, and how many seconds each part of its start took."""
+
+LIBRARIES = ("torch", "torch.distributed", "transformers.modeling_utils", "transformers.models.auto")
+"""What the engine imports of others, so that it can be timed apart."""
 
 
 def begin() -> RankChannel:
@@ -82,10 +92,15 @@ def _torch_version() -> str:
         return ""
 
 
-def run_rank(load: Callable[[], Serve]) -> None:
-    """A rank's whole life. `load` imports the engine and returns what serves the channel. Does not return."""
+def run_rank(load: Callable[[], Serve], libraries: Sequence[str] = ()) -> None:
+    """A rank's whole life. `load` imports the engine and returns what serves the channel. Does not return.
+
+    `libraries` are modules to import before that.
+    """
+    watch = _Stopwatch()
     channel = begin()
-    live(channel, lambda: _serve(channel, load))
+    watch.lap("connect")
+    live(channel, lambda: _serve(channel, load, libraries, watch))
 
 
 def live(channel: RankChannel, work: Callable[[], None]) -> None:
@@ -100,14 +115,37 @@ def live(channel: RankChannel, work: Callable[[], None]) -> None:
     _leave(0)
 
 
-def _serve(channel: RankChannel, load: Callable[[], Serve]) -> None:
+class _Stopwatch:
+    """Seconds by name; `lap` gives a name the time since the last one."""
+
+    def __init__(self) -> None:
+        # The interpreter and our first modules are up: what they cost is the processor time so far.
+        self.seconds = {"python": time.process_time()}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
+        self._last = now
+
+
+def _serve(channel: RankChannel, load: Callable[[], Serve], libraries: Sequence[str], watch: _Stopwatch) -> None:
     channel.phase = "importing"
+    gc.disable()
+    for name in libraries:
+        importlib.import_module(name)
+        watch.lap(name.partition(".")[0])
     serve = load()
+    gc.freeze()
+    gc.enable()
     topology = _topology(channel.rank)
+    watch.lap("engine")
     channel.phase = "rendezvous"
     _init_distributed(topology)
+    watch.lap("rendezvous")
     channel.phase = IDLE
-    channel.event(READY, {"device": str(topology.device)})
+    seconds = {name: round(value, 4) for name, value in watch.seconds.items()}
+    channel.event(READY, {"device": str(topology.device), "seconds": seconds})
     serve(channel, topology)
 
 
@@ -132,7 +170,8 @@ def _topology(rank: int) -> Topology:
     else:
         device = torch.device("cpu")
     torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
-    return Topology(rank=rank, world_size=world_size, device=device)
+    deterministic = os.environ.get("ADAPTIVE_RANK_DETERMINISTIC") == "1"
+    return Topology(rank=rank, world_size=world_size, device=device, deterministic=deterministic)
 
 
 def _init_distributed(topology: Topology) -> None:
@@ -172,4 +211,4 @@ def _load_engine() -> Serve:
 
 
 if __name__ == "__main__":
-    run_rank(_load_engine)
+    run_rank(_load_engine, LIBRARIES)
