@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from harmony_core.engine.models.context import current_context
 from harmony_core.engine.models.parallel import (
@@ -143,6 +142,7 @@ def remove_adapter(model: CausalLM, name: str) -> None:
             container = getattr(layer, attribute)
             if key in container:
                 del container[key]
+        layer.harmony_keys.pop(name, None)
         if not layer.lora_A:
             parent, _, leaf = path.rpartition(".")
             setattr(model.module.get_submodule(parent), leaf, layer.base_layer)
@@ -207,7 +207,8 @@ def _attach(model: CausalLM, name: str, settings: LoraSettings, draw: Draw) -> N
         wrapped: Any = model.module.get_submodule(path)
         wrapped.lora_A[key].weight = parameters[f"{path}.lora_A.weight"]
         wrapped.lora_B[key].weight = parameters[f"{path}.lora_B.weight"]
-        wrapped.harmony_name, wrapped.harmony_tp = path, model.tp
+        wrapped.harmony_name, wrapped.harmony_tp, wrapped.harmony_matmul = path, model.tp, model.matmul
+        wrapped.harmony_keys = {**getattr(wrapped, "harmony_keys", {}), name: key}
         wrapped.forward = MethodType(_forward, wrapped)
     model.adapters[name] = AdapterInfo(settings, parameters)
 
@@ -269,24 +270,32 @@ def _lora_config(settings: LoraSettings, **more: Any) -> Any:
 
 
 def _forward(layer: Any, x: Tensor, *_: Any, **__: Any) -> Tensor:
-    """`base(x) + scaling * B(A(x))` with the context's adapter; bound to peft's layers in place of their own."""
+    """`base(x) + scaling * B(A(x))` with the context's adapter; bound to peft's layers in place of their own.
+
+    It runs compiled too, and what it reads is then checked before each call: of the context the adapter's name only,
+    which changes seldom.
+    """
     result: Tensor = layer.base_layer(x)
-    context = current_context()
-    if context.adapter is None:
+    adapter = current_context().adapter
+    if adapter is None or adapter not in layer.harmony_keys:
         return result
-    key = _module_key(context.adapter)
-    if key not in layer.lora_A:
-        return result
+    key = layer.harmony_keys[adapter]
     a, b = layer.lora_A[key].weight, layer.lora_B[key].weight
     dropout = layer.lora_dropout[key]
     if isinstance(dropout, nn.Dropout) and dropout.p and torch.is_grad_enabled() and a.requires_grad:
-        x = x * _dropout_mask(layer, x, dropout.p, context.seed)
-    low = F.linear(x, a)
+        x = _drop(layer, x, dropout.p)
+    low = layer.harmony_matmul(x, a)
     if isinstance(layer.base_layer, ColumnParallelLinear):
         low = copy_to(low, layer.harmony_tp)
     elif isinstance(layer.base_layer, RowParallelLinear):
         low = reduce_from(low, layer.harmony_tp)
-    return torch.add(result, F.linear(low, b), alpha=layer.scaling[key])
+    return torch.add(result, layer.harmony_matmul(low, b), alpha=layer.scaling[key])
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _drop(layer: Any, x: Tensor, p: float) -> Tensor:
+    """Never compiled: the seed is another one for each micro-batch."""
+    return x * _dropout_mask(layer, x, p, current_context().seed)
 
 
 def _dropout_mask(layer: Any, x: Tensor, p: float, seed: int) -> Tensor:

@@ -41,6 +41,26 @@ class PagedAttention:
 
 
 @dataclass(frozen=True)
+class DecodeAttention:
+    """One new token of each of B sequences against its pages. All lengths are on the device: a CUDA graph replays it.
+
+    `keys[layer]`, `values[layer]`: `[token slots, kv_heads_local, head_dim]`; page p is the slots from `p * page_size`.
+    `table`: int32 `[table rows, most pages]`, the pages of each sequence in order; what lies beyond a context is never
+    read. `rows`: int32 `[B]`, each sequence's row of the table. `contexts`: int32 `[B]`, its tokens with the new one,
+    at least 1; the new key and value go to the slot of token `contexts - 1`. `capacity`: the most work items that a
+    step may have, `Σ ceil(contexts / DECODE_SPLIT)`; past it rows come out as NaN.
+    """
+
+    keys: Sequence[Tensor]
+    values: Sequence[Tensor]
+    table: Tensor
+    rows: Tensor
+    contexts: Tensor
+    page_size: int
+    capacity: int
+
+
+@dataclass(frozen=True)
 class ForwardContext:
     """One forward pass. `adapter` None runs the base weights alone.
 
@@ -48,7 +68,7 @@ class ForwardContext:
     each micro-batch. `prepared` is the attention function's own: what it computes once for all layers.
     """
 
-    attention: PackedAttention | PagedAttention
+    attention: PackedAttention | PagedAttention | DecodeAttention
     adapter: str | None = None
     seed: int = 0
     prepared: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
@@ -69,5 +89,6 @@ def forward_context(context: ForwardContext) -> Iterator[None]:
 
 def current_context() -> ForwardContext:
     """The innermost context; a forward outside of one is our bug."""
-    assert _current, "a forward pass outside of forward_context()"
+    # Not the list itself: a compiler takes what is asserted for a tensor.
+    assert len(_current) > 0, "a forward pass outside of forward_context()"
     return _current[-1]

@@ -5,17 +5,17 @@ It knows nothing of batching, sampling or optimizers. Shapes: T tokens of one pa
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
+from harmony_core.engine.models.compiling import LayerCall, prepare_compiling
 from harmony_core.engine.models.context import current_context
 from harmony_core.engine.models.parallel import Shard, TensorParallel, gather_full, shard_of, sum_gradient
-from harmony_core.errors import DataError, ModelRefused
+from harmony_core.errors import DataError
 
 if TYPE_CHECKING:
     from harmony_core.engine.models.adapters import AdapterInfo
@@ -38,12 +38,19 @@ class CausalLM:
     ) -> None:
         self.module, self.config, self.tp, self.device, self.dtype = module, config, tp, device, dtype
         self.adapters: dict[str, AdapterInfo] = {}
+        self.matmul: Callable[..., Tensor] = F.linear
+        """How every weight matrix is applied: (rows, weight, bias) -> rows."""
+        self.row_multiple = 1
+        """The head scores a multiple of this many rows at a time. Above 1 in the deterministic mode."""
         # Taken before any adapter wraps a layer, so these are the names of the stored tensors. A tied head is absent.
         self.base_parameters: dict[str, nn.Parameter] = dict(module.named_parameters())
         self._summed_gradients = summed_gradients
         self._decoder: nn.Module = module.base_model  # type: ignore[assignment]
         self._embedding: nn.Module = module.get_input_embeddings()  # type: ignore[operator]
         self._head: nn.Module = module.get_output_embeddings()  # type: ignore[operator]
+        self._layers = [LayerCall(layer) for layer in self._decoder.layers]  # type: ignore[union-attr]
+        self._final_norm = LayerCall(self._decoder.norm)  # type: ignore[arg-type]
+        self._backend: str | None = None
         text = config.get_text_config()
         self.vocab_size: int = text.vocab_size
         self.num_layers: int = text.num_hidden_layers
@@ -64,6 +71,11 @@ class CausalLM:
         output = self._decoder(input_ids=tokens[None], position_ids=positions[None], use_cache=False)
         hidden: Tensor = output.last_hidden_state[0]
         return hidden
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether a token's numbers have the same bits whatever is computed beside it (`make_deterministic`)."""
+        return self.row_multiple > 1
 
     @property
     def head_weight(self) -> nn.Parameter:
@@ -93,7 +105,7 @@ class CausalLM:
 
         float32, or float64 in a float64 model.
         """
-        local = F.linear(hidden, self.head_weight)
+        local = self.matmul(hidden, self.head_weight)
         local = local if local.dtype == torch.float64 else local.float()
         if self.tp.size == 1:
             return local
@@ -138,25 +150,32 @@ class CausalLM:
         """A private copy of the base weights, for training all of them or for a frozen clone. Adapters stay behind."""
         from harmony_core.engine.models.loading import copy_model
 
-        return copy_model(self)
+        copied = copy_model(self)
+        if self._backend is not None:
+            copied.compile(self._backend)
+        return copied
+
+    @property
+    def compiled(self) -> bool:
+        """Whether `compile` was called."""
+        return self._backend is not None
+
+    def compile(self, backend: str = "inductor") -> None:
+        """Run each decoder layer and the final norm through torch.compile from now on; again is fine.
+
+        The first pass of each kind (with gradients, without, an adapter's first) takes as long as compiling one layer:
+        layers share it, and so does every number of tokens but one. It needs a compiler: see `find_compiler`.
+        """
+        if self._backend is None:
+            prepare_compiling()
+            for call in (*self._layers, self._final_norm):
+                call.compile(backend)
+            self._backend = backend
 
     def set_checkpointed_layers(self, count: int) -> None:
         """Let the first `count` layers recompute their activations in the backward pass.
 
         The backward pass must then run inside the same `forward_context`.
         """
-        layers = list(self._decoder.layers)  # type: ignore[arg-type]
-        if count and not hasattr(layers[0], "gradient_checkpointing"):
-            raise ModelRefused(f"{type(layers[0]).__name__} cannot recompute its activations")
-        for index, layer in enumerate(layers):
-            layer.gradient_checkpointing = index < count
-            layer._gradient_checkpointing_func = _recompute
-            # transformers asks the layer itself, not its children, whether it trains.
-            layer.training = index < count
-
-
-def _recompute(function: Any, *args: Any) -> Any:
-    # No layer draws from torch's random state: dropout draws from the context's seed.
-    if not torch.is_grad_enabled():
-        return function(*args)
-    return partial(checkpoint, use_reentrant=False, preserve_rng_state=False)(function, *args)
+        for index, call in enumerate(self._layers):
+            call.recomputed = index < count

@@ -28,6 +28,8 @@ class TensorParallel:
     size: int
     rank: int
     group: ProcessGroup | None
+    ordered: bool = False
+    """Whether sums are taken in the order of ranks, whatever a tensor's shape: for equal bits, at some cost."""
     _muted: list[bool] = field(default_factory=list, compare=False, repr=False)
 
     @classmethod
@@ -96,7 +98,15 @@ def full_shape(parameter: Tensor) -> tuple[int, ...]:
 
 def all_reduce(tensor: Tensor, tp: TensorParallel, op: Any = dist.ReduceOp.SUM) -> Tensor:
     """Reduce in place over the tensor-parallel ranks; returns its argument."""
-    if not tp.silent:
+    if tp.silent:
+        return tensor
+    if tp.ordered and op == dist.ReduceOp.SUM:
+        parts = [torch.empty_like(tensor) for _ in range(tp.size)]
+        dist.all_gather(parts, tensor, group=tp.group)
+        tensor.copy_(parts[0])
+        for part in parts[1:]:
+            tensor.add_(part)
+    else:
         dist.all_reduce(tensor, op, group=tp.group)
     return tensor
 
@@ -123,7 +133,7 @@ def gather_full(tensor: Tensor, shard: Shard | None, tp: TensorParallel) -> Tens
     return full.movedim(0, shard.dim)
 
 
-# Collectives with gradients.
+# Collectives with gradients. Their calls stay outside of compiled layers, which do not know `TensorParallel.silent`.
 
 
 class _CopyTo(torch.autograd.Function):
@@ -162,23 +172,31 @@ def copy_to(x: Tensor, tp: TensorParallel) -> Tensor:
     """Enter a split region with a tensor that all ranks share: identity; its gradient is summed over the ranks."""
     if tp.size == 1 or not (torch.is_grad_enabled() and x.requires_grad):
         return x
-    return _CopyTo.apply(x, tp)  # type: ignore[no-any-return,no-untyped-call]
+    copied: Tensor = _apply(_CopyTo, x, tp)
+    return copied
 
 
 def reduce_from(x: Tensor, tp: TensorParallel) -> Tensor:
     """Leave a split region by summing partial results; the gradient passes unchanged. May overwrite `x`."""
     if tp.size == 1:
         return x
-    if torch.is_grad_enabled() and x.requires_grad:
-        return _ReduceFrom.apply(x, tp)  # type: ignore[no-any-return,no-untyped-call]
-    return all_reduce(x.contiguous(), tp)
+    reduced: Tensor = _apply(_ReduceFrom, x, tp)
+    return reduced
 
 
 def gather_from(x: Tensor, full: int, tp: TensorParallel) -> Tensor:
     """Leave a split region by joining slices of the last dimension; the gradient is the own slice of it."""
     if tp.size == 1:
         return x
-    return _GatherFrom.apply(x, Shard.of(tp, x.dim() - 1, full), tp)  # type: ignore[no-any-return,no-untyped-call]
+    gathered: Tensor = _apply(_GatherFrom, x, Shard.of(tp, x.dim() - 1, full), tp)
+    return gathered
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _apply(function: type[torch.autograd.Function], x: Tensor, *args: Any) -> Tensor:
+    if function is _ReduceFrom and not (torch.is_grad_enabled() and x.requires_grad):
+        return all_reduce(x.contiguous(), *args)
+    return function.apply(x, *args)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def sum_gradient(parameter: nn.Parameter, tp: TensorParallel) -> None:

@@ -1,0 +1,62 @@
+"""Decoder layers as the engine calls them: compiled or not, recomputed in the backward pass or not.
+
+torch.compile traces a layer once for any number of tokens, and layers of one shape share what it made; the attention
+function, the collectives and an adapter's dropout stay outside. Weights may change in place, adapters come and go.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch._dynamo
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface
+
+from harmony_core.engine.models import attention
+
+RECOMPILE_LIMIT = 4096
+"""Variants of one function that are compiled before the rest runs uncompiled, without a word. Each layer is four
+functions; a variant is what trains or not, has which adapter, which type, one token or many."""
+
+
+class LayerCall:
+    """Takes the place of `forward` in one module. Its inputs are positional tensors and anything by keyword."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._run: Callable[..., Any] = module.forward
+        self.recomputed = False
+        """Whether the backward pass runs the forward pass again, in place of keeping what it made."""
+        module.forward = self
+
+    def compile(self, backend: str) -> None:
+        """From now on through torch.compile. What is recomputed stays outside, so a change of it compiles nothing."""
+        self._run = torch.compile(self._run, dynamic=True, backend=backend)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's forward pass."""
+        if self.recomputed and torch.is_grad_enabled():
+            # Nothing draws from torch's random state: dropout draws from the context's seed.
+            return checkpoint(self._run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        return self._run(*args, **kwargs)
+
+
+def prepare_compiling() -> None:
+    """Set this process up for compiled layers; may be called again."""
+    # Past its limit dynamo runs the function uncompiled. The older name serves older versions.
+    for name in ("recompile_limit", "cache_size_limit", "accumulated_recompile_limit", "accumulated_cache_size_limit"):
+        if hasattr(torch._dynamo.config, name):
+            setattr(torch._dynamo.config, name, RECOMPILE_LIMIT)
+    # It looks at the forward context, which differs from pass to pass.
+    AttentionInterface.register(attention.NAME, torch.compiler.disable(attention.attend))  # type: ignore[no-untyped-call]
+
+
+def find_compiler(device: torch.device) -> str | None:
+    """The compiler that torch.compile needs for `device`; None when this machine has none."""
+    names = ("CXX", "g++", "clang++") if device.type == "cpu" else ("CC", "gcc", "clang", "cc")
+    wanted = [os.environ.get(names[0], ""), *names[1:]]
+    return next((found for name in wanted if name and (found := shutil.which(name.split()[0]))), None)
