@@ -8,6 +8,7 @@ working copy: V rounded up to whole blocks, with probability 0 behind V.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,9 +17,9 @@ from torch import Tensor
 
 from harmony_core.engine.inference.draws import FILTERED, GREEDY, PLAIN, Draws
 
-_BLOCK = 256
+BLOCK = 256
 """Ids whose probabilities are summed before any of them is looked at."""
-_COLDEST = 1e-30
+COLDEST = 1e-30
 """Temperatures below this draw as this one does; it is greedy already, and in the range of float32."""
 
 
@@ -31,6 +32,35 @@ class Sampled:
     sampled_logprobs: Tensor
 
 
+@dataclass(frozen=True)
+class Settings:
+    """How rows draw, on the device of their logits: `[N, 1]` float64 each."""
+
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+    uniform: Tensor
+
+    @staticmethod
+    def of(draws: Draws, device: torch.device) -> Settings:
+        """What a step plan says, on `device`."""
+        values = (draws.temperature, draws.top_k, draws.top_p, draws.min_p, draws.uniform)
+        return Settings(*put(np.stack(values), device)[:, :, None].unbind(0))
+
+    def rows(self, which: Tensor) -> Settings:
+        """Some of the rows."""
+        return Settings(
+            self.temperature[which], self.top_k[which], self.top_p[which], self.min_p[which], self.uniform[which]
+        )
+
+
+def put(array: NDArray[Any], device: torch.device) -> Tensor:
+    """An array as a tensor on `device`, without waiting for what is under way there."""
+    tensor = torch.from_numpy(array)
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
 def sample(logits: Tensor, draws: Draws, suppressed: dict[int, list[int]] | None = None) -> Sampled:
     """Draw one token for each row of `logits` `[N, V]`, float32 or float64.
 
@@ -38,26 +68,58 @@ def sample(logits: Tensor, draws: Draws, suppressed: dict[int, list[int]] | None
     ids, whose log-prob in the distribution drawn from is 0. `suppressed` names ids that a row must not draw; the raw
     log-prob ignores that.
     """
-    allowed = _suppress(logits, suppressed) if suppressed else logits
-    size = logits.shape[-1]
+    allowed = suppress(logits, suppressed) if suppressed else logits
+    settings = Settings.of(draws, logits.device)
     # One working copy serves every pass: fresh memory costs more than arithmetic here.
-    work = logits.new_empty(len(logits), -(-size // _BLOCK) * _BLOCK)
+    work = _work(logits)
     kinds = sorted({int(kind) for kind in draws.kind})
     if len(kinds) == 1:
-        tokens, processed = _METHODS[kinds[0]](allowed, draws, work)
+        tokens, processed = _of_one_kind(kinds[0], allowed, settings, draws, work)
     else:
         tokens = torch.empty(len(draws), dtype=torch.long, device=logits.device)
         processed = logits.new_empty(len(draws))
         for kind in kinds:
             group = draws.kind == kind
-            rows = torch.from_numpy(np.flatnonzero(group)).to(logits.device)
-            tokens[rows], processed[rows] = _METHODS[kind](allowed[rows], draws.rows(group), work[: len(rows)])
+            rows = put(np.flatnonzero(group), logits.device)
+            tokens[rows], processed[rows] = _of_one_kind(
+                kind, allowed[rows], settings.rows(rows), draws.rows(group), work[: len(rows)]
+            )
     if allowed is logits and kinds == [PLAIN] and (draws.temperature == 1).all():
         return Sampled(tokens, processed, processed)
-    best = logits.amax(-1, keepdim=True)
-    total = torch.sub(logits, best, out=work[:, :size]).exp_().sum(-1, dtype=torch.float64)
-    chosen = logits.gather(-1, tokens[:, None]) - best
-    return Sampled(tokens, chosen[:, 0] - total.log().to(logits.dtype), processed)
+    return Sampled(tokens, _raw(logits, tokens, work), processed)
+
+
+def _of_one_kind(kind: int, logits: Tensor, settings: Settings, draws: Draws, work: Tensor) -> tuple[Tensor, Tensor]:
+    """`_greedy` or `_draw` without the passes that these rows, known to the host as `draws`, do not need."""
+    if kind == GREEDY:
+        return _greedy(logits)
+    heated = bool((draws.temperature != 1).any())
+    ranked = bool(((draws.top_k > 0) | (draws.top_p < 1)).any())
+    return _draw(logits, settings, work, heated=heated, filtered=kind == FILTERED, ranked=ranked)
+
+
+def draw(logits: Tensor, settings: Settings, tail: int, raw: Tensor | None = None) -> Sampled:
+    """`sample` for rows of any kinds up to `tail` (GREEDY < PLAIN < FILTERED), without a look at the device's numbers.
+
+    It costs what the dearest kind costs, and a CUDA graph can hold it. `raw`: the logits before ids were suppressed.
+    """
+    raw = logits if raw is None else raw
+    tokens, processed = _greedy(logits)
+    work = _work(logits)
+    if tail != GREEDY:
+        warm = settings.temperature[:, 0] != 0
+        drawn, logprobs = _draw(logits, settings, work, heated=True, filtered=tail == FILTERED, ranked=True)
+        tokens, processed = torch.where(warm, drawn, tokens), torch.where(warm, logprobs, processed)
+    return Sampled(tokens, _raw(raw, tokens, work), processed)
+
+
+def suppress(logits: Tensor, suppressed: dict[int, list[int]]) -> Tensor:
+    """A copy in which each named row cannot draw its ids."""
+    rows = [row for row, ids in suppressed.items() for _ in ids]
+    places = put(np.array([rows, [id for ids in suppressed.values() for id in ids]], dtype=np.int64), logits.device)
+    masked = logits.clone()
+    masked[places[0], places[1]] = float("-inf")
+    return masked
 
 
 def keep(scaled: Tensor, draws: Draws) -> Tensor:
@@ -66,53 +128,51 @@ def keep(scaled: Tensor, draws: Draws) -> Tensor:
     Each is a floor under the logits, so ids with equal logits are kept or dropped together.
     """
     scaled = scaled - scaled.amax(-1, keepdim=True)
-    return scaled >= _floors(scaled, draws)
+    return scaled >= _floors(scaled, Settings.of(draws, scaled.device), ranked=True)
 
 
-def _suppress(logits: Tensor, suppressed: dict[int, list[int]]) -> Tensor:
-    masked = logits.clone()
-    for row, ids in suppressed.items():
-        masked[row, ids] = float("-inf")
-    return masked
+def _work(logits: Tensor) -> Tensor:
+    return logits.new_empty(len(logits), -(-logits.shape[-1] // BLOCK) * BLOCK)
 
 
-def _column(values: NDArray[np.float64], like: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.tensor(values[:, None], dtype=dtype, device=like.device)
-
-
-def _greedy(logits: Tensor, draws: Draws, work: Tensor) -> tuple[Tensor, Tensor]:
+def _greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
     # Zero, unless the row holds something that is not a number.
     best, tokens = logits.max(-1)
     return tokens, best - best
 
 
-def _filtered(logits: Tensor, draws: Draws, work: Tensor) -> tuple[Tensor, Tensor]:
-    return _draw(logits, draws, work, filters=True)
+def _raw(logits: Tensor, tokens: Tensor, work: Tensor) -> Tensor:
+    """Log-probs `[N]` of `tokens` at temperature 1. `work` is overwritten."""
+    best = logits.amax(-1, keepdim=True)
+    total = torch.sub(logits, best, out=work[:, : logits.shape[-1]]).exp_().sum(-1, dtype=torch.float64)
+    chosen = logits.gather(-1, tokens[:, None]) - best
+    return chosen[:, 0] - total.log().to(logits.dtype)
 
 
-def _draw(logits: Tensor, draws: Draws, work: Tensor, filters: bool = False) -> tuple[Tensor, Tensor]:
-    """Ids and log-probs in the processed distribution, `[N]` each. `work` `[N, W]` is overwritten."""
+def _draw(
+    logits: Tensor, settings: Settings, work: Tensor, *, heated: bool, filtered: bool, ranked: bool
+) -> tuple[Tensor, Tensor]:
+    """Ids and log-probs in the processed distribution, `[N]` each. `work` `[N, W]` is overwritten.
+
+    `heated`: some temperature is not 1; `filtered`: some row has a filter; `ranked`: one of them top-k or top-p.
+    """
     # The maximum goes first, so that a tiny temperature cannot overflow: the best id stays at 0.
     best = logits.amax(-1, keepdim=True)
     size = logits.shape[-1]
     torch.sub(logits, best, out=work[:, :size])
     work[:, size:] = float("-inf")
-    heat = None
-    if (draws.temperature != 1).any():
-        heat = _column(np.maximum(draws.temperature, _COLDEST), logits, logits.dtype)
+    heat = settings.temperature.clamp(min=COLDEST).to(logits.dtype)
+    if heated:
         work /= heat
-    if filters:
-        work.masked_fill_(work < _floors(work, draws), float("-inf"))
-    tokens, total = _invert(work.exp_(), _column(draws.uniform, logits, torch.float64))
+    if filtered:
+        work.masked_fill_(work < _floors(work, settings, ranked), float("-inf"))
+    tokens, total = _invert(work.exp_(), settings.uniform)
     # The clamp matters only for rows that are no distribution; their log-probs say so.
     tokens.clamp_(max=size - 1)
     chosen = logits.gather(-1, tokens) - best
-    if heat is not None:
+    if heated:
         chosen /= heat
     return tokens[:, 0], (chosen - total.log())[:, 0].to(logits.dtype)
-
-
-_METHODS = {GREEDY: _greedy, PLAIN: _draw, FILTERED: _filtered}
 
 
 def _invert(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,39 +181,36 @@ def _invert(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     In a large vocabulary the block is found by the blocks' sums, then the id within it. An id of weight 0 is never
     found.
     """
-    if weights.shape[-1] <= 8 * _BLOCK:
+    if weights.shape[-1] <= 8 * BLOCK:
         ends = weights.cumsum(-1, dtype=torch.float64)
         return torch.searchsorted(ends, uniform * ends[:, -1:], right=True), ends[:, -1:]
-    blocks = weights.view(len(weights), -1, _BLOCK)
+    blocks = weights.view(len(weights), -1, BLOCK)
     ends = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
     total = ends[:, -1:]
     target = uniform * total
     block = torch.searchsorted(ends, target, right=True).clamp_(max=ends.shape[1] - 1)
     start = torch.where(block > 0, ends.gather(-1, (block - 1).clamp_(min=0)), 0.0)
-    inside = blocks.gather(1, block[:, :, None].expand(-1, -1, _BLOCK))[:, 0].cumsum(-1, dtype=torch.float64)
+    inside = blocks.gather(1, block[:, :, None].expand(-1, -1, BLOCK))[:, 0].cumsum(-1, dtype=torch.float64)
     # The two sums of a block may differ in the last bit: never step over its last id.
     last = torch.searchsorted(inside, inside[:, -1:].contiguous())
     found = torch.minimum(torch.searchsorted(inside, target - start, right=True), last)
-    return block * _BLOCK + found, total
+    return block * BLOCK + found, total
 
 
-def _floors(scaled: Tensor, draws: Draws) -> Tensor:
+def _floors(scaled: Tensor, settings: Settings, ranked: bool) -> Tensor:
     """The lowest logit each row keeps, `[N, 1]`; `scaled` has its maximum at 0."""
-    with np.errstate(divide="ignore"):
-        floors = _column(np.log(draws.min_p), scaled, scaled.dtype)
-    rows = np.flatnonzero((draws.top_k > 0) | (draws.top_p < 1))
-    if not len(rows):
+    floors = settings.min_p.log().to(scaled.dtype)
+    if not ranked:
         return floors
-    best_first = _descending(scaled if len(rows) == len(draws) else scaled[rows])
-    ranks = np.where(draws.top_k > 0, np.minimum(draws.top_k, scaled.shape[-1]), scaled.shape[-1])[rows]
-    by_k = best_first.gather(-1, _column(ranks - 1, scaled, torch.long))
+    size = scaled.shape[-1]
+    best_first = _descending(scaled)
+    ranks = torch.where(settings.top_k > 0, settings.top_k.clamp(max=size), float(size)).long()
+    by_k = best_first.gather(-1, ranks - 1)
     # The nucleus is taken from what top-k left: the first ids whose probabilities reach its share of theirs.
     ends = best_first.exp().masked_fill_(best_first < by_k, 0).cumsum(-1, dtype=torch.float64)
-    share = _column(draws.top_p[rows], scaled, torch.float64)
-    last = torch.searchsorted(ends, share * ends[:, -1:]).clamp_(max=scaled.shape[-1] - 1)
-    by_p = torch.where(share < 1, best_first.gather(-1, last), by_k)
-    floors[rows] = torch.maximum(floors[rows], torch.maximum(by_k, by_p))
-    return floors
+    last = torch.searchsorted(ends, settings.top_p * ends[:, -1:]).clamp_(max=size - 1)
+    by_p = torch.where(settings.top_p < 1, best_first.gather(-1, last), by_k)
+    return torch.maximum(floors, torch.maximum(by_k, by_p))
 
 
 def _descending(values: Tensor) -> Tensor:
