@@ -139,7 +139,7 @@ def weight_elements(spec: ModelSpec, tp: int) -> int:
     attention = n.d * (n.q + 2 * n.projected_kv) + n.q * n.d
     attention += (n.q + 2 * n.projected_kv) if spec.attention_bias else 0
     attention += 2 * spec.head_dim if spec.qk_norm else 0
-    layer = attention + 3 * n.d * n.i + 2 * n.d
+    layer = attention + 3 * n.d * n.i + (4 if spec.post_norms else 2) * n.d
     return spec.num_layers * layer + n.v * n.d * (1 if spec.tied else 2) + n.d
 
 
@@ -209,6 +209,10 @@ def _layer_activations(shape: Shape, n: _Local) -> int:
     wide = 4 // min(4, shape.element)
     norm = wide + (1 if shape.lora is None else 0)
     norms = 2 * (norm * n.d + n.d) + 2 * wide
+    if shape.spec.post_norms:
+        # Two norms more, whose outputs are added and not kept; these models normalise and weight in float32.
+        norm = wide + (wide if shape.lora is None else 0)
+        norms = 4 * norm * n.d + 2 * n.d + 4 * wide
     if shape.spec.qk_norm:
         norms += norm * (n.q + n.projected_kv) + wide * (n.q + n.projected_kv) // shape.spec.head_dim
     attention = 2 * n.q + 2 * n.kv + wide * n.heads

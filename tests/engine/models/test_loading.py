@@ -72,6 +72,32 @@ def test_facts_about_the_model(directory: Path) -> None:
     assert not any(b.is_meta for b in model.module.buffers())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_what_no_file_stores_is_as_in_transformers(tmp_path: Path, dtype: torch.dtype) -> None:
+    path = tiny_models.build(tmp_path / "model", "gemma3_text", tied=True, hidden=48)
+    expected = tiny_models.reference(path, dtype)
+    found = dict(load(path, dtype).module.named_buffers())
+    assert found.keys() == dict(expected.named_buffers()).keys()
+    for name, buffer in expected.named_buffers():
+        # transformers makes the scale in whatever type the model is made in, and casts it when it is used.
+        assert torch.equal(found[name].to(dtype), buffer.to(dtype)), name
+    tokens = torch.arange(3, 60)
+    for rank, count in enumerate((31, 26)):
+        tp = TensorParallel(2, rank, None)
+        with tp.without_collectives(), torch.no_grad():
+            part = load(path, dtype, tp).module.get_input_embeddings()(tokens)  # type: ignore[operator]
+            whole = expected.get_input_embeddings()(tokens)
+        mine = part.any(-1)
+        assert mine.sum() == count and torch.equal(part[mine], whole[mine])
+
+
+@pytest.mark.parametrize("name", ["attn_logit_softcapping", "final_logit_softcapping"])
+def test_soft_capped_logits_are_refused(tmp_path: Path, name: str) -> None:
+    path = tiny_models.build(tmp_path / "model", "gemma3_text", **{name: 30.0})
+    with pytest.raises(ModelRefused, match="soft-capping"):
+        load(path)
+
+
 def test_weights_in_several_files(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from harmony_core.engine.models import weights
 
