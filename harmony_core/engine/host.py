@@ -60,7 +60,7 @@ class Host:
         self._topology = topology
         backend = "gloo" if topology.device.type == "cpu" else "nccl"
         self._groups = Groups(topology.rank, topology.world_size, backend)
-        self._models = ModelTable(topology.device)
+        self._models = ModelTable(topology.device, topology.deterministic)
         self._tp: dict[str, int] = {}
         self._block: Block = self._groups.block(1)
         self._leader: Leader | None = Leader(channel)

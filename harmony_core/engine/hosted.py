@@ -77,8 +77,9 @@ class HostedModel:
 class ModelTable:
     """Every spawn on this rank by name."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, deterministic: bool = False) -> None:
         self.device = device
+        self._deterministic = deterministic
         self._models: dict[str, HostedModel] = {}
         self._shared: dict[tuple[str, int, torch.dtype], BaseWeights] = {}
         self._adapters = 0
@@ -140,7 +141,7 @@ class ModelTable:
         if not private and key in self._shared:
             self._shared[key].users += 1
             return self._shared[key]
-        model = load_model(Path(request.source.weights), tp, self.device, dtype)
+        model = load_model(Path(request.source.weights), tp, self.device, dtype, deterministic=self._deterministic)
         base = BaseWeights(model, None if private else key)
         if not private:
             self._shared[key] = base

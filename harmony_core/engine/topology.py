@@ -23,3 +23,5 @@ class Topology:
     rank: int
     world_size: int
     device: torch.device
+    deterministic: bool = False
+    """Whether every model here runs in the deterministic mode."""

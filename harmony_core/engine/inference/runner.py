@@ -19,6 +19,7 @@ from harmony_core.engine.inference.blocks import MAX_RUNNING, PAGE_SIZE, pages_f
 from harmony_core.engine.inference.draws import Draws
 from harmony_core.engine.inference.kv_cache import KVCache
 from harmony_core.engine.inference.sampler import sample
+from harmony_core.engine.inference.sampling_alone import sample_alone
 from harmony_core.engine.inference.step import StepPlan, StepResult, int32
 from harmony_core.engine.models.context import ForwardContext, PagedAttention, forward_context
 from harmony_core.engine.models.model import CausalLM
@@ -144,7 +145,11 @@ class Runner:
         for start in range(0, len(draws), step):
             stop = min(start + step, len(draws))
             suppressed = {row - start: ids for row, ids in plan.suppressed.items() if start <= row < stop}
-            parts.append(sample(self.model.logits(hidden[start:stop]), draws.rows(slice(start, stop)), suppressed))
+            rows = draws.rows(slice(start, stop))
+            if self.model.deterministic:
+                parts.append(sample_alone(self.model, hidden[start:stop], rows, suppressed))
+            else:
+                parts.append(sample(self.model.logits(hidden[start:stop]), rows, suppressed))
         if not parts:
             return StepResult(b"", b"", b"")
         tokens = torch.cat([part.tokens for part in parts])

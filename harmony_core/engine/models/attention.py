@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from harmony_core.engine.models import attention_cpu, attention_cuda
+from harmony_core.engine.models import attention_cpu, attention_cuda, attention_tiled
 from harmony_core.engine.models.context import ForwardContext, PackedAttention, PagedAttention, current_context
 from harmony_core.errors import ModelRefused
 
@@ -43,7 +43,9 @@ def attend(
     q, k, v = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
     context = current_context()
     layout = context.attention
-    if isinstance(layout, PackedAttention):
+    if getattr(module, "tiled", False):
+        output = attention_tiled.attend(context, int(module.layer_idx), q, k, v, scaling, sliding_window)  # type: ignore[arg-type]
+    elif isinstance(layout, PackedAttention):
         output = _packed(context, layout.lengths, q, k, v, scaling, sliding_window)
     else:
         output = _paged(context, layout, int(module.layer_idx), q, k, v, scaling, sliding_window)  # type: ignore[arg-type]

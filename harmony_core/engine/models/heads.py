@@ -28,12 +28,13 @@ def token_logprobs(model: CausalLM, hidden: Tensor, targets: Tensor, chunk: int 
     The same on every tensor-parallel rank, which must all call it with the same N.
     """
     _check_targets(model, targets)
-    weight = model.head_weight
+    count, weight = len(targets), model.head_weight
+    hidden, targets = pad_rows(model, hidden, targets)
     logprobs = hidden.new_empty(targets.shape, dtype=_wide(hidden.dtype))
     for rows in _chunks(len(targets), chunk or rows_per_chunk(model)):
         scorer = _Chunk(model, hidden[rows], weight, targets[rows])
         logprobs[rows] = scorer.logprobs
-    return logprobs
+    return logprobs[:count]
 
 
 def linear_logprob_loss(
@@ -46,15 +47,24 @@ def linear_logprob_loss(
     loss. N may be 0: a loss of zero. A frozen head costs no gradient.
     """
     _check_targets(model, targets)
+    count = len(targets)
+    hidden, targets, coefficients = pad_rows(model, hidden, targets, coefficients)
     loss, logprobs = _LinearLogprobLoss.apply(
         hidden, model.head_weight, targets, coefficients, model, chunk or rows_per_chunk(model)
     )  # type: ignore[no-untyped-call]
-    return loss, logprobs
+    return loss, logprobs[:count]
 
 
 def rows_per_chunk(model: CausalLM) -> int:
     """How many rows make `CHUNK_BYTES` of logits; the same number on every tensor-parallel rank."""
-    return max(1, CHUNK_BYTES // (4 * -(-model.vocab_size // model.tp.size)))
+    rows = CHUNK_BYTES // (4 * -(-model.vocab_size // model.tp.size))
+    return max(1, rows // model.row_multiple) * model.row_multiple
+
+
+def pad_rows(model: CausalLM, *tensors: Tensor) -> list[Tensor]:
+    """Tensors of N rows with zeros appended up to the model's `row_multiple`."""
+    missing = -len(tensors[0]) % model.row_multiple
+    return [F.pad(x, (*[0] * (2 * x.dim() - 1), missing)) for x in tensors] if missing else list(tensors)
 
 
 class _Chunk:
@@ -62,7 +72,7 @@ class _Chunk:
 
     def __init__(self, model: CausalLM, hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
         tp = model.tp
-        logits = F.linear(hidden, weight)
+        logits = model.matmul(hidden, weight)
         self.logits = logits.to(_wide(logits.dtype))
         top = all_reduce(self.logits.amax(-1), tp, dist.ReduceOp.MAX)
         local = targets - model.vocab_start

@@ -6,6 +6,7 @@ Full-size tensors are never built for what a rank holds a slice of.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from harmony_core.engine.models import attention
+from harmony_core.engine.models.deterministic import make_deterministic
 from harmony_core.engine.models.model import CausalLM
 from harmony_core.engine.models.parallel import Shard, TensorParallel, full_shape, set_shard, shard_of
 from harmony_core.engine.models.sharding import shard_modules
@@ -25,18 +27,26 @@ Reader = Callable[[str, Shard | None, tuple[int, ...]], Tensor]
 """(name, slice, full shape) -> this rank's values."""
 
 
-def load_model(directory: Path, tp: TensorParallel, device: torch.device, dtype: torch.dtype) -> CausalLM:
+def load_model(
+    directory: Path, tp: TensorParallel, device: torch.device, dtype: torch.dtype, *, deterministic: bool = False
+) -> CausalLM:
     """The causal language model stored in `directory`, this rank's slices of it, in `dtype` on `device`.
 
-    No parameter requires a gradient. Raises `ModelRefused` for what we do not run (remote code, quantised weights, a
-    `tp` that does not fit) and `VerificationError` for missing or damaged files.
+    No parameter requires a gradient. `deterministic` is for float32 on CPU (see `make_deterministic`). Raises
+    `ModelRefused` for what we do not run (remote code, quantised weights, a `tp` that does not fit) and
+    `VerificationError` for missing or damaged files.
     """
     config = read_config(directory)
+    if deterministic:
+        tp = replace(tp, ordered=True)
     module, summed = empty_module(config, tp, dtype)
     with StoredWeights(directory) as stored:
         check_names(dict(module.named_parameters()), tied_names(module), stored)
         fill(module, config, device, lambda name, shard, shape: stored.read(name, shard, shape, dtype))
-    return CausalLM(module, config, tp, device, dtype, summed)
+    model = CausalLM(module, config, tp, device, dtype, summed)
+    if deterministic:
+        make_deterministic(model)
+    return model
 
 
 def copy_model(model: CausalLM) -> CausalLM:
@@ -44,7 +54,10 @@ def copy_model(model: CausalLM) -> CausalLM:
     module, summed = empty_module(model.config, model.tp, model.dtype)
     source = model.base_parameters
     fill(module, model.config, model.device, lambda name, shard, shape: source[name].detach().clone())
-    return CausalLM(module, model.config, model.tp, model.device, model.dtype, summed)
+    copied = CausalLM(module, model.config, model.tp, model.device, model.dtype, summed)
+    if model.deterministic:
+        make_deterministic(copied)
+    return copied
 
 
 def read_config(directory: Path) -> Any:

@@ -1,0 +1,136 @@
+"""The deterministic mode: a token's numbers have the same bits whatever is computed beside it. CPU, float32.
+
+A matrix product, a reduction or an exponential may be evaluated in another order, or by other instructions, when the
+number of rows changes; so the sampler, which sees a few rows, and the trainer, which sees thousands, would differ in
+the last bits. Here every product runs over tiles of exactly 16 rows; the rows of a pass are padded so that no
+elementwise kernel has a remainder that it treats otherwise than the rest; attention is cut by position
+(`attention_tiled`); sums over ranks are taken in the order of ranks; and a rank has one thread. What is left is that a
+row's result does not depend on its place within a tile, which is checked for every shape when a model is loaded.
+"""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from harmony_core.engine.models.model import CausalLM
+from harmony_core.engine.models.parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    copy_to,
+    gather_from,
+    reduce_from,
+)
+from harmony_core.errors import ResourceError
+
+TILE = 16
+"""Rows of every matrix product. Decode pads its sequences to a multiple of it, so it is no larger than it must be."""
+LANES = 32
+"""Numbers that an elementwise kernel takes at a time at most: two registers of 16 float32."""
+
+
+def make_deterministic(model: CausalLM) -> None:
+    """Switch a freshly loaded model to the deterministic mode, for good. Its ranks must have one thread each.
+
+    Raises ResourceError when this machine's matrix products depend on a row's place.
+    """
+    assert model.device.type == "cpu" and model.dtype == torch.float32, "the deterministic mode is for float32 on CPU"
+    matrices = [m.weight for m in model.module.modules() if isinstance(m, nn.Linear)]
+    for shape in {tuple(matrix.shape) for matrix in matrices}:
+        check_places(next(matrix for matrix in matrices if tuple(matrix.shape) == shape))
+    for module in model.module.modules():
+        if isinstance(module, nn.Linear):
+            module.forward = MethodType(_FORWARDS[type(module)], module)
+        elif hasattr(module, "layer_idx") and hasattr(module, "q_proj"):
+            module.tiled = True  # type: ignore[assignment]
+    odd = any(size % (LANES // TILE) for matrix in matrices for size in matrix.shape)
+    _pad_rows(model.module.base_model, LANES if odd else TILE)  # type: ignore[arg-type]
+    model.matmul = linear
+    model.row_multiple = LANES
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear` by tiles of 16 rows. The backward pass is an ordinary one: nothing is compared with it."""
+    rows = x.reshape(-1, x.shape[-1])
+    output = _Linear.apply(rows, weight) if torch.is_grad_enabled() else _by_tiles(rows, weight)  # type: ignore[no-untyped-call]
+    output = output.view(*x.shape[:-1], len(weight))
+    return output if bias is None else output + bias
+
+
+def check_places(weight: Tensor) -> None:
+    """Raise ResourceError unless one row gives the same bits at every place of a tile."""
+    row = torch.randn(1, weight.shape[1], generator=torch.Generator().manual_seed(0))
+    found = _by_tiles(row.repeat(TILE, 1), weight.detach())
+    if not torch.equal(found, found[:1].expand_as(found)):
+        raise ResourceError(
+            f"this machine's product of {TILE} x {weight.shape[1]} and {weight.shape[1]} x {len(weight)} matrices "
+            "depends on a row's place, so the deterministic mode cannot hold what it promises",
+            hint="leave --deterministic out, or use a machine whose torch is built with MKL",
+        )
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _by_tiles(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        return (
+            grads[0] @ weight if ctx.needs_input_grad[0] else None,
+            grads[0].t() @ x if ctx.needs_input_grad[1] else None,
+        )
+
+
+def _by_tiles(x: Tensor, weight: Tensor) -> Tensor:
+    """`[N, in]` -> `[N, out]`."""
+    count = len(x)
+    x = F.pad(x, (0, 0, 0, -count % TILE)).contiguous()
+    output = x.new_empty(len(x), len(weight))
+    columns = weight.t()
+    for start in range(0, len(x), TILE):
+        torch.mm(x[start : start + TILE], columns, out=output[start : start + TILE])
+    return output[:count]
+
+
+def _plain_forward(layer: nn.Linear, input: Tensor) -> Tensor:
+    return linear(input, layer.weight, layer.bias)
+
+
+def _column_forward(layer: ColumnParallelLinear, input: Tensor) -> Tensor:
+    output = linear(copy_to(input, layer.tp), layer.weight, layer.bias)
+    return gather_from(output, layer.out_features, layer.tp) if layer.gather_output else output
+
+
+def _row_forward(layer: RowParallelLinear, input: Tensor) -> Tensor:
+    output = reduce_from(linear(input, layer.weight), layer.tp)
+    return output if layer.bias is None else output + layer.bias
+
+
+_FORWARDS: dict[type[nn.Module], Any] = {
+    nn.Linear: _plain_forward,
+    ColumnParallelLinear: _column_forward,
+    RowParallelLinear: _row_forward,
+}
+
+
+def _pad_rows(decoder: nn.Module, multiple: int) -> None:
+    """Let a decoder compute a multiple of this many rows, and return those it was given."""
+    plain = decoder.forward
+
+    def forward(input_ids: Tensor, position_ids: Tensor, **options: Any) -> Any:
+        count = input_ids.shape[1]
+        missing = -count % multiple
+        output = plain(
+            input_ids=F.pad(input_ids, (0, missing)), position_ids=F.pad(position_ids, (0, missing)), **options
+        )
+        output.last_hidden_state = output.last_hidden_state[:, :count]
+        return output
+
+    decoder.forward = forward
