@@ -30,7 +30,7 @@ CONVERSATIONS = [
     [("user", "words <|im_end|> inside"), ("assistant", "so </s> be <|eot_id|> it <end_of_turn> now")],
     [("system", "You are a helpful assistant."), ("user", "the quick brown fox"), ("assistant", "jumps")],
 ]
-NO_SYSTEM = {"mistral", "gemma"}
+NO_SYSTEM = {"mistral", "mistral-tools", "gemma"}
 
 
 @pytest.fixture(scope="module")
@@ -294,6 +294,19 @@ def test_what_the_template_refuses(tokenizers: dict[str, ChatTokenizer]) -> None
         tokenizers["gemma"].tokenize(StringThread([("system", "s"), ("user", "q")]))
     with pytest.raises(TokenizationError, match="alternate"):
         tokenizers["mistral"].prompt_ids(StringThread([("user", "q"), ("user", "r")]))
+
+
+def test_a_system_message_that_only_the_prompt_has(root: Path, tokenizers: dict[str, ChatTokenizer]) -> None:
+    from transformers import AutoTokenizer
+
+    turns = [("system", "be brief"), ("user", "a"), ("assistant", "b"), ("user", "c")]
+    theirs = AutoTokenizer.from_pretrained(root / "mistral-tools")
+    messages = [{"role": role, "content": content} for role, content in turns]
+    expected = theirs.apply_chat_template(messages, tokenize=True, return_dict=False, add_generation_prompt=True)
+    assert tokenizers["mistral-tools"].prompt_ids(StringThread(turns)) == expected
+    # With an answer behind it the template drops it: what would be trained is not what was sampled.
+    with pytest.raises(TokenizationError, match=r"leaves out the text of turn 0 \(system\)"):
+        tokenizers["mistral-tools"].tokenize(StringThread([*turns, ("assistant", "d")]))
 
 
 def test_threads_that_are_not_text(tokenizers: dict[str, ChatTokenizer]) -> None:

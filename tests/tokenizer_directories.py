@@ -101,6 +101,62 @@ GEMMA = (
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
 
+MISTRAL_TOOLS = """\
+{%- set first = messages[0] %}
+{%- set rest = messages[1:] if first["role"] == "system" else messages %}
+{%- set asked = rest | selectattr("role", "equalto", "user") | list %}
+{%- set state = namespace(turn=0) %}
+{%- for message in rest %}
+    {%- if not (message.role == "tool" or (message.tool_calls is defined and message.tool_calls is not none)) %}
+        {%- if (message["role"] == "user") != (state.turn % 2 == 0) %}
+            {{- raise_exception("roles must alternate after the system message") }}
+        {%- endif %}
+        {%- set state.turn = state.turn + 1 %}
+    {%- endif %}
+{%- endfor %}
+{{- bos_token }}
+{%- for message in rest %}
+    {%- if message["role"] == "user" %}
+        {%- if tools is defined and tools is not none and message == asked[-1] %}
+            {{- "[AVAILABLE_TOOLS]" + tools | tojson + "[/AVAILABLE_TOOLS]" }}
+        {%- endif %}
+        {%- set before = first["content"] + "\\n\\n" if loop.last and first["role"] == "system" else "" %}
+        {{- "[INST] " + before + message["content"] + "[/INST]" }}
+    {%- elif message["role"] == "assistant" %}
+        {{- " " + message["content"] | trim + eos_token }}
+    {%- else %}
+        {{- raise_exception("Only user and assistant roles, and a first system message") }}
+    {%- endif %}
+{%- endfor %}
+"""
+"""The later Mistrals': the system message stands in the last turn if that is the user's, and else nowhere."""
+
+GEMMA3 = """\
+{{ bos_token }}
+{%- if messages[0]['role'] == 'system' -%}
+    {%- set opening, rest = messages[0]['content'] + '\\n\\n', messages[1:] -%}
+{%- else -%}
+    {%- set opening, rest = '', messages -%}
+{%- endif -%}
+{%- for message in rest -%}
+    {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}
+        {{ raise_exception("roles must alternate") }}
+    {%- endif -%}
+    {{ '<start_of_turn>' + ('model' if message['role'] == 'assistant' else message['role']) + '\\n' }}
+    {{- opening if loop.first else '' }}
+    {%- if message['content'] is string -%}
+        {{ message['content'] | trim }}
+    {%- elif message['content'] is iterable -%}
+        {%- for item in message['content'] if item['type'] == 'text' -%}{{ item['text'] | trim }}{%- endfor -%}
+    {%- endif -%}
+    {{ '<end_of_turn>\\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{ '<start_of_turn>model\\n' }}
+{%- endif -%}
+"""
+"""The system message opens the first turn."""
+
 SMOLLM2 = (
     "{% for message in messages %}"
     "{% if loop.first and messages[0]['role'] != 'system' %}"
@@ -122,7 +178,9 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "qwen2": (QWEN2, "<|im_end|>", {"eos_token": {"content": "<|im_end|>", "__type": "AddedToken"}}),
     "qwen3": (QWEN3, "<|im_end|>", {"eos_token": "<|im_end|>"}),
     "mistral": (MISTRAL, "</s>", {"bos_token": "<s>", "eos_token": "</s>"}),
+    "mistral-tools": (MISTRAL_TOOLS, "</s>", {"bos_token": "<s>", "eos_token": "</s>"}),
     "gemma": (GEMMA, "<end_of_turn>", {"bos_token": "<s>", "eos_token": "</s>"}),
+    "gemma3": (GEMMA3, "<end_of_turn>", {"bos_token": "<s>", "eos_token": "<end_of_turn>"}),
     "smollm2": (SMOLLM2, "<|im_end|>", {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}),
     "chatml": (CHATML, "<|im_end|>", {"eos_token": "<|im_end|>"}),
 }
@@ -199,7 +257,7 @@ def write(
 def family(directory: Path, name: str) -> Path:
     """The tokenizer directory of one of FAMILIES."""
     template, _, specials = FAMILIES[name]
-    return write(directory, template, specials, metaspace() if name == "mistral" else byte_level())
+    return write(directory, template, specials, metaspace() if name.startswith("mistral") else byte_level())
 
 
 def _with_specials(tokenizer: Tokenizer) -> Tokenizer:
