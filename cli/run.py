@@ -75,6 +75,10 @@ def runner(
     rehearse: Annotated[
         bool, typer.Option("--rehearse", help="Try the worst micro-batch of every spawn on CPU too.")
     ] = False,
+    deterministic: Annotated[
+        bool,
+        typer.Option("--deterministic", help="On CPU: sampled and trained log-probs equal bit for bit, but slower."),
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout; prints go to stderr.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only errors on stderr.")] = False,
 ) -> None:
@@ -196,6 +200,7 @@ def _options(kind: Any, values: dict[str, Any]) -> Any:
         seed=values["seed"] or 0,
         timeout=None if values["timeout"] is None else seconds(values["timeout"]),
         rehearse=values["rehearse"],
+        deterministic=values["deterministic"],
         dry_run=values["dry_run"],
         assume=assume,
     )

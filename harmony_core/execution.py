@@ -40,6 +40,7 @@ class RunOptions:
     seed: int = 0
     timeout: float | None = None
     rehearse: bool = False
+    deterministic: bool = False
     dry_run: bool = False
     assume: str | None = None
 
@@ -54,6 +55,7 @@ class RunOptions:
             memory=self.memory,
             seed=self.seed,
             rehearse=self.rehearse,
+            deterministic=self.deterministic,
             dry_run=self.dry_run,
             assume=self.assume,
         )

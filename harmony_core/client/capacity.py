@@ -33,12 +33,14 @@ class Machine:
     def find(options: EngineOptions) -> Machine:
         """What the options and this machine (or the assumed one) give. Raises ResourceError, ConfigError."""
         if options.assume:
+            _check_mode(options, "cuda")
             devices = parse_assume(options.assume)
             world_size = options.num_processes or len(devices)
             if world_size > len(devices):
                 raise UsageError(f"--num-processes {world_size} on an assumed machine of {len(devices)} devices")
             return Machine("cuda", world_size, devices[:world_size])
         launch = resolve(options.num_processes, options.device, options.accelerate_config)
+        _check_mode(options, launch.device)
         if launch.device == "cpu":
             return Machine("cpu", launch.world_size, host_capacity(options.memory, ranks=launch.world_size))
         free = cuda_free_bytes(launch.devices)
@@ -49,6 +51,14 @@ class Machine:
         if isinstance(self.capacity, int):
             return Ledger(self.capacity, ranks=self.world_size)
         return Ledger(self.capacity)
+
+
+def _check_mode(options: EngineOptions, device: str) -> None:
+    if options.deterministic and device != "cpu":
+        raise ResourceError(
+            "--deterministic is for ranks on CPU: on CUDA sampler and trainer use kernels whose last bits differ",
+            hint="--device cpu, or leave it out: optim_step's sampler_logprob_* metrics report the difference",
+        )
 
 
 def cuda_free_bytes(devices: list[str]) -> list[int]:

@@ -23,7 +23,10 @@ EventSink = Callable[[str, dict[str, Any], int | None], None]
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How many ranks to start, where, and under which limits. `memory` in bytes; `log_dir` takes each rank's output."""
+    """How many ranks to start, where, and under which limits. `memory` in bytes; `log_dir` takes each rank's output.
+
+    `deterministic`: a token's log-prob has the same bits from sampler and trainer; CPU and float32 only.
+    """
 
     log_dir: Path
     run_id: str
@@ -33,6 +36,7 @@ class EngineOptions:
     memory: int | None = None
     seed: int = 0
     rehearse: bool = False
+    deterministic: bool = False
     dry_run: bool = False
     assume: str | None = None
 
@@ -106,6 +110,7 @@ class Engine:
             accelerate_config=self.options.accelerate_config,
             log_dir=self.options.log_dir,
             run_id=self.options.run_id,
+            deterministic=self.options.deterministic,
         )
         self._supervisor = await Supervisor.start(options, self._on_event)
         return await self._supervisor.ready()

@@ -106,10 +106,13 @@ async def get_client(
     default_headers: dict[str, str] | None = None,
     ttl_after_disconnect_s: int | None = 30,
     name: str | None = None,
+    *,
+    deterministic: bool = False,
 ) -> HarmonyClient:
     """A local engine with its own ranks, for notebooks and scripts: the client that a recipe has as `ctx.client`.
 
-    `num_gpus` is the number of ranks (default: every visible CUDA device, else 1). The other arguments address a
+    `num_gpus` is the number of ranks (default: every visible CUDA device, else 1). With `deterministic` sampled and
+    trained log-probs are equal bit for bit (CPU only; raises ResourceError elsewhere). The other arguments address a
     remote service and are taken for compatibility; an address is answered with one line that the engine runs here.
     """
     from harmony_core.notifiers import say
@@ -119,7 +122,7 @@ async def get_client(
     home = Home.open()
     log_dir = Path(tempfile.mkdtemp(prefix="adaptive-logs-"))
     run_id = job_id or f"session-{uuid.uuid4().hex[:12]}"
-    options = EngineOptions(log_dir=log_dir, run_id=run_id, num_processes=num_gpus or None)
+    options = EngineOptions(log_dir=log_dir, run_id=run_id, num_processes=num_gpus or None, deterministic=deterministic)
     client = HarmonyClient.start(options, Registry(home), lambda kind, data, rank: None)
     atexit.register(_remove_logs, log_dir)
     return client

@@ -59,6 +59,14 @@ def _check_blocks(engine: Engine, version: ModelVersion, tp: int) -> None:
             )
 
 
+def _check_mode(engine: Engine, dtype: str) -> None:
+    if engine.options.deterministic and dtype != "float32":
+        raise ModelRefused(
+            f"dtype {dtype!r} in the deterministic mode, which computes in float32",
+            hint="leave dtype() out, or run without --deterministic",
+        )
+
+
 class _Planned:
     """One spawn: its shape, its promise, and the message that carries it out."""
 
@@ -84,6 +92,7 @@ class _Planned:
         self.lora = self.new_lora is not None or version.format == "peft"
         self.private = self.train and not self.lora
         self.dtype = settings.dtype or ("float32" if engine.machine.device == "cpu" else "bfloat16")
+        _check_mode(engine, self.dtype)
         self.context = settings.max_seqlen or version.spec.max_positions
         self.max_batch = max_batch_size or min(PREFILL_TOKENS, version.spec.max_positions)
         source = source_of(version)

@@ -33,6 +33,8 @@ class LaunchOptions:
     """None: every visible CUDA device, else 1."""
     device: str = "auto"
     accelerate_config: Path | None = None
+    deterministic: bool = False
+    """One thread in each rank, and arithmetic that does not depend on what is computed together."""
     env: dict[str, str] = field(default_factory=dict)
     """Added last to the ranks' environment."""
     init_timeout: float = 300.0
@@ -165,6 +167,7 @@ def _fixed(options: LaunchOptions, launch: Launch) -> dict[str, str]:
         "ADAPTIVE_RANK_DEVICE": launch.device,
         "ADAPTIVE_RANK_LOG_DIR": str(options.log_dir.absolute()),
         "ADAPTIVE_RANK_INIT_TIMEOUT": str(options.init_timeout),
+        **({"ADAPTIVE_RANK_DETERMINISTIC": "1", "OMP_NUM_THREADS": "1"} if options.deterministic else {}),
     }
 
 
