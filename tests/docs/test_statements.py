@@ -12,6 +12,7 @@ from harmony_core.client import builder, capacity, spawning
 from harmony_core.config import yaml_source
 from harmony_core.errors import all_errors
 from harmony_core.interruption import GRACE_SECONDS
+from harmony_core.model_families import FAMILIES
 from harmony_core.recipe import RUNNER_FLAGS, built_in_recipes
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -50,6 +51,15 @@ def test_the_readme_lists_every_exit_code() -> None:
     rows = [line for line in README.splitlines() if re.match(r"\| \d+ \|", line)]
     listed = {int(cell) for row in rows for cell in row.split("|") if cell.strip().isdigit()}
     assert listed == {0, 130, 143} | {error.exit_code for error in all_errors().values()}
+
+
+def test_the_models_that_are_taken_are_listed() -> None:
+    text = (ROOT / "docs" / "compatibility.md").read_text("utf-8")
+    rows = [line.split("|") for line in text.splitlines() if "ForCausalLM`" in line]
+    listed = {name for row in rows for name in re.findall(r"`(\w+)`", row[1])}
+    architectures = {name for row in rows for name in re.findall(r"`(\w+)`", row[2])}
+    assert listed == set(FAMILIES)
+    assert architectures == {family.architecture for family in FAMILIES.values()}
 
 
 def test_the_readme_shows_the_tree() -> None:
