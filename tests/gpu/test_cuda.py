@@ -17,7 +17,7 @@ from harmony_core.engine.models.context import ForwardContext, PackedAttention, 
 from harmony_core.engine.models.loading import load_model
 from harmony_core.engine.models.parallel import TensorParallel
 from harmony_core.threads import StringThread
-from tiny_models import build, random_tokens, reference
+from tiny_models import FAMILIES, build, random_tokens, reference
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -45,7 +45,7 @@ def packed_losses(directory: Path, dtype: torch.dtype, sequences: list[list[int]
     return losses.detach(), {n: p.grad.float() for n, p in model.base_parameters.items() if p.grad is not None}
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_packed_attention_on_the_device(family: str, tmp_path: Path) -> None:
     """fp32 against plain transformers sequence by sequence; bf16 (the variable-length kernel) against fp32."""
     directory = build(tmp_path, family, hidden=64, heads=4, kv_heads=2)

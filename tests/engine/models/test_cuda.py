@@ -25,12 +25,14 @@ LENGTHS = (5, 33, 1, 17, 8, 60)
 WINDOWED = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen3-kv1", "qwen2-window"])
+@pytest.fixture(scope="module", params=["llama", "qwen3-kv1", "qwen2-window", "mistral", "gemma3"])
 def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = {
         "llama": {"family": "llama"},
         "qwen3-kv1": {"family": "qwen3", "kv_heads": 1, "tied": True},
         "qwen2-window": {"family": "qwen2", **WINDOWED},
+        "mistral": {"family": "mistral"},
+        "gemma3": {"family": "gemma3_text", "tied": True, "head_dim": 64},
     }
     return tiny_models.build(tmp_path_factory.mktemp("model"), hidden=64, **settings[request.param])
 
