@@ -19,6 +19,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {
         "llama": str(build(root / "llama", "llama")),
         "qwen3 tied, one kv head": str(build(root / "qwen3", "qwen3", tied=True, kv_heads=1)),
+        "gemma3 tied": str(build(root / "gemma3", "gemma3_text", tied=True, sliding_window=4)),
     }
 
 
@@ -39,6 +40,7 @@ def _curves(pool: RankPool, directory: str, dtype: str, lora: bool, steps: int) 
         ("qwen3 tied, one kv head", "float64", False, 1e-8, 1e-8),
         ("qwen3 tied, one kv head", "float64", True, 1e-8, 1e-8),
         ("llama", "float32", True, 3e-4, 1e-4),
+        ("gemma3 tied", "float32", False, 3e-4, 1e-4),
     ],
 )
 def test_twenty_steps_are_the_same_however_the_ranks_are_used(
