@@ -14,6 +14,9 @@ from torch import Tensor
 from harmony_core.engine.inference.blocks import PAGE_SIZE, pages_for
 from harmony_core.errors import ResourceError
 
+_COPIED_AT_ONCE = 16
+"""Pages on their way at a time."""
+
 
 def cache_bytes(
     kv_tokens: int, *, num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, page_size: int = PAGE_SIZE
@@ -27,8 +30,8 @@ class KVCache:
     """`keys[layer]`, `values[layer]`: `[slots, kv_heads_local, head_dim]`.
 
     On CPU the memory is an anonymous private mapping: the system commits a page of it when a token is written there,
-    and it reads as zeros before that. On other devices it is allocated at once. Raises ResourceError when the system
-    refuses.
+    and it reads as zeros before that. On other devices it is allocated at once. `spare_pages` lie behind those of the
+    pool, for rows that are there to fill a batch. Raises ResourceError when the system refuses.
     """
 
     def __init__(
@@ -41,6 +44,7 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
         page_size: int = PAGE_SIZE,
+        spare_pages: int = 0,
     ) -> None:
         self.page_size = page_size
         self.slots = pages_for(kv_tokens, page_size) * page_size
@@ -53,9 +57,12 @@ class KVCache:
             page_size=page_size,
         )
         """What is promised to the pool, all of it touched or not."""
-        store = _allocate(self.bytes, dtype, device).view(2, num_layers, self.slots, num_kv_heads, head_dim)
+        pages = self.slots // page_size + spare_pages
+        size = self.bytes // self.slots * pages * page_size
+        store = _allocate(size, dtype, device).view(2, num_layers, pages * page_size, num_kv_heads, head_dim)
         self.keys: Sequence[Tensor] = list(store[0].unbind(0))
         self.values: Sequence[Tensor] = list(store[1].unbind(0))
+        self._pages = store.view(2 * num_layers, pages, page_size * num_kv_heads * head_dim)
         self.touched_slots = 0
         """Slots below the highest one ever written: on CPU, those whose memory is committed."""
 
@@ -68,11 +75,11 @@ class KVCache:
         """Record that slots up to this one are written."""
         self.touched_slots = max(self.touched_slots, highest_slot + 1)
 
-    def copy_page(self, source: int, target: int) -> None:
-        """Make one page hold what another does, in every layer."""
-        size = self.page_size
-        for store in (*self.keys, *self.values):
-            store[target * size : (target + 1) * size] = store[source * size : (source + 1) * size]
+    def copy_pages(self, sources: Tensor, targets: Tensor) -> None:
+        """Make `targets` hold what `sources` do in every layer; `[C]` long each, no page among both."""
+        for start in range(0, len(sources), _COPIED_AT_ONCE):
+            part = slice(start, start + _COPIED_AT_ONCE)
+            self._pages.index_copy_(1, targets[part], self._pages.index_select(1, sources[part]))
 
 
 def _allocate(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:

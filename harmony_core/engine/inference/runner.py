@@ -6,7 +6,8 @@ It decides nothing, and remembers the pages, the tables that say whose they are,
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -16,30 +17,59 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from harmony_core.engine.inference.blocks import MAX_RUNNING, PAGE_SIZE, pages_for
-from harmony_core.engine.inference.draws import Draws
+from harmony_core.engine.inference.device_state import DeviceState
+from harmony_core.engine.inference.draws import FILTERED, GREEDY, PLAIN, Draws
+from harmony_core.engine.inference.graphs import DecodeGraphs, Notify, buckets_up_to
 from harmony_core.engine.inference.kv_cache import KVCache
-from harmony_core.engine.inference.sampler import sample
+from harmony_core.engine.inference.layout import Layout
+from harmony_core.engine.inference.sampler import put, sample
 from harmony_core.engine.inference.sampling_alone import sample_alone
-from harmony_core.engine.inference.step import StepPlan, StepResult, int32
+from harmony_core.engine.inference.staging import Staging
+from harmony_core.engine.inference.step import StepPlan, StepResult, float64, int32
 from harmony_core.engine.models.context import ForwardContext, PagedAttention, forward_context
 from harmony_core.engine.models.model import CausalLM
 
 _LOGITS_AT_ONCE = 4 * 1024 * 1024
 """Most logits in memory at a time; more rows than that are drawn in groups."""
-_STATISTICS = ("prefill_seconds", "decode_seconds", "prefill_tokens", "decode_tokens", "steps")
+_STATISTICS = (
+    "prefill_seconds",
+    "decode_seconds",
+    "prefill_tokens",
+    "decode_tokens",
+    "steps",
+    "graph_seconds",
+    "graphs",
+)
+_FORWARD = "forward"
+_DRAWS = {GREEDY: "draw greedy", PLAIN: "draw", FILTERED: "draw filtered"}
+
 _ALONE_BELOW = 50_000_000
 """Products of weights and tokens in a step on CPU below which waking a second thread costs more than it saves."""
 
 
 @dataclass(frozen=True)
 class Pending:
-    """A step that has been launched; `Runner.collect` turns it into its result, once."""
+    """A step that has been launched; `Runner.collect` turns it into its result, once.
 
-    result: StepResult
+    Its result is there already, or `count` draws, padded to `padded`, come back through `staging`.
+    """
+
+    kind: str
+    tokens: int
+    result: StepResult | None = None
+    seconds: float = 0.0
+    staging: Staging | None = None
+    count: int = 0
+    padded: int = 0
 
 
 class Runner:
-    """One model, or one adapter of it, with a page pool of `kv_tokens` on this rank."""
+    """One model, or one adapter of it, with a page pool of `kv_tokens` on this rank.
+
+    On a device decode steps work on tensors that never move, replayed as CUDA graphs, and a launch does not wait.
+    `static` has them on CPU too, without graphs; `buckets` are the numbers of rows that a decode step is filled up to.
+    `notify` is told what graphs were recorded, and when that failed.
+    """
 
     def __init__(
         self,
@@ -49,9 +79,15 @@ class Runner:
         adapter: str | None = None,
         max_running: int = MAX_RUNNING,
         page_size: int = PAGE_SIZE,
+        static: bool | None = None,
+        graphs: bool = True,
+        buckets: Sequence[int] | None = None,
+        notify: Notify = lambda _what, _fields: None,
     ) -> None:
         self.model = model
         self.adapter = adapter
+        on_device = model.device.type == "cuda"
+        static = on_device if static is None else static
         self.cache = KVCache(
             kv_tokens,
             num_layers=model.num_layers,
@@ -60,15 +96,24 @@ class Runner:
             dtype=model.dtype,
             device=model.device,
             page_size=page_size,
+            spare_pages=1 if static else 0,
         )
         longest = pages_for(min(kv_tokens, model.max_positions), page_size)
         self._table: NDArray[np.int32] = np.zeros((max_running, longest), dtype=np.int32)
-        self._last = torch.zeros(max_running, dtype=torch.long, device=model.device)
+        self._state = DeviceState(model, self.cache, max_running, longest, adapter) if static else None
+        self._graphs = DecodeGraphs(model.device, notify) if on_device and static and graphs else None
+        self._buckets = tuple(buckets) if buckets is not None else buckets_up_to(max_running)
+        self._idle: list[Staging] = []
+        self._last = (
+            self._state.last if self._state else torch.zeros(max_running, dtype=torch.long, device=model.device)
+        )
         self._weights = model.parameter_bytes(adapter) // model.dtype.itemsize
-        self.depth = 0
+        self.depth = 2 if on_device and static else 0
         """Steps worth launching before the oldest is collected: none where a launch waits for its result."""
         self.statistics: dict[str, float] = dict.fromkeys(_STATISTICS, 0.0)
-        """Totals over the steps collected so far: seconds on the device, tokens read, steps."""
+        """Totals: seconds on the device, tokens read and steps, of what was collected; the recording of graphs."""
+
+    # --- the steps --------------------------------------------------------------------------------------------
 
     def run(self, plan: StepPlan) -> StepResult:
         """Execute one step and wait for it."""
@@ -76,27 +121,130 @@ class Runner:
 
     def launch(self, plan: StepPlan) -> Pending:
         """Start a step: forward pass, draws, copies of pages. Steps run in the order of their launch."""
+        if self._state is not None:
+            return self._launch_on_device(plan, self._state)
         start = time.perf_counter()
         result = self._alone_or_not(plan)
-        kind = "decode" if plan.is_decode else "prefill"
-        self.statistics[f"{kind}_seconds"] += time.perf_counter() - start
-        self.statistics[f"{kind}_tokens"] += int(int32(plan.lengths).sum())
-        self.statistics["steps"] += 1
-        return Pending(result)
+        return Pending(*_kind(plan), result=result, seconds=time.perf_counter() - start)
 
     def collect(self, pending: Pending) -> StepResult:
         """Wait for a step that was launched, and read its draws. Oldest first."""
-        return pending.result
+        result, seconds = pending.result, pending.seconds
+        if pending.staging is not None:
+            seconds = pending.staging.wait()
+            outputs = pending.staging.outputs[: 3 * pending.padded].view(3, -1)[:, : pending.count].numpy()
+            result = StepResult(outputs[0].astype(np.int32).tobytes(), outputs[1].tobytes(), outputs[2].tobytes())
+            self._idle.append(pending.staging)
+        assert result is not None
+        self.statistics[f"{pending.kind}_seconds"] += seconds
+        self.statistics[f"{pending.kind}_tokens"] += pending.tokens
+        self.statistics["steps"] += 1
+        return result
+
+    # --- weights ----------------------------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """Record the largest decode step, which compiles the layers and takes the memory that all graphs share.
+
+        The others are recorded when they are first needed. Every rank of a replica calls it at the same time.
+        """
+        if self._state is not None and self._graphs is not None:
+            with torch.inference_mode():
+                for tail in (PLAIN, GREEDY):
+                    self._record(
+                        self._state, self._graphs, Staging(len(self._table), self.model.device), self._buckets[-1], tail
+                    )
 
     def rebind(self, model: CausalLM) -> None:
         """Go on with other weights of the same shape. Pages, tables and last tokens stay."""
         self.model = model
+        self.close()
 
     def weights_changed(self) -> None:
-        """The weights were updated in place."""
+        """The weights were updated, in place unless graphs have to be recorded again."""
+        if self._graphs is not None and len(self._graphs):
+            self._graphs.check(self._parameters())
 
     def close(self) -> None:
-        """Give back what the runner holds on the device."""
+        """Give back the memory of the graphs; the next steps record them again."""
+        if self._graphs is not None:
+            self._graphs.drop()
+
+    def _parameters(self) -> Iterator[Tensor]:
+        yield from self.model.base_parameters.values()
+        if self.adapter is not None:
+            yield from self.model.adapters[self.adapter].parameters.values()
+
+    # --- on a device ------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def _launch_on_device(self, plan: StepPlan, state: DeviceState) -> Pending:
+        staging = self._idle.pop() if self._idle else Staging(len(self._table), self.model.device)
+        count = len(plan.targets) // 4
+        changes = self._change_table(plan)
+        if self._continues(plan, state):
+            padded = self._decode(plan, state, staging, changes)
+        else:
+            padded = count
+            staging.start()
+            state.change_table(changes)
+            hidden = self._hidden(plan)
+            if count:
+                self._draw_first(plan, state, staging, hidden)
+        self._copy_pages(plan)
+        state.read(staging, padded)
+        staging.stop()
+        return Pending(*_kind(plan), staging=staging, count=count, padded=padded)
+
+    def _continues(self, plan: StepPlan, state: DeviceState) -> bool:
+        """Whether this is one token for each sequence, drawn from it for itself, which is what graphs are made for."""
+        own = plan.is_decode and plan.targets == plan.slots and len(plan.sampled) == len(plan.slots)
+        places = np.arange(len(plan.slots) // 4)
+        return own and bool((int32(plan.sampled) == places).all()) and state.holds(int32(plan.contexts))
+
+    def _decode(self, plan: StepPlan, state: DeviceState, staging: Staging, changes: NDArray[np.int32]) -> int:
+        """Enqueue a decode step; the number of rows it was filled up to."""
+        slots, draws = int32(plan.slots), float64(plan.draws).reshape(6, -1)
+        bucket = self._buckets[bisect_left(self._buckets, len(slots))]
+        tail = int(draws[0].max())
+        if self._graphs is not None:
+            self._record(state, self._graphs, staging, bucket, tail)
+        staging.start()
+        state.load(staging, bucket, slots, int32(plan.contexts), draws, changes)
+        if self._graphs is None:
+            state.forward(self.model, bucket)
+        else:
+            self._graphs.run(_FORWARD, bucket, lambda: state.forward(self.model, bucket))
+        if self._graphs is None or plan.suppressed:
+            state.draw(bucket, tail, plan.suppressed)
+        else:
+            self._graphs.run(_DRAWS[tail], bucket, lambda: state.draw(bucket, tail))
+        return bucket
+
+    def _record(self, state: DeviceState, graphs: DecodeGraphs, staging: Staging, bucket: int, tail: int) -> None:
+        """Record what a step of this bucket needs, on rows of padding."""
+        if graphs.has(_FORWARD, bucket) and graphs.has(_DRAWS[tail], bucket):
+            return
+        if not len(graphs):
+            graphs.check(self._parameters())
+        if not graphs.has(_FORWARD, bucket):
+            state.load_padding(staging, bucket)
+            graphs.record(_FORWARD, bucket, lambda: state.forward(self.model, bucket))
+        if not graphs.has(_DRAWS[tail], bucket):
+            state.load_padding(staging, bucket)
+            graphs.record(_DRAWS[tail], bucket, lambda: state.draw(bucket, tail))
+        self.statistics["graph_seconds"], self.statistics["graphs"] = graphs.seconds, len(graphs)
+
+    def _draw_first(self, plan: StepPlan, state: DeviceState, staging: Staging, hidden: Tensor) -> None:
+        """Draw from the hidden states `[N, d]` of a step that is no decode step of this kind."""
+        targets, draws = int32(plan.targets), float64(plan.draws).reshape(6, -1)
+        n = len(targets)
+        contexts, changes = np.zeros(0, dtype=np.int32), np.zeros((0, 3), dtype=np.int32)
+        state.load(staging, n, targets, contexts, draws, changes)
+        state.logits[:n].copy_(self.model.logits(hidden))
+        state.draw(n, int(draws[0].max()), plan.suppressed)
+
+    # --- any step ---------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def _alone_or_not(self, plan: StepPlan) -> StepResult:
@@ -108,26 +256,39 @@ class Runner:
             return self._run(plan)
 
     def _run(self, plan: StepPlan) -> StepResult:
+        self._change_table(plan)
+        result = self._sample(self._hidden(plan), plan)
+        self._copy_pages(plan)
+        return result
+
+    def _change_table(self, plan: StepPlan) -> NDArray[np.int32]:
+        """Note what is new in the tables, `[P, 3]`."""
         changes = int32(plan.new_pages).reshape(-1, 3)
         self._table[changes[:, 0], changes[:, 1]] = changes[:, 2]
         if len(changes):
             self.cache.touch((int(changes[:, 2].max()) + 1) * self.cache.page_size - 1)
-        layout = _Layout(plan, self._table, self.cache.page_size)
+        return changes
+
+    def _hidden(self, plan: StepPlan) -> Tensor:
+        """Run any step's forward pass; the last hidden state that each draw follows, `[N, d]`."""
+        layout = Layout(plan, self._table, self.cache.page_size)
         if plan.is_decode:
             tokens = self._last[self._put(layout.slots)]
         else:
             tokens = self._put(int32(plan.tokens).astype(np.int64))
         with forward_context(ForwardContext(self._attention(layout), self.adapter)):
             hidden = self.model.hidden_states(tokens, self._put(layout.positions))
-            result = self._sample(hidden[self._put(layout.ends[int32(plan.sampled)])], plan)
-        for source, target in int32(plan.copies).reshape(-1, 2):
-            self.cache.copy_page(int(source), int(target))
-        return result
+        return hidden[self._put(layout.ends[int32(plan.sampled)])]
+
+    def _copy_pages(self, plan: StepPlan) -> None:
+        if plan.copies:
+            pages = self._put(int32(plan.copies).reshape(-1, 2).T.astype(np.int64))
+            self.cache.copy_pages(pages[0], pages[1])
 
     def _put(self, array: NDArray[np.int64]) -> Tensor:
-        return torch.from_numpy(array).to(self.model.device)
+        return put(array, self.model.device)
 
-    def _attention(self, layout: _Layout) -> PagedAttention:
+    def _attention(self, layout: Layout) -> PagedAttention:
         read = layout.read_slots()
         return PagedAttention(
             keys=self.cache.keys,
@@ -163,6 +324,11 @@ class Runner:
         )
 
 
+def _kind(plan: StepPlan) -> tuple[str, int]:
+    """What a step counts as, and its tokens."""
+    return ("decode", len(plan.slots) // 4) if plan.is_decode else ("prefill", len(plan.tokens) // 4)
+
+
 @contextmanager
 def _one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
@@ -171,30 +337,3 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-class _Layout:
-    """Where a plan's tokens are: positions and write slots `[T]`, and the last token of each sequence in the row."""
-
-    def __init__(self, plan: StepPlan, table: NDArray[np.int32], page_size: int) -> None:
-        self.page_size = page_size
-        self.slots = int32(plan.slots).astype(np.int64)
-        self.lengths = int32(plan.lengths).astype(np.int64)
-        self.contexts = int32(plan.contexts).astype(np.int64)
-        most = -(-int(self.contexts.max()) // page_size)
-        self.table = table[self.slots, :most].astype(np.int64)
-        self.ends = np.cumsum(self.lengths) - 1
-        row = np.arange(len(self.lengths))
-        self.positions = self.contexts - 1
-        if self.lengths.max() > 1:
-            row = np.repeat(row, self.lengths)
-            # The last token of each sequence has this position and this place in the row; the others go up to it.
-            self.positions = np.arange(len(row)) + (self.contexts - self.ends - 1)[row]
-        self.write_slots = self.table[row, self.positions // page_size] * page_size + self.positions % page_size
-
-    def read_slots(self) -> NDArray[np.int64] | None:
-        """`[B, longest context]`, or None for whole prompts, which have no past. Padding names a slot of the pool."""
-        if (self.lengths == self.contexts).all():
-            return None
-        slots = self.table[:, :, None] * self.page_size + np.arange(self.page_size)
-        return slots.reshape(len(slots), -1)[:, : self.contexts.max()]

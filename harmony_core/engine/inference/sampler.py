@@ -48,6 +48,11 @@ class Settings:
         values = (draws.temperature, draws.top_k, draws.top_p, draws.min_p, draws.uniform)
         return Settings(*put(np.stack(values), device)[:, :, None].unbind(0))
 
+    @staticmethod
+    def on_device(draws: Tensor) -> Settings:
+        """From the rows of `Draws`, `[6, N]`."""
+        return Settings(*draws[1:, :, None].unbind(0))
+
     def rows(self, which: Tensor) -> Settings:
         """Some of the rows."""
         return Settings(
