@@ -37,8 +37,9 @@ ABOVE: dict[str, set[str]] = {
 
 RANK: dict[str, set[str]] = {
     "engine": {"engine.inference", "engine.models", "engine.training", "errors", "model_spec", "rpc"},
-    "engine.inference": {"engine.models", "errors", "rpc"},
-    "engine.models": {"errors", "rpc"},
+    "engine.inference": {"engine.kernels", "engine.models", "errors", "rpc"},
+    "engine.kernels": set(),
+    "engine.models": {"engine.kernels", "errors", "rpc"},
     "engine.training": {"engine.models", "errors", "rpc"},
 }
 """The ranks' side: everything that it may import."""
@@ -51,6 +52,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "rich": ("harmony_core.cli",),
     "torch": ("harmony_core.engine",),
     "transformers": ("harmony_core.engine",),
+    "triton": ("harmony_core.engine.kernels",),
     "typer": ("harmony_core.cli",),
 }
 """Libraries that only these modules, or what is below them, import."""

@@ -8,11 +8,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from harmony_core.engine.models import attention_cpu, attention_cuda, attention_tiled
-from harmony_core.engine.models.context import ForwardContext, PackedAttention, PagedAttention, current_context
+from harmony_core.engine.models import attention_cpu, attention_cuda, attention_decode, attention_tiled
+from harmony_core.engine.models.context import (
+    DecodeAttention,
+    ForwardContext,
+    PackedAttention,
+    PagedAttention,
+    current_context,
+)
 from harmony_core.errors import ModelRefused
 
 NAME = "harmony"
@@ -31,7 +38,10 @@ def attend(
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """`query` `[1, H, T, D]`, `key`, `value` `[1, K, T, D]` -> `[1, T, H, D]`."""
+    """`query` `[1, H, T, D]`, `key`, `value` `[1, K, T, D]` -> `[1, T, H, D]`.
+
+    What it computes depends on the forward context, so no compiler traces it: a compiled layer breaks off here.
+    """
     if softcap is not None or s_aux is not None or dropout:
         feature = "attention dropout" if dropout else "soft-capped attention" if softcap else "attention sinks"
         raise ModelRefused(f"{type(module).__name__}: {feature} is not supported")
@@ -48,11 +58,15 @@ def attend(
     elif isinstance(layout, PackedAttention):
         output = _packed(context, layout.lengths, q, k, v, scaling, sliding_window)
     else:
-        output = _paged(context, layout, int(module.layer_idx), q, k, v, scaling, sliding_window)  # type: ignore[arg-type]
+        layer = int(module.layer_idx)  # type: ignore[arg-type]
+        if isinstance(layout, DecodeAttention):
+            output = attention_decode.decode(context, layout, layer, q, k, v, scaling, sliding_window)
+        else:
+            output = _paged(context, layout, layer, q, k, v, scaling, sliding_window)
     return output[None], None
 
 
-AttentionInterface.register(NAME, attend)
+AttentionInterface.register(NAME, torch.compiler.disable(attend))  # type: ignore[no-untyped-call]
 
 
 def _packed(
@@ -83,8 +97,13 @@ def _paged(
 ) -> Tensor:
     """Write the new keys and values, then attend to the pages; `[T, H, D]`. Never under autograd."""
     keys, values = layout.keys[layer], layout.values[layer]
-    keys.index_copy_(0, layout.write_slots, k.to(keys.dtype))
-    values.index_copy_(0, layout.write_slots, v.to(values.dtype))
+    if q.is_cuda:
+        attention_cuda.write(keys, values, layout.write_slots, k, v)
+    else:
+        keys.index_copy_(0, layout.write_slots, k.to(keys.dtype))
+        values.index_copy_(0, layout.write_slots, v.to(values.dtype))
     if layout.lengths == layout.context_lengths:
         return _packed(context, layout.lengths, q, k, v, scale, window)
+    if attention_cuda.applies(q):
+        return attention_cuda.paged(context, layout, q, keys, values, scale, window)
     return attention_cpu.paged(context, layout, layer, q, k, v, scale, window)

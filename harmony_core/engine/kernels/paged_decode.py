@@ -1,0 +1,340 @@
+"""One new token of each sequence against its pages: split key-value attention for decode steps.
+
+A context is cut into splits of `DECODE_SPLIT` tokens at multiples of it, whatever else is in the batch, so a row's
+bits never depend on its neighbours. A step's (row, split) items are listed once on the device and shared by all layers;
+a fixed number of programs walks the list for each key-value head; a second kernel combines the splits of a row.
+
+Nothing here looks at a length on the host: every shape follows from the batch, the capacity of the item list and the
+model, so a CUDA graph replays it with other contexts. B sequences, H query heads, K key-value heads, D head width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from harmony_core.engine.kernels import DECODE_SPLIT
+
+_LOG2_E = 1.4426950408889634
+_COMBINED_AT_ONCE = 4096
+"""Elements of partial outputs that a combining program holds."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """How the work is cut into instructions; only `block` reaches the rounding."""
+
+    block: int
+    num_warps: int = 4
+    num_stages: int = 3
+    programs_per_sm: int = 3
+
+    @classmethod
+    def of(cls, width: int, dtype: torch.dtype) -> Config:
+        """The fixed choice for a head width: the keys and values of a block take at most 32 KiB of shared memory."""
+        return cls(block=min(64, 16384 // (triton.next_power_of_2(width) * dtype.itemsize)))
+
+
+@dataclass(frozen=True)
+class WorkList:
+    """The items of a step under one window.
+
+    `items` `[capacity, 4]`: row, split, context and row of the table of each, so that a program has it all in one
+    access; whole splits of all rows first, then the last one of each row.
+    `spans` `[B, 2]`: a row's first item and its number of whole ones. `totals` `[2]`: whole items, all items.
+    """
+
+    items: Tensor
+    spans: Tensor
+    totals: Tensor
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """What the items of a layer give; the next overwrites it. `partial` `[capacity, H, D]`, `lse` `[capacity, H]`."""
+
+    partial: Tensor
+    lse: Tensor
+
+
+# fmt: off
+@triton.jit(do_not_specialize=["batch", "capacity"])
+def _list_items(
+    contexts: tl.tensor, rows: tl.tensor, items: tl.tensor, spans: tl.tensor, totals: tl.tensor,
+    batch: int, capacity: int,
+    WINDOW: tl.constexpr, SPLIT: tl.constexpr, BATCH_PADDED: tl.constexpr, BLOCK: tl.constexpr,
+) -> None:
+    # fmt: on
+    row = tl.program_id(0)
+    index = tl.arange(0, BATCH_PADDED)
+    context = tl.load(contexts + index, mask=index < batch, other=1)
+    first = context * 0
+    if WINDOW > 0:
+        first = tl.maximum(context - WINDOW, 0) // SPLIT
+    whole = tl.where(index < batch, (context - 1) // SPLIT - first, 0)
+    start = tl.sum(tl.where(index < row, whole, 0))
+    count = tl.sum(tl.where(index == row, whole, 0))
+    split = tl.sum(tl.where(index == row, first, 0))
+    all_whole = tl.sum(whole)
+    mine = tl.load(contexts + row)
+    table_row = tl.load(rows + row)
+    tl.store(spans + row * 2, start)
+    tl.store(spans + row * 2 + 1, count)
+    if row == 0:
+        tl.store(totals, all_whole)
+        tl.store(totals + 1, all_whole + batch)
+    # One turn more than there are whole splits: the last split of the row has its own place.
+    for begin in range(0, count + 1, BLOCK):
+        turn = begin + tl.arange(0, BLOCK)
+        place = tl.where(turn < count, start + turn, all_whole + row)
+        fits = (turn <= count) & (place < capacity)
+        tl.store(items + place * 4, row, mask=fits)
+        tl.store(items + place * 4 + 1, split + turn, mask=fits)
+        tl.store(items + place * 4 + 2, mine, mask=fits)
+        tl.store(items + place * 4 + 3, table_row, mask=fits)
+
+
+# fmt: off
+@triton.jit(do_not_specialize=["capacity", "table_row"])
+def _attend(
+    q: tl.tensor, k: tl.tensor, v: tl.tensor, keys: tl.tensor, values: tl.tensor,
+    table: tl.tensor, items: tl.tensor, totals: tl.tensor, partial: tl.tensor, lse: tl.tensor,
+    scale: float, capacity: int, table_row: int,
+    q_row: int, q_head: int, k_row: int, k_head: int, v_row: int, v_head: int,
+    keys_slot: int, keys_head: int, values_slot: int, values_head: int,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, WIDTH: tl.constexpr,
+    WIDTH_PADDED: tl.constexpr, PAGE: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr, WINDOW: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+) -> None:
+    # fmt: on
+    member = tl.arange(0, GROUP_PADDED)
+    lane = tl.arange(0, WIDTH_PADDED)
+    real = lane < WIDTH
+    real_q = (member < GROUP)[:, None] & real[None, :]
+    total = tl.minimum(tl.load(totals + 1), capacity) * KV_HEADS
+    for work in tl.range(tl.program_id(0), total, tl.num_programs(0), num_stages=1):
+        item = work // KV_HEADS
+        head = work % KV_HEADS
+        row = tl.load(items + item * 4)
+        split = tl.load(items + item * 4 + 1)
+        context = tl.load(items + item * 4 + 2)
+        pages = table + tl.load(items + item * 4 + 3).to(tl.int64) * table_row
+        query = tl.load(
+            q + row * q_row + (head * GROUP + member)[:, None] * q_head + lane[None, :], mask=real_q, other=0.0
+        )
+        newest = context - 1
+        mine = split == newest // SPLIT
+        slot = tl.load(pages + newest // PAGE).to(tl.int64) * PAGE + newest % PAGE
+        top, own, output = _new_token(
+            query, k + row * k_row + head * k_head + lane, v + row * v_row + head * v_head + lane,
+            keys + slot * keys_slot + head * keys_head + lane, values + slot * values_slot + head * values_head + lane,
+            scale, real & mine, mine,
+        )  # fmt: skip
+        sums = tl.zeros((GROUP_PADDED, BLOCK), tl.float32)
+        begin = split * SPLIT
+        end = tl.minimum(begin + SPLIT, newest)
+        oldest = 0
+        if WINDOW > 0:
+            oldest = tl.maximum(context - WINDOW, 0)
+            begin = tl.maximum(begin, oldest // BLOCK * BLOCK)
+        # The split's pages, read ahead of the loop so that its loads depend on no other load and are pipelined.
+        index = split * (SPLIT // PAGE) + tl.arange(0, SPLIT // PAGE)
+        held = tl.load(pages + index, mask=index * PAGE < end, other=0)
+        for start in tl.range(begin, end, BLOCK, num_stages=STAGES):
+            position = start + tl.arange(0, BLOCK)
+            # Entries and pages beyond the context may hold anything: neither is ever read.
+            seen = (position < end) & (position >= oldest)
+            slots = tl.gather(held, position % SPLIT // PAGE, 0).to(tl.int64) * PAGE + position % PAGE
+            inside = seen[:, None] & real[None, :]
+            at = slots[:, None] * keys_slot + head * keys_head + lane[None, :]
+            key = tl.load(keys + at, mask=inside, other=0.0)
+            at = slots[:, None] * values_slot + head * values_head + lane[None, :]
+            value = tl.load(values + at, mask=inside, other=0.0)
+            top, own, sums, output = _block(query, key, value, seen, scale, top, own, sums, output, PRECISION)
+        weight = own + tl.sum(sums, 1)
+        place = item.to(tl.int64) * (KV_HEADS * GROUP) + head * GROUP + member
+        tl.store(partial + place[:, None] * WIDTH + lane[None, :], output / weight[:, None], mask=real_q)
+        tl.store(lse + place, top + tl.log2(weight), mask=member < GROUP)
+
+
+# fmt: off
+@triton.jit
+def _new_token(
+    query: tl.tensor, k: tl.tensor, v: tl.tensor, key: tl.tensor, value: tl.tensor,
+    scale: float, real: tl.tensor, mine: tl.tensor,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    # fmt: on
+    # It is written to its slot but not read back: the program of the row's last split has it in registers.
+    new_k = tl.load(k, mask=real, other=0.0)
+    new_v = tl.load(v, mask=real, other=0.0)
+    tl.store(key, new_k, mask=real)
+    tl.store(value, new_v, mask=real)
+    score = tl.sum(query.to(tl.float32) * new_k.to(tl.float32)[None, :], 1) * scale
+    top = tl.where(mine, score, -float("inf"))
+    own = tl.where(mine, 1.0, 0.0) + tl.zeros_like(score)
+    output = tl.zeros(query.shape, tl.float32) + new_v.to(tl.float32)[None, :]
+    return top, own, output
+
+
+# fmt: off
+@triton.jit
+def _block(
+    query: tl.tensor, key: tl.tensor, value: tl.tensor, seen: tl.tensor, scale: float,
+    top: tl.tensor, own: tl.tensor, sums: tl.tensor, output: tl.tensor, PRECISION: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    # fmt: on
+    scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
+    scores = tl.where(seen[None, :], scores, -float("inf"))
+    higher = tl.maximum(top, tl.max(scores, 1))
+    shrink = tl.exp2(top - higher)
+    weights = tl.exp2(scores - higher[:, None])
+    # Added up over the block's columns at the end: one exchange between warps less in each turn.
+    sums = sums * shrink[:, None] + weights
+    output = tl.dot(weights.to(value.dtype), value, output * shrink[:, None], input_precision=PRECISION)
+    return higher, own * shrink, sums, output
+
+
+# fmt: off
+@triton.jit(do_not_specialize=["capacity"])
+def _combine(
+    partial: tl.tensor, lse: tl.tensor, spans: tl.tensor, totals: tl.tensor, out: tl.tensor,
+    capacity: int, out_row: int, out_head: int,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, WIDTH: tl.constexpr,
+    WIDTH_PADDED: tl.constexpr, AT_ONCE: tl.constexpr,
+) -> None:
+    # fmt: on
+    row = tl.program_id(0).to(tl.int64)
+    member = tl.arange(0, GROUP_PADDED)
+    head = tl.program_id(1) * GROUP + member
+    lane = tl.arange(0, WIDTH_PADDED)
+    real = (member < GROUP)[:, None] & (lane < WIDTH)[None, :]
+    start = tl.load(spans + row * 2)
+    count = tl.load(spans + row * 2 + 1)
+    last = tl.load(totals) + row
+    complete = tl.load(totals + 1) <= capacity
+    # The last split of a row always exists; a list that did not hold every item gives NaN, never a wrong number.
+    place = last * HEADS + head
+    known = (member < GROUP) & complete
+    top = tl.load(lse + place, mask=known, other=float("nan"))
+    weight = tl.full((GROUP_PADDED,), 1.0, tl.float32)
+    output = tl.load(partial + place[:, None] * WIDTH + lane[None, :], mask=real & complete, other=float("nan"))
+    for begin in range(0, count, AT_ONCE):
+        split = begin + tl.arange(0, AT_ONCE)
+        held = (split < count) & complete
+        places = (start + split).to(tl.int64)[:, None] * HEADS + head[None, :]
+        log = tl.load(lse + places, mask=held[:, None] & (member < GROUP)[None, :], other=-float("inf"))
+        higher = tl.maximum(top, tl.max(log, 0))
+        shrink = tl.exp2(top - higher)
+        shares = tl.exp2(log - higher[None, :])
+        parts = tl.load(
+            partial + places[:, :, None] * WIDTH + lane[None, None, :],
+            mask=held[:, None, None] & real[None, :, :],
+            other=0.0,
+        )
+        output = output * shrink[:, None] + tl.sum(parts * shares[:, :, None], 0)
+        weight = weight * shrink + tl.sum(shares, 0)
+        top = higher
+    output = output / weight[:, None]
+    tl.store(out + row * out_row + head[:, None] * out_head + lane[None, :], output.to(out.dtype.element_ty), mask=real)
+
+
+def list_work(contexts: Tensor, rows: Tensor, capacity: int, window: int | None) -> WorkList:
+    """The items of sequences under one window.
+
+    `contexts` `[B]`: their tokens, the new one included, at least 1. `rows` `[B]`: their rows of the page table.
+    """
+    (batch,) = contexts.shape
+    device = contexts.device
+    work = WorkList(
+        items=torch.empty((capacity, 4), dtype=torch.int32, device=device),
+        spans=torch.empty((batch, 2), dtype=torch.int32, device=device),
+        totals=torch.empty(2, dtype=torch.int32, device=device),
+    )
+    _list_items[(batch,)](
+        *(contexts, rows, work.items, work.spans, work.totals),
+        *(batch, capacity),
+        WINDOW=window or 0,
+        SPLIT=DECODE_SPLIT,
+        BATCH_PADDED=triton.next_power_of_2(batch),
+        BLOCK=64,
+    )
+    return work
+
+
+def make_scratch(capacity: int, heads: int, width: int, device: torch.device) -> Scratch:
+    """Room for `capacity` items."""
+    return Scratch(
+        partial=torch.empty((capacity, heads, width), dtype=torch.float32, device=device),
+        lse=torch.empty((capacity, heads), dtype=torch.float32, device=device),
+    )
+
+
+def paged_decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    table: Tensor,
+    work: WorkList,
+    scratch: Scratch,
+    *,
+    scale: float,
+    window: int | None,
+    page_size: int,
+    config: Config | None = None,
+) -> Tensor:
+    """Write each row's new key and value to its slot, then attend to its whole context; `[B, H, D]`.
+
+    `q` `[B, H, D]`, `k`, `v` `[B, K, D]`: any strides but 1 along D. `keys`, `values` `[token slots, K, D]`.
+    `table` `[table rows, most pages]` int32: the pages of each sequence.
+    """
+    batch, heads, width = q.shape
+    kv_heads = k.shape[1]
+    config = config or Config.of(width, q.dtype)
+    assert heads % kv_heads == 0 and DECODE_SPLIT % page_size == 0 and DECODE_SPLIT % config.block == 0
+    assert q.stride(2) == k.stride(2) == v.stride(2) == keys.stride(2) == values.stride(2) == table.stride(1) == 1
+    group, capacity = heads // kv_heads, len(work.items)
+    width_padded = triton.next_power_of_2(width)
+    _attend[(config.programs_per_sm * _multiprocessors(q.device),)](
+        *(q, k, v, keys, values),
+        *(table, work.items, work.totals, scratch.partial, scratch.lse),
+        *(scale * _LOG2_E, capacity, table.stride(0)),
+        *(q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1)),
+        *(keys.stride(0), keys.stride(1), values.stride(0), values.stride(1)),
+        KV_HEADS=kv_heads,
+        GROUP=group,
+        GROUP_PADDED=max(16, triton.next_power_of_2(group)),
+        WIDTH=width,
+        WIDTH_PADDED=width_padded,
+        PAGE=page_size,
+        SPLIT=DECODE_SPLIT,
+        BLOCK=config.block,
+        WINDOW=window or 0,
+        STAGES=config.num_stages,
+        PRECISION="ieee" if q.dtype == torch.float32 else None,
+        num_warps=config.num_warps,
+    )
+    out = torch.empty((batch, heads, width), dtype=q.dtype, device=q.device)
+    _combine[(batch, kv_heads)](
+        *(scratch.partial, scratch.lse, work.spans, work.totals, out, capacity),
+        *(out.stride(0), out.stride(1)),
+        HEADS=heads,
+        GROUP=group,
+        GROUP_PADDED=triton.next_power_of_2(group),
+        WIDTH=width,
+        WIDTH_PADDED=width_padded,
+        AT_ONCE=max(1, _COMBINED_AT_ONCE // (triton.next_power_of_2(group) * width_padded)),
+    )
+    return out
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    # Triton's interpreter runs on CPU tensors, one program after the other.
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
