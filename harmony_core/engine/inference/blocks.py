@@ -1,18 +1,28 @@
-"""Pages of the KV cache as numbers: who may have how many, and which. No torch, no tensors.
+"""Pages of the KV cache as numbers: who holds which, and what those that nobody holds still remember. No torch.
 
-A sequence reserves the pages it may need before it starts and takes them one by one as it grows, so a running
-sequence never waits for a page, and memory that the system commits on first touch is committed only for tokens that
-exist.
+Pages are taken one by one as sequences grow, and several sequences may hold one. A page that nobody holds any more
+keeps its content until the room is needed, the one unused for longest going first, so memory that the system commits
+on first touch is committed only for tokens that existed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from harmony_core.engine.inference.prefixes import PrefixIndex
 
 PAGE_SIZE = 16
 """Tokens in a page."""
+SPLIT_TOKENS = 256
+"""Tokens of a context that one work item of a decode step covers."""
 MAX_RUNNING = 256
 """Most sequences that hold pages at once, and so most in one decode step."""
+
+Pages = NDArray[np.int32]
 
 
 def pages_for(tokens: int, page_size: int) -> int:
@@ -21,53 +31,71 @@ def pages_for(tokens: int, page_size: int) -> int:
 
 
 class PagePool:
-    """`capacity` pages of `page_size` tokens. Lowest pages that were used before are handed out first."""
+    """`capacity` pages of `page_size` tokens. `prefixes` says what the full ones hold."""
 
     def __init__(self, capacity: int, page_size: int = PAGE_SIZE) -> None:
         assert capacity > 0 and page_size > 0
         self.capacity = capacity
         self.page_size = page_size
+        self.prefixes = PrefixIndex(page_size)
         self.touched = 0
         """Pages ever handed out: those whose memory may be committed."""
-        self._reserved = 0
+        self._holders: NDArray[np.int32] = np.zeros(capacity, dtype=np.int32)
         self._free: list[int] = []
-        self._taken: set[int] = set()
+        # Nobody holds these, but the index knows them; unused for longest first.
+        self._kept: OrderedDict[int, None] = OrderedDict()
 
     @property
     def available(self) -> int:
-        """Pages that nobody holds or has reserved."""
-        return self.capacity - len(self._taken) - self._reserved
+        """Pages that nobody holds."""
+        return self.capacity - self.touched + len(self._free) + len(self._kept)
 
     @property
     def is_empty(self) -> bool:
-        """Nothing is held or reserved."""
-        return not self._taken and not self._reserved
+        """Whether nobody holds a page."""
+        return self.available == self.capacity and not self._holders.any()
 
-    def can_reserve(self, count: int) -> bool:
-        """Whether `reserve` would succeed."""
-        return count <= self.available
+    def count_kept(self, pages: Sequence[int]) -> int:
+        """How many of these pages nobody holds: holding them makes that many fewer available."""
+        return sum(page in self._kept for page in pages)
 
-    def reserve(self, count: int) -> None:
-        """Promise `count` pages, to be taken later."""
-        assert self.can_reserve(count), "reserved more pages than are available"
-        self._reserved += count
+    def take(self, count: int) -> Pages:
+        """Pages to write to, `[count]`: ones used before, then new ones, then those that are only remembered."""
+        assert count <= self.available, "took more pages than are available"
+        taken = [self._take() for _ in range(count)]
+        pages: Pages = np.array(taken, dtype=np.int32)
+        assert not self._holders[pages].any(), "took a page that somebody holds"
+        self._holders[pages] = 1
+        return pages
 
-    def take(self) -> int:
-        """Turn one reserved page into a real one."""
-        assert self._reserved > 0, "took a page that was not reserved"
-        self._reserved -= 1
+    def _take(self) -> int:
         if self._free:
-            page = self._free.pop()
-        else:
-            page = self.touched
+            return self._free.pop()
+        if self.touched < self.capacity:
             self.touched += 1
-        self._taken.add(page)
+            return self.touched - 1
+        page, _ = self._kept.popitem(last=False)
+        self.prefixes.forget(page)
         return page
 
-    def give_back(self, pages: Iterable[int], reserved: int) -> None:
-        """Return taken pages, and a reservation that was not used up."""
-        assert 0 <= reserved <= self._reserved, "gave back a reservation that was not made"
-        self._reserved -= reserved
-        for page in pages:
-            self._taken.remove(page)
-            self._free.append(page)
+    def share(self, pages: Pages) -> None:
+        """Hold pages, each once more, to read them."""
+        for page in pages[self._holders[pages] == 0].tolist():
+            del self._kept[page]
+        self._holders[pages] += 1
+
+    def give_back(self, pages: Pages) -> None:
+        """Let go of the pages of a sequence, first page first. The last are forgotten first."""
+        assert (self._holders[pages] > 0).all(), "gave back a page that nobody holds"
+        self._holders[pages] -= 1
+        for page in pages[self._holders[pages] == 0][::-1].tolist():
+            if page in self.prefixes:
+                self._kept[page] = None
+            else:
+                self._free.append(page)
+
+    def forget_prefixes(self) -> None:
+        """What the pages hold is not to be shared any more."""
+        self.prefixes.clear()
+        self._free.extend(self._kept)
+        self._kept.clear()

@@ -31,7 +31,9 @@ def stream(seed: int) -> int:
     return int(_mix(np.array([seed & _MASK], dtype=np.uint64) + _GOLDEN)[0])
 
 
-def uniforms(streams: Sequence[int], positions: Sequence[int]) -> NDArray[np.float64]:
+def uniforms(
+    streams: Sequence[int] | NDArray[np.uint64], positions: Sequence[int] | NDArray[np.int32]
+) -> NDArray[np.float64]:
     """One number in [0, 1) for each (stream of a request, token position).
 
     It is mix(stream(seed) + (position + 1) * golden) / 2^64 with stream(seed) = mix(seed + golden), where `mix` is
@@ -76,11 +78,11 @@ class Draws:
     uniform: NDArray[np.float64]
 
     @staticmethod
-    def pack(settings: Sequence[Setting], uniform: NDArray[np.float64]) -> bytes:
-        """Rows of settings and their random numbers, as bytes for a step plan."""
+    def pack(settings: Sequence[Setting] | NDArray[np.float64], uniform: NDArray[np.float64]) -> bytes:
+        """Rows of settings, `[N, 5]`, and their random numbers, as bytes for a step plan."""
         matrix = np.empty((6, len(settings)))
-        if settings:
-            matrix[:5] = np.array(settings).T
+        if len(settings):
+            matrix[:5] = np.asarray(settings).T
         matrix[5] = uniform
         return matrix.tobytes()
 

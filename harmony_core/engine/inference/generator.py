@@ -48,8 +48,10 @@ class Generator:
         return self.scheduler.has_work
 
     def plan(self) -> StepPlan:
-        """The next step, on the leader."""
-        return self.scheduler.plan()
+        """The next step, on the leader. Only while `has_work`, and after the last one was committed."""
+        plan = self.scheduler.plan()
+        assert plan is not None, "nothing can be planned"
+        return plan
 
     def run(self, plan: StepPlan) -> StepResult:
         """Execute a step, on every rank of the replica."""

@@ -1,33 +1,46 @@
 """Which requests run in the next step. Bookkeeping of one replica; it knows no tensors and no torch.
 
-First come, first served: requests are admitted in the order they came, the head of the queue waits for its pages and
-nobody passes it, so a large request is not starved by small ones. Prompts go before decoding, under a token budget.
-A request is admitted with pages reserved for its prompt and every new token it may have, so it always runs to its end.
+First come, first served: the head of the queue waits for its pages and nobody passes it, but for those that read what
+a running request reads: they join it, or wait until they find its pages. Prompts go before decoding, under a token
+budget. A request is admitted when its prompt and a little more fits. Where pages run out, the newest requests give
+theirs back and are read again later, with what they have drawn; one alone always fits, so every request ends.
+
+Several steps may be in flight. Every rank executes them in the order of the plans, so a page may be handed on as soon
+as the leader knows that its holder has ended: a plan in flight that still has a row of the old holder was made while
+that page was its own, so it comes before every plan that knows the page as another's.
 """
 
 from __future__ import annotations
 
-import math
-from array import array
-from collections import OrderedDict
+import time
+from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Items
+from dataclasses import asdict
 
 import numpy as np
+from numpy.typing import NDArray
 
-from harmony_core.engine.inference.blocks import MAX_RUNNING, PAGE_SIZE, PagePool, pages_for
-from harmony_core.engine.inference.draws import Draws, uniforms
+from harmony_core.engine.inference.admission import Admission, Statistics
+from harmony_core.engine.inference.blocks import MAX_RUNNING, PAGE_SIZE, SPLIT_TOKENS, PagePool, pages_for
+from harmony_core.engine.inference.planning import InFlight, Reading, plan_decode, plan_reading
+from harmony_core.engine.inference.prefixes import ROOT, TOKEN_BYTES
 from harmony_core.engine.inference.sequence import Sequence, check_sampling
+from harmony_core.engine.inference.slots import SlotTable
 from harmony_core.engine.inference.step import Finished, StepPlan, StepResult, float64, int32
 from harmony_core.errors import DataError, EngineError, HarmonyError, PromptTooLong
 from harmony_core.rpc.protocol import Sampling
 
+READS_IN_A_ROW = 4
+"""Prefill steps after which those that decode have a step."""
+
 
 class Scheduler:
-    """Requests of one replica: submit and cancel at any time; plan, then commit, once per step.
+    """Requests of one replica: submit and cancel at any time; plan steps, and commit them in the same order.
 
     `kv_tokens` is the pool, `max_positions` the model's context, `prefill_tokens` the most tokens in one step, prompt
-    or decoding, `max_running` the most sequences that hold pages; `version` says which policy version the weights have
+    or decoding, `max_running` the most sequences that hold pages, `max_splits` the most work items in a decode step
+    (each covers `SPLIT_TOKENS` of a context; None: any number); `version` says which policy version the weights have
     now.
     """
 
@@ -40,51 +53,83 @@ class Scheduler:
         version: Callable[[], int],
         prefill_tokens: int,
         max_running: int = MAX_RUNNING,
+        max_splits: int | None = None,
         page_size: int = PAGE_SIZE,
     ) -> None:
         assert kv_tokens > 0 and prefill_tokens > 0 and max_running > 0
+        longest = min(max_positions, kv_tokens)
+        assert max_splits is None or max_splits * SPLIT_TOKENS >= longest, "one sequence needs more work items"
         self.pool = PagePool(pages_for(kv_tokens, page_size), page_size)
         self.kv_tokens = kv_tokens
         self.max_positions = max_positions
         self.vocab_size = vocab_size
         self.prefill_tokens = prefill_tokens
         self.max_running = min(max_running, prefill_tokens)
+        self._max_splits = max_splits
+        self._statistics = Statistics()
         self._version = version
-        self._waiting: OrderedDict[int, Sequence] = OrderedDict()
+        self._known_version = version()
+        # Counts the weights that pages were written with: versions, and loads that keep the version.
+        self._weights = 0
+        self._table = SlotTable(self.max_running, pages_for(longest, page_size), page_size)
+        self._admission = Admission(self.pool, self._table, prefill_tokens, self._statistics)
         self._running: dict[int, Sequence] = {}
-        self._slots = list(range(self.max_running))
-        self._in_flight: tuple[StepPlan, list[Sequence]] | None = None
+        self._flights: deque[InFlight] = deque()
+        self._reads = 0
+        self._decodes = 0
 
     # --- requests -------------------------------------------------------------------------------------------------
 
     def submit(self, id: int, tokens: Items[int], sampling: Sampling) -> None:
         """Queue a request under an id of the caller's. Raises PromptTooLong or DataError; nothing is queued then."""
-        assert id not in self._waiting and id not in self._running, f"request {id} was submitted twice"
+        known = id in self._admission.waiting or id in self._running
+        assert not known, f"request {id} was submitted twice"
         check_sampling(sampling)
-        self._check_prompt(tokens)
-        room = min(self.max_positions, self.kv_tokens) - len(tokens)
-        self._waiting[id] = Sequence(id, array("i", tokens), sampling, limit=min(sampling.max_tokens, room))
+        prompt = self._checked(tokens)
+        limit = min(sampling.max_tokens, min(self.max_positions, self.kv_tokens) - len(prompt))
+        stop_ids = sorted({token for token in sampling.stop_ids if 0 <= token < self.vocab_size})
+        self._statistics.requests += 1
+        self._statistics.prompt_tokens += len(prompt)
+        arrival = self._statistics.requests
+        self._admission.waiting.add(Sequence(id, prompt.tobytes(), sampling, limit, arrival, stop_ids))
 
     def cancel(self, id: int) -> None:
         """Forget a request; its pages are free at once. Ids that are not here, or not any more, are fine."""
-        sequence = self._waiting.pop(id, None) or self._running.get(id)
+        self._admission.waiting.remove(id)
+        sequence = self._running.get(id)
         if sequence is not None:
             self._leave(sequence)
 
+    def flush_prefixes(self) -> None:
+        """The weights changed: what the pages hold so far is not for new requests."""
+        self._weights += 1
+        self.pool.forget_prefixes()
+        self._admission.forget_prefixes()
+
     @property
     def has_work(self) -> bool:
-        """Whether a step can be planned."""
-        return bool(self._waiting or self._running)
+        """Whether a request has not ended. A step can be planned then, at the latest when none is in flight."""
+        return bool(self._running) or bool(len(self._admission.waiting))
+
+    @property
+    def in_flight(self) -> int:
+        """Plans that are not committed."""
+        return len(self._flights)
 
     @property
     def num_waiting(self) -> int:
-        """Requests that have no pages yet."""
-        return len(self._waiting)
+        """Requests that have no pages."""
+        return len(self._admission.waiting)
 
     @property
     def num_running(self) -> int:
         """Requests that hold pages."""
         return len(self._running)
+
+    @property
+    def statistics(self) -> dict[str, int]:
+        """Totals by name; see `Statistics`."""
+        return asdict(self._statistics)
 
     def running_slots(self) -> dict[int, int]:
         """Slot -> request of every sequence that has one."""
@@ -92,58 +137,69 @@ class Scheduler:
 
     # --- steps ----------------------------------------------------------------------------------------------------
 
-    def plan(self) -> StepPlan:
-        """Decide the next step. Only while `has_work`, and only after the last plan was committed or dropped."""
-        self._admit()
-        batch = self._prefill_batch() or [(sequence, 1) for sequence in self._running.values()]
-        assert batch, "a request that can never be admitted"
-        plan = self._describe(batch)
-        self._in_flight = plan, [sequence for sequence, _ in batch]
-        return plan
+    def plan(self) -> StepPlan | None:
+        """Decide the next step; it is in flight from now on. None: not before something in flight is committed, or
+        there is no work."""
+        self._notice_version()
+        ready = self._table.ready()
+        decode_first = len(ready) and (
+            self._reads >= READS_IN_A_ROW or self._admission.can_wait(len(ready), self._decodes)
+        )
+        if not decode_first:
+            rows = self._admission.rows(self._weights)
+            if rows:
+                return self._read(rows)
+        if len(ready):
+            return self._decode(ready)
+        assert self._flights or not self.has_work, "a request that can never be admitted"
+        return None
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[Finished]:
-        """Take a step's tokens; return the requests that it ended. A request cancelled meanwhile is left out."""
-        assert self._in_flight is not None and self._in_flight[0] is plan, "committed a step that is not in flight"
-        batch = self._in_flight[1]
-        self._in_flight = None
-        for sequence, context in zip(batch, int32(plan.contexts).tolist(), strict=True):
-            sequence.cached = context
-        finished: list[Finished] = []
-        draws = zip(
-            int32(plan.sampled).tolist(),
-            int32(result.tokens).tolist(),
-            float64(result.logprobs).tolist(),
-            float64(result.sampled_logprobs).tolist(),
-            strict=True,
-        )
-        for row, token, logprob, sampled_logprob in draws:
-            sequence = batch[row]
-            if not sequence.alive:
-                continue
-            if not (math.isfinite(logprob) and math.isfinite(sampled_logprob)):
-                finished.append(Finished(sequence.id, None, _not_a_number(sequence)))
-                self._leave(sequence)
-                continue
-            sequence.append(token, logprob, sampled_logprob, plan.version)
-            if sequence.finish_reason:
-                finished.append(Finished(sequence.id, sequence.generated()))
-                self._leave(sequence)
+        """Take the tokens of the oldest step in flight; return the requests that it ended.
+
+        What was drawn for a request that has ended meanwhile is left out.
+        """
+        flight = self._landed(plan)
+        self._notice_version()
+        tokens = int32(result.tokens)
+        logprobs, sampled_logprobs = float64(result.logprobs), float64(result.sampled_logprobs)
+        alive = self._table.ticket[flight.targets] == flight.target_tickets
+        sound = np.isfinite(logprobs) & np.isfinite(sampled_logprobs)
+        finished = []
+        for place in np.flatnonzero(alive & ~sound).tolist():
+            sequence = self._table.tenant(int(flight.targets[place]))
+            finished.append(Finished(sequence.id, None, _not_a_number(sequence.id, int(flight.contexts[place]))))
+            self._leave(sequence)
+        alive &= sound
+        if flight.readings:
+            self._finish_reading(flight)
+        elif flight.weights == self._weights:
+            self._share_decoded(flight)
+        slots, contexts = flight.targets, flight.contexts
+        if not alive.all():
+            slots, contexts, tokens = slots[alive], contexts[alive], tokens[alive]
+            logprobs, sampled_logprobs = logprobs[alive], sampled_logprobs[alive]
+        stopped, full = self._table.record(slots, contexts, tokens, (logprobs, sampled_logprobs), plan.version)
+        self._statistics.generated_tokens += len(slots)
+        for place in np.flatnonzero(stopped | full).tolist():
+            sequence = self._table.tenant(int(slots[place]))
+            self._leave(sequence)
+            finished.append(Finished(sequence.id, sequence.generated("stop" if stopped[place] else "length")))
         return finished
 
     def abort(self, plan: StepPlan, error: HarmonyError) -> list[Finished]:
-        """A step could not be executed: its requests end with `error`. A request cancelled meanwhile is left out."""
-        assert self._in_flight is not None and self._in_flight[0] is plan, "aborted a step that is not in flight"
-        batch = self._in_flight[1]
-        self._in_flight = None
-        finished = [Finished(sequence.id, None, error) for sequence in batch if sequence.alive]
-        for sequence in batch:
-            if sequence.alive:
-                self._leave(sequence)
+        """The oldest step in flight failed: its requests end with `error`. Those that ended meanwhile are left out."""
+        flight = self._landed(plan)
+        finished = []
+        for slot in flight.members[self._table.ticket[flight.members] == flight.tickets].tolist():
+            sequence = self._table.tenant(slot)
+            finished.append(Finished(sequence.id, None, error))
+            self._leave(sequence)
         return finished
 
     # --- inside ---------------------------------------------------------------------------------------------------
 
-    def _check_prompt(self, tokens: Items[int]) -> None:
+    def _checked(self, tokens: Items[int]) -> NDArray[np.int32]:
         count = len(tokens)
         if not count:
             raise DataError("an empty prompt cannot be continued", hint="give at least one token")
@@ -164,96 +220,116 @@ class Scheduler:
                 tokens=count,
                 limit=self.kv_tokens,
             )
+        return np.array(tokens, dtype=np.int32)
 
-    def _admit(self) -> None:
-        while self._waiting and len(self._running) < self.max_running:
-            head = next(iter(self._waiting.values()))
-            need = pages_for(len(head.prompt) + head.limit, self.pool.page_size)
-            if not self.pool.can_reserve(need):
-                return
-            self.pool.reserve(need)
-            head.reserved_pages = need
-            head.slot = self._slots.pop()
-            del self._waiting[head.id]
-            self._running[head.id] = head
+    def _notice_version(self) -> None:
+        version = self._version()
+        if version != self._known_version:
+            self._known_version = version
+            self.flush_prefixes()
 
-    def _prefill_batch(self) -> list[tuple[Sequence, int]]:
-        """Prompts to read next: whole ones while they fit the budget; one that never fits goes alone, in parts."""
-        batch: list[tuple[Sequence, int]] = []
-        budget = self.prefill_tokens
-        for sequence in self._running.values():
-            missing = len(sequence.prompt) - sequence.cached
-            if missing <= 0:
-                continue
-            if missing > budget:
-                if not batch:
-                    batch.append((sequence, budget))
-                break
-            batch.append((sequence, missing))
-            budget -= missing
-        return batch
+    def _read(self, rows: list[Reading]) -> StepPlan:
+        self._reads += 1
+        self._decodes = 0
+        self._statistics.prefill_steps += 1
+        for row in rows:
+            for sequence in (row.sequence, *row.joined):
+                self._running[sequence.id] = sequence
+        return self._launched(plan_reading(self._table, rows, self._known_version, self._weights))
 
-    def _describe(self, batch: list[tuple[Sequence, int]]) -> StepPlan:
-        tokens: list[array[int]] = []
-        contexts: list[int] = []
-        new_pages: list[tuple[int, int, int]] = []
-        sampled: list[int] = []
-        drawing: list[Sequence] = []
-        for row, (sequence, count) in enumerate(batch):
-            context = sequence.cached + count
-            contexts.append(context)
-            new_pages += self._grow(sequence, context)
-            if not sequence.tokens:
-                tokens.append(sequence.prompt[sequence.cached : context])
-            if context == sequence.length:
-                sampled.append(row)
-                drawing.append(sequence)
-        slots = [sequence.slot for sequence, _ in batch]
-        numbers = uniforms([sequence.stream for sequence in drawing], [contexts[row] for row in sampled])
-        return StepPlan(
-            slots=_pack(slots),
-            tokens=b"".join(tokens),
-            lengths=_pack([count for _, count in batch]),
-            contexts=_pack(contexts),
-            new_pages=_pack(new_pages),
-            copies=b"",
-            sampled=_pack(sampled),
-            targets=_pack([slots[row] for row in sampled]),
-            draws=Draws.pack([sequence.setting for sequence in drawing], numbers),
-            suppressed={
-                place: [token for token in sequence.stop_ids if 0 <= token < self.vocab_size]
-                for place, sequence in enumerate(drawing)
-                if sequence.must_go_on
-            },
-            version=self._version(),
-        )
+    def _decode(self, ready: NDArray[np.int64]) -> StepPlan | None:
+        table = self._table
+        slots = self._fitting(ready)
+        short = self._short(slots)
+        while len(short) > self.pool.available:
+            if self._flights:
+                return None  # what is drawn there may end a request, and only one with nothing in flight can move out
+            self._preempt()
+            slots = slots[table.until[slots] > 0]
+            short = self._short(slots)
+        changes = table.add_pages(short, self.pool.take(len(short)))
+        self._reads = 0
+        self._decodes += 1
+        self._statistics.decode_steps += 1
+        table.turn[slots] = self._statistics.decode_steps
+        return self._launched(plan_decode(table, slots, changes, self._known_version, self._weights))
 
-    def _grow(self, sequence: Sequence, tokens: int) -> list[tuple[int, int, int]]:
-        added = []
-        while len(sequence.pages) * self.pool.page_size < tokens:
-            page = self.pool.take()
-            added.append((sequence.slot, len(sequence.pages), page))
-            sequence.pages.append(page)
-            sequence.reserved_pages -= 1
-        return added
+    def _launched(self, flight: InFlight) -> StepPlan:
+        self._flights.append(flight)
+        return flight.plan
+
+    def _landed(self, plan: StepPlan) -> InFlight:
+        assert self._flights and self._flights[0].plan is plan, "not the oldest step in flight"
+        return self._flights.popleft()
+
+    def _fitting(self, slots: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Those of the slots that one decode step has room for, the ones that waited longest first."""
+        if self._max_splits is None:
+            return slots
+        splits = self._table.context[slots] // SPLIT_TOKENS + 1
+        if splits.sum() <= self._max_splits:
+            return slots
+        order = np.argsort(self._table.turn[slots], kind="stable")
+        return np.sort(slots[order[np.cumsum(splits[order]) <= self._max_splits]])
+
+    def _short(self, slots: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Those of the slots that have no page for their next token."""
+        return slots[self._table.context[slots] >= self._table.num_pages[slots] * self.pool.page_size]
+
+    def _preempt(self) -> None:
+        newest = max(self._running.values(), key=lambda sequence: sequence.arrival)
+        assert len(self._running) > 1, "one request alone always fits"
+        self._leave(newest)
+        newest.reread()
+        self._admission.waiting.add(newest, front=True)
+        self._statistics.preemptions += 1
+
+    def _finish_reading(self, flight: InFlight) -> None:
+        """Note who has a first token, and which full pages can be shared from now on."""
+        now = time.perf_counter()
+        for row in flight.readings:
+            owners = [sequence for sequence in (row.sequence, *row.joined) if sequence.slot >= 0]
+            if flight.weights == self._weights:
+                self._share_read(row, owners)
+            if row.complete:
+                self._admission.known(row.sequence)
+                for sequence in owners:
+                    sequence.first = sequence.first or now
+
+    def _share_read(self, row: Reading, owners: list[Sequence]) -> None:
+        if not owners or self._table.weights[owners[0].slot] != self._weights:
+            return
+        owner, width = owners[0], self.pool.page_size * TOKEN_BYTES
+        pages = self._table.pages[owner.slot]
+        # One that joined follows the pages from the first on: what is known of them, their reader took with it.
+        leads = owner is row.sequence
+        node = int(self._table.node[owner.slot]) if leads else ROOT
+        known = row.stop // self.pool.page_size
+        for place in range(owner.known_pages if leads else 0, known):
+            tokens = owner.tokens[place * width : (place + 1) * width]
+            node = self.pool.prefixes.add(node, tokens, int(pages[place]))
+        for sequence in owners:
+            sequence.known_pages = known
+            self._table.node[sequence.slot] = node
+
+    def _share_decoded(self, flight: InFlight) -> None:
+        table, size = self._table, self.pool.page_size
+        for place in np.flatnonzero(flight.contexts % size == 0).tolist():
+            slot = int(flight.targets[place])
+            if table.ticket[slot] == flight.target_tickets[place] and table.weights[slot] == self._weights:
+                page = int(table.pages[slot, flight.contexts[place] // size - 1])
+                table.node[slot] = self.pool.prefixes.add(int(table.node[slot]), table.recent[slot].tobytes(), page)
 
     def _leave(self, sequence: Sequence) -> None:
-        if self._running.pop(sequence.id, None) is not None:
-            self._slots.append(sequence.slot)
-        self.pool.give_back(sequence.pages, sequence.reserved_pages)
-        sequence.alive = False
-        sequence.reserved_pages = 0
-        del sequence.pages[:]
+        del self._running[sequence.id]
+        self.pool.give_back(self._table.leave(sequence.slot))
+        self._admission.left(sequence)
 
 
-def _pack(numbers: Items[int] | Items[tuple[int, int, int]]) -> bytes:
-    return np.array(numbers, dtype=np.int32).tobytes()
-
-
-def _not_a_number(sequence: Sequence) -> EngineError:
+def _not_a_number(request: int, position: int) -> EngineError:
     return EngineError(
-        f"request {sequence.id}: the model's output for position {sequence.length} is not a number",
+        f"request {request}: the model's output for position {position} is not a number",
         hint="the weights hold NaN or infinite values, or the activations overflow: look at the last training steps",
-        request=sequence.id,
-        position=sequence.length,
+        request=request,
+        position=position,
     )

@@ -1,15 +1,22 @@
-"""One request while it is being answered: its tokens so far, their records, its pages. No torch."""
+"""One request: what is to be read, how it is to be continued, and the records of what was drawn. No torch."""
 
 from __future__ import annotations
 
 import math
 import time
-from array import array
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
 from harmony_core.engine.inference.draws import Setting, stream
+from harmony_core.engine.inference.prefixes import TOKEN_BYTES
 from harmony_core.errors import DataError
-from harmony_core.rpc.protocol import Generated, Sampling, pack_floats, pack_ints
+from harmony_core.rpc.protocol import Generated, Sampling
+
+RECORD = np.dtype([("token", "<i4"), ("logprob", "<f4"), ("sampled_logprob", "<f4"), ("version", "<i4")])
+"""What is kept of a drawn token."""
+Records = NDArray[np.void]
 
 
 def check_sampling(sampling: Sampling) -> None:
@@ -29,64 +36,59 @@ def check_sampling(sampling: Sampling) -> None:
 
 @dataclass(eq=False, slots=True)
 class Sequence:
-    """A request. `limit` is the most new tokens it may have, `cached` how many of its tokens are in the pages."""
+    """A request. While it runs, most of its state is in its row of the `SlotTable`.
+
+    `tokens` (int32) are those to read before the next one is drawn: the prompt, and what was drawn before its pages
+    were taken from it. `limit` is the most new tokens it may have, `arrival` counts requests up, `stop_ids` are those
+    of the vocabulary.
+    """
 
     id: int
-    prompt: array[int]
+    tokens: bytes
     sampling: Sampling
     limit: int
-    cached: int = 0
-    alive: bool = True
-    slot: int = -1
-    pages: array[int] = field(default_factory=lambda: array("i"))
-    reserved_pages: int = 0
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    sampled_logprobs: list[float] = field(default_factory=list)
-    versions: list[int] = field(default_factory=list)
+    arrival: int
+    stop_ids: list[int]
+    prompt_length: int = field(init=False)
     setting: Setting = field(init=False)
-    stop_ids: frozenset[int] = field(init=False)
     stream: int = field(init=False)
-    finish_reason: str = ""
+    slot: int = -1
+    known_pages: int = 0
+    """Pages of `tokens` that the prefix index knows."""
+    records: list[Records] = field(default_factory=list)
     started: float = field(default_factory=time.perf_counter)
     first: float = 0.0
 
     def __post_init__(self) -> None:
+        self.prompt_length = len(self.tokens) // TOKEN_BYTES
         self.setting = Setting.of(self.sampling)
-        self.stop_ids = frozenset(self.sampling.stop_ids)
         self.stream = stream(self.sampling.seed)
 
     @property
     def length(self) -> int:
-        """Prompt and new tokens: also the position of the next token."""
-        return len(self.prompt) + len(self.tokens)
+        """Number of `tokens`."""
+        return len(self.tokens) // TOKEN_BYTES
 
     @property
-    def must_go_on(self) -> bool:
-        """Whether the next token may not be a stop token yet."""
-        return len(self.tokens) < self.sampling.min_tokens and bool(self.stop_ids)
+    def drawn(self) -> int:
+        """New tokens that are among `tokens`."""
+        return self.length - self.prompt_length
 
-    def append(self, token: int, logprob: float, sampled_logprob: float, version: int) -> None:
-        """Take a drawn token with its records, and notice the end."""
-        if not self.tokens:
-            self.first = time.perf_counter()
-        self.tokens.append(token)
-        self.logprobs.append(logprob)
-        self.sampled_logprobs.append(sampled_logprob)
-        self.versions.append(version)
-        if token in self.stop_ids and len(self.tokens) > self.sampling.min_tokens:
-            self.finish_reason = "stop"
-        elif len(self.tokens) >= self.limit:
-            self.finish_reason = "length"
+    def reread(self) -> None:
+        """Its pages are gone: what was drawn is to be read again with the prompt."""
+        prompt = self.tokens[: self.prompt_length * TOKEN_BYTES]
+        self.tokens = prompt + b"".join(records["token"].tobytes() for records in self.records)
+        self.known_pages = 0
 
-    def generated(self) -> Generated:
+    def generated(self, finish_reason: str) -> Generated:
         """The completion, for the wire."""
+        records = np.concatenate(self.records)
         return Generated(
-            tokens=pack_ints(self.tokens),
-            logprobs=pack_floats(self.logprobs),
-            sampled_logprobs=pack_floats(self.sampled_logprobs),
-            versions=pack_ints(self.versions),
-            finish_reason=self.finish_reason,
+            tokens=records["token"].tobytes(),
+            logprobs=records["logprob"].tobytes(),
+            sampled_logprobs=records["sampled_logprob"].tobytes(),
+            versions=records["version"].tobytes(),
+            finish_reason=finish_reason,
             seconds_to_first=self.first - self.started,
             seconds=time.perf_counter() - self.started,
         )

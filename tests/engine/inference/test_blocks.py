@@ -1,32 +1,35 @@
+import numpy as np
 import pytest
 
 from harmony_core.engine.inference.blocks import PagePool, pages_for
+from harmony_core.engine.inference.prefixes import ROOT, PrefixIndex
+
+
+def tokens(*numbers: int) -> bytes:
+    return np.array(numbers, dtype=np.int32).tobytes()
 
 
 def test_pages_for_counts_a_begun_page_as_a_page() -> None:
-    assert [pages_for(tokens, 16) for tokens in (0, 1, 16, 17, 32, 33)] == [0, 1, 1, 2, 2, 3]
+    assert [pages_for(count, 16) for count in (0, 1, 16, 17, 32, 33)] == [0, 1, 1, 2, 2, 3]
 
 
-def test_a_reservation_is_kept_from_others_and_a_page_never_has_two_holders() -> None:
+def test_a_page_has_one_holder_unless_it_is_shared_and_is_free_when_the_last_has_left() -> None:
     pool = PagePool(4)
-    pool.reserve(3)
-    assert pool.available == 1
-    assert not pool.can_reserve(2)
-    pages = [pool.take() for _ in range(3)]
-    pool.reserve(1)
-    pages.append(pool.take())
-    assert sorted(pages) == [0, 1, 2, 3]
-    assert pool.available == 0
-    pool.give_back(pages, 0)
+    pages = pool.take(3)
+    assert sorted(pages) == [0, 1, 2] and pool.available == 1
+    pool.share(pages[:2])
+    pool.give_back(pages)
+    assert pool.available == 2 and not pool.is_empty
+    assert sorted(pool.take(2)) == [2, 3]
+    pool.give_back(pages[:2])
+    pool.give_back(np.array([2, 3], dtype=np.int32))
     assert pool.is_empty and pool.available == 4
 
 
 def test_pages_that_were_used_are_used_again_before_new_ones_are_touched() -> None:
     pool = PagePool(1000)
     for _ in range(50):
-        pool.reserve(10)
-        pages = [pool.take() for _ in range(5)]
-        pool.give_back(pages, 5)
+        pool.give_back(pool.take(5))
     assert pool.touched == 5
     assert pool.is_empty
 
@@ -34,13 +37,73 @@ def test_pages_that_were_used_are_used_again_before_new_ones_are_touched() -> No
 def test_misuse_is_noticed() -> None:
     pool = PagePool(2)
     with pytest.raises(AssertionError):
-        pool.take()
+        pool.take(3)
+    page = pool.take(1)
+    pool.give_back(page)
     with pytest.raises(AssertionError):
-        pool.reserve(3)
-    pool.reserve(1)
-    page = pool.take()
-    pool.give_back([page], 0)
-    with pytest.raises(KeyError):
-        pool.give_back([page], 0)
-    with pytest.raises(AssertionError):
-        pool.give_back([], 1)
+        pool.give_back(page)
+
+
+def test_known_pages_keep_their_content_until_the_room_is_needed_the_oldest_last_page_going_first() -> None:
+    pool = PagePool(6, page_size=2)
+    for first in (1, 5):
+        pages = pool.take(2)
+        node = pool.prefixes.add(ROOT, tokens(first, first), int(pages[0]))
+        pool.prefixes.add(node, tokens(9, 9), int(pages[1]))
+        pool.give_back(pages)
+    assert pool.is_empty and len(pool.prefixes) == 4
+    older, newer = tokens(1, 1, 9, 9), tokens(5, 5, 9, 9)
+    pool.take(3)  # two new ones, and one that was known
+    assert [len(pool.prefixes.match(prompt, 2)[0]) for prompt in (older, newer)] == [1, 2]
+    found = np.array(pool.prefixes.match(newer, 2)[0], dtype=np.int32)
+    assert pool.count_kept(found.tolist()) == 2
+    pool.share(found)
+    assert pool.available == 1
+    pool.take(1)
+    assert [len(pool.prefixes.match(prompt, 2)[0]) for prompt in (older, newer)] == [0, 2]
+
+
+def test_forgotten_prefixes_leave_free_pages() -> None:
+    pool = PagePool(3, page_size=2)
+    held, kept = pool.take(2)
+    for page in (held, kept):
+        pool.prefixes.add(ROOT, tokens(page, 1), int(page))
+    pool.give_back(np.array([kept]))
+    pool.forget_prefixes()
+    assert pool.available == 2 and len(pool.prefixes) == 0
+    pool.give_back(np.array([held]))
+    assert pool.is_empty and len(set(pool.take(3).tolist())) == 3
+
+
+def test_a_prefix_is_found_by_its_tokens_page_after_page() -> None:
+    index = PrefixIndex(2)
+    first = index.add(ROOT, tokens(1, 2), 10)
+    second = index.add(first, tokens(3, 4), 11)
+    other = index.add(first, tokens(5, 6), 12)
+    assert len({first, second, other, ROOT}) == 4
+    assert index.match(tokens(1, 2, 3, 4, 7), 2) == ([10, 11], second)
+    assert index.match(tokens(1, 2, 3, 4, 7), 1) == ([10], first)
+    assert index.match(tokens(1, 2, 5, 6), 2) == ([10, 12], other)
+    assert index.match(tokens(1, 2, 4, 3), 2) == ([10], first)
+    assert index.match(tokens(3, 4), 1) == ([], ROOT)
+
+
+def test_a_second_page_with_the_same_content_is_not_known() -> None:
+    index = PrefixIndex(2)
+    node = index.add(ROOT, tokens(1, 2), 10)
+    assert index.add(ROOT, tokens(1, 2), 11) == node
+    assert 10 in index and 11 not in index
+
+
+def test_what_is_behind_a_forgotten_page_is_not_found_though_its_tokens_come_back() -> None:
+    index = PrefixIndex(2)
+    first = index.add(ROOT, tokens(1, 2), 10)
+    index.add(first, tokens(3, 4), 11)
+    index.forget(10)
+    again = index.add(ROOT, tokens(1, 2), 20)
+    assert index.match(tokens(1, 2, 3, 4), 2) == ([20], again)
+    assert index.add(again, tokens(3, 4), 11) != again and 11 in index, "its holder may name it once more"
+    index.forget(11)
+    assert index.add(again, tokens(3, 4), 21) not in (first, again)
+    with pytest.raises(AssertionError, match="written again"):
+        index.add(again, tokens(7, 7), 21)
