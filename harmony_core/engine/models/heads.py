@@ -9,16 +9,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
+from harmony_core.engine.models.head_scorers import make_scorer
 from harmony_core.engine.models.model import CausalLM
 from harmony_core.engine.models.parallel import all_reduce
+from harmony_core.engine.models.products import add_product, wide
 from harmony_core.errors import DataError
-
-CHUNK_BYTES = 64 << 20
-"""Logits of one chunk on one rank, float32."""
 
 
 @torch.no_grad()
@@ -28,37 +26,37 @@ def token_logprobs(model: CausalLM, hidden: Tensor, targets: Tensor, chunk: int 
     The same on every tensor-parallel rank, which must all call it with the same N.
     """
     _check_targets(model, targets)
-    count, weight = len(targets), model.head_weight
+    count = len(targets)
     hidden, targets = pad_rows(model, hidden, targets)
-    logprobs = hidden.new_empty(targets.shape, dtype=_wide(hidden.dtype))
-    for rows in _chunks(len(targets), chunk or rows_per_chunk(model)):
-        scorer = _Chunk(model, hidden[rows], weight, targets[rows])
-        logprobs[rows] = scorer.logprobs
+    logprobs = hidden.new_empty(targets.shape, dtype=wide(hidden.dtype))
+    scorer = make_scorer(model, len(targets), chunk, gradients=False)
+    for rows in _chunks(0, len(targets), scorer.rows):
+        logprobs[rows] = scorer.score(hidden[rows], targets[rows])
     return logprobs[:count]
 
 
 def linear_logprob_loss(
-    model: CausalLM, hidden: Tensor, targets: Tensor, coefficients: Tensor, chunk: int | None = None
+    model: CausalLM,
+    hidden: Tensor,
+    targets: Tensor,
+    coefficients: Tensor,
+    chunk: int | None = None,
+    into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`-sum(coefficients * logprobs)` as a scalar with gradient, and the log-probs `[N]` without.
 
     The gradients with respect to `hidden` and the head are computed inside the forward pass, chunk by chunk, so no
     logits are kept or computed twice. Every tensor-parallel rank calls it with the same arguments and gets the same
     loss. N may be 0: a loss of zero. A frozen head costs no gradient.
+
+    `into`, `[V_local, d]` in the type that sums are taken in: the head's gradient is added to it in the forward pass,
+    and autograd gets none. The loss must then be the root of the backward pass.
     """
     _check_targets(model, targets)
     count = len(targets)
     hidden, targets, coefficients = pad_rows(model, hidden, targets, coefficients)
-    loss, logprobs = _LinearLogprobLoss.apply(
-        hidden, model.head_weight, targets, coefficients, model, chunk or rows_per_chunk(model)
-    )  # type: ignore[no-untyped-call]
+    loss, logprobs = _LinearLogprobLoss.apply(hidden, model.head_weight, targets, coefficients, model, chunk, into)  # type: ignore[no-untyped-call]
     return loss, logprobs[:count]
-
-
-def rows_per_chunk(model: CausalLM) -> int:
-    """How many rows make `CHUNK_BYTES` of logits; the same number on every tensor-parallel rank."""
-    rows = CHUNK_BYTES // (4 * -(-model.vocab_size // model.tp.size))
-    return max(1, rows // model.row_multiple) * model.row_multiple
 
 
 def pad_rows(model: CausalLM, *tensors: Tensor) -> list[Tensor]:
@@ -67,77 +65,57 @@ def pad_rows(model: CausalLM, *tensors: Tensor) -> list[Tensor]:
     return [F.pad(x, (*[0] * (2 * x.dim() - 1), missing)) for x in tensors] if missing else list(tensors)
 
 
-class _Chunk:
-    """The softmax of a few rows over this rank's slice of the vocabulary."""
-
-    def __init__(self, model: CausalLM, hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
-        tp = model.tp
-        logits = model.matmul(hidden, weight)
-        self.logits = logits.to(_wide(logits.dtype))
-        top = all_reduce(self.logits.amax(-1), tp, dist.ReduceOp.MAX)
-        local = targets - model.vocab_start
-        self.mine = (local >= 0) & (local < weight.shape[0])
-        self.local = local.clamp(0, weight.shape[0] - 1)
-        picked = self.logits.gather(1, self.local[:, None])[:, 0]
-        picked = torch.where(self.mine, picked - top, 0.0)
-        self.exponentials = self.logits.sub_(top[:, None]).exp_()
-        sums = all_reduce(torch.stack([self.exponentials.sum(-1), picked]), tp)
-        self.total = sums[0]
-        self.logprobs = sums[1] - self.total.log()
-
-    def logit_gradient(self, coefficients: Tensor) -> Tensor:
-        """d(-sum(c * logprob)) / d(logits): `c * (softmax - onehot)`, in place of the exponentials."""
-        gradient = self.exponentials.mul_((coefficients / self.total)[:, None])
-        gradient.scatter_add_(1, self.local[:, None], torch.where(self.mine, -coefficients, 0.0)[:, None])
-        return gradient
-
-
 class _LinearLogprobLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, coefficients: Tensor, model: CausalLM, chunk: int
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        coefficients: Tensor,
+        model: CausalLM,
+        chunk: int | None,
+        into: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        wide = _wide(hidden.dtype)
-        coefficients = coefficients.to(wide)
-        logprobs = hidden.new_empty(targets.shape, dtype=wide)
+        kind = wide(hidden.dtype)
+        coefficients = coefficients.to(kind)
+        logprobs = hidden.new_empty(targets.shape, dtype=kind)
         hidden_grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        weight_grad = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
-        for rows in _chunks(len(targets), chunk):
-            scorer = _Chunk(model, hidden[rows], weight, targets[rows])
-            logprobs[rows] = scorer.logprobs
-            gradient = scorer.logit_gradient(coefficients[rows])
+        weight_grad = into if ctx.needs_input_grad[1] else None
+        if ctx.needs_input_grad[1] and into is None:
+            weight_grad = torch.zeros_like(weight, dtype=kind)
+        scorer = make_scorer(model, len(targets), chunk, gradients=True)
+        for group in _chunks(0, len(targets), scorer.rows * scorer.tiles):
+            for rows in _chunks(group.start, group.stop, scorer.rows):
+                logprobs[rows] = scorer.score(hidden[rows], targets[rows])
+                scorer.add_gradient(coefficients[rows])
+            gradient = scorer.take()
             if weight_grad is not None:
-                weight_grad.addmm_(gradient.t(), hidden[rows].to(wide))
+                add_product(weight_grad, gradient.t(), hidden[group].to(gradient.dtype))
             if hidden_grad is not None:
-                hidden_grad[rows] = gradient.to(weight.dtype) @ weight
+                torch.mm(gradient.to(weight.dtype), weight, out=hidden_grad[group])
+            del gradient
         if hidden_grad is not None:
             # Each rank saw its own slice of the vocabulary.
             all_reduce(hidden_grad, model.tp)
-        ctx.grads = hidden_grad, weight_grad
+        ctx.grads = hidden_grad, None if weight_grad is into else weight_grad
         ctx.mark_non_differentiable(logprobs)
         return -(coefficients * logprobs).sum(), logprobs
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden_grad, weight_grad = ctx.grads
         ctx.grads = None  # a second backward through this loss is a bug, and the gradients are big
         scale = grads[0]
         return (
             None if hidden_grad is None else hidden_grad.mul_(scale.to(hidden_grad.dtype)),
             None if weight_grad is None else weight_grad.mul_(scale),
-            None,
-            None,
-            None,
-            None,
+            *[None] * 5,
         )
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _chunks(count: int, size: int) -> list[slice]:
-    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+def _chunks(start: int, stop: int, size: int) -> list[slice]:
+    return [slice(first, min(first + size, stop)) for first in range(start, stop, size)]
 
 
 def _check_targets(model: CausalLM, targets: Tensor) -> None:

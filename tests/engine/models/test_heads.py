@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 
 import tiny_models
-from harmony_core.engine.models import heads
+from harmony_core.engine.models import head_scorers
 from harmony_core.engine.models.context import ForwardContext, PackedAttention, forward_context
+from harmony_core.engine.models.head_scorers import DeviceScorer, HostScorer
 from harmony_core.engine.models.heads import linear_logprob_loss, token_logprobs
 from harmony_core.engine.models.loading import load_model
 from harmony_core.engine.models.model import CausalLM
 from harmony_core.engine.models.parallel import TensorParallel
+from harmony_core.engine.models.products import add_product, wide_product
 from harmony_core.errors import DataError
 
 CPU = torch.device("cpu")
@@ -90,14 +93,69 @@ def test_no_rows_make_a_loss_of_zero_that_can_be_differentiated(model: CausalLM)
 
 
 def test_logits_of_a_chunk_stay_within_their_budget(model: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = heads.rows_per_chunk(model)
-    assert rows * 67 * 4 <= heads.CHUNK_BYTES < (rows + 1) * 67 * 4
-    monkeypatch.setattr(heads, "CHUNK_BYTES", 67 * 4 * 8)
+    rows = HostScorer.rows_for(model)
+    assert rows * 67 * 4 <= head_scorers.HOST_BYTES < (rows + 1) * 67 * 4
+    monkeypatch.setattr(head_scorers, "HOST_BYTES", 67 * 4 * 8)
     seen = []
-    real = torch.nn.functional.linear
-    monkeypatch.setattr(heads.F, "linear", lambda x, w: seen.append(x.shape[0]) or real(x, w))
+    real = model.matmul
+    monkeypatch.setattr(model, "matmul", lambda x, w: seen.append(x.shape[0]) or real(x, w))
     token_logprobs(model, torch.randn(20, 32, dtype=torch.float64), torch.zeros(20, dtype=torch.long))
     assert seen == [8, 8, 4]
+
+
+def test_no_two_chunks_are_alive_at_once(model: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: list[weakref.ref[torch.Tensor]] = []
+    most = []
+    real = model.matmul
+
+    def logits(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        # What came before must be gone when the next one is made.
+        most.append(sum(ref() is not None for ref in alive))
+        made = real(x, w)
+        alive.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr(model, "matmul", logits)
+    hidden = torch.randn(20, 32, dtype=torch.float64, requires_grad=True)
+    linear_logprob_loss(model, hidden, torch.arange(20), torch.ones(20), chunk=6)
+    assert most == [0, 0, 0, 0]
+
+
+def test_the_heads_gradient_may_be_added_where_it_belongs(model: CausalLM) -> None:
+    weight = model.trainable_parameters(None)["lm_head.weight"]
+    hidden = torch.randn(10, 32, dtype=torch.float64)
+    targets, weights = torch.randint(0, 67, (10,)), torch.randn(10, dtype=torch.float64)
+    found = []
+    for into in (None, torch.ones_like(weight)):
+        weight.grad = None
+        leaf = hidden.clone().requires_grad_()
+        linear_logprob_loss(model, leaf, targets, weights, chunk=4, into=into)[0].backward()
+        found.append((leaf.grad, weight.grad if into is None else into - 1))
+        assert into is None or weight.grad is None
+    for mine, other in zip(*found, strict=True):
+        assert mine is not None and other is not None and torch.allclose(mine, other, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(16, 8, 24), (5, 3, 7)])
+def test_half_precision_products_are_summed_in_float32(shape: tuple[int, int, int]) -> None:
+    m, k, n = shape
+    a, b = torch.randn(m, k).bfloat16(), torch.randn(k, n).bfloat16()
+    exact = a.double() @ b.double()
+    total = torch.randn(m, n)
+    expected = total + exact.float()
+    add_product(total, a, b)
+    assert (total - expected).abs().max() < 1e-5
+    assert wide_product(a, b).dtype == torch.float32
+    assert torch.allclose(wide_product(a.float(), b.float()).double(), exact, atol=1e-5)
+
+
+def test_the_tiles_of_a_device_stay_within_their_budget(tmp_path: Path) -> None:
+    model = load(tiny_models.build(tmp_path), torch.bfloat16)
+    for vocabulary in (151_936, 262_144, 1_000):
+        model.vocab_size = vocabulary
+        rows = DeviceScorer.rows_for(model)
+        used = rows * vocabulary * (4 + 2 * head_scorers.TILES)
+        assert rows % 128 == 0 and 0.6 * head_scorers.DEVICE_BYTES < used <= head_scorers.DEVICE_BYTES
 
 
 def test_very_large_logits_do_not_overflow(model: CausalLM) -> None:
