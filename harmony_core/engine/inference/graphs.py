@@ -10,6 +10,7 @@ import gc
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ class DecodeGraphs:
     def __init__(self, device: torch.device, notify: Notify) -> None:
         self._device, self._notify = device, notify
         self._graphs: dict[tuple[str, int], torch.cuda.CUDAGraph] = {}
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._stream = _recording_stream(device)
         self._pool: Any = None
         self._weights: tuple[int, ...] = ()
         self.broken = False
@@ -110,6 +111,12 @@ class DecodeGraphs:
             graph.reset()
         self._graphs.clear()
         self._pool = None
+
+
+@cache
+def _recording_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all runners: libraries keep a workspace for every stream that they have ever seen."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call, no-any-return]
 
 
 @contextmanager
