@@ -67,6 +67,12 @@ class Run:
     report: Report
     beside: Beside
     ceilings: dict[str, float] = field(default_factory=dict)
+    events: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    """What the engine reported, all of it."""
+    logs: Path | None = None
+    """What the ranks print."""
+    failed: bool = False
+    """Whether some part failed: the ranks may be gone."""
 
     @property
     def device(self) -> str:
@@ -101,9 +107,17 @@ class Run:
         except Exception as error:
             reason = f"failed: {type(error).__name__}: {str(error).strip()}"
             print(reason, file=sys.stderr, flush=True)
+            self.failed = True
+            self.show_logs()
             self.report.add(Row(name, None, note=" ".join(reason.split())[:300]))
             return False
         return True
+
+    def show_logs(self) -> None:
+        """The end of what each rank printed."""
+        for log in sorted(self.logs.rglob("rank-*.log")) if self.logs else ():
+            print(f"--- {log.name}\n{log.read_text(encoding='utf-8', errors='replace')[-3000:]}", file=sys.stderr)
+        sys.stderr.flush()
 
 
 class Beside:
@@ -206,28 +220,21 @@ def ensure(run: Run, shape: Shape) -> None:
 
 
 @contextlib.asynccontextmanager
-async def engine(
-    run: Run, *, ranks: int = 1, memory: int | None = None, events: Callable[[str, dict[str, Any]], None] | None = None
-) -> AsyncIterator[HarmonyClient]:
+async def engine(run: Run, *, ranks: int = 1, memory: int | None = None) -> AsyncIterator[HarmonyClient]:
     """A client with its ranks, as a recipe's context has it; `memory` limits the bytes of each device."""
-    logs = Path(tempfile.mkdtemp(prefix="harmony-benchmark-logs-"))
+    logs = run.logs = Path(tempfile.mkdtemp(prefix="harmony-benchmark-logs-"))
     settings = EngineOptions(
         log_dir=logs, run_id=f"benchmark-{run.name}", num_processes=ranks, device=run.device, memory=memory
     )
 
     def take(kind: str, data: dict[str, Any], rank: int | None) -> None:
-        if events is not None:
-            events(kind, data)
-        elif kind not in ("optim_step", "spawn.planned", "micro_batch"):
+        run.events.append((kind, data))
+        if kind not in ("optim_step", "spawn.planned", "micro_batch"):
             run.report.say(f"event {kind}: {json.dumps(data, default=str)[:200]}")
 
     client = HarmonyClient.start(settings, Registry(run.home), take)
     try:
         yield client
-    except BaseException:
-        for log in sorted(logs.rglob("*.log")):
-            print(f"--- {log.name}\n{log.read_text(encoding='utf-8', errors='replace')[-3000:]}", file=sys.stderr)
-        raise
     finally:
         await client.aclose()
         shutil.rmtree(logs, ignore_errors=True)

@@ -9,6 +9,7 @@ token is multiplied with + live KV, halfway through) / copy bandwidth measured i
 
 from __future__ import annotations
 
+import contextlib
 import random
 import statistics
 from collections.abc import Sequence
@@ -128,8 +129,12 @@ class Decode:
         self.prefill_rate = tokens / (job.prefill_seconds or job.wall)
         goals = (43_000, 46_000) if self.shape.name == "llama-3.1-8b" else (None, None)
         flops = 2 * self.shape.matmul_parameters * self.prefill_rate
+        step = (self.walls[count] - job.wall) / (self.sizes.new - 1)
         note = f"{count} prompts of {self.sizes.prompt}; through the API {tokens / job.wall:,.0f} tok/s"
-        detail = self.describe(job) | {"fraction_of_matrix_rate": flops / self.run.ceilings["matmul_flop_per_second"]}
+        detail = self.describe(job) | {
+            "fraction_of_matrix_rate": flops / self.run.ceilings["matmul_flop_per_second"],
+            "decode_step_ms_by_difference_of_jobs": step * 1e3,
+        }
         if self.run.wants("prefill"):
             row = Row(self.name("prefill"), self.prefill_rate, *goals, unit="tok/s", note=note, detail=detail)
             self.run.report.add(row)
@@ -137,10 +142,9 @@ class Decode:
     async def group(self) -> None:
         """Samples of a few prompts over as many samples of distinct prompts, at temperature 1."""
         n, prompt, new = self.sizes.groups, self.sizes.group_prompt, self.sizes.group_new
-        drawn = self.model.min_gen_len(new)
         few = [self.words.prompt(prompt) for _ in range(n)]
-        shared = await run_job(drawn, [thread for thread in few for _ in range(n)], new, temperature=1.0)
-        distinct = await run_job(drawn, [self.words.prompt(prompt) for _ in range(n * n)], new, temperature=1.0)
+        shared = await run_job(self.model, [thread for thread in few for _ in range(n)], new, temperature=1.0)
+        distinct = await run_job(self.model, [self.words.prompt(prompt) for _ in range(n * n)], new, temperature=1.0)
         note = f"{n} prompts of {prompt} × {n} samples of {new}: {shared.wall:.2f} s, distinct {distinct.wall:.2f} s"
         detail = {"shared": self.describe(shared), "distinct": self.describe(distinct)}
         goal = 0.6 if self.shape.name == "llama-3.1-8b" else None
@@ -272,14 +276,18 @@ async def measure(run: Run) -> None:
     sizes = TRIAL if run.tiny else QUICK if run.quick else FULL
     words = Words(run.shapes[0], seed=1)
     done: dict[str, Decode] = {}
-    async with engine(run) as client:
+    async with contextlib.AsyncExitStack() as stack:
+        client = await stack.enter_async_context(engine(run))
         for shape in run.shapes:
             words = Words(shape, seed=len(done) + 1)
 
-            async def rows(shape: Shape = shape, words: Words = words) -> None:
+            async def rows(shape: Shape = shape, words: Words = words, client: HarmonyClient = client) -> None:
                 done[shape.name] = await shape_rows(run, client, shape, sizes, words)
 
             await run.part(shape.name, rows)
+            if run.failed and shape is not run.shapes[-1]:
+                await stack.aclose()
+                client = await stack.enter_async_context(engine(run))
     for shape in run.shapes:
         if shape.model_type != "llama":
             continue

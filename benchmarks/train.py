@@ -58,6 +58,8 @@ class Steps:
     loss: float
     checkpointed: int
     peak_bytes: float
+    micro_batch_seconds: float
+    """Of a micro-batch, as the rank reports it."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -91,13 +93,14 @@ async def step_times(model: TrainingModel, steps: Sequence[list[StringThread]], 
     return (time.perf_counter() - started) / (len(steps) - warm), loss
 
 
-async def timed_steps(model: TrainingModel, checkpointed: int, words: Words, sizes: Sizes) -> Steps:
+async def timed_steps(run: Run, model: TrainingModel, checkpointed: int, words: Words, sizes: Sizes) -> Steps:
     """Steps on fresh samples of the same lengths."""
     made = [samples(words, sizes) for _ in range(sizes.warm + sizes.steps)]
     await statistics(model)
     seconds, loss = await step_times(model, made, sizes.warm)
     peak = (await statistics(model)).get("memory_peak_allocated", 0.0)
-    return Steps(seconds, sizes.tokens, loss, checkpointed, peak)
+    batches = [float(data["seconds"]) for kind, data in run.events if kind == "micro_batch"][-sizes.steps :]
+    return Steps(seconds, sizes.tokens, loss, checkpointed, peak, numbers.fmean(batches) if batches else 0.0)
 
 
 class Training:
@@ -123,7 +126,7 @@ class Training:
     async def rates(self, client: HarmonyClient) -> Steps:
         """Steps with as many recomputed layers as the plan chose; also, after full training, the update's latency."""
         model, checkpointed = await self.spawn(client)
-        steps = await timed_steps(model, checkpointed, self.words, self.sizes)
+        steps = await timed_steps(self.run, model, checkpointed, self.words, self.sizes)
         if self.run.wants(self.kind):
             self.run.report.add(self.mfu(steps))
         if self.kind == "full" and self.run.wants("update"):
@@ -158,7 +161,7 @@ class Training:
         limit = min(plan(replace(shape, checkpointed_layers=n)).total for n in (layers - 1, layers)) + (32 << 20)
         async with engine(self.run, memory=None if self.run.tiny else limit) as client:
             model, checkpointed = await self.spawn(client)
-            return await timed_steps(model, checkpointed, self.words, self.sizes)
+            return await timed_steps(self.run, model, checkpointed, self.words, self.sizes)
 
 
 async def update(run: Run, model: TrainingModel, words: Words, sizes: Sizes) -> None:
@@ -252,7 +255,7 @@ async def two_devices(run: Run, single: Training, own: Steps | None) -> None:
         return
     async with engine(run, ranks=2) as client:
         model, checkpointed = await single.spawn(client, tp=2)
-        steps = await timed_steps(model, checkpointed, single.words, single.sizes)
+        steps = await timed_steps(run, model, checkpointed, single.words, single.sizes)
     note = f"{own.seconds * 1e3:.0f} ms a step, {steps.seconds * 1e3:.0f} ms with two"
     goals = (None, None) if run.tiny else (1.5, 1.8)
     run.report.add(Row(title, own.seconds / steps.seconds, *goals, note=note, detail=vars(steps)))
