@@ -104,7 +104,7 @@ class DeviceState:
         tokens = self.last.index_select(0, rows.slots)
         with forward_context(ForwardContext(attention, self._adapter)):
             hidden = model.hidden_states(tokens, rows.contexts.long() - 1)
-        self.logits[:n].copy_(model.logits(hidden))
+        model.logits(hidden, out=self.logits[:n])
 
     def draw(self, n: int, tail: int, suppressed: dict[int, list[int]] | None = None) -> None:
         """Draw a token for each of n rows from its logits; `tail` is the dearest kind among them."""

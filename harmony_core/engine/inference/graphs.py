@@ -116,7 +116,7 @@ class DecodeGraphs:
 @cache
 def _recording_stream(device: torch.device) -> torch.cuda.Stream:
     """One for all runners: libraries keep a workspace for every stream that they have ever seen."""
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call, no-any-return]
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 @contextmanager

@@ -241,7 +241,7 @@ class Runner:
         n = len(targets)
         contexts, changes = np.zeros(0, dtype=np.int32), np.zeros((0, 3), dtype=np.int32)
         state.load(staging, n, targets, contexts, draws, changes)
-        state.logits[:n].copy_(self.model.logits(hidden))
+        self.model.logits(hidden, out=state.logits[:n])
         state.draw(n, int(draws[0].max()), plan.suppressed)
 
     # --- any step ---------------------------------------------------------------------------------------------

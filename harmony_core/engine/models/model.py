@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from harmony_core.engine.models.compiling import LayerCall, prepare_compiling
 from harmony_core.engine.models.context import current_context
 from harmony_core.engine.models.parallel import Shard, TensorParallel, gather_full, shard_of, sum_gradient
+from harmony_core.engine.models.products import wide, wide_product
 from harmony_core.errors import DataError
 
 if TYPE_CHECKING:
@@ -100,17 +101,20 @@ class CausalLM:
         return self.vocab_shard.start
 
     @torch.no_grad()
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """`[N, d]` -> `[N, V]`, the full vocabulary, the same on every tensor-parallel rank, without gradient.
 
-        float32, or float64 in a float64 model.
+        float32, or float64 in a float64 model; never rounded to half precision on CUDA. `out`: where to put them.
         """
-        local = self.matmul(hidden, self.head_weight)
-        local = local if local.dtype == torch.float64 else local.float()
-        if self.tp.size == 1:
-            return local
-        shard = self.vocab_shard
-        return gather_full(local, Shard(1, shard.start, shard.stop, shard.full), self.tp)
+        if hidden.is_cuda and hidden.dtype != wide(hidden.dtype):
+            local = wide_product(hidden, self.head_weight.t(), out if self.tp.size == 1 else None)
+        else:
+            local = self.matmul(hidden, self.head_weight)
+            local = local.to(wide(local.dtype))
+        if self.tp.size > 1:
+            shard = self.vocab_shard
+            local = gather_full(local, Shard(1, shard.start, shard.stop, shard.full), self.tp)
+        return local if out is None or local is out else out.copy_(local)
 
     def trainable_parameters(self, adapter: str | None) -> dict[str, nn.Parameter]:
         """What a trainer of `adapter` (None: of the base weights) updates, by stored name.
