@@ -40,7 +40,7 @@ RANK: dict[str, set[str]] = {
     "engine.inference": {"engine.kernels", "engine.models", "errors", "rpc"},
     "engine.kernels": set(),
     "engine.models": {"engine.kernels", "errors", "rpc"},
-    "engine.training": {"engine.models", "errors", "rpc"},
+    "engine.training": {"engine.kernels", "engine.models", "errors", "rpc"},
 }
 """The ranks' side: everything that it may import."""
 

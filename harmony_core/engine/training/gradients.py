@@ -6,7 +6,6 @@ matrices first. Each parameter's gradient is a view of the buffer, allocated onc
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -23,6 +22,10 @@ if TYPE_CHECKING:
 
 BUCKET_ELEMENTS = 4 << 20
 """Elements that one all-reduce takes at a time: bounds what a communication library buffers."""
+
+
+PIECE_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}
+"""Elements whose squares are summed in float32: a device sums them as a tree, which loses little."""
 
 
 @dataclass(frozen=True)
@@ -107,15 +110,17 @@ class FlatGradients:
             for bucket in torch.split(replicated, BUCKET_ELEMENTS):
                 dist.broadcast(bucket, group=self.tp.group, group_src=0)
 
-    def norm(self) -> float:
-        """Global L2 norm over all parameters; shards summed over the ranks, replicated ones counted once."""
+    def of(self, parameter: nn.Parameter) -> Tensor | None:
+        """The view of the buffer that takes a parameter's gradient; None for a parameter that is not trained."""
+        views = (v for slot, v in zip(self.slots, self.views, strict=True) if slot.parameter is parameter)
+        return next(views, None)
+
+    def squared_norm(self) -> Tensor:
+        """Sum of squares over all parameters, float64 on the device: shards summed, replicated ones counted once."""
         split = _squares(self.buffer[: self.first_replicated])
-        replicated = _squares(self.buffer[self.first_replicated :])
         if not self.tp.silent:
-            total = torch.tensor(split, dtype=torch.float64, device=self.buffer.device)
-            dist.all_reduce(total, group=self.tp.group)
-            split = total.item()
-        return math.sqrt(split + replicated)
+            dist.all_reduce(split, group=self.tp.group)
+        return split + _squares(self.buffer[self.first_replicated :])
 
     def first_bad(self) -> str | None:
         """Name of the first tensor with a NaN or an infinity, the same on all tensor-parallel ranks."""
@@ -147,9 +152,9 @@ def _layout(parameters: Mapping[str, nn.Parameter], tp: TensorParallel) -> list[
     return slots
 
 
-def _squares(flat: Tensor) -> float:
-    """Sum of squares; pieces in the buffer's type, their sum in float64."""
+def _squares(flat: Tensor) -> Tensor:
+    """Sum of squares; of pieces in the buffer's type, of their sums in float64."""
     if not flat.numel():
-        return 0.0
-    pieces = torch.stack([torch.linalg.vector_norm(piece) for piece in torch.split(flat, 1 << 18)])
-    return float(pieces.double().square().sum().item())
+        return flat.new_zeros((), dtype=torch.float64)
+    pieces = [torch.linalg.vector_norm(piece) for piece in torch.split(flat, PIECE_ELEMENTS[flat.device.type])]
+    return torch.stack(pieces).double().square().sum()

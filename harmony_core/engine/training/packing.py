@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,14 +50,16 @@ def unpack(batch: MicroBatch, vocab_size: int, device: torch.device) -> PackedBa
             raise DataError(f"{what} {worst} is outside the vocabulary of {vocab_size}", value=worst, limit=vocab_size)
     positions = np.arange(tokens.size) - np.repeat(np.cumsum(lengths) - lengths, lengths)
 
-    def there(values: np.ndarray[tuple[int], np.dtype[np.int64]]) -> Tensor:
-        return torch.from_numpy(values).to(device)
+    def there(values: np.ndarray[tuple[int], np.dtype[Any]]) -> Tensor:
+        made = torch.from_numpy(values)
+        # From pinned memory the copy does not make the host wait.
+        return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made
 
     return PackedBatch(
         tokens=there(tokens),
         positions=there(positions),
         rows=None if scored.size == tokens.size else there(scored),
         targets=there(targets[scored]),
-        coefficients=torch.from_numpy(coefficients[scored]).to(device),
+        coefficients=there(coefficients[scored]),
         lengths=tuple(lengths.tolist()),
     )

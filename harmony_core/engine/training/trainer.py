@@ -47,6 +47,8 @@ class Trainer:
         self.seed = seed
         self.gradients = FlatGradients(model.trainable_parameters(adapter), model.tp)
         self.optimizer = AdamW(self.gradients)
+        # The head's gradient is as large as the embedding: it is added where it belongs, without a copy of it.
+        self._head_gradient = self.gradients.of(model.head_weight)
         self._failed = False
         self._reset_counts()
 
@@ -109,10 +111,10 @@ class Trainer:
         _check(request)
         with self._cleared_afterwards():
             self.gradients.check_attached()
-            numerator, weighted, samples = self._reduced_counts()
-            denominator = self._denominator(request, samples)
             self.gradients.reduce(self.dp_group)
-            norm = self.gradients.norm() / denominator
+            numerator, weighted, samples, squares = self._totals()
+            denominator = self._denominator(request, samples)
+            norm = math.sqrt(squares) / denominator
             skipped = not math.isfinite(norm) and self._refuse_or_skip(request)
             clip = min(1.0, request.max_grad_norm / (norm + 1e-6))
             if not skipped:
@@ -186,7 +188,9 @@ class Trainer:
         with forward_context(ForwardContext(PackedAttention(packed.lengths), self.adapter, seed)):
             hidden = self.model.hidden_states(packed.tokens, packed.positions)
             scored = hidden if packed.rows is None else hidden.index_select(0, packed.rows)
-            loss, logprobs = linear_logprob_loss(self.model, scored, packed.targets, packed.coefficients)
+            loss, logprobs = linear_logprob_loss(
+                self.model, scored, packed.targets, packed.coefficients, into=self._head_gradient
+            )
             # The loss has its gradients already; the backward pass needs the room.
             del hidden, scored
             loss.backward()  # type: ignore[no-untyped-call]
@@ -220,13 +224,17 @@ class Trainer:
             )
         return request.denominator
 
-    def _reduced_counts(self) -> tuple[float, float, float]:
+    def _totals(self) -> tuple[float, float, float, float]:
+        """Numerator, weighted tokens and samples over all replicas, and the reduced gradients' sum of squares.
+
+        The one place in a step where the host waits for the device.
+        """
         counts = torch.tensor([self._numerator, self._weighted, self._samples], dtype=torch.float64)
         counts = counts.to(self.model.device)
         if self.dp_group is not None:
             dist.all_reduce(counts, group=self.dp_group)
-        numerator, weighted, samples = counts.tolist()
-        return numerator, weighted, samples
+        numerator, weighted, samples, squares = torch.cat([counts, self.gradients.squared_norm()[None]]).tolist()
+        return numerator, weighted, samples, squares
 
     def _refuse_or_skip(self, request: OptimStep) -> bool:
         """With a norm that is not finite, the same on every rank: True to skip the step."""
