@@ -10,7 +10,7 @@ row's result does not depend on its place within a tile, which is checked for ev
 
 from __future__ import annotations
 
-from types import MethodType
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +29,8 @@ from harmony_core.errors import ResourceError
 
 TILE = 16
 """Rows of every matrix product. Decode pads its sequences to a multiple of it, so it is no larger than it must be."""
+NARROW = 16
+"""Fewest columns of a product's result; zeros make up for those that are missing."""
 LANES = 32
 """Numbers that an elementwise kernel takes at a time at most: two registers of 16 float32."""
 
@@ -39,38 +41,51 @@ def make_deterministic(model: CausalLM) -> None:
     Raises ResourceError when this machine's matrix products depend on a row's place.
     """
     assert model.device.type == "cpu" and model.dtype == torch.float32, "the deterministic mode is for float32 on CPU"
-    matrices = [m.weight for m in model.module.modules() if isinstance(m, nn.Linear)]
-    for shape in {tuple(matrix.shape) for matrix in matrices}:
-        check_places(next(matrix for matrix in matrices if tuple(matrix.shape) == shape))
+    linear = TiledLinear()
     for module in model.module.modules():
         if isinstance(module, nn.Linear):
-            module.forward = MethodType(_FORWARDS[type(module)], module)
+            linear.check(module.weight)
+            module.forward = partial(_FORWARDS[type(module)], module, linear)
         elif hasattr(module, "layer_idx") and hasattr(module, "q_proj"):
             module.tiled = True  # type: ignore[assignment]
-    odd = any(size % (LANES // TILE) for matrix in matrices for size in matrix.shape)
-    _pad_rows(model.module.base_model, LANES if odd else TILE)  # type: ignore[arg-type]
+    decoder: nn.Module = model.module.base_model  # type: ignore[assignment]
+    # Not the head's: its parts need not be alike, and all ranks must pad alike.
+    sizes = {size for m in decoder.modules() if isinstance(m, nn.Linear) for size in m.weight.shape}
+    _pad_rows(decoder, LANES if any(size % (LANES // TILE) for size in sizes) else TILE)
     model.matmul = linear
     model.row_multiple = LANES
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+class TiledLinear:
     """`F.linear` by tiles of 16 rows. The backward pass is an ordinary one: nothing is compared with it."""
-    rows = x.reshape(-1, x.shape[-1])
-    output = _Linear.apply(rows, weight) if torch.is_grad_enabled() else _by_tiles(rows, weight)  # type: ignore[no-untyped-call]
-    output = output.view(*x.shape[:-1], len(weight))
-    return output if bias is None else output + bias
 
+    def __init__(self) -> None:
+        self._checked: set[torch.Size] = set()
 
-def check_places(weight: Tensor) -> None:
-    """Raise ResourceError unless one row gives the same bits at every place of a tile."""
-    row = torch.randn(1, weight.shape[1], generator=torch.Generator().manual_seed(0))
-    found = _by_tiles(row.repeat(TILE, 1), weight.detach())
-    if not torch.equal(found, found[:1].expand_as(found)):
-        raise ResourceError(
-            f"this machine's product of {TILE} x {weight.shape[1]} and {weight.shape[1]} x {len(weight)} matrices "
-            "depends on a row's place, so the deterministic mode cannot hold what it promises",
-            hint="leave --deterministic out, or use a machine whose torch is built with MKL",
-        )
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`[..., in]` -> `[..., out]`. Raises ResourceError as `check` does."""
+        self.check(weight)
+        rows = x.reshape(-1, x.shape[-1])
+        output = _Linear.apply(rows, weight) if torch.is_grad_enabled() else _by_tiles(rows, weight)  # type: ignore[no-untyped-call]
+        output = output.reshape(*x.shape[:-1], len(weight))
+        return output if bias is None else output + bias
+
+    def check(self, weight: Tensor) -> None:
+        """Raise ResourceError unless one row gives the same bits at every place of a tile, for a matrix of this shape.
+
+        Each shape is looked at once.
+        """
+        if weight.shape in self._checked:
+            return
+        row = torch.randn(1, weight.shape[1], generator=torch.Generator().manual_seed(0))
+        found = _by_tiles(row.repeat(TILE, 1), weight.detach())
+        if not torch.equal(found, found[:1].expand_as(found)):
+            raise ResourceError(
+                f"this machine's product of {TILE} x {weight.shape[1]} and {weight.shape[1]} x {len(weight)} matrices "
+                "depends on a row's place, so the deterministic mode cannot hold what it promises",
+                hint="leave --deterministic out, or use a machine whose torch is built with MKL",
+            )
+        self._checked.add(weight.shape)
 
 
 class _Linear(torch.autograd.Function):
@@ -90,25 +105,30 @@ class _Linear(torch.autograd.Function):
 
 def _by_tiles(x: Tensor, weight: Tensor) -> Tensor:
     """`[N, in]` -> `[N, out]`."""
-    count = len(x)
-    x = F.pad(x, (0, 0, 0, -count % TILE)).contiguous()
-    output = x.new_empty(len(x), len(weight))
-    columns = weight.t()
+    count, width = len(x), len(weight)
+    x = _with_rows(x, -(-count // TILE) * TILE).contiguous()
+    # MKL takes another way for narrow results, an adapter's for one, and there a row's place can matter.
+    columns = _with_rows(weight, max(width, NARROW)).t()
+    output = x.new_empty(len(x), columns.shape[1])
     for start in range(0, len(x), TILE):
         torch.mm(x[start : start + TILE], columns, out=output[start : start + TILE])
-    return output[:count]
+    return output[:count, :width]
 
 
-def _plain_forward(layer: nn.Linear, input: Tensor) -> Tensor:
+def _with_rows(x: Tensor, count: int) -> Tensor:
+    return x if len(x) == count else F.pad(x, (0, 0, 0, count - len(x)))
+
+
+def _plain_forward(layer: nn.Linear, linear: TiledLinear, input: Tensor) -> Tensor:
     return linear(input, layer.weight, layer.bias)
 
 
-def _column_forward(layer: ColumnParallelLinear, input: Tensor) -> Tensor:
+def _column_forward(layer: ColumnParallelLinear, linear: TiledLinear, input: Tensor) -> Tensor:
     output = linear(copy_to(input, layer.tp), layer.weight, layer.bias)
     return gather_from(output, layer.out_features, layer.tp) if layer.gather_output else output
 
 
-def _row_forward(layer: RowParallelLinear, input: Tensor) -> Tensor:
+def _row_forward(layer: RowParallelLinear, linear: TiledLinear, input: Tensor) -> Tensor:
     output = reduce_from(linear(input, layer.weight), layer.tp)
     return output if layer.bias is None else output + layer.bias
 
