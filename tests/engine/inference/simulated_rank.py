@@ -20,24 +20,26 @@ from harmony_core.rpc.protocol import Sampling
 VOCAB = 100
 
 
-def next_token(context: bytes, uniform: float, suppressed: Sequence[int] = ()) -> int:
-    """What follows a context (int32 tokens)."""
-    token = zlib.crc32(np.float64(uniform).tobytes(), zlib.crc32(context)) % VOCAB
+def next_token(checksum: int, uniform: float, suppressed: Sequence[int] = ()) -> int:
+    """What follows a context, given by the checksum of its int32 tokens."""
+    token = zlib.crc32(np.float64(uniform).tobytes(), checksum) % VOCAB
     while token in suppressed:
         token = (token + 1) % VOCAB
     return token
 
 
-def expected(prompt: Sequence[int], sampling: Sampling, limit: int | None = None) -> list[int]:
+def expected(prompt: Sequence[int], sampling: Sampling) -> list[int]:
     """The completion of a request, from its definition alone."""
-    tokens = list(prompt)
-    while len(tokens) - len(prompt) < min(sampling.max_tokens, limit or sampling.max_tokens):
-        uniform = uniforms([stream(sampling.seed)], [len(tokens)])[0]
-        held = sampling.stop_ids if len(tokens) - len(prompt) < sampling.min_tokens else ()
-        tokens.append(next_token(np.array(tokens, dtype=np.int32).tobytes(), uniform, held))
+    tokens: list[int] = []
+    checksum = zlib.crc32(np.array(prompt, dtype=np.int32).tobytes())
+    positions = range(len(prompt), len(prompt) + sampling.max_tokens)
+    for uniform in uniforms([stream(sampling.seed)] * len(positions), positions).tolist():
+        held = sampling.stop_ids if len(tokens) < sampling.min_tokens else ()
+        tokens.append(next_token(checksum, uniform, held))
+        checksum = zlib.crc32(np.int32(tokens[-1]).tobytes(), checksum)
         if tokens[-1] in sampling.stop_ids:
             break
-    return tokens[len(prompt) :]
+    return tokens
 
 
 class SimulatedRank:
@@ -85,7 +87,7 @@ class SimulatedRank:
         draws = Draws.unpack(plan.draws)
         rows = int32(plan.sampled)
         drawn = [
-            next_token(seen[row], uniform, plan.suppressed.get(place, ()))
+            next_token(zlib.crc32(seen[row]), uniform, plan.suppressed.get(place, ()))
             for place, (row, uniform) in enumerate(zip(rows.tolist(), draws.uniform, strict=True))
         ]
         tokens = np.array(drawn, dtype=np.int32)
