@@ -31,7 +31,6 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen2-kv1": {"family": "qwen2", "kv_heads": 1},
     "qwen3-kv1": {"family": "qwen3", "kv_heads": 1, "tied": True},
     "mistral": {"family": "mistral", "sliding_window": 6},
-    "mistral-no-window": {"family": "mistral", "sliding_window": None, "tied": True},
     "gemma3": {"family": "gemma3_text", "sliding_window": 6, "tied": True, "query_pre_attn_scalar": 9},
     "gemma3-kv1": {"family": "gemma3_text", "sliding_window": 3, "kv_heads": 1, "rope_parameters": SCALED},
 }

@@ -32,6 +32,7 @@ CONFIGURATIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "adapter": (WIDE, {"tokens": 1536, "rank": 16}),
     "tied, adapter, all layers recomputed": (TIED, {"tokens": 2048, "rank": 32, "checkpointed": 8}),
     "norms inside the heads": ({**SMALL, "family": "qwen3", "head_dim": 64}, {"tokens": 1024}),
+    "norms behind the parts too": ({**SMALL, "family": "gemma3_text", "head_dim": 64, "tied": True}, {"tokens": 1024}),
     "tied, some layers recomputed": (TIED, {"tokens": 1536, "checkpointed": 5}),
     "adapter, pages filled": (SMALL, {"tokens": 1024, "rank": 8, "kv_tokens": 32768}),
     "serving, pages filled": (WIDE, {"tokens": 4096, "kv_tokens": 8192, "serve": True}),
