@@ -37,7 +37,7 @@ class Config:
     @classmethod
     def of(cls, width: int, dtype: torch.dtype) -> Config:
         """The fixed choice for a head width: the keys and values of a block take at most 32 KiB of shared memory."""
-        return cls(block=min(64, 16384 // (triton.next_power_of_2(width) * dtype.itemsize)))
+        return cls(block=min(64, 16384 // (max(16, triton.next_power_of_2(width)) * dtype.itemsize)))
 
 
 @dataclass(frozen=True)
@@ -300,7 +300,8 @@ def paged_decode(
     assert heads % kv_heads == 0 and DECODE_SPLIT % page_size == 0 and DECODE_SPLIT % config.block == 0
     assert q.stride(2) == k.stride(2) == v.stride(2) == keys.stride(2) == values.stride(2) == table.stride(1) == 1
     group, capacity = heads // kv_heads, len(work.items)
-    width_padded = triton.next_power_of_2(width)
+    # A matrix product has at least 16 of everything.
+    width_padded = max(16, triton.next_power_of_2(width))
     _attend[(config.programs_per_sm * _multiprocessors(q.device),)](
         *(q, k, v, keys, values),
         *(table, work.items, work.totals, scratch.partial, scratch.lse),

@@ -125,7 +125,7 @@ def check_groups_of_heads(device: torch.device) -> None:
 
 
 def check_head_widths(device: torch.device) -> None:
-    for width in (16, 80, 96, 128, 256):
+    for width in (8, 80, 96, 128, 256):
         expect(make_step([3, 270], device, width=width))
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import tiny_models
-from harmony_core.engine.models.context import ForwardContext, PagedAttention, forward_context
+from harmony_core.engine.models.context import DecodeAttention, ForwardContext, PagedAttention, forward_context
 from harmony_core.engine.models.loading import load_model
 from harmony_core.engine.models.model import CausalLM
 from ranks import Group
@@ -88,5 +88,47 @@ def worst_difference(model: CausalLM, reference: Any) -> float:
             whole = reference(torch.tensor([history[s][: before[s] + count]])).logits[0]
             expected.append(whole[-count:])
         worst = max(worst, (logits - torch.cat(expected)).abs().max().item())
+        assert torch.isfinite(logits).all()
+    return worst
+
+
+@torch.no_grad()
+def worst_difference_of_decoding(model: CausalLM, reference: Any) -> float:
+    """The same of steps with all lengths on the device, two rows of padding in each; past edges of pages and splits."""
+    page_size, prompts, steps = 16, [1, 14, 15, 16, 31, 253, 1], 4
+    most = -(-(max(prompts) + steps) // page_size)
+    history = tiny_models.random_tokens([prompt + steps for prompt in prompts])
+    table = torch.randperm(most * len(prompts), generator=torch.Generator().manual_seed(2)).int() + 1
+    # Page 0 is for padding, whose row is the last one.
+    table = torch.cat([table.view(len(prompts), most), torch.zeros(1, most, dtype=torch.int32)])
+    shape = ((most * len(prompts) + 1) * page_size, model.num_kv_heads_local, model.head_dim)
+    keys, values = (
+        [torch.full(shape, torch.nan, dtype=model.dtype, device=model.device) for _ in range(model.num_layers)]
+        for _ in range(2)
+    )
+    place = [torch.arange(prompt) for prompt in prompts]
+    write = torch.cat([table[i, p // page_size].long() * page_size + p % page_size for i, p in enumerate(place)])
+    first = PagedAttention(keys, values, write.to(model.device), tuple(prompts), tuple(prompts), None)
+    prompt_tokens = torch.tensor([t for h, prompt in zip(history, prompts, strict=True) for t in h[:prompt]])
+    with forward_context(ForwardContext(first)):
+        model.hidden_states(prompt_tokens.to(model.device), torch.cat(place).to(model.device))
+    worst = 0.0
+    for step in range(steps):
+        contexts = torch.tensor([*(prompt + step + 1 for prompt in prompts), 1, 1], dtype=torch.int32)
+        rows = torch.tensor([*range(len(prompts)), len(prompts), len(prompts)], dtype=torch.int32)
+        tokens = [*(h[prompt + step] for h, prompt in zip(history, prompts, strict=True)), 3, 5]
+        layout = DecodeAttention(
+            *(keys, values, *(x.to(model.device) for x in (table, rows, contexts))), page_size=page_size, capacity=20
+        )
+        with forward_context(ForwardContext(layout)):
+            hidden = model.hidden_states(
+                torch.tensor(tokens, device=model.device), contexts.long().to(model.device) - 1
+            )
+            logits = model.logits(hidden).cpu()
+        expected = [
+            reference(torch.tensor([h[: prompt + step + 1]])).logits[0, -1]
+            for h, prompt in zip(history, prompts, strict=True)
+        ]
+        worst = max(worst, (logits[:-2] - torch.stack(expected)).abs().max().item())
         assert torch.isfinite(logits).all()
     return worst

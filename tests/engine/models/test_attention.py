@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 import tiny_models
-from harmony_core.engine.models import attention_cpu
+from engine.models import paged_cases
+from harmony_core.engine.models import attention_cpu, attention_cuda
 from harmony_core.engine.models.attention import attend
 from harmony_core.engine.models.attention_plan import group_by_length, plan_packed
 from harmony_core.engine.models.context import ForwardContext, PackedAttention, forward_context
@@ -43,6 +45,42 @@ def test_pages_equal_whole_forward_passes(
     run = "engine.models.paged_cases:against_whole_forward"
     for worst in rank_pool.run(run, ranks=tp, directories=list(directories.values()), tp=tp, dtype=dtype):
         assert max(worst) < limit, worst
+
+
+@pytest.mark.parametrize("name", ["qwen3-kv1", "qwen2-window"])
+def test_decoding_with_lengths_on_the_device_equals_whole_forward_passes(
+    directories: dict[str, str], name: str
+) -> None:
+    model = load_model(Path(directories[name]), TensorParallel.single(), CPU, torch.float64)
+    reference = tiny_models.reference(Path(directories[name]), torch.float64)
+    assert paged_cases.worst_difference_of_decoding(model, reference) < 1e-9
+
+
+def varlen_by_sequence(
+    q: Tensor, k: Tensor, v: Tensor, bounds: tuple[Tensor, Tensor], longest: tuple[int, int], scale: float, window: int
+) -> Tensor:
+    """What the flash kernels compute of sequences back to back: the last query sees the last key."""
+    assert longest == tuple(int(b.diff().max()) for b in bounds)
+    outputs = []
+    for q1, q2, k1, k2 in zip(*(edge for b in bounds for edge in (b[:-1], b[1:])), strict=True):
+        queries, keys, values = q[q1:q2].transpose(0, 1), k[k1:k2].transpose(0, 1), v[k1:k2].transpose(0, 1)
+        distance = torch.arange(k2 - k1 - (q2 - q1), k2 - k1)[:, None] - torch.arange(k2 - k1)
+        seen = (distance >= 0) & (distance < (window or 10**6))
+        outputs.append(
+            F.scaled_dot_product_attention(queries, keys, values, attn_mask=seen, scale=scale, enable_gqa=True)
+        )
+    return torch.cat(outputs, 1).transpose(0, 1)
+
+
+@pytest.mark.parametrize("name", ["qwen3-kv1", "qwen2-window"])
+def test_the_variable_length_calls_ask_for_the_right_tokens(
+    directories: dict[str, str], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The path of CUDA devices on a CPU, with the flash kernel written out."""
+    monkeypatch.setattr(attention_cuda, "applies", lambda q: True)
+    monkeypatch.setattr(attention_cuda, "_varlen", varlen_by_sequence)
+    model = load_model(Path(directories[name]), TensorParallel.single(), CPU, torch.float64)
+    assert paged_cases.worst_difference(model, tiny_models.reference(Path(directories[name]), torch.float64)) < 1e-9
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2-window", "qwen3-window"])

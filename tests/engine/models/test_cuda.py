@@ -83,3 +83,9 @@ def test_bfloat16_runs_the_flash_kernel_and_stays_near(directory: Path, monkeypa
 def test_pages_equal_whole_forward_passes(directory: Path, dtype: torch.dtype, limit: float) -> None:
     model = load(directory, "cuda", dtype)
     assert paged_cases.worst_difference(model, tiny_models.reference(directory)) < limit
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-3), (torch.bfloat16, 0.3)])
+def test_decoding_equals_whole_forward_passes(directory: Path, dtype: torch.dtype, limit: float) -> None:
+    model = load(directory, "cuda", dtype)
+    assert paged_cases.worst_difference_of_decoding(model, tiny_models.reference(directory)) < limit
