@@ -10,7 +10,7 @@ cd "$(dirname "$0")/.." || exit 1
 
 budget=full
 out=benchmarks/results
-parts="decode train loss_head memory attention_decode parity startup"
+parts=""
 limit=0
 while [ $# -gt 0 ]; do
     case "$1" in
@@ -22,14 +22,18 @@ while [ $# -gt 0 ]; do
     esac
 done
 
+if [ -z "$parts" ]; then
+    parts="decode train loss_head memory parity attention_decode"
+    [ "$budget" = full ] && parts="$parts startup cpu"
+fi
+
 python=${PYTHON:-python3}
 export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 mkdir -p "$out"
 date=$(date -u +%F)
 suffix=""
-flags=""
-[ "$budget" = quick ] && suffix="-quick" && flags="--quick"
+[ "$budget" = quick ] && suffix="-quick"
 started=$SECONDS
 failed=0
 
@@ -42,6 +46,8 @@ for part in $parts; do
         [ "$left" -lt 20 ] && { echo "=== $part: not run, no time left"; continue; }
         [ "$left" -lt "$most" ] && most=$left
     fi
+    flags=""
+    [ "$budget" = quick ] && grep -q -- '--quick' "$script" && flags="--quick"
     echo "=== $part ($budget), at $((SECONDS - started)) s, at most $most s"
     # shellcheck disable=SC2086
     timeout --signal=INT --kill-after=20 "$most" "$python" "$script" $flags --json "$out/$date-$part$suffix.json"

@@ -60,6 +60,8 @@ class Steps:
     peak_bytes: float
     micro_batch_seconds: float
     """Of a micro-batch, as the rank reports it."""
+    one_by_one: float
+    """Seconds of a step whose samples are submitted once the step before it has ended."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -100,7 +102,14 @@ async def timed_steps(run: Run, model: TrainingModel, checkpointed: int, words: 
     seconds, loss = await step_times(model, made, sizes.warm)
     peak = (await statistics(model)).get("memory_peak_allocated", 0.0)
     batches = [float(data["seconds"]) for kind, data in run.events if kind == "micro_batch"][-sizes.steps :]
-    return Steps(seconds, sizes.tokens, loss, checkpointed, peak, numbers.fmean(batches) if batches else 0.0)
+    alone = []
+    for threads in made[-2:]:
+        started = time.perf_counter()
+        await asyncio.gather(*(model.train_language_modelling(thread) for thread in threads))
+        await model.optim_step(1e-6, 0.0, 1.0)
+        alone.append(time.perf_counter() - started)
+    micro = numbers.fmean(batches) if batches else 0.0
+    return Steps(seconds, sizes.tokens, loss, checkpointed, peak, micro, min(alone))
 
 
 class Training:
@@ -139,7 +148,8 @@ class Training:
         factor = 6 if self.kind == "full" else 4
         achieved = factor * self.shape.matmul_parameters * steps.tokens_per_second / MATRIX_RATE
         note = (
-            f"{steps.seconds * 1e3:.0f} ms a step, {steps.tokens_per_second:,.0f} tok/s, "
+            f"{steps.seconds * 1e3:.0f} ms a step ({steps.one_by_one * 1e3:.0f} one by one), "
+            f"{steps.tokens_per_second:,.0f} tok/s, "
             f"{steps.checkpointed} of {self.shape.layers} layers recomputed, peak {steps.peak_bytes / 2**30:.1f} GiB"
         )
         goals = (None, None) if self.run.tiny else MFU[self.kind]
