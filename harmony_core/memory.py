@@ -119,7 +119,8 @@ def plan(shape: Shape) -> Plan:
     trained = (adapter if shape.lora else base) if shape.train else 0
     state = 2 if shape.element >= 4 else 3
     activations, workspace = _training(shape) if shape.train else (0, 0)
-    inference = _inference(shape)
+    masks = _window_masks(shape)
+    activations, inference = activations + (masks if shape.train else 0), _inference(shape) + masks
     # A training model samples and scores too, but not while it is in a micro-batch.
     workspace = max(workspace, inference - activations)
     return Plan(
@@ -141,6 +142,15 @@ def weight_elements(spec: ModelSpec, tp: int) -> int:
     attention += 2 * spec.head_dim if spec.qk_norm else 0
     layer = attention + 3 * n.d * n.i + (4 if spec.post_norms else 2) * n.d
     return spec.num_layers * layer + n.v * n.d * (1 if spec.tied else 2) + n.d
+
+
+def _window_masks(shape: Shape) -> int:
+    """Bytes of what says, on CPU, which tokens lie in each other's sliding window; all layers share it.
+
+    The most is that of one sequence which fills the micro-batch.
+    """
+    window, tokens = shape.spec.window, shape.max_batch_tokens
+    return tokens * tokens * shape.element if shape.device == "cpu" and window and tokens > window else 0
 
 
 def adapter_elements(spec: ModelSpec, lora: LoraSettings, tp: int) -> int:

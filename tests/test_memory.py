@@ -65,6 +65,17 @@ def test_cuda_takes_eighteen_bytes_a_parameter() -> None:
     assert plan(replace(FULL, dtype="float64")).optimizer == 16 * weights
 
 
+def test_four_norms_and_windows() -> None:
+    four = replace(SPEC, post_norms=True)
+    assert weight_elements(four, 2) - weight_elements(SPEC, 2) == 6 * 2 * 128
+    assert plan(replace(FULL, spec=four)).activations - plan(FULL).activations == 4096 * 6 * 2 * (2 * 128 + 1) * 4
+    for window, masks in ((512, 4096 * 4096 * 4), (4096, 0)):
+        windowed = replace(SPEC, window=window, windowed_layers=5)
+        assert plan(replace(FULL, spec=windowed)).total - plan(FULL).total == masks
+        assert plan(replace(SERVE, spec=windowed)).total - plan(SERVE).total == masks
+        assert plan(replace(FULL, spec=windowed, device="cuda")) == plan(replace(FULL, device="cuda"))
+
+
 def test_an_adapter_trains_only_itself() -> None:
     adapter = adapter_elements(SPEC, LoraSettings(), 1)
     assert adapter == 6 * 16 * sum((128 + 128, 128 + 32, 128 + 32, 128 + 128, 128 + 384, 128 + 384, 384 + 128))
