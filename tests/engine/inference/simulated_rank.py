@@ -109,7 +109,11 @@ class Loop:
 
     def turn(self) -> list[Finished]:
         """Plan a step and run it; commit what is due."""
+        moved_out = self.scheduler.statistics["preemptions"]
         plan = self.scheduler.plan()
+        assert self.scheduler.statistics["preemptions"] == moved_out or not self._flying, (
+            "moved out with work in flight"
+        )
         if plan is None:
             assert self._flying or not self.scheduler.has_work
             return self.commit() if self._flying else []

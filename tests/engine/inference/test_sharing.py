@@ -118,9 +118,10 @@ def test_what_older_weights_wrote_is_not_shared(by_version: bool) -> None:
     assert made.scheduler.pool.is_empty
 
 
-def test_a_prompt_that_was_begun_under_older_weights_is_shared_with_nobody() -> None:
+@pytest.mark.parametrize("lag", [0, 1])
+def test_a_prompt_that_was_begun_under_older_weights_is_shared_with_nobody(lag: int) -> None:
     version = [0]
-    made = loop(version=version, prefill_tokens=16)
+    made = loop(lag, version, prefill_tokens=16)
     made.scheduler.submit(1, prompt(30), sampling(6))
     made.turn()
     made.scheduler.submit(2, prompt(30), sampling(6, seed=2))
@@ -130,6 +131,14 @@ def test_a_prompt_that_was_begun_under_older_weights_is_shared_with_nobody() -> 
     assert made.scheduler.statistics["forked_requests"] == 0
     assert sum(read(made)) == 60
     assert tokens_of(done[2]) == expected(prompt(30), sampling(6, seed=2))
+    made.scheduler.submit(3, prompt(30, seed=3), sampling(6))
+    made.turn()
+    version.append(2)
+    made.rank.weights += 1
+    made.drain()
+    made.scheduler.submit(4, prompt(30, seed=3), sampling(6))
+    made.drain()
+    assert sum(read(made)) == 120
 
 
 # --- groups -----------------------------------------------------------------------------------------------------
