@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import gc
 import inspect
+import itertools
 import json
 import os
 import statistics
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -257,6 +259,51 @@ class Tasks:
         peak = torch.cuda.max_memory_allocated() if self.cuda else 0
         return {"seconds": found, "peak_bytes": peak}
 
+    def train_trl(self, directory: str, samples: list[list[int]], batch: int, steps: int) -> dict[str, Any]:
+        """Steps of TRL's SFT trainer as it is meant to be used: padded batches, its own defaults, checkpointing among them.
+
+        Without a flash-attention package it does not pack. A step takes as many samples as make whole batches.
+        """
+        from datasets import Dataset
+        from transformers import AutoTokenizer, TrainerCallback
+        from trl import SFTConfig, SFTTrainer
+
+        samples = samples[: len(samples) // batch * batch]
+        ends: list[float] = []
+        tasks = self
+
+        class Clock(TrainerCallback):
+            def on_step_end(self, *_: Any, **__: Any) -> None:
+                tasks.synchronize()
+                ends.append(time.perf_counter())
+
+        with tempfile.TemporaryDirectory() as folder:
+            config = SFTConfig(
+                output_dir=folder,
+                max_steps=steps + 1,
+                per_device_train_batch_size=batch,
+                gradient_accumulation_steps=len(samples) // batch,
+                learning_rate=1e-6,
+                max_length=None,
+                bf16=self.cuda,
+                use_cpu=not self.cuda,
+                report_to="none",
+                save_strategy="no",
+                logging_strategy="no",
+                disable_tqdm=True,
+            )
+            trainer = SFTTrainer(
+                model=self.model,
+                args=config,
+                train_dataset=Dataset.from_dict({"input_ids": samples * (steps + 1)}),
+                processing_class=AutoTokenizer.from_pretrained(directory),
+                callbacks=[Clock()],
+            )
+            trainer.train()
+        seconds = [end - start for start, end in itertools.pairwise(ends)]
+        # One pass over as many copies of the samples as there are steps: shuffled, but on average a step is one copy.
+        return {"seconds": seconds, "tokens": sum(map(len, samples)) - len(samples), "batch": batch}
+
     # --- the loss head --------------------------------------------------------------------------------------------
 
     def loss_head(self, directory: str, rows: int, repeats: int) -> dict[str, Any]:
@@ -363,14 +410,14 @@ def padded(samples: list[list[int]], device: torch.device) -> tuple[torch.Tensor
     return ids.to(device), mask.to(device), labels.to(device)
 
 
-def serve(device: str) -> None:
+def serve(device: str, kind: type[Tasks] = Tasks) -> None:
     """Answer one line after the other until the input ends."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     import transformers
 
     transformers.logging.set_verbosity_error()
-    tasks = Tasks(device)
+    tasks = kind(device)
     for line in sys.stdin:
         request = json.loads(line)
         try:

@@ -123,9 +123,9 @@ class Run:
 class Beside:
     """The process that holds torch. `call` names one of its tasks and waits."""
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, script: str = "beside.py") -> None:
         self._process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("beside.py")), device],
+            [sys.executable, str(Path(__file__).with_name(script)), device],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

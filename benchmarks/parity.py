@@ -1,0 +1,262 @@
+"""How far the log-probs of sampler and trainer are apart, and from a plain float64 forward, on live data.
+
+    python benchmarks/parity.py [--device cpu|cuda] [--quick] [--tiny] [--json FILE] [--home FOLDER]
+
+A random model whose head is scaled so that the next token has about 2 nats of entropy generates at temperature 1 for
+prompts of ragged lengths, all at once. The completions are then scored with `logprobs_per_token`, trained on for one
+step with a learning rate of 0, whose metrics report the difference too, and run through plain transformers in float64.
+On CPU float32 with and without `--deterministic`, and its cost; on CUDA bfloat16 and float32.
+
+K3 is the mean of exp(r) - 1 - r over sampled tokens, r the trainer's log-prob less the sampler's: an estimate of the KL
+divergence of the sampler's distribution from the trainer's that is never negative (Schulman, "Approximating KL
+divergence", 2020).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import math
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from common import Beside, Report, Row, Shape, Words
+from report import ROOT, machine
+from shapes import QWEN3_1B7, TINY_QWEN3, lognormal, register, write_tokenizer
+
+from harmony_core.client import EngineOptions, HarmonyClient, TrainingModel
+from harmony_core.home import Home
+from harmony_core.launch.devices import installed_devices
+from harmony_core.registry import Registry
+from harmony_core.threads import TokenizedThread
+
+SMALL = Shape("smollm2-135m", "llama", "LlamaForCausalLM", 49152, 576, 1536, 30, 9, 3, 64, False, 8192)
+ENTROPY = 2.0
+
+
+@dataclass(frozen=True)
+class Mode:
+    """One way to run the engine. `must` and `aim`: for the mean difference between sampler and trainer."""
+
+    device: str
+    dtype: str
+    deterministic: bool = False
+    must: float | None = None
+    aim: float | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.device} {self.dtype}{' deterministic' if self.deterministic else ''}"
+
+
+MODES = {
+    "cpu": (Mode("cpu", "float32", must=1e-4), Mode("cpu", "float32", deterministic=True, must=0.0)),
+    "cuda": (Mode("cuda", "bfloat16", must=0.005, aim=0.002), Mode("cuda", "float32", must=1e-4)),
+}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is generated: requests, and the medians of their log-normal lengths."""
+
+    requests: int
+    prompt: int
+    new: int
+    longest: int = 512
+
+
+SIZES = {"cpu": Sizes(16, 48, 32, 160), "cuda": Sizes(128, 160, 128)}
+QUICK = {"cpu": Sizes(8, 32, 16, 80), "cuda": Sizes(64, 96, 64, 256)}
+TRIAL = Sizes(6, 24, 12, 48)
+
+
+@dataclass
+class Found:
+    """What one mode gave: log-probs by token from both sides, the step's metrics, and seconds."""
+
+    threads: list[TokenizedThread]
+    sampled: list[float]
+    scored: list[float]
+    metrics: dict[str, float]
+    seconds: dict[str, float] = field(default_factory=dict)
+    reference: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Between two lists of log-probs, `b` less `a`."""
+
+    mean: float
+    most: float
+    k3: float
+    equal: float
+
+    @staticmethod
+    def of(a: Sequence[float], b: Sequence[float]) -> Difference:
+        assert len(a) == len(b) and a
+        by = [y - x for x, y in zip(a, b, strict=True)]
+        return Difference(
+            mean=sum(map(abs, by)) / len(by),
+            most=max(map(abs, by)),
+            k3=sum(math.expm1(r) - r for r in by) / len(by),
+            equal=sum(r == 0 for r in by) / len(by),
+        )
+
+
+async def run_mode(mode: Mode, home: Home, shape: Shape, sizes: Sizes) -> Found:
+    """Generate, score and train once through the API that recipes use."""
+    logs = Path(tempfile.mkdtemp(prefix="harmony-benchmark-logs-"))
+    options = EngineOptions(logs, "parity", num_processes=1, device=mode.device, deterministic=mode.deterministic)
+    client = HarmonyClient.start(options, Registry(home), lambda kind, data, rank: None)
+    try:
+        total = sizes.requests * 2 * sizes.longest + 1024
+        builder = client.model(shape.name, kv_cache_len=total, tokens_to_generate=sizes.longest).dtype(mode.dtype)
+        model = await builder.max_seqlen(2 * sizes.longest).spawn_train("policy", 2 * sizes.longest)
+        await use(model, shape, replace(sizes, requests=2, new=4), seed=1)  # whatever is compiled at first use
+        return await use(model, shape, sizes, seed=0)
+    except BaseException:
+        for log in sorted(logs.rglob("*.log")):
+            print(f"--- {log.name}\n{log.read_text(encoding='utf-8', errors='replace')[-3000:]}", file=sys.stderr)
+        raise
+    finally:
+        await client.aclose()
+        shutil.rmtree(logs, ignore_errors=True)
+
+
+async def use(model: TrainingModel, shape: Shape, sizes: Sizes, seed: int) -> Found:
+    """One round on a live model. The weights stay as they are."""
+    words, draw = Words(shape, seed), random.Random(seed)
+    prompts = [words.prompt(lognormal(draw, sizes.prompt, 0.6, 8, sizes.longest)) for _ in range(sizes.requests)]
+    lengths = [lognormal(draw, sizes.new, 0.6, 4, sizes.longest) for _ in prompts]
+    drawn = model.temperature(1.0)
+    started = time.perf_counter()
+    threads = list(
+        await asyncio.gather(
+            *(drawn.max_gen_len(n).generate_tokens(prompt) for prompt, n in zip(prompts, lengths, strict=True))
+        )
+    )
+    generated = time.perf_counter()
+    scored = await asyncio.gather(*(model.logprobs_per_token(thread) for thread in threads))
+    then = time.perf_counter()
+    await asyncio.gather(*(model.train_language_modelling(thread) for thread in threads))
+    metrics = await model.optim_step(0.0, 0.0, 1.0)
+    seconds = {"generate": generated - started, "score": then - generated, "train": time.perf_counter() - then}
+    sampled = [value for thread in threads for value in thread.logprobs or ()]
+    return Found(threads, sampled, [value for values in scored for value in values], metrics, seconds)
+
+
+def weighted(threads: Sequence[TokenizedThread], logprobs: Sequence[Sequence[float]]) -> list[float]:
+    """Of log-probs of every token but the first, those of the weighted tokens."""
+    return [
+        value
+        for thread, values in zip(threads, logprobs, strict=True)
+        for value, weight in zip(values, thread.token_weights[1:], strict=True)
+        if weight > 0
+    ]
+
+
+def rows_of(mode: Mode, found: Found) -> list[Row]:
+    """What a mode's table says."""
+    pair = Difference.of(found.sampled, found.scored)
+    tokens = f"{len(found.sampled)} tokens, {-sum(found.sampled) / len(found.sampled):.2f} nats each"
+    reported = {name: value for name, value in found.metrics.items() if name.startswith("sampler")}
+    note = "; ".join([tokens, *(f"{name} {value:.3g}" for name, value in reported.items())])
+    detail: dict[str, Any] = {"difference": vars(pair), "metrics": found.metrics, "seconds": found.seconds}
+    trained = reported.get("sampler_logprob_diff_mean", pair.mean)
+    rows = [
+        Row(
+            f"{mode.name}: sampler and trainer, mean", trained, mode.must, mode.aim, most=True, note=note, detail=detail
+        ),
+        Row(f"{mode.name}: sampler and scorer, mean", pair.mean, note=f"equal bits: {pair.equal:.1%}"),
+        Row(f"{mode.name}: sampler and scorer, largest", pair.most, 0.0 if mode.deterministic else None, most=True),
+        Row(f"{mode.name}: K3 of sampler from scorer", pair.k3),
+    ]
+    for side, values in (("sampler", found.sampled), ("scorer", found.scored)):
+        apart = Difference.of(found.reference, values)
+        rows.append(
+            Row(
+                f"{mode.name}: {side} and float64, mean",
+                apart.mean,
+                note=f"largest {apart.most:.3g}",
+                detail=vars(apart),
+            )
+        )
+    return rows
+
+
+def cost(found: dict[Mode, Found]) -> list[Row]:
+    """What the deterministic mode takes."""
+    plain, slow = (next((f for m, f in found.items() if m.deterministic == mode), None) for mode in (False, True))
+    if plain is None or slow is None:
+        return []
+    assert len(plain.sampled) and len(slow.sampled)
+    rows = []
+    for part in ("generate", "score", "train"):
+        speeds = [len(f.sampled) / f.seconds[part] for f in (plain, slow)]
+        note = f"{speeds[0]:,.0f} and {speeds[1]:,.0f} completion tokens/s"
+        rows.append(Row(f"time to {part}, deterministic over default", speeds[0] / speeds[1], note=note))
+    return rows
+
+
+def measure(chosen: argparse.Namespace, report: Report, beside: Beside, home: Home) -> None:
+    """Every mode of the device."""
+    device = chosen.device
+    shape = TINY_QWEN3 if chosen.tiny else SMALL if device == "cpu" else QWEN3_1B7
+    shape = replace(shape, name=f"{shape.name}-parity", tied=False)
+    sizes = TRIAL if chosen.tiny else (QUICK if chosen.quick else SIZES)[device]
+    directory = home.path / "weights" / shape.name
+    write_tokenizer(shape, directory)
+    words = Words(shape, 2)
+    prompts = [words.ids(64) for _ in range(4)]
+    scaled = beside.call(
+        "write_with_entropy", directory=str(directory), shape=vars(shape), sequences=prompts, entropy=ENTROPY
+    )
+    register(home, shape, directory)
+    report.say(f"{shape.name}: head scaled by {scaled['scale']:.2f}")
+    report.machine |= {"device": device, "shape": shape.name, "head_scale": scaled["scale"]}
+    found: dict[Mode, Found] = {}
+    for mode in MODES[device]:
+        report.say(f"{mode.name} ...")
+        made = asyncio.run(run_mode(mode, home, shape, sizes))
+        answer = beside.call("logprobs", directory=str(directory), sequences=[t.token_ids for t in made.threads])
+        made.reference = weighted(made.threads, answer["logprobs"])
+        found[mode] = made
+        for row in rows_of(mode, made):
+            report.add(row)
+    for row in cost(found):
+        report.add(row)
+    report.finish()
+
+
+def main() -> None:
+    """Measure, print the table, write the JSON."""
+    parser = argparse.ArgumentParser(prog="benchmarks/parity.py")
+    parser.add_argument("--device", choices=[*MODES], help="default: cuda where there is one")
+    parser.add_argument("--quick", action="store_true", help="fewer and shorter requests")
+    parser.add_argument("--tiny", action="store_true", help="the same code with a tiny model")
+    parser.add_argument("--json", type=Path, help="where to write the rows (default: benchmarks/results/)")
+    parser.add_argument("--home", type=Path, help="where the model is written (default: a temporary folder)")
+    chosen = parser.parse_args()
+    chosen.device = chosen.device or ("cuda" if installed_devices() and not chosen.tiny else "cpu")
+    path = chosen.json
+    if path is None and not chosen.tiny:
+        path = ROOT / "benchmarks" / "results" / f"{datetime.now(UTC):%Y-%m-%d}-parity-{chosen.device}.json"
+    with ExitStack() as stack:
+        if chosen.home is None:
+            chosen.home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="harmony-benchmarks-")))
+        beside = Beside(chosen.device, "reference.py")
+        stack.callback(beside.close)
+        measure(chosen, Report("parity", path, machine()), beside, Home.open(chosen.home))
+
+
+if __name__ == "__main__":
+    main()
