@@ -187,14 +187,16 @@ class InferenceModel:
             seed=seed,
             stop_ids=tuple(sorted(live.tokenizer.stop_ids)),
         )
-        replica = live.least_busy()
-        message = Generate(model=live.name, replica=replica, tokens=pack_ints(prompt), sampling=sampling)
-        request = live.post(replica, message, len(prompt) + sampling.max_tokens)
-        try:
-            answer = await asyncio.shield(request.future)
-        except asyncio.CancelledError:
-            request.cancel()
-            raise
+        async with live.generating:
+            live.require_live()
+            replica = live.least_busy()
+            message = Generate(model=live.name, replica=replica, tokens=pack_ints(prompt), sampling=sampling)
+            request = live.post(replica, message, len(prompt) + sampling.max_tokens)
+            try:
+                answer = await asyncio.shield(request.future)
+            except asyncio.CancelledError:
+                request.cancel()
+                raise
         assert isinstance(answer, Generated)
         return answer
 

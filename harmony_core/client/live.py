@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 MAX_UNANSWERED = 8
 """Micro-batches per replica that may wait on the ranks before `train_*` makes its caller wait."""
 
+MAX_GENERATING = 4096
+"""Generations per replica that the ranks know of; the others wait in the driver, in the order of their calls."""
+
 
 class DryRunEnded(Exception):
     """A dry run came to the first call that needs a rank. `where` is the caller's file:line."""
@@ -86,6 +89,8 @@ class LiveModel:
         self.placement = placement
         self.replicas = engine.world_size // placement.tp
         self.step = 0
+        self.generating = asyncio.Semaphore(MAX_GENERATING * self.replicas)
+        """Held by each generation that is under way on the ranks."""
         self.pending = PendingStep(SampleQueue(placement.max_batch_tokens, self.replicas))
         self._tokenizer = tokenizer
         self._outstanding = [0] * self.replicas

@@ -12,7 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from engines import LiveEngine, pair
 from harmony_core.client import InferenceModel
+from harmony_core.client.engine import Request
 from harmony_core.errors import ConflictError, DataError, ModelRefused, NotFoundError, PromptTooLong, UsageError
+from harmony_core.rpc.protocol import Generate, Message
 from harmony_core.threads import StringThread
 from tiny_models import golden
 
@@ -120,6 +122,50 @@ def test_a_thousand_requests_with_random_cancels_leave_the_pool_empty(one_rank: 
         await model.dealloc()
 
     one_rank.run(work())
+
+
+def test_what_exceeds_the_cap_waits_in_order_and_draws_the_same(
+    one_rank: LiveEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = [question(f"number {i}") for i in range(12)]
+
+    async def tokens(cap: int) -> list[list[int]]:
+        monkeypatch.setattr("harmony_core.client.live.MAX_GENERATING", cap)
+        model = (await spawn(one_rank, "capped")).max_gen_len(6)
+        live = model._live
+        posted: list[int] = []
+        widest = 0
+        post = live.post
+
+        def counted(replica: int, message: Generate, cost: int) -> Request:
+            nonlocal widest
+            request = post(replica, message, cost)
+            posted.append(message.sampling.seed)
+            under_way.add(request.future)
+            request.future.add_done_callback(under_way.discard)
+            widest = max(widest, len(under_way))
+            return request
+
+        under_way: set[asyncio.Future[Message]] = set()
+        monkeypatch.setattr(live, "post", counted)
+        tasks = [asyncio.ensure_future(model.generate_tokens(q)) for q in asked]
+        late = asyncio.ensure_future(model.generate_tokens(asked[0]))
+        await asyncio.sleep(0)
+        late.cancel()
+        result = [thread.token_ids for thread in await asyncio.gather(*tasks)]
+        assert widest == min(cap, len(asked)) or (cap > len(asked) and widest == len(asked) + 1)
+        assert len(posted) == len(asked) + (cap > len(asked)), "one was cancelled while it waited"
+        with pytest.raises(asyncio.CancelledError):
+            await late
+        waiting = [asyncio.ensure_future(model.generate_tokens(q)) for q in asked]
+        await asyncio.sleep(0)
+        await model.dealloc()
+        ended = await asyncio.gather(*waiting, return_exceptions=True)
+        assert len(ended) == len(asked) and isinstance(ended[-1], ConflictError)
+        return result
+
+    free = one_rank.run(tokens(4096))
+    assert one_rank.run(tokens(2)) == free
 
 
 def test_limits_of_length(one_rank: LiveEngine) -> None:
