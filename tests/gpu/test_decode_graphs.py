@@ -11,7 +11,9 @@ import pytest
 import torch
 
 import tiny_models
-from harmony_core.engine.inference.draws import Draws
+from engine.kernels import sampling_cases
+from harmony_core.engine.inference.draws import FILTERED, PLAIN, Draws
+from harmony_core.engine.inference.draws import GREEDY as GREEDY_TAIL
 from harmony_core.engine.inference.graphs import DecodeGraphs
 from harmony_core.engine.inference.runner import Runner
 from harmony_core.engine.inference.sampler import sample
@@ -145,6 +147,17 @@ def test_tails_of_all_settings_draw_what_the_cpu_draws_from_the_same_logits(tmp_
         assert tokens_of(result) == expected.tokens.tolist()
         np.testing.assert_allclose(float64(result.logprobs), expected.logprobs.numpy(), atol=1e-5)
         np.testing.assert_allclose(float64(result.sampled_logprobs), expected.sampled_logprobs.numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", sampling_cases.CHECKS)
+def test_draws_by_kernels(name: str) -> None:
+    sampling_cases.CHECKS[name](DEVICE)
+
+
+@pytest.mark.parametrize("vocab", [128256, 151936])
+@pytest.mark.parametrize("tail", [GREEDY_TAIL, PLAIN, FILTERED])
+def test_draws_by_kernels_from_a_large_vocabulary(vocab: int, tail: int) -> None:
+    sampling_cases.check(vocab, tail, DEVICE, repeats=3)
 
 
 def test_rows_that_are_no_distribution_are_reported_and_feed_a_token_all_the_same(tmp_path: Path) -> None:

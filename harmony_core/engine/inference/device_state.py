@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from harmony_core.engine.inference.draws import FILTERED, GREEDY
 from harmony_core.engine.inference.kv_cache import KVCache
 from harmony_core.engine.inference.sampler import Sampled, Settings, draw, put, suppress
 from harmony_core.engine.inference.staging import ROW_BYTES, Padding, Rows, Staging
@@ -109,9 +110,15 @@ class DeviceState:
     def draw(self, n: int, tail: int, suppressed: dict[int, list[int]] | None = None) -> None:
         """Draw a token for each of n rows from its logits; `tail` is the dearest kind among them."""
         rows, raw = self.rows(n), self.logits[:n]
+        outputs = self._outputs[: 3 * n].view(3, n)
+        if raw.is_cuda and raw.dtype == torch.float32 and not suppressed:
+            from harmony_core.engine.kernels.sampling import draw_tokens
+
+            warm, filtered = tail != GREEDY, tail == FILTERED
+            draw_tokens(raw, rows.draws, rows.slots, self.last, outputs, warm=warm, filtered=filtered)
+            return
         allowed = suppress(raw, suppressed) if suppressed else raw
         drawn: Sampled = draw(allowed, Settings.on_device(rows.draws), tail, raw)
-        outputs = self._outputs[: 3 * n].view(3, n)
         outputs[0] = drawn.tokens
         outputs[1] = drawn.logprobs
         outputs[2] = drawn.sampled_logprobs

@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +32,17 @@ interpreter._patch_lang_tensor = _patch_with_index
 
 
 def main() -> None:
-    from engine.kernels.decode_steps import CHECKS
+    from engine.kernels import decode_steps, sampling_cases
 
+    checks: dict[str, Callable[[torch.device], None]] = {**decode_steps.CHECKS, **sampling_cases.CHECKS}
     wrong = {}
-    for seed, (name, check) in enumerate(CHECKS.items()):
+    for seed, (name, check) in enumerate(checks.items()):
         torch.manual_seed(seed)
         try:
             check(torch.device("cpu"))
         except Exception:
             wrong[name] = traceback.format_exc()
-    print(json.dumps({"ran": list(CHECKS), "wrong": wrong}))
+    print(json.dumps({"ran": list(checks), "wrong": wrong}))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import pytest
 if sys.platform != "linux":
     pytest.skip("there is no Triton for this system", allow_module_level=True)
 
-from engine.kernels.decode_steps import CHECKS
+from engine.kernels import decode_steps, sampling_cases
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def outcome() -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.parametrize("name", [*decode_steps.CHECKS, *sampling_cases.CHECKS])
 def test_interpreted(outcome: dict[str, Any], name: str) -> None:
     assert name in outcome["ran"]
     assert name not in outcome["wrong"], outcome["wrong"][name]

@@ -1,0 +1,278 @@
+"""Drawing tokens in two passes over the logits: one sums up every chunk of a row, one finds the id.
+
+The algorithm is that of `inference.sampler`: inverse CDF over ids at a given number, sums in float64, equal logits
+kept or dropped together; results differ from it by rounding only. top-k and top-p need no sorting: the lowest logit
+they keep is found four bits at a time. N rows, V ids, C chunks of a row.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_CHUNK = 4096
+_BLOCK = 256
+"""Ids whose weights are summed before any of them is looked at; a part of a chunk."""
+_TILE = 512
+
+
+@triton.jit
+def _divide(x: tl.tensor, y: tl.tensor) -> tl.tensor:
+    return tl.math.div_rn(x, y)
+
+
+@triton.jit
+def _heat(temperature: tl.tensor, row: tl.tensor) -> tl.tensor:
+    # The sampler's coldest temperature.
+    return tl.maximum(tl.load(temperature + row), 1e-30).to(tl.float32)
+
+
+@triton.jit
+def _summarise(
+    logits: tl.tensor,
+    temperature: tl.tensor,
+    tops: tl.tensor,
+    floors: tl.tensor,
+    maxima: tl.tensor,
+    ids: tl.tensor,
+    raw: tl.tensor,
+    sums: tl.tensor,
+    stride: int,
+    size: int,
+    DRAWS: tl.constexpr,
+    FILTERED: tl.constexpr,
+    SCORES: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    row = tl.program_id(0).to(tl.int64)
+    chunk = tl.program_id(1)
+    place = row * tl.num_programs(1) + chunk
+    part = tl.arange(0, CHUNK // BLOCK)
+    index = chunk * CHUNK + part[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    x = tl.load(logits + row * stride + index, mask=index < size, other=-float("inf"))
+    top = tl.max(tl.max(x, 1), 0)
+    # Of a chunk that is all minus infinity the weights are 0, not what comes of subtracting it from itself.
+    base = tl.where(top == -float("inf"), 0.0, top)
+    if SCORES:
+        tl.store(maxima + place, top)
+        tl.store(ids + place, tl.min(tl.min(tl.where(x == top, index, size), 1), 0))
+        tl.store(raw + place, tl.sum(tl.sum(tl.exp(x - base).to(tl.float64), 1), 0))
+    if DRAWS:
+        heat = _heat(temperature, row)
+        if FILTERED:
+            scaled = _divide(x - tl.load(tops + row), heat)
+            weights = tl.where(scaled < tl.load(floors + row), 0.0, tl.exp(scaled))
+        else:
+            weights = tl.exp(_divide(x - base, heat))
+        tl.store(sums + place * (CHUNK // BLOCK) + part, tl.sum(weights.to(tl.float64), 1))
+
+
+@triton.jit
+def _pick(
+    logits: tl.tensor,
+    temperature: tl.tensor,
+    uniform: tl.tensor,
+    floors: tl.tensor,
+    maxima: tl.tensor,
+    ids: tl.tensor,
+    raw: tl.tensor,
+    sums: tl.tensor,
+    slots: tl.tensor,
+    last: tl.tensor,
+    outputs: tl.tensor,
+    stride: int,
+    size: int,
+    chunks: int,
+    DRAWS: tl.constexpr,
+    FILTERED: tl.constexpr,
+    CHUNKS_PADDED: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    row = tl.program_id(0).to(tl.int64)
+    values = logits + row * stride
+    chunk = tl.arange(0, CHUNKS_PADDED)
+    known = chunk < chunks
+    highest = tl.load(maxima + row * chunks + chunk, mask=known, other=-float("inf"))
+    top = tl.max(highest, 0)
+    best = tl.load(ids + row * chunks + chunk, mask=known, other=size)
+    token = tl.minimum(tl.min(tl.where(highest == top, best, size), 0), size - 1)
+    mass = tl.load(raw + row * chunks + chunk, mask=known, other=0.0)
+    total_raw = tl.sum(mass * tl.exp(highest - top).to(tl.float64), 0)
+    # Zero, unless the row holds something that is not a number.
+    processed = total_raw - total_raw
+    if DRAWS:
+        heat = _heat(temperature, row)
+        block = tl.arange(0, CHUNKS_PADDED * PARTS)
+        real = block < chunks * PARTS
+        weight = tl.load(sums + row * chunks * PARTS + block, mask=real, other=0.0)
+        base = tl.load(maxima + row * chunks + block // PARTS, mask=real, other=-float("inf"))
+        if not FILTERED:
+            weight = weight * tl.exp(_divide(base - top, heat)).to(tl.float64)
+        ends = tl.cumsum(weight, 0)
+        total = tl.sum(tl.where(block == chunks * PARTS - 1, ends, 0.0), 0)
+        target = tl.load(uniform + row) * total
+        found = tl.minimum(tl.sum((real & (ends <= target)).to(tl.int32), 0), chunks * PARTS - 1)
+        start = tl.sum(tl.where(block == found - 1, ends, 0.0), 0)
+        lane = tl.arange(0, BLOCK)
+        x = tl.load(values + found * BLOCK + lane, mask=found * BLOCK + lane < size, other=-float("inf"))
+        if FILTERED:
+            scaled = _divide(x - top, heat)
+            inside = tl.where(scaled < tl.load(floors + row), 0.0, tl.exp(scaled)).to(tl.float64)
+        else:
+            mine = tl.sum(tl.where(block == found, base, 0.0), 0)
+            share = tl.exp(_divide(mine - top, heat)).to(tl.float64)
+            inside = tl.exp(_divide(x - tl.where(mine == -float("inf"), 0.0, mine), heat)).to(tl.float64) * share
+        inside = tl.cumsum(inside, 0)
+        whole = tl.sum(tl.where(lane == BLOCK - 1, inside, 0.0), 0)
+        # The two sums of a block may differ in the last bit: never step over its last id.
+        place = tl.sum((inside <= target - start).to(tl.int32), 0)
+        place = tl.minimum(place, tl.sum((inside < whole).to(tl.int32), 0))
+        drawn = tl.minimum(found * BLOCK + place, size - 1)
+        logprob = _divide(tl.load(values + drawn) - top, heat).to(tl.float64) - tl.log(total)
+        warm = tl.load(temperature + row) != 0
+        token = tl.where(warm, drawn, token)
+        processed = tl.where(warm, logprob, processed)
+    rows = tl.num_programs(0)
+    tl.store(outputs + row, token.to(tl.float64))
+    tl.store(outputs + rows + row, (tl.load(values + token) - top).to(tl.float64) - tl.log(total_raw))
+    tl.store(outputs + 2 * rows + row, processed)
+    tl.store(last + tl.load(slots + row), token.to(tl.int64))
+
+
+@triton.jit
+def _keys(values: tl.tensor, start: int, size: int, top: tl.tensor, heat: tl.tensor, TILE: tl.constexpr) -> tl.tensor:
+    """Numbers that grow as logits fall: the bits of how far each lies below the row's maximum."""
+    index = start + tl.arange(0, TILE)
+    x = tl.load(values + index, mask=index < size, other=-float("inf"))
+    scaled = _divide(x - top, heat)
+    return tl.abs(scaled).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _search(
+    values: tl.tensor,
+    size: int,
+    top: tl.tensor,
+    heat: tl.tensor,
+    limit: tl.tensor,
+    needed: tl.tensor,
+    MASS: tl.constexpr,
+    TILE: tl.constexpr,
+) -> tl.tensor:
+    """The lowest key up to which there are `needed` ids, or mass of those whose key is at most `limit`."""
+    digit = tl.arange(0, 16)
+    found = limit * 0
+    for turn in tl.static_range(8):
+        shift: tl.constexpr = 28 - 4 * turn
+        counts = tl.zeros((16, TILE), tl.float64)
+        for start in range(0, size, TILE):
+            key = _keys(values, start, size, top, heat, TILE)
+            inside = key <= limit
+            if turn > 0:
+                inside = inside & ((key >> (shift + 4)) == (found >> (shift + 4)))
+            if tl.max(inside.to(tl.int32), 0) > 0:
+                mine = ((key >> shift) & 15)[None, :] == digit[:, None]
+                amount = tl.where(inside, 1.0, 0.0).to(tl.float64)
+                if MASS:
+                    amount = tl.where(inside, tl.exp(-key.to(tl.float32, bitcast=True)), 0.0).to(tl.float64)
+                counts += tl.where(mine, amount[None, :], 0.0)
+        ends = tl.cumsum(tl.sum(counts, 1), 0)
+        step = tl.minimum(tl.sum((ends < needed).to(tl.int32), 0), 15)
+        needed = needed - tl.sum(tl.where(digit == step - 1, ends, 0.0), 0)
+        found = found | (step << shift)
+    return found
+
+
+@triton.jit
+def _find_floors(
+    logits: tl.tensor,
+    temperature: tl.tensor,
+    top_k: tl.tensor,
+    top_p: tl.tensor,
+    min_p: tl.tensor,
+    maxima: tl.tensor,
+    tops: tl.tensor,
+    floors: tl.tensor,
+    stride: int,
+    size: int,
+    chunks: int,
+    CHUNKS_PADDED: tl.constexpr,
+    TILE: tl.constexpr,
+) -> None:
+    row = tl.program_id(0).to(tl.int64)
+    values = logits + row * stride
+    chunk = tl.arange(0, CHUNKS_PADDED)
+    top = tl.max(tl.load(maxima + row * chunks + chunk, mask=chunk < chunks, other=-float("inf")), 0)
+    heat = _heat(temperature, row)
+    count = tl.load(top_k + row)
+    share = tl.load(top_p + row)
+    # Infinity: nothing is too low.
+    limit = tl.full((), 0x7F800000, tl.int32)
+    if count > 0:
+        needed = tl.minimum(count, size)
+        limit = tl.minimum(limit, _search(values, size, top, heat, limit, needed, False, TILE))
+    if share < 1:
+        masses = tl.zeros((TILE,), tl.float64)
+        for start in range(0, size, TILE):
+            key = _keys(values, start, size, top, heat, TILE)
+            masses += tl.where(key <= limit, tl.exp(-key.to(tl.float32, bitcast=True)), 0.0).to(tl.float64)
+        needed = share * tl.sum(masses, 0)
+        limit = tl.minimum(limit, _search(values, size, top, heat, limit, needed, True, TILE))
+    floor = -limit.to(tl.float32, bitcast=True)
+    tl.store(floors + row, tl.maximum(floor, tl.log(tl.load(min_p + row)).to(tl.float32)))
+    tl.store(tops + row, top)
+
+
+def draw_tokens(
+    logits: Tensor, draws: Tensor, slots: Tensor, last: Tensor, outputs: Tensor, *, warm: bool, filtered: bool
+) -> None:
+    """Draw a token for each row: `outputs` `[3, N]` float64 are ids, raw and processed log-probs, `last[slots]` ids.
+
+    `logits` `[N, V]` float32; `draws` `[6, N]` float64 as in `inference.draws`; `slots` `[N]` int64. `warm`: some
+    temperature is not 0; `filtered`: some row has top-k, top-p or min-p.
+    """
+    rows, size = logits.shape
+    assert logits.stride(1) == 1 and draws.is_contiguous() and outputs.is_contiguous()
+    chunks, device = triton.cdiv(size, _CHUNK), logits.device
+    maxima = torch.empty((rows, chunks), dtype=torch.float32, device=device)
+    ids = torch.empty((rows, chunks), dtype=torch.int32, device=device)
+    raw = torch.empty((rows, chunks), dtype=torch.float64, device=device)
+    sums = torch.empty((rows, chunks * (_CHUNK // _BLOCK)), dtype=torch.float64, device=device)
+    floors, tops = torch.empty((2, rows), dtype=torch.float32, device=device)
+    temperature, top_k, top_p, min_p, uniform = draws[1:].unbind(0)
+    padded = triton.next_power_of_2(chunks)
+    sizes = (logits.stride(0), size)
+
+    def summarise(draws: bool, filtered: bool, scores: bool) -> None:
+        _summarise[(rows, chunks)](
+            *(logits, temperature, tops, floors, maxima, ids, raw, sums, *sizes),
+            DRAWS=draws,
+            FILTERED=filtered,
+            SCORES=scores,
+            CHUNK=_CHUNK,
+            BLOCK=_BLOCK,
+            num_warps=8,
+        )
+
+    summarise(warm and not filtered, False, True)
+    if filtered:
+        _find_floors[(rows,)](
+            *(logits, temperature, top_k, top_p, min_p, maxima, tops, floors, *sizes, chunks),
+            CHUNKS_PADDED=padded,
+            TILE=_TILE,
+            num_warps=8,
+        )
+        summarise(True, True, False)
+    _pick[(rows,)](
+        *(logits, temperature, uniform, floors, maxima, ids, raw, sums, slots, last, outputs, *sizes, chunks),
+        DRAWS=warm or filtered,
+        FILTERED=filtered,
+        CHUNKS_PADDED=padded,
+        PARTS=_CHUNK // _BLOCK,
+        BLOCK=_BLOCK,
+        num_warps=4,
+    )

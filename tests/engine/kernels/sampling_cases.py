@@ -1,0 +1,99 @@
+"""Drawing by kernels against the sampler: mixed settings, chunk edges, ties, rows that are no distribution."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from harmony_core.engine.inference.draws import FILTERED, GREEDY, PLAIN, Draws, Setting
+from harmony_core.engine.inference.sampler import sample
+from harmony_core.rpc.protocol import Sampling
+
+KINDS: dict[int, list[Sampling]] = {
+    GREEDY: [Sampling(temperature=0.0)],
+    PLAIN: [
+        Sampling(temperature=1.0),
+        Sampling(temperature=0.6),
+        Sampling(temperature=2.0),
+        Sampling(temperature=1e-40),
+    ],
+    FILTERED: [
+        Sampling(temperature=1.0, top_k=1),
+        Sampling(temperature=1.0, top_k=20),
+        Sampling(temperature=1.3, top_p=0.9),
+        Sampling(temperature=0.7, top_p=0.5, top_k=50),
+        Sampling(temperature=1.0, min_p=0.1),
+        Sampling(temperature=1.0, top_k=100000, top_p=0.95, min_p=0.001),
+        Sampling(temperature=1.0, top_p=1e-9),
+    ],
+}
+
+
+def kernel_draw(logits: Tensor, draws: Draws, tail: int) -> tuple[Tensor, Tensor]:
+    """Outputs `[3, N]` and the last tokens of the slots, both poisoned before."""
+    from harmony_core.engine.kernels.sampling import draw_tokens
+
+    rows, device = len(logits), logits.device
+    matrix = np.stack([draws.kind, draws.temperature, draws.top_k, draws.top_p, draws.min_p, draws.uniform])
+    slots = torch.randperm(rows + 3, device=device)[:rows]
+    last = torch.full((rows + 3,), -1, dtype=torch.long, device=device)
+    outputs = torch.full((3, rows), float("nan"), dtype=torch.float64, device=device)
+    settings = torch.from_numpy(matrix).to(device)
+    draw_tokens(logits, settings, slots, last, outputs, warm=tail != GREEDY, filtered=tail == FILTERED)
+    return outputs.cpu(), last[slots].cpu()
+
+
+def settings_up_to(tail: int) -> list[Sampling]:
+    return [sampling for kind, group in KINDS.items() if kind <= tail for sampling in group]
+
+
+def draws_of(samplings: list[Sampling], numbers: np.ndarray[Any, Any]) -> Draws:
+    return Draws.unpack(Draws.pack([Setting.of(sampling) for sampling in samplings], numbers))
+
+
+def check(vocab: int, tail: int, device: torch.device, repeats: int = 1) -> None:
+    samplings = settings_up_to(tail) * repeats
+    rows = len(samplings)
+    random = np.random.default_rng(vocab + tail)
+    logits = torch.randn(rows, vocab, generator=torch.Generator().manual_seed(vocab)) * 3
+    logits[0, : vocab // 2] = 2.5
+    logits[-1, vocab // 3 :] = float("-inf")
+    logits[rows // 2, 0] = float("-inf")
+    numbers = random.random(rows)
+    numbers[0], numbers[-1] = 0.0, 1 - 2.0**-53
+    draws = draws_of(samplings, numbers)
+    expected = sample(logits, draws)
+    outputs, last = kernel_draw(logits.to(device), draws, tail)
+    assert outputs[0].long().tolist() == expected.tokens.tolist() == last.tolist(), (vocab, tail)
+    torch.testing.assert_close(outputs[1], expected.logprobs.double(), atol=2e-5, rtol=1e-6)
+    torch.testing.assert_close(outputs[2], expected.sampled_logprobs.double(), atol=2e-5, rtol=1e-6)
+
+
+def check_no_distribution(vocab: int, device: torch.device) -> None:
+    for bad in (float("nan"), float("inf")):
+        for tail in KINDS:
+            samplings = settings_up_to(tail)
+            draws = draws_of(samplings, np.full(len(samplings), 0.5))
+            logits = torch.randn(len(samplings), vocab, generator=torch.Generator().manual_seed(1))
+            healthy, _ = kernel_draw(logits.to(device), draws, tail)
+            logits[0, 17] = bad
+            logits[-1] = bad
+            outputs, last = kernel_draw(logits.to(device), draws, tail)
+            spoilt = sorted({0, len(samplings) - 1})
+            assert not outputs[1:, spoilt].isfinite().any(), (bad, tail)
+            assert int(last.min()) >= 0 and int(last.max()) < vocab
+            rest = [row for row in range(len(samplings)) if row not in spoilt]
+            assert torch.equal(outputs[:, rest], healthy[:, rest])
+
+
+CHECKS = {
+    "a draw, greedy": lambda device: check(5000, GREEDY, device),
+    "a draw, plain": lambda device: check(9001, PLAIN, device),
+    "a draw, filtered": lambda device: check(4500, FILTERED, device),
+    "a draw from a small vocabulary": lambda device: check(67, FILTERED, device),
+    "a draw from whole chunks": lambda device: check(8192, PLAIN, device),
+    "a draw from rows that are no distribution": lambda device: check_no_distribution(300, device),
+}
