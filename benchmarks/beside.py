@@ -85,7 +85,8 @@ class Tasks:
                 return torch.ones(size, dtype=torch.bfloat16)
             made = torch.empty(size, dtype=self.dtype, device=self.device).normal_(0.0, STD, generator=generator)
             if name.endswith(("embed_tokens.weight", "lm_head.weight")):
-                made[:SPECIAL_ROWS] = 0
+                # Not zero: behind a row of zeros every norm multiplies gradients by 300, and deep models overflow.
+                made[:SPECIAL_ROWS] *= 0.01
             return made.to(torch.bfloat16).cpu()
 
         total = 0

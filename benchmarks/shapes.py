@@ -1,8 +1,8 @@
 """Models of named shapes with random weights, and prompts of an exact number of tokens for them. No torch here.
 
 The tokenizer has one token for each word "w123", as many as the shape's vocabulary, so that prompts use all of the
-embedding and a thread of n words has a known length. The rows of its special tokens are zero in embedding and head: a
-greedy completion never ends early, because a logit of exactly 0 is never the largest of a hundred thousand.
+embedding and a thread of n words has a known length. The rows of its special tokens are close to zero in embedding and
+head: a greedy completion never ends early, because a logit of almost 0 is never the largest of a hundred thousand.
 """
 
 from __future__ import annotations
