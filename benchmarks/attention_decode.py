@@ -56,8 +56,8 @@ OTHERS = [
 ALTERNATIVES = [
     Config(*numbers)
     for numbers in (
-        (64, 4, 3, 3), (64, 4, 3, 2), (64, 4, 2, 3), (64, 4, 4, 2), (64, 8, 3, 2), (64, 8, 3, 3), (64, 2, 3, 3),
-        (32, 4, 4, 4), (32, 4, 3, 4), (32, 4, 6, 3), (32, 2, 4, 4), (128, 4, 2, 2), (128, 8, 2, 2), (128, 8, 3, 1),
+        (64, 4, 3, 3, False), (64, 4, 3, 3), (64, 4, 3, 2), (64, 4, 2, 3), (64, 4, 4, 2), (64, 8, 3, 2), (64, 8, 3, 3),
+        (64, 2, 3, 3), (32, 4, 4, 4), (32, 4, 3, 4), (32, 4, 6, 3), (32, 2, 4, 4), (128, 4, 2, 2), (128, 8, 2, 2),
     )
 ]  # fmt: skip
 
@@ -84,7 +84,7 @@ class Layers:
         self.q = torch.randn(case.rows, case.heads, case.width, device=device, dtype=dtype)
         self.k, self.v = torch.randn(2, case.rows, case.kv_heads, case.width, device=device, dtype=dtype)
         self.capacity = int((-(-contexts // paged_decode.DECODE_SPLIT)).sum())
-        self.scratch = paged_decode.make_scratch(self.capacity, case.heads, case.width, device)
+        self.scratch = paged_decode.make_scratch(self.capacity, self.q, self.k)
         self.scale = case.width**-0.5
 
     def list_work(self) -> paged_decode.WorkList:
@@ -167,7 +167,7 @@ def parts(layers: Layers) -> dict[str, float]:
 def report(case: Case, layers: Layers, bandwidth: float, configs: list[Config | None]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for config in configs:
-        cut = "engine's" if config is None else "/".join(str(n) for n in asdict(config).values())
+        cut = "engine's" if config is None else "/".join(str(int(n)) for n in asdict(config).values())
         row: dict[str, Any] = {"case": case.name, "config": cut}
         try:
             row["error"] = layers.error(config) if layers.bytes < 2e9 else None
@@ -199,7 +199,7 @@ def main() -> None:
         print(f"error {layers.error(None):.1e}")
         return
     bandwidth = copy_bandwidth()
-    print(f"copy bandwidth {bandwidth / 1e9:.0f} GB/s; block/warps/stages/programs per multiprocessor")
+    print(f"copy bandwidth {bandwidth / 1e9:.0f} GB/s; block/warps/stages/programs per multiprocessor/fused")
     rows, totals = [], dict[str, list[float]]()
     for case in [*CASES, *OTHERS]:
         layers = Layers(case, torch.device("cuda"), torch.bfloat16)

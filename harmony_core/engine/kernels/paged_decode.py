@@ -2,7 +2,8 @@
 
 A context is cut into splits of `DECODE_SPLIT` tokens at multiples of it, whatever else is in the batch, so a row's
 bits never depend on its neighbours. A step's (row, split) items are listed once on the device and shared by all layers;
-a fixed number of programs walks the list for each key-value head; a second kernel combines the splits of a row.
+a fixed number of programs walks the list for each key-value head. Which of a row's programs is done last combines its
+splits, in their order.
 
 Nothing here looks at a length on the host: every shape follows from the batch, the capacity of the item list and the
 model, so a CUDA graph replays it with other contexts. B sequences, H query heads, K key-value heads, D head width.
@@ -33,6 +34,7 @@ class Config:
     num_warps: int = 4
     num_stages: int = 3
     programs_per_sm: int = 3
+    fused: bool = True
 
     @classmethod
     def of(cls, width: int, dtype: torch.dtype) -> Config:
@@ -42,31 +44,33 @@ class Config:
 
 @dataclass(frozen=True)
 class WorkList:
-    """The items of a step under one window.
+    """The items of a step under one window; `total` `[1]` of them.
 
-    `items` `[capacity, 4]`: row, split, context and row of the table of each, so that a program has it all in one
-    access; whole splits of all rows first, then the last one of each row.
-    `spans` `[B, 2]`: a row's first item and its number of whole ones. `totals` `[2]`: whole items, all items.
+    `items` `[capacity, 8]`: row, split, context, row of the table, the row's first whole item, its number of whole
+    ones, its last item, so that a program has it all in one access. Whole splits of all rows come first, then the last
+    one of each row. When there is no room for all, only the last ones are listed, with -1 whole items.
     """
 
     items: Tensor
-    spans: Tensor
-    totals: Tensor
+    total: Tensor
 
 
 @dataclass(frozen=True)
 class Scratch:
-    """What the items of a layer give; the next overwrites it. `partial` `[capacity, H, D]`, `lse` `[capacity, H]`."""
+    """What the items of a layer give; the next overwrites it. `partial` `[capacity, H, D]`, `lse` `[capacity, H]`.
+
+    `arrivals` `[B, K]`: how many items of a row are done for each key-value head; 0 between layers.
+    """
 
     partial: Tensor
     lse: Tensor
+    arrivals: Tensor
 
 
 # fmt: off
 @triton.jit(do_not_specialize=["batch", "capacity"])
 def _list_items(
-    contexts: tl.tensor, rows: tl.tensor, items: tl.tensor, spans: tl.tensor, totals: tl.tensor,
-    batch: int, capacity: int,
+    contexts: tl.tensor, rows: tl.tensor, items: tl.tensor, total: tl.tensor, batch: int, capacity: int,
     WINDOW: tl.constexpr, SPLIT: tl.constexpr, BATCH_PADDED: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:
     # fmt: on
@@ -77,53 +81,52 @@ def _list_items(
     if WINDOW > 0:
         first = tl.maximum(context - WINDOW, 0) // SPLIT
     whole = tl.where(index < batch, (context - 1) // SPLIT - first, 0)
-    start = tl.sum(tl.where(index < row, whole, 0))
-    count = tl.sum(tl.where(index == row, whole, 0))
+    fits = tl.sum(whole) + batch <= capacity
+    all_whole = tl.where(fits, tl.sum(whole), 0)
+    start = tl.where(fits, tl.sum(tl.where(index < row, whole, 0)), 0)
+    count = tl.where(fits, tl.sum(tl.where(index == row, whole, 0)), -1)
     split = tl.sum(tl.where(index == row, first, 0))
-    all_whole = tl.sum(whole)
     mine = tl.load(contexts + row)
     table_row = tl.load(rows + row)
-    tl.store(spans + row * 2, start)
-    tl.store(spans + row * 2 + 1, count)
     if row == 0:
-        tl.store(totals, all_whole)
-        tl.store(totals + 1, all_whole + batch)
+        tl.store(total, all_whole + batch)
+    listed = tl.maximum(count, 0)
     # One turn more than there are whole splits: the last split of the row has its own place.
-    for begin in range(0, count + 1, BLOCK):
+    for begin in range(0, listed + 1, BLOCK):
         turn = begin + tl.arange(0, BLOCK)
-        place = tl.where(turn < count, start + turn, all_whole + row)
-        fits = (turn <= count) & (place < capacity)
-        tl.store(items + place * 4, row, mask=fits)
-        tl.store(items + place * 4 + 1, split + turn, mask=fits)
-        tl.store(items + place * 4 + 2, mine, mask=fits)
-        tl.store(items + place * 4 + 3, table_row, mask=fits)
+        item = items + tl.where(turn < listed, start + turn, all_whole + row) * 8
+        real = turn <= listed
+        tl.store(item, row, mask=real)
+        tl.store(item + 1, tl.where(turn < listed, split + turn, (mine - 1) // SPLIT), mask=real)
+        tl.store(item + 2, mine, mask=real)
+        tl.store(item + 3, table_row, mask=real)
+        tl.store(item + 4, start, mask=real)
+        tl.store(item + 5, count, mask=real)
+        tl.store(item + 6, all_whole + row, mask=real)
 
 
 # fmt: off
-@triton.jit(do_not_specialize=["capacity", "table_row"])
+@triton.jit(do_not_specialize=["table_row"])
 def _attend(
     q: tl.tensor, k: tl.tensor, v: tl.tensor, keys: tl.tensor, values: tl.tensor,
-    table: tl.tensor, items: tl.tensor, totals: tl.tensor, partial: tl.tensor, lse: tl.tensor,
-    scale: float, capacity: int, table_row: int,
+    table: tl.tensor, items: tl.tensor, total: tl.tensor,
+    partial: tl.tensor, lse: tl.tensor, arrivals: tl.tensor, out: tl.tensor, scale: float, table_row: int,
     q_row: int, q_head: int, k_row: int, k_head: int, v_row: int, v_head: int,
-    keys_slot: int, keys_head: int, values_slot: int, values_head: int,
+    keys_slot: int, keys_head: int, values_slot: int, values_head: int, out_row: int, out_head: int,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, WIDTH: tl.constexpr,
     WIDTH_PADDED: tl.constexpr, PAGE: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr, WINDOW: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, AT_ONCE: tl.constexpr, FUSED: tl.constexpr,
 ) -> None:
     # fmt: on
     member = tl.arange(0, GROUP_PADDED)
     lane = tl.arange(0, WIDTH_PADDED)
     real = lane < WIDTH
     real_q = (member < GROUP)[:, None] & real[None, :]
-    total = tl.minimum(tl.load(totals + 1), capacity) * KV_HEADS
-    for work in tl.range(tl.program_id(0), total, tl.num_programs(0), num_stages=1):
-        item = work // KV_HEADS
+    for work in tl.range(tl.program_id(0), tl.load(total) * KV_HEADS, tl.num_programs(0), num_stages=1):
+        item = items + work // KV_HEADS * 8
         head = work % KV_HEADS
-        row = tl.load(items + item * 4)
-        split = tl.load(items + item * 4 + 1)
-        context = tl.load(items + item * 4 + 2)
-        pages = table + tl.load(items + item * 4 + 3).to(tl.int64) * table_row
+        row, split, context = tl.load(item), tl.load(item + 1), tl.load(item + 2)
+        pages = table + tl.load(item + 3).to(tl.int64) * table_row
         query = tl.load(
             q + row * q_row + (head * GROUP + member)[:, None] * q_head + lane[None, :], mask=real_q, other=0.0
         )
@@ -157,9 +160,13 @@ def _attend(
             value = tl.load(values + at, mask=inside, other=0.0)
             top, own, sums, output = _block(query, key, value, seen, scale, top, own, sums, output, PRECISION)
         weight = own + tl.sum(sums, 1)
-        place = item.to(tl.int64) * (KV_HEADS * GROUP) + head * GROUP + member
-        tl.store(partial + place[:, None] * WIDTH + lane[None, :], output / weight[:, None], mask=real_q)
-        tl.store(lse + place, top + tl.log2(weight), mask=member < GROUP)
+        # Without room for all items the rows come out as NaN, never as wrong numbers.
+        weight = tl.where(tl.load(item + 5) < 0, float("nan"), weight)
+        _deliver(
+            output / weight[:, None], top + tl.log2(weight), partial, lse,
+            arrivals + row * KV_HEADS + head, out + row * out_row + head * GROUP * out_head, out_head,
+            work, item, KV_HEADS, GROUP, GROUP_PADDED, WIDTH, WIDTH_PADDED, AT_ONCE, FUSED,
+        )  # fmt: skip
 
 
 # fmt: off
@@ -200,47 +207,88 @@ def _block(
 
 
 # fmt: off
-@triton.jit(do_not_specialize=["capacity"])
-def _combine(
-    partial: tl.tensor, lse: tl.tensor, spans: tl.tensor, totals: tl.tensor, out: tl.tensor,
-    capacity: int, out_row: int, out_head: int,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, WIDTH: tl.constexpr,
-    WIDTH_PADDED: tl.constexpr, AT_ONCE: tl.constexpr,
+@triton.jit
+def _deliver(
+    output: tl.tensor, log: tl.tensor, partial: tl.tensor, lse: tl.tensor, arrivals: tl.tensor, out: tl.tensor,
+    out_head: int, work: tl.tensor, item: tl.tensor,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, WIDTH: tl.constexpr,
+    WIDTH_PADDED: tl.constexpr, AT_ONCE: tl.constexpr, FUSED: tl.constexpr,
 ) -> None:
     # fmt: on
-    row = tl.program_id(0).to(tl.int64)
     member = tl.arange(0, GROUP_PADDED)
-    head = tl.program_id(1) * GROUP + member
     lane = tl.arange(0, WIDTH_PADDED)
     real = (member < GROUP)[:, None] & (lane < WIDTH)[None, :]
-    start = tl.load(spans + row * 2)
-    count = tl.load(spans + row * 2 + 1)
-    last = tl.load(totals) + row
-    complete = tl.load(totals + 1) <= capacity
-    # The last split of a row always exists; a list that did not hold every item gives NaN, never a wrong number.
-    place = last * HEADS + head
-    known = (member < GROUP) & complete
-    top = tl.load(lse + place, mask=known, other=float("nan"))
+    count = tl.load(item + 5)
+    if FUSED and count <= 0:
+        tl.store(out + member[:, None] * out_head + lane[None, :], output.to(out.dtype.element_ty), mask=real)
+    else:
+        place = work * GROUP + member.to(tl.int64)
+        tl.store(partial + place[:, None] * WIDTH + lane[None, :], output, mask=real)
+        tl.store(lse + place, log, mask=member < GROUP)
+        if FUSED:
+            # All of this program's stores come before its arrival, and those of the others before the last one's reads.
+            tl.debug_barrier()
+            if tl.atomic_add(arrivals, 1, sem="acq_rel", scope="gpu") == count:
+                head = work % KV_HEADS
+                _combine_row(
+                    partial, lse, out, out_head, tl.load(item + 4), count, tl.load(item + 6), head,
+                    KV_HEADS, GROUP, WIDTH, WIDTH_PADDED, AT_ONCE,
+                )  # fmt: skip
+                tl.store(arrivals, 0)
+
+
+# fmt: off
+@triton.jit
+def _combine_row(
+    partial: tl.tensor, lse: tl.tensor, out: tl.tensor, out_head: int,
+    first: tl.tensor, count: tl.tensor, last: tl.tensor, head: tl.tensor,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PADDED: tl.constexpr, AT_ONCE: tl.constexpr,
+) -> None:
+    # fmt: on
+    GROUP_PADDED: tl.constexpr = triton.next_power_of_2(GROUP)
+    member = tl.arange(0, GROUP_PADDED)
+    lane = tl.arange(0, WIDTH_PADDED)
+    real = (member < GROUP)[:, None] & (lane < WIDTH)[None, :]
+    place = (last.to(tl.int64) * KV_HEADS + head) * GROUP + member
+    # Past the first level of cache: other programs wrote these.
+    top = tl.load(lse + place, mask=member < GROUP, other=0.0, cache_modifier=".cg")
+    output = tl.load(
+        partial + place[:, None] * WIDTH + lane[None, :], mask=real, other=0.0, cache_modifier=".cg"
+    )
     weight = tl.full((GROUP_PADDED,), 1.0, tl.float32)
-    output = tl.load(partial + place[:, None] * WIDTH + lane[None, :], mask=real & complete, other=float("nan"))
     for begin in range(0, count, AT_ONCE):
         split = begin + tl.arange(0, AT_ONCE)
-        held = (split < count) & complete
-        places = (start + split).to(tl.int64)[:, None] * HEADS + head[None, :]
-        log = tl.load(lse + places, mask=held[:, None] & (member < GROUP)[None, :], other=-float("inf"))
+        held = (split < count)[:, None] & (member < GROUP)[None, :]
+        places = ((first + split).to(tl.int64)[:, None] * KV_HEADS + head) * GROUP + member[None, :]
+        log = tl.load(lse + places, mask=held, other=-float("inf"), cache_modifier=".cg")
         higher = tl.maximum(top, tl.max(log, 0))
         shrink = tl.exp2(top - higher)
         shares = tl.exp2(log - higher[None, :])
         parts = tl.load(
             partial + places[:, :, None] * WIDTH + lane[None, None, :],
-            mask=held[:, None, None] & real[None, :, :],
-            other=0.0,
-        )
+            mask=held[:, :, None] & (lane < WIDTH)[None, None, :], other=0.0, cache_modifier=".cg",
+        )  # fmt: skip
         output = output * shrink[:, None] + tl.sum(parts * shares[:, :, None], 0)
         weight = weight * shrink + tl.sum(shares, 0)
         top = higher
     output = output / weight[:, None]
-    tl.store(out + row * out_row + head[:, None] * out_head + lane[None, :], output.to(out.dtype.element_ty), mask=real)
+    tl.store(out + member[:, None] * out_head + lane[None, :], output.to(out.dtype.element_ty), mask=real)
+
+
+# fmt: off
+@triton.jit(do_not_specialize=["batch"])
+def _combine(
+    partial: tl.tensor, lse: tl.tensor, items: tl.tensor, total: tl.tensor, out: tl.tensor,
+    batch: int, out_row: int, out_head: int,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PADDED: tl.constexpr, AT_ONCE: tl.constexpr,
+) -> None:
+    # fmt: on
+    row, head = tl.program_id(0), tl.program_id(1)
+    item = items + (tl.load(total) - batch + row) * 8
+    _combine_row(
+        partial, lse, out + row * out_row + head * GROUP * out_head, out_head,
+        tl.load(item + 4), tl.load(item + 5), tl.load(item + 6), head, KV_HEADS, GROUP, WIDTH, WIDTH_PADDED, AT_ONCE,
+    )  # fmt: skip
 
 
 def list_work(contexts: Tensor, rows: Tensor, capacity: int, window: int | None) -> WorkList:
@@ -249,28 +297,26 @@ def list_work(contexts: Tensor, rows: Tensor, capacity: int, window: int | None)
     `contexts` `[B]`: their tokens, the new one included, at least 1. `rows` `[B]`: their rows of the page table.
     """
     (batch,) = contexts.shape
-    device = contexts.device
-    work = WorkList(
-        items=torch.empty((capacity, 4), dtype=torch.int32, device=device),
-        spans=torch.empty((batch, 2), dtype=torch.int32, device=device),
-        totals=torch.empty(2, dtype=torch.int32, device=device),
-    )
+    assert capacity >= batch
+    items = torch.empty((capacity, 8), dtype=torch.int32, device=contexts.device)
+    total = torch.empty(1, dtype=torch.int32, device=contexts.device)
     _list_items[(batch,)](
-        *(contexts, rows, work.items, work.spans, work.totals),
-        *(batch, capacity),
+        *(contexts, rows, items, total, batch, capacity),
         WINDOW=window or 0,
         SPLIT=DECODE_SPLIT,
         BATCH_PADDED=triton.next_power_of_2(batch),
         BLOCK=64,
     )
-    return work
+    return WorkList(items, total)
 
 
-def make_scratch(capacity: int, heads: int, width: int, device: torch.device) -> Scratch:
-    """Room for `capacity` items."""
+def make_scratch(capacity: int, q: Tensor, k: Tensor) -> Scratch:
+    """Room for `capacity` items of queries `[B, H, D]` and keys `[B, K, D]`."""
+    batch, heads, width = q.shape
     return Scratch(
-        partial=torch.empty((capacity, heads, width), dtype=torch.float32, device=device),
-        lse=torch.empty((capacity, heads), dtype=torch.float32, device=device),
+        partial=torch.empty((capacity, heads, width), dtype=torch.float32, device=q.device),
+        lse=torch.empty((capacity, heads), dtype=torch.float32, device=q.device),
+        arrivals=torch.zeros((batch, k.shape[1]), dtype=torch.int32, device=q.device),
     )
 
 
@@ -299,39 +345,32 @@ def paged_decode(
     config = config or Config.of(width, q.dtype)
     assert heads % kv_heads == 0 and DECODE_SPLIT % page_size == 0 and DECODE_SPLIT % config.block == 0
     assert q.stride(2) == k.stride(2) == v.stride(2) == keys.stride(2) == values.stride(2) == table.stride(1) == 1
-    group, capacity = heads // kv_heads, len(work.items)
+    out = torch.empty((batch, heads, width), dtype=q.dtype, device=q.device)
+    group = heads // kv_heads
     # A matrix product has at least 16 of everything.
     width_padded = max(16, triton.next_power_of_2(width))
+    shape = {"KV_HEADS": kv_heads, "GROUP": group, "WIDTH": width, "WIDTH_PADDED": width_padded}
+    shape["AT_ONCE"] = max(1, _COMBINED_AT_ONCE // (triton.next_power_of_2(group) * width_padded))
     _attend[(config.programs_per_sm * _multiprocessors(q.device),)](
-        *(q, k, v, keys, values),
-        *(table, work.items, work.totals, scratch.partial, scratch.lse),
-        *(scale * _LOG2_E, capacity, table.stride(0)),
+        *(q, k, v, keys, values, table, work.items, work.total),
+        *(scratch.partial, scratch.lse, scratch.arrivals, out, scale * _LOG2_E, table.stride(0)),
         *(q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1)),
-        *(keys.stride(0), keys.stride(1), values.stride(0), values.stride(1)),
-        KV_HEADS=kv_heads,
-        GROUP=group,
+        *(keys.stride(0), keys.stride(1), values.stride(0), values.stride(1), out.stride(0), out.stride(1)),
+        **shape,
         GROUP_PADDED=max(16, triton.next_power_of_2(group)),
-        WIDTH=width,
-        WIDTH_PADDED=width_padded,
         PAGE=page_size,
         SPLIT=DECODE_SPLIT,
         BLOCK=config.block,
         WINDOW=window or 0,
         STAGES=config.num_stages,
         PRECISION="ieee" if q.dtype == torch.float32 else None,
+        FUSED=config.fused,
         num_warps=config.num_warps,
     )
-    out = torch.empty((batch, heads, width), dtype=q.dtype, device=q.device)
-    _combine[(batch, kv_heads)](
-        *(scratch.partial, scratch.lse, work.spans, work.totals, out, capacity),
-        *(out.stride(0), out.stride(1)),
-        HEADS=heads,
-        GROUP=group,
-        GROUP_PADDED=triton.next_power_of_2(group),
-        WIDTH=width,
-        WIDTH_PADDED=width_padded,
-        AT_ONCE=max(1, _COMBINED_AT_ONCE // (triton.next_power_of_2(group) * width_padded)),
-    )
+    if not config.fused:
+        _combine[(batch, kv_heads)](
+            *(scratch.partial, scratch.lse, work.items, work.total, out, batch, out.stride(0), out.stride(1)), **shape
+        )
     return out
 
 
