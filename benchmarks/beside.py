@@ -261,11 +261,13 @@ class Tasks:
         return {"seconds": found, "peak_bytes": peak}
 
     def train_trl(self, directory: str, samples: list[list[int]], batch: int, steps: int) -> dict[str, Any]:
-        """Steps of TRL's SFT trainer as it is meant to be used: padded batches, its own defaults, checkpointing among them.
+        """Steps of TRL's SFT trainer over padded batches, with its own defaults, checkpointing among them.
 
-        Without a flash-attention package it does not pack. A step takes as many samples as make whole batches.
+        It packs with a flash-attention package only. A step takes as many samples as make whole batches.
         """
+        import pyarrow as pa
         from datasets import Dataset
+        from datasets.table import InMemoryTable
         from transformers import AutoTokenizer, TrainerCallback
         from trl import SFTConfig, SFTTrainer
 
@@ -286,6 +288,7 @@ class Tasks:
                 gradient_accumulation_steps=len(samples) // batch,
                 learning_rate=1e-6,
                 max_length=None,
+                dataset_kwargs={"skip_prepare_dataset": True},
                 bf16=self.cuda,
                 use_cpu=not self.cuda,
                 report_to="none",
@@ -296,7 +299,9 @@ class Tasks:
             trainer = SFTTrainer(
                 model=self.model,
                 args=config,
-                train_dataset=Dataset.from_dict({"input_ids": samples * (steps + 1)}),
+                train_dataset=Dataset(
+                    InMemoryTable(pa.table({"input_ids": samples * (steps + 1)})), fingerprint="samples"
+                ),
                 processing_class=AutoTokenizer.from_pretrained(directory),
                 callbacks=[Clock()],
             )

@@ -236,22 +236,29 @@ async def padded(run: Run, shape: Shape, sizes: Sizes, own: Steps) -> None:
 
 
 async def trl(run: Run, shape: Shape, sizes: Sizes, own: Steps) -> None:
-    """Tokens per second over TRL's packed SFT, where TRL can be imported."""
-    title = f"training over TRL, packed: {shape.name}"
+    """Tokens per second over TRL's SFT trainer on padded batches, where TRL can be imported."""
+    title = f"training over TRL's SFT: {shape.name}"
     installed = run.report.machine["versions"].get("trl")
     if not installed:
         run.report.add(Row(title, None, note="not run: trl is not installed"))
         return
     words = Words(shape, seed=9)
+    directory = str(run.home.path / "weights" / shape.name)
     lengths = packed_lengths(sizes.tokens, sizes.median, 0.8, sizes.longest)
+    await run.beside.acall("load", directory=directory)
     found = await run.beside.acall(
         "train_trl",
-        directory=str(run.home.path / "weights" / shape.name),
+        directory=directory,
         samples=[words.ids(n) for n in lengths],
-        steps=sizes.peer_steps + 2,
+        batch=sizes.peer_batch,
+        steps=sizes.peer_steps + 1,
     )
-    theirs = sizes.tokens / numbers.median(found["seconds"])
-    note = f"{own.tokens_per_second:,.0f} tok/s, trl {installed} {theirs:,.0f} (all layers recomputed)"
+    await run.beside.acall("unload")
+    theirs = found["tokens"] / numbers.fmean(found["seconds"])
+    note = (
+        f"{own.tokens_per_second:,.0f} tok/s ({own.checkpointed} of {shape.layers} layers recomputed), "
+        f"trl {installed}, batches of {found['batch']}, {theirs:,.0f} (all layers recomputed)"
+    )
     run.report.add(Row(title, own.tokens_per_second / theirs, note=note, detail={"own": vars(own), "peer": found}))
 
 

@@ -78,7 +78,7 @@ def test_train(tmp_path: Path) -> None:
         "MFU (4N), LoRA r16": 1,
         "from optim_step returning": 1,
         "training over padded batches": 1,
-        "training over TRL": 1,
+        "training over TRL's SFT": 1,
         "training, tp=2 over tp=1": 1,
     }
     trl = () if content["machine"]["versions"]["trl"] else ("training over TRL",)
