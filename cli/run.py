@@ -79,6 +79,9 @@ def runner(
         bool,
         typer.Option("--deterministic", help="On CPU: sampled and trained log-probs equal bit for bit, but slower."),
     ] = False,
+    no_compile: Annotated[
+        bool, typer.Option("--no-compile", help="On CUDA: run the layers as they are, slower but at once.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout; prints go to stderr.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only errors on stderr.")] = False,
 ) -> None:
@@ -201,6 +204,7 @@ def _options(kind: Any, values: dict[str, Any]) -> Any:
         timeout=None if values["timeout"] is None else seconds(values["timeout"]),
         rehearse=values["rehearse"],
         deterministic=values["deterministic"],
+        compile=not values["no_compile"],
         dry_run=values["dry_run"],
         assume=assume,
     )

@@ -41,6 +41,7 @@ class RunOptions:
     timeout: float | None = None
     rehearse: bool = False
     deterministic: bool = False
+    compile: bool = True
     dry_run: bool = False
     assume: str | None = None
 
@@ -56,6 +57,7 @@ class RunOptions:
             seed=self.seed,
             rehearse=self.rehearse,
             deterministic=self.deterministic,
+            compile=self.compile,
             dry_run=self.dry_run,
             assume=self.assume,
         )
@@ -88,6 +90,7 @@ async def execute(
             return await execute(recipe, config, options, run, registry, sink, stop)
     outcome = Outcome()
     run.events.listen(lambda event: outcome.models.append(event["data"]) if event["type"] == "model.saved" else None)
+    run.events.listen(_tell_of_compiling)
     stop.last_words = _last_words(run, outcome)
     with _forgotten(outcome):
         try:
@@ -111,6 +114,14 @@ async def execute(
         outcome.status = "planned"
     _count_stop(stop, outcome, options)
     return outcome
+
+
+def _tell_of_compiling(event: dict[str, Any]) -> None:
+    """Say why a spawn takes longer than usual, or will be slower: once, for the first rank."""
+    if event["type"] == "compiling" and event["rank"] == 0:
+        say(f"compiling the layers of {event['data']['model']!r}: about 20 s the first time, then from the cache")
+    elif event["type"] == "not_compiled" and event["rank"] == 0:
+        say(f"warning: {event['data']['reason']}: layers run uncompiled, and slower")
 
 
 async def _call(recipe: Recipe, config: InputConfig | None, ctx: RecipeContext) -> Any:

@@ -37,6 +37,7 @@ class EngineOptions:
     seed: int = 0
     rehearse: bool = False
     deterministic: bool = False
+    compile: bool = True
     dry_run: bool = False
     assume: str | None = None
 
@@ -111,6 +112,7 @@ class Engine:
             log_dir=self.options.log_dir,
             run_id=self.options.run_id,
             deterministic=self.options.deterministic,
+            cache=self.registry.home.cache / "compiled",
         )
         self._supervisor = await Supervisor.start(options, self._on_event)
         return await self._supervisor.ready()

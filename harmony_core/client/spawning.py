@@ -179,6 +179,7 @@ class _Planned:
             promised_bytes=self.plan.total,
             seed=self.seed,
             rehearse=self.engine.options.rehearse or self.engine.machine.device == "cuda",
+            compile=self.engine.options.compile and self.engine.machine.device == "cuda",
         )
 
     def described(self) -> dict[str, Any]:

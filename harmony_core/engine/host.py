@@ -6,7 +6,7 @@ are. Nothing else decides anything, so all ranks of a block enter the same colle
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -60,7 +60,7 @@ class Host:
         self._topology = topology
         backend = "gloo" if topology.device.type == "cpu" else "nccl"
         self._groups = Groups(topology.rank, topology.world_size, backend)
-        self._models = ModelTable(topology.device, topology.deterministic)
+        self._models = ModelTable(topology.device, topology.deterministic, self._announce)
         self._tp: dict[str, int] = {}
         self._block: Block = self._groups.block(1)
         self._leader: Leader | None = Leader(channel)
@@ -179,6 +179,10 @@ class Host:
         else:
             raise InternalError(f"no way to execute a {type(message).__name__}")
         return Nothing()
+
+    def _announce(self, what: str, fields: dict[str, Any]) -> None:
+        self._channel.phase = what
+        self._channel.event(what, fields)
 
     def _announced(self, hosted: HostedModel) -> Message:
         spawned = hosted.spawned()

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from harmony_core.engine.inference.runner import Runner
 from harmony_core.engine.models import adapters, weights
+from harmony_core.engine.models.compiling import COMPILE_ERRORS, find_compiler
 from harmony_core.engine.models.loading import load_model
 from harmony_core.engine.models.model import CausalLM
 from harmony_core.engine.models.parallel import TensorParallel
 from harmony_core.engine.training import state_files
 from harmony_core.engine.training.trainer import Trainer
-from harmony_core.errors import ConflictError, MemoryRefused, ModelRefused
+from harmony_core.errors import ConflictError, MemoryRefused, ModelRefused, ResourceError
 from harmony_core.rpc.protocol import Clone, Load, Save, Spawn, Spawned
 from harmony_core.rpc.wire import Failure
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+Announce = Callable[[str, dict[str, Any]], None]
 
 SHORT_REHEARSAL_TOKENS = 64
 """Enough to run every operation of a micro-batch once, and to fail early where one cannot run."""
@@ -77,8 +81,12 @@ class HostedModel:
 class ModelTable:
     """Every spawn on this rank by name."""
 
-    def __init__(self, device: torch.device, deterministic: bool = False) -> None:
+    def __init__(
+        self, device: torch.device, deterministic: bool = False, announce: Announce = lambda _what, _fields: None
+    ) -> None:
+        """`announce` is told what takes long, or is not as it should be: an event's type and fields."""
         self.device = device
+        self._announce = announce
         self._deterministic = deterministic
         self._models: dict[str, HostedModel] = {}
         self._shared: dict[tuple[str, int, torch.dtype], BaseWeights] = {}
@@ -106,6 +114,12 @@ class ModelTable:
                 hint="another process uses this device, or the plan is too low: try --memory with less, or a smaller "
                 "max_batch_size",
             ) from error
+        except COMPILE_ERRORS as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise ResourceError(
+                f"the layers of {request.name!r} could not be compiled: {reason}",
+                hint="run with --no-compile; this rank's log has the whole error",
+            ) from error
 
     def _spawn(self, request: Spawn, tp: TensorParallel, replicas: ProcessGroup | None) -> HostedModel:
         full_training = request.train and request.lora is None and not request.source.adapter
@@ -115,6 +129,8 @@ class ModelTable:
         built = False
         try:
             adapter = self._make_adapter(base.model, request)
+            if request.compile:
+                self._compile(base.model, request.name)
             if request.train:
                 base.checkpointed_layers = max(base.checkpointed_layers, request.checkpointed_layers)
                 base.model.set_checkpointed_layers(base.checkpointed_layers)
@@ -146,6 +162,16 @@ class ModelTable:
         if not private:
             self._shared[key] = base
         return base
+
+    def _compile(self, model: CausalLM, name: str) -> None:
+        """From now on; the code is made when a pass first needs it, in the rehearsal for instance."""
+        if model.compiled or self._deterministic:
+            return
+        if find_compiler(self.device) is None:
+            self._announce("not_compiled", {"model": name, "reason": "this machine has no C compiler"})
+            return
+        self._announce("compiling", {"model": name})
+        model.compile()
 
     def _make_adapter(self, model: CausalLM, request: Spawn) -> str | None:
         if request.lora is None and not request.source.adapter:

@@ -34,6 +34,8 @@ class LaunchOptions:
     device: str = "auto"
     accelerate_config: Path | None = None
     deterministic: bool = False
+    cache: Path | None = None
+    """Where the code that ranks compile is kept over runs; None: where torch puts it."""
     """One thread in each rank, and arithmetic that does not depend on what is computed together."""
     env: dict[str, str] = field(default_factory=dict)
     """Added last to the ranks' environment."""
@@ -131,7 +133,7 @@ def launch_environment(options: LaunchOptions, launch: Launch, environ: Mapping[
     }
     env |= launch.settings.environment
     env["CUDA_VISIBLE_DEVICES"] = ",".join(launch.devices)
-    for name, value in _preferred(launch).items():
+    for name, value in (_preferred(launch) | _compiling(options, launch)).items():
         env.setdefault(name, value)
     env |= _fixed(options, launch)
     return env | options.env
@@ -153,6 +155,17 @@ def _preferred(launch: Launch) -> dict[str, str]:
     if loopback := loopback_interface():
         preferred |= {"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback}
     return preferred
+
+
+def _compiling(options: LaunchOptions, launch: Launch) -> dict[str, str]:
+    """How compiled layers and kernels are made, and kept for the next run."""
+    threads = {"TORCHINDUCTOR_COMPILE_THREADS": str(max(1, min(8, available_cores() // launch.world_size)))}
+    if options.cache is None:
+        return threads
+    return threads | {
+        "TORCHINDUCTOR_CACHE_DIR": str(options.cache.absolute() / "inductor"),
+        "TRITON_CACHE_DIR": str(options.cache.absolute() / "triton"),
+    }
 
 
 def _fixed(options: LaunchOptions, launch: Launch) -> dict[str, str]:

@@ -104,6 +104,8 @@ class Spawn(Message):
     """Of everything random in its training, such as adapter dropout."""
     rehearse: bool = False
     """A full rehearsal: worst-case micro-batch, all pages. Else a short one."""
+    compile: bool = False
+    """Compile its layers, where this machine can."""
 
 
 class Spawned(Message):

@@ -180,6 +180,16 @@ def test_the_environment_of_the_ranks(tmp_path: Path, monkeypatch: pytest.Monkey
     assert not gone & set(env)
 
 
+def test_compiled_code_is_kept_where_the_home_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(launcher, "available_cores", lambda: 34)
+    cache = tmp_path / "cache"
+    launch = Launch("cpu", 2, AccelerateSettings())
+    env = launch_environment(options(tmp_path, cache=cache), launch, {"TRITON_CACHE_DIR": "/mine"})
+    assert (env["TORCHINDUCTOR_CACHE_DIR"], env["TRITON_CACHE_DIR"]) == (str(cache / "inductor"), "/mine")
+    assert env["TORCHINDUCTOR_COMPILE_THREADS"] == "8"
+    assert "TORCHINDUCTOR_CACHE_DIR" not in launch_environment(options(tmp_path), launch, {})
+
+
 def test_what_the_user_set_stays(tmp_path: Path):
     caller = {"OMP_NUM_THREADS": "5", "GLOO_SOCKET_IFNAME": "eth7", "MALLOC_ARENA_MAX": "4"}
     settings = AccelerateSettings(environment={"MALLOC_ARENA_MAX": "2"})

@@ -24,6 +24,10 @@ RECOMPILE_LIMIT = 4096
 functions; a variant is what trains or not, has which adapter, which type, one token or many."""
 
 
+COMPILE_ERRORS = (torch._dynamo.exc.TorchDynamoException,)
+"""What a compiled layer's first call raises when it cannot be compiled."""
+
+
 class LayerCall:
     """Takes the place of `forward` in one module. Its inputs are positional tensors and anything by keyword."""
 
