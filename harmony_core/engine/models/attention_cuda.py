@@ -40,7 +40,8 @@ def _varlen_options() -> dict[str, Any] | None:
 
 def applies(q: Tensor) -> bool:
     """Whether `packed` can compute on this tensor."""
-    return q.is_cuda and q.dtype in DTYPES and q.shape[2] <= 256 and _varlen_options() is not None
+    width = q.shape[2]
+    return q.is_cuda and q.dtype in DTYPES and width <= 256 and width % 8 == 0 and _varlen_options() is not None
 
 
 def packed(
