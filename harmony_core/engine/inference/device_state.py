@@ -7,13 +7,17 @@ only page is one behind the pool. n rows of a bucket, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from harmony_core.engine.inference.draws import FILTERED, GREEDY
 from harmony_core.engine.inference.kv_cache import KVCache
-from harmony_core.engine.inference.sampler import Sampled, Settings, draw, put, suppress
+from harmony_core.engine.inference.sampler import Settings, draw, put
 from harmony_core.engine.inference.staging import ROW_BYTES, Padding, Rows, Staging
 from harmony_core.engine.kernels import DECODE_SPLIT
 from harmony_core.engine.models.context import DecodeAttention, ForwardContext, forward_context
@@ -23,9 +27,9 @@ _SHARING = 8
 """How often each page of the pool may count in one decode step; beyond that it runs without the static tensors."""
 
 
-def attention_items(kv_tokens: int, rows: int, longest: int) -> int:
-    """Attention items that a decode step has room for: of `rows` contexts of up to `longest` tokens, pages shared."""
-    return min(rows * -(-longest // DECODE_SPLIT), rows + _SHARING * kv_tokens // DECODE_SPLIT)
+def most_splits(kv_tokens: int, rows: int, longest: int) -> int:
+    """Splits of contexts, of at most `longest` tokens each, that a decode step has room for beside rows of padding."""
+    return min(rows * (longest // DECODE_SPLIT + 1), rows + _SHARING * kv_tokens // DECODE_SPLIT + 1)
 
 
 class DeviceState:
@@ -38,7 +42,7 @@ class DeviceState:
         self._longest = longest
         spare = cache.slots // cache.page_size
         self._padding = Padding(slot=rows, place=rows * longest, page=spare)
-        self._capacity = attention_items(cache.slots, rows, longest * cache.page_size)
+        self.most_splits = most_splits(cache.slots, rows, longest * cache.page_size)
         self.table = torch.zeros(rows + 1, longest, dtype=torch.int32, device=device)
         self.table[rows] = spare
         self.last = torch.zeros(rows + 1, dtype=torch.long, device=device)
@@ -58,7 +62,7 @@ class DeviceState:
 
     def holds(self, contexts: NDArray[np.int32]) -> bool:
         """Whether attention of one new token against these contexts has room for its items."""
-        return int((-(-contexts // DECODE_SPLIT)).sum()) + self._max_rows - len(contexts) <= self._capacity
+        return int((-(-contexts // DECODE_SPLIT)).sum()) <= self.most_splits
 
     def load(
         self,
@@ -100,29 +104,48 @@ class DeviceState:
             rows=rows.slots.int(),
             contexts=rows.contexts,
             page_size=self._cache.page_size,
-            capacity=self._capacity,
+            capacity=self.most_splits + self._max_rows,
         )
         tokens = self.last.index_select(0, rows.slots)
         with forward_context(ForwardContext(attention, self._adapter)):
             hidden = model.hidden_states(tokens, rows.contexts.long() - 1)
         model.logits(hidden, out=self.logits[:n])
 
-    def draw(self, n: int, tail: int, suppressed: dict[int, list[int]] | None = None) -> None:
+    def draw(self, n: int, tail: int) -> None:
         """Draw a token for each of n rows from its logits; `tail` is the dearest kind among them."""
-        rows, raw = self.rows(n), self.logits[:n]
-        outputs = self._outputs[: 3 * n].view(3, n)
-        if raw.is_cuda and raw.dtype == torch.float32 and not suppressed:
+        rows, logits, outputs = self.rows(n), self.logits[:n], self._drawn(n)
+        if logits.is_cuda and logits.dtype == torch.float32:
             from harmony_core.engine.kernels.sampling import draw_tokens
 
             warm, filtered = tail != GREEDY, tail == FILTERED
-            draw_tokens(raw, rows.draws, rows.slots, self.last, outputs, warm=warm, filtered=filtered)
+            draw_tokens(logits, rows.draws, rows.slots, self.last, outputs, warm=warm, filtered=filtered)
             return
-        allowed = suppress(raw, suppressed) if suppressed else raw
-        drawn: Sampled = draw(allowed, Settings.on_device(rows.draws), tail, raw)
+        drawn = draw(logits, Settings.on_device(rows.draws), tail)
         outputs[0] = drawn.tokens
         outputs[1] = drawn.logprobs
         outputs[2] = drawn.sampled_logprobs
         self.last.index_copy_(0, rows.slots, drawn.tokens)
+
+    @contextmanager
+    def suppressing(self, n: int, suppressed: dict[int, list[int]]) -> Iterator[None]:
+        """What is drawn meanwhile is none of the ids that `suppressed` names for its row; raw log-probs ignore that."""
+        if not suppressed:
+            yield
+            return
+        logits, outputs = self.logits[:n], self._drawn(n)
+        pairs = [(row, id) for row, ids in suppressed.items() for id in ids]
+        row, id = put(np.array(pairs, dtype=np.int64).reshape(-1, 2).T.copy(), self._device)
+        whose = put(np.array(list(suppressed), dtype=np.int64), self._device)
+        totals = logits[whose].logsumexp(-1)
+        held = logits[row, id]
+        logits[row, id] = float("-inf")
+        yield
+        logits[row, id] = held
+        outputs[1, whose] = (logits[whose, outputs[0, whose].long()] - totals).double()
+
+    def _drawn(self, n: int) -> Tensor:
+        """`[3, n]`: ids, raw and processed log-probs."""
+        return self._outputs[: 3 * n].view(3, n)
 
     def read(self, staging: Staging, n: int) -> None:
         """Send what n rows have drawn back to the host."""

@@ -110,6 +110,8 @@ class Runner:
         self._weights = model.parameter_bytes(adapter) // model.dtype.itemsize
         self.depth = 2 if on_device and static else 0
         """Steps worth launching before the oldest is collected: none where a launch waits for its result."""
+        self.max_splits = self._state.most_splits if self._state else None
+        """Most splits of `DECODE_SPLIT` tokens that the contexts of a decode step should have together; None: any."""
         self.statistics: dict[str, float] = dict.fromkeys(_STATISTICS, 0.0)
         """Totals: seconds on the device, tokens read and steps, of what was collected; the recording of graphs."""
 
@@ -215,10 +217,11 @@ class Runner:
             state.forward(self.model, bucket)
         else:
             self._graphs.run(_FORWARD, bucket, lambda: state.forward(self.model, bucket))
-        if self._graphs is None or plan.suppressed:
-            state.draw(bucket, tail, plan.suppressed)
-        else:
-            self._graphs.run(_DRAWS[tail], bucket, lambda: state.draw(bucket, tail))
+        with state.suppressing(bucket, plan.suppressed):
+            if self._graphs is None:
+                state.draw(bucket, tail)
+            else:
+                self._graphs.run(_DRAWS[tail], bucket, lambda: state.draw(bucket, tail))
         return bucket
 
     def _record(self, state: DeviceState, graphs: DecodeGraphs, staging: Staging, bucket: int, tail: int) -> None:
@@ -242,7 +245,8 @@ class Runner:
         contexts, changes = np.zeros(0, dtype=np.int32), np.zeros((0, 3), dtype=np.int32)
         state.load(staging, n, targets, contexts, draws, changes)
         self.model.logits(hidden, out=state.logits[:n])
-        state.draw(n, int(draws[0].max()), plan.suppressed)
+        with state.suppressing(n, plan.suppressed):
+            state.draw(n, int(draws[0].max()))
 
     # --- any step ---------------------------------------------------------------------------------------------
 

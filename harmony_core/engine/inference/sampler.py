@@ -73,7 +73,7 @@ def sample(logits: Tensor, draws: Draws, suppressed: dict[int, list[int]] | None
     ids, whose log-prob in the distribution drawn from is 0. `suppressed` names ids that a row must not draw; the raw
     log-prob ignores that.
     """
-    allowed = suppress(logits, suppressed) if suppressed else logits
+    allowed = _suppress(logits, suppressed) if suppressed else logits
     settings = Settings.of(draws, logits.device)
     # One working copy serves every pass: fresh memory costs more than arithmetic here.
     work = _work(logits)
@@ -103,22 +103,21 @@ def _of_one_kind(kind: int, logits: Tensor, settings: Settings, draws: Draws, wo
     return _draw(logits, settings, work, heated=heated, filtered=kind == FILTERED, ranked=ranked)
 
 
-def draw(logits: Tensor, settings: Settings, tail: int, raw: Tensor | None = None) -> Sampled:
+def draw(logits: Tensor, settings: Settings, tail: int) -> Sampled:
     """`sample` for rows of any kinds up to `tail` (GREEDY < PLAIN < FILTERED), without a look at the device's numbers.
 
-    It costs what the dearest kind costs, and a CUDA graph can hold it. `raw`: the logits before ids were suppressed.
+    It costs what the dearest kind costs, and a CUDA graph can hold it.
     """
-    raw = logits if raw is None else raw
     tokens, processed = _greedy(logits)
     work = _work(logits)
     if tail != GREEDY:
         warm = settings.temperature[:, 0] != 0
         drawn, logprobs = _draw(logits, settings, work, heated=True, filtered=tail == FILTERED, ranked=True)
         tokens, processed = torch.where(warm, drawn, tokens), torch.where(warm, logprobs, processed)
-    return Sampled(tokens, _raw(raw, tokens, work), processed)
+    return Sampled(tokens, _raw(logits, tokens, work), processed)
 
 
-def suppress(logits: Tensor, suppressed: dict[int, list[int]]) -> Tensor:
+def _suppress(logits: Tensor, suppressed: dict[int, list[int]]) -> Tensor:
     """A copy in which each named row cannot draw its ids."""
     rows = [row for row, ids in suppressed.items() for _ in ids]
     places = put(np.array([rows, [id for ids in suppressed.values() for id in ids]], dtype=np.int64), logits.device)

@@ -153,7 +153,7 @@ def test_a_decode_step_that_is_none_of_the_usual_runs_all_the_same(model: Causal
 def test_more_attention_than_there_is_room_for_runs_without_the_static_tensors(model: CausalLM) -> None:
     plain, static = both(model)
     assert static._state is not None
-    static._state._capacity = 64
+    static._state.most_splits = 2
     book = Book()
     plan, slots = book.prefill(tiny_models.random_tokens([300, 20]))
     compare((plain, static), plan)
