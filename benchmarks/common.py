@@ -84,6 +84,10 @@ class Run:
         """Bytes of a weight."""
         return 4 if self.tiny else 2
 
+    def goals(self, must: float, aim: float) -> tuple[float | None, float | None]:
+        """What a row must reach and aims at; nothing with tiny models."""
+        return (None, None) if self.tiny else (must, aim)
+
     def wants(self, row: str) -> bool:
         """Whether a group of rows was asked for."""
         return row in self.rows

@@ -141,7 +141,10 @@ class Memory:
         worst = max((abs(ratio - 1) for ratio in self.ratios), default=None)
         spread = f"{min(self.ratios):.3f} to {max(self.ratios):.3f}" if self.ratios else "nothing measured"
         note = f"predicted over measured: {spread} in {len(self.ratios)} configurations"
-        self.run.report.add(Row("memory, largest distance of a ratio from 1", worst, 0.10, 0.05, most=True, note=note))
+        row = Row(
+            "memory, largest distance of a ratio from 1", worst, *self.run.goals(0.10, 0.05), most=True, note=note
+        )
+        self.run.report.add(row)
 
 
 async def measure(run: Run) -> None:

@@ -152,7 +152,7 @@ class Training:
             f"{steps.tokens_per_second:,.0f} tok/s, "
             f"{steps.checkpointed} of {self.shape.layers} layers recomputed, peak {steps.peak_bytes / 2**30:.1f} GiB"
         )
-        goals = (None, None) if self.run.tiny else MFU[self.kind]
+        goals = self.run.goals(*MFU[self.kind])
         return Row(f"MFU ({factor}N), {self.title}", achieved, *goals, note=note, detail=vars(steps))
 
     async def recomputed(self) -> Steps:
@@ -197,7 +197,7 @@ async def update(run: Run, model: TrainingModel, words: Words, sizes: Sizes) -> 
         await model.optim_step(1e-6, 0.0, 1.0)
         after.append(await first_step())
     found, normal = numbers.median(after) * 1e3, numbers.median(usual) * 1e3
-    goals = (None, None) if run.tiny else (50.0, 10.0)
+    goals = run.goals(50.0, 10.0)
     note = f"prefill of {tokens} tokens and one decode step; the same request at any other time: {normal:.1f} ms"
     detail = {"after_ms": [s * 1e3 for s in after], "usual_ms": [s * 1e3 for s in usual]}
     title = "from optim_step returning to the first decode step"
@@ -218,7 +218,7 @@ async def padded(run: Run, shape: Shape, sizes: Sizes, own: Steps) -> None:
     )
     await run.beside.acall("unload")
     theirs = sizes.tokens / numbers.median(found["seconds"])
-    goals = (None, None) if run.tiny else (3.5, 5.0)
+    goals = run.goals(3.5, 5.0)
     note = (
         f"{own.tokens_per_second:,.0f} tok/s ({own.checkpointed} of {shape.layers} layers recomputed), "
         f"padded batches of {sizes.peer_batch} {theirs:,.0f} (all layers recomputed)"
@@ -268,13 +268,13 @@ async def two_devices(run: Run, single: Training, own: Steps | None) -> None:
     devices = 2 if run.tiny else installed_devices()
     if devices < 2 or own is None:
         why = "one device" if devices < 2 else "no single-device figure"
-        run.report.add(Row(title, None, 1.5, 1.8, note=f"not run: {why}"))
+        run.report.add(Row(title, None, *run.goals(1.5, 1.8), note=f"not run: {why}"))
         return
     async with engine(run, ranks=2) as client:
         model, checkpointed = await single.spawn(client, tp=2)
         steps = await timed_steps(run, model, checkpointed, single.words, single.sizes)
     note = f"{own.seconds * 1e3:.0f} ms a step, {steps.seconds * 1e3:.0f} ms with two"
-    goals = (None, None) if run.tiny else (1.5, 1.8)
+    goals = run.goals(1.5, 1.8)
     run.report.add(Row(title, own.seconds / steps.seconds, *goals, note=note, detail=vars(steps)))
 
 
