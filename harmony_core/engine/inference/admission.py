@@ -17,9 +17,9 @@ from harmony_core.engine.inference.sequence import Sequence
 from harmony_core.engine.inference.slots import Integers, SlotTable
 from harmony_core.engine.inference.waiting import Waiting
 
-WORTH_A_STEP = 512
+WORTH_A_STEP = 1024
 """Tokens to read that are worth a step of their own."""
-PATIENCE = 4
+PATIENCE = 8
 """Decode steps that fewer may wait for more."""
 FEW = 8
 """One newcomer for so many that decode is few."""

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from engine.inference.simulated_rank import VOCAB, Loop, expected
+from harmony_core.engine.inference.admission import PATIENCE
 from harmony_core.engine.inference.scheduler import READS_IN_A_ROW, Scheduler
 from harmony_core.engine.inference.step import Finished, StepPlan, StepResult, int32
 from harmony_core.errors import DataError, EngineError, PromptTooLong
@@ -273,13 +274,13 @@ def test_a_little_to_read_waits_a_little_for_more_while_many_decode() -> None:
         loop.scheduler.submit(id, prompt(id, 4), Sampling(max_tokens=60))
     loop.turn()
     kinds = []
-    for newcomer in (20, 21, 22, 30, None, None, None, None):
+    for newcomer in (20, 21, 22, 30, *[None] * 8):
         if newcomer is not None:
             loop.scheduler.submit(newcomer, prompt(newcomer, 4), Sampling(max_tokens=60))
         loop.turn()
         kinds.append("decode" if loop.plans[-1].is_decode else ids(loop, loop.plans[-1]))
     decode = "decode"
-    assert kinds == [decode, decode, [20, 21, 22], decode, decode, decode, decode, [30]], "three at once, or after four"
+    assert kinds == [decode, decode, [20, 21, 22], *[decode] * PATIENCE, [30]], "three at once; one, when it has waited"
 
 
 def test_a_large_request_at_the_head_is_not_overtaken() -> None:
