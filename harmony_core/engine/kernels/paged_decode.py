@@ -39,7 +39,8 @@ class Config:
     @classmethod
     def of(cls, width: int, dtype: torch.dtype) -> Config:
         """The fixed choice for a head width: the keys and values of a block take at most 32 KiB of shared memory."""
-        return cls(block=min(64, 16384 // (max(16, triton.next_power_of_2(width)) * dtype.itemsize)))
+        row = _padded(width) * dtype.itemsize
+        return cls(block=min(64, 16384 // row), programs_per_sm=3 if row <= 256 else 2)
 
 
 @dataclass(frozen=True)
@@ -304,7 +305,8 @@ def list_work(contexts: Tensor, rows: Tensor, capacity: int, window: int | None)
         *(contexts, rows, items, total, batch, capacity),
         WINDOW=window or 0,
         SPLIT=DECODE_SPLIT,
-        BATCH_PADDED=triton.next_power_of_2(batch),
+        # One compilation for every batch of a usual size.
+        BATCH_PADDED=max(1024, triton.next_power_of_2(batch)),
         BLOCK=64,
     )
     return WorkList(items, total)
@@ -347,17 +349,15 @@ def paged_decode(
     assert q.stride(2) == k.stride(2) == v.stride(2) == keys.stride(2) == values.stride(2) == table.stride(1) == 1
     out = torch.empty((batch, heads, width), dtype=q.dtype, device=q.device)
     group = heads // kv_heads
-    # A matrix product has at least 16 of everything.
-    width_padded = max(16, triton.next_power_of_2(width))
-    shape = {"KV_HEADS": kv_heads, "GROUP": group, "WIDTH": width, "WIDTH_PADDED": width_padded}
-    shape["AT_ONCE"] = max(1, _COMBINED_AT_ONCE // (triton.next_power_of_2(group) * width_padded))
+    shape = {"KV_HEADS": kv_heads, "GROUP": group, "WIDTH": width, "WIDTH_PADDED": _padded(width)}
+    shape["AT_ONCE"] = max(1, _COMBINED_AT_ONCE // (triton.next_power_of_2(group) * _padded(width)))
     _attend[(config.programs_per_sm * _multiprocessors(q.device),)](
         *(q, k, v, keys, values, table, work.items, work.total),
         *(scratch.partial, scratch.lse, scratch.arrivals, out, scale * _LOG2_E, table.stride(0)),
         *(q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1)),
         *(keys.stride(0), keys.stride(1), values.stride(0), values.stride(1), out.stride(0), out.stride(1)),
         **shape,
-        GROUP_PADDED=max(16, triton.next_power_of_2(group)),
+        GROUP_PADDED=_padded(group),
         PAGE=page_size,
         SPLIT=DECODE_SPLIT,
         BLOCK=config.block,
@@ -372,6 +372,11 @@ def paged_decode(
             *(scratch.partial, scratch.lse, work.items, work.total, out, batch, out.stride(0), out.stride(1)), **shape
         )
     return out
+
+
+def _padded(size: int) -> int:
+    # A matrix product has at least 16 of everything.
+    return max(16, int(triton.next_power_of_2(size)))
 
 
 @cache

@@ -26,6 +26,7 @@ def decode(
     window: int | None,
 ) -> Tensor:
     """Write the new keys and values `[B, K, D]`, then attend; `q` `[B, H, D]` -> `[B, H, D]`."""
+    assert q.shape[0] == len(layout.contexts) == len(layout.rows)
     scale = q.shape[2] ** -0.5 if scale is None else scale
     if q.is_cuda and q.dtype in KERNEL_DTYPES:
         return _by_kernel(context, layout, layer, q, k, v, scale, window)
