@@ -53,12 +53,12 @@ class Tasks:
         found = []
         for _ in range(repeats):
             if self.cuda:
-                begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
                 begin.record()
                 action()
                 end.record()
                 torch.cuda.synchronize()
-                found.append(begin.elapsed_time(end) / 1000)
+                found.append(float(begin.elapsed_time(end)) / 1000)
             else:
                 started = time.perf_counter()
                 action()

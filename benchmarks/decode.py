@@ -128,7 +128,9 @@ class Decode:
         job = await self.job(count, 1)
         tokens = job.counters.get("prefill_tokens", 0.0) or count * self.sizes.prompt
         self.prefill_rate = tokens / (job.prefill_seconds or job.wall)
-        goals = (43_000, 46_000) if self.shape.name == "llama-3.1-8b" else (None, None)
+        goals: tuple[float | None, float | None] = (
+            (43_000, 46_000) if self.shape.name == "llama-3.1-8b" else (None, None)
+        )
         flops = 2 * self.shape.matmul_parameters * self.prefill_rate
         step = (self.walls[count] - job.wall) / (self.sizes.new - 1)
         note = f"{count} prompts of {self.sizes.prompt}; through the API {tokens / job.wall:,.0f} tok/s"

@@ -57,9 +57,10 @@ class Configuration:
 
 def configurations(run: Run) -> Iterator[list[Configuration]]:
     """Kinds of training, each with its sizes: with little and much KV."""
-    tokens, pools = (128, (512, 4096)) if run.tiny else (8192, (16_384, 131_072))
+    tokens = 128 if run.tiny else 8192
+    pools = [512, 4096] if run.tiny else [16_384, 131_072]
     if run.quick:
-        pools = pools[:1]
+        del pools[1:]
     for shape in run.shapes:
         kinds = (False, True) if shape.model_type == "qwen3" else (True,)
         for lora in kinds:
