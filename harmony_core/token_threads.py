@@ -44,12 +44,16 @@ class TokenTurn:
 
 @dataclass(frozen=True, slots=True)
 class GenerationRecord:
-    """What the engine recorded of the tokens of a generated last turn; all as long as that turn."""
+    """What the engine recorded of the tokens of a generated last turn; all as long as that turn.
+
+    `model` is the name of the spawn that generated them.
+    """
 
     logprobs: tuple[float, ...]
     sampled_logprobs: tuple[float, ...]
     versions: tuple[int, ...]
     finish_reason: str
+    model: str = ""
 
 
 class TokenizedThread:

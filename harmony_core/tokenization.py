@@ -96,10 +96,11 @@ class ChatTokenizer:
         sampled_logprobs: Sequence[float] = (),
         versions: Sequence[int] = (),
         finished: bool = True,
+        model: str = "",
     ) -> TokenizedThread:
         """The thread with what a model generated for `prompt_ids` as its last turn: those very tokens, weight 1.
 
-        All other turns get weight 0. `finished` says that the model ended the turn itself.
+        All other turns get weight 0. `finished` says that the model ended the turn itself; `model` which one it was.
         """
         try:
             ids, turns = self._lay_out(thread.turns, add_generation_prompt=True)
@@ -110,7 +111,7 @@ class ChatTokenizer:
             turns = [TokenTurn(t.role, 0, 0, 0.0, t.fragments, problem=problem) for t in thread.turns]
         turns = [*(_weightless(turn) for turn in turns), self._completed(len(prompt_ids), completion_ids)]
         record = GenerationRecord(
-            tuple(logprobs), tuple(sampled_logprobs), tuple(versions), "stop" if finished else "length"
+            tuple(logprobs), tuple(sampled_logprobs), tuple(versions), "stop" if finished else "length", model
         )
         return TokenizedThread([*prompt_ids, *completion_ids], turns, thread.metadata, thread.uuid(), record)
 

@@ -12,11 +12,15 @@ to keep the ranks busy while the recipe still submits."""
 
 @dataclass(frozen=True)
 class Sample:
-    """One sequence to train on: inputs, their targets, and -dL/dlogprob for each target."""
+    """One sequence to train on: inputs, their targets, and -dL/dlogprob for each target.
+
+    `sampler_logprobs`: what the sampler recorded of the targets under the present weights, NaN where there is none.
+    """
 
     tokens: list[int]
     targets: list[int]
     coefficients: list[float]
+    sampler_logprobs: list[float] | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)

@@ -160,6 +160,7 @@ class InferenceModel:
             sampled_logprobs=unpack_floats(answer.sampled_logprobs),
             versions=unpack_ints(answer.versions),
             finished=answer.finish_reason == "stop",
+            model=live.name,
         )
         rest = max(len(completion) - 1, 1)
         timings = Timings(answer.seconds_to_first, (answer.seconds - answer.seconds_to_first) / rest, len(completion))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
 import sys
 from collections import deque
 from dataclasses import dataclass, field, replace
@@ -17,7 +18,7 @@ from harmony_core.errors import ConflictError, ModelRefused, NothingToTrain, Usa
 from harmony_core.frames import Frame, is_own
 from harmony_core.ledger import Plan
 from harmony_core.memory import Shape, weight_elements
-from harmony_core.rpc.protocol import Dealloc, Message, MicroBatch, pack_doubles, pack_ints
+from harmony_core.rpc.protocol import Dealloc, Message, MicroBatch, StepMetrics, pack_doubles, pack_floats, pack_ints
 
 if TYPE_CHECKING:
     from harmony_core.registry import ModelVersion
@@ -89,6 +90,7 @@ class LiveModel:
         self.placement = placement
         self.replicas = engine.world_size // placement.tp
         self.step = 0
+        self._steps_under_way = 0
         self.generating = asyncio.Semaphore(MAX_GENERATING * self.replicas)
         """Held by each generation that is under way on the ranks."""
         self.pending = PendingStep(SampleQueue(placement.max_batch_tokens, self.replicas))
@@ -174,9 +176,28 @@ class LiveModel:
                 targets=pack_ints(t for s in batch for t in s.targets),
                 coefficients=pack_doubles(c for s in batch for c in s.coefficients),
                 lengths=pack_ints(len(s) for s in batch),
+                sampler_logprobs=_sampler_logprobs(batch),
             )
             request = self.post(replica, message, sum(map(len, batch)))
             pending.batches.append(request)
+
+    def follow_step(self, posted: asyncio.Future[list[Message]]) -> None:
+        """Count an optimizer step that was sent to the ranks, whether or not somebody waits for it."""
+        self._steps_under_way += 1
+
+        def answered(future: asyncio.Future[list[Message]]) -> None:
+            self._steps_under_way -= 1
+            if not future.cancelled() and future.exception() is None:
+                answer = future.result()[0]
+                assert isinstance(answer, StepMetrics)
+                self.step = int(answer.values["step"])
+
+        posted.add_done_callback(answered)
+
+    @property
+    def present_version(self) -> int | None:
+        """How many optimizer steps the weights have seen; None while a step is under way."""
+        return None if self._steps_under_way else self.step
 
     async def room(self) -> None:
         """Wait while too many micro-batches are unanswered."""
@@ -234,6 +255,13 @@ class LiveModel:
     def __del__(self) -> None:
         if not self._freed and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(_free_quietly, self.engine, self.name)
+
+
+def _sampler_logprobs(batch: list[Sample]) -> bytes:
+    """Those of all samples, one after the other; nothing when no sample has any."""
+    if all(s.sampler_logprobs is None for s in batch):
+        return b""
+    return pack_floats(x for s in batch for x in s.sampler_logprobs or [math.nan] * len(s))
 
 
 def _own_weights(name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from harmony_core.client.storage import save_live
 from harmony_core.errors import DataError, HarmonyError, NothingToTrain, SampleTooLong, UsageError
 from harmony_core.rpc.protocol import AbandonStep, Message, OptimStep, SetStep, StepMetrics
 from harmony_core.threads import StringThread, TokenizedThread
+from harmony_core.token_threads import GenerationRecord
 
 
 class TrainingModel(InferenceModel):
@@ -40,7 +42,9 @@ class TrainingModel(InferenceModel):
                     hint="give an assistant turn a weight, as with_weight_last_assistant_turn() does",
                 )
             self._check_ids(tokens)
-            return Sample(tokens[:-1], tokens[1:], weights[1:]), total
+            sampled = tokenized.generation
+            recorded = None if sampled is None else self._recorded(tokenized, sampled)
+            return Sample(tokens[:-1], tokens[1:], weights[1:], recorded), total
 
         return self._accept(build, "weighted tokens")
 
@@ -51,10 +55,14 @@ class TrainingModel(InferenceModel):
         tangents: Sequence[float],
         tgt_tokens: Sequence[int],
         denominator: float | None = None,
+        *,
+        sampler_logprobs: Sequence[float] | None = None,
     ) -> Coroutine[Any, Any, None]:
         """Any loss through its ascent direction: tangents[t] = -dL/dlogprob(tgt_tokens[t] | inp_tokens[:t+1]).
 
         The step divides by `denominator` summed over samples; its default is the number of non-zero tangents.
+        `sampler_logprobs`: the raw log-probs of tgt_tokens that were recorded when this model generated them, NaN
+        where there are none or the weights have changed since; the step's metrics compare them with the trainer's.
         """
 
         def build() -> tuple[Sample, float]:
@@ -72,7 +80,10 @@ class TrainingModel(InferenceModel):
                 raise NothingToTrain("all tangents are zero", hint="leave the sample out, or give a denominator")
             if denominator is not None and denominator < 0:
                 raise DataError(f"denominator must be 0 or more, not {denominator}")
-            sample = Sample(list(inp_tokens), list(tgt_tokens), [float(t) for t in tangents])
+            recorded = None if sampler_logprobs is None else [float(x) for x in sampler_logprobs]
+            if recorded is not None and len(recorded) != len(tgt_tokens):
+                raise DataError(f"{len(recorded)} sampler_logprobs for {len(tgt_tokens)} tgt_tokens")
+            sample = Sample(list(inp_tokens), list(tgt_tokens), [float(t) for t in tangents], recorded)
             return sample, float(nonzero if denominator is None else denominator)
 
         return self._accept(build, "tangents" if denominator is None else "given denominators")
@@ -90,6 +101,18 @@ class TrainingModel(InferenceModel):
         except HarmonyError as error:
             refused = error
         return self._accepted(refused)
+
+    def _recorded(self, thread: TokenizedThread, record: GenerationRecord) -> list[float] | None:
+        """The sampler's log-prob of each target; NaN where it is not of this model, or of older weights."""
+        last = thread.token_turns[-1]
+        if record.model != self._live.name or len(record.logprobs) != last.end - last.start:
+            return None
+        present = self._live.present_version
+        found = [math.nan] * (len(thread.token_ids) - 1)
+        for place, (logprob, version) in enumerate(zip(record.logprobs, record.versions, strict=True), last.start - 1):
+            if version == present:
+                found[place] = logprob
+        return found
 
     def _check_length(self, sample: Sample) -> None:
         tokens = len(sample) + 1
@@ -148,12 +171,13 @@ class TrainingModel(InferenceModel):
             beta2=betas[1],
             eps=eps,
         )
-        return self._finish_step(live.engine.post_global(message), samples)
+        posted = live.engine.post_global(message)
+        live.follow_step(posted)
+        return self._finish_step(posted, samples)
 
     async def _finish_step(self, posted: asyncio.Future[list[Message]], samples: int) -> dict[str, float]:
         answer = (await asyncio.shield(posted))[0]
         assert isinstance(answer, StepMetrics)
-        self._live.step = int(answer.values["step"])
         values = {**answer.values, "num_samples": float(samples)}
         self._live.engine.events("optim_step", {"model": self._live.name, **values}, None)
         return values

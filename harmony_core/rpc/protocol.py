@@ -265,6 +265,8 @@ class MicroBatch(Message):
 
     tokens, targets: int32; coefficients: float64; lengths: int32, one for each sample. A coefficient is a
     token's weight (language modelling) or its tangent; positions with coefficient 0 are not scored.
+    sampler_logprobs: float32, or empty: what the sampler recorded of each target under the present weights (raw
+    distribution), to be compared with; NaN where there is none.
     """
 
     model: str
@@ -273,6 +275,7 @@ class MicroBatch(Message):
     targets: bytes
     coefficients: bytes
     lengths: bytes
+    sampler_logprobs: bytes = b""
 
 
 class MicroBatchDone(Message):

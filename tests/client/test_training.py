@@ -11,7 +11,7 @@ import pytest
 from engines import LiveEngine, pair, pairs
 from harmony_core.client import TrainingModel
 from harmony_core.client.batching import Sample
-from harmony_core.errors import EngineError, NothingToTrain, SampleTooLong, StepFailed, UsageError
+from harmony_core.errors import DataError, EngineError, NothingToTrain, SampleTooLong, StepFailed, UsageError
 from harmony_core.threads import StringThread
 
 TINY = "builtin:tiny-lm"
@@ -178,6 +178,35 @@ def test_tangents_give_the_step_of_the_loss_they_come_from(one_rank: LiveEngine)
         assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-6)
         await native.dealloc()
         await tangents.dealloc()
+
+    one_rank.run(work())
+
+
+def test_sampler_and_trainer_agree_on_live_data(one_rank: LiveEngine) -> None:
+    """Tokens that the model generated are compared, as long as its weights are those that generated them."""
+
+    async def work() -> None:
+        model = await spawn_train(one_rank, "live", batch=128, adapter=True)
+        other = await spawn_train(one_rank, "other", batch=128, adapter=True)
+        await train(model, pairs(12), lr=3e-2)
+        prompts = [StringThread([("user", f"say {i}")]) for i in range(12)]
+        threads = await asyncio.gather(*(model.inf().temperature(1.0).generate_tokens(p) for p in prompts))
+        fresh = await train(model, threads)
+        assert fresh["sampler_tokens"] == fresh["num_tokens"] > 12
+        assert 0 <= fresh["sampler_logprob_diff_mean"] <= fresh["sampler_logprob_diff_max"] < 1e-4
+        assert 0 <= fresh["sampler_kl_k3"] < 1e-8
+        for stale in (await train(model, threads), await train(other, threads), await train(model, pairs(3))):
+            assert "sampler_tokens" not in stale
+        recorded = (await model.generate_tokens(prompts[0])).logprobs
+        assert recorded
+        tokens = [5] * (len(recorded) + 1)
+        given = [math.nan, *recorded[1:]]
+        await model.train_tangents(tokens[:-1], [], [1.0] * len(given), tokens[1:], sampler_logprobs=given)
+        assert (await model.optim_step(1e-3, 0.0, 1.0))["sampler_tokens"] == len(given) - 1
+        with pytest.raises(DataError, match="1 sampler_logprobs for 2"):
+            await model.train_tangents([5, 6], [], [1.0, 0.0], [6, 7], sampler_logprobs=[-1.0])
+        await model.dealloc()
+        await other.dealloc()
 
     one_rank.run(work())
 

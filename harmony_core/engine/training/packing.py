@@ -27,6 +27,8 @@ class PackedBatch:
     targets: Tensor
     coefficients: Tensor
     lengths: tuple[int, ...]
+    sampled: tuple[Tensor, Tensor] | None = None
+    """`[K]` long, `[K]` float64: of which of the N the sampler's log-prob is known, and that. None: of none."""
 
 
 def unpack(batch: MicroBatch, vocab_size: int, device: torch.device) -> PackedBatch:
@@ -50,6 +52,11 @@ def unpack(batch: MicroBatch, vocab_size: int, device: torch.device) -> PackedBa
             raise DataError(f"{what} {worst} is outside the vocabulary of {vocab_size}", value=worst, limit=vocab_size)
     positions = np.arange(tokens.size) - np.repeat(np.cumsum(lengths) - lengths, lengths)
 
+    sampler = np.frombuffer(batch.sampler_logprobs, "<f4").astype(np.float64)
+    if sampler.size not in (0, tokens.size):
+        raise InternalError(f"a micro-batch of {tokens.size} tokens and {sampler.size} log-probs of the sampler")
+    (known,) = np.nonzero(np.isfinite(sampler[scored])) if sampler.size else (np.empty(0, np.int64),)
+
     def there(values: np.ndarray[tuple[int], np.dtype[Any]]) -> Tensor:
         made = torch.from_numpy(values)
         # From pinned memory the copy does not make the host wait.
@@ -62,4 +69,5 @@ def unpack(batch: MicroBatch, vocab_size: int, device: torch.device) -> PackedBa
         targets=there(targets[scored]),
         coefficients=there(coefficients[scored]),
         lengths=tuple(lengths.tolist()),
+        sampled=(there(known), there(sampler[scored][known])) if known.size else None,
     )

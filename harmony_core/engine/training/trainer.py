@@ -21,6 +21,7 @@ from harmony_core.engine.models.context import ForwardContext, PackedAttention, 
 from harmony_core.engine.models.heads import linear_logprob_loss
 from harmony_core.engine.models.model import CausalLM
 from harmony_core.engine.training import state_files
+from harmony_core.engine.training.agreement import Agreement, metrics
 from harmony_core.engine.training.gradients import FlatGradients
 from harmony_core.engine.training.optimizer import AdamW
 from harmony_core.engine.training.packing import PackedBatch, unpack
@@ -49,6 +50,9 @@ class Trainer:
         self.optimizer = AdamW(self.gradients)
         # The head's gradient is as large as the embedding: it is added where it belongs, without a copy of it.
         self._head_gradient = self.gradients.of(model.head_weight)
+        # A trained adapter's dropout is not the sampler's: there would be nothing to learn from a difference.
+        self._comparable = adapter is None or not model.adapters[adapter].settings.dropout
+        self._agreement = Agreement(model.device)
         self._failed = False
         self._reset_counts()
 
@@ -112,7 +116,7 @@ class Trainer:
         with self._cleared_afterwards():
             self.gradients.check_attached()
             self.gradients.reduce(self.dp_group)
-            numerator, weighted, samples, squares = self._totals()
+            numerator, weighted, samples, squares, agreement = self._totals()
             denominator = self._denominator(request, samples)
             norm = math.sqrt(squares) / denominator
             skipped = not math.isfinite(norm) and self._refuse_or_skip(request)
@@ -131,6 +135,7 @@ class Trainer:
             "skipped": float(skipped),
             "step": float(self.step),
             "seconds": time.perf_counter() - started,
+            **agreement,
         }
 
     def abandon(self) -> None:
@@ -194,6 +199,8 @@ class Trainer:
             # The loss has its gradients already; the backward pass needs the room.
             del hidden, scored
             loss.backward()  # type: ignore[no-untyped-call]
+        if packed.sampled is not None and self._comparable:
+            self._agreement.add(logprobs, *packed.sampled)
         return -float((packed.coefficients * logprobs.double()).sum().item())
 
     def _dropout_seed(self, batch: MicroBatch) -> int:
@@ -206,6 +213,7 @@ class Trainer:
         self._numerator = 0.0
         self._weighted = 0
         self._samples = 0
+        self._agreement.clear()
 
     @contextmanager
     def _cleared_afterwards(self) -> Iterator[None]:
@@ -224,17 +232,19 @@ class Trainer:
             )
         return request.denominator
 
-    def _totals(self) -> tuple[float, float, float, float]:
-        """Numerator, weighted tokens and samples over all replicas, and the reduced gradients' sum of squares.
+    def _totals(self) -> tuple[float, float, float, float, dict[str, float]]:
+        """Numerator, weighted tokens, samples, the reduced gradients' sum of squares, and the sampler's metrics.
 
-        The one place in a step where the host waits for the device.
+        Over all replicas. The one place in a step where the host waits for the device.
         """
         counts = torch.tensor([self._numerator, self._weighted, self._samples], dtype=torch.float64)
-        counts = counts.to(self.model.device)
+        sums = torch.cat([counts.to(self.model.device), self._agreement.sums])
         if self.dp_group is not None:
-            dist.all_reduce(counts, group=self.dp_group)
-        numerator, weighted, samples, squares = torch.cat([counts, self.gradients.squared_norm()[None]]).tolist()
-        return numerator, weighted, samples, squares
+            dist.all_reduce(sums, group=self.dp_group)
+            dist.all_reduce(self._agreement.most, dist.ReduceOp.MAX, group=self.dp_group)
+        found = torch.cat([self.gradients.squared_norm()[None], self._agreement.most, sums]).tolist()
+        squares, most, numerator, weighted, samples, *agreement = found
+        return numerator, weighted, samples, squares, metrics(agreement, most)
 
     def _refuse_or_skip(self, request: OptimStep) -> bool:
         """With a norm that is not finite, the same on every rank: True to skip the step."""

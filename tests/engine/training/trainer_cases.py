@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,27 @@ class PlainLoop:
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         return loss, norm.item()
+
+
+def with_sampler(batch: MicroBatch, logprobs: list[float]) -> MicroBatch:
+    """The micro-batch with what a sampler recorded, NaN where it did not."""
+    batch.sampler_logprobs = pack_floats(logprobs)
+    return batch
+
+
+def agreement(group: Group, directory: str) -> list[dict[str, float]]:
+    """Two replicas, of which the second one alone has tokens to compare with, then none has."""
+    parallel, dp_group, replica = group.grid(1)
+    trainer = make_trainer(Path(directory), tp=parallel, dp_group=dp_group)
+    ids, weights = [5, 6, 7, 8], [1.0] * 4
+    found = []
+    for known in (True, False):
+        batch = micro_batch([(ids, weights)], replica)
+        if known and replica == 1:
+            batch = with_sampler(batch, [-0.5, math.nan, -40.0])
+        trainer.accumulate(batch)
+        found.append(trainer.optim_step(optim_step(6.0)))
+    return [{k: v for k, v in metrics.items() if k.startswith("sampler")} for metrics in found]
 
 
 def curve(group: Group, directory: str, dtype: str, lora: bool, tp: int, steps: int = 20) -> dict[str, Any]:
