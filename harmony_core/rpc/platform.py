@@ -166,3 +166,12 @@ def resident_bytes() -> int:
 def loopback_interface() -> str:
     """The name of the loopback interface when it is the usual one, else ""."""
     return "lo" if Path("/sys/class/net/lo").exists() else ""
+
+
+def processor_vendor() -> str:
+    """The maker of the processor as the kernel names it, such as "AuthenticAMD"; "" where the system does not tell."""
+    try:
+        lines = (_PROC / "cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")

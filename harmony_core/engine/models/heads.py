@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from harmony_core.engine.models.head_scorers import make_scorer
 from harmony_core.engine.models.model import CausalLM
 from harmony_core.engine.models.parallel import all_reduce
-from harmony_core.engine.models.products import add_product, wide
+from harmony_core.engine.models.products import add_product, plain_product, wide
 from harmony_core.errors import DataError
 
 
@@ -93,7 +93,7 @@ class _LinearLogprobLoss(torch.autograd.Function):
             if weight_grad is not None:
                 add_product(weight_grad, gradient.t(), hidden[group].to(gradient.dtype))
             if hidden_grad is not None:
-                torch.mm(gradient.to(weight.dtype), weight, out=hidden_grad[group])
+                plain_product(gradient.to(weight.dtype), weight, out=hidden_grad[group])
             del gradient
         if hidden_grad is not None:
             # Each rank saw its own slice of the vocabulary.

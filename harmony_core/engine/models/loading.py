@@ -15,7 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from harmony_core.engine.models import attention
+from harmony_core.engine.models import attention, linear_cpu
 from harmony_core.engine.models.deterministic import make_deterministic
 from harmony_core.engine.models.model import CausalLM
 from harmony_core.engine.models.parallel import Shard, TensorParallel, full_shape, set_shard, shard_of
@@ -44,8 +44,7 @@ def load_model(
         check_names(dict(module.named_parameters()), tied_names(module), stored)
         fill(module, config, device, lambda name, shard, shape: stored.read(name, shard, shape, dtype))
     model = CausalLM(module, config, tp, device, dtype, summed)
-    if deterministic:
-        make_deterministic(model)
+    _choose_products(model, deterministic)
     return model
 
 
@@ -55,9 +54,15 @@ def copy_model(model: CausalLM) -> CausalLM:
     source = model.base_parameters
     fill(module, model.config, model.device, lambda name, shard, shape: source[name].detach().clone())
     copied = CausalLM(module, model.config, model.tp, model.device, model.dtype, summed)
-    if model.deterministic:
-        make_deterministic(copied)
+    _choose_products(copied, model.deterministic)
     return copied
+
+
+def _choose_products(model: CausalLM, deterministic: bool) -> None:
+    if deterministic:
+        make_deterministic(model)
+    elif linear_cpu.applies(model.device, model.dtype):
+        model.use_product(linear_cpu.linear)
 
 
 def read_config(directory: Path) -> Any:

@@ -5,7 +5,6 @@ It knows nothing of batching, sampling or optimizers. Shapes: T tokens of one pa
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +13,15 @@ from torch.nn import functional as F
 
 from harmony_core.engine.models.compiling import LayerCall, prepare_compiling
 from harmony_core.engine.models.context import current_context
-from harmony_core.engine.models.parallel import Shard, TensorParallel, gather_full, shard_of, sum_gradient
+from harmony_core.engine.models.parallel import (
+    Product,
+    Shard,
+    TensorParallel,
+    gather_full,
+    set_product,
+    shard_of,
+    sum_gradient,
+)
 from harmony_core.engine.models.products import wide, wide_product
 from harmony_core.errors import DataError
 
@@ -39,7 +46,7 @@ class CausalLM:
     ) -> None:
         self.module, self.config, self.tp, self.device, self.dtype = module, config, tp, device, dtype
         self.adapters: dict[str, AdapterInfo] = {}
-        self.matmul: Callable[..., Tensor] = F.linear
+        self.matmul: Product = F.linear
         """How every weight matrix is applied: (rows, weight, bias) -> rows."""
         self.row_multiple = 1
         """The head scores a multiple of this many rows at a time. Above 1 in the deterministic mode."""
@@ -72,6 +79,13 @@ class CausalLM:
         output = self._decoder(input_ids=tokens[None], position_ids=positions[None], use_cache=False)
         hidden: Tensor = output.last_hidden_state[0]
         return hidden
+
+    def use_product(self, product: Product) -> None:
+        """Apply every weight matrix with `product` from now on, and adapters that are added later."""
+        self.matmul = product
+        for layer in self.module.modules():
+            if isinstance(layer, nn.Linear):
+                set_product(layer, product)
 
     @property
     def deterministic(self) -> bool:

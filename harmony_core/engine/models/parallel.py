@@ -7,7 +7,7 @@ which part of the full one it is. This module does not know which layer of a mod
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -212,11 +212,25 @@ def sum_gradient(parameter: nn.Parameter, tp: TensorParallel) -> None:
     parameter.register_hook(hook)  # type: ignore[no-untyped-call]
 
 
+Product = Callable[..., Tensor]
+"""How a weight matrix is applied: (rows, weight, bias) -> rows, as `F.linear` does it."""
+
+
+def set_product(layer: nn.Linear, product: Product) -> None:
+    """Let a linear layer apply its weight with `product`."""
+    if isinstance(layer, ColumnParallelLinear | RowParallelLinear):
+        layer.product = product
+    else:
+        layer.forward = lambda input: product(input, layer.weight, layer.bias)  # type: ignore[method-assign]
+
+
 class ColumnParallelLinear(nn.Linear):
     """A linear layer split by output rows; `in_features` and `out_features` stay those of the full layer.
 
     With `gather_output` every rank gets the whole output, else its own slice.
     """
+
+    product: Product = staticmethod(F.linear)
 
     def __init__(self, full: nn.Linear, tp: TensorParallel, gather_output: bool = False) -> None:
         nn.Module.__init__(self)
@@ -228,12 +242,14 @@ class ColumnParallelLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """`[..., in]` on all ranks -> this rank's slice of `[..., out]`, or all of it."""
-        output = F.linear(copy_to(input, self.tp), self.weight, self.bias)
+        output = self.product(copy_to(input, self.tp), self.weight, self.bias)
         return gather_from(output, self.out_features, self.tp) if self.gather_output else output
 
 
 class RowParallelLinear(nn.Linear):
     """A linear layer split by input columns: each rank adds its part. The bias is whole on every rank."""
+
+    product: Product = staticmethod(F.linear)
 
     def __init__(self, full: nn.Linear, tp: TensorParallel) -> None:
         nn.Module.__init__(self)
@@ -243,7 +259,7 @@ class RowParallelLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """This rank's slice of `[..., in]` -> `[..., out]` on all ranks."""
-        output = reduce_from(F.linear(input, self.weight), self.tp)
+        output = reduce_from(self.product(input, self.weight), self.tp)
         return output if self.bias is None else output + self.bias
 
 

@@ -11,6 +11,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from harmony_core.engine.models import linear_cpu
+
 _BLOCK_ELEMENTS = 8 << 20
 """Of a product that cannot be added in place: small enough to stay in a device's cache until it is added."""
 
@@ -23,16 +25,26 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 def wide_product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """`a @ b` in `wide(a.dtype)`, without gradient."""
     if a.dtype == wide(a.dtype):
-        return torch.mm(a, b, out=out)
+        return plain_product(a, b, out)
     if a.is_cuda:
         return torch.mm(a, b, out_dtype=torch.float32, out=out)
     product = torch.mm(a, b).float()
     return product if out is None else out.copy_(product)
 
 
+def plain_product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """`a @ b` in the factors' own type, without gradient."""
+    if not linear_cpu.applies(a.device, a.dtype):
+        return torch.mm(a, b, out=out)
+    product = linear_cpu.product(a, b)
+    return product if out is None else out.copy_(product)
+
+
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """`total += a @ b`, with a float32 `total` for half-precision `a` and `b`."""
-    if a.dtype == total.dtype:
+    if linear_cpu.applies(a.device, a.dtype):
+        linear_cpu.add_product(total, a, b)
+    elif a.dtype == total.dtype:
         total.addmm_(a, b)
     elif not a.is_cuda:
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
