@@ -28,6 +28,7 @@ class Plan:
     """What one spawn needs on each rank, in bytes, by part.
 
     `weights` are the base weights, which spawns of one model share; `adapter` those that are this spawn's own.
+    `decode` is what CUDA graphs of decode steps work on, whatever the size of the pool.
     `activations` and `workspace` are transient: a rank runs one instruction at a time, so of all the models on
     it only the largest such need counts.
     """
@@ -37,13 +38,14 @@ class Plan:
     gradients: int = 0
     optimizer: int = 0
     kv: int = 0
+    decode: int = 0
     activations: int = 0
     workspace: int = 0
 
     @property
     def resident(self) -> int:
         """Held from spawn to dealloc."""
-        return self.weights + self.adapter + self.gradients + self.optimizer + self.kv
+        return self.weights + self.adapter + self.gradients + self.optimizer + self.kv + self.decode
 
     @property
     def transient(self) -> int:

@@ -50,6 +50,13 @@ _MAX_RUNNING = 256
 """Sequences that the scheduler lets run at once: its own constant."""
 _SAMPLED_AT_ONCE = 8 << 20
 """Logits that the sampler takes at once: its own constant."""
+_PAGE_TOKENS = 16
+_SPLIT_TOKENS = 256
+"""Tokens of a context that a decode step attends to at a time: the kernel's own constant."""
+_SHARING = 8
+"""How often a decode step may count each page: the runner's own constant."""
+_GRAPH_BYTES = 192 << 20
+"""Graphs themselves, workspaces of matrix products while they are recorded, and what is lost to rounding."""
 _INDEX_BYTES = 80
 """Ten 64-bit numbers a token: ids, positions, targets, coefficients, gather indices."""
 
@@ -129,6 +136,7 @@ def plan(shape: Shape) -> Plan:
         gradients=trained * shape.accumulate,
         optimizer=trained * state * shape.accumulate,
         kv=shape.kv_tokens * kv_token_bytes(shape),
+        decode=decode_bytes(shape) if shape.device == "cuda" else 0,
         activations=activations,
         workspace=workspace,
     )
@@ -162,6 +170,27 @@ def adapter_elements(spec: ModelSpec, lora: LoraSettings, tp: int) -> int:
 def kv_token_bytes(shape: Shape) -> int:
     """Bytes of one token's keys and values on a rank."""
     return shape.spec.num_layers * 2 * _Local.of(shape.spec, shape.tp).kv * shape.element
+
+
+def decode_bytes(shape: Shape) -> int:
+    """Bytes of decode steps as CUDA graphs on a rank: tensors that stay, the graphs, the memory that they share.
+
+    The largest step works on three tensors of the feed-forward's width and the hidden states around them; attention
+    leaves its splits' outputs in float32; the head's logits are scored where they stay, but for the parts that ranks
+    gather.
+    """
+    n = _Local.of(shape.spec, shape.tp)
+    longest = min(shape.kv_tokens, shape.spec.max_positions)
+    splits = min(
+        _MAX_RUNNING * (longest // _SPLIT_TOKENS + 1), _MAX_RUNNING + _SHARING * shape.kv_tokens // _SPLIT_TOKENS + 1
+    )
+    stay = _MAX_RUNNING * (shape.accumulate * shape.spec.vocab_size + 4 * (longest // _PAGE_TOKENS + 1))
+    stay += _PAGE_TOKENS * kv_token_bytes(shape)
+    gathered = 3 if shape.tp > 1 else 1 if shape.element >= 4 else 0
+    step = _MAX_RUNNING * (shape.element * (4 * n.d + 3 * n.i + 2 * n.q + 2 * n.kv) + shape.spec.vocab_size // 16)
+    step += _MAX_RUNNING * gathered * shape.accumulate * shape.spec.vocab_size
+    scratch = 4 * (splits + _MAX_RUNNING) * (n.q + n.heads)
+    return stay + step + scratch + _GRAPH_BYTES
 
 
 def _lora_sides(spec: ModelSpec, lora: LoraSettings, tp: int) -> list[tuple[int, int, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +10,14 @@ import pytest
 import torch
 
 import tiny_models
+from harmony_core import memory
+from harmony_core.engine.inference.blocks import MAX_RUNNING
 from harmony_core.engine.inference.runner import Runner
 from harmony_core.engine.inference.step import StepPlan, StepResult, float64
 from harmony_core.engine.models.loading import load_model
 from harmony_core.engine.models.model import CausalLM
 from harmony_core.engine.models.parallel import TensorParallel
+from harmony_core.model_spec import ModelSpec
 from harmony_core.rpc.protocol import Sampling
 from step_plans import GREEDY, Book, tokens_of
 
@@ -198,3 +202,25 @@ def test_other_weights_take_over_with_the_pages_kept(model: CausalLM, tmp_path: 
         runner.rebind(other)
     after = compare(runners, book.decode(slots))
     assert float64(before.logprobs).tolist() != float64(after.logprobs).tolist()
+
+
+def test_the_memory_plan_knows_what_decode_steps_work_on(tmp_path: Path) -> None:
+    tiny_models.build(tmp_path, "llama")
+    spec = ModelSpec.read(tmp_path)
+    for kv_tokens in (256, 4096, 65_536):
+        shape = memory.Shape(spec, 1, False, None, 64, kv_tokens, device="cuda", dtype="float32")
+        model = load_model(tmp_path, TensorParallel.single(), torch.device("cpu"), torch.float32)
+        runner = Runner(model, kv_tokens, static=True)
+        state = runner._state
+        assert state is not None
+        tensors = sum(map(size_of, (state.table, state.last, state.logits, state._inputs, state._outputs)))
+        spare = sum(map(size_of, (*runner.cache.keys, *runner.cache.values))) - runner.cache.bytes
+        scratch = 4 * (state.most_splits + MAX_RUNNING) * (4 * 8 + 4)
+        held = memory.decode_bytes(shape) - memory._GRAPH_BYTES
+        assert tensors + spare + scratch < held < tensors + spare + scratch + (2 << 20)
+        without = memory.plan(replace(shape, device="cpu"))
+        assert memory.plan(shape).resident == without.resident + held + memory._GRAPH_BYTES
+
+
+def size_of(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
