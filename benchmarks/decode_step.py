@@ -101,6 +101,14 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def used(device: torch.device) -> list[float]:
+    """GiB: what tensors hold, what the allocator holds, what is gone from the device."""
+    if device.type != "cuda":
+        return [0.0] * 3
+    free, total = torch.cuda.mem_get_info(device)
+    return [n / 2**30 for n in (torch.cuda.memory_allocated(), torch.cuda.memory_reserved(), total - free)]
+
+
 def measure(runner: Runner, batch: Batch, steps: int) -> dict[str, float]:
     """Milliseconds of a step: between results, on the device, and of launching it on the host."""
     for _ in range(3):
@@ -146,6 +154,7 @@ def report(shape: Shape, options: argparse.Namespace, device: torch.device, band
             model.compile()
         kv_tokens = max(batches) * (options.context + 2 * options.steps + 32)
         told: list[str] = []
+        before = used(device)
         runner = Runner(
             model,
             kv_tokens,
@@ -178,6 +187,10 @@ def report(shape: Shape, options: argparse.Namespace, device: torch.device, band
                 )
         if graphs and device.type == "cuda":
             print("\n".join(told), flush=True)
+            torch.cuda.empty_cache()
+            held = [round(after - first, 3) for after, first in zip(used(device), before, strict=True)]
+            pool = runner.cache.bytes / 2**30
+            print(f"# GiB for the runner, allocated, reserved, of the device: {held}; pages {pool:.3f}", flush=True)
             for rows in batches if compiled else []:
                 print(f"# {shape.name}, {rows} rows, kernels of one step", flush=True)
                 print("\n".join(profile(runner, Batch(rows, options.context, 8, TAILS["plain"]))), flush=True)

@@ -53,22 +53,24 @@ class DecodeGraphs:
         return self.broken or (name, rows) in self._graphs
 
     def record(self, name: str, rows: int, work: Callable[[], None]) -> None:
-        """Run `work` once, then record it. It must be harmless: both happen on whatever input is loaded."""
+        """Run `work` once, then record it. It must be harmless: both happen on whatever input is loaded.
+
+        What `work` raises when it is run is raised; what only its recording raises is announced.
+        """
         start = time.perf_counter()
+        # The first run compiles, and makes libraries allocate what they keep.
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            work()
+        torch.cuda.synchronize(self._device)
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         try:
-            # The first run compiles, and makes libraries allocate what they keep.
-            self._stream.wait_stream(torch.cuda.current_stream(self._device))
-            with torch.cuda.stream(self._stream):
-                work()
-            torch.cuda.current_stream(self._device).wait_stream(self._stream)
-            torch.cuda.synchronize(self._device)
             self._graphs[name, rows] = self._capture(work)
         except RuntimeError as error:
             self.broken = True
-            self._notify("decode_graphs_failed", {"what": name, "rows": rows, "error": str(error)[:500]})
             self.drop()
+            self._notify("decode_graphs_failed", {"what": name, "rows": rows, "error": str(error)[:500]})
         taken = time.perf_counter() - start
         self.seconds += taken
         if not self.broken:

@@ -16,6 +16,8 @@ _CHUNK = 4096
 _BLOCK = 256
 """Ids whose weights are summed before any of them is looked at; a part of a chunk."""
 _TILE = 512
+_SETTINGS = ["temperature", "top_k", "top_p", "min_p", "uniform"]
+"""Rows of one matrix: where they begin depends on the number of rows, and what is compiled should not."""
 
 
 @triton.jit
@@ -29,7 +31,7 @@ def _heat(temperature: tl.tensor, row: tl.tensor) -> tl.tensor:
     return tl.maximum(tl.load(temperature + row), 1e-30).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=_SETTINGS)
 def _summarise(
     logits: tl.tensor,
     temperature: tl.tensor,
@@ -70,7 +72,7 @@ def _summarise(
         tl.store(sums + place * (CHUNK // BLOCK) + part, tl.sum(weights.to(tl.float64), 1))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=_SETTINGS)
 def _pick(
     logits: tl.tensor,
     temperature: tl.tensor,
@@ -187,7 +189,7 @@ def _search(
     return found
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=_SETTINGS)
 def _find_floors(
     logits: tl.tensor,
     temperature: tl.tensor,
