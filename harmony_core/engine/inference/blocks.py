@@ -17,8 +17,6 @@ from harmony_core.engine.inference.prefixes import PrefixIndex
 
 PAGE_SIZE = 16
 """Tokens in a page."""
-SPLIT_TOKENS = 256
-"""Tokens of a context that one work item of a decode step covers."""
 MAX_RUNNING = 256
 """Most sequences that hold pages at once, and so most in one decode step."""
 

@@ -22,12 +22,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harmony_core.engine.inference.admission import Admission, Statistics
-from harmony_core.engine.inference.blocks import MAX_RUNNING, PAGE_SIZE, SPLIT_TOKENS, PagePool, pages_for
+from harmony_core.engine.inference.blocks import MAX_RUNNING, PAGE_SIZE, PagePool, pages_for
 from harmony_core.engine.inference.planning import InFlight, Reading, plan_decode, plan_reading
 from harmony_core.engine.inference.prefixes import ROOT, TOKEN_BYTES
 from harmony_core.engine.inference.sequence import Sequence, check_sampling
 from harmony_core.engine.inference.slots import SlotTable
 from harmony_core.engine.inference.step import Finished, StepPlan, StepResult, float64, int32
+from harmony_core.engine.kernels import DECODE_SPLIT
 from harmony_core.errors import DataError, EngineError, HarmonyError, PromptTooLong
 from harmony_core.rpc.protocol import Sampling
 
@@ -40,7 +41,7 @@ class Scheduler:
 
     `kv_tokens` is the pool, `max_positions` the model's context, `prefill_tokens` the most tokens in one step, prompt
     or decoding, `max_running` the most sequences that hold pages, `max_splits` the most work items in a decode step
-    (each covers `SPLIT_TOKENS` of a context; None: any number); `version` says which policy version the weights have
+    (each covers `DECODE_SPLIT` of a context; None: any number); `version` says which policy version the weights have
     now.
     """
 
@@ -58,7 +59,7 @@ class Scheduler:
     ) -> None:
         assert kv_tokens > 0 and prefill_tokens > 0 and max_running > 0
         longest = min(max_positions, kv_tokens)
-        assert max_splits is None or max_splits * SPLIT_TOKENS >= longest, "one sequence needs more work items"
+        assert max_splits is None or max_splits * DECODE_SPLIT >= longest, "one sequence needs more work items"
         self.pool = PagePool(pages_for(kv_tokens, page_size), page_size)
         self.kv_tokens = kv_tokens
         self.max_positions = max_positions
@@ -266,7 +267,7 @@ class Scheduler:
         """Those of the slots that one decode step has room for, the ones that waited longest first."""
         if self._max_splits is None:
             return slots
-        splits = self._table.context[slots] // SPLIT_TOKENS + 1
+        splits = self._table.context[slots] // DECODE_SPLIT + 1
         if splits.sum() <= self._max_splits:
             return slots
         order = np.argsort(self._table.turn[slots], kind="stable")
