@@ -85,8 +85,11 @@ class Decode:
         return job.mean_batch * (prompt + new / 2)
 
     async def warm(self) -> None:
-        """Whatever is compiled or captured when it is first needed."""
-        for count in sorted(CONCURRENT[self.shape.name]):
+        """Whatever is compiled or captured when it is first needed: every batch size, falling from the largest."""
+        counts = CONCURRENT[self.shape.name]
+        lengths = [2 + index // 2 for index in range(max(counts))]
+        await run_job(self.model, [self.words.prompt(16) for _ in lengths], lengths)
+        for count in sorted(counts):
             await self.job(count, 4)
 
     async def roofline(self) -> None:
