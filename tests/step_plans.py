@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from harmony_core.engine.inference.draws import Draws, Setting
+from harmony_core.engine.inference.runner import Pending, Runner
+from harmony_core.engine.inference.scheduler import Scheduler
 from harmony_core.engine.inference.step import StepPlan, StepResult, int32
-from harmony_core.rpc.protocol import Sampling
+from harmony_core.rpc.protocol import Generated, Sampling
 
 PAGE = 16
 GREEDY = Sampling(temperature=0.0)
@@ -117,3 +120,46 @@ def target_is_first(sampled: list[int], row: int) -> bool:
 
 def tokens_of(result: StepResult) -> list[int]:
     return int32(result.tokens).tolist()
+
+
+def serve(
+    scheduler: Scheduler, runner: Runner, requests: dict[int, tuple[list[int], Sampling]]
+) -> dict[int, Generated]:
+    """Answer requests, with as many steps under way as the runner is good for; half of them come while others run."""
+    under_way: deque[tuple[StepPlan, Pending]] = deque()
+    waiting = deque(requests.items())
+    answers: dict[int, Generated] = {}
+    step = 0
+    while waiting or scheduler.has_work:
+        while waiting and (step > 5 or len(waiting) > len(requests) // 2):
+            id, (prompt, sampling) = waiting.popleft()
+            scheduler.submit(id, prompt, sampling)
+        step += 1
+        plan = scheduler.plan() if scheduler.has_work else None
+        if plan is not None:
+            under_way.append((plan, runner.launch(plan)))
+        while under_way and (plan is None or len(under_way) > runner.depth):
+            oldest, pending = under_way.popleft()
+            for finished in scheduler.commit(oldest, runner.collect(pending)):
+                assert finished.generated is not None, finished.error
+                answers[finished.id] = finished.generated
+    while under_way:
+        oldest, pending = under_way.popleft()
+        assert not scheduler.commit(oldest, runner.collect(pending))
+    assert scheduler.pool.is_empty
+    return answers
+
+
+def ragged_requests(count: int, vocab: int, seed: int = 0) -> Requests:
+    """Prompts and limits of many lengths, groups that share a prompt, all kinds of settings."""
+    random = np.random.default_rng(seed)
+    requests: Requests = {}
+    while len(requests) < count:
+        prompt = random.integers(3, vocab, int(random.integers(1, 90))).tolist()
+        for _ in range(int(random.choice([1, 1, 1, 4]))):
+            settings = {"max_tokens": int(random.integers(1, 40)), "seed": len(requests), "stop_ids": (7, 8, 9)}
+            settings |= [{"temperature": 0.0}, {}, {"temperature": 0.7, "top_p": 0.9}, {"top_k": 9, "min_tokens": 5}][
+                len(requests) % 4
+            ]
+            requests[len(requests)] = prompt, Sampling(**settings)
+    return requests

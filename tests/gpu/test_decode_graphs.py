@@ -17,13 +17,14 @@ from harmony_core.engine.inference.draws import GREEDY as GREEDY_TAIL
 from harmony_core.engine.inference.graphs import DecodeGraphs
 from harmony_core.engine.inference.runner import Runner
 from harmony_core.engine.inference.sampler import sample
+from harmony_core.engine.inference.scheduler import Scheduler
 from harmony_core.engine.inference.step import StepResult, float64, int32
 from harmony_core.engine.models.adapters import add_lora
 from harmony_core.engine.models.loading import load_model
 from harmony_core.engine.models.model import CausalLM
 from harmony_core.engine.models.parallel import TensorParallel
-from harmony_core.rpc.protocol import LoraSettings, Sampling
-from step_plans import GREEDY, Book, tokens_of
+from harmony_core.rpc.protocol import LoraSettings, Sampling, unpack_floats
+from step_plans import GREEDY, Book, ragged_requests, serve, tokens_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -225,6 +226,31 @@ def test_steps_launched_ahead(tmp_path: Path) -> None:
         np.testing.assert_allclose(float64(result.logprobs), float64(expected.logprobs), atol=1e-4)
     assert len(graphs._idle) == graphs.depth + 1
     assert graphs.statistics["decode_seconds"] > 0 and graphs.statistics["prefill_seconds"] > 0
+
+
+@pytest.mark.parametrize("kv_tokens", [8192, 1024])
+def test_a_scheduler_that_plans_ahead_gets_the_same_answers(kv_tokens: int, tmp_path: Path) -> None:
+    model = load(build(tmp_path))
+    requests = ragged_requests(80, VOCAB)
+    answers = []
+    for static in (False, True):
+        runner = Runner(model, kv_tokens, max_running=48, static=static)
+        scheduler = Scheduler(
+            kv_tokens=kv_tokens,
+            max_positions=model.max_positions,
+            vocab_size=model.vocab_size,
+            version=lambda: 0,
+            prefill_tokens=256,
+            max_running=48,
+            max_splits=runner.max_splits,
+        )
+        answers.append(serve(scheduler, runner, requests))
+        assert runner.depth == (2 if static else 0)
+    plain, graphs = answers
+    assert plain.keys() == graphs.keys() == requests.keys()
+    for id, expected in plain.items():
+        assert graphs[id].tokens == expected.tokens
+        np.testing.assert_allclose(unpack_floats(graphs[id].logprobs), unpack_floats(expected.logprobs), atol=1e-4)
 
 
 def test_memory_comes_back(tmp_path: Path) -> None:

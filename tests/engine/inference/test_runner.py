@@ -13,13 +13,14 @@ import tiny_models
 from harmony_core import memory
 from harmony_core.engine.inference.blocks import MAX_RUNNING
 from harmony_core.engine.inference.runner import Runner
+from harmony_core.engine.inference.scheduler import Scheduler
 from harmony_core.engine.inference.step import StepPlan, StepResult, float64
 from harmony_core.engine.models.loading import load_model
 from harmony_core.engine.models.model import CausalLM
 from harmony_core.engine.models.parallel import TensorParallel
 from harmony_core.model_spec import ModelSpec
-from harmony_core.rpc.protocol import Sampling
-from step_plans import GREEDY, Book, tokens_of
+from harmony_core.rpc.protocol import Sampling, unpack_floats
+from step_plans import GREEDY, Book, ragged_requests, serve, tokens_of
 
 SETTINGS = [
     GREEDY,
@@ -202,6 +203,31 @@ def test_other_weights_take_over_with_the_pages_kept(model: CausalLM, tmp_path: 
         runner.rebind(other)
     after = compare(runners, book.decode(slots))
     assert float64(before.logprobs).tolist() != float64(after.logprobs).tolist()
+
+
+@pytest.mark.parametrize("kv_tokens", [4096, 640])
+def test_a_scheduler_that_plans_ahead_gets_the_same_answers(model: CausalLM, kv_tokens: int) -> None:
+    requests = ragged_requests(40, 67)
+    answers = []
+    for static, depth in ((False, 0), (True, 2)):
+        runner = Runner(model, kv_tokens, max_running=24, static=static)
+        runner.depth = depth
+        scheduler = Scheduler(
+            kv_tokens=kv_tokens,
+            max_positions=model.max_positions,
+            vocab_size=model.vocab_size,
+            version=lambda: 0,
+            prefill_tokens=128,
+            max_running=24,
+            max_splits=runner.max_splits,
+        )
+        answers.append(serve(scheduler, runner, requests))
+    plain, static_ones = answers
+    assert plain.keys() == static_ones.keys() == requests.keys()
+    for id, expected in plain.items():
+        assert static_ones[id].tokens == expected.tokens
+        assert static_ones[id].finish_reason == expected.finish_reason
+        np.testing.assert_allclose(unpack_floats(static_ones[id].logprobs), unpack_floats(expected.logprobs), atol=1e-5)
 
 
 def test_the_memory_plan_knows_what_decode_steps_work_on(tmp_path: Path) -> None:
