@@ -15,6 +15,7 @@ from harmony_core.rpc.protocol import Generated, Sampling
 
 PAGE = 16
 GREEDY = Sampling(temperature=0.0)
+Requests = dict[int, tuple[list[int], Sampling]]
 
 
 def packed(values: object) -> bytes:
@@ -122,9 +123,7 @@ def tokens_of(result: StepResult) -> list[int]:
     return int32(result.tokens).tolist()
 
 
-def serve(
-    scheduler: Scheduler, runner: Runner, requests: dict[int, tuple[list[int], Sampling]]
-) -> dict[int, Generated]:
+def serve(scheduler: Scheduler, runner: Runner, requests: Requests) -> dict[int, Generated]:
     """Answer requests, with as many steps under way as the runner is good for; half of them come while others run."""
     under_way: deque[tuple[StepPlan, Pending]] = deque()
     waiting = deque(requests.items())
