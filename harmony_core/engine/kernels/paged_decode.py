@@ -128,27 +128,28 @@ def _attend(
         head = work % KV_HEADS
         row, split, context = tl.load(item), tl.load(item + 1), tl.load(item + 2)
         pages = table + tl.load(item + 3).to(tl.int64) * table_row
-        query = tl.load(
-            q + row * q_row + (head * GROUP + member)[:, None] * q_head + lane[None, :], mask=real_q, other=0.0
-        )
         newest = context - 1
-        mine = split == newest // SPLIT
-        slot = tl.load(pages + newest // PAGE).to(tl.int64) * PAGE + newest % PAGE
-        top, own, output = _new_token(
-            query, k + row * k_row + head * k_head + lane, v + row * v_row + head * v_head + lane,
-            keys + slot * keys_slot + head * keys_head + lane, values + slot * values_slot + head * values_head + lane,
-            scale, real & mine, mine,
-        )  # fmt: skip
-        sums = tl.zeros((GROUP_PADDED, BLOCK), tl.float32)
+        mine = real & (split == newest // SPLIT)
         begin = split * SPLIT
         end = tl.minimum(begin + SPLIT, newest)
+        # All that waits for nothing but the item is asked for before any of it is used. The pages of the split are
+        # read ahead of the loop so that its loads depend on no other load and are pipelined.
+        index = split * (SPLIT // PAGE) + tl.arange(0, SPLIT // PAGE)
+        held = tl.load(pages + index, mask=index * PAGE < end, other=0)
+        queries = q + row * q_row + (head * GROUP + member)[:, None] * q_head + lane[None, :]
+        query = tl.load(queries, mask=real_q, other=0.0)
+        new_k = tl.load(k + row * k_row + head * k_head + lane, mask=mine, other=0.0)
+        new_v = tl.load(v + row * v_row + head * v_head + lane, mask=mine, other=0.0)
+        slot = tl.load(pages + newest // PAGE).to(tl.int64) * PAGE + newest % PAGE
+
         oldest = 0
         if WINDOW > 0:
             oldest = tl.maximum(context - WINDOW, 0)
-            begin = tl.maximum(begin, oldest // BLOCK * BLOCK)
-        # The split's pages, read ahead of the loop so that its loads depend on no other load and are pipelined.
-        index = split * (SPLIT // PAGE) + tl.arange(0, SPLIT // PAGE)
-        held = tl.load(pages + index, mask=index * PAGE < end, other=0)
+            # Every block has a key in sight, or there is none: of a window of 1, only the new token is.
+            begin = tl.where(oldest < end, tl.maximum(begin, oldest // BLOCK * BLOCK), end)
+        top = tl.full((GROUP_PADDED,), -float("inf"), tl.float32)
+        sums = tl.zeros((GROUP_PADDED, BLOCK), tl.float32)
+        output = tl.zeros((GROUP_PADDED, WIDTH_PADDED), tl.float32)
         for start in tl.range(begin, end, BLOCK, num_stages=STAGES):
             position = start + tl.arange(0, BLOCK)
             # Entries and pages beyond the context may hold anything: neither is ever read.
@@ -159,42 +160,23 @@ def _attend(
             key = tl.load(keys + at, mask=inside, other=0.0)
             at = slots[:, None] * values_slot + head * values_head + lane[None, :]
             value = tl.load(values + at, mask=inside, other=0.0)
-            top, own, sums, output = _block(query, key, value, seen, scale, top, own, sums, output, PRECISION)
-        weight = own + tl.sum(sums, 1)
-        # Without room for all items the rows come out as NaN, never as wrong numbers.
-        weight = tl.where(tl.load(item + 5) < 0, float("nan"), weight)
+            top, sums, output = _block(query, key, value, seen, scale, top, sums, output, PRECISION)
+        # The new token is written to its slot but not read back: the program of the row's last split has it here.
+        tl.store(keys + slot * keys_slot + head * keys_head + lane, new_k, mask=mine)
+        tl.store(values + slot * values_slot + head * values_head + lane, new_v, mask=mine)
+        log, output = _new_token(query, new_k, new_v, split == newest // SPLIT, scale, top, tl.sum(sums, 1), output)
         _deliver(
-            output / weight[:, None], top + tl.log2(weight), partial, lse,
-            arrivals + row * KV_HEADS + head, out + row * out_row + head * GROUP * out_head, out_head,
-            work, item, KV_HEADS, GROUP, GROUP_PADDED, WIDTH, WIDTH_PADDED, AT_ONCE, FUSED,
+            output, log, partial, lse, arrivals + row * KV_HEADS + head, out + row * out_row + head * GROUP * out_head,
+            out_head, work, item, KV_HEADS, GROUP, GROUP_PADDED, WIDTH, WIDTH_PADDED, AT_ONCE, FUSED,
         )  # fmt: skip
-
-
-# fmt: off
-@triton.jit
-def _new_token(
-    query: tl.tensor, k: tl.tensor, v: tl.tensor, key: tl.tensor, value: tl.tensor,
-    scale: float, real: tl.tensor, mine: tl.tensor,
-) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    # fmt: on
-    # It is written to its slot but not read back: the program of the row's last split has it in registers.
-    new_k = tl.load(k, mask=real, other=0.0)
-    new_v = tl.load(v, mask=real, other=0.0)
-    tl.store(key, new_k, mask=real)
-    tl.store(value, new_v, mask=real)
-    score = tl.sum(query.to(tl.float32) * new_k.to(tl.float32)[None, :], 1) * scale
-    top = tl.where(mine, score, -float("inf"))
-    own = tl.where(mine, 1.0, 0.0) + tl.zeros_like(score)
-    output = tl.zeros(query.shape, tl.float32) + new_v.to(tl.float32)[None, :]
-    return top, own, output
 
 
 # fmt: off
 @triton.jit
 def _block(
     query: tl.tensor, key: tl.tensor, value: tl.tensor, seen: tl.tensor, scale: float,
-    top: tl.tensor, own: tl.tensor, sums: tl.tensor, output: tl.tensor, PRECISION: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    top: tl.tensor, sums: tl.tensor, output: tl.tensor, PRECISION: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     # fmt: on
     scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
     scores = tl.where(seen[None, :], scores, -float("inf"))
@@ -204,7 +186,23 @@ def _block(
     # Added up over the block's columns at the end: one exchange between warps less in each turn.
     sums = sums * shrink[:, None] + weights
     output = tl.dot(weights.to(value.dtype), value, output * shrink[:, None], input_precision=PRECISION)
-    return higher, own * shrink, sums, output
+    return higher, sums, output
+
+
+# fmt: off
+@triton.jit
+def _new_token(
+    query: tl.tensor, key: tl.tensor, value: tl.tensor, mine: tl.tensor, scale: float,
+    top: tl.tensor, weight: tl.tensor, output: tl.tensor,
+) -> tuple[tl.tensor, tl.tensor]:
+    # fmt: on
+    score = tl.sum(query.to(tl.float32) * key.to(tl.float32)[None, :], 1) * scale
+    score = tl.where(mine, score, -float("inf"))
+    higher = tl.maximum(top, score)
+    shrink, own = tl.exp2(top - higher), tl.exp2(score - higher)
+    weight = weight * shrink + own
+    output = output * shrink[:, None] + own[:, None] * value.to(tl.float32)[None, :]
+    return higher + tl.log2(weight), output / weight[:, None]
 
 
 # fmt: off
@@ -220,6 +218,8 @@ def _deliver(
     lane = tl.arange(0, WIDTH_PADDED)
     real = (member < GROUP)[:, None] & (lane < WIDTH)[None, :]
     count = tl.load(item + 5)
+    # Without room for all items the rows come out as NaN, never as wrong numbers.
+    output = tl.where(count < 0, float("nan"), output)
     if FUSED and count <= 0:
         tl.store(out + member[:, None] * out_head + lane[None, :], output.to(out.dtype.element_ty), mask=real)
     else:
