@@ -10,7 +10,6 @@ row's result does not depend on its place within a tile, which is checked for ev
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,13 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from harmony_core.engine.models.model import CausalLM
-from harmony_core.engine.models.parallel import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    copy_to,
-    gather_from,
-    reduce_from,
-)
+from harmony_core.engine.models.products import plain_product
 from harmony_core.errors import ResourceError
 
 TILE = 16
@@ -45,14 +38,13 @@ def make_deterministic(model: CausalLM) -> None:
     for module in model.module.modules():
         if isinstance(module, nn.Linear):
             linear.check(module.weight)
-            module.forward = partial(_FORWARDS[type(module)], module, linear)
         elif hasattr(module, "layer_idx") and hasattr(module, "q_proj"):
             module.tiled = True  # type: ignore[assignment]
     decoder: nn.Module = model.module.base_model  # type: ignore[assignment]
     # Not the head's: its parts need not be alike, and all ranks must pad alike.
     sizes = {size for m in decoder.modules() if isinstance(m, nn.Linear) for size in m.weight.shape}
     _pad_rows(decoder, LANES if any(size % (LANES // TILE) for size in sizes) else TILE)
-    model.matmul = linear
+    model.use_product(linear)
     model.row_multiple = LANES
 
 
@@ -83,7 +75,7 @@ class TiledLinear:
             raise ResourceError(
                 f"this machine's product of {TILE} x {weight.shape[1]} and {weight.shape[1]} x {len(weight)} matrices "
                 "depends on a row's place, so the deterministic mode cannot hold what it promises",
-                hint="leave --deterministic out, or use a machine whose torch is built with MKL",
+                hint="leave --deterministic out, or use another kind of processor",
             )
         self._checked.add(weight.shape)
 
@@ -91,15 +83,16 @@ class TiledLinear:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        # A frozen weight needs no input kept for it.
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         return _by_tiles(x, weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         return (
-            grads[0] @ weight if ctx.needs_input_grad[0] else None,
-            grads[0].t() @ x if ctx.needs_input_grad[1] else None,
+            plain_product(grads[0], weight) if ctx.needs_input_grad[0] else None,
+            plain_product(grads[0].t(), x) if ctx.needs_input_grad[1] else None,
         )
 
 
@@ -107,37 +100,21 @@ def _by_tiles(x: Tensor, weight: Tensor) -> Tensor:
     """`[N, in]` -> `[N, out]`."""
     count, width = len(x), len(weight)
     x = _with_rows(x, -(-count // TILE) * TILE).contiguous()
-    # MKL takes another way for narrow results, an adapter's for one, and there a row's place can matter.
+    # Libraries take another way for narrow results, an adapter's for one, and there a row's place can matter.
     columns = _with_rows(weight, max(width, NARROW)).t()
     output = x.new_empty(len(x), columns.shape[1])
     for start in range(0, len(x), TILE):
-        torch.mm(x[start : start + TILE], columns, out=output[start : start + TILE])
+        tile, place = x[start : start + TILE], output[start : start + TILE]
+        # The head's rows are padded with whole tiles of zeros; the product of those is known.
+        if start < count - TILE or tile.any():
+            plain_product(tile, columns, out=place)
+        else:
+            place.zero_()
     return output[:count, :width]
 
 
 def _with_rows(x: Tensor, count: int) -> Tensor:
     return x if len(x) == count else F.pad(x, (0, 0, 0, count - len(x)))
-
-
-def _plain_forward(layer: nn.Linear, linear: TiledLinear, input: Tensor) -> Tensor:
-    return linear(input, layer.weight, layer.bias)
-
-
-def _column_forward(layer: ColumnParallelLinear, linear: TiledLinear, input: Tensor) -> Tensor:
-    output = linear(copy_to(input, layer.tp), layer.weight, layer.bias)
-    return gather_from(output, layer.out_features, layer.tp) if layer.gather_output else output
-
-
-def _row_forward(layer: RowParallelLinear, linear: TiledLinear, input: Tensor) -> Tensor:
-    output = reduce_from(linear(input, layer.weight), layer.tp)
-    return output if layer.bias is None else output + layer.bias
-
-
-_FORWARDS: dict[type[nn.Module], Any] = {
-    nn.Linear: _plain_forward,
-    ColumnParallelLinear: _column_forward,
-    RowParallelLinear: _row_forward,
-}
 
 
 def _pad_rows(decoder: nn.Module, multiple: int) -> None:
