@@ -133,6 +133,7 @@ class Beside:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            env={"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", **os.environ},
         )
 
     def call(self, task: str, **arguments: Any) -> dict[str, Any]:
