@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Every benchmark on one GPU, most important first; each part takes less than ten minutes.
 #
-#   benchmarks/run_all.sh [--budget quick|full] [--out FOLDER] [--parts "decode train ..."] [--limit SECONDS]
+#   benchmarks/run_all.sh [--budget quick|full] [--out FOLDER] [--parts "decode train ..."] [--limit SECONDS] [--keep]
 #
 # With --budget quick all parts together take about nine minutes: fewer repetitions, less work for the peers. Rows are
 # printed and written as they come; --limit (seconds for everything) cuts what does not fit, and loses no finished row.
+# The models that were written are removed at the end; --keep leaves them for the next run.
 set -u -o pipefail
 cd "$(dirname "$0")/.." || exit 1
 
@@ -12,13 +13,15 @@ budget=full
 out=benchmarks/results
 parts=""
 limit=0
+keep=0
 while [ $# -gt 0 ]; do
     case "$1" in
         --budget) budget=$2; shift 2 ;;
         --out) out=$2; shift 2 ;;
         --parts) parts=$2; shift 2 ;;
         --limit) limit=$2; shift 2 ;;
-        *) sed -n '2,8p' "$0"; exit 2 ;;
+        --keep) keep=1; shift ;;
+        *) sed -n '2,9p' "$0"; exit 2 ;;
     esac
 done
 
@@ -36,6 +39,8 @@ suffix=""
 [ "$budget" = quick ] && suffix="-quick"
 started=$SECONDS
 failed=0
+folder=harmony-benchmarks-$(id -u)
+[ "$keep" = 1 ] || trap 'rm -rf "/dev/shm/$folder" "${TMPDIR:-/tmp}/$folder"' EXIT
 
 for part in $parts; do
     script=benchmarks/$part.py
