@@ -1,6 +1,6 @@
 """Attention on CUDA through torch's variable-length flash kernels.
 
-T tokens, H query heads, K key-value heads, D head width, S tokens of all contexts of a step together.
+T tokens, H query heads, K key-value heads, D head width, S tokens of the contexts of one call.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass
 from functools import cache
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -17,14 +17,22 @@ from torch import Tensor
 from harmony_core.engine.models.context import ForwardContext, PagedAttention
 
 DTYPES = (torch.bfloat16, torch.float16)
+GATHERED_TOKENS = 65_536
+"""Context tokens whose keys and values are copied out of the pages at a time, unless one context has more."""
 
 
 @dataclass(frozen=True)
 class PastPlan:
-    """Where queries and keys of each sequence begin, int32 `[B + 1]`, and the slots of all contexts, `[S]`."""
+    """One call for some sequences, rows `[start, stop)` of the step.
 
-    q_bounds: Tensor
-    k_bounds: Tensor
+    `bounds`: where queries and keys of each of them begin, int32 `[n + 1]`; `longest`: the most of either. `slots`
+    `[S]`: of all their contexts.
+    """
+
+    start: int
+    stop: int
+    bounds: tuple[Tensor, Tensor]
+    longest: tuple[int, int]
     slots: Tensor
 
 
@@ -70,28 +78,39 @@ def paged(
     scale: float | None,
     window: int | None,
 ) -> Tensor:
-    """New tokens, already written to the pages, against their whole context, in one call; `[T, H, D]`."""
+    """New tokens, already written to the pages, against their whole context; `[T, H, D]`."""
     if "past" not in context.prepared:
         context.prepared["past"] = plan_past(layout)
-    plan: PastPlan = context.prepared["past"]
-    k, v = keys.index_select(0, plan.slots), values.index_select(0, plan.slots)
-    # The last query of a sequence is aligned with its last key.
-    longest = max(layout.lengths), max(layout.context_lengths)
-    return _varlen(q, k, v, (plan.q_bounds, plan.k_bounds), longest, scale, window)
+    outputs = []
+    for call in context.prepared["past"]:
+        k, v = keys.index_select(0, call.slots), values.index_select(0, call.slots)
+        # The last query of a sequence is aligned with its last key.
+        outputs.append(_varlen(q[call.start : call.stop], k, v, call.bounds, call.longest, scale, window))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
-def plan_past(layout: PagedAttention) -> PastPlan:
-    """Index tensors of a step in which some sequence has a past; made without waiting for the device."""
+def plan_past(layout: PagedAttention) -> list[PastPlan]:
+    """The calls of a step in which some sequence has a past: one unless the contexts are long."""
+    edges, gathered = [0], 0
+    for index, context in enumerate(layout.context_lengths):
+        if gathered and gathered + context > GATHERED_TOKENS:
+            edges.append(index)
+            gathered = 0
+        gathered += context
+    edges.append(len(layout.context_lengths))
+    starts = [0, *accumulate(layout.lengths)]
+    return [_plan_call(layout, slice(first, stop), starts[first]) for first, stop in pairwise(edges)]
+
+
+def _plan_call(layout: PagedAttention, members: slice, start: int) -> PastPlan:
+    """Made without waiting for the device."""
     assert layout.read_slots is not None, "a sequence with a past needs read_slots"
-    device, width, total = layout.read_slots.device, layout.read_slots.shape[1], sum(layout.context_lengths)
-    bounds = torch.tensor([[0, *accumulate(layout.lengths)], [0, *accumulate(layout.context_lengths)]])
-    bounds = _to(bounds, device)
-    starts = bounds[1, :-1]
-    row = torch.repeat_interleave(bounds[1].diff(), output_size=total)
-    place = torch.arange(total, device=device) - starts[row]
-    slots = layout.read_slots.reshape(-1)[row * width + place]
+    read, lengths, contexts = layout.read_slots[members], layout.lengths[members], layout.context_lengths[members]
+    bounds = _to(torch.tensor([[0, *accumulate(lengths)], [0, *accumulate(contexts)]]), read.device)
+    row = torch.repeat_interleave(bounds[1].diff(), output_size=sum(contexts))
+    slots = read[row, torch.arange(len(row), device=read.device) - bounds[1, row]]
     q_bounds, k_bounds = bounds.to(torch.int32)
-    return PastPlan(q_bounds, k_bounds, slots)
+    return PastPlan(start, start + sum(lengths), (q_bounds, k_bounds), (max(lengths), max(contexts)), slots)
 
 
 def write(keys: Tensor, values: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:

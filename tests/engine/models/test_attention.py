@@ -72,13 +72,14 @@ def varlen_by_sequence(
     return torch.cat(outputs, 1).transpose(0, 1)
 
 
-@pytest.mark.parametrize("name", ["qwen3-kv1", "qwen2-window"])
+@pytest.mark.parametrize(("name", "gathered"), [("qwen3-kv1", 100_000), ("qwen2-window", 100_000), ("llama", 20)])
 def test_the_variable_length_calls_ask_for_the_right_tokens(
-    directories: dict[str, str], name: str, monkeypatch: pytest.MonkeyPatch
+    directories: dict[str, str], name: str, gathered: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The path of CUDA devices on a CPU, with the flash kernel written out."""
     monkeypatch.setattr(attention_cuda, "applies", lambda q: True)
     monkeypatch.setattr(attention_cuda, "_varlen", varlen_by_sequence)
+    monkeypatch.setattr(attention_cuda, "GATHERED_TOKENS", gathered)
     model = load_model(Path(directories[name]), TensorParallel.single(), CPU, torch.float64)
     assert paged_cases.worst_difference(model, tiny_models.reference(Path(directories[name]), torch.float64)) < 1e-9
 
