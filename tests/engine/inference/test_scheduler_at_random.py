@@ -55,12 +55,14 @@ class Load:
             self.done[one.id] = one
 
     def check(self) -> None:
+        scheduler = self.loop.scheduler
         assert set(self.done) | self.cancelled == set(range(self.total))
         for id, finished in self.done.items():
             assert finished.generated is not None
             prompt, settings = self.requests[id]
-            assert unpack_ints(finished.generated.tokens) == expected(prompt, settings), f"request {id}"
-        scheduler = self.loop.scheduler
+            room = min(scheduler.max_positions, scheduler.kv_tokens) - len(prompt)
+            wanted = expected(prompt, settings)[:room]
+            assert unpack_ints(finished.generated.tokens) == wanted, f"request {id}"
         assert scheduler.pool.is_empty and scheduler.num_running == scheduler.num_waiting == scheduler.in_flight == 0
         assert scheduler.pool.available == scheduler.pool.capacity
         assert not scheduler._table.num_pages.any() and scheduler._table.num_vacant == scheduler.max_running
@@ -105,7 +107,7 @@ def simulate(seed: int, lag: int, total: int, longest: int, lengths: tuple[int, 
 
 
 @pytest.mark.parametrize("lag", [0, 1, 2])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_with_few_pages(seed: int, lag: int) -> None:
     scheduler = simulate(
         *(seed, lag, 300, 90, (1, 2, 12, 60)),
