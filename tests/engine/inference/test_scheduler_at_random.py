@@ -124,12 +124,12 @@ def test_with_few_pages(seed: int, lag: int) -> None:
 
 def test_ten_thousand_ragged_requests_with_cancels_all_end_and_leave_the_pool_empty() -> None:
     scheduler = simulate(
-        *(9, 2, 10_000, 60, (1, 2, 3, 5, 40)),
-        kv_tokens=800,
+        *(9, 2, 10_000, 60, (1, 2, 3, 4, 40)),
+        kv_tokens=400,
         max_positions=200,
         prefill_tokens=512,
         max_running=64,
         page_size=4,
     )
-    assert scheduler.statistics["preemptions"]
+    assert scheduler.statistics["preemptions"] > 50
     assert scheduler.statistics["prefix_hit_tokens"] > 10_000
