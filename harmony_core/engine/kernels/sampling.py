@@ -15,8 +15,7 @@ from torch import Tensor
 _CHUNK = 4096
 _BLOCK = 256
 """Ids whose weights are summed before any of them is looked at; a part of a chunk."""
-_TILE = 512
-_SETTINGS = ["temperature", "top_k", "top_p", "min_p", "uniform"]
+_SETTINGS = ["temperature", "uniform", "wanted"]
 """Rows of one matrix: where they begin depends on the number of rows, and what is compiled should not."""
 
 
@@ -145,88 +144,109 @@ def _pick(
     tl.store(last + tl.load(slots + row), token.to(tl.int64))
 
 
-@triton.jit
-def _keys(values: tl.tensor, start: int, size: int, top: tl.tensor, heat: tl.tensor, TILE: tl.constexpr) -> tl.tensor:
-    """Numbers that grow as logits fall: the bits of how far each lies below the row's maximum."""
-    index = start + tl.arange(0, TILE)
-    x = tl.load(values + index, mask=index < size, other=-float("inf"))
-    scaled = _divide(x - top, heat)
-    return tl.abs(scaled).to(tl.int32, bitcast=True)
-
-
-@triton.jit
-def _search(
-    values: tl.tensor,
-    size: int,
-    top: tl.tensor,
-    heat: tl.tensor,
-    limit: tl.tensor,
-    needed: tl.tensor,
-    MASS: tl.constexpr,
-    TILE: tl.constexpr,
-) -> tl.tensor:
-    """The lowest key up to which there are `needed` ids, or mass of those whose key is at most `limit`."""
-    digit = tl.arange(0, 16)
-    found = limit * 0
-    for turn in tl.static_range(8):
-        shift: tl.constexpr = 28 - 4 * turn
-        counts = tl.zeros((16, TILE), tl.float64)
-        for start in range(0, size, TILE):
-            key = _keys(values, start, size, top, heat, TILE)
-            inside = key <= limit
-            if turn > 0:
-                inside = inside & ((key >> (shift + 4)) == (found >> (shift + 4)))
-            if tl.max(inside.to(tl.int32), 0) > 0:
-                mine = ((key >> shift) & 15)[None, :] == digit[:, None]
-                amount = tl.where(inside, 1.0, 0.0).to(tl.float64)
-                if MASS:
-                    amount = tl.where(inside, tl.exp(-key.to(tl.float32, bitcast=True)), 0.0).to(tl.float64)
-                counts += tl.where(mine, amount[None, :], 0.0)
-        ends = tl.cumsum(tl.sum(counts, 1), 0)
-        step = tl.minimum(tl.sum((ends < needed).to(tl.int32), 0), 15)
-        needed = needed - tl.sum(tl.where(digit == step - 1, ends, 0.0), 0)
-        found = found | (step << shift)
-    return found
-
-
-@triton.jit(do_not_specialize_on_alignment=_SETTINGS)
-def _find_floors(
+@triton.jit(do_not_specialize=["shift"], do_not_specialize_on_alignment=_SETTINGS)
+def _count_keys(
     logits: tl.tensor,
     temperature: tl.tensor,
-    top_k: tl.tensor,
-    top_p: tl.tensor,
-    min_p: tl.tensor,
-    maxima: tl.tensor,
+    wanted: tl.tensor,
     tops: tl.tensor,
-    floors: tl.tensor,
+    found: tl.tensor,
+    limits: tl.tensor,
+    counts: tl.tensor,
     stride: int,
     size: int,
-    chunks: int,
-    CHUNKS_PADDED: tl.constexpr,
-    TILE: tl.constexpr,
+    shift: int,
+    MASS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
-    values = logits + row * stride
-    chunk = tl.arange(0, CHUNKS_PADDED)
-    top = tl.max(tl.load(maxima + row * chunks + chunk, mask=chunk < chunks, other=-float("inf")), 0)
-    heat = _heat(temperature, row)
-    count = tl.load(top_k + row)
-    share = tl.load(top_p + row)
+    chunk = tl.program_id(1)
+    wish = tl.load(wanted + row)
+    if (wish < 1) if MASS else (wish > 0):
+        index = chunk * CHUNK + tl.arange(0, CHUNK // BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+        x = tl.load(logits + row * stride + index, mask=index < size, other=-float("inf"))
+        # Bits of how far a logit lies below the row's maximum: they grow as logits fall.
+        below = tl.abs(_divide(x - tl.load(tops + row), _heat(temperature, row)))
+        key = below.to(tl.int32, bitcast=True)
+        # In two moves: a number is not moved by as many bits as it has.
+        inside = (key <= tl.load(limits + row)) & (((key >> shift) >> 4) == ((tl.load(found + row) >> shift) >> 4))
+        into = counts + (row * tl.num_programs(1) + chunk) * 16
+        if tl.max(tl.max(inside.to(tl.int32), 1), 0) > 0:
+            amount = tl.where(inside, 1.0, 0.0)
+            if MASS:
+                amount = tl.where(inside, tl.exp(-below), 0.0)
+            amount = amount.to(tl.float64)
+            for digit in range(16):
+                mine = tl.where(((key >> shift) & 15) == digit, amount, 0.0)
+                tl.store(into + digit, tl.sum(tl.sum(mine, 1), 0))
+        else:
+            tl.store(into + tl.arange(0, 16), tl.zeros((16,), tl.float64))
+
+
+@triton.jit(do_not_specialize=["shift"], do_not_specialize_on_alignment=_SETTINGS)
+def _choose_digit(
+    wanted: tl.tensor,
+    found: tl.tensor,
+    needed: tl.tensor,
+    limits: tl.tensor,
+    counts: tl.tensor,
+    size: int,
+    chunks: int,
+    shift: int,
+    MASS: tl.constexpr,
+    CHUNKS_PADDED: tl.constexpr,
+) -> None:
+    row = tl.program_id(0).to(tl.int64)
+    wish = tl.load(wanted + row)
+    if (wish < 1) if MASS else (wish > 0):
+        digit = tl.arange(0, 16)
+        chunk = tl.arange(0, CHUNKS_PADDED)[:, None]
+        parts = tl.load(counts + (row * chunks + chunk) * 16 + digit[None, :], mask=chunk < chunks, other=0.0)
+        sums = tl.sum(parts, 0)
+        left = tl.load(needed + row)
+        if shift == 28:
+            left = wish * tl.sum(sums, 0) if MASS else tl.minimum(wish, size)
+        ends = tl.cumsum(sums, 0)
+        step = tl.minimum(tl.sum((ends < left).to(tl.int32), 0), 15)
+        tl.store(needed + row, left - tl.sum(tl.where(digit == step - 1, ends, 0.0), 0))
+        key = tl.load(found + row) | (step << shift)
+        if shift == 0:
+            tl.store(limits + row, tl.minimum(tl.load(limits + row), key))
+            key = key * 0
+        tl.store(found + row, key)
+
+
+def _find_floors(logits: Tensor, draws: Tensor, maxima: Tensor, tops: Tensor, floors: Tensor) -> None:
+    """The lowest scaled logit that each row keeps, `[N]`: of top-k, the nucleus of what that leaves, and min-p.
+
+    It is found as bits, four at a time from the highest: how many ids, or how much mass, there is up to each digit.
+    """
+    rows, size = logits.shape
+    chunks, device = maxima.shape[1], logits.device
+    temperature, top_k, top_p, min_p, _ = draws[1:].unbind(0)
+    torch.amax(maxima, 1, out=tops)
+    found = torch.zeros(rows, dtype=torch.int32, device=device)
+    needed = torch.zeros(rows, dtype=torch.float64, device=device)
     # Infinity: nothing is too low.
-    limit = tl.full((), 0x7F800000, tl.int32)
-    if count > 0:
-        needed = tl.minimum(count, size)
-        limit = tl.minimum(limit, _search(values, size, top, heat, limit, needed, False, TILE))
-    if share < 1:
-        masses = tl.zeros((TILE,), tl.float64)
-        for start in range(0, size, TILE):
-            key = _keys(values, start, size, top, heat, TILE)
-            masses += tl.where(key <= limit, tl.exp(-key.to(tl.float32, bitcast=True)), 0.0).to(tl.float64)
-        needed = share * tl.sum(masses, 0)
-        limit = tl.minimum(limit, _search(values, size, top, heat, limit, needed, True, TILE))
-    floor = -limit.to(tl.float32, bitcast=True)
-    tl.store(floors + row, tl.maximum(floor, tl.log(tl.load(min_p + row)).to(tl.float32)))
-    tl.store(tops + row, top)
+    limits = torch.full((rows,), 0x7F800000, dtype=torch.int32, device=device)
+    counts = torch.empty((rows, chunks, 16), dtype=torch.float64, device=device)
+    for wanted, mass in ((top_k, False), (top_p, True)):
+        for shift in range(28, -1, -4):
+            _count_keys[(rows, chunks)](
+                *(logits, temperature, wanted, tops, found, limits, counts, logits.stride(0), size, shift),
+                MASS=mass,
+                CHUNK=_CHUNK,
+                BLOCK=_BLOCK,
+                num_warps=8,
+            )
+            _choose_digit[(rows,)](
+                *(wanted, found, needed, limits, counts, size, chunks, shift),
+                MASS=mass,
+                CHUNKS_PADDED=triton.next_power_of_2(chunks),
+                num_warps=4,
+            )
+    torch.maximum(-limits.view(torch.float32), min_p.log().float(), out=floors)
 
 
 def draw_tokens(
@@ -245,7 +265,7 @@ def draw_tokens(
     raw = torch.empty((rows, chunks), dtype=torch.float64, device=device)
     sums = torch.empty((rows, chunks * (_CHUNK // _BLOCK)), dtype=torch.float64, device=device)
     floors, tops = torch.empty((2, rows), dtype=torch.float32, device=device)
-    temperature, top_k, top_p, min_p, uniform = draws[1:].unbind(0)
+    temperature, uniform = draws[1], draws[5]
     padded = triton.next_power_of_2(chunks)
     sizes = (logits.stride(0), size)
 
@@ -262,12 +282,7 @@ def draw_tokens(
 
     summarise(warm and not filtered, False, True)
     if filtered:
-        _find_floors[(rows,)](
-            *(logits, temperature, top_k, top_p, min_p, maxima, tops, floors, *sizes, chunks),
-            CHUNKS_PADDED=padded,
-            TILE=_TILE,
-            num_warps=8,
-        )
+        _find_floors(logits, draws, maxima, tops, floors)
         summarise(True, True, False)
     _pick[(rows,)](
         *(logits, temperature, uniform, floors, maxima, ids, raw, sums, slots, last, outputs, *sizes, chunks),
