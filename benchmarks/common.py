@@ -248,8 +248,6 @@ async def engine(run: Run, *, ranks: int = 1, memory: int | None = None) -> Asyn
 async def statistics(model: InferenceModel) -> dict[str, float]:
     """Counters of a live model, summed over the leaders of its replicas."""
     total: dict[str, float] = {}
-    if not hasattr(model, "statistics"):
-        return total
     for values in await model.statistics():
         for name, value in values.items():
             total[name] = total.get(name, 0.0) + float(value)
