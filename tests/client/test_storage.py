@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from engines import LiveEngine, pair, pairs
 from harmony_core.client import TrainingModel
 from harmony_core.errors import ModelRefused
+from harmony_core.threads import StringThread
 
 TINY = "builtin:tiny-lm"
 
@@ -109,7 +110,11 @@ def test_an_inference_model_that_loads_no_longer_shares_its_weights(one_rank: Li
         shared = one_rank.client.model(TINY, kv_cache_len=512)
         first, second = await shared.spawn_inference("first"), await shared.spawn_inference("second")
         before, promised = await second.logprobs(thread), one_rank.client.memory()["free"]
+        asked = StringThread([("user", "a prompt that fills several pages of the cache")])
+        await first.max_gen_len(3).generate(asked)
         await first.load(ref)
+        drawn = await first.max_gen_len(9).generate_tokens(asked)
+        assert await first.logprobs_per_token(drawn) == pytest.approx(drawn.logprobs, abs=1e-4), "pages of old weights"
         assert await first.logprobs(thread) == pytest.approx(await model.logprobs(thread), abs=1e-4)
         assert await second.logprobs(thread) == before
         assert promised - one_rank.client.memory()["free"] == 324_000 * 4
