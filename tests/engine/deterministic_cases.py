@@ -31,7 +31,7 @@ Answers = dict[int, tuple[list[int], list[float]]]
 def differences(group: Group, directory: str, deterministic: bool, vocab: int = 67) -> dict[str, int]:
     """`compare` on the tensor-parallel ranks of one replica."""
     tp, _, _ = group.grid(group.size)
-    return compare(load(Path(directory), deterministic, tp), vocab, tokens=6)
+    return compare(load(Path(directory), deterministic, tp), vocab)
 
 
 def load(directory: Path, deterministic: bool, tp: TensorParallel | None = None) -> CausalLM:
@@ -45,7 +45,7 @@ def load(directory: Path, deterministic: bool, tp: TensorParallel | None = None)
     )
 
 
-def compare(model: CausalLM, vocab: int = 67, adapter: str | None = None, tokens: int = 20) -> dict[str, int]:
+def compare(model: CausalLM, vocab: int = 67, adapter: str | None = None, tokens: int = 6) -> dict[str, int]:
     """How many tokens or log-probs differ between ways to compute them, and how many were compared in all.
 
     Requests have `tokens` new ones and up to 33 more. Every rank of a replica plans the same steps, since all draw the
@@ -55,11 +55,17 @@ def compare(model: CausalLM, vocab: int = 67, adapter: str | None = None, tokens
         add_adapter(model, adapter)
     prompts = random_tokens(LENGTHS, vocab=vocab)
     prompts[-1] = prompts[7]
-    company = generate(model, adapter, dict(enumerate(prompts)), tokens)
-    chunked = generate(model, adapter, dict(enumerate(prompts)), tokens, prefill_tokens=24, max_running=5)
+    numbered = dict(enumerate(prompts))
+    generator = Generator(model, 4096, adapter=adapter)
+    company = generate(generator, numbered, tokens)
+    hit = generate(generator, numbered, tokens)
+    assert generator.scheduler.statistics["prefix_hit_tokens"] > 100
+    chunked = generate(Generator(model, 4096, adapter=adapter, prefill_tokens=24, max_running=5), numbered, tokens)
+    # Hardly more than the longest: sequences wait, lose their pages, and are read again.
+    crowded = generate(Generator(model, 192, adapter=adapter), numbered, tokens)
     alone: Answers = {}
     for id in ALONE:
-        alone |= generate(model, adapter, {id: prompts[id]}, tokens)
+        alone |= generate(Generator(model, 4096, adapter=adapter), {id: prompts[id]}, tokens)
     sequences = {id: prompts[id] + new for id, (new, _) in company.items()}
     sampled = np.concatenate([np.array(logprobs, dtype=np.float32) for _, logprobs in company.values()])
     drawn = {id: len(new) for id, (new, _) in company.items()}
@@ -73,6 +79,8 @@ def compare(model: CausalLM, vocab: int = 67, adapter: str | None = None, tokens
     return {
         "compared": len(sampled),
         "chunked": sum(chunked[id] != answer for id, answer in company.items()),
+        "prefix hits": sum(hit[id] != answer for id, answer in company.items()),
+        "crowded": sum(crowded[id] != answer for id, answer in company.items()),
         "alone": sum(company[id] != answer for id, answer in alone.items()),
         "scored": int((of_drawn(together) != sampled).sum()),
         "scored apart": int((of_drawn(apart) != sampled).sum()),
@@ -81,11 +89,8 @@ def compare(model: CausalLM, vocab: int = 67, adapter: str | None = None, tokens
     }
 
 
-def generate(
-    model: CausalLM, adapter: str | None, prompts: dict[int, list[int]], tokens: int, **options: Any
-) -> Answers:
+def generate(generator: Generator, prompts: dict[int, list[int]], tokens: int) -> Answers:
     """Tokens and raw log-probs by request. One arrives every second step, and one leaves before its end."""
-    generator = Generator(model, 4096, adapter=adapter, **options)
     waiting, steps = list(prompts.items()), 0
     found: Answers = {}
     while waiting or generator.has_work:

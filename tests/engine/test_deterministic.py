@@ -13,7 +13,7 @@ from harmony_core.home import Home
 from harmony_core.registry import Registry
 from ranks import RankPool
 
-WAYS = ("chunked", "alone", "scored", "scored apart", "trained", "prompts")
+WAYS = ("chunked", "prefix hits", "crowded", "alone", "scored", "scored apart", "trained", "prompts")
 EQUAL = dict.fromkeys(WAYS, 0)
 ODD = {"hidden": 36, "intermediate": 51, "vocab": 301}
 

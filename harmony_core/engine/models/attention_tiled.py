@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from harmony_core.engine.models.context import ForwardContext, PackedAttention, PagedAttention
+from harmony_core.engine.models.context import DecodeAttention, ForwardContext, PackedAttention, PagedAttention
 
 QUERIES = 16
 """Queries of a block. Decode computes a whole block for one token, so it is as small as the kernels run well with."""
@@ -54,6 +54,7 @@ def attend(
 ) -> Tensor:
     """`q` `[T, H, D]`, `k`, `v` `[T, K, D]` -> `[T, H, D]`. Rows after the layout's tokens are padding."""
     layout = context.attention
+    assert not isinstance(layout, DecodeAttention), "decode over static tensors is for other devices"
     keys, values = k, v
     if isinstance(layout, PagedAttention):
         new = len(layout.write_slots)
@@ -77,28 +78,27 @@ def make_plan(layout: PackedAttention | PagedAttention, rows: int) -> Plan:
         lengths = contexts = layout.lengths
         slots = None
     else:
-        assert isinstance(layout, PagedAttention), "one new token per sequence on a device is not run in tiles"
         lengths, contexts, slots = layout.lengths, layout.context_lengths, layout.read_slots
     starts = [0, *accumulate(lengths)]
     assert starts[-1] <= rows, "more tokens than rows"
     by_blocks: dict[tuple[int, int], list[int]] = {}
-    for i, (length, total) in enumerate(zip(lengths, contexts, strict=True)):
-        by_blocks.setdefault(((total - length) // QUERIES, (total - 1) // QUERIES), []).append(i)
+    for i, (new, past) in enumerate((new, total - new) for new, total in zip(lengths, contexts, strict=True)):
+        by_blocks.setdefault((past // QUERIES, (past + new - 1) // QUERIES), []).append(i)
     restore = torch.zeros(rows, dtype=torch.long)
     groups, done = [], 0
     for (first, last), members in by_blocks.items():
         start, length, total = (_column(values, members) for values in (starts, lengths, contexts))
         position = torch.arange(first * QUERIES, (last + 1) * QUERIES)
         row = start + position - (total - length)
-        new = (row >= start) & (position < total)
-        restore[row[new]] = done + torch.arange(row.numel()).view(row.shape)[new]
+        there = (row >= start) & (position < total)
+        restore[row[there]] = done + torch.arange(row.numel()).view(row.shape)[there]
         key = torch.arange(_keys_until(last))
         if slots is None:
             places = torch.where(key < total, start + key, start)
         else:
             held = slots[members]
             places = torch.where(key < total, held[:, key.clamp(max=held.shape[1] - 1)], held[:, :1])
-        queries = torch.where(new, row, start).flatten()
+        queries = torch.where(there, row, start).flatten()
         groups.append(Group(len(members), first, last, queries, places.flatten(), slots is not None))
         done += row.numel()
     return Plan(tuple(groups), restore)
