@@ -9,7 +9,6 @@ import platform
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tempfile
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -19,6 +18,7 @@ from typing import Literal
 from harmony_core.errors import HarmonyError
 from harmony_core.home import Home
 from harmony_core.recipe import check_alias_package
+from harmony_core.toolchain import find_compiler, find_headers
 
 Status = Literal["ok", "warn", "fail"]
 
@@ -138,12 +138,11 @@ def _memory() -> list[Check]:
 
 
 def _compiler() -> list[Check]:
-    compiler = shutil.which(os.environ.get("CC", "") or "gcc") or shutil.which("cc") or shutil.which("clang")
-    header = Path(sysconfig.get_path("include"), "Python.h")
-    why = "without it CUDA decoding runs uncompiled; CPU does not need it"
+    compiler, header = find_compiler(), find_headers()
+    why = "without it layers run uncompiled on CUDA; CPU does not need it"
     return [
         Check("compiler", "ok" if compiler else "warn", compiler or "no C compiler", why),
-        Check("headers", "ok" if header.is_file() else "warn", str(header) if header.is_file() else "no Python.h", why),
+        Check("headers", "ok" if header else "warn", str(header or "no Python.h"), why),
     ]
 
 

@@ -39,8 +39,8 @@ BATCH_STEP = 16
 """Computed micro-batch sizes are multiples of this."""
 
 _DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-_HEAD_CHUNK_BYTES = 64 << 20
-"""Logits of one chunk: the head's own constant."""
+_HEAD_HOST_BYTES, _HEAD_DEVICE_BYTES, _HEAD_TILES = 64 << 20, 1 << 30, 4
+"""Logits of one tile on CPU; logits of one and gradients of several on CUDA: the head's own constants."""
 _PADDING = 1.2
 """Attention pads sequences of like length to groups, by at most a fifth."""
 _OUTER_HIDDEN = 3
@@ -66,7 +66,7 @@ class Shape:
     """One spawn, as far as memory is concerned.
 
     `lora` holds the settings of its adapter, new or stored; None means full weights. `weights_shared`: the base
-    weights are on the ranks already. `kv_tokens`: those of the pool that are promised.
+    weights are on the ranks already. `kv_tokens`: those of the pool that are promised. `compiled`: its layers are.
     """
 
     spec: ModelSpec
@@ -77,6 +77,7 @@ class Shape:
     kv_tokens: int
     device: str = "cpu"
     dtype: str = ""
+    compiled: bool = False
     checkpointed_layers: int = 0
     weights_shared: bool = False
 
@@ -221,19 +222,19 @@ def _training(shape: Shape) -> tuple[int, int]:
     )
     activations = tokens * (kept * shape.element + _INDEX_BYTES)
 
-    # At the head: its weight's gradient, and chunks of logits.
-    head_gradient = n.v * n.d * shape.accumulate if shape.lora is None else 0
-    at_head = head_gradient + _head_chunks(shape, n)
+    # The head's gradient goes where all gradients are, so that it holds chunks of logits only.
+    at_head = _head_chunks(shape, n)
     # In the deepest layer, which is all there once recomputed: two tensors as wide as the feed-forward beyond what is
-    # freed, two hidden states, and the gradient of one weight before it is added up.
+    # freed, two hidden states, and the gradients of weights before they are added up: compiled, the feed-forward's.
     in_layers = tokens * (2 * n.i + 2 * n.d) * shape.element
     if recomputed == spec.num_layers:
         in_layers += tokens * layer * shape.element
+    # At the end, when nothing is kept any more, the embedding's gradient.
+    at_end = 0
     if shape.lora is None:
-        in_layers += n.d * max(n.i, n.q) * shape.element
-        # A tied head's gradient waits for the embedding's at the end of the backward pass.
-        in_layers += head_gradient if spec.tied else 0
-    return activations, max(at_head, in_layers)
+        in_layers += n.d * (3 * n.i if shape.compiled else max(n.i, n.q)) * shape.element
+        at_end = n.v * n.d * shape.element - activations
+    return activations, max(at_head, in_layers, at_end)
 
 
 def _layer_activations(shape: Shape, n: _Local) -> int:
@@ -244,6 +245,8 @@ def _layer_activations(shape: Shape, n: _Local) -> int:
     replaces. Query, key, value and output of attention, and the softmax's sums; on CPU these lie in padded groups, and
     the output once more in row order. Of the feed-forward four tensors: gate, its activation, up and their product.
     """
+    if shape.compiled:
+        return _compiled_activations(shape, n)
     # A norm keeps, per width: its input in float32, and what it normalised where its weight is trained.
     wide = 4 // min(4, shape.element)
     norm = wide + (1 if shape.lora is None else 0)
@@ -260,6 +263,20 @@ def _layer_activations(shape: Shape, n: _Local) -> int:
     return norms + attention + 4 * n.i + (_adapter_activations(shape) if shape.lora else 0)
 
 
+def _compiled_activations(shape: Shape, n: _Local) -> int:
+    """The same of a compiled layer, which makes again what takes no matrix product.
+
+    Inputs and outputs of both norms (where there are four norms, one more); query and key before a norm inside the
+    heads; what attention keeps; gate, up and their product.
+    """
+    wide = 4 // min(4, shape.element)
+    hidden = (5 if shape.spec.post_norms else 4) * n.d
+    attention = 2 * n.q + 2 * n.kv + wide * n.heads
+    if shape.spec.qk_norm:
+        attention += n.q + n.projected_kv + wide * (n.q + n.projected_kv) // shape.spec.head_dim
+    return hidden + attention + 3 * n.i + 2 * wide + (_adapter_activations(shape) if shape.lora else 0)
+
+
 def _adapter_activations(shape: Shape) -> int:
     """Elements per token that an adapter keeps in one layer: r between its halves; with dropout, mask and result."""
     assert shape.lora is not None
@@ -269,10 +286,13 @@ def _adapter_activations(shape: Shape) -> int:
 
 
 def _head_chunks(shape: Shape, n: _Local) -> int:
-    """Bytes of the chunk of logits being scored, and the one before it, which is still there."""
-    rows = min(shape.max_batch_tokens, max(1, _HEAD_CHUNK_BYTES // (4 * n.v)))
-    chunks = 2 if rows < shape.max_batch_tokens else 1
-    return chunks * rows * n.v * shape.accumulate
+    """Bytes of the logits being scored and, on CUDA in training, of gradients with respect to logits before them."""
+    if shape.device == "cpu" or shape.element > 4:
+        rows = min(shape.max_batch_tokens, max(1, _HEAD_HOST_BYTES // (4 * n.v)))
+        return rows * n.v * shape.accumulate
+    row = (4 + _HEAD_TILES * shape.element) * n.v
+    rows = min(shape.max_batch_tokens, max(1, _HEAD_DEVICE_BYTES // row // 128) * 128)
+    return rows * (row if shape.train else 4 * n.v)
 
 
 def _inference(shape: Shape) -> int:

@@ -15,7 +15,7 @@ PLAIN = frozenset(
         *("inline_metadata", "interruption", "ledger", "logging_table", "mapping", "memory", "messages", "model_kinds"),
         *("model_families", "model_spec", "notifiers", "outcome", "parameters", "redaction", "registry", "rpc", "run"),
         *("schedulers", "thread_tools", "threads", "token_threads", "tokenization", "tokenizer_files"),
-        *("weight_files",),
+        *("toolchain", "weight_files"),
     )
 )
 """Plain data: no models, no ranks. These may import each other, without cycles."""
@@ -36,7 +36,7 @@ ABOVE: dict[str, set[str]] = {
 """What each part of the driver may import beside plain data."""
 
 RANK: dict[str, set[str]] = {
-    "engine": {"engine.inference", "engine.models", "engine.training", "errors", "model_spec", "rpc"},
+    "engine": {"engine.inference", "engine.models", "engine.training", "errors", "model_spec", "rpc", "toolchain"},
     "engine.inference": {"engine.kernels", "engine.models", "errors", "rpc"},
     "engine.kernels": set(),
     "engine.models": {"engine.kernels", "errors", "rpc"},

@@ -114,6 +114,38 @@ def test_more_work_needs_more_memory_and_recomputing_less() -> None:
     assert plan(SERVE).total < plan(LORA).total < plan(FULL).total
 
 
+LLAMA_8B = replace(
+    SPEC,
+    vocab_size=128_256,
+    hidden_size=4096,
+    intermediate_size=14_336,
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+)
+
+
+@pytest.mark.parametrize(("compiled", "most"), [(True, 6), (False, 15)])
+def test_an_adapter_recomputes_only_what_does_not_fit(compiled: bool, most: int) -> None:
+    """Layers of 8 billion parameters on a device of 80 GB: some keep their activations, more of them when compiled."""
+    shape = Shape(LLAMA_8B, 1, True, LoraSettings(), 16_384, 0, "cuda", compiled=compiled)
+    free = 78 * 1024 * MIB
+    chosen = choose_checkpointing(shape, free)
+    assert 0 < chosen <= most
+    assert plan(replace(shape, checkpointed_layers=chosen)).total <= free
+    assert choose_checkpointing(replace(shape, max_batch_tokens=4096), free) == 0
+    recomputed = replace(shape, checkpointed_layers=32)
+    assert plan(replace(recomputed, compiled=True)).total < plan(replace(recomputed, compiled=False)).total
+
+
+def test_the_head_on_a_device_stays_within_a_gibibyte() -> None:
+    spec = replace(SPEC, vocab_size=151_936, num_layers=1, hidden_size=8, intermediate_size=8)
+    shape = Shape(spec, 1, True, LoraSettings(rank=1), 16_384, 0, "cuda")
+    assert 850 * MIB < plan(shape).workspace <= 1024 * MIB
+    assert plan(replace(shape, train=False)).workspace < 512 * MIB
+
+
 @pytest.mark.parametrize("shape", [FULL, LORA])
 def test_as_few_layers_recompute_as_it_takes(shape: Shape) -> None:
     for layers in range(6):

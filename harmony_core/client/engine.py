@@ -93,6 +93,11 @@ class Engine:
         return self.machine.world_size
 
     @property
+    def compiles(self) -> bool:
+        """Whether layers are to be compiled, where a compiler is found."""
+        return self.options.compile and self.machine.device == "cuda"
+
+    @property
     def closed(self) -> bool:
         """Whether `close` was called."""
         return self._closed

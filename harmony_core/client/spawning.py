@@ -19,6 +19,7 @@ from harmony_core.errors import ConflictError, ModelRefused, UsageError
 from harmony_core.model_spec import check_tp
 from harmony_core.rpc.protocol import Clone, Dealloc, LoraSettings, Message, Spawn, Spawned
 from harmony_core.tokenization import ChatTokenizer
+from harmony_core.toolchain import missing_tool
 
 if TYPE_CHECKING:
     from harmony_core.client.builder import ModelBuilder
@@ -118,6 +119,7 @@ class _Planned:
             kv_tokens=kv_tokens,
             device=self.engine.machine.device,
             dtype=self.dtype,
+            compiled=self.engine.compiles and not missing_tool(),
             checkpointed_layers=0,
             weights_shared=not self.private and self.engine.ledger.holds(self.weights_key),
         )
@@ -179,7 +181,7 @@ class _Planned:
             promised_bytes=self.plan.total,
             seed=self.seed,
             rehearse=self.engine.options.rehearse or self.engine.machine.device == "cuda",
-            compile=self.engine.options.compile and self.engine.machine.device == "cuda",
+            compile=self.engine.compiles,
         )
 
     def described(self) -> dict[str, Any]:

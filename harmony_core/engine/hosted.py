@@ -11,7 +11,7 @@ import torch
 
 from harmony_core.engine.inference.runner import Runner
 from harmony_core.engine.models import adapters, weights
-from harmony_core.engine.models.compiling import COMPILE_ERRORS, find_compiler
+from harmony_core.engine.models.compiling import COMPILE_ERRORS
 from harmony_core.engine.models.loading import load_model
 from harmony_core.engine.models.model import CausalLM
 from harmony_core.engine.models.parallel import TensorParallel
@@ -20,6 +20,7 @@ from harmony_core.engine.training.trainer import Trainer
 from harmony_core.errors import ConflictError, MemoryRefused, ModelRefused, ResourceError
 from harmony_core.rpc.protocol import Clone, Load, Save, Spawn, Spawned
 from harmony_core.rpc.wire import Failure
+from harmony_core.toolchain import missing_tool
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -167,8 +168,9 @@ class ModelTable:
         """From now on; the code is made when a pass first needs it, in the rehearsal for instance."""
         if model.compiled or self._deterministic:
             return
-        if find_compiler(self.device) is None:
-            self._announce("not_compiled", {"model": name, "reason": "this machine has no C compiler"})
+        missing = missing_tool()
+        if missing:
+            self._announce("not_compiled", {"model": name, "reason": f"this machine has {missing}"})
             return
         self._announce("compiling", {"model": name})
         model.compile()

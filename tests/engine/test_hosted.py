@@ -37,7 +37,7 @@ def backends(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         real(model, "eager")
 
     monkeypatch.setattr(CausalLM, "compile", compile)
-    monkeypatch.setattr(hosted, "find_compiler", lambda device: "/usr/bin/cc")
+    monkeypatch.setattr(hosted, "missing_tool", lambda: "")
     return asked
 
 
@@ -55,7 +55,7 @@ def test_spawns_on_one_base_compile_it_once(tmp_path: Path, backends: list[str])
 def test_without_a_compiler_layers_run_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[tuple[str, dict[str, Any]]] = []
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
-    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.delenv("CC", raising=False)
     table = ModelTable(CPU, announce=lambda what, fields: said.append((what, fields)))
     live = table.spawn(request(build(tmp_path), "policy", train=True), SINGLE, None)
     assert not live.model.compiled

@@ -6,8 +6,6 @@ function, the collectives and an adapter's dropout stay outside. Weights may cha
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -57,10 +55,3 @@ def prepare_compiling() -> None:
             setattr(torch._dynamo.config, name, RECOMPILE_LIMIT)
     # It looks at the forward context, which differs from pass to pass.
     AttentionInterface.register(attention.NAME, torch.compiler.disable(attention.attend))  # type: ignore[no-untyped-call]
-
-
-def find_compiler(device: torch.device) -> str | None:
-    """The compiler that torch.compile needs for `device`; None when this machine has none."""
-    names = ("CXX", "g++", "clang++") if device.type == "cpu" else ("CC", "gcc", "clang", "cc")
-    wanted = [os.environ.get(names[0], ""), *names[1:]]
-    return next((found for name in wanted if name and (found := shutil.which(name.split()[0]))), None)

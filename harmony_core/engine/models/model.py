@@ -182,7 +182,7 @@ class CausalLM:
         """Run each decoder layer and the final norm through torch.compile from now on; again is fine.
 
         The first pass of each kind (with gradients, without, an adapter's first) takes as long as compiling one layer:
-        layers share it, and so does every number of tokens but one. It needs a compiler: see `find_compiler`.
+        layers share it, and so does every number of tokens but one. It needs a compiler: see `toolchain`.
         """
         if self._backend is None:
             prepare_compiling()
