@@ -20,6 +20,7 @@ from shapes import LLAMA_8B, QWEN3_1B7, SHAPES, TINY, Shape
 from transformers import AutoConfig
 
 from harmony_core.engine.inference.draws import Draws, Setting
+from harmony_core.engine.inference.graphs import buckets_up_to
 from harmony_core.engine.inference.runner import Runner
 from harmony_core.engine.inference.step import StepPlan
 from harmony_core.engine.models.loading import empty_module, fill
@@ -161,6 +162,7 @@ def report(shape: Shape, options: argparse.Namespace, device: torch.device, band
             max_running=max(batches),
             static=True,
             graphs=graphs,
+            buckets=buckets_up_to(max(batches)) if options.bucket_of_one else None,
             notify=lambda what, fields, told=told: told.append(f"{what} {fields}"),  # type: ignore[misc]
         )
         for store in (*runner.cache.keys, *runner.cache.values):
@@ -210,6 +212,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=384)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--all", action="store_true", help="every way to draw, also uncompiled")
+    parser.add_argument("--bucket-of-one", action="store_true", help="compile once more for steps of a single row")
     parser.add_argument("--tiny", action="store_true", help="tiny models on the CPU; no figures")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()

@@ -22,10 +22,10 @@ _FURTHER = 64
 Notify = Callable[[str, dict[str, Any]], None]
 
 
-def buckets_up_to(most: int) -> tuple[int, ...]:
-    """Numbers of rows that a step is filled up to, ascending; the last is `most`."""
+def buckets_up_to(most: int, least: int = 1) -> tuple[int, ...]:
+    """Numbers of rows that a step is filled up to, ascending, `least` or more; the last is `most`."""
     further = range(_DENSE[-1] + _FURTHER, most, _FURTHER)
-    return (*(n for n in (*_DENSE, *further) if n < most), most)
+    return (*(n for n in (*_DENSE, *further) if least <= n < most), most)
 
 
 class DecodeGraphs:

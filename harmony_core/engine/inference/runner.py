@@ -102,7 +102,9 @@ class Runner:
         self._table: NDArray[np.int32] = np.zeros((max_running, longest), dtype=np.int32)
         self._state = DeviceState(model, self.cache, max_running, longest, adapter) if static else None
         self._graphs = DecodeGraphs(model.device, notify) if on_device and static and graphs else None
-        self._buckets = tuple(buckets) if buckets is not None else buckets_up_to(max_running)
+        # One compilation serves any number of rows but one, which is not worth another: it reads as many weights.
+        least = 2 if on_device and model.compiled else 1
+        self._buckets = tuple(buckets) if buckets is not None else buckets_up_to(max_running, least)
         self._idle: list[Staging] = []
         self._last = (
             self._state.last if self._state else torch.zeros(max_running, dtype=torch.long, device=model.device)

@@ -12,6 +12,7 @@ import torch
 import tiny_models
 from harmony_core import memory
 from harmony_core.engine.inference.blocks import MAX_RUNNING
+from harmony_core.engine.inference.graphs import buckets_up_to
 from harmony_core.engine.inference.runner import Runner
 from harmony_core.engine.inference.scheduler import Scheduler
 from harmony_core.engine.inference.step import StepPlan, StepResult, float64
@@ -70,6 +71,13 @@ def test_static_steps_give_what_plain_ones_give_at_every_bucket_edge(model: Caus
         slots += targets
     for _ in range(6):
         compare(runners, book.decode(slots))
+
+
+def test_buckets_are_dense_and_end_at_the_most_rows() -> None:
+    assert buckets_up_to(1) == (1,) and buckets_up_to(1, least=2) == (1,)
+    assert buckets_up_to(20) == (1, 2, 4, 8, 16, 20) and buckets_up_to(20, least=2)[0] == 2
+    assert buckets_up_to(256)[-3:] == (192, 224, 256)
+    assert buckets_up_to(400)[-4:] == (256, 320, 384, 400)
 
 
 def test_pages_end_and_begin(model: CausalLM) -> None:
