@@ -133,7 +133,7 @@ async def run_mode(mode: Mode, home: Home, shape: Shape, sizes: Sizes) -> Found:
     options = EngineOptions(logs, "parity", num_processes=1, device=mode.device, deterministic=mode.deterministic)
     client = HarmonyClient.start(options, Registry(home), lambda kind, data, rank: None)
     try:
-        total = sizes.requests * 2 * sizes.longest + 1024
+        total = min(sizes.requests * 2 * sizes.longest + 1024, 65_536)
         builder = client.model(shape.name, kv_cache_len=total, tokens_to_generate=sizes.longest).dtype(mode.dtype)
         model = await builder.max_seqlen(2 * sizes.longest).spawn_train("policy", 2 * sizes.longest)
         await use(model, shape, replace(sizes, requests=2, new=4), seed=1)  # whatever is compiled at first use

@@ -106,3 +106,12 @@ def test_rows_that_do_not_exist_are_named(tmp_path: Path) -> None:
     command = [sys.executable, str(FOLDER / "decode.py"), "--tiny", "--rows", "rooflines"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode != 0 and "no such rows: rooflines; there are: roofline, job" in done.stderr
+
+
+def test_parity(tmp_path: Path) -> None:
+    rows = {row["name"]: row["value"] for row in run("parity.py", tmp_path)["rows"]}
+    assert len(rows) == 15
+    sides = ("sampler and trainer, mean", "sampler and trainer, largest", "K3 of sampler from trainer")
+    for side in (*sides, "sampler and scorer, mean"):
+        assert rows[f"cpu float32 deterministic: {side}"] == 0
+        assert 0 < rows[f"cpu float32: {side}"] < 1e-3

@@ -47,6 +47,7 @@ def test_yaml(adaptive: Any, text: str, expected: list[str]) -> None:
         (["run", "hello.py", "--memory", "lots"], 2, ["lots"]),
         (["run", "hello.py", "--timeout", "soon"], 2, ["soon"]),
         (["run", "hello.py", "--assume", "8x80GiB"], 2, ["--assume"]),
+        (["run", "hello.py", "--dry-run", "--assume", "1x80GiB", "--deterministic"], 4, ["for ranks on CPU"]),
         (["run", "hello.py", "extra"], 2, ["extra"]),
         (["run"], 2, ["RECIPE"]),
         (["rnu", "hello.py"], 2, ["there is no command 'rnu'"]),
