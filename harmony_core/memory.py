@@ -176,9 +176,7 @@ def kv_token_bytes(shape: Shape) -> int:
 def decode_bytes(shape: Shape) -> int:
     """Bytes of decode steps as CUDA graphs on a rank: tensors that stay, the graphs, the memory that they share.
 
-    The largest step works on three tensors of the feed-forward's width and the hidden states around them; attention
-    leaves its splits' outputs in float32; the head's logits are scored where they stay, but for the parts that ranks
-    gather.
+    Logits are written where they stay, but for parts that ranks gather; attention leaves float32 for each split.
     """
     n = _Local.of(shape.spec, shape.tp)
     longest = min(shape.kv_tokens, shape.spec.max_positions)

@@ -30,24 +30,14 @@ def _heat(temperature: tl.tensor, row: tl.tensor) -> tl.tensor:
     return tl.maximum(tl.load(temperature + row), 1e-30).to(tl.float32)
 
 
+# fmt: off
 @triton.jit(do_not_specialize_on_alignment=_SETTINGS)
 def _summarise(
-    logits: tl.tensor,
-    temperature: tl.tensor,
-    tops: tl.tensor,
-    floors: tl.tensor,
-    maxima: tl.tensor,
-    ids: tl.tensor,
-    raw: tl.tensor,
-    sums: tl.tensor,
-    stride: int,
-    size: int,
-    DRAWS: tl.constexpr,
-    FILTERED: tl.constexpr,
-    SCORES: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
+    logits: tl.tensor, temperature: tl.tensor, tops: tl.tensor, floors: tl.tensor, maxima: tl.tensor, ids: tl.tensor,
+    raw: tl.tensor, sums: tl.tensor, stride: int, size: int, DRAWS: tl.constexpr, FILTERED: tl.constexpr,
+    SCORES: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:
+    # fmt: on
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
     place = row * tl.num_programs(1) + chunk
@@ -71,28 +61,15 @@ def _summarise(
         tl.store(sums + place * (CHUNK // BLOCK) + part, tl.sum(weights.to(tl.float64), 1))
 
 
+# fmt: off
 @triton.jit(do_not_specialize_on_alignment=_SETTINGS)
 def _pick(
-    logits: tl.tensor,
-    temperature: tl.tensor,
-    uniform: tl.tensor,
-    floors: tl.tensor,
-    maxima: tl.tensor,
-    ids: tl.tensor,
-    raw: tl.tensor,
-    sums: tl.tensor,
-    slots: tl.tensor,
-    last: tl.tensor,
-    outputs: tl.tensor,
-    stride: int,
-    size: int,
-    chunks: int,
-    DRAWS: tl.constexpr,
-    FILTERED: tl.constexpr,
-    CHUNKS_PADDED: tl.constexpr,
-    PARTS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    logits: tl.tensor, temperature: tl.tensor, uniform: tl.tensor, floors: tl.tensor, maxima: tl.tensor,
+    ids: tl.tensor, raw: tl.tensor, sums: tl.tensor, slots: tl.tensor, last: tl.tensor, outputs: tl.tensor,
+    stride: int, size: int, chunks: int, DRAWS: tl.constexpr, FILTERED: tl.constexpr, CHUNKS_PADDED: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:
+    # fmt: on
     row = tl.program_id(0).to(tl.int64)
     values = logits + row * stride
     chunk = tl.arange(0, CHUNKS_PADDED)
@@ -144,22 +121,14 @@ def _pick(
     tl.store(last + tl.load(slots + row), token.to(tl.int64))
 
 
+# fmt: off
 @triton.jit(do_not_specialize=["shift"], do_not_specialize_on_alignment=_SETTINGS)
 def _count_keys(
-    logits: tl.tensor,
-    temperature: tl.tensor,
-    wanted: tl.tensor,
-    tops: tl.tensor,
-    found: tl.tensor,
-    limits: tl.tensor,
-    counts: tl.tensor,
-    stride: int,
-    size: int,
-    shift: int,
-    MASS: tl.constexpr,
-    CHUNK: tl.constexpr,
+    logits: tl.tensor, temperature: tl.tensor, wanted: tl.tensor, tops: tl.tensor, found: tl.tensor,
+    limits: tl.tensor, counts: tl.tensor, stride: int, size: int, shift: int, MASS: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
+    # fmt: on
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
     wish = tl.load(wanted + row)
@@ -184,19 +153,13 @@ def _count_keys(
             tl.store(into + tl.arange(0, 16), tl.zeros((16,), tl.float64))
 
 
+# fmt: off
 @triton.jit(do_not_specialize=["shift"], do_not_specialize_on_alignment=_SETTINGS)
 def _choose_digit(
-    wanted: tl.tensor,
-    found: tl.tensor,
-    needed: tl.tensor,
-    limits: tl.tensor,
-    counts: tl.tensor,
-    size: int,
-    chunks: int,
-    shift: int,
-    MASS: tl.constexpr,
-    CHUNKS_PADDED: tl.constexpr,
+    wanted: tl.tensor, found: tl.tensor, needed: tl.tensor, limits: tl.tensor, counts: tl.tensor, size: int,
+    chunks: int, shift: int, MASS: tl.constexpr, CHUNKS_PADDED: tl.constexpr,
 ) -> None:
+    # fmt: on
     row = tl.program_id(0).to(tl.int64)
     wish = tl.load(wanted + row)
     if (wish < 1) if MASS else (wish > 0):
