@@ -73,20 +73,20 @@ def check(vocab: int, tail: int, device: torch.device, repeats: int = 1) -> None
 
 
 def check_no_distribution(vocab: int, device: torch.device) -> None:
-    for bad in (float("nan"), float("inf")):
-        for tail in KINDS:
-            samplings = settings_up_to(tail)
-            draws = draws_of(samplings, np.full(len(samplings), 0.5))
-            logits = torch.randn(len(samplings), vocab, generator=torch.Generator().manual_seed(1))
-            healthy, _ = kernel_draw(logits.to(device), draws, tail)
-            logits[0, 17] = bad
-            logits[-1] = bad
-            outputs, last = kernel_draw(logits.to(device), draws, tail)
-            spoilt = sorted({0, len(samplings) - 1})
-            assert not outputs[1:, spoilt].isfinite().any(), (bad, tail)
-            assert int(last.min()) >= 0 and int(last.max()) < vocab
-            rest = [row for row in range(len(samplings)) if row not in spoilt]
-            assert torch.equal(outputs[:, rest], healthy[:, rest])
+    for bad, tail in ((float("nan"), GREEDY), (float("inf"), PLAIN), (float("nan"), FILTERED)):
+        samplings = settings_up_to(tail)[-4:]
+        rows = len(samplings)
+        draws = draws_of(samplings * 2, np.full(2 * rows, 0.5))
+        logits = torch.randn(rows, vocab, generator=torch.Generator().manual_seed(1))
+        spoilt = logits.clone()
+        spoilt[0, 17] = bad
+        spoilt[-1] = bad
+        outputs, last = kernel_draw(torch.cat([logits, spoilt]).to(device), draws, tail)
+        wrong = [rows, 2 * rows - 1]
+        assert not outputs[1:, wrong].isfinite().any(), (bad, tail)
+        assert 0 <= int(last.min()) and int(last.max()) < vocab
+        assert torch.equal(outputs[:, 1 : rows - 1], outputs[:, rows + 1 : -1])
+        assert outputs[:, :rows].isfinite().all()
 
 
 CHECKS = {
