@@ -84,7 +84,7 @@ def check_no_distribution(vocab: int, device: torch.device) -> None:
         outputs, last = kernel_draw(torch.cat([logits, spoilt]).to(device), draws, tail)
         wrong = [rows, 2 * rows - 1]
         assert not outputs[1:, wrong].isfinite().any(), (bad, tail)
-        assert 0 <= int(last.min()) and int(last.max()) < vocab
+        assert int(last.min()) >= 0 and int(last.max()) < vocab
         assert torch.equal(outputs[:, 1 : rows - 1], outputs[:, rows + 1 : -1])
         assert outputs[:, :rows].isfinite().all()
 
