@@ -1,11 +1,12 @@
 """Generation and training speed of the engine beside plain transformers, on this machine's CPU, in one run.
 
-    python benchmarks/cpu.py [--model KEY ...] [--rounds N] [--threads N] [--json FILE]
+    python benchmarks/cpu.py [--model KEY ...] [--task NAME ...] [--rounds N] [--threads N] [--json FILE]
 
 Each side is a process of its own that waits while the other works: engine, transformers, engine, transformers, ...
 The engine is used as a recipe uses it, driver, ranks and tokenization included. The peer gets token ids, for free: the
-same prompts in one left-padded batch for `generate`, the same samples in padded batches of eight for training with the
-same optimizer steps. Both get the same number of threads, and neither's threads spin while they wait.
+same prompts in one left-padded batch for `generate`, which runs until its longest output is done, and the same samples
+in padded batches of eight for training, with the same optimizer steps. Both get the same number of threads, and
+neither's threads spin while they wait.
 """
 
 from __future__ import annotations
@@ -14,19 +15,20 @@ import argparse
 import asyncio
 import json
 import os
-import platform
 import random
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from report import ROOT, machine
 
 from harmony_core.errors import NotFoundError
 from harmony_core.home import Home
@@ -36,9 +38,18 @@ from harmony_core.threads import StringThread
 from harmony_core.tokenization import ChatTokenizer
 
 MODELS = ("builtin:tiny-lm", "smollm2")
-REQUIRED = {"generate": 0.8, "train": 1.2}
-"""Engine over transformers, in tokens per second."""
+REQUIRED = {
+    "decode 8, equal": 1.0,
+    "decode 32, equal": 1.0,
+    "decode 8, ragged": 1.5,
+    "decode 32, ragged": 1.5,
+    "train": 2.0,
+}
+"""Tasks, and engine over transformers in tokens per second. A decode names its concurrent requests, and whether all
+outputs are equally long or have log-normal lengths."""
 PEER_BATCH = 8
+SPREAD = 0.8
+"""Standard deviation of the logarithm of every ragged length."""
 WORDS = (
     "the",
     "sea",
@@ -64,7 +75,6 @@ WORDS = (
 class Size:
     """How much work one round is. Lengths are in words; a word is about `tokens_per_word` tokens."""
 
-    requests: int
     new_tokens: int
     steps: int
     samples_per_step: int
@@ -72,8 +82,8 @@ class Size:
     tokens_per_word: float
 
 
-SMALL = Size(requests=16, new_tokens=128, steps=8, samples_per_step=64, max_batch_size=1024, tokens_per_word=4.3)
-LARGE = Size(requests=16, new_tokens=48, steps=1, samples_per_step=20, max_batch_size=2048, tokens_per_word=1.05)
+SMALL = Size(new_tokens=96, steps=4, samples_per_step=64, max_batch_size=1024, tokens_per_word=4.3)
+LARGE = Size(new_tokens=32, steps=1, samples_per_step=24, max_batch_size=2048, tokens_per_word=1.05)
 
 
 @dataclass(frozen=True)
@@ -86,6 +96,8 @@ class Workload:
     threads: int
     prompts: list[list[tuple[str, str]]]
     samples: list[list[tuple[str, str]]]
+    outputs: dict[str, list[int]]
+    """New tokens of each request, for every decode."""
     prompt_ids: list[list[int]]
     sample_ids: list[list[int]]
     sample_weights: list[list[float]]
@@ -99,10 +111,25 @@ class Workload:
     @property
     def tokens(self) -> dict[str, int]:
         """Tokens that one round generates or trains; padding does not count."""
+        return {"train": sum(map(len, self.sample_ids))} | {name: sum(new) for name, new in self.outputs.items()}
+
+    @property
+    def lengths(self) -> dict[str, Any]:
+        """What the lengths came out as: means, the longest, and how much padded batches add."""
+        samples, batches = [len(ids) for ids in self.sample_ids], []
+        for step in self.steps:
+            batches += [samples[i : min(i + PEER_BATCH, step.stop)] for i in range(step.start, step.stop, PEER_BATCH)]
         return {
-            "generate": self.size.requests * self.size.new_tokens,
-            "train": sum(map(len, self.sample_ids)),
+            "prompts": mean_and_most([len(ids) for ids in self.prompt_ids]),
+            "samples": mean_and_most(samples),
+            "padded over packed": sum(max(batch) * len(batch) for batch in batches) / sum(samples),
+            "outputs": {name: mean_and_most(new) for name, new in self.outputs.items()},
         }
+
+
+def mean_and_most(lengths: list[int]) -> dict[str, float]:
+    """Of some lengths."""
+    return {"mean": round(statistics.mean(lengths), 1), "longest": max(lengths)}
 
 
 def make_workload(key: str, threads: int) -> Workload:
@@ -113,14 +140,22 @@ def make_workload(key: str, threads: int) -> Workload:
     size = SMALL if found.spec.num_parameters < 10_000_000 else LARGE
     draw = random.Random(0)
 
-    def text(median: float, most: int) -> str:
-        tokens = min(most, draw.lognormvariate(0.0, 0.8) * median)
+    def length(median: float, most: int) -> int:
+        return max(1, round(min(most, draw.lognormvariate(0.0, SPREAD) * median)))
+
+    def text(tokens: float) -> str:
         return " ".join(draw.choices(WORDS, k=max(1, round(tokens / size.tokens_per_word))))
 
-    prompts = [[("user", text(40, 200))] for _ in range(size.requests)]
-    samples = [
-        [("user", text(12, 40)), ("assistant", text(60, 400))] for _ in range(size.steps * size.samples_per_step)
-    ]
+    template = len(tokenizer.tokenize(StringThread([("user", "a"), ("assistant", "a")])).token_ids)
+    # Mean 80: that of a log-normal length is exp(spread^2 / 2) times its median.
+    bodies = [length(58, 300) - template for _ in range(size.steps * size.samples_per_step)]
+    samples = [[("user", text(body / 4)), ("assistant", text(body * 3 / 4))] for body in bodies]
+    prompts = [[("user", text(length(40, 200)))] for _ in range(32)]
+    outputs = {}
+    for task in (name for name in REQUIRED if name.startswith("decode")):
+        count = int(task.split()[1].rstrip(","))
+        ragged = [length(size.new_tokens * 3 / 4, size.new_tokens * 4) for _ in range(count)]
+        outputs[task] = ragged if task.endswith("ragged") else [size.new_tokens] * count
     tokenized = [tokenizer.tokenize(StringThread(turns)) for turns in samples]
     return Workload(
         model=key,
@@ -129,6 +164,7 @@ def make_workload(key: str, threads: int) -> Workload:
         threads=threads,
         prompts=prompts,
         samples=samples,
+        outputs=outputs,
         prompt_ids=[tokenizer.prompt_ids(StringThread(turns)) for turns in prompts],
         sample_ids=[thread.token_ids for thread in tokenized],
         sample_weights=[thread.token_weights for thread in tokenized],
@@ -164,21 +200,26 @@ def engine(work: Workload) -> None:
     samples = [StringThread(turns).with_weight_last_assistant_turn() for turns in work.samples]
     prompts = [StringThread(turns) for turns in work.prompts]
 
-    async def generate() -> None:
-        exact = model.temperature(0).min_gen_len(size.new_tokens).max_gen_len(size.new_tokens)
-        await asyncio.gather(*(exact.generate(thread) for thread in prompts))
+    async def generate(new: list[int]) -> None:
+        greedy = model.temperature(0)
+        requests = zip(prompts, new, strict=False)
+        await asyncio.gather(*(greedy.min_gen_len(n).max_gen_len(n).generate(thread) for thread, n in requests))
 
     async def train() -> None:
         for step in work.steps:
             await asyncio.gather(*(model.train_language_modelling(samples[i]) for i in step))
             await model.optim_step(1e-5, 0.01, 1.0)
 
+    def run(task: Callable[..., Coroutine[Any, Any, None]], *arguments: Any) -> None:
+        loop.run_until_complete(task(*arguments))
+
     client = loop.run_until_complete(get_client(num_gpus=1))
     try:
-        builder = client.model(work.model, kv_cache_len=16_384, tokens_to_generate=size.new_tokens)
+        longest = max(map(max, work.outputs.values()))
+        builder = client.model(work.model, kv_cache_len=16_384, tokens_to_generate=longest)
         model = loop.run_until_complete(builder.spawn_train("policy", size.max_batch_size))
         serve(
-            {"generate": lambda: loop.run_until_complete(generate()), "train": lambda: loop.run_until_complete(train())}
+            {"train": partial(run, train)} | {name: partial(run, generate, new) for name, new in work.outputs.items()}
         )
     finally:
         loop.run_until_complete(client.aclose())
@@ -199,10 +240,10 @@ def peer(work: Workload) -> None:
             [[fill] * (width - len(r)) * left + r + [fill] * (width - len(r)) * (not left) for r in rows]
         )
 
-    def generate() -> None:
-        ids = padded(work.prompt_ids, 0, left=True)
-        mask = padded([[1] * len(prompt) for prompt in work.prompt_ids], 0, left=True)
-        new = work.size.new_tokens
+    def generate(outputs: list[int]) -> None:
+        prompts, new = work.prompt_ids[: len(outputs)], max(outputs)
+        ids = padded(prompts, 0, left=True)
+        mask = padded([[1] * len(prompt) for prompt in prompts], 0, left=True)
         made = model.generate(
             ids, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0
         )
@@ -226,7 +267,7 @@ def peer(work: Workload) -> None:
             optimizer.step()
             optimizer.zero_grad()
 
-    serve({"generate": generate, "train": train})
+    serve({"train": train} | {name: partial(generate, new) for name, new in work.outputs.items()})
 
 
 # --- the run ------------------------------------------------------------------------------------------------------
@@ -287,7 +328,7 @@ def cpu_seconds(pid: int) -> float:
     return sum(ticks.get(member, 0) for member in family) / os.sysconf("SC_CLK_TCK")
 
 
-def compare(work: Workload, rounds: int) -> dict[str, Any]:
+def compare(work: Workload, tasks: list[str], rounds: int) -> dict[str, Any]:
     """Rounds of both sides in turn, after one of each that is not counted."""
     print(f"{work.model}: starting ...", file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder:
@@ -299,12 +340,12 @@ def compare(work: Workload, rounds: int) -> dict[str, Any]:
                 sides[name] = Side(name, workload, environment(work.threads))
                 sides[name].answer()
             measured: dict[str, dict[str, list[dict[str, float]]]] = {}
-            for task in ("generate", "train"):
+            for task in tasks:
                 measured[task] = {name: [] for name in sides}
                 for number in range(rounds + 1):
                     for name, side in sides.items():
                         result = side.measure(task)
-                        print(f"  {task} {name}: {result['seconds']:.2f} s", file=sys.stderr)
+                        print(f"  {task}, {name}: {result['seconds']:.2f} s", file=sys.stderr)
                         if number:
                             measured[task][name].append(result)
         finally:
@@ -337,15 +378,6 @@ def summary(work: Workload, task: str, rows: dict[str, list[dict[str, float]]]) 
     }
 
 
-def cpu_model() -> str:
-    """The processor's name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-
-
 def table(results: dict[str, dict[str, Any]]) -> str:
     """One row for each model and task. Ratios are engine over transformers: above 1 the engine is faster."""
     head = "| model | task | engine tokens/s | transformers tokens/s | ratio | ratio of CPU time | required |"
@@ -362,9 +394,11 @@ def main() -> None:
     """Measure, print the table, write the JSON."""
     parser = argparse.ArgumentParser(description="the engine beside plain transformers, on the CPU")
     parser.add_argument("--model", action="append", help="registry key; may be repeated (default: both)")
+    parser.add_argument("--task", action="append", choices=[*REQUIRED], help="may be repeated (default: all)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=available_cores())
-    parser.add_argument("--json", type=Path, help="also write everything measured here")
+    day = datetime.now(UTC).strftime("%Y-%m-%d")
+    parser.add_argument("--json", type=Path, default=ROOT / "benchmarks" / "results" / f"{day}-cpu.json")
     parser.add_argument("--side", choices=["engine", "peer"], help=argparse.SUPPRESS)
     parser.add_argument("--workload", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -372,6 +406,7 @@ def main() -> None:
         {"engine": engine, "peer": peer}[options.side](read_workload(options.workload))
         return
     results: dict[str, dict[str, Any]] = {}
+    lengths: dict[str, dict[str, Any]] = {}
     load = os.getloadavg()[0]
     for key in options.model or MODELS:
         try:
@@ -379,21 +414,15 @@ def main() -> None:
         except NotFoundError as error:
             print(f"{key}: skipped, {error.message}; make smollm2 adds SmolLM2-135M", file=sys.stderr)
             continue
-        results[key] = compare(work, options.rounds)
-    machine = {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "cpu": cpu_model(),
-        "cores": available_cores(),
-        "threads": options.threads,
-        "load_before": round(load, 1),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "transformers", "harmony-core")},
-    }
-    print(", ".join(f"{name} {value}" for name, value in machine.items()))
+        results[key] = compare(work, options.task or [*REQUIRED], options.rounds)
+        lengths[key] = work.lengths
+    described = {"date": day, **machine(), "threads": options.threads, "load_before": round(load, 1)}
+    print(", ".join(f"{name} {value}" for name, value in described.items()))
     print()
     print(table(results))
-    if options.json:
-        options.json.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n", encoding="utf-8")
+    content = {"benchmark": "cpu", "machine": described, "lengths": lengths, "results": results}
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
