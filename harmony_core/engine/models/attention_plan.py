@@ -19,6 +19,8 @@ PADDING_SHARE = 0.2
 """Padded tokens allowed in a group, as a share of its real ones."""
 PADDING_TOKENS = 64
 """Padded tokens always allowed in a group: below this an extra call costs more than it saves."""
+PADDING_CONTEXT = 256
+"""The same for the contexts of a decode step, where a padded token is gathered but hardly computed with."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +47,12 @@ class PackedPlan:
 
 @dataclass(frozen=True)
 class DecodePlan:
-    """One new token of each sequence against its pages. `slots` `[B * M]`, `visible` `[B, M]`."""
+    """One new token of each of B sequences of like context against their pages. `slots` `[B * M]`, `visible` `[B, M]`.
 
-    batch: int
+    `rows` `[B]`: their tokens in the row of the step; None: all of it.
+    """
+
+    rows: Tensor | None
     slots: Tensor
     visible: Tensor
 
@@ -63,24 +68,23 @@ class ChunkPlan:
 
 @dataclass(frozen=True)
 class PagedPlan:
-    """Which rows of a paged step go which way. `*_rows` None: all of them; `restore` None: already in row order."""
+    """Which rows of a paged step go which way. `fresh_rows` None: all of them; `restore` None: already in row order."""
 
     fresh: PackedPlan | None
     fresh_rows: Tensor | None
-    decode: DecodePlan | None
-    decode_rows: Tensor | None
+    decodes: tuple[DecodePlan, ...]
     chunks: tuple[ChunkPlan, ...]
     restore: Tensor | None
 
 
-def group_by_length(lengths: Sequence[int]) -> list[list[int]]:
+def group_by_length(lengths: Sequence[int], spare: int = PADDING_TOKENS) -> list[list[int]]:
     """Indices of sequences in groups of like length, longest first, with bounded padding in each."""
     groups: list[list[int]] = []
     padded = real = longest = 0
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         length = lengths[index]
         waste = padded + longest - length
-        if groups and waste <= max(PADDING_TOKENS, PADDING_SHARE * (real + length)):
+        if groups and waste <= max(spare, PADDING_SHARE * (real + length)):
             groups[-1].append(index)
             padded, real = waste, real + length
         else:
@@ -100,31 +104,37 @@ def plan_paged(attention: PagedAttention, device: torch.device) -> PagedPlan:
     lengths, contexts, slots = attention.lengths, attention.context_lengths, attention.read_slots
     if slots is not None and max(lengths) == 1 and min(contexts) > 1:
         # A decode step, the common case by far.
-        return PagedPlan(None, None, _plan_decode(slots, contexts, range(len(lengths))), None, (), None)
+        groups = group_by_length(contexts, PADDING_CONTEXT)
+        if len(groups) == 1:
+            return PagedPlan(None, None, (_plan_decode(slots, contexts, range(len(lengths)), None),), (), None)
+        order = [i for group in groups for i in group]
+        decodes = tuple(_plan_decode(slots, contexts, group, group) for group in groups)
+        return PagedPlan(None, None, decodes, (), torch.argsort(torch.tensor(order)).to(device))
     starts = [0, *accumulate(lengths)]
     past = [context - length for length, context in zip(lengths, contexts, strict=True)]
     fresh = [i for i in range(len(lengths)) if past[i] == 0]
     decode = [i for i in range(len(lengths)) if past[i] and lengths[i] == 1]
     chunks = [i for i in range(len(lengths)) if past[i] and lengths[i] > 1]
     rows: list[int] = []
-    for i in (*fresh, *decode, *chunks):
+    groups = group_by_length([contexts[i] for i in decode], PADDING_CONTEXT)
+    together = [[decode[place] for place in group] for group in groups]
+    for i in (*fresh, *(i for group in together for i in group), *chunks):
         rows += range(starts[i], starts[i + 1])
     restore = None
     if rows != list(range(starts[-1])):
         restore = torch.argsort(torch.tensor(rows)).to(device)
-    fresh_rows = decode_rows = None
+    fresh_rows = None
     if fresh and len(fresh) < len(lengths):
         fresh_rows = torch.tensor([r for i in fresh for r in range(starts[i], starts[i + 1])], device=device)
-    if decode and len(decode) < len(lengths):
-        decode_rows = torch.tensor([starts[i] for i in decode], device=device)
     if decode or chunks:
         assert slots is not None, "a sequence with a past needs read_slots"
     fresh_lengths = [lengths[i] for i in fresh]
     return PagedPlan(
         fresh=_plan_sequences(fresh_lengths, [0, *accumulate(fresh_lengths)], device) if fresh else None,
         fresh_rows=fresh_rows,
-        decode=_plan_decode(slots, contexts, decode) if decode and slots is not None else None,
-        decode_rows=decode_rows,
+        decodes=tuple(
+            _plan_decode(slots, contexts, group, [starts[i] for i in group]) for group in together if slots is not None
+        ),
         chunks=tuple(ChunkPlan(starts[i], starts[i + 1], slots[i, : contexts[i]]) for i in chunks if slots is not None),
         restore=restore,
     )
@@ -147,11 +157,14 @@ def _plan_sequences(lengths: Sequence[int], starts: Sequence[int], device: torch
     return PackedPlan(tuple(groups), torch.tensor(order, device=device), torch.tensor(restore, device=device))
 
 
-def _plan_decode(slots: Tensor, contexts: Sequence[int], members: Sequence[int]) -> DecodePlan:
+def _plan_decode(
+    slots: Tensor, contexts: Sequence[int], members: Sequence[int], rows: Sequence[int] | None
+) -> DecodePlan:
     limits = torch.tensor([contexts[i] for i in members], device=slots.device)
     longest = max(contexts[i] for i in members)
     chosen = slots[:, :longest] if len(members) == len(contexts) else slots[list(members), :longest]
     visible = torch.arange(longest, device=slots.device) < limits[:, None]
     # Padding may name a slot that holds anything; a masked NaN would still reach the output, so read one of ours.
     safe = torch.where(visible, chosen, chosen[:, :1])
-    return DecodePlan(len(members), safe.reshape(-1), visible)
+    there = None if rows is None else torch.tensor(rows, device=slots.device)
+    return DecodePlan(there, safe.reshape(-1), visible)

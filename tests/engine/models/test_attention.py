@@ -12,10 +12,10 @@ from torch.nn import functional as F
 
 import tiny_models
 from engine.models import paged_cases
-from harmony_core.engine.models import attention_cpu, attention_cuda
+from harmony_core.engine.models import attention_cpu, attention_cuda, attention_plan
 from harmony_core.engine.models.attention import attend
-from harmony_core.engine.models.attention_plan import group_by_length, plan_packed
-from harmony_core.engine.models.context import ForwardContext, PackedAttention, forward_context
+from harmony_core.engine.models.attention_plan import group_by_length, plan_packed, plan_paged
+from harmony_core.engine.models.context import ForwardContext, PackedAttention, PagedAttention, forward_context
 from harmony_core.engine.models.loading import load_model
 from harmony_core.engine.models.parallel import TensorParallel
 from harmony_core.errors import ModelRefused
@@ -137,3 +137,37 @@ def test_what_is_not_computed_is_refused(unsupported: dict[str, object]) -> None
     states = torch.zeros(1, 2, 3, 4)
     with forward_context(ForwardContext(PackedAttention((3,)))), pytest.raises(ModelRefused, match="not supported"):
         attend(nn.Identity(), states, states, states, None, **unsupported)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("spare", [0, 10_000])
+def test_steps_of_unlike_contexts_attend_to_their_own_pages(
+    monkeypatch: pytest.MonkeyPatch, spare: int, mixed: bool, window: int | None
+) -> None:
+    """Decoding in groups of like context, alone and beside prompts and chunks; the pages between hold garbage."""
+    monkeypatch.setattr(attention_plan, "PADDING_CONTEXT", spare)
+    kv_heads, width, contexts = 2, 8, [90, 3, 40, 2, 77, 41, 7]
+    lengths = [1, 3, 1, 1, 4, 1, 1] if mixed else [1] * len(contexts)
+    slots = torch.randperm(sum(contexts) + 9).split([*contexts, 9])[:-1]
+    pages = [torch.full((sum(contexts) + 9, kv_heads, width), torch.nan, dtype=torch.float64) for _ in range(2)]
+    for owned in slots:
+        for store in pages:
+            store[owned] = torch.randn(len(owned), kv_heads, width, dtype=torch.float64)
+    new = [owned[len(owned) - length :] for owned, length in zip(slots, lengths, strict=True)]
+    q = torch.randn(sum(lengths), 4, width, dtype=torch.float64)
+    table = torch.stack([F.pad(owned, (0, max(contexts) - len(owned)), value=int(slots[0][0])) for owned in slots])
+    layout = PagedAttention([pages[0]], [pages[1]], torch.cat(new), tuple(lengths), tuple(contexts), table)
+    context = ForwardContext(layout)
+    k, v = (store[torch.cat(new)] for store in pages)
+    found = attention_cpu.paged(context, layout, 0, q, k, v, None, window)
+    groups = plan_paged(layout, CPU).decodes
+    assert (len(groups) == 1) == (spare > 0)
+    expected = []
+    for owned, rows in zip(slots, q.split(lengths), strict=True):
+        keys, values = (store[owned].repeat_interleave(2, dim=1).transpose(0, 1) for store in pages)
+        distance = torch.arange(len(owned) - len(rows), len(owned))[:, None] - torch.arange(len(owned))
+        seen = (distance >= 0) & (distance < (window or 1000))
+        scores = (rows.transpose(0, 1) @ keys.transpose(1, 2) / width**0.5).masked_fill(~seen, -torch.inf)
+        expected.append((scores.softmax(-1) @ values).transpose(0, 1))
+    torch.testing.assert_close(found, torch.cat(expected), atol=1e-12, rtol=1e-12)
