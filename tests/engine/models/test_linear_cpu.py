@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from harmony_core.engine.models import linear_cpu
+import tiny_models
+from harmony_core.engine.models import linear_cpu, loading
+from harmony_core.engine.models.context import ForwardContext, PackedAttention, forward_context
+from harmony_core.engine.models.heads import linear_logprob_loss
+from harmony_core.engine.models.parallel import TensorParallel, set_product
 
 pytestmark = pytest.mark.skipif(
     not hasattr(torch.ops.mkldnn, "_linear_pointwise") or not torch.backends.mkldnn.is_available(),
@@ -74,8 +80,6 @@ def test_products_of_views_and_their_sums() -> None:
 
 
 def test_every_linear_layer_takes_part() -> None:
-    from harmony_core.engine.models.parallel import set_product
-
     layer, seen = nn.Linear(4, 3), []
 
     def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -86,3 +90,26 @@ def test_every_linear_layer_takes_part() -> None:
     x = random(2, 4)
     assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
     assert len(seen) == 1 and seen[0][1] is layer.weight and seen[0][2] is layer.bias
+
+
+def test_a_model_trains_alike_with_either_product(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Log-probs and every gradient, the head's included, with products of any size sent to oneDNN."""
+    directory = tiny_models.build(tmp_path / "model", "qwen2")
+    tokens, lengths = torch.randint(3, 60, (30,)), (17, 13)
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    found = []
+    for chosen in (False, True):
+        monkeypatch.setattr(linear_cpu, "applies", lambda device, dtype, chosen=chosen: chosen)
+        monkeypatch.setattr(linear_cpu, "_FEWEST_WEIGHTS", 1)
+        monkeypatch.setattr(linear_cpu, "_FEWEST_PRODUCTS", 1)
+        model = loading.load_model(directory, TensorParallel.single(), torch.device("cpu"), torch.float32)
+        assert (model.matmul is linear_cpu.linear) == chosen
+        parameters = model.trainable_parameters(None)
+        with forward_context(ForwardContext(PackedAttention(lengths))):
+            hidden = model.hidden_states(tokens, positions)
+            loss, logprobs = linear_logprob_loss(model, hidden, tokens.roll(-1), torch.ones(30))
+            loss.backward()
+        found.append({name: p.grad for name, p in parameters.items()} | {"logprobs": logprobs})
+    for name, expected in found[0].items():
+        assert expected is not None and found[1][name] is not None, name
+        close(found[1][name], expected)
