@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -196,8 +197,6 @@ class ModelTable:
             del self._shared[base.key]
         elif base.users and adapter is not None and adapter in base.model.adapters:
             adapters.remove_adapter(base.model, adapter)
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
 
     def clone(self, request: Clone) -> HostedModel:
         """A frozen copy of a model's trained state: A and B of an adapter, else the weights."""
@@ -227,6 +226,11 @@ class ModelTable:
             base, adapter = hosted.base, hosted.adapter
             del hosted
             self._give_back(base, adapter)
+            # Adapters, and some layers, refer to themselves: without a collection their weights would stay.
+            del base
+            gc.collect()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
 
     # --- storage ----------------------------------------------------------------------------------------------
 

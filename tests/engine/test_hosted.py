@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,18 @@ def test_spawns_on_one_base_compile_it_once(tmp_path: Path, backends: list[str])
     assert first.model is second.model and first.model.compiled
     assert backends == ["inductor"] and said == [("compiling", {"model": "policy"})]
     assert not table.spawn(request(directory, "plain", train=True, compile=False), SINGLE, None).model.compiled
+
+
+@pytest.mark.parametrize("lora", [None, LoraSettings(rank=2)])
+def test_a_model_that_is_freed_leaves_nothing(tmp_path: Path, lora: LoraSettings | None) -> None:
+    table = ModelTable(CPU)
+    live = table.spawn(request(build(tmp_path), "policy", train=True, lora=lora, compile=False), SINGLE, None)
+    assert live.trainer is not None
+    left = [weakref.ref(p) for p in live.model.module.parameters()] + [weakref.ref(live.trainer.gradients.buffer)]
+    del live
+    assert all(ref() is not None for ref in left)
+    table.dealloc("policy")
+    assert not any(ref() is not None for ref in left)
 
 
 def test_without_a_compiler_layers_run_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

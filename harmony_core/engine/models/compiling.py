@@ -6,6 +6,7 @@ function, the collectives and an adapter's dropout stay outside. Weights may cha
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -30,7 +31,9 @@ class LayerCall:
     """Takes the place of `forward` in one module. Its inputs are positional tensors and anything by keyword."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._run: Callable[..., Any] = module.forward
+        # The module refers to this object: without a circle a model goes, with its memory, when it is given up.
+        self._module = weakref.ref(module)
+        self._run: Callable[..., Any] = type(module).forward
         self.recomputed = False
         """Whether the backward pass runs the forward pass again, in place of keeping what it made."""
         module.forward = self
@@ -41,10 +44,11 @@ class LayerCall:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward pass."""
+        module = self._module()
         if self.recomputed and torch.is_grad_enabled():
             # Nothing draws from torch's random state: dropout draws from the context's seed.
-            return checkpoint(self._run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-        return self._run(*args, **kwargs)
+            return checkpoint(self._run, module, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        return self._run(module, *args, **kwargs)
 
 
 def prepare_compiling() -> None:
