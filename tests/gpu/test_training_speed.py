@@ -81,7 +81,7 @@ def test_compiled_and_recomputed_layers(dtype: torch.dtype, adapter: str | None,
         for key, exact in found["exact"].items():
             error = relative(found[name][key], exact)
             # float32 matrix products sum in another order only; bfloat16 keeps 8 bits, over three layers and back.
-            limit = 1e-4 if dtype == torch.float32 else max(3e-2, 1.5 * relative(found["plain"][key], exact))
+            limit = 1e-4 if dtype == torch.float32 else max(5e-2, 2 * relative(found["plain"][key], exact))
             assert error < limit, (name, key, error)
     for key, again in found["recomputed"].items():
         assert relative(again, found["compiled"][key]) < (1e-5 if dtype == torch.float32 else 1e-2), key

@@ -75,14 +75,15 @@ class DeviceScorer:
 
     tiles = TILES
 
-    def __init__(self, model: CausalLM, rows: int, gradients: bool = True) -> None:
+    def __init__(self, model: CausalLM, rows: int, gradients: int = 0) -> None:
+        """`rows` of a tile; room for the gradients of so many rows."""
         from harmony_core.engine.kernels import softmax
 
         self.model, self.weight, self.rows = model, model.head_weight, rows
         self._kernels = softmax
         width = self.weight.shape[0]
         self._logits = self.weight.new_empty((rows, width), dtype=torch.float32)
-        self._gradients = self.weight.new_empty((TILES * rows if gradients else 0, width))
+        self._gradients = self.weight.new_empty((gradients, width))
         self._statistics = self.weight.new_empty((3, rows), dtype=torch.float32)
         self._filled = 0
 
@@ -126,7 +127,8 @@ Scorer = HostScorer | DeviceScorer
 def make_scorer(model: CausalLM, count: int, rows: int | None, gradients: bool) -> Scorer:
     """What scores `count` rows of this model, `rows` at a time or as many as the budget allows."""
     if model.device.type == "cuda" and model.dtype != torch.float64:
-        return DeviceScorer(model, min(rows or DeviceScorer.rows_for(model), max(1, count)), gradients)
+        rows = min(rows or DeviceScorer.rows_for(model), max(1, count))
+        return DeviceScorer(model, rows, min(count, TILES * rows) if gradients else 0)
     return HostScorer(model, rows or HostScorer.rows_for(model))
 
 
