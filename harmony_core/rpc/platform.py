@@ -14,8 +14,12 @@ import struct
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 LINUX = sys.platform == "linux"
+_libc: Any = ctypes.CDLL(None) if os.name == "posix" else None
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_THRESHOLD = -3
 _PR_SET_PDEATHSIG = 1
 _PF_EXITING = 0x4
 _PROC = Path("/proc")
@@ -28,7 +32,7 @@ def die_with_parent(parent: int, signal_number: int = signal.SIGKILL) -> bool:
     in a container the parent may well be process 1.
     """
     if LINUX:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal_number))
+        _libc.prctl(_PR_SET_PDEATHSIG, int(signal_number))
     return os.getppid() == parent
 
 
@@ -175,3 +179,16 @@ def processor_vendor() -> str:
     except OSError:
         return ""
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")
+
+
+def set_heap_limits(mapped: int, trimmed: int) -> None:
+    """What the C library asks of the system piece by piece, in bytes, and how much it keeps free at the heap's end."""
+    if hasattr(_libc, "mallopt"):
+        _libc.mallopt(_M_MMAP_THRESHOLD, mapped)
+        _libc.mallopt(_M_TRIM_THRESHOLD, trimmed)
+
+
+def trim_heap() -> None:
+    """Give the pages of the heap that hold nothing back to the system."""
+    if hasattr(_libc, "malloc_trim"):
+        _libc.malloc_trim(0)

@@ -23,6 +23,7 @@ from harmony_core.engine.models.model import CausalLM
 from harmony_core.engine.training import state_files
 from harmony_core.engine.training.agreement import Agreement, metrics
 from harmony_core.engine.training.gradients import FlatGradients
+from harmony_core.engine.training.heap import LARGE_BYTES, kept_while_it_runs
 from harmony_core.engine.training.optimizer import AdamW
 from harmony_core.engine.training.packing import PackedBatch, unpack
 from harmony_core.errors import EngineError, InternalError, NothingToTrain, StepFailed, UsageError
@@ -189,15 +190,21 @@ class Trainer:
         """Adds the gradient of -sum(coefficient * logprob); returns that sum, in float64."""
         if not packed.targets.numel():
             return 0.0
+        # An adapter's micro-batch keeps so little that what it frees would be most of its memory.
+        large = packed.tokens.numel() * self.model.hidden_size * self.model.dtype.itemsize >= LARGE_BYTES
+        keep = large and self.adapter is None and self.model.device.type == "cpu"
         # Checkpointed layers run again in the backward pass and need the context there too.
-        with forward_context(ForwardContext(PackedAttention(packed.lengths), self.adapter, seed)):
+        context = ForwardContext(PackedAttention(packed.lengths), self.adapter, seed)
+        with kept_while_it_runs(keep) as give_back, forward_context(context):
             hidden = self.model.hidden_states(packed.tokens, packed.positions)
+            give_back()
             scored = hidden if packed.rows is None else hidden.index_select(0, packed.rows)
             loss, logprobs = linear_logprob_loss(
                 self.model, scored, packed.targets, packed.coefficients, into=self._head_gradient
             )
             # The loss has its gradients already; the backward pass needs the room.
             del hidden, scored
+            give_back()
             loss.backward()  # type: ignore[no-untyped-call]
         if packed.sampled is not None and self._comparable:
             self._agreement.add(logprobs, *packed.sampled)
