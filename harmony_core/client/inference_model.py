@@ -13,6 +13,8 @@ from harmony_core.errors import DataError, PromptTooLong, UsageError
 from harmony_core.rpc.protocol import (
     Generate,
     Generated,
+    Inspect,
+    Inspected,
     Sampling,
     Score,
     Scored,
@@ -296,6 +298,17 @@ class InferenceModel:
         from harmony_core.client.storage import load_into
 
         await load_into(self._live, path)
+
+    async def statistics(self) -> list[dict[str, float]]:
+        """What the model has done since it was spawned and what memory it is on: one dict for each leader of ranks.
+
+        Totals: prefill_seconds and decode_seconds (of the device's steps), prefill_tokens, decode_tokens,
+        prefill_steps, decode_steps, requests, prompt_tokens, prefix_hit_tokens, forked_requests, preemptions. On CUDA
+        also bytes of the device: memory_allocated, memory_reserved, and their peaks since the previous call.
+        """
+        live = self._live
+        live.require_ranks()
+        return [answer.values for answer in await live.engine.run_global(Inspect(model=live.name), Inspected)]
 
     async def dealloc(self) -> None:
         """Free the model's memory on every rank; its handles cannot be used afterwards."""

@@ -6,12 +6,15 @@ are. Nothing else decides anything, so all ranks of a block enter the same colle
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
 from harmony_core.engine.groups import Block, Groups
 from harmony_core.engine.hosted import HostedModel, ModelTable
+from harmony_core.engine.inference.runner import Pending
 from harmony_core.engine.inference.scheduler import Scheduler
 from harmony_core.engine.instructions import (
     GenerateWork,
@@ -19,6 +22,7 @@ from harmony_core.engine.instructions import (
     Instruction,
     Outcome,
     ScoreWork,
+    Settle,
     TrainWork,
     decode_instruction,
     decode_outcome,
@@ -33,6 +37,8 @@ from harmony_core.rpc.protocol import (
     AbandonStep,
     Clone,
     Dealloc,
+    Inspect,
+    Inspected,
     Load,
     Message,
     Nothing,
@@ -52,6 +58,11 @@ if TYPE_CHECKING:
     from harmony_core.rpc.rank_channel import RankChannel
 
 
+Result = TypeVar("Result")
+Launched = Pending | Failure | None
+"""What became of launching a step: under way, failed, or none of this rank's business."""
+
+
 class Host:
     """Serves one rank until the driver says to stop."""
 
@@ -65,31 +76,67 @@ class Host:
         self._block: Block = self._groups.block(1)
         self._leader: Leader | None = Leader(channel)
         self._running = True
+        # Generation steps whose tokens nobody has read yet, oldest first.
+        self._under_way: deque[tuple[GenerateWork, Step | None, Launched]] = deque()
 
     def serve(self) -> None:
         """Execute instructions until `Shutdown`."""
         while self._running:
             if self._leader is not None:
-                step = self._leader.next_step()
-                self._block.announce(encode_instruction(step.instruction) if self._block.size > 1 else b"")
-                self._execute(step.instruction, step)
+                step = self._leader.next_step(wait=not self._under_way)
+                instruction = step.instruction if step is not None else Settle()
+                self._block.announce(encode_instruction(instruction) if self._block.size > 1 else b"")
+                self._execute(instruction, step)
             else:
                 self._execute(decode_instruction(self._block.listen()), None)
 
     def _execute(self, instruction: Instruction, step: Step | None) -> None:
         name = instruction.method if isinstance(instruction, GlobalWork) else type(instruction).__name__
         self._channel.phase = name
-        if isinstance(instruction, GlobalWork):
-            self._execute_global(instruction.message(), step)
+        if isinstance(instruction, GenerateWork):
+            self._generate(instruction, step)
+        elif isinstance(instruction, Settle):
+            self._settle()
         else:
-            self._execute_replica(instruction, step)
+            while self._under_way:
+                self._settle()
+            if isinstance(instruction, GlobalWork):
+                self._execute_global(instruction.message(), step)
+            else:
+                self._finish(instruction, step, self._guarded(instruction))
         self._channel.step += 1
         self._channel.phase = IDLE
 
     # --- replica work -----------------------------------------------------------------------------------------
 
-    def _execute_replica(self, instruction: TrainWork | ScoreWork | GenerateWork, step: Step | None) -> None:
-        outcome = self._guarded(instruction)
+    def _generate(self, instruction: GenerateWork, step: Step | None) -> None:
+        """Launch a step; take the tokens of those before it once more are under way than the device needs.
+
+        All ranks of a block go by the same instructions, so they settle the same step at the same time.
+        """
+        hosted = self._models.get(instruction.model)
+        plan = instruction.plans.get(self._topology.rank // self._tp[instruction.model])
+        launched = None if plan is None else self._tried(lambda: hosted.runner.launch(plan))
+        self._under_way.append((instruction, step, launched))
+        while len(self._under_way) > hosted.runner.depth:
+            self._settle()
+
+    def _settle(self) -> None:
+        instruction, step, launched = self._under_way.popleft()
+        runner = self._models.get(instruction.model).runner
+        result = self._tried(lambda: runner.collect(launched)) if isinstance(launched, Pending) else launched
+        outcome = Outcome(failure=result) if isinstance(result, Failure) else Outcome(generated=result)
+        self._finish(instruction, step, outcome)
+
+    def _tried(self, work: Callable[[], Result]) -> Result | Failure:
+        """What `work` returns. What goes wrong in it belongs to a request, not to the rank: it comes back as data."""
+        try:
+            return work()
+        except Exception as error:
+            return failure_of(error, self._topology.rank)
+
+    def _finish(self, instruction: TrainWork | ScoreWork | GenerateWork, step: Step | None, outcome: Outcome) -> None:
+        """Gather what the ranks of the block made of an instruction; the leader answers."""
         outcomes = [outcome]
         if self._block.size > 1:
             outcomes = [decode_outcome(o) for o in self._block.exchange(encode_outcome(outcome))]
@@ -100,23 +147,19 @@ class Host:
         parts = {r: outcomes[r * tp - first : (r + 1) * tp - first] for r in _replicas(instruction)}
         self._leader.answer(step, parts)
 
-    def _guarded(self, instruction: TrainWork | ScoreWork | GenerateWork) -> Outcome:
-        """Run this rank's part. What goes wrong belongs to the request, not to the rank: it is sent back as data."""
-        try:
-            return self._run(instruction)
-        except Exception as error:
-            failure = failure_of(error, self._topology.rank)
-            if isinstance(instruction, TrainWork):
-                hosted = self._models.get(instruction.model)
-                hosted.poison = hosted.poison or failure
-            return Outcome(failure=failure)
+    def _guarded(self, instruction: TrainWork | ScoreWork) -> Outcome:
+        """Run this rank's part; a failed sample spoils its step."""
+        outcome = self._tried(lambda: self._run(instruction))
+        if not isinstance(outcome, Failure):
+            return outcome
+        if isinstance(instruction, TrainWork):
+            hosted = self._models.get(instruction.model)
+            hosted.poison = hosted.poison or outcome
+        return Outcome(failure=outcome)
 
-    def _run(self, instruction: TrainWork | ScoreWork | GenerateWork) -> Outcome:
+    def _run(self, instruction: TrainWork | ScoreWork) -> Outcome:
         hosted = self._models.get(instruction.model)
         replica = self._topology.rank // self._tp[instruction.model]
-        if isinstance(instruction, GenerateWork):
-            plan = instruction.plans.get(replica)
-            return Outcome(generated=None if plan is None else hosted.runner.run(plan))
         if isinstance(instruction, ScoreWork):
             requests = instruction.requests.get(replica)
             return Outcome(scores=None if requests is None else score(hosted.model, hosted.adapter, requests))
@@ -152,10 +195,8 @@ class Host:
         self._reply(step, answer)
 
     def _attempt(self, message: Message) -> tuple[Message, Failure | None]:
-        try:
-            return self._run_global(message), None
-        except Exception as error:
-            return Nothing(), failure_of(error, self._topology.rank)
+        answer = self._tried(lambda: self._run_global(message))
+        return (Nothing(), answer) if isinstance(answer, Failure) else (answer, None)
 
     def _run_global(self, message: Message) -> Message:
         if isinstance(message, Spawn):
@@ -167,11 +208,15 @@ class Host:
             if self._topology.rank < self._tp[message.model]:
                 self._models.save(message, write=self._topology.rank == 0)
         elif isinstance(message, Load):
+            if self._leader is not None:
+                self._leader.order.forget_prefixes(message.model)
             self._models.load(message)
         elif isinstance(message, SetStep):
             trainer = self._models.get(message.model).trainer
             assert trainer is not None
             trainer.step = message.step
+        elif isinstance(message, Inspect):
+            return Inspected(values=self._inspect(message.model))
         elif isinstance(message, AbandonStep):
             self._abandon(self._models.get(message.model))
         elif isinstance(message, Dealloc):
@@ -179,6 +224,16 @@ class Host:
         else:
             raise InternalError(f"no way to execute a {type(message).__name__}")
         return Nothing()
+
+    def _inspect(self, model: str) -> dict[str, float]:
+        """What this rank's part of a model has done, and this rank's memory."""
+        values = self._models.get(model).statistics()
+        queue = self._leader.order.model(model) if self._leader is not None else None
+        for replica in queue.replicas.values() if queue is not None else ():
+            if replica.scheduler is not None:
+                for name, count in replica.scheduler.statistics.items():
+                    values[name] = values.get(name, 0.0) + count
+        return values
 
     def _announce(self, what: str, fields: dict[str, Any]) -> None:
         self._channel.phase = what
@@ -224,6 +279,7 @@ class Host:
             vocab_size=hosted.model.vocab_size,
             version=hosted.version,
             prefill_tokens=hosted.max_batch_tokens,
+            max_splits=hosted.runner.max_splits,
         )
 
     def _reblock(self, message: Reblock, step: Step | None) -> None:
@@ -253,13 +309,17 @@ class Host:
             reason = StepFailed(f"a sample of this step failed: {first.message}", hint=first.hint, **first.details)
             self._fail(step, failure_of(reason, self._topology.rank))
             return
+        metrics = self._tried(lambda: self._take_step(hosted, message))
+        if isinstance(metrics, Failure):
+            self._fail(step, metrics)
+        else:
+            self._reply(step, metrics)
+
+    def _take_step(self, hosted: HostedModel, message: OptimStep) -> StepMetrics:
         assert hosted.trainer is not None
-        try:
-            metrics = StepMetrics(values=hosted.trainer.optim_step(message))
-        except Exception as error:
-            self._fail(step, failure_of(error, self._topology.rank))
-            return
-        self._reply(step, metrics)
+        values = hosted.trainer.optim_step(message)
+        hosted.runner.weights_changed()
+        return StepMetrics(values=values)
 
     def _abandon(self, hosted: HostedModel) -> None:
         hosted.poison = None

@@ -66,6 +66,18 @@ class HostedModel:
         """Optimizer steps that the weights have seen."""
         return self.trainer.step if self.trainer else self.frozen_version
 
+    def statistics(self) -> dict[str, float]:
+        """Totals of what the runner has done, and this rank's device memory in bytes; peaks since the last call."""
+        values = dict(self.runner.statistics)
+        device = self.model.device
+        if device.type == "cuda":
+            values["memory_allocated"] = torch.cuda.memory_allocated(device)
+            values["memory_reserved"] = torch.cuda.memory_reserved(device)
+            values["memory_peak_allocated"] = torch.cuda.max_memory_allocated(device)
+            values["memory_peak_reserved"] = torch.cuda.max_memory_reserved(device)
+            torch.cuda.reset_peak_memory_stats(device)
+        return values
+
     def spawned(self) -> Spawned:
         """What this rank holds for it."""
         base_bytes = self.model.parameter_bytes()
@@ -137,13 +149,14 @@ class ModelTable:
                 base.checkpointed_layers = max(base.checkpointed_layers, request.checkpointed_layers)
                 base.model.set_checkpointed_layers(base.checkpointed_layers)
                 trainer = Trainer(base.model, adapter, dp_group=replicas, seed=request.seed)
-            runner = Runner(base.model, request.kv_tokens, adapter=adapter)
+            runner = Runner(base.model, request.kv_tokens, adapter=adapter, notify=self._announce)
             hosted = HostedModel(
                 request.name, base, adapter, trainer, runner, request.kv_tokens, request.max_batch_tokens
             )
             if trainer is not None:
                 short = min(SHORT_REHEARSAL_TOKENS, request.max_batch_tokens)
                 trainer.rehearse(request.max_batch_tokens if request.rehearse else short)
+            runner.prepare()
             self._models[request.name] = hosted
             built = True
             return hosted
@@ -210,7 +223,7 @@ class ModelTable:
         else:
             base = source.base
             base.users += 1
-        runner = Runner(base.model, request.kv_tokens, adapter=adapter)
+        runner = Runner(base.model, request.kv_tokens, adapter=adapter, notify=self._announce)
         hosted = HostedModel(
             request.name, base, adapter, None, runner, request.kv_tokens, source.max_batch_tokens, source.version()
         )
@@ -223,6 +236,7 @@ class ModelTable:
         if hosted is not None:
             if hosted.trainer is not None:
                 hosted.trainer.close()
+            hosted.runner.close()
             base, adapter = hosted.base, hosted.adapter
             del hosted
             self._give_back(base, adapter)
@@ -255,6 +269,7 @@ class ModelTable:
             self._make_private(hosted)
         directory = Path(request.source.adapter or request.source.weights)
         weights.load_into(hosted.model, directory, adapter=hosted.adapter)
+        hosted.runner.weights_changed()
         if hosted.trainer is not None:
             hosted.trainer.weights_changed()
             if (directory / state_files.FILE).is_file():
@@ -265,7 +280,7 @@ class ModelTable:
         self._give_back(hosted.base, None)
         hosted.base = copy
         # The pages stay: sequences under way keep their keys and values.
-        hosted.runner.model = copy.model
+        hosted.runner.rebind(copy.model)
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:

@@ -48,7 +48,11 @@ class GenerateWork(msgspec.Struct, tag=True):
     plans: dict[int, StepPlan]
 
 
-Instruction = GlobalWork | TrainWork | ScoreWork | GenerateWork
+class Settle(msgspec.Struct, tag=True):
+    """Wait for the oldest generation step that is under way, and take its tokens."""
+
+
+Instruction = GlobalWork | TrainWork | ScoreWork | GenerateWork | Settle
 
 
 class Outcome(msgspec.Struct):

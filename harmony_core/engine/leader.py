@@ -25,15 +25,15 @@ class Leader:
         self._generating: dict[int, ReplicaQueue] = {}
         self._shutdown: Incoming | None = None
 
-    def next_step(self) -> Step:
-        """The next step; waits for requests when there is nothing to do. A shutdown comes before all else."""
+    def next_step(self, wait: bool) -> Step | None:
+        """The next step. With nothing to do, wait for requests, or return None. A shutdown comes before all else."""
         self._take_in(block=False)
-        while self._shutdown is None and (step := self.order.next()) is None:
+        while self._shutdown is None:
+            step = self.order.next()
+            if step is not None or not wait:
+                return step
             self._take_in(block=True)
-        if self._shutdown is not None:
-            return Step(GlobalWork.of(self._shutdown.message), {0: [self._shutdown.id]})
-        assert step is not None
-        return step
+        return Step(GlobalWork.of(self._shutdown.message), {0: [self._shutdown.id]})
 
     # --- requests ---------------------------------------------------------------------------------------------
 

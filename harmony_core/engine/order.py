@@ -7,7 +7,6 @@ Between them, models with pending work take turns, one step each; within a model
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from harmony_core.engine.inference.scheduler import Scheduler
@@ -100,9 +99,16 @@ class Order:
             self._turn.remove(name)
         return self._models.pop(name, None)
 
-    def models(self) -> Iterable[ModelQueue]:
-        """All models of this block."""
-        return self._models.values()
+    def model(self, name: str) -> ModelQueue | None:
+        """A model's queues, or None when it does not live here."""
+        return self._models.get(name)
+
+    def forget_prefixes(self, name: str) -> None:
+        """A model's weights change, and its version need not: no request is to read pages of the old ones."""
+        queue = self._models.get(name)
+        for replica in queue.replicas.values() if queue is not None else ():
+            if replica.scheduler is not None:
+                replica.scheduler.flush_prefixes()
 
     def replica(self, model: str, replica: int) -> ReplicaQueue | None:
         """A replica's queue, or None when it does not live here."""
@@ -127,9 +133,11 @@ class Order:
             queue = self._models[self._turn[0]]
             self._turn.rotate(-1)
             kinds = queue.kinds()
-            if kinds:
+            for _ in kinds:
                 queue.turn += 1
-                return self._step(queue, kinds[queue.turn % len(kinds)])
+                step = self._step(queue, kinds[queue.turn % len(kinds)])
+                if step is not None:
+                    return step
         return None
 
     def _due_global(self) -> Step | None:
@@ -149,13 +157,15 @@ class Order:
         self._next_seq += 1
         return Step(GlobalWork.of(message), {0: [call]})
 
-    def _step(self, queue: ModelQueue, kind: str) -> Step:
+    def _step(self, queue: ModelQueue, kind: str) -> Step | None:
         if kind == "train":
             return self._train(queue)
         if kind == "score":
             return self._score(queue)
         plans = {r: q.scheduler.plan() for r, q in queue.replicas.items() if q.scheduler and q.scheduler.has_work}
-        return Step(GenerateWork(queue.name, plans), {})
+        # Everything that is running may wait for the tokens of a step under way.
+        found = {replica: plan for replica, plan in plans.items() if plan is not None}
+        return Step(GenerateWork(queue.name, found), {}) if found else None
 
     def _train(self, queue: ModelQueue) -> Step:
         calls: dict[int, list[int]] = {}

@@ -129,6 +129,18 @@ class Clone(Message):
     kv_tokens: int
 
 
+class Inspect(Message):
+    """Ask what a model has done and what memory its ranks use."""
+
+    model: str
+
+
+class Inspected(Message):
+    """Counters since the spawn, and bytes of the device; peaks are those since the last `Inspect`."""
+
+    values: dict[str, float]
+
+
 class OptimStep(Message):
     """Divide by the step's denominator, clip, update, clear."""
 
@@ -296,6 +308,7 @@ GLOBAL: dict[type[Message], type[Message]] = {
     Save: Nothing,
     Load: Nothing,
     SetStep: Nothing,
+    Inspect: Inspected,
     Dealloc: Nothing,
     Reblock: Nothing,
     Shutdown: Nothing,

@@ -211,7 +211,9 @@ class Runner:
         slots, draws = int32(plan.slots), float64(plan.draws).reshape(6, -1)
         bucket = self._buckets[bisect_left(self._buckets, len(slots))]
         tail = int(draws[0].max())
-        if self._graphs is not None:
+        if self._graphs is not None and not all(self._graphs.has(name, bucket) for name in (_FORWARD, _DRAWS[tail])):
+            # Recording may fail, and steps after this one read the tables all the same.
+            state.change_table(changes)
             self._record(state, self._graphs, staging, bucket, tail)
         staging.start()
         state.load(staging, bucket, slots, int32(plan.contexts), draws, changes)
@@ -228,8 +230,6 @@ class Runner:
 
     def _record(self, state: DeviceState, graphs: DecodeGraphs, staging: Staging, bucket: int, tail: int) -> None:
         """Record what a step of this bucket needs, on rows of padding."""
-        if graphs.has(_FORWARD, bucket) and graphs.has(_DRAWS[tail], bucket):
-            return
         if not len(graphs):
             graphs.check(self._parameters())
         if not graphs.has(_FORWARD, bucket):

@@ -34,7 +34,7 @@ class Config:
     num_warps: int = 4
     num_stages: int = 3
     programs_per_sm: int = 3
-    fused: bool = True
+    fused: bool = False
 
     @classmethod
     def of(cls, width: int, dtype: torch.dtype) -> Config:
@@ -132,8 +132,7 @@ def _attend(
         mine = real & (split == newest // SPLIT)
         begin = split * SPLIT
         end = tl.minimum(begin + SPLIT, newest)
-        # All that waits for nothing but the item is asked for before any of it is used. The pages of the split are
-        # read ahead of the loop so that its loads depend on no other load and are pipelined.
+        # All that waits for the item alone is asked for first; the loop's loads then depend on no other and overlap.
         index = split * (SPLIT // PAGE) + tl.arange(0, SPLIT // PAGE)
         held = tl.load(pages + index, mask=index * PAGE < end, other=0)
         queries = q + row * q_row + (head * GROUP + member)[:, None] * q_head + lane[None, :]
@@ -156,10 +155,10 @@ def _attend(
             seen = (position < end) & (position >= oldest)
             slots = tl.gather(held, position % SPLIT // PAGE, 0).to(tl.int64) * PAGE + position % PAGE
             inside = seen[:, None] & real[None, :]
-            at = slots[:, None] * keys_slot + head * keys_head + lane[None, :]
-            key = tl.load(keys + at, mask=inside, other=0.0)
-            at = slots[:, None] * values_slot + head * values_head + lane[None, :]
-            value = tl.load(values + at, mask=inside, other=0.0)
+            column = head * keys_head + lane[None, :]
+            key = tl.load(keys + slots[:, None] * keys_slot + column, mask=inside, other=0.0)
+            column = head * values_head + lane[None, :]
+            value = tl.load(values + slots[:, None] * values_slot + column, mask=inside, other=0.0)
             top, sums, output = _block(query, key, value, seen, scale, top, sums, output, PRECISION)
         # The new token is written to its slot but not read back: the program of the row's last split has it here.
         tl.store(keys + slot * keys_slot + head * keys_head + lane, new_k, mask=mine)
