@@ -262,6 +262,8 @@ class Job:
     new_tokens: int
     counters: dict[str, float]
     completions: list[TokenizedThread] = field(repr=False)
+    peak_bytes: float = 0.0
+    """The most that tensors held on the device meanwhile."""
 
     @property
     def prefill_seconds(self) -> float:
@@ -302,7 +304,7 @@ async def run_job(
         wrong = next((f, n) for f, n in zip(found, lengths, strict=True) if f != n)
         raise HarmonyError(f"a completion has {wrong[0]} tokens in place of {wrong[1]}")
     counters = {name: value - before.get(name, 0.0) for name, value in after.items() if not name.startswith("memory")}
-    return Job(wall, sum(found), counters, list(made))
+    return Job(wall, sum(found), counters, list(made), after.get("memory_peak_allocated", 0.0))
 
 
 def main(chosen: argparse.Namespace, measure: Callable[[Run], Awaitable[None]]) -> None:

@@ -1,8 +1,9 @@
 """How long one decode step takes on one GPU, straight on the runner: no scheduler, no recipe, random weights in memory.
 
-For each shape: layers compiled or not, steps as CUDA graphs or not, 1, 64 and 256 rows, the three ways to draw, and
-the kernels of one step. Roofline: weights and live KV over the copy bandwidth measured here. `--tiny` runs the same
-code on the CPU and says nothing about speed.
+For each shape: layers compiled or not, steps as CUDA graphs or not, 1, 64 and 256 rows, the three ways to draw, the
+kernels of one step, and its matrix products alone. Roofline: weights and live KV over the copy bandwidth measured here;
+what the products allow of it: the same over their time and that of reading the KV. `--tiny` runs the same code on the
+CPU and says nothing about speed.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from harmony_core.engine.inference.draws import Draws, Setting
 from harmony_core.engine.inference.graphs import buckets_up_to
 from harmony_core.engine.inference.runner import Runner
 from harmony_core.engine.inference.step import StepPlan
+from harmony_core.engine.models import loading
 from harmony_core.engine.models.loading import empty_module, fill
 from harmony_core.engine.models.model import CausalLM
 from harmony_core.engine.models.parallel import TensorParallel
@@ -143,6 +145,36 @@ def profile(runner: Runner, batch: Batch, count: int = 16) -> list[str]:
     return [f"{total:8.3f} ms in all kernels", *lines]
 
 
+def products(model: CausalLM, rows: int) -> float:
+    """Milliseconds of one step's matrix products of the weights, replayed as one graph with nothing between them."""
+    weights = [model.head_weight]
+    for module in model.module.base_model.modules():  # type: ignore[union-attr]
+        part = getattr(module, "product", None)
+        joined = getattr(part, "joined", None)
+        if joined is not None and part.index == 0:
+            weights.append(joined.weight)
+        elif isinstance(module, torch.nn.Linear) and joined is None:
+            weights.append(module.weight)
+    inputs = {w.shape[1]: torch.randn(rows, w.shape[1], device=w.device, dtype=w.dtype) for w in weights}
+    transposed = [(inputs[w.shape[1]], w.detach().t()) for w in weights]
+    for x, w in transposed[:8]:
+        torch.mm(x, w)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for x, w in transposed:
+            torch.mm(x, w)
+    times = []
+    for _ in range(6):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(5):
+            graph.replay()
+        torch.cuda.synchronize()
+        times.append((time.perf_counter() - start) / 5)
+    return min(times) * 1e3
+
+
 def report(shape: Shape, options: argparse.Namespace, device: torch.device, bandwidth: float) -> list[dict[str, Any]]:
     """Every row of one shape, printed as it is measured."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -150,6 +182,15 @@ def report(shape: Shape, options: argparse.Namespace, device: torch.device, band
     batches = [int(rows) for rows in options.batches.split(",")]
     found: list[dict[str, Any]] = []
     modes = [(c, g) for c in (False, True) for g in (False, True) if device.type == "cuda" or not (c or g)]
+    if options.fastest and device.type == "cuda":
+        modes = [(True, True)]
+    alone = {rows: products(model, rows) for rows in batches} if device.type == "cuda" else {}
+    for rows, taken in alone.items():
+        live = shape.step_bytes(dtype.itemsize, rows * (options.context + options.steps / 2)) / bandwidth * 1e3
+        kv = live - shape.step_bytes(dtype.itemsize, 0) / bandwidth * 1e3
+        print(
+            f"# {shape.name}, {rows} rows: products alone {taken:.3f} ms, allow {live / (taken + kv):.2f} of roofline"
+        )
     for compiled, graphs in modes:
         if compiled:
             model.compile()
@@ -179,6 +220,7 @@ def report(shape: Shape, options: argparse.Namespace, device: torch.device, band
                 row: dict[str, Any] = {"shape": shape.name, "compiled": compiled, "graphs": graphs, "rows": rows}
                 row |= {"tail": tail, **measure(runner, batch, steps)}
                 live = rows * (options.context + steps / 2)
+                row["products"] = alone.get(rows)
                 row["roofline"] = shape.step_bytes(dtype.itemsize, live) / bandwidth / row["step"] * 1e3
                 found.append(row)
                 print(
@@ -195,7 +237,9 @@ def report(shape: Shape, options: argparse.Namespace, device: torch.device, band
             print(f"# GiB for the runner, allocated, reserved, of the device: {held}; pages {pool:.3f}", flush=True)
             for rows in batches if compiled else []:
                 print(f"# {shape.name}, {rows} rows, kernels of one step", flush=True)
-                print("\n".join(profile(runner, Batch(rows, options.context, 8, TAILS["plain"]))), flush=True)
+                kernels = profile(runner, Batch(rows, options.context, 8, TAILS["plain"]))
+                found.append({"shape": shape.name, "rows": rows, "kernels": kernels})
+                print("\n".join(kernels), flush=True)
         runner.close()
         del runner
         if device.type == "cuda":
@@ -212,11 +256,15 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=384)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--all", action="store_true", help="every way to draw, also uncompiled")
+    parser.add_argument("--fastest", action="store_true", help="compiled layers in graphs only")
+    parser.add_argument("--apart", action="store_true", help="do not join layers that read the same input")
     parser.add_argument("--bucket-of-one", action="store_true", help="compile once more for steps of a single row")
     parser.add_argument("--tiny", action="store_true", help="tiny models on the CPU; no figures")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     device = torch.device("cpu" if options.tiny else "cuda")
+    if options.apart:
+        loading.join_layers = lambda module, name: None
     torch.manual_seed(0)
     bandwidth = copy_bandwidth(device)
     name = "CPU" if options.tiny else torch.cuda.get_device_name()

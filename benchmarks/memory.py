@@ -14,7 +14,7 @@ import asyncio
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from common import Row, Run, Shape, Words, engine, main, options, run_job, statistics
+from common import Job, Row, Run, Shape, Words, engine, main, options, run_job, statistics
 from shapes import packed_lengths
 
 from harmony_core.client import HarmonyClient, TrainingModel
@@ -85,30 +85,41 @@ class Memory:
         model = await builder.max_seqlen(2048).spawn_train(configuration.title, configuration.tokens)
         planned = client.planned[-1]
         at_spawn = await statistics(model)
-        await self.work(model, configuration)
-        at_work = await statistics(model)
+        await self.train(model, configuration)
+        at_training = await statistics(model)
+        job = await self.generate(model, configuration)
         await model.dealloc()
         self.held.setdefault(configuration.title, []).append(at_spawn.get("memory_allocated", 0.0))
-        peak, total = at_work.get("memory_peak_allocated", 0.0), float(planned["bytes"]["total"])
+        peak = max(at_training.get("memory_peak_allocated", 0.0), job.peak_bytes)
+        total = float(planned["bytes"]["total"])
         recomputed = planned["checkpointed_layers"]
         note = f"predicted {total / 2**30:.2f} GiB, peak {peak / 2**30:.2f}; {recomputed} layers recomputed"
-        detail = {"planned": planned, "at_spawn": at_spawn, "at_work": at_work}
+        detail = {
+            "planned": planned,
+            "at_spawn": at_spawn,
+            "at_training": at_training,
+            "generating_bytes": job.peak_bytes,
+        }
         if peak:
             self.ratios.append(total / peak)
         title = f"memory, {configuration.title}, {recomputed} of {shape.layers} layers recomputed"
         run.report.add(Row(title, total / peak if peak else None, note=note, detail=detail))
 
-    async def work(self, model: TrainingModel, configuration: Configuration) -> None:
-        """Two steps of one full micro-batch each, and a job that fills much of the pool."""
+    async def train(self, model: TrainingModel, configuration: Configuration) -> None:
+        """Two steps of one full micro-batch each."""
         words = Words(configuration.shape, seed=5)
         longest = min(2048, configuration.tokens // 2)
         for _ in range(2):
             threads = [words.sample(n) for n in packed_lengths(configuration.tokens, 365.0, 0.8, longest)]
             await asyncio.gather(*(model.train_language_modelling(thread) for thread in threads))
             await model.optim_step(1e-6, 0.0, 1.0)
+
+    async def generate(self, model: TrainingModel, configuration: Configuration) -> Job:
+        """A job that fills much of the pool."""
+        words = Words(configuration.shape, seed=6)
         prompt, new = (32, 4) if self.run.tiny else (512, 16)
         count = min(256, configuration.kv_tokens // (prompt + new + 16))
-        await run_job(model.inf(), [words.prompt(prompt) for _ in range(count)], new)
+        return await run_job(model.inf(), [words.prompt(prompt) for _ in range(count)], new)
 
     async def again(self, client: HarmonyClient, configuration: Configuration) -> None:
         """What a second spawn of a configuration holds over what the first held, others in between."""

@@ -273,11 +273,13 @@ class Host:
         return ModelQueue(name, hosted.max_batch_tokens, replicas)
 
     def _scheduler(self, hosted: HostedModel) -> Scheduler:
+        name = hosted.name
         return Scheduler(
             kv_tokens=hosted.kv_tokens,
             max_positions=hosted.model.max_positions,
             vocab_size=hosted.model.vocab_size,
-            version=hosted.version,
+            # By name: a model that is given up must not live on, with its memory, in what knows its version.
+            version=lambda: self._models.get(name).version(),
             prefill_tokens=hosted.max_batch_tokens,
             max_splits=hosted.runner.max_splits,
         )

@@ -13,8 +13,8 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -209,7 +209,7 @@ def _attach(model: CausalLM, name: str, settings: LoraSettings, draw: Draw) -> N
         wrapped.lora_B[key].weight = parameters[f"{path}.lora_B.weight"]
         wrapped.harmony_name, wrapped.harmony_tp, wrapped.harmony_matmul = path, model.tp, model.matmul
         wrapped.harmony_keys = {**getattr(wrapped, "harmony_keys", {}), name: key}
-        wrapped.forward = MethodType(_forward, wrapped)
+        wrapped.__class__ = _adapted(type(wrapped))  # type: ignore[arg-type]
     model.adapters[name] = AdapterInfo(settings, parameters)
 
 
@@ -269,8 +269,15 @@ def _lora_config(settings: LoraSettings, **more: Any) -> Any:
     return LoraConfig(r=settings.rank, lora_alpha=alpha, lora_dropout=settings.dropout, target_modules=targets, **more)
 
 
+@cache
+def _adapted(kind: Any) -> Any:
+    """A class of peft's with our forward pass. Set on the layer itself, it would tie the layer, and its weights, to
+    itself: they would stay until a garbage collection."""
+    return kind if kind.__dict__.get("forward") is _forward else type(kind.__name__, (kind,), {"forward": _forward})
+
+
 def _forward(layer: Any, x: Tensor, *_: Any, **__: Any) -> Tensor:
-    """`base(x) + scaling * B(A(x))` with the context's adapter; bound to peft's layers in place of their own.
+    """`base(x) + scaling * B(A(x))` with the context's adapter, in place of peft's own.
 
     It runs compiled too, and what it reads is then checked before each call: of the context the adapter's name only,
     which changes seldom.

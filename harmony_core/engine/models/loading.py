@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from harmony_core.engine.models import attention, linear_cpu
 from harmony_core.engine.models.deterministic import make_deterministic
+from harmony_core.engine.models.joined import join_layers
 from harmony_core.engine.models.model import CausalLM
 from harmony_core.engine.models.parallel import Shard, TensorParallel, full_shape, set_shard, shard_of
 from harmony_core.engine.models.sharding import shard_modules
@@ -106,6 +107,9 @@ def fill(module: nn.Module, config: Any, device: torch.device, read: Reader) -> 
         set_shard(parameter, shard)
         owner, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(owner), leaf, parameter)
+        if device.type == "cuda":
+            # At once: the memory of one layer's single matrices then serves the next layer's.
+            join_layers(module, name)
     _tie(module, config)
     for name, owner_module in module.named_modules():
         empty_buffers = [key for key, buffer in owner_module.named_buffers(recurse=False) if buffer.is_meta]

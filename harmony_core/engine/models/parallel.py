@@ -216,12 +216,22 @@ Product = Callable[..., Tensor]
 """How a weight matrix is applied: (rows, weight, bias) -> rows, as `F.linear` does it."""
 
 
+class ProductLinear(nn.Linear):
+    """A linear layer that says how its weight is applied."""
+
+    product: Product = staticmethod(F.linear)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`[..., in]` -> `[..., out]`."""
+        return self.product(input, self.weight, self.bias)
+
+
 def set_product(layer: nn.Linear, product: Product) -> None:
     """Let a linear layer apply its weight with `product`."""
-    if isinstance(layer, ColumnParallelLinear | RowParallelLinear):
-        layer.product = product
-    else:
-        layer.forward = lambda input: product(input, layer.weight, layer.bias)  # type: ignore[method-assign]
+    if type(layer) is nn.Linear:
+        # A class of its own, not a function on the layer that knows the layer: that circle would outlive the model.
+        layer.__class__ = ProductLinear
+    layer.product = product  # type: ignore[assignment]
 
 
 class ColumnParallelLinear(nn.Linear):
