@@ -54,11 +54,10 @@ OTHERS = [
     Case(1, 32768),
 ]
 ALTERNATIVES = [
-    Config(*numbers)
-    for numbers in (
-        (64, 4, 3, 3, False), (64, 4, 3, 3), (64, 4, 3, 2), (64, 4, 2, 3), (64, 4, 4, 2), (64, 8, 3, 2), (64, 8, 3, 3),
-        (64, 2, 3, 3), (32, 4, 4, 4), (32, 4, 3, 4), (32, 4, 6, 3), (32, 2, 4, 4), (128, 4, 2, 2), (128, 8, 2, 2),
-    )
+    *(Config(64, fused=fused, at_once=n, combine_warps=w)
+      for fused, n, w in (
+        (False, 1, 1), (False, 1, 2), (False, 1, 4), (False, 2, 1), (False, 2, 2), (False, 2, 4), (False, 4, 2),
+        (False, 4, 4), (False, 8, 4), (True, 1, 4), (True, 2, 4), (True, 4, 4)))
 ]  # fmt: skip
 
 

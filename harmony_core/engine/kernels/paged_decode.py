@@ -22,9 +22,6 @@ from torch import Tensor
 from harmony_core.engine.kernels import DECODE_SPLIT
 
 _LOG2_E = 1.4426950408889634
-_COMBINED_AT_ONCE = 4096
-"""Elements of partial outputs that a combining program holds."""
-
 
 @dataclass(frozen=True)
 class Config:
@@ -35,6 +32,8 @@ class Config:
     num_stages: int = 3
     programs_per_sm: int = 3
     fused: bool = False
+    at_once: int = 8
+    combine_warps: int = 4
 
     @classmethod
     def of(cls, width: int, dtype: torch.dtype) -> Config:
@@ -349,7 +348,6 @@ def paged_decode(
     out = torch.empty((batch, heads, width), dtype=q.dtype, device=q.device)
     group = heads // kv_heads
     shape = {"KV_HEADS": kv_heads, "GROUP": group, "WIDTH": width, "WIDTH_PADDED": _padded(width)}
-    shape["AT_ONCE"] = max(1, _COMBINED_AT_ONCE // (triton.next_power_of_2(group) * _padded(width)))
     _attend[(config.programs_per_sm * _multiprocessors(q.device),)](
         *(q, k, v, keys, values, table, work.items, work.total),
         *(scratch.partial, scratch.lse, scratch.arrivals, out, scale * _LOG2_E, table.stride(0)),
@@ -364,11 +362,14 @@ def paged_decode(
         STAGES=config.num_stages,
         PRECISION="ieee" if q.dtype == torch.float32 else None,
         FUSED=config.fused,
+        AT_ONCE=config.at_once if config.fused else 1,
         num_warps=config.num_warps,
     )
     if not config.fused:
         _combine[(batch, kv_heads)](
-            *(scratch.partial, scratch.lse, work.items, work.total, out, batch, out.stride(0), out.stride(1)), **shape
+            *(scratch.partial, scratch.lse, work.items, work.total, out, batch, out.stride(0), out.stride(1)), **shape,
+            AT_ONCE=config.at_once,
+            num_warps=config.combine_warps,
         )
     return out
 
