@@ -2,8 +2,8 @@
 
 A context is cut into splits of `DECODE_SPLIT` tokens at multiples of it, whatever else is in the batch, so a row's
 bits never depend on its neighbours. A step's (row, split) items are listed once on the device and shared by all layers;
-a fixed number of programs walks the list for each key-value head. Which of a row's programs is done last combines its
-splits, in their order.
+a fixed number of programs walks the list for each key-value head. A second kernel combines each row's splits, in their
+order.
 
 Nothing here looks at a length on the host: every shape follows from the batch, the capacity of the item list and the
 model, so a CUDA graph replays it with other contexts. B sequences, H query heads, K key-value heads, D head width.
@@ -23,6 +23,7 @@ from harmony_core.engine.kernels import DECODE_SPLIT
 
 _LOG2_E = 1.4426950408889634
 
+
 @dataclass(frozen=True)
 class Config:
     """How the work is cut into instructions; only `block` reaches the rounding."""
@@ -31,8 +32,6 @@ class Config:
     num_warps: int = 4
     num_stages: int = 3
     programs_per_sm: int = 3
-    fused: bool = False
-    at_once: int = 8
     combine_warps: int = 4
 
     @classmethod
@@ -47,8 +46,8 @@ class WorkList:
     """The items of a step under one window; `total` `[1]` of them.
 
     `items` `[capacity, 8]`: row, split, context, row of the table, the row's first whole item, its number of whole
-    ones, its last item, so that a program has it all in one access. Whole splits of all rows come first, then the last
-    one of each row. When there is no room for all, only the last ones are listed, with -1 whole items.
+    ones, so that a program has it all in one access. Whole splits of all rows come first, then the last one of each
+    row. When there is no room for all, only the last ones are listed, with -1 whole items.
     """
 
     items: Tensor
@@ -57,14 +56,10 @@ class WorkList:
 
 @dataclass(frozen=True)
 class Scratch:
-    """What the items of a layer give; the next overwrites it. `partial` `[capacity, H, D]`, `lse` `[capacity, H]`.
-
-    `arrivals` `[B, K]`: how many items of a row are done for each key-value head; 0 between layers.
-    """
+    """What the items of a layer give; the next overwrites it. `partial` `[capacity, H, D]`, `lse` `[capacity, H]`."""
 
     partial: Tensor
     lse: Tensor
-    arrivals: Tensor
 
 
 # fmt: off
@@ -102,7 +97,6 @@ def _list_items(
         tl.store(item + 3, table_row, mask=real)
         tl.store(item + 4, start, mask=real)
         tl.store(item + 5, count, mask=real)
-        tl.store(item + 6, all_whole + row, mask=real)
 
 
 # fmt: off
@@ -110,12 +104,12 @@ def _list_items(
 def _attend(
     q: tl.tensor, k: tl.tensor, v: tl.tensor, keys: tl.tensor, values: tl.tensor,
     table: tl.tensor, items: tl.tensor, total: tl.tensor,
-    partial: tl.tensor, lse: tl.tensor, arrivals: tl.tensor, out: tl.tensor, scale: float, table_row: int,
+    partial: tl.tensor, lse: tl.tensor, scale: float, table_row: int,
     q_row: int, q_head: int, k_row: int, k_head: int, v_row: int, v_head: int,
-    keys_slot: int, keys_head: int, values_slot: int, values_head: int, out_row: int, out_head: int,
+    keys_slot: int, keys_head: int, values_slot: int, values_head: int,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, WIDTH: tl.constexpr,
     WIDTH_PADDED: tl.constexpr, PAGE: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr, WINDOW: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr, AT_ONCE: tl.constexpr, FUSED: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ) -> None:
     # fmt: on
     member = tl.arange(0, GROUP_PADDED)
@@ -163,10 +157,11 @@ def _attend(
         tl.store(keys + slot * keys_slot + head * keys_head + lane, new_k, mask=mine)
         tl.store(values + slot * values_slot + head * values_head + lane, new_v, mask=mine)
         log, output = _new_token(query, new_k, new_v, split == newest // SPLIT, scale, top, tl.sum(sums, 1), output)
-        _deliver(
-            output, log, partial, lse, arrivals + row * KV_HEADS + head, out + row * out_row + head * GROUP * out_head,
-            out_head, work, item, KV_HEADS, GROUP, GROUP_PADDED, WIDTH, WIDTH_PADDED, AT_ONCE, FUSED,
-        )  # fmt: skip
+        # Without room for all items the rows come out as NaN, never as wrong numbers.
+        output = tl.where(tl.load(item + 5) < 0, float("nan"), output)
+        place = work * GROUP + member.to(tl.int64)
+        tl.store(partial + place[:, None] * WIDTH + lane[None, :], output, mask=real_q)
+        tl.store(lse + place, log, mask=member < GROUP)
 
 
 # fmt: off
@@ -204,90 +199,36 @@ def _new_token(
 
 
 # fmt: off
-@triton.jit
-def _deliver(
-    output: tl.tensor, log: tl.tensor, partial: tl.tensor, lse: tl.tensor, arrivals: tl.tensor, out: tl.tensor,
-    out_head: int, work: tl.tensor, item: tl.tensor,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, WIDTH: tl.constexpr,
-    WIDTH_PADDED: tl.constexpr, AT_ONCE: tl.constexpr, FUSED: tl.constexpr,
-) -> None:
-    # fmt: on
-    member = tl.arange(0, GROUP_PADDED)
-    lane = tl.arange(0, WIDTH_PADDED)
-    real = (member < GROUP)[:, None] & (lane < WIDTH)[None, :]
-    count = tl.load(item + 5)
-    # Without room for all items the rows come out as NaN, never as wrong numbers.
-    output = tl.where(count < 0, float("nan"), output)
-    if FUSED and count <= 0:
-        tl.store(out + member[:, None] * out_head + lane[None, :], output.to(out.dtype.element_ty), mask=real)
-    else:
-        place = work * GROUP + member.to(tl.int64)
-        tl.store(partial + place[:, None] * WIDTH + lane[None, :], output, mask=real)
-        tl.store(lse + place, log, mask=member < GROUP)
-        if FUSED:
-            # All of this program's stores come before its arrival, and those of the others before the last one's reads.
-            tl.debug_barrier()
-            if tl.atomic_add(arrivals, 1, sem="acq_rel", scope="gpu") == count:
-                head = work % KV_HEADS
-                _combine_row(
-                    partial, lse, out, out_head, tl.load(item + 4), count, tl.load(item + 6), head,
-                    KV_HEADS, GROUP, WIDTH, WIDTH_PADDED, AT_ONCE,
-                )  # fmt: skip
-                tl.store(arrivals, 0)
-
-
-# fmt: off
-@triton.jit
-def _combine_row(
-    partial: tl.tensor, lse: tl.tensor, out: tl.tensor, out_head: int,
-    first: tl.tensor, count: tl.tensor, last: tl.tensor, head: tl.tensor,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PADDED: tl.constexpr, AT_ONCE: tl.constexpr,
-) -> None:
-    # fmt: on
-    GROUP_PADDED: tl.constexpr = triton.next_power_of_2(GROUP)
-    member = tl.arange(0, GROUP_PADDED)
-    lane = tl.arange(0, WIDTH_PADDED)
-    real = (member < GROUP)[:, None] & (lane < WIDTH)[None, :]
-    place = (last.to(tl.int64) * KV_HEADS + head) * GROUP + member
-    # Past the first level of cache: other programs wrote these.
-    top = tl.load(lse + place, mask=member < GROUP, other=0.0, cache_modifier=".cg")
-    output = tl.load(
-        partial + place[:, None] * WIDTH + lane[None, :], mask=real, other=0.0, cache_modifier=".cg"
-    )
-    weight = tl.full((GROUP_PADDED,), 1.0, tl.float32)
-    for begin in range(0, count, AT_ONCE):
-        split = begin + tl.arange(0, AT_ONCE)
-        held = (split < count)[:, None] & (member < GROUP)[None, :]
-        places = ((first + split).to(tl.int64)[:, None] * KV_HEADS + head) * GROUP + member[None, :]
-        log = tl.load(lse + places, mask=held, other=-float("inf"), cache_modifier=".cg")
-        higher = tl.maximum(top, tl.max(log, 0))
-        shrink = tl.exp2(top - higher)
-        shares = tl.exp2(log - higher[None, :])
-        parts = tl.load(
-            partial + places[:, :, None] * WIDTH + lane[None, None, :],
-            mask=held[:, :, None] & (lane < WIDTH)[None, None, :], other=0.0, cache_modifier=".cg",
-        )  # fmt: skip
-        output = output * shrink[:, None] + tl.sum(parts * shares[:, :, None], 0)
-        weight = weight * shrink + tl.sum(shares, 0)
-        top = higher
-    output = output / weight[:, None]
-    tl.store(out + member[:, None] * out_head + lane[None, :], output.to(out.dtype.element_ty), mask=real)
-
-
-# fmt: off
 @triton.jit(do_not_specialize=["batch"])
 def _combine(
     partial: tl.tensor, lse: tl.tensor, items: tl.tensor, total: tl.tensor, out: tl.tensor,
     batch: int, out_row: int, out_head: int,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PADDED: tl.constexpr, AT_ONCE: tl.constexpr,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PADDED: tl.constexpr,
 ) -> None:
     # fmt: on
+    GROUP_PADDED: tl.constexpr = triton.next_power_of_2(GROUP)
     row, head = tl.program_id(0), tl.program_id(1)
-    item = items + (tl.load(total) - batch + row) * 8
-    _combine_row(
-        partial, lse, out + row * out_row + head * GROUP * out_head, out_head,
-        tl.load(item + 4), tl.load(item + 5), tl.load(item + 6), head, KV_HEADS, GROUP, WIDTH, WIDTH_PADDED, AT_ONCE,
-    )  # fmt: skip
+    member = tl.arange(0, GROUP_PADDED)
+    lane = tl.arange(0, WIDTH_PADDED)
+    real = (member < GROUP)[:, None] & (lane < WIDTH)[None, :]
+    last = tl.load(total) - batch + row
+    first, count = tl.load(items + last * 8 + 4), tl.load(items + last * 8 + 5)
+    place = (last.to(tl.int64) * KV_HEADS + head) * GROUP + member
+    top = tl.load(lse + place, mask=member < GROUP, other=0.0)
+    output = tl.load(partial + place[:, None] * WIDTH + lane[None, :], mask=real, other=0.0)
+    weight = tl.full((GROUP_PADDED,), 1.0, tl.float32)
+    for split in range(count):
+        place = ((first + split).to(tl.int64) * KV_HEADS + head) * GROUP + member
+        log = tl.load(lse + place, mask=member < GROUP, other=0.0)
+        part = tl.load(partial + place[:, None] * WIDTH + lane[None, :], mask=real, other=0.0)
+        higher = tl.maximum(top, log)
+        shrink, share = tl.exp2(top - higher), tl.exp2(log - higher)
+        output = output * shrink[:, None] + part * share[:, None]
+        weight = weight * shrink + share
+        top = higher
+    output = output / weight[:, None]
+    rows = out + row * out_row + (head * GROUP + member)[:, None] * out_head + lane[None, :]
+    tl.store(rows, output.to(out.dtype.element_ty), mask=real)
 
 
 def list_work(contexts: Tensor, rows: Tensor, capacity: int, window: int | None) -> WorkList:
@@ -310,13 +251,12 @@ def list_work(contexts: Tensor, rows: Tensor, capacity: int, window: int | None)
     return WorkList(items, total)
 
 
-def make_scratch(capacity: int, q: Tensor, k: Tensor) -> Scratch:
-    """Room for `capacity` items of queries `[B, H, D]` and keys `[B, K, D]`."""
-    batch, heads, width = q.shape
+def make_scratch(capacity: int, q: Tensor) -> Scratch:
+    """Room for `capacity` items of queries `[B, H, D]`."""
+    _, heads, width = q.shape
     return Scratch(
         partial=torch.empty((capacity, heads, width), dtype=torch.float32, device=q.device),
         lse=torch.empty((capacity, heads), dtype=torch.float32, device=q.device),
-        arrivals=torch.zeros((batch, k.shape[1]), dtype=torch.int32, device=q.device),
     )
 
 
@@ -350,9 +290,9 @@ def paged_decode(
     shape = {"KV_HEADS": kv_heads, "GROUP": group, "WIDTH": width, "WIDTH_PADDED": _padded(width)}
     _attend[(config.programs_per_sm * _multiprocessors(q.device),)](
         *(q, k, v, keys, values, table, work.items, work.total),
-        *(scratch.partial, scratch.lse, scratch.arrivals, out, scale * _LOG2_E, table.stride(0)),
+        *(scratch.partial, scratch.lse, scale * _LOG2_E, table.stride(0)),
         *(q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1)),
-        *(keys.stride(0), keys.stride(1), values.stride(0), values.stride(1), out.stride(0), out.stride(1)),
+        *(keys.stride(0), keys.stride(1), values.stride(0), values.stride(1)),
         **shape,
         GROUP_PADDED=_padded(group),
         PAGE=page_size,
@@ -361,16 +301,13 @@ def paged_decode(
         WINDOW=window or 0,
         STAGES=config.num_stages,
         PRECISION="ieee" if q.dtype == torch.float32 else None,
-        FUSED=config.fused,
-        AT_ONCE=config.at_once if config.fused else 1,
         num_warps=config.num_warps,
     )
-    if not config.fused:
-        _combine[(batch, kv_heads)](
-            *(scratch.partial, scratch.lse, work.items, work.total, out, batch, out.stride(0), out.stride(1)), **shape,
-            AT_ONCE=config.at_once,
-            num_warps=config.combine_warps,
-        )
+    _combine[(batch, kv_heads)](
+        *(scratch.partial, scratch.lse, work.items, work.total, out, batch, out.stride(0), out.stride(1)),
+        **shape,
+        num_warps=config.combine_warps,
+    )
     return out
 
 

@@ -50,7 +50,7 @@ def _by_kernel(
         prepared[name] = list_work(layout.contexts, layout.rows, layout.capacity, window)
     if "scratch" not in prepared:
         # One layer after the other uses it.
-        prepared["scratch"] = make_scratch(layout.capacity, q, k)
+        prepared["scratch"] = make_scratch(layout.capacity, q)
     return paged_decode(
         q,
         k,
