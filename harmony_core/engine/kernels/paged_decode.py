@@ -31,14 +31,13 @@ class Config:
     block: int
     num_warps: int = 4
     num_stages: int = 3
-    programs_per_sm: int = 3
-    combine_warps: int = 4
+    programs_per_sm: int = 5
+    combine_warps: int = 2
 
     @classmethod
     def of(cls, width: int, dtype: torch.dtype) -> Config:
-        """The fixed choice for a head width: the keys and values of a block take at most 32 KiB of shared memory."""
-        row = _padded(width) * dtype.itemsize
-        return cls(block=min(64, 16384 // row), programs_per_sm=3 if row <= 256 else 2)
+        """The fixed choice for a head width: the keys and values of a block take at most 16 KiB of shared memory."""
+        return cls(block=min(64, 8192 // (_padded(width) * dtype.itemsize)))
 
 
 @dataclass(frozen=True)
