@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from harmony_core.engine.training.losses import policy
+from harmony_core.engine.training.losses import policy, preference
 from harmony_core.engine.training.losses.terms import LossFunction, Scored, Sums
 from harmony_core.errors import InternalError
 
-LOSSES: dict[str, LossFunction] = {"grpo": policy.grpo}
+LOSSES: dict[str, LossFunction] = {"grpo": policy.grpo, "gspo": policy.gspo, "dpo": preference.dpo}
 
 
 def evaluate(loss: str, scored: Scored) -> tuple[float, Tensor, Sums]:
@@ -17,6 +17,8 @@ def evaluate(loss: str, scored: Scored) -> tuple[float, Tensor, Sums]:
     function = LOSSES.get(loss)
     if function is None:
         raise InternalError(f"a micro-batch with the loss {loss!r}")
+    if not all(scored.counts):
+        raise InternalError(f"a sample without a scored token in a micro-batch with the loss {loss!r}")
     with torch.enable_grad():
         values = scored.values.detach().double().requires_grad_(True)
         total, sums = function(replaced(scored, values))

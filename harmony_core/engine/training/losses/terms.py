@@ -14,7 +14,15 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-METRICS = ("Dkl", "inner_kl_div", "pg_clipfrac")
+METRICS = (
+    "Dkl",
+    "chosen_rewards",
+    "inner_kl_div",
+    "pg_clipfrac",
+    "rejected_rewards",
+    "reward_accuracy",
+    "reward_margin",
+)
 """Every name that a loss of ours may report: ranks add them up by their places in this list."""
 
 Sums = dict[str, tuple[Tensor, float]]
