@@ -15,13 +15,15 @@ def check_loss(
     loss: Callable[..., Any],
     logprobs: Sequence[Sequence[float]],
     *,
+    entropies: Sequence[Sequence[float]] | None = None,
     group: int = 1,
     tolerance: float = 1e-9,
     **per_token: Values,
 ) -> None:
     """Compare a loss and its gradient over many ways to split, pack and order samples. Needs no ranks.
 
-    `logprobs`: those of each sample's weighted tokens, at which the loss is compared. `group` and `per_token` as in
+    `logprobs`: those of each sample's weighted tokens, at which the loss is compared; so are `entropies`, for a loss
+    that takes them. `group` and `per_token` as in
     `TrainingModel.train_custom`. The engine gives a loss nothing but such cuts, for every number of replicas and
     every tp, so a loss that passes is the same on all of them.
     Raises VerificationError naming the cut that differs, or when there is no gradient or none that is finite.
@@ -30,13 +32,15 @@ def check_loss(
 
     if group < 1 or len(logprobs) < 2 * group or len(logprobs) % group:
         raise UsageError(f"{len(logprobs)} samples are not two groups of {group} or more", hint="give more samples")
+    if entropies is not None and [len(row) for row in entropies] != [len(row) for row in logprobs]:
+        raise UsageError("entropies and logprobs must have the same lengths")
     fields = {}
     for name, values in per_token.items():
         if len(values) != len(logprobs):
             raise UsageError(f"{name}: {len(values)} entries for {len(logprobs)} samples")
         rows = zip(values, logprobs, strict=True)
         fields[name] = [of_sample(f"{name}[{i}]", value, len(row)) for i, (value, row) in enumerate(rows)]
-    check_cuts(loss, logprobs, fields, group, tolerance)
+    check_cuts(loss, logprobs, entropies, fields, group, tolerance)
 
 
 async def check_loss_on_ranks(

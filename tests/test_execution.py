@@ -57,6 +57,12 @@ def _lines(outcome: Outcome) -> list[str]:
 def test_the_result_is_what_main_returns(play: Play) -> None:
     assert play("async def main(ctx: RecipeContext):\n    return {'x': 1}").result == {"x": 1}
     assert play("def main(ctx: RecipeContext):\n    return 'plain function'").result == "plain function"
+    file = play(
+        "async def main(ctx: RecipeContext):\n"
+        "    loaded = ctx.client._engine.options.recipe\n"
+        "    return [str(loaded.path), loaded.sha256]"
+    ).result
+    assert Path(file[0]).name == "recipe.py" and len(file[1]) == 64  # ranks may import its losses
     assert play("async def main(ctx: RecipeContext): ...").exit_code == 0
 
 

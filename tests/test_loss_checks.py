@@ -30,6 +30,14 @@ def pairwise(logprobs: Tensor, samples: list[slice]) -> Tensor:
     return -F.logsigmoid(sums[::2] - sums[1::2]).sum()
 
 
+def with_entropies(logprobs: Tensor, samples: list[slice], *, entropies: Tensor) -> Tensor:
+    return -(logprobs + 0.1 * entropies).sum()
+
+
+def entropies_of_the_micro_batch(logprobs: Tensor, samples: list[slice], *, entropies: Tensor) -> Tensor:
+    return -logprobs.sum() - (entropies - entropies.detach()).mean()
+
+
 def with_noise(logprobs: Tensor, samples: list[slice]) -> Tensor:
     return -(logprobs * torch.rand(len(logprobs))).sum()
 
@@ -58,6 +66,15 @@ def test_a_sum_over_samples_passes(loss: Callable[..., Any]) -> None:
 
 def test_groups_stay_together() -> None:
     check_loss(pairwise, LOGPROBS, group=2)
+
+
+def test_entropies_are_compared_too() -> None:
+    entropies = [[0.5 - x for x in row] for row in LOGPROBS]
+    check_loss(with_entropies, LOGPROBS, entropies=entropies)
+    with pytest.raises(VerificationError, match="entropies_of_the_micro_batch depends"):
+        check_loss(entropies_of_the_micro_batch, LOGPROBS, entropies=entropies)
+    with pytest.raises(UsageError, match="same lengths"):
+        check_loss(with_entropies, LOGPROBS, entropies=entropies[:2])
 
 
 @pytest.mark.parametrize(

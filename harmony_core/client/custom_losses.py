@@ -49,14 +49,25 @@ def named(loss: Callable[..., Any], recipe: RecipeFile | None) -> CustomLoss:
 def check_fields(loss: Callable[..., Any], fields: Mapping[str, Any]) -> None:
     """Raise UsageError unless the function can be called with these fields."""
     try:
-        inspect.signature(loss).bind(None, None, **dict.fromkeys(fields))
+        more = {"entropies": None} if takes_entropies(loss) else {}
+        inspect.signature(loss).bind(None, None, **more, **dict.fromkeys(fields))
     except TypeError as error:
         given = ", ".join(fields) or "no fields"
         raise UsageError(f"{loss.__name__} cannot be called with {given}: {error}", hint=SHAPE) from error
 
 
+def takes_entropies(loss: Callable[..., Any]) -> bool:
+    """Whether the function asks for entropies: by a parameter of that name."""
+    return "entropies" in inspect.signature(loss).parameters
+
+
 def groups(
-    threads: Sequence[Given], source: CustomLoss, fields: Mapping[str, Values], group: int, denominator: float | None
+    threads: Sequence[Given],
+    entropies: bool,
+    source: CustomLoss,
+    fields: Mapping[str, Values],
+    group: int,
+    denominator: float | None,
 ) -> list[Accepted]:
     """The samples of `TrainingModel.train_custom`."""
     if group < 1 or not threads or len(threads) % group:
@@ -67,7 +78,8 @@ def groups(
         if isinstance(values, int | float) or len(values) != len(threads):
             found = "one number" if isinstance(values, int | float) else f"{len(values)} entries"
             raise DataError(f"{name}: {found} for {len(threads)} threads", hint=f"{name} takes one for each thread")
-    loss = Loss("custom", group=group, custom=source)
+    settings = (("entropies", 1.0),) if entropies else ()
+    loss = Loss("custom", settings, group, source)
     samples, counts = [], []
     for place, given in enumerate(threads):
         mask = scored_tokens(given.thread)

@@ -127,6 +127,7 @@ def grpo(
     clipping: str,
     importance_cap: float | None,
     sampler_logprobs: Sequence[float] | None,
+    entropy_bonus: float | None,
     normalise: Normalise,
 ) -> Accepted:
     """The sample of `TrainingModel.train_grpo`; without reference log-probs that of `train_ppo`."""
@@ -149,6 +150,8 @@ def grpo(
         fields["advantages"] = [a * c for a, c in zip(fields["advantages"], counts, strict=True)]
     elif sampler_logprobs is not None:
         raise UsageError("sampler_logprobs has no meaning without importance_cap", hint="give importance_cap=2.0")
+    if entropy_bonus is not None:
+        settings["entropy_bonus"] = setting("entropy_bonus", entropy_bonus)
     weights, unit, amount = averaged(mask, normalise)
     return Accepted([given.sample(weights, Loss("grpo", tuple(settings.items())), fields)], unit, amount)
 
@@ -163,6 +166,7 @@ def gspo(
     kl_beta: float,
     *,
     dual_clip: float | None,
+    entropy_bonus: float | None,
     normalise: Normalise,
 ) -> Accepted:
     """The sample of `TrainingModel.train_gspo`."""
@@ -175,6 +179,8 @@ def gspo(
     }
     settings = _clipping(("left_clip", left_clip), ("right_clip", right_clip), dual_clip)
     settings["kl_beta"] = setting("kl_beta", kl_beta)
+    if entropy_bonus is not None:
+        settings["entropy_bonus"] = setting("entropy_bonus", entropy_bonus)
     weights, unit, amount = averaged(mask, normalise)
     return Accepted([given.sample(weights, Loss("gspo", tuple(settings.items())), fields)], unit, amount)
 

@@ -96,6 +96,7 @@ class SampleTaker(InferenceModel):
         clipping: str = "ppo",
         importance_cap: float | None = None,
         sampler_logprobs: Sequence[float] | None = None,
+        entropy_bonus: float | None = None,
         normalise: Normalise = "token",
     ) -> Coroutine[Any, Any, None]:
         """PPO's clipped surrogate on the weighted tokens: `train_grpo` without a KL term."""
@@ -112,6 +113,7 @@ class SampleTaker(InferenceModel):
                 clipping=clipping,
                 importance_cap=importance_cap,
                 sampler_logprobs=sampler_logprobs,
+                entropy_bonus=entropy_bonus,
                 normalise=normalise,
             )
         )
@@ -130,6 +132,7 @@ class SampleTaker(InferenceModel):
         clipping: str = "ppo",
         importance_cap: float | None = None,
         sampler_logprobs: Sequence[float] | None = None,
+        entropy_bonus: float | None = None,
         normalise: Normalise = "token",
     ) -> Coroutine[Any, Any, None]:
         """GRPO: sum over weighted tokens of -min(r A, clip(r, 1 - clip_range, 1 + clip_range) A) + kl_beta * k3.
@@ -138,7 +141,8 @@ class SampleTaker(InferenceModel):
         number for each weighted token; a weight above 0 counts as 1. `clip_range_high`: another bound above.
         `dual_clip` c: with A < 0 not below c A. `clipping="cispo"`: the clipped r is a constant weight of A * logprob.
         `importance_cap`: each token's A times min(exp(trajectory - sampler), cap), the sampler's log-probs being
-        `sampler_logprobs` or the thread's record. `normalise`: "token" divides the step by its weighted tokens,
+        `sampler_logprobs` or the thread's record. `entropy_bonus` times the entropy is taken from each token's loss,
+        with its gradient over the whole vocabulary. `normalise`: "token" divides the step by its weighted tokens,
         "sequence" takes each sample's mean and divides by samples, a number divides each sample's sum.
         The step reports `pg_clipfrac`, `inner_kl_div` and `Dkl`, means over tokens. Raises DataError, UsageError and
         what `train_language_modelling` does.
@@ -156,6 +160,7 @@ class SampleTaker(InferenceModel):
                 clipping=clipping,
                 importance_cap=importance_cap,
                 sampler_logprobs=sampler_logprobs,
+                entropy_bonus=entropy_bonus,
                 normalise=normalise,
             )
         )
@@ -171,6 +176,7 @@ class SampleTaker(InferenceModel):
         kl_beta: float,
         *,
         dual_clip: float | None = None,
+        entropy_bonus: float | None = None,
         normalise: Normalise = "token",
     ) -> Coroutine[Any, Any, None]:
         """GSPO: -T min(s A, clip(s, 1 - left_clip, 1 + right_clip) A) + kl_beta * sum of k3, of T weighted tokens.
@@ -188,6 +194,7 @@ class SampleTaker(InferenceModel):
                 right_clip,
                 kl_beta,
                 dual_clip=dual_clip,
+                entropy_bonus=entropy_bonus,
                 normalise=normalise,
             )
         )
@@ -223,8 +230,10 @@ class SampleTaker(InferenceModel):
         """A loss of your own: a function at the top level of the recipe's file, which the ranks import by its name.
 
         They call `loss(logprobs, samples, **fields)`: the log-probs of N weighted tokens, float64 `[N]` with gradient,
-        the slice of each sample, and each `per_token` argument as float64 `[N]`. It returns the sum of the loss over
-        the samples, divided by nothing that depends on how many there are: `loss_checks.check_loss` proves that.
+        the slice of each sample, and each `per_token` argument as float64 `[N]`. A function with a parameter
+        `entropies` is also given the entropy of each token's distribution, in nats, `[N]` with gradient. It returns the
+        sum of the loss over samples, divided by nothing that depends on how many there are:
+        `harmony_core.loss_checks.check_loss` proves that.
         `per_token` arguments hold, for each thread, one number or one for each weighted token. `group` adjacent
         threads always come together. Each group adds its weighted tokens to the step's denominator, or `denominator`.
 
@@ -236,7 +245,8 @@ class SampleTaker(InferenceModel):
             source = custom_losses.named(loss, self._live.engine.options.recipe)
             custom_losses.check_fields(loss, per_token)
             given = [self._given(thread) for thread in threads]
-            return custom_losses.groups(given, source, per_token, group, denominator)
+            entropies = custom_losses.takes_entropies(loss)
+            return custom_losses.groups(given, entropies, source, per_token, group, denominator)
 
         return self._accept_all(build)
 

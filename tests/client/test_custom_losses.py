@@ -66,6 +66,14 @@ def test_a_custom_loss_is_the_native_one(one_rank: LiveEngine, recipe: types.Mod
         for i in (0, 2, 4):
             await model.train_dpo(threads[i], threads[i + 1], sums[i], sums[i + 1], 0.1)
         native_pairs = await model.optim_step(0.0, 0.0, 1e9)
+        own = await asyncio.gather(*(model.logprobs_per_token(t) for t in threads))
+        await model.train_custom(threads, recipe.with_entropies, advantages=advantages)
+        custom_bonus = await model.optim_step(0.0, 0.0, 1e9)
+        for thread, old, advantage in zip(threads, own, advantages, strict=True):
+            await model.train_ppo(thread, old, [advantage] * len(old), 0.1, entropy_bonus=0.3)
+        native_bonus = await model.optim_step(0.0, 0.0, 1e9)
+        assert custom_bonus["grad_norm"] == pytest.approx(native_bonus["grad_norm"], rel=2e-6)
+        assert native_bonus["entropy"] > 0.1
         for ours, theirs in ((custom, native), (custom_pairs, native_pairs)):
             for key in ("loss", "grad_norm", "num_tokens", "num_samples"):
                 assert ours[key] == pytest.approx(theirs[key], rel=2e-6), key

@@ -30,21 +30,25 @@ class HostScorer:
     """In plain torch operations, on any device. The gradient takes the place of the logits."""
 
     tiles = 1
+    entropies: Tensor
+    """Of the tile scored last, `[n]`, where they are asked for."""
 
-    def __init__(self, model: CausalLM, rows: int) -> None:
+    def __init__(self, model: CausalLM, rows: int, entropies: bool = False) -> None:
+        """`entropies`: score them too, which takes a second matrix as large as the logits."""
         self.model, self.weight = model, model.head_weight
         self.rows = rows
+        self._with_entropies = entropies
 
     @staticmethod
-    def rows_for(model: CausalLM) -> int:
-        """Rows of a tile; the same number on every tensor-parallel rank."""
-        rows = HOST_BYTES // (4 * _widest(model))
+    def rows_for(model: CausalLM, matrices: int = 1) -> int:
+        """Rows of a tile of which there are `matrices`; the same number on every tensor-parallel rank."""
+        rows = HOST_BYTES // (4 * _widest(model) * matrices)
         return max(1, rows // model.row_multiple) * model.row_multiple
 
     def score(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """`[n, d]`, `[n]` -> log-probs `[n]`."""
         model = self.model
-        logits = model.matmul(hidden, self.weight)
+        logits = wide_product(hidden, self.weight.t()) if hidden.is_cuda else model.matmul(hidden, self.weight)
         logits = logits.to(wide(logits.dtype))
         top = all_reduce(logits.amax(-1), model.tp, dist.ReduceOp.MAX)
         local = targets - model.vocab_start
@@ -53,14 +57,34 @@ class HostScorer:
         picked = logits.gather(1, self._columns[:, None])[:, 0]
         picked = torch.where(self._mine, picked - top, 0.0)
         self._values = logits.sub_(top[:, None]).exp_()
-        sums = all_reduce(torch.stack([self._values.sum(-1), picked]), model.tp)
+        terms = [self._values.sum(-1), picked]
+        if self._with_entropies:
+            # x log x, and 0 where x, an exponential, has become 0.
+            self._products = torch.xlogy(self._values, self._values)
+            terms.append(self._products.sum(-1))
+        sums = all_reduce(torch.stack(terms), model.tp)
         self._total = sums[0]
+        if self._with_entropies:
+            self.entropies = self._total.log() - sums[2] / self._total
         return sums[1] - self._total.log()
 
-    def add_gradient(self, coefficients: Tensor) -> None:
-        """Of the tile scored last: d(-sum(c * logprob)) / d(logits) = `c * (softmax - onehot)`."""
-        self._values.mul_((coefficients / self._total)[:, None])
+    def add_gradient(self, coefficients: Tensor, entropy: Tensor | None = None) -> None:
+        """Of the tile scored last: d(-sum(c * logprob)) / d(logits) = `c * (softmax - onehot)`.
+
+        `entropy`: coefficients e; then also d(-sum(e * H)) / d(logits) = `e * softmax * (log softmax + H)`.
+        """
+        if entropy is None:
+            self._values.mul_((coefficients / self._total)[:, None])
+        else:
+            scaled = entropy / self._total
+            shift = scaled * (self.entropies - self._total.log())
+            self._values.mul_((coefficients / self._total + shift)[:, None]).add_(self._products.mul_(scaled[:, None]))
+            del self._products
         self._values.scatter_add_(1, self._columns[:, None], torch.where(self._mine, -coefficients, 0.0)[:, None])
+
+    def drop(self) -> None:
+        """Forget what a gradient with entropies would need of the tile scored last."""
+        del self._values, self._products
 
     def take(self) -> Tensor:
         """The gradients added since the last call, `[N, V]`."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from harmony_core.engine.models.head_scorers import make_scorer
+from harmony_core.engine.models.head_scorers import HostScorer, Scorer, make_scorer
 from harmony_core.engine.models.model import CausalLM
 from harmony_core.engine.models.parallel import all_reduce
 from harmony_core.engine.models.products import add_product, plain_product, wide
@@ -35,6 +35,23 @@ def token_logprobs(model: CausalLM, hidden: Tensor, targets: Tensor, chunk: int 
     return logprobs[:count]
 
 
+@torch.no_grad()
+def token_logprobs_and_entropies(
+    model: CausalLM, hidden: Tensor, targets: Tensor, chunk: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """`token_logprobs`, and the entropy of each row's distribution over the whole vocabulary, in nats, `[N]`."""
+    _check_targets(model, targets)
+    count = len(targets)
+    hidden, targets = pad_rows(model, hidden, targets)
+    found = hidden.new_empty((2, *targets.shape), dtype=wide(hidden.dtype))
+    scorer = _entropy_scorer(model, chunk)
+    for rows in _chunks(0, len(targets), scorer.rows):
+        found[0, rows] = scorer.score(hidden[rows], targets[rows])
+        found[1, rows] = scorer.entropies
+        scorer.drop()
+    return found[0, :count], found[1, :count]
+
+
 def linear_logprob_loss(
     model: CausalLM,
     hidden: Tensor,
@@ -42,6 +59,7 @@ def linear_logprob_loss(
     coefficients: Tensor,
     chunk: int | None = None,
     into: Tensor | None = None,
+    entropy: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`-sum(coefficients * logprobs)` as a scalar with gradient, and the log-probs `[N]` without.
 
@@ -51,11 +69,16 @@ def linear_logprob_loss(
 
     `into`, `[V_local, d]` in the type that sums are taken in: the head's gradient is added to it in the forward pass,
     and autograd gets none. The loss must then be the root of the backward pass.
+
+    `entropy`, `[N]`: also `-sum(entropy * H)` with the entropy H of each row's distribution.
     """
     _check_targets(model, targets)
     count = len(targets)
     hidden, targets, coefficients = pad_rows(model, hidden, targets, coefficients)
-    loss, logprobs = _LinearLogprobLoss.apply(hidden, model.head_weight, targets, coefficients, model, chunk, into)  # type: ignore[no-untyped-call]
+    padded = None if entropy is None else pad_rows(model, entropy)[0]
+    loss, logprobs = _LinearLogprobLoss.apply(  # type: ignore[no-untyped-call]
+        hidden, model.head_weight, targets, coefficients, model, chunk, into, padded
+    )
     return loss, logprobs[:count]
 
 
@@ -76,6 +99,7 @@ class _LinearLogprobLoss(torch.autograd.Function):
         model: CausalLM,
         chunk: int | None,
         into: Tensor | None,
+        entropy: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         kind = wide(hidden.dtype)
         coefficients = coefficients.to(kind)
@@ -84,11 +108,21 @@ class _LinearLogprobLoss(torch.autograd.Function):
         weight_grad = into if ctx.needs_input_grad[1] else None
         if ctx.needs_input_grad[1] and into is None:
             weight_grad = torch.zeros_like(weight, dtype=kind)
-        scorer = make_scorer(model, len(targets), chunk, gradients=True)
+        loss = logprobs.new_zeros(())
+        scorer: Scorer
+        if entropy is None:
+            scorer = make_scorer(model, len(targets), chunk, gradients=True)
+        else:
+            scorer, entropy = _entropy_scorer(model, chunk), entropy.to(kind)
         for group in _chunks(0, len(targets), scorer.rows * scorer.tiles):
             for rows in _chunks(group.start, group.stop, scorer.rows):
                 logprobs[rows] = scorer.score(hidden[rows], targets[rows])
-                scorer.add_gradient(coefficients[rows])
+                if entropy is None:
+                    scorer.add_gradient(coefficients[rows])
+                    continue
+                assert isinstance(scorer, HostScorer)
+                scorer.add_gradient(coefficients[rows], entropy[rows])
+                loss -= (entropy[rows] * scorer.entropies).sum()
             gradient = scorer.take()
             if weight_grad is not None:
                 add_product(weight_grad, gradient.t(), hidden[group].to(gradient.dtype))
@@ -100,7 +134,7 @@ class _LinearLogprobLoss(torch.autograd.Function):
             all_reduce(hidden_grad, model.tp)
         ctx.grads = hidden_grad, None if weight_grad is into else weight_grad
         ctx.mark_non_differentiable(logprobs)
-        return -(coefficients * logprobs).sum(), logprobs
+        return loss - (coefficients * logprobs).sum(), logprobs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -110,8 +144,13 @@ class _LinearLogprobLoss(torch.autograd.Function):
         return (
             None if hidden_grad is None else hidden_grad.mul_(scale.to(hidden_grad.dtype)),
             None if weight_grad is None else weight_grad.mul_(scale),
-            *[None] * 5,
+            *[None] * 6,
         )
+
+
+def _entropy_scorer(model: CausalLM, chunk: int | None) -> HostScorer:
+    """In plain torch on every device: no kernel of ours gives entropies."""
+    return HostScorer(model, chunk or HostScorer.rows_for(model, matrices=2), entropies=True)
 
 
 def _chunks(start: int, stop: int, size: int) -> list[slice]:

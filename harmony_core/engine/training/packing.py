@@ -41,9 +41,9 @@ class PackedBatch:
     group: int = 1
     """So many adjacent samples belong together."""
 
-    def given(self, values: Tensor) -> Scored:
+    def given(self, values: Tensor, entropies: Tensor | None = None) -> Scored:
         """What the loss is given, with the log-probs or values `[N]` of the scored positions."""
-        return Scored(values, self.coefficients, self.counts, self.fields, self.settings, self.group)
+        return Scored(values, self.coefficients, self.counts, self.fields, self.settings, self.group, entropies)
 
 
 def unpack(batch: MicroBatch, vocab_size: int, device: torch.device) -> PackedBatch:

@@ -16,16 +16,18 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from harmony_core.engine.models.context import ForwardContext, PackedAttention, forward_context
-from harmony_core.engine.models.heads import linear_logprob_loss, token_logprobs
+from harmony_core.engine.models.heads import linear_logprob_loss, token_logprobs, token_logprobs_and_entropies
 from harmony_core.engine.models.model import CausalLM
 from harmony_core.engine.training import state_files
 from harmony_core.engine.training.agreement import Agreement, metrics
 from harmony_core.engine.training.gradients import FlatGradients
 from harmony_core.engine.training.heap import LARGE_BYTES, kept_while_it_runs
 from harmony_core.engine.training.losses.metrics import MetricSums, means
-from harmony_core.engine.training.losses.table import evaluate
+from harmony_core.engine.training.losses.table import evaluate_all
+from harmony_core.engine.training.losses.terms import wants_entropies
 from harmony_core.engine.training.optimizer import AdamW
 from harmony_core.engine.training.packing import PackedBatch, unpack
 from harmony_core.errors import EngineError, InternalError, NothingToTrain, StepFailed, UsageError
@@ -206,13 +208,16 @@ class Trainer:
             hidden = self.model.hidden_states(packed.tokens, packed.positions)
             give_back()
             scored = hidden if packed.rows is None else hidden.index_select(0, packed.rows)
-            numerator, coefficients = None, packed.coefficients
+            numerator, directions = None, [packed.coefficients]
             if packed.loss != "linear":
-                logprobs = token_logprobs(self.model, scored, packed.targets)
-                numerator, coefficients, sums = evaluate(packed.loss, packed.given(logprobs), packed.custom)
-                self._metrics.add(sums)
+                numerator, directions = self._first_pass(scored, packed)
             loss, logprobs = linear_logprob_loss(
-                self.model, scored, packed.targets, coefficients, into=self._head_gradient
+                self.model,
+                scored,
+                packed.targets,
+                directions[0],
+                into=self._head_gradient,
+                entropy=directions[1] if len(directions) > 1 else None,
             )
             # The loss has its gradients already; the backward pass needs the room.
             del hidden, scored
@@ -220,7 +225,17 @@ class Trainer:
             loss.backward()  # type: ignore[no-untyped-call]
         if packed.sampled is not None and self._comparable:
             self._agreement.add(logprobs, *packed.sampled)
-        return -float((coefficients * logprobs.double()).sum().item()) if numerator is None else numerator
+        return -float((packed.coefficients * logprobs.double()).sum().item()) if numerator is None else numerator
+
+    def _first_pass(self, scored: Tensor, packed: PackedBatch) -> tuple[float, list[Tensor]]:
+        """A loss at the present log-probs, and the coefficients of the linear loss that has its gradient."""
+        if wants_entropies(packed.settings):
+            given = packed.given(*token_logprobs_and_entropies(self.model, scored, packed.targets))
+        else:
+            given = packed.given(token_logprobs(self.model, scored, packed.targets))
+        numerator, directions, sums = evaluate_all(packed.loss, given, packed.custom)
+        self._metrics.add(sums)
+        return numerator, directions
 
     def _dropout_seed(self, batch: MicroBatch) -> int:
         """Alike on the tensor-parallel ranks of a replica, another one for every micro-batch."""

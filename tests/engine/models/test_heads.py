@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import tiny_models
 from harmony_core.engine.models import head_scorers
 from harmony_core.engine.models.context import ForwardContext, PackedAttention, forward_context
 from harmony_core.engine.models.head_scorers import DeviceScorer, HostScorer
-from harmony_core.engine.models.heads import linear_logprob_loss, token_logprobs
+from harmony_core.engine.models.heads import linear_logprob_loss, token_logprobs, token_logprobs_and_entropies
 from harmony_core.engine.models.loading import load_model
 from harmony_core.engine.models.model import CausalLM
 from harmony_core.engine.models.parallel import TensorParallel
@@ -71,6 +72,46 @@ def test_gradients_are_those_of_the_plain_formula_for_every_chunk(model: CausalL
     assert torch.allclose(hidden.grad, h.grad, atol=1e-12)
     assert torch.allclose(weight.grad, w.grad, atol=1e-12)
     assert torch.equal(token_logprobs(model, hidden.detach(), targets, chunk=chunk), logprobs)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 10, 64])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6)])
+def test_entropies_and_their_gradients_are_those_of_the_plain_formula(
+    tmp_path_factory: pytest.TempPathFactory, chunk: int, dtype: torch.dtype, tolerance: float
+) -> None:
+    model = load(tiny_models.build(tmp_path_factory.mktemp("model")), dtype)
+    hidden = torch.randn(10, 32, dtype=torch.float64) * 3
+    targets, weights, bonus = torch.randint(0, 67, (10,)), torch.randn(10).double(), torch.randn(10).double()
+    weight = model.trainable_parameters(None)["lm_head.weight"]
+    # Rows with probabilities of nearly 0 and 1 too.
+    hidden[:3] *= torch.tensor([[10.0], [100.0], [0.0]], dtype=torch.float64)
+    leaf = hidden.to(dtype).requires_grad_()
+    loss, logprobs = linear_logprob_loss(model, leaf, targets, weights, chunk=chunk, entropy=bonus)
+    (3.0 * loss).backward()
+    h, w = hidden.to(dtype).double().requires_grad_(), weight.detach().double().requires_grad_()
+    scores = (h @ w.t()).log_softmax(-1)
+    picked, entropies = scores.gather(1, targets[:, None])[:, 0], -(scores.exp() * scores).sum(-1)
+    expected = -(weights * picked).sum() - (bonus * entropies).sum()
+    (3.0 * expected).backward()
+    assert leaf.grad is not None and h.grad is not None and weight.grad is not None and w.grad is not None
+    assert loss.item() == pytest.approx(expected.item(), rel=tolerance)
+    for mine, other in ((leaf.grad, h.grad), (weight.grad, w.grad)):
+        assert (mine - other).abs().max() < tolerance * other.abs().max()
+    again = token_logprobs_and_entropies(model, leaf.detach(), targets, chunk=chunk)
+    assert torch.equal(again[0], logprobs)
+    assert (again[1] - entropies).abs().max() < 2 * tolerance
+    assert entropies[1] < 0.1 < math.log(67) - 1e-9 < entropies[2]
+
+
+def test_tiles_with_entropies_stay_within_the_same_budget(model: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head_scorers, "HOST_BYTES", 67 * 4 * 8)
+    seen = []
+    real = model.matmul
+    monkeypatch.setattr(model, "matmul", lambda x, w: seen.append(x.shape[0]) or real(x, w))
+    hidden, targets = torch.randn(10, 32, dtype=torch.float64), torch.zeros(10, dtype=torch.long)
+    token_logprobs_and_entropies(model, hidden, targets)
+    linear_logprob_loss(model, hidden, targets, torch.ones(10), entropy=torch.ones(10))
+    assert seen == [4, 4, 2] * 2
 
 
 def test_a_frozen_head_gets_no_gradient_and_costs_none(model: CausalLM) -> None:

@@ -23,13 +23,14 @@ Cut = list[list[int]]
 def check_cuts(
     loss: Callable[..., Any],
     logprobs: Sequence[Sequence[float]],
+    entropies: Sequence[Sequence[float]] | None,
     fields: Mapping[str, Sequence[Sequence[float]]],
     group: int,
     tolerance: float,
 ) -> None:
     """Compare value and gradient of the loss over many cuts and orders. Raises VerificationError."""
     name = getattr(loss, "__name__", repr(loss))
-    whole = _scored(logprobs, fields, group)
+    whole = _scored(logprobs, entropies, fields, group)
     count = len(logprobs)
     expected, direction = _over(loss, whole, [list(range(count))])
     if not torch.isfinite(direction).all() or not abs(expected) < float("inf"):
@@ -72,7 +73,10 @@ def _cuts(count: int, group: int) -> list[tuple[str, Cut]]:
 
 
 def _scored(
-    logprobs: Sequence[Sequence[float]], fields: Mapping[str, Sequence[Sequence[float]]], group: int
+    logprobs: Sequence[Sequence[float]],
+    entropies: Sequence[Sequence[float]] | None,
+    fields: Mapping[str, Sequence[Sequence[float]]],
+    group: int,
 ) -> list[Scored]:
     """Each sample by itself."""
 
@@ -86,6 +90,7 @@ def _scored(
             (len(row),),
             {name: tensor(values[place]) for name, values in fields.items()},
             group=group,
+            entropies=None if entropies is None else tensor(entropies[place]),
         )
         for place, row in enumerate(logprobs)
     ]
@@ -93,7 +98,7 @@ def _scored(
 
 def _over(loss: Callable[..., Any], samples: list[Scored], cut: Cut) -> tuple[float, Tensor]:
     """The loss of all micro-batches of a cut, and the gradient in the order of the samples."""
-    total, parts = 0.0, dict[int, Tensor]()
+    total, parts, entropies = 0.0, dict[int, Tensor](), samples[0].entropies is not None
     for members in cut:
         chosen = [samples[i] for i in members]
         batch = replace(
@@ -102,8 +107,10 @@ def _over(loss: Callable[..., Any], samples: list[Scored], cut: Cut) -> tuple[fl
             weights=torch.cat([s.weights for s in chosen]),
             counts=tuple(s.counts[0] for s in chosen),
             fields={name: torch.cat([s.fields[name] for s in chosen]) for name in chosen[0].fields},
+            entropies=torch.cat([s.entropies for s in chosen if s.entropies is not None]) if entropies else None,
         )
-        value, direction, _ = ascent(partial(custom.call, loss), batch)
+        value, directions, _ = ascent(partial(custom.call, loss), batch)
         total += value
-        parts |= dict(zip(members, torch.split(direction, list(batch.counts)), strict=True))
-    return total, torch.cat([parts[i] for i in range(len(samples))])
+        # One row for the log-probs, one for the entropies where the loss takes them.
+        parts |= dict(zip(members, torch.split(torch.stack(directions), list(batch.counts), dim=1), strict=True))
+    return total, torch.cat([parts[i] for i in range(len(samples))], dim=1)

@@ -37,7 +37,8 @@ def call(function: Callable[..., Any], scored: Scored) -> tuple[Tensor, Sums]:
     device = scored.values.device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)
-        total = function(scored.values, scored.slices, **scored.fields)
+        more = {} if scored.entropies is None else {"entropies": scored.entropies}
+        total = function(scored.values, scored.slices, **more, **scored.fields)
     if not isinstance(total, Tensor) or total.numel() != 1 or not total.is_floating_point():
         found = f"a tensor {list(total.shape)} of {total.dtype}" if isinstance(total, Tensor) else repr(total)
         name = getattr(function, "__name__", repr(function))

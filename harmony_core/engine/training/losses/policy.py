@@ -1,7 +1,8 @@
 """Policy-gradient losses on tokens that an earlier policy sampled.
 
 Fields: "trajectory", log-probs of the policy that sampled; "reference", those of a frozen one, where there is a KL
-term; "advantages". Settings: "clip_low" and "clip_high" around a ratio of 1; "kl_beta"; see `_surrogate` for others.
+term; "advantages". Settings: "clip_low" and "clip_high" around a ratio of 1; "kl_beta"; "entropy_bonus"; see
+`_surrogate` for others.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ def grpo(scored: Scored) -> tuple[Tensor, Sums]:
     advantages = scored.fields["advantages"]
     step = logprobs - scored.fields["trajectory"]
     surrogate, clipped = _surrogate(step.exp(), advantages, scored.settings, logprobs)
-    divergence, sums = _divergence(scored, step)
+    regulariser, sums = _regulariser(scored, step)
     sums["pg_clipfrac"] = clipped.sum(), float(len(clipped))
-    return -(weights * surrogate).sum() + divergence, sums
+    return -(weights * surrogate).sum() + regulariser, sums
 
 
 def gspo(scored: Scored) -> tuple[Tensor, Sums]:
@@ -38,9 +39,9 @@ def gspo(scored: Scored) -> tuple[Tensor, Sums]:
     step = scored.values - scored.fields["trajectory"]
     ratio = (scored.per_sample(step) / scored.lengths).exp()
     surrogate, clipped = _surrogate(ratio, scored.first(scored.fields["advantages"]), scored.settings, None)
-    divergence, sums = _divergence(scored, step)
+    regulariser, sums = _regulariser(scored, step)
     sums["pg_clipfrac"] = clipped.sum(), float(len(clipped))
-    return -(scored.per_sample(scored.weights) * surrogate).sum() + divergence, sums
+    return -(scored.per_sample(scored.weights) * surrogate).sum() + regulariser, sums
 
 
 def _surrogate(
@@ -65,15 +66,18 @@ def _surrogate(
     return surrogate, clipped
 
 
-def _divergence(scored: Scored, step: Tensor) -> tuple[Tensor, Sums]:
-    """The KL term, zero without a reference, and the metrics of how far policies are apart; `step` in log-probs."""
-    count = float(len(scored.values))
+def _regulariser(scored: Scored, step: Tensor) -> tuple[Tensor, Sums]:
+    """The KL term where there is a reference, minus the entropy bonus, and their metrics; `step` in log-probs."""
+    count, total = float(len(scored.values)), step.new_zeros(())
     sums: Sums = {"inner_kl_div": (0.5 * step.detach().square().sum(), count)}
-    if "reference" not in scored.fields:
-        return step.new_zeros(()), sums
-    each = k3(scored.values, scored.fields["reference"])
-    sums["Dkl"] = each.detach().sum(), count
-    return scored.settings["kl_beta"] * (scored.weights * each).sum(), sums
+    if "reference" in scored.fields:
+        each = k3(scored.values, scored.fields["reference"])
+        sums["Dkl"] = each.detach().sum(), count
+        total = total + scored.settings["kl_beta"] * (scored.weights * each).sum()
+    if scored.entropies is not None:
+        sums["entropy"] = scored.entropies.detach().sum(), count
+        total = total - scored.settings["entropy_bonus"] * (scored.weights * scored.entropies).sum()
+    return total, sums
 
 
 def k3(logprobs: Tensor, reference: Tensor) -> Tensor:

@@ -23,6 +23,12 @@ def evaluate(loss: str, scored: Scored, source: CustomLoss | None = None) -> tup
 
     `source`: where the loss "custom" is.
     """
+    total, directions, sums = evaluate_all(loss, scored, source)
+    return total, directions[0], sums
+
+
+def evaluate_all(loss: str, scored: Scored, source: CustomLoss | None = None) -> tuple[float, list[Tensor], Sums]:
+    """`evaluate` with all directions: after that of the values that of the entropies, where there are any."""
     function = LOSSES.get(loss) if source is None else partial(custom.call, custom.load(source))
     if function is None or (source is None) == (loss == CUSTOM):
         raise InternalError(f"a micro-batch with the loss {loss!r}")
@@ -31,11 +37,13 @@ def evaluate(loss: str, scored: Scored, source: CustomLoss | None = None) -> tup
     return ascent(function, scored)
 
 
-def ascent(function: LossFunction, scored: Scored) -> tuple[float, Tensor, Sums]:
-    """What `evaluate` returns, of a function."""
+def ascent(function: LossFunction, scored: Scored) -> tuple[float, list[Tensor], Sums]:
+    """What `evaluate_all` returns, of a function."""
+    given = [scored.values] if scored.entropies is None else [scored.values, scored.entropies]
     with torch.enable_grad():
-        values = scored.values.detach().double().requires_grad_(True)
-        total, sums = function(replace(scored, values=values))
+        leaves = [tensor.detach().double().requires_grad_(True) for tensor in given]
+        total, sums = function(replace(scored, values=leaves[0], entropies=leaves[1] if len(leaves) > 1 else None))
         # A loss of the recipe's own may have no term with a gradient in this micro-batch.
-        gradient = torch.autograd.grad(total, values, allow_unused=True)[0] if total.requires_grad else None
-    return float(total.item()), torch.zeros_like(values) if gradient is None else -gradient, sums
+        found = torch.autograd.grad(total, leaves, allow_unused=True) if total.requires_grad else [None] * len(leaves)
+    pairs = zip(found, leaves, strict=True)
+    return float(total.item()), [torch.zeros_like(leaf) if g is None else -g for g, leaf in pairs], sums

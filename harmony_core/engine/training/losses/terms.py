@@ -18,6 +18,7 @@ from torch import Tensor
 METRICS = (
     "Dkl",
     "chosen_rewards",
+    "entropy",
     "inner_kl_div",
     "pg_clipfrac",
     "rejected_rewards",
@@ -36,7 +37,8 @@ class Scored:
 
     values: `[N]`, their log-probs or values, requiring grad. weights: `[N]`, of each in the loss, not 0. counts: how
     many of the N each sample has. fields: `[N]` by name, settings: numbers by name; both are of the loss.
-    `group` adjacent samples belong together.
+    `group` adjacent samples belong together. entropies: `[N]`, in nats, of the distributions that the log-probs are
+    of, requiring grad, where the settings ask for them (`wants_entropies`).
     """
 
     values: Tensor
@@ -45,6 +47,7 @@ class Scored:
     fields: Mapping[str, Tensor] = field(default_factory=dict)
     settings: Mapping[str, float] = field(default_factory=dict)
     group: int = 1
+    entropies: Tensor | None = None
 
     @property
     def slices(self) -> list[slice]:
@@ -68,6 +71,11 @@ class Scored:
     def first(self, tokens: Tensor) -> Tensor:
         """`[N]` -> `[S]`: a field that repeats a sample's number, once for each sample."""
         return tokens[self.lengths.cumsum(0) - self.lengths]
+
+
+def wants_entropies(settings: Mapping[str, float]) -> bool:
+    """Whether a loss with these settings is given entropies; a custom loss says so by "entropies"."""
+    return "entropy_bonus" in settings or "entropies" in settings
 
 
 LossFunction = Callable[[Scored], tuple[Tensor, Sums]]

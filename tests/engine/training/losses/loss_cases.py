@@ -83,6 +83,7 @@ def part(scored: Scored, chosen: Sequence[int]) -> tuple[Scored, Tensor]:
             {name: values[places] for name, values in scored.fields.items()},
             scored.settings,
             scored.group,
+            None if scored.entropies is None else scored.entropies[places],
         ),
         places,
     )

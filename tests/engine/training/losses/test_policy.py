@@ -9,7 +9,7 @@ import torch
 
 from engine.training.losses.loss_cases import COUNTS, PUBLISHED, by_differences, policy_batch
 from harmony_core.engine.training.losses.policy import k3
-from harmony_core.engine.training.losses.table import evaluate
+from harmony_core.engine.training.losses.table import evaluate, evaluate_all
 from harmony_core.engine.training.losses.terms import Scored
 
 CLIP = {"clip_low": 0.2, "clip_high": 0.2}
@@ -148,6 +148,19 @@ def test_cispo_keeps_a_gradient_where_the_surrogate_has_none() -> None:
     assert _one(0.5, 1.0, **CLIP)[1] == 0.0
     assert _one(0.5, 1.0, **CLIP, cispo=1.0) == (pytest.approx(-1.2 * -0.5), pytest.approx(1.2))
     assert _one(-0.5, -1.0, **CLIP, cispo=1.0) == (pytest.approx(0.8 * -1.5), pytest.approx(-0.8))
+
+
+@pytest.mark.parametrize("loss", ["grpo", "gspo"])
+def test_the_entropy_bonus_is_taken_from_the_loss(loss: str) -> None:
+    plain = policy_batch(CLIP, weights="sequence", reference=False)
+    entropies = torch.linspace(0.1, 3.0, len(plain.values), dtype=torch.float64)
+    given = replace(plain, settings={**CLIP, "entropy_bonus": 0.5}, entropies=entropies)
+    without, (direction, *none), _ = evaluate_all(loss, plain)
+    total, (same, of_entropies), sums = evaluate_all(loss, given)
+    assert none == [] and torch.equal(same, direction)
+    assert total == pytest.approx(without - 0.5 * (plain.weights * entropies).sum().item(), abs=1e-12)
+    torch.testing.assert_close(of_entropies, 0.5 * plain.weights, rtol=0, atol=1e-15)
+    assert float(sums["entropy"][0]) == pytest.approx(entropies.sum().item(), rel=1e-12)
 
 
 def test_k3_is_never_negative() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -16,6 +18,10 @@ BATCHES: dict[str, tuple[str, Scored]] = {
     "grpo": ("grpo", policy_batch(POLICY)),
     "grpo, sequence means": ("grpo", policy_batch(POLICY, weights="sequence")),
     "ppo": ("grpo", policy_batch(POLICY, reference=False)),
+    "entropy bonus": (
+        "grpo",
+        replace(policy_batch({**POLICY, "entropy_bonus": 0.2}), entropies=torch.linspace(0.1, 3, 16).double()),
+    ),
     "cispo": ("grpo", policy_batch({**POLICY, "cispo": 1.0})),
     "gspo": ("gspo", policy_batch(POLICY)),
     "gspo, sequence means": ("gspo", policy_batch(POLICY, weights="sequence")),
