@@ -7,13 +7,14 @@ import math
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
+from harmony_core.client import losses
 from harmony_core.client.batching import Sample
 from harmony_core.client.inference_model import InferenceModel
+from harmony_core.client.losses import Accepted, Normalise
 from harmony_core.client.storage import save_live
 from harmony_core.errors import DataError, HarmonyError, NothingToTrain, SampleTooLong, UsageError
 from harmony_core.rpc.protocol import AbandonStep, Message, OptimStep, SetStep, StepMetrics
 from harmony_core.threads import StringThread, TokenizedThread
-from harmony_core.token_threads import GenerationRecord
 
 
 class TrainingModel(InferenceModel):
@@ -32,8 +33,8 @@ class TrainingModel(InferenceModel):
         Raises SampleTooLong, NothingToTrain, TokenizationError; the sample then leaves no trace.
         """
 
-        def build() -> tuple[Sample, float]:
-            tokenized = thread if isinstance(thread, TokenizedThread) else self._live.tokenizer.tokenize(thread)
+        def build() -> Accepted:
+            tokenized = self._tokenized(thread)
             tokens, weights = tokenized.token_ids, tokenized.token_weights
             total = sum(weights[1:])
             if total <= 0:
@@ -41,12 +42,10 @@ class TrainingModel(InferenceModel):
                     "the sample has no weighted token",
                     hint="give an assistant turn a weight, as with_weight_last_assistant_turn() does",
                 )
-            self._check_ids(tokens)
-            sampled = tokenized.generation
-            recorded = None if sampled is None else self._recorded(tokenized, sampled)
-            return Sample(tokens[:-1], tokens[1:], weights[1:], recorded), total
+            sample = Sample(tokens[:-1], tokens[1:], weights[1:], self._recorded(tokenized))
+            return Accepted([sample], "weighted tokens", total)
 
-        return self._accept(build, "weighted tokens")
+        return self._accept(build)
 
     def train_tangents(
         self,
@@ -65,7 +64,7 @@ class TrainingModel(InferenceModel):
         where there are none or the weights have changed since; the step's metrics compare them with the trainer's.
         """
 
-        def build() -> tuple[Sample, float]:
+        def build() -> Accepted:
             if image_patches:
                 raise DataError("image patches given to a text model")
             if not len(inp_tokens) == len(tangents) == len(tgt_tokens):
@@ -84,28 +83,69 @@ class TrainingModel(InferenceModel):
             if recorded is not None and len(recorded) != len(tgt_tokens):
                 raise DataError(f"{len(recorded)} sampler_logprobs for {len(tgt_tokens)} tgt_tokens")
             sample = Sample(list(inp_tokens), list(tgt_tokens), [float(t) for t in tangents], recorded)
-            return sample, float(nonzero if denominator is None else denominator)
+            if denominator is None:
+                return Accepted([sample], "tangents", float(nonzero))
+            return Accepted([sample], "given denominators", float(denominator))
 
-        return self._accept(build, "tangents" if denominator is None else "given denominators")
+        return self._accept(build)
 
-    def _accept(self, build: Callable[[], tuple[Sample, float]], unit: str) -> Coroutine[Any, Any, None]:
+    def train_grpo(
+        self,
+        thread: StringThread | TokenizedThread,
+        trajectory_logprobs: Sequence[float],
+        reference_logprobs: Sequence[float],
+        advantages: Sequence[float],
+        clip_range: float,
+        kl_beta: float,
+        *,
+        clip_range_high: float | None = None,
+        normalise: Normalise = "token",
+    ) -> Coroutine[Any, Any, None]:
+        """GRPO's clipped surrogate and k3 KL term; one number for each weighted token in every sequence."""
+
+        def build() -> Accepted:
+            tokenized = self._tokenized(thread)
+            return losses.grpo(
+                tokenized,
+                self._recorded(tokenized),
+                trajectory_logprobs=trajectory_logprobs,
+                reference_logprobs=reference_logprobs,
+                advantages=advantages,
+                clip_range=clip_range,
+                kl_beta=kl_beta,
+                clip_range_high=clip_range_high,
+                normalise=normalise,
+            )
+
+        return self._accept(build)
+
+    def _tokenized(self, thread: StringThread | TokenizedThread) -> TokenizedThread:
+        """The thread as tokens, which must be in the vocabulary."""
+        tokenized = thread if isinstance(thread, TokenizedThread) else self._live.tokenizer.tokenize(thread)
+        self._check_ids(tokenized.token_ids)
+        return tokenized
+
+    def _accept(self, build: Callable[[], Accepted]) -> Coroutine[Any, Any, None]:
         """Validate and queue now, so that the order of calls is the order of samples; report when awaited."""
         refused: HarmonyError | None = None
         if not self._live.placement.train:
             raise UsageError(f"model {self._live.name!r} was spawned for inference", hint="use spawn_train")
         try:
             self._live.require_ranks()
-            sample, amount = build()
-            self._check_length(sample)
-            self._live.accept(sample, unit, amount)
+            accepted = build()
+            self._check_length(accepted.samples)
+            self._live.accept(*accepted)
         except HarmonyError as error:
             refused = error
         return self._accepted(refused)
 
-    def _recorded(self, thread: TokenizedThread, record: GenerationRecord) -> list[float] | None:
+    def _recorded(self, thread: TokenizedThread) -> list[float] | None:
         """The sampler's log-prob of each target; NaN where it is not of this model, or of older weights."""
+        record = thread.generation
+        if record is None or record.model != self._live.name:
+            return None
         last = thread.token_turns[-1]
-        if record.model != self._live.name or len(record.logprobs) != last.end - last.start:
+        if len(record.logprobs) != last.end - last.start:
             return None
         present = self._live.present_version
         found = [math.nan] * (len(thread.token_ids) - 1)
@@ -114,12 +154,16 @@ class TrainingModel(InferenceModel):
                 found[place] = logprob
         return found
 
-    def _check_length(self, sample: Sample) -> None:
-        tokens = len(sample) + 1
-        limit = min(self._live.placement.max_batch_tokens, self._live.version.spec.max_positions)
+    def _check_length(self, samples: Sequence[Sample]) -> None:
+        """A sample must fit a micro-batch and the context; samples that belong together, one micro-batch."""
+        limit = self._live.placement.max_batch_tokens
+        tokens = sum(len(sample) + 1 for sample in samples)
+        if tokens <= limit:
+            tokens, limit = max(map(len, samples)) + 1, min(limit, self._live.version.spec.max_positions)
         if tokens > limit:
+            what = "sample has" if len(samples) == 1 else f"{len(samples)} sequences together have"
             raise SampleTooLong(
-                f"the sample has {tokens} tokens; {self._live.name!r} trains at most {limit} (max_batch_size)",
+                f"the {what} {tokens} tokens; {self._live.name!r} trains at most {limit} (max_batch_size)",
                 hint=f"spawn_train(..., max_batch_size={tokens}) or shorten it",
                 tokens=tokens,
                 limit=limit,
