@@ -109,7 +109,7 @@ class ModelBuilder:
         return self._with(dtype=dtype)
 
     def into_scoring_model(self) -> ModelBuilder:
-        """With a scalar head in place of the vocabulary's, as reward and value models have: it scores and cannot generate.
+        """With a scalar head in place of the vocabulary's, as reward and value models have: it scores only.
 
         A model that was stored with a scalar head keeps it, also without this call; for another one a new head is
         made, of zeros. With an adapter the head is trained whole beside it.

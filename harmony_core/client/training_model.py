@@ -12,12 +12,13 @@ from harmony_core.client.batching import Sample
 from harmony_core.client.inference_model import InferenceModel
 from harmony_core.client.losses import Accepted, Normalise
 from harmony_core.client.storage import save_live
+from harmony_core.client.value_training import ValueTraining, check_head
 from harmony_core.errors import DataError, HarmonyError, NothingToTrain, SampleTooLong, UsageError
 from harmony_core.rpc.protocol import AbandonStep, Message, OptimStep, SetStep, StepMetrics
 from harmony_core.threads import StringThread, TokenizedThread
 
 
-class TrainingModel(InferenceModel):
+class TrainingModel(ValueTraining, InferenceModel):
     """A live model with gradients and an optimizer. It also generates and scores, from the same weights.
 
     `train_*` calls take their place in the step when they are called and resolve once the sample is validated and
@@ -133,6 +134,7 @@ class TrainingModel(InferenceModel):
         try:
             self._live.require_ranks()
             accepted = build()
+            check_head(self._live.name, self._live.placement.scalar, accepted.samples[0].loss.name)
             self._check_length(accepted.samples)
             self._live.accept(*accepted)
         except HarmonyError as error:
@@ -157,9 +159,10 @@ class TrainingModel(InferenceModel):
     def _check_length(self, samples: Sequence[Sample]) -> None:
         """A sample must fit a micro-batch and the context; samples that belong together, one micro-batch."""
         limit = self._live.placement.max_batch_tokens
-        tokens = sum(len(sample) + 1 for sample in samples)
+        each = [sample.thread_tokens for sample in samples]
+        tokens = sum(each)
         if tokens <= limit:
-            tokens, limit = max(map(len, samples)) + 1, min(limit, self._live.version.spec.max_positions)
+            tokens, limit = max(each), min(limit, self._live.version.spec.max_positions)
         if tokens > limit:
             what = "sample has" if len(samples) == 1 else f"{len(samples)} sequences together have"
             raise SampleTooLong(
