@@ -14,7 +14,17 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-METRICS = ("Dkl", "inner_kl_div", "mse", "pg_clipfrac", "reward_accuracy", "reward_margin", "value_clipfrac")
+METRICS = (
+    "Dkl",
+    "chosen_rewards",
+    "inner_kl_div",
+    "mse",
+    "pg_clipfrac",
+    "rejected_rewards",
+    "reward_accuracy",
+    "reward_margin",
+    "value_clipfrac",
+)
 """Every name that a loss of ours may report: ranks add them up by their places in this list."""
 
 Sums = dict[str, tuple[Tensor, float]]
