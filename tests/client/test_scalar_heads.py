@@ -137,6 +137,42 @@ def test_a_scalar_adapter_shares_the_weights_of_a_policy(one_rank: LiveEngine) -
     one_rank.run(work())
 
 
+def test_a_head_is_found_where_it_was_stored(one_rank: LiveEngine) -> None:
+    async def work() -> None:
+        policy = await one_rank.client.model(TINY, kv_cache_len=512).with_adapter().spawn_train("policy", 256)
+        await policy.train_language_modelling(THREAD)
+        await policy.optim_step(1e-2, 0.0, 1.0)
+        # A policy's adapter as a critic's: a new head beside the A and B that it has.
+        critic = await scoring(one_rank, adapter=True, ref=await policy.save("tuned")).spawn_train("critic", 256)
+        assert await critic.score_last_token(THREAD) == 0
+        await rank_step(critic, preferences(4), 1e-2)
+        assert await critic.score_last_token(THREAD) != 0
+        # An adapter on a stored reward model begins with that one's head, and trains a head of its own.
+        full = await trained(one_rank, "full")
+        ref, score = await full.save("whole"), await full.score_last_token(THREAD)
+        lora = await one_rank.client.model(ref).with_adapter().spawn_train("lora", 256)
+        still = await one_rank.client.model(ref).spawn_inference("still")
+        assert await lora.score_last_token(THREAD) == await still.score_last_token(THREAD) == pytest.approx(score)
+        await rank_step(lora, preferences(12, 7), 1e-2)
+        moved = await lora.score_last_token(THREAD)
+        assert await still.score_last_token(THREAD) == pytest.approx(score) != moved
+        # What is loaded into a model that shares its weights with nobody else takes their place, head and all.
+        await rank_step(full, preferences(12, 8), 1e-2)
+        await still.load(await full.save("whole"))
+        assert await still.score_last_token(THREAD) == pytest.approx(await full.score_last_token(THREAD), abs=1e-5)
+        new = await scoring(one_rank).spawn_inference("new")
+        with pytest.raises(ModelRefused, match="a vocabulary head too"):
+            await new.load("whole")
+        tokens = (await lora.tokenize_thread(THREAD)).token_ids
+        stored = one_rank.registry.resolve(await lora.save("whole-lora"))
+        assert stored.kind == "scalar" and stored.base is not None and stored.base.ref == ref
+        assert elsewhere(stored, tokens)[-1] == pytest.approx(moved, abs=1e-5)
+        for live in (policy, critic, full, lora, still, new):
+            await live.dealloc()
+
+    one_rank.run(work())
+
+
 def test_full_weights_are_promised_as_they_are_held(one_rank: LiveEngine) -> None:
     async def work() -> None:
         since = len(one_rank.events)
@@ -159,7 +195,7 @@ def test_full_weights_are_promised_as_they_are_held(one_rank: LiveEngine) -> Non
 def test_a_reward_model_learns_a_preference(one_rank: LiveEngine, adapter: bool) -> None:
     async def work() -> None:
         model = await scoring(one_rank, adapter=adapter).spawn_train("reward", 512)
-        for step in range(25):
+        for step in range(20):
             metrics = await rank_step(model, preferences(32, seed=step), 3e-3)
         assert metrics["num_samples"] == 32 and metrics["num_tokens"] == 64
         held_out = preferences(100, seed=1000)
