@@ -22,7 +22,8 @@ SWALLOWED = {
     "harmony_core/engine/host.py": (1, "the edge of a request: an exception is sent back as data"),
     "harmony_core/engine/process.py": (1, "the edge of a rank"),
     "harmony_core/mapping.py": (2, "a failure of one item, by contract"),
-    "harmony_core/recipe.py": (2, "whatever a recipe's module and classes raise while they are loaded"),
+    "harmony_core/recipe.py": (1, "whatever the classes of a recipe raise while they are built"),
+    "harmony_core/recipe_file.py": (1, "whatever a recipe's module raises while it is imported"),
     "harmony_core/registry/content.py": (1, "tokenizers raises a bare Exception"),
     "harmony_core/tokenizer_files.py": (1, "tokenizers raises a bare Exception"),
 }

@@ -13,8 +13,27 @@ PLAIN = frozenset(
     (
         *("chat_template", "dataset_kinds", "dataset_lines", "datasets", "errors", "fragments", "frames", "home"),
         *("inline_metadata", "interruption", "ledger", "logging_table", "mapping", "memory", "messages", "model_kinds"),
-        *("model_families", "model_spec", "notifiers", "outcome", "parameters", "redaction", "registry", "rpc", "run"),
-        *("rl_utils", "schedulers", "thread_tools", "threads", "token_threads", "tokenization", "tokenizer_files"),
+        *(
+            "model_families",
+            "model_spec",
+            "notifiers",
+            "outcome",
+            "parameters",
+            "recipe_file",
+            "redaction",
+            "registry",
+            "rpc",
+        ),
+        *(
+            "rl_utils",
+            "run",
+            "schedulers",
+            "thread_tools",
+            "threads",
+            "token_threads",
+            "tokenization",
+            "tokenizer_files",
+        ),
         *("toolchain", "weight_files"),
     )
 )
@@ -27,10 +46,11 @@ ABOVE: dict[str, set[str]] = {
     "client": {"launch"},
     "config": set(),
     "context": {"client"},
-    "doctor": {"recipe"},
+    "doctor": set(),
     "execution": {"client", "context", "recipe"},
     "launch": {"config"},
     "loggers": set(),
+    "loss_checks": {"client", "engine.training"},
     "recipe": {"context"},
 }
 """What each part of the driver may import beside plain data."""
@@ -40,7 +60,7 @@ RANK: dict[str, set[str]] = {
     "engine.inference": {"engine.kernels", "engine.models", "errors", "rpc"},
     "engine.kernels": set(),
     "engine.models": {"engine.kernels", "errors", "rpc"},
-    "engine.training": {"engine.kernels", "engine.models", "errors", "rpc"},
+    "engine.training": {"engine.kernels", "engine.models", "errors", "recipe_file", "rpc"},
 }
 """The ranks' side: everything that it may import."""
 

@@ -122,8 +122,7 @@ def _attend(
         pages = table + tl.load(item + 3).to(tl.int64) * table_row
         newest = context - 1
         mine = real & (split == newest // SPLIT)
-        begin = split * SPLIT
-        end = tl.minimum(begin + SPLIT, newest)
+        begin, end = split * SPLIT, tl.minimum(split * SPLIT + SPLIT, newest)
         # All that waits for the item alone is asked for first; the loop's loads then depend on no other and overlap.
         index = split * (SPLIT // PAGE) + tl.arange(0, SPLIT // PAGE)
         held = tl.load(pages + index, mask=index * PAGE < end, other=0)
