@@ -8,14 +8,22 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from harmony_core.engine.training.losses import custom, policy, preference
+from harmony_core.engine.training.losses import custom, policy, preference, values
 from harmony_core.engine.training.losses.terms import LossFunction, Scored, Sums
 from harmony_core.errors import InternalError
 from harmony_core.rpc.protocol import CustomLoss
 
 CUSTOM = "custom"
 
-LOSSES: dict[str, LossFunction] = {"grpo": policy.grpo, "gspo": policy.gspo, "dpo": preference.dpo}
+LOSSES: dict[str, LossFunction] = {
+    "grpo": policy.grpo,
+    "gspo": policy.gspo,
+    "dpo": preference.dpo,
+    "mse": values.squared_error,
+    "mse_per_token": values.squared_error,
+    "trust_region_mse": values.trust_region_squared_error,
+    "ranking": values.ranking,
+}
 
 
 def evaluate(loss: str, scored: Scored, source: CustomLoss | None = None) -> tuple[float, Tensor, Sums]:
