@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from harmony_core.client.batching import WINDOW_BATCHES, Sample, SampleQueue, pack
+from harmony_core.client.batching import WINDOW_BATCHES, Loss, Sample, SampleQueue, pack
 
 
 def sample(length: int) -> Sample:
@@ -50,3 +50,27 @@ def test_a_full_window_is_cut_and_the_rest_waits() -> None:
     assert queue.add(sample(3)) == []
     assert [len(b) for b in queue.cut()] == [1]
     assert queue.cut() == []
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_groups_stay_together_and_kinds_apart(seed: int) -> None:
+    draw = random.Random(seed)
+    kinds = [Loss(), Loss("grpo", (("clip", 0.1),)), Loss("grpo", (("clip", 0.2),)), Loss("dpo", group=2)]
+    queue = SampleQueue(capacity=40, replicas=2)
+    given: list[list[Sample]] = []
+    cut: list[list[Sample]] = []
+    for _ in range(60):
+        loss = draw.choice(kinds)
+        fields = {"a": [0.0]} if loss.name == "grpo" and draw.random() < 0.5 else {}
+        lengths = [draw.randint(1, 20) for _ in range(loss.group)]
+        group = [Sample([0] * n, [0] * n, [1.0] * n, None, loss, fields) for n in lengths]
+        given.append(group)
+        cut += queue.add(*group)
+    cut += queue.cut()
+    assert sorted(id(s) for batch in cut for s in batch) == sorted(id(s) for group in given for s in group)
+    partner = {id(one): id(two) for one, two in (group for group in given if len(group) == 2)}
+    for batch in cut:
+        assert sum(map(len, batch)) <= 40
+        assert len({sample.kind for sample in batch}) == 1
+        if batch[0].loss.group == 2:
+            assert [partner[id(s)] for s in batch[::2]] == [id(s) for s in batch[1::2]]

@@ -1,0 +1,75 @@
+"""Losses and entropies on a CUDA device are those of the CPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device", allow_module_level=True)
+
+from engine.training.losses.test_table import BATCHES
+from harmony_core.engine.models.heads import linear_logprob_loss, token_logprobs, token_logprobs_and_entropies
+from harmony_core.engine.models.loading import load_model
+from harmony_core.engine.models.parallel import TensorParallel
+from harmony_core.engine.training.losses.table import evaluate_all
+from harmony_core.engine.training.losses.terms import Scored
+from tiny_models import build
+
+pytestmark = pytest.mark.gpu
+
+DEVICE = torch.device("cuda", 0)
+
+
+def there(scored: Scored) -> Scored:
+    """The same batch on the device."""
+    return replace(
+        scored,
+        values=scored.values.to(DEVICE),
+        weights=scored.weights.to(DEVICE),
+        fields={name: values.to(DEVICE) for name, values in scored.fields.items()},
+        entropies=None if scored.entropies is None else scored.entropies.to(DEVICE),
+    )
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_losses_are_those_of_the_cpu(name: str) -> None:
+    loss, scored = BATCHES[name]
+    total, directions, sums = evaluate_all(loss, scored)
+    found, others, metrics = evaluate_all(loss, there(scored))
+    assert found == pytest.approx(total, rel=1e-12)
+    for mine, other in zip(others, directions, strict=True):
+        torch.testing.assert_close(mine.cpu(), other, rtol=1e-12, atol=1e-14)
+    for metric, (amount, count) in sums.items():
+        assert float(metrics[metric][0]) == pytest.approx(float(amount), rel=1e-12) and metrics[metric][1] == count
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 1e-4), (torch.bfloat16, 2e-2)]
+)
+def test_entropies_and_their_gradients_are_those_of_the_cpu(
+    tmp_path: Path, dtype: torch.dtype, tolerance: float
+) -> None:
+    directory = build(tmp_path, "llama")
+    models = [load_model(directory, TensorParallel.single(), d, dtype) for d in (torch.device("cpu"), DEVICE)]
+    hidden = torch.randn(50, 32, dtype=torch.float64).to(dtype)
+    targets, weights, bonus = torch.randint(0, 67, (50,)), torch.randn(50).double(), torch.rand(50).double()
+    found = []
+    for model in models:
+        model.trainable_parameters(None)
+        leaf = hidden.to(model.device).requires_grad_()
+        at = targets.to(model.device)
+        loss, _ = linear_logprob_loss(
+            model, leaf, at, weights.to(model.device), chunk=16, entropy=bonus.to(model.device)
+        )
+        loss.backward()  # type: ignore[no-untyped-call]
+        logprobs, entropies = token_logprobs_and_entropies(model, leaf.detach(), at, chunk=16)
+        plain = token_logprobs(model, leaf.detach(), at)
+        assert (plain - logprobs).abs().max() < tolerance
+        assert leaf.grad is not None
+        found.append([loss.detach(), logprobs, entropies, leaf.grad])
+    for mine, other in zip(found[1], found[0], strict=True):
+        assert (mine.cpu() - other).abs().max() <= tolerance * max(1.0, other.abs().max().item())
