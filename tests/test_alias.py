@@ -16,9 +16,9 @@ FOLDER = Path(adaptive_harmony.__file__).parent
 
 DOCUMENTED = {
     "adaptive_harmony": """
-        CombinedSchedule CosineScheduler CosineSchedulerWithoutWarmup DataSet HarmonyClient InferenceModel JobNotifier
-        Logger ModelBuilder Scheduler StageNotifier StdoutJobNotifier StdoutStageNotifier StringThread StringTurn
-        TokenizedThread TrainingModel get_client parameters runtime
+        CombinedSchedule CosineScheduler CosineSchedulerWithoutWarmup DataSet Grade HarmonyClient InferenceModel
+        JobNotifier Logger ModelBuilder Scheduler StageNotifier StdoutJobNotifier StdoutStageNotifier StringThread
+        StringTurn TokenizedThread TrainingModel get_client parameters runtime
     """,
     "adaptive_harmony.parameters": "Dataset Grader Model dataset_kinds model_kinds",
     "adaptive_harmony.runtime": """
@@ -29,6 +29,10 @@ DOCUMENTED = {
     "adaptive_harmony.runtime.data": "InputConfig",
     "adaptive_harmony.runtime.decorators": "recipe_main",
     "adaptive_harmony.runtime.simple_notifier": "SimpleProgressNotifier",
+    "adaptive_harmony.graders": "BaseGrader Grade",
+    "adaptive_harmony.graders.base_grader": "BaseGrader",
+    "adaptive_harmony.graders.exceptions": "IgnoreGradeException",
+    "adaptive_harmony.graders.utils": "FailedJudgeLog SuccessJudgeLog",
     "adaptive_harmony.common": "SFT RecipeCallback",
     "adaptive_harmony.common.sft": "SFT",
     "adaptive_harmony.common.callbacks": "RecipeCallback invoke_callbacks",

@@ -21,14 +21,15 @@ PLAIN = frozenset(
 """Plain data: no models, no ranks. These may import each other, without cycles."""
 
 ABOVE: dict[str, set[str]] = {
-    "adaptive_harmony": {"algorithms", "client", "context", "loggers", "recipe"},
-    "algorithms": {"loggers"},
+    "adaptive_harmony": {"algorithms", "client", "context", "graders", "loggers", "recipe"},
+    "algorithms": {"graders", "loggers"},
     "cli": {"config", "doctor", "execution", "recipe"},
     "client": {"launch"},
     "config": set(),
     "context": {"client"},
     "doctor": {"recipe"},
     "execution": {"client", "context", "recipe"},
+    "graders": set(),
     "launch": {"config"},
     "loggers": set(),
     "recipe": {"context"},
