@@ -1,6 +1,30 @@
 """Training classes: what to learn and from what. No tensors here."""
 
 from harmony_core.algorithms.callbacks import RecipeCallback, invoke_callbacks
+from harmony_core.algorithms.dpo import DPO
+from harmony_core.algorithms.evaluating import (
+    CheckpointCallback,
+    GenerateSamplesCallback,
+    GraderEvalCallback,
+    ValidationLossCallback,
+)
+from harmony_core.algorithms.grpo import GRPO
+from harmony_core.algorithms.gspo import GSPO
+from harmony_core.algorithms.ppo import PPO
+from harmony_core.algorithms.reward_modelling import RewardModelling
 from harmony_core.algorithms.sft import SFT
 
-__all__ = ["SFT", "RecipeCallback", "invoke_callbacks"]
+__all__ = [
+    "DPO",
+    "GRPO",
+    "GSPO",
+    "PPO",
+    "SFT",
+    "CheckpointCallback",
+    "GenerateSamplesCallback",
+    "GraderEvalCallback",
+    "RecipeCallback",
+    "RewardModelling",
+    "ValidationLossCallback",
+    "invoke_callbacks",
+]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -68,6 +68,7 @@ class GRPO:
     counted in `percentage_no_advantages`. The policy's log-probs are the sampler's own. With `kl_beta=0` there is no
     reference model.
 
+    `loss_options` are further keyword arguments of `train_grpo`: asymmetric and dual clipping, other normalisations.
     With `use_tangents` the same gradient goes through `train_tangents`, and `policy/pg_clipfrac`,
     `policy/inner_kl_div` and `policy/Dkl` are measured at the price of a forward pass.
     """
@@ -98,9 +99,15 @@ class GRPO:
         checkpoint_frequency: float = 0.2,
         data_seed: int = 42,
         use_tangents: bool = False,
+        *,
+        loss_options: Mapping[str, Any] | None = None,
     ) -> None:
         if checkpoint_restore_data is not None:
-            raise UsageError("GRPO cannot resume from a checkpoint", hint="leave checkpoint_restore_data out")
+            raise UsageError(
+                f"{type(self).__name__} cannot resume from a checkpoint", hint="leave checkpoint_restore_data out"
+            )
+        if use_tangents and loss_options:
+            raise UsageError("loss_options are those of the model's own loss", hint="leave use_tangents out")
         check_sizes(samples_per_batch, completions_per_sample, samples_per_mini_batch, mini_epochs_per_batch)
         self.model = model
         self.grader = grader
@@ -118,6 +125,7 @@ class GRPO:
         self.skip_nan_gradients = skip_nan_gradients
         self.data_seed = data_seed
         self.use_tangents = use_tangents
+        self.loss_options = dict(loss_options or {})
         prompts_per_batch = samples_per_batch // completions_per_sample
         self.feed = BatchFeed(prompts_of(dataset), prompts_per_batch, epochs, data_seed, steps=max_num_grpo_steps)
 
@@ -187,7 +195,13 @@ class GRPO:
     async def _train_sample(self, sample: Sample) -> None:
         completion, clip, beta = sample.completion, self.clip_range, self.kl_beta
         await self.model.train_grpo(
-            completion.thread, completion.logprobs, completion.ref_logprobs, sample.advantages, clip, beta
+            completion.thread,
+            completion.logprobs,
+            completion.ref_logprobs,
+            sample.advantages,
+            clip,
+            beta,
+            **self.loss_options,
         )
 
     async def _direction(self, sample: Sample) -> Direction:
