@@ -11,19 +11,43 @@ to keep the ranks busy while the recipe still submits."""
 
 
 @dataclass(frozen=True)
+class Loss:
+    """What samples must have in common to share a micro-batch: `MicroBatch.loss`, `.settings` and `.group`."""
+
+    name: str = "linear"
+    settings: tuple[tuple[str, float], ...] = ()
+    group: int = 1
+
+
+LINEAR = Loss()
+
+
+@dataclass(frozen=True)
 class Sample:
-    """One sequence to train on: inputs, their targets, and -dL/dlogprob for each target.
+    """One sequence to train on: inputs, their targets, and a coefficient for each target, as in `MicroBatch`.
 
     `sampler_logprobs`: what the sampler recorded of the targets under the present weights, NaN where there is none.
+    `fields`: one value for each target whose coefficient is not 0.
     """
 
     tokens: list[int]
     targets: list[int]
     coefficients: list[float]
     sampler_logprobs: list[float] | None = None
+    loss: Loss = LINEAR
+    fields: dict[str, list[float]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    @property
+    def kind(self) -> tuple[Loss, frozenset[str]]:
+        """Equal for samples that may share a micro-batch."""
+        return self.loss, frozenset(self.fields)
+
+
+Group = list[Sample]
+"""Samples that belong together, such as a pair: never split."""
 
 
 @dataclass
@@ -64,26 +88,35 @@ def pack(lengths: Sequence[int], capacity: int, multiple_of: int = 1) -> list[li
 
 
 class SampleQueue:
-    """Samples waiting to be cut into micro-batches of at most `capacity` tokens."""
+    """Samples waiting to be cut into micro-batches of at most `capacity` tokens, each of samples of one kind."""
 
     def __init__(self, capacity: int, replicas: int) -> None:
         self._capacity = capacity
         self._replicas = replicas
-        self._pending: list[Sample] = []
+        self._pending: list[Group] = []
         self._tokens = 0
 
-    def add(self, sample: Sample) -> list[list[Sample]]:
-        """Queue a sample; the micro-batches that a full window makes, if it is one."""
-        self._pending.append(sample)
-        self._tokens += len(sample)
+    def add(self, *group: Sample) -> list[list[Sample]]:
+        """Queue samples that belong together; the micro-batches that a full window makes, if it is one."""
+        self._pending.append(list(group))
+        self._tokens += _tokens(group)
         if self._tokens < WINDOW_BATCHES * self._replicas * self._capacity:
             return []
         return self.cut()
 
     def cut(self) -> list[list[Sample]]:
         """Everything pending, as micro-batches."""
-        batches = pack([len(s) for s in self._pending], self._capacity, self._replicas)
-        cut = [[self._pending[i] for i in batch] for batch in batches]
+        kinds: dict[tuple[Loss, frozenset[str]], list[Group]] = {}
+        for group in self._pending:
+            kinds.setdefault(group[0].kind, []).append(group)
+        cut: list[list[Sample]] = []
+        for groups in kinds.values():
+            bins = pack([_tokens(g) for g in groups], self._capacity, self._replicas)
+            cut += [[sample for i in members for sample in groups[i]] for members in bins]
         self._pending = []
         self._tokens = 0
         return cut
+
+
+def _tokens(group: Sequence[Sample]) -> int:
+    return sum(map(len, group))

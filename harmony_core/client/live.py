@@ -7,6 +7,7 @@ import hashlib
 import math
 import sys
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
@@ -157,18 +158,19 @@ class LiveModel:
 
     # --- training ---------------------------------------------------------------------------------------------
 
-    def accept(self, sample: Sample, unit: str, amount: float) -> None:
-        """Queue a validated sample that adds `amount` of `unit` to the step's denominator."""
+    def accept(self, group: Sequence[Sample], unit: str, amount: float) -> None:
+        """Queue validated samples that belong together and add `amount` of `unit` to the step's denominator."""
         self.require_ranks()
         self.pending.totals[unit] = self.pending.totals.get(unit, 0.0) + amount
         self.pending.samples += 1
-        self._send(self.pending.queue.add(sample))
+        self._send(self.pending.queue.add(*group))
 
     def _send(self, batches: list[list[Sample]]) -> None:
         pending = self.pending
         for batch in batches:
             replica = pending.next_batch % self.replicas
             pending.next_batch += 1
+            loss = batch[0].loss
             message = MicroBatch(
                 model=self.name,
                 replica=replica,
@@ -177,6 +179,10 @@ class LiveModel:
                 coefficients=pack_doubles(c for s in batch for c in s.coefficients),
                 lengths=pack_ints(len(s) for s in batch),
                 sampler_logprobs=_sampler_logprobs(batch),
+                loss=loss.name,
+                settings=dict(loss.settings),
+                fields={name: pack_doubles(x for s in batch for x in s.fields[name]) for name in batch[0].fields},
+                group=loss.group,
             )
             request = self.post(replica, message, sum(map(len, batch)))
             pending.batches.append(request)

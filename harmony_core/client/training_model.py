@@ -3,134 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import math
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Coroutine
 from typing import Any
 
-from harmony_core.client.batching import Sample
 from harmony_core.client.inference_model import InferenceModel
 from harmony_core.client.storage import save_live
-from harmony_core.errors import DataError, HarmonyError, NothingToTrain, SampleTooLong, UsageError
+from harmony_core.client.training_samples import SampleTaker
+from harmony_core.errors import HarmonyError, UsageError
 from harmony_core.rpc.protocol import AbandonStep, Message, OptimStep, SetStep, StepMetrics
-from harmony_core.threads import StringThread, TokenizedThread
-from harmony_core.token_threads import GenerationRecord
 
 
-class TrainingModel(InferenceModel):
+class TrainingModel(SampleTaker):
     """A live model with gradients and an optimizer. It also generates and scores, from the same weights.
 
     `train_*` calls take their place in the step when they are called and resolve once the sample is validated and
     queued; the ranks work meanwhile. Gradients add up un-normalised; `optim_step` divides once, by the total over
     all samples and replicas, so that splitting, packing and data parallelism never change a step.
     """
-
-    # --- samples ----------------------------------------------------------------------------------------------
-
-    def train_language_modelling(self, thread: StringThread | TokenizedThread) -> Coroutine[Any, Any, None]:
-        """Cross-entropy on the thread's weighted tokens, normalised by the sum of weights.
-
-        Raises SampleTooLong, NothingToTrain, TokenizationError; the sample then leaves no trace.
-        """
-
-        def build() -> tuple[Sample, float]:
-            tokenized = thread if isinstance(thread, TokenizedThread) else self._live.tokenizer.tokenize(thread)
-            tokens, weights = tokenized.token_ids, tokenized.token_weights
-            total = sum(weights[1:])
-            if total <= 0:
-                raise NothingToTrain(
-                    "the sample has no weighted token",
-                    hint="give an assistant turn a weight, as with_weight_last_assistant_turn() does",
-                )
-            self._check_ids(tokens)
-            sampled = tokenized.generation
-            recorded = None if sampled is None else self._recorded(tokenized, sampled)
-            return Sample(tokens[:-1], tokens[1:], weights[1:], recorded), total
-
-        return self._accept(build, "weighted tokens")
-
-    def train_tangents(
-        self,
-        inp_tokens: Sequence[int],
-        image_patches: Sequence[tuple[int, bytes]],
-        tangents: Sequence[float],
-        tgt_tokens: Sequence[int],
-        denominator: float | None = None,
-        *,
-        sampler_logprobs: Sequence[float] | None = None,
-    ) -> Coroutine[Any, Any, None]:
-        """Any loss through its ascent direction: tangents[t] = -dL/dlogprob(tgt_tokens[t] | inp_tokens[:t+1]).
-
-        The step divides by `denominator` summed over samples; its default is the number of non-zero tangents.
-        `sampler_logprobs`: the raw log-probs of tgt_tokens that were recorded when this model generated them, NaN
-        where there are none or the weights have changed since; the step's metrics compare them with the trainer's.
-        """
-
-        def build() -> tuple[Sample, float]:
-            if image_patches:
-                raise DataError("image patches given to a text model")
-            if not len(inp_tokens) == len(tangents) == len(tgt_tokens):
-                raise DataError(
-                    f"inp_tokens, tangents and tgt_tokens must be of one length, not {len(inp_tokens)}, "
-                    f"{len(tangents)} and {len(tgt_tokens)}"
-                )
-            self._check_ids(inp_tokens)
-            self._check_ids(tgt_tokens)
-            nonzero = sum(1 for t in tangents if t != 0)
-            if nonzero == 0 and denominator is None:
-                raise NothingToTrain("all tangents are zero", hint="leave the sample out, or give a denominator")
-            if denominator is not None and denominator < 0:
-                raise DataError(f"denominator must be 0 or more, not {denominator}")
-            recorded = None if sampler_logprobs is None else [float(x) for x in sampler_logprobs]
-            if recorded is not None and len(recorded) != len(tgt_tokens):
-                raise DataError(f"{len(recorded)} sampler_logprobs for {len(tgt_tokens)} tgt_tokens")
-            sample = Sample(list(inp_tokens), list(tgt_tokens), [float(t) for t in tangents], recorded)
-            return sample, float(nonzero if denominator is None else denominator)
-
-        return self._accept(build, "tangents" if denominator is None else "given denominators")
-
-    def _accept(self, build: Callable[[], tuple[Sample, float]], unit: str) -> Coroutine[Any, Any, None]:
-        """Validate and queue now, so that the order of calls is the order of samples; report when awaited."""
-        refused: HarmonyError | None = None
-        if not self._live.placement.train:
-            raise UsageError(f"model {self._live.name!r} was spawned for inference", hint="use spawn_train")
-        try:
-            self._live.require_ranks()
-            sample, amount = build()
-            self._check_length(sample)
-            self._live.accept(sample, unit, amount)
-        except HarmonyError as error:
-            refused = error
-        return self._accepted(refused)
-
-    def _recorded(self, thread: TokenizedThread, record: GenerationRecord) -> list[float] | None:
-        """The sampler's log-prob of each target; NaN where it is not of this model, or of older weights."""
-        last = thread.token_turns[-1]
-        if record.model != self._live.name or len(record.logprobs) != last.end - last.start:
-            return None
-        present = self._live.present_version
-        found = [math.nan] * (len(thread.token_ids) - 1)
-        for place, (logprob, version) in enumerate(zip(record.logprobs, record.versions, strict=True), last.start - 1):
-            if version == present:
-                found[place] = logprob
-        return found
-
-    def _check_length(self, sample: Sample) -> None:
-        tokens = len(sample) + 1
-        limit = min(self._live.placement.max_batch_tokens, self._live.version.spec.max_positions)
-        if tokens > limit:
-            raise SampleTooLong(
-                f"the sample has {tokens} tokens; {self._live.name!r} trains at most {limit} (max_batch_size)",
-                hint=f"spawn_train(..., max_batch_size={tokens}) or shorten it",
-                tokens=tokens,
-                limit=limit,
-            )
-
-    async def _accepted(self, refused: HarmonyError | None) -> None:
-        if refused is not None:
-            raise refused
-        await self._live.room()
-
-    # --- steps ------------------------------------------------------------------------------------------------
 
     def optim_step(
         self,

@@ -273,10 +273,12 @@ class Scored(Message):
 
 
 class MicroBatch(Message):
-    """Samples back to back, at most `max_batch_tokens` tokens. The loss is -sum(coefficient * logprob(target)).
+    """Samples back to back, at most `max_batch_tokens` tokens, and the loss that they contribute to.
 
-    tokens, targets: int32; coefficients: float64; lengths: int32, one for each sample. A coefficient is a
-    token's weight (language modelling) or its tangent; positions with coefficient 0 are not scored.
+    tokens, targets: int32; coefficients: float64; lengths: int32, one for each sample. Positions with coefficient 0
+    are not scored. The loss "linear" is -sum(coefficient * logprob(target)): a coefficient is a token's weight
+    (language modelling) or its tangent. Every other loss is a function of all scored tokens, in which a coefficient
+    is the weight of its token.
     sampler_logprobs: float32, or empty: what the sampler recorded of each target under the present weights (raw
     distribution), to be compared with; NaN where there is none.
     """
@@ -288,13 +290,21 @@ class MicroBatch(Message):
     coefficients: bytes
     lengths: bytes
     sampler_logprobs: bytes = b""
+    loss: str = "linear"
+    """A name in the ranks' table of losses."""
+    settings: dict[str, float] = {}
+    """The loss's hyper-parameters, the same for all samples."""
+    fields: dict[str, bytes] = {}
+    """float64, one for each scored position, in order; a sample's scalar is repeated."""
+    group: int = 1
+    """So many adjacent samples belong together: 2 for pairs."""
 
 
 class MicroBatchDone(Message):
     """What came back from one forward and backward pass."""
 
     numerator: float
-    """Sum of -coefficient * logprob."""
+    """The loss, summed."""
     tokens: int
     samples: int
     seconds: float

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from harmony_core.engine.training.losses.terms import Scored
 from harmony_core.errors import DataError, InternalError
 from harmony_core.rpc.protocol import MicroBatch
 
@@ -29,6 +31,18 @@ class PackedBatch:
     lengths: tuple[int, ...]
     sampled: tuple[Tensor, Tensor] | None = None
     """`[K]` long, `[K]` float64: of which of the N the sampler's log-prob is known, and that. None: of none."""
+    counts: tuple[int, ...] = ()
+    """How many of the N each sample has."""
+    loss: str = "linear"
+    settings: Mapping[str, float] = field(default_factory=dict)
+    fields: Mapping[str, Tensor] = field(default_factory=dict)
+    """`[N]` float64 by name: what the loss is given of each scored position."""
+    group: int = 1
+    """So many adjacent samples belong together."""
+
+    def given(self, values: Tensor) -> Scored:
+        """What the loss is given, with the log-probs or values `[N]` of the scored positions."""
+        return Scored(values, self.coefficients, self.counts, self.fields, self.settings, self.group)
 
 
 def unpack(batch: MicroBatch, vocab_size: int, device: torch.device) -> PackedBatch:
@@ -55,6 +69,13 @@ def unpack(batch: MicroBatch, vocab_size: int, device: torch.device) -> PackedBa
     sampler = np.frombuffer(batch.sampler_logprobs, "<f4").astype(np.float64)
     if sampler.size not in (0, tokens.size):
         raise InternalError(f"a micro-batch of {tokens.size} tokens and {sampler.size} log-probs of the sampler")
+    fields = {name: np.frombuffer(data, "<f8").astype(np.float64) for name, data in batch.fields.items()}
+    for name, values in fields.items():
+        if values.size != scored.size:
+            raise InternalError(f"a micro-batch of {scored.size} scored tokens and {values.size} values of {name!r}")
+    if batch.group < 1 or lengths.size % batch.group:
+        raise InternalError(f"a micro-batch of {lengths.size} samples in groups of {batch.group}")
+    each = np.diff(np.searchsorted(scored, np.concatenate([[0], np.cumsum(lengths)])))
     (known,) = np.nonzero(np.isfinite(sampler[scored])) if sampler.size else (np.empty(0, np.int64),)
 
     def there(values: np.ndarray[tuple[int], np.dtype[Any]]) -> Tensor:
@@ -70,4 +91,9 @@ def unpack(batch: MicroBatch, vocab_size: int, device: torch.device) -> PackedBa
         coefficients=there(coefficients[scored]),
         lengths=tuple(lengths.tolist()),
         sampled=(there(known), there(sampler[scored][known])) if known.size else None,
+        counts=tuple(each.tolist()),
+        loss=batch.loss,
+        settings=batch.settings,
+        fields={name: there(values) for name, values in fields.items()},
+        group=batch.group,
     )

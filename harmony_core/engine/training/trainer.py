@@ -18,12 +18,14 @@ import torch
 import torch.distributed as dist
 
 from harmony_core.engine.models.context import ForwardContext, PackedAttention, forward_context
-from harmony_core.engine.models.heads import linear_logprob_loss
+from harmony_core.engine.models.heads import linear_logprob_loss, token_logprobs
 from harmony_core.engine.models.model import CausalLM
 from harmony_core.engine.training import state_files
 from harmony_core.engine.training.agreement import Agreement, metrics
 from harmony_core.engine.training.gradients import FlatGradients
 from harmony_core.engine.training.heap import LARGE_BYTES, kept_while_it_runs
+from harmony_core.engine.training.losses.metrics import MetricSums, means
+from harmony_core.engine.training.losses.table import evaluate
 from harmony_core.engine.training.optimizer import AdamW
 from harmony_core.engine.training.packing import PackedBatch, unpack
 from harmony_core.errors import EngineError, InternalError, NothingToTrain, StepFailed, UsageError
@@ -54,6 +56,7 @@ class Trainer:
         # A trained adapter's dropout is not the sampler's: there would be nothing to learn from a difference.
         self._comparable = adapter is None or not model.adapters[adapter].settings.dropout
         self._agreement = Agreement(model.device)
+        self._metrics = MetricSums(model.device)
         self._failed = False
         self._reset_counts()
 
@@ -96,11 +99,11 @@ class Trainer:
         self._micro_batches += 1
         self._numerator += numerator
         self._weighted += packed.targets.numel()
-        self._samples += len(packed.lengths)
+        self._samples += len(packed.lengths) // packed.group
         return MicroBatchDone(
             numerator=numerator,
             tokens=packed.tokens.numel(),
-            samples=len(packed.lengths),
+            samples=len(packed.lengths) // packed.group,
             seconds=time.perf_counter() - started,
         )
 
@@ -117,7 +120,7 @@ class Trainer:
         with self._cleared_afterwards():
             self.gradients.check_attached()
             self.gradients.reduce(self.dp_group)
-            numerator, weighted, samples, squares, agreement = self._totals()
+            numerator, weighted, samples, squares, reported = self._totals()
             denominator = self._denominator(request, samples)
             norm = math.sqrt(squares) / denominator
             skipped = not math.isfinite(norm) and self._refuse_or_skip(request)
@@ -136,7 +139,7 @@ class Trainer:
             "skipped": float(skipped),
             "step": float(self.step),
             "seconds": time.perf_counter() - started,
-            **agreement,
+            **reported,
         }
 
     def abandon(self) -> None:
@@ -187,7 +190,11 @@ class Trainer:
                 self.gradients.buffer.copy_(kept)
 
     def _forward_backward(self, packed: PackedBatch, seed: int) -> float:
-        """Adds the gradient of -sum(coefficient * logprob); returns that sum, in float64."""
+        """Adds the gradient of the micro-batch's loss; returns that loss, in float64.
+
+        A loss that is not linear takes two passes over the head: log-probs, from which follows the loss's gradient
+        with respect to them, and then the linear loss that has this gradient.
+        """
         if not packed.targets.numel():
             return 0.0
         # An adapter's micro-batch keeps so little that what it frees would be most of its memory.
@@ -199,8 +206,13 @@ class Trainer:
             hidden = self.model.hidden_states(packed.tokens, packed.positions)
             give_back()
             scored = hidden if packed.rows is None else hidden.index_select(0, packed.rows)
+            numerator, coefficients = None, packed.coefficients
+            if packed.loss != "linear":
+                logprobs = token_logprobs(self.model, scored, packed.targets)
+                numerator, coefficients, sums = evaluate(packed.loss, packed.given(logprobs))
+                self._metrics.add(sums)
             loss, logprobs = linear_logprob_loss(
-                self.model, scored, packed.targets, packed.coefficients, into=self._head_gradient
+                self.model, scored, packed.targets, coefficients, into=self._head_gradient
             )
             # The loss has its gradients already; the backward pass needs the room.
             del hidden, scored
@@ -208,7 +220,7 @@ class Trainer:
             loss.backward()  # type: ignore[no-untyped-call]
         if packed.sampled is not None and self._comparable:
             self._agreement.add(logprobs, *packed.sampled)
-        return -float((packed.coefficients * logprobs.double()).sum().item())
+        return -float((coefficients * logprobs.double()).sum().item()) if numerator is None else numerator
 
     def _dropout_seed(self, batch: MicroBatch) -> int:
         """Alike on the tensor-parallel ranks of a replica, another one for every micro-batch."""
@@ -221,6 +233,7 @@ class Trainer:
         self._weighted = 0
         self._samples = 0
         self._agreement.clear()
+        self._metrics.clear()
 
     @contextmanager
     def _cleared_afterwards(self) -> Iterator[None]:
@@ -240,18 +253,20 @@ class Trainer:
         return request.denominator
 
     def _totals(self) -> tuple[float, float, float, float, dict[str, float]]:
-        """Numerator, weighted tokens, samples, the reduced gradients' sum of squares, and the sampler's metrics.
+        """Numerator, weighted tokens, samples, the reduced gradients' sum of squares, and the other metrics.
 
         Over all replicas. The one place in a step where the host waits for the device.
         """
         counts = torch.tensor([self._numerator, self._weighted, self._samples], dtype=torch.float64)
-        sums = torch.cat([counts.to(self.model.device), self._agreement.sums])
+        sums = torch.cat([counts.to(self.model.device), self._agreement.sums, self._metrics.sums])
         if self.dp_group is not None:
             dist.all_reduce(sums, group=self.dp_group)
             dist.all_reduce(self._agreement.most, dist.ReduceOp.MAX, group=self.dp_group)
         found = torch.cat([self.gradients.squared_norm()[None], self._agreement.most, sums]).tolist()
-        squares, most, numerator, weighted, samples, *agreement = found
-        return numerator, weighted, samples, squares, metrics(agreement, most)
+        squares, most, numerator, weighted, samples, *others = found
+        compared = len(self._agreement.sums)
+        reported = metrics(others[:compared], most) | means(others[compared:])
+        return numerator, weighted, samples, squares, reported
 
     def _refuse_or_skip(self, request: OptimStep) -> bool:
         """With a norm that is not finite, the same on every rank: True to skip the step."""
