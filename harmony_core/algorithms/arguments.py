@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from functools import wraps
+from functools import update_wrapper
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 from harmony_core.loggers import Logger
@@ -27,7 +27,6 @@ def logs_arguments(init: Callable[Concatenate[S, P], None]) -> Callable[Concaten
     """
     signature = inspect.signature(init)
 
-    @wraps(init)
     def construct(self: S, *args: P.args, **kwargs: P.kwargs) -> None:
         init(self, *args, **kwargs)
         bound = signature.bind(self, *args, **kwargs)
@@ -38,4 +37,5 @@ def logs_arguments(init: Callable[Concatenate[S, P], None]) -> Callable[Concaten
                 config[name] = value
         self.logger.log_config(config)
 
+    update_wrapper(construct, init)
     return construct

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from harmony_core.algorithms.advantages import discounted_cumulative_rewards, explained_variance, gae_advantages
+from harmony_core.algorithms.advantages import explained_variance
 from harmony_core.algorithms.arguments import logs_arguments
 from harmony_core.algorithms.callbacks import RecipeCallback
 from harmony_core.algorithms.feeding import BatchFeed, Unusable, settle
@@ -22,6 +22,7 @@ from harmony_core.graders import BaseGrader
 from harmony_core.loggers import Logger, StdoutLogger
 from harmony_core.mapping import async_map, get_minibatches
 from harmony_core.notifiers import StageNotifier, StdoutJobNotifier
+from harmony_core.rl_utils import discounted_cumulative_rewards, gae_advantages
 from harmony_core.schedulers import CombinedSchedule, CosineScheduler, Scheduler
 from harmony_core.threads import StringThread
 

@@ -1,5 +1,0 @@
-"""Advantages and returns."""
-
-from harmony_core.algorithms.advantages import discounted_cumulative_rewards, gae_advantages, gae_td_returns
-
-__all__ = ["discounted_cumulative_rewards", "gae_advantages", "gae_td_returns"]
