@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from harmony_core.ledger import Ledger, Plan, format_size, host_capacity, parse_assume, parse_size
-from harmony_core.model_spec import ModelSpec, fitting_tp
+from harmony_core.model_spec import LocalSizes, ModelSpec, fitting_tp
 from harmony_core.rpc.protocol import LoraSettings
 
 __all__ = [
@@ -67,6 +67,7 @@ class Shape:
 
     `lora` holds the settings of its adapter, new or stored; None means full weights. `weights_shared`: the base
     weights are on the ranks already. `kv_tokens`: those of the pool that are promised. `compiled`: its layers are.
+    `scalar`: it scores with a scalar head; `headless`: and its weights have no vocabulary head.
     """
 
     spec: ModelSpec
@@ -80,6 +81,8 @@ class Shape:
     compiled: bool = False
     checkpointed_layers: int = 0
     weights_shared: bool = False
+    scalar: bool = False
+    headless: bool = False
 
     @property
     def element(self) -> int:
@@ -92,38 +95,13 @@ class Shape:
         return max(4, self.element)
 
 
-@dataclass(frozen=True)
-class _Local:
-    """A rank's part of the sizes of a model."""
-
-    d: int
-    q: int
-    kv: int
-    projected_kv: int
-    heads: int
-    i: int
-    v: int
-
-    @classmethod
-    def of(cls, spec: ModelSpec, tp: int) -> _Local:
-        split = spec.num_kv_heads % tp == 0
-        return cls(
-            d=spec.hidden_size,
-            q=spec.num_heads // tp * spec.head_dim,
-            # With fewer key-value heads than ranks each rank computes all of them and attends to one.
-            kv=(spec.num_kv_heads // tp if split else 1) * spec.head_dim,
-            projected_kv=(spec.num_kv_heads // tp if split else spec.num_kv_heads) * spec.head_dim,
-            heads=spec.num_heads // tp,
-            i=spec.intermediate_size // tp,
-            v=-(-spec.vocab_size // tp),
-        )
-
-
 def plan(shape: Shape) -> Plan:
     """What a spawn of this shape holds on each rank."""
     own_weights = shape.train and shape.lora is None
-    base = weight_elements(shape.spec, shape.tp)
+    base = weight_elements(shape.spec, shape.tp, shape.headless)
     adapter = adapter_elements(shape.spec, shape.lora, shape.tp) if shape.lora else 0
+    # A scalar head of its own, where it is not part of the weights.
+    adapter += shape.spec.hidden_size if shape.scalar and (shape.lora or not shape.headless) else 0
     trained = (adapter if shape.lora else base) if shape.train else 0
     state = 2 if shape.element >= 4 else 3
     activations, workspace = _training(shape) if shape.train else (0, 0)
@@ -137,20 +115,21 @@ def plan(shape: Shape) -> Plan:
         gradients=trained * shape.accumulate,
         optimizer=trained * state * shape.accumulate,
         kv=shape.kv_tokens * kv_token_bytes(shape),
-        decode=decode_bytes(shape) if shape.device == "cuda" else 0,
+        decode=decode_bytes(shape) if shape.device == "cuda" and not shape.scalar else 0,
         activations=activations,
         workspace=workspace,
     )
 
 
-def weight_elements(spec: ModelSpec, tp: int) -> int:
-    """Elements of the base weights on a rank."""
-    n = _Local.of(spec, tp)
+def weight_elements(spec: ModelSpec, tp: int, headless: bool = False) -> int:
+    """Elements of the base weights on a rank; `headless` ones have a scalar head in place of the vocabulary's."""
+    n = LocalSizes.of(spec, tp)
     attention = n.d * (n.q + 2 * n.projected_kv) + n.q * n.d
     attention += (n.q + 2 * n.projected_kv) if spec.attention_bias else 0
     attention += 2 * spec.head_dim if spec.qk_norm else 0
     layer = attention + 3 * n.d * n.i + (4 if spec.post_norms else 2) * n.d
-    return spec.num_layers * layer + n.v * n.d * (1 if spec.tied else 2) + n.d
+    head = n.d if headless else 0 if spec.tied else n.v * n.d
+    return spec.num_layers * layer + n.v * n.d + head + n.d
 
 
 def _window_masks(shape: Shape) -> int:
@@ -170,7 +149,7 @@ def adapter_elements(spec: ModelSpec, lora: LoraSettings, tp: int) -> int:
 
 def kv_token_bytes(shape: Shape) -> int:
     """Bytes of one token's keys and values on a rank."""
-    return shape.spec.num_layers * 2 * _Local.of(shape.spec, shape.tp).kv * shape.element
+    return shape.spec.num_layers * 2 * LocalSizes.of(shape.spec, shape.tp).kv * shape.element
 
 
 def decode_bytes(shape: Shape) -> int:
@@ -178,7 +157,7 @@ def decode_bytes(shape: Shape) -> int:
 
     Logits are written where they stay, but for parts that ranks gather; attention leaves float32 for each split.
     """
-    n = _Local.of(shape.spec, shape.tp)
+    n = LocalSizes.of(shape.spec, shape.tp)
     longest = min(shape.kv_tokens, shape.spec.max_positions)
     splits = min(
         _MAX_RUNNING * (longest // _SPLIT_TOKENS + 1), _MAX_RUNNING + _SHARING * shape.kv_tokens // _SPLIT_TOKENS + 1
@@ -194,7 +173,7 @@ def decode_bytes(shape: Shape) -> int:
 
 def _lora_sides(spec: ModelSpec, lora: LoraSettings, tp: int) -> list[tuple[int, int, int]]:
     """For each target: the layers that it names, and the widths of its input and output on a rank."""
-    n = _Local.of(spec, tp)
+    n = LocalSizes.of(spec, tp)
     widths = {
         "q_proj": (n.d, n.q),
         "k_proj": (n.d, n.projected_kv),
@@ -211,7 +190,7 @@ def _lora_sides(spec: ModelSpec, lora: LoraSettings, tp: int) -> list[tuple[int,
 
 def _training(shape: Shape) -> tuple[int, int]:
     """Bytes that the forward pass keeps for the backward pass, and the most that comes on top of them at once."""
-    spec, tokens, n = shape.spec, shape.max_batch_tokens, _Local.of(shape.spec, shape.tp)
+    spec, tokens, n = shape.spec, shape.max_batch_tokens, LocalSizes.of(shape.spec, shape.tp)
     layer = _layer_activations(shape, n)
     recomputed = shape.checkpointed_layers
     # A recomputed layer keeps its input only.
@@ -235,7 +214,7 @@ def _training(shape: Shape) -> tuple[int, int]:
     return activations, max(at_head, in_layers, at_end)
 
 
-def _layer_activations(shape: Shape, n: _Local) -> int:
+def _layer_activations(shape: Shape, n: LocalSizes) -> int:
     """Elements that one layer keeps for the backward pass, per token.
 
     Of each norm its input and its output, and where its weight is trained the normalised state between (half precision
@@ -261,7 +240,7 @@ def _layer_activations(shape: Shape, n: _Local) -> int:
     return norms + attention + 4 * n.i + (_adapter_activations(shape) if shape.lora else 0)
 
 
-def _compiled_activations(shape: Shape, n: _Local) -> int:
+def _compiled_activations(shape: Shape, n: LocalSizes) -> int:
     """The same of a compiled layer, which makes again what takes no matrix product.
 
     Inputs and outputs of both norms (where there are four norms, one more); query and key before a norm inside the
@@ -283,8 +262,11 @@ def _adapter_activations(shape: Shape) -> int:
     return -(-kept // shape.spec.num_layers)
 
 
-def _head_chunks(shape: Shape, n: _Local) -> int:
+def _head_chunks(shape: Shape, n: LocalSizes) -> int:
     """Bytes of the logits being scored and, on CUDA in training, of gradients with respect to logits before them."""
+    if shape.scalar:
+        # In half precision the hidden states and their gradient, widened.
+        return shape.max_batch_tokens * (2 * n.d if shape.element < 4 else 4) * shape.accumulate
     if shape.device == "cpu" or shape.element > 4:
         rows = min(shape.max_batch_tokens, max(1, _HEAD_HOST_BYTES // (4 * n.v)))
         return rows * n.v * shape.accumulate
@@ -299,11 +281,12 @@ def _inference(shape: Shape) -> int:
     No layer keeps anything: at the widest point there are two hidden states and either three tensors of the
     feed-forward's width, or query, key and value with their padded groups and the output in both orders.
     """
-    n = _Local.of(shape.spec, shape.tp)
+    n = LocalSizes.of(shape.spec, shape.tp)
     attention = n.q + 2 * n.kv + int(_PADDING * (2 * n.q + 2 * n.kv)) + n.q
     widest = shape.max_batch_tokens * ((2 * n.d + max(3 * n.i, attention)) * shape.element + _INDEX_BYTES)
     # One row of logits for each sequence, the draw's working copy, and two temporaries.
-    sampling = 4 * shape.accumulate * min(_MAX_RUNNING * shape.spec.vocab_size, _SAMPLED_AT_ONCE)
+    drawn = 0 if shape.scalar else min(_MAX_RUNNING * shape.spec.vocab_size, _SAMPLED_AT_ONCE)
+    sampling = 4 * shape.accumulate * drawn
     # A decode step gathers one layer's keys and values at a time.
     gathered = 2 * shape.kv_tokens * n.kv * shape.element if shape.device == "cpu" else 0
     return max(widest, sampling, gathered, _head_chunks(shape, n))
@@ -365,7 +348,7 @@ def ways_out(shape: Shape, free: int, world: int, transient: int = 0, *, base_li
     if 0 < tokens < shape.kv_tokens:
         found.append(f"kv_cache_len={tokens}")
     if shape.train and shape.lora is None:
-        adapter = replace(shape, lora=LoraSettings(), weights_shared=base_live)
+        adapter = replace(shape, lora=LoraSettings(), weights_shared=base_live, headless=shape.spec.scalar)
         if fits(adapter):
             found.append("with_adapter()")
         elif not found:

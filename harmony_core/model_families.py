@@ -26,6 +26,8 @@ class Family:
     """A model type: its architecture and what its config does not say."""
 
     architecture: str
+    scalar_architecture: str
+    """With a scalar head in place of the vocabulary's: transformers' sequence classification with one label."""
     qkv_bias: bool | None = None
     """None: the config's `attention_bias`, which then holds for the output projection too."""
     qk_norm: bool = False
@@ -42,6 +44,7 @@ class Family:
 FAMILIES = {
     "gemma3_text": Family(
         "Gemma3ForCausalLM",
+        "Gemma3TextForSequenceClassification",
         qk_norm=True,
         post_norms=True,
         windows="pattern",
@@ -56,21 +59,29 @@ FAMILIES = {
             "vocab_size": 262208,
         },
     ),
-    "llama": Family("LlamaForCausalLM", mlp_bias=True, defaults={"max_position_embeddings": 2048}),
+    "llama": Family(
+        "LlamaForCausalLM",
+        "LlamaForSequenceClassification",
+        mlp_bias=True,
+        defaults={"max_position_embeddings": 2048},
+    ),
     "mistral": Family(
         "MistralForCausalLM",
+        "MistralForSequenceClassification",
         qkv_bias=False,
         windows="all",
         defaults={"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
     ),
     "qwen2": Family(
         "Qwen2ForCausalLM",
+        "Qwen2ForSequenceClassification",
         qkv_bias=True,
         windows="upper",
         defaults={"max_position_embeddings": 32768, "max_window_layers": 28, "sliding_window": 4096},
     ),
     "qwen3": Family(
         "Qwen3ForCausalLM",
+        "Qwen3ForSequenceClassification",
         qk_norm=True,
         windows="upper",
         defaults={
@@ -107,12 +118,28 @@ def family_of(path: Path, config: Mapping[str, Any]) -> Family:
         )
     family = FAMILIES[model_type]
     declared = config.get("architectures") or [family.architecture]
-    if declared != [family.architecture]:
+    if declared not in ([family.architecture], [family.scalar_architecture]):
         raise ModelRefused(
             f"{path}: architecture {str(declared)[:80]} is not supported",
             hint=f"a {model_type} model must be {family.architecture}; {known}",
         )
+    if is_scalar(config) and _labels(config) != 1:
+        raise ModelRefused(
+            f"{path}: a classifier with {_labels(config)} labels is not supported",
+            hint="one label is: a scalar head, as of reward and value models",
+        )
     return family
+
+
+def is_scalar(config: Mapping[str, Any]) -> bool:
+    """Whether a config of a supported model type has a scalar head in place of the vocabulary's."""
+    return config.get("architectures") == [FAMILIES[config["model_type"]].scalar_architecture]
+
+
+def _labels(config: Mapping[str, Any]) -> int:
+    names = config.get("id2label")
+    count = len(names) if isinstance(names, dict) else config.get("num_labels", 2)
+    return count if isinstance(count, int) else 0
 
 
 def refuse_unsupported(path: Path, config: Mapping[str, Any]) -> None:

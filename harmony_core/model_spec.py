@@ -11,12 +11,21 @@ from pathlib import Path
 from typing import Any
 
 from harmony_core.errors import ModelRefused
-from harmony_core.model_families import FAMILIES, SUPPORTED, Family, family_of, layer_windows, refuse_unsupported
+from harmony_core.model_families import (
+    FAMILIES,
+    SUPPORTED,
+    Family,
+    family_of,
+    is_scalar,
+    layer_windows,
+    refuse_unsupported,
+)
 from harmony_core.weight_files import INDEX, SINGLE, Tensor, damaged, read_headers, read_json
 
 __all__ = [
     "DTYPES",
     "SUPPORTED",
+    "LocalSizes",
     "ModelSpec",
     "check_tp",
     "fitting_tp",
@@ -36,7 +45,8 @@ class ModelSpec:
     """A causal language model's shape. `num_parameters` counts tied embeddings once.
 
     `post_norms`: four norms a layer, not two. `window`: the tokens that one sees, itself included, in
-    `windowed_layers` of the layers; None where there are none.
+    `windowed_layers` of the layers; None where there are none. `scalar`: stored with a scalar head in place of the
+    vocabulary's.
     """
 
     architecture: str
@@ -57,6 +67,7 @@ class ModelSpec:
     post_norms: bool = False
     window: int | None = None
     windowed_layers: int = 0
+    scalar: bool = False
 
     @classmethod
     def read(cls, directory: Path) -> ModelSpec:
@@ -76,7 +87,7 @@ class ModelSpec:
         for tensor in used:
             sizes[tensor.dtype] += tensor.bytes
         return cls(
-            architecture=family.architecture,
+            architecture=family.scalar_architecture if fields.scalar else family.architecture,
             model_type=fields.model_type,
             vocab_size=fields.vocab_size,
             hidden_size=fields.hidden_size,
@@ -94,6 +105,7 @@ class ModelSpec:
             post_norms=family.post_norms,
             window=windows[0] if windows else None,
             windowed_layers=len(windows),
+            scalar=fields.scalar,
         )
 
 
@@ -142,6 +154,7 @@ class _Fields:
         self.tied = self._flag("tie_word_embeddings")
         self.attention_bias = self._flag("attention_bias")
         self.mlp_bias = self._flag("mlp_bias")
+        self.scalar = is_scalar(config)
         if self.num_heads % self.num_kv_heads:
             raise damaged(path, f"{self.num_heads} heads cannot share {self.num_kv_heads} key-value heads")
 
@@ -195,7 +208,9 @@ def _expected_shapes(fields: _Fields, family: Family) -> dict[str, tuple[int, ..
     for index in range(fields.num_layers):
         expected |= {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}
     expected["model.norm.weight"] = (fields.hidden_size,)
-    if not fields.tied:
+    if fields.scalar:
+        expected["score.weight"] = (1, fields.hidden_size)
+    elif not fields.tied:
         expected["lm_head.weight"] = (fields.vocab_size, fields.hidden_size)
     return expected
 
@@ -223,6 +238,34 @@ def _compare(
         raise ModelRefused(
             f"{directory / tensors[extra[0]].file}: tensor {extra[0][:100]!r} is not part of a {fields.model_type} "
             f"model ({len(extra)} such)"
+        )
+
+
+@dataclass(frozen=True)
+class LocalSizes:
+    """A rank's part of the sizes of a model: d hidden, q and kv attention, i feed-forward, v vocabulary."""
+
+    d: int
+    q: int
+    kv: int
+    projected_kv: int
+    heads: int
+    i: int
+    v: int
+
+    @classmethod
+    def of(cls, spec: ModelSpec, tp: int) -> LocalSizes:
+        """Those of a model split over `tp` ranks."""
+        split = spec.num_kv_heads % tp == 0
+        return cls(
+            d=spec.hidden_size,
+            q=spec.num_heads // tp * spec.head_dim,
+            # With fewer key-value heads than ranks each rank computes all of them and attends to one.
+            kv=(spec.num_kv_heads // tp if split else 1) * spec.head_dim,
+            projected_kv=(spec.num_kv_heads // tp if split else spec.num_kv_heads) * spec.head_dim,
+            heads=spec.num_heads // tp,
+            i=spec.intermediate_size // tp,
+            v=-(-spec.vocab_size // tp),
         )
 
 

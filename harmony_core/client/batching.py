@@ -27,7 +27,8 @@ class Sample:
     """One sequence to train on: inputs, their targets, and a coefficient for each target, as in `MicroBatch`.
 
     `sampler_logprobs`: what the sampler recorded of the targets under the present weights, NaN where there is none.
-    `fields`: one value for each target whose coefficient is not 0.
+    `fields`: one value for each target whose coefficient is not 0. `on_last`: it is scored at its thread's last token,
+    which in other samples is a target only, and no input.
     """
 
     tokens: list[int]
@@ -36,9 +37,15 @@ class Sample:
     sampler_logprobs: list[float] | None = None
     loss: Loss = LINEAR
     fields: dict[str, list[float]] = field(default_factory=dict)
+    on_last: bool = False
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    @property
+    def thread_tokens(self) -> int:
+        """Tokens of the thread that it comes from."""
+        return len(self.tokens) + (not self.on_last)
 
     @property
     def kind(self) -> tuple[Loss, frozenset[str]]:

@@ -30,6 +30,7 @@ class BuilderSettings:
     use_adapter: bool | None = None
     lora: LoraSettings = field(default_factory=LoraSettings)
     dtype: str = ""
+    scalar: bool = False
 
 
 class ModelBuilder:
@@ -108,8 +109,12 @@ class ModelBuilder:
         return self._with(dtype=dtype)
 
     def into_scoring_model(self) -> ModelBuilder:
-        """Scalar heads are not supported. Raises UsageError."""
-        raise UsageError("scalar heads (into_scoring_model) are not supported")
+        """With a scalar head in place of the vocabulary's, as reward and value models have: it scores only.
+
+        A model that was stored with a scalar head keeps it, also without this call; for another one a new head is
+        made, of zeros. With an adapter the head is trained whole beside it.
+        """
+        return self._with(scalar=True)
 
     def with_draft(self, draft_model_path: str, num_draft_steps: int | None = None) -> ModelBuilder:
         """Speculative decoding is not supported. Raises UsageError."""
@@ -142,6 +147,7 @@ class ModelBuilder:
             "max_seqlen": settings.max_seqlen,
             "use_adapter": settings.use_adapter,
             "lora": _as_dict(settings.lora),
+            "scalar": self.resolved_scalar(),
         }
 
     def resolved_tp(self) -> int:
@@ -151,6 +157,10 @@ class ModelBuilder:
     def resolved_tokens_to_generate(self) -> int:
         """The builder's cap, else the registry's, else 2048."""
         return self._settings.tokens_to_generate or self._version.defaults.tokens_to_generate or TOKENS_TO_GENERATE
+
+    def resolved_scalar(self) -> bool:
+        """Whether a model spawned from it has a scalar head: asked for, or stored with one."""
+        return self._settings.scalar or self._version.scalar
 
     async def spawn_inference(self, name: str) -> InferenceModel:
         """Make the model live for generation and scoring. Raises MemoryRefused, ConflictError, ModelRefused."""

@@ -101,7 +101,7 @@ class InferenceModel:
 
     def is_scalar(self) -> bool:
         """Whether the model has a scalar head in place of its language-model head."""
-        return False
+        return self._live.placement.scalar
 
     def get_builder_args(self) -> dict[str, Any]:
         """The settings that this model was spawned with; "path" is its exact registry reference."""
@@ -113,6 +113,7 @@ class InferenceModel:
             "tokens_to_generate": live.placement.tokens_to_generate,
             "use_adapter": live.placement.lora,
             "max_batch_size": live.placement.max_batch_tokens,
+            "scalar": live.placement.scalar,
         }
 
     # --- generation -------------------------------------------------------------------------------------------
@@ -171,6 +172,11 @@ class InferenceModel:
 
     async def _request_generation(self, prompt: list[int], seed: int) -> Generated:
         live = self._live
+        if self.is_scalar():
+            raise UsageError(
+                f"{live.name!r} has a scalar head: it scores and cannot generate",
+                hint="spawn a model with a vocabulary head to generate with",
+            )
         live.require_ranks()
         room = live.placement.context_tokens - len(prompt)
         if room < 1 or not prompt:
@@ -212,6 +218,7 @@ class InferenceModel:
 
     async def logprobs_per_token(self, thread: TokenizedThread) -> list[float]:
         """One log-prob for each weighted token, in order, under the raw distribution."""
+        self._require_head(scalar=False, method="logprobs")
         tokens, weights = thread.token_ids, thread.token_weights
         if len(tokens) < 2:
             return []
@@ -221,9 +228,46 @@ class InferenceModel:
 
     async def raw_logprobs(self, tokens: Sequence[int]) -> list[float]:
         """The log-prob of each token given those before it; the first is 0."""
+        self._require_head(scalar=False, method="raw_logprobs")
         if not tokens:
             return []
         return [0.0, *(await self._score(list(tokens[:-1]), list(tokens[1:])))]
+
+    # --- values -----------------------------------------------------------------------------------------------
+
+    async def score(self, thread: TokenizedThread) -> list[float]:
+        """One value for each weighted token, in order: that of the state in which the token was chosen.
+
+        So it is read from the hidden state of the token before: what comes after, the token itself included, does not
+        enter, as a baseline must not (Sutton and Barto, 2018, section 13.4). Raises UsageError without a scalar head.
+        """
+        self._require_head(scalar=True, method="score")
+        tokens, weights = thread.token_ids, thread.token_weights
+        asked = [0 if weight > 0 else SKIPPED for weight in weights[1:]]
+        values = await self._score(tokens[:-1], asked)
+        return [value for value, target in zip(values, asked, strict=True) if target != SKIPPED]
+
+    async def score_last_token(self, thread: StringThread | TokenizedThread) -> float:
+        """The value of the whole thread, read from the hidden state of its last token: what a reward model says.
+
+        The same as transformers' *ForSequenceClassification gives for the thread's tokens. Raises UsageError without a
+        scalar head, DataError for a thread without tokens.
+        """
+        self._require_head(scalar=True, method="score_last_token")
+        tokenized = thread if isinstance(thread, TokenizedThread) else self._live.tokenizer.tokenize(thread)
+        tokens = tokenized.token_ids
+        if not tokens:
+            raise DataError("the thread has no tokens: there is nothing to score")
+        return (await self._score(tokens, [SKIPPED] * (len(tokens) - 1) + [0]))[-1]
+
+    def _require_head(self, *, scalar: bool, method: str) -> None:
+        if self.is_scalar() and not scalar:
+            raise UsageError(f"{method} needs a vocabulary head, and {self._live.name!r} has a scalar head")
+        if scalar and not self.is_scalar():
+            raise UsageError(
+                f"{method} needs a scalar head, and {self._live.name!r} is a policy: it has a vocabulary head",
+                hint="into_scoring_model() before the spawn",
+            )
 
     async def _score(self, tokens: list[int], targets: list[int]) -> list[float]:
         live = self._live

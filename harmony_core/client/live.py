@@ -77,6 +77,7 @@ class Placement:
     shape: Shape
     plan: Plan
     weights_key: str
+    scalar: bool = False
 
 
 class LiveModel:
@@ -241,7 +242,7 @@ class LiveModel:
         """Promise memory for weights that are no longer shared with other spawns. Raises MemoryRefused."""
         if self.placement.weights_key and not self._owns_weights:
             shape = self.placement.shape
-            weights = weight_elements(shape.spec, shape.tp) * shape.element
+            weights = weight_elements(shape.spec, shape.tp, shape.headless) * shape.element
             self.engine.ledger.promise(_own_weights(self.name), Plan(weights=weights))
             self._owns_weights = True
 

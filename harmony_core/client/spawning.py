@@ -89,6 +89,7 @@ class _Planned:
         self.builder = builder
         self.seed = _hash(f"{engine.options.seed}/{name}")
         self.train = max_batch_size is not None
+        self.scalar = builder.resolved_scalar()
         self.new_lora = seeded(settings.lora, self.seed) if settings.use_adapter and version.format == "hf" else None
         self.lora = self.new_lora is not None or version.format == "peft"
         self.private = self.train and not self.lora
@@ -101,7 +102,8 @@ class _Planned:
         self.weights_key = "" if self.private else shared_key
         self.base_live = engine.ledger.holds(shared_key)
         self.source = source
-        explicit_kv = settings.kv_cache_len or version.defaults.kv_cache_len
+        # What does not generate needs no pages.
+        explicit_kv = 0 if self.scalar else settings.kv_cache_len or version.defaults.kv_cache_len
         self.shape = self._shape(explicit_kv or 0)
         if explicit_kv is None:
             self.shape = self._shape(self._kv_that_fits())
@@ -121,6 +123,8 @@ class _Planned:
             dtype=self.dtype,
             compiled=self.engine.compiles and not missing_tool(),
             checkpointed_layers=0,
+            scalar=self.scalar,
+            headless=self.version.spec.scalar or (self.scalar and self.private),
             weights_shared=not self.private and self.engine.ledger.holds(self.weights_key),
         )
         return replace(shape, checkpointed_layers=self._checkpointed(shape))
@@ -156,11 +160,12 @@ class _Planned:
             lora=self.lora,
             max_batch_tokens=self.max_batch,
             kv_tokens=self.kv_tokens,
-            context_tokens=min(self.context, self.kv_tokens),
+            context_tokens=self.context if self.scalar else min(self.context, self.kv_tokens),
             tokens_to_generate=self.builder.resolved_tokens_to_generate(),
             shape=self.shape,
             plan=self.plan,
             weights_key=self.weights_key,
+            scalar=self.scalar,
         )
         return LiveModel(engine, self.name, self.version, tokenizer, placement)
 
@@ -175,6 +180,7 @@ class _Planned:
             train=self.train,
             max_batch_tokens=self.max_batch,
             kv_tokens=self.kv_tokens,
+            scalar=self.scalar,
             lora=self.new_lora,
             dtype=self.dtype,
             checkpointed_layers=self.shape.checkpointed_layers,
@@ -191,6 +197,7 @@ class _Planned:
             "model": self.version.ref,
             "kind": "train" if self.train else "inference",
             "adapter": self.lora,
+            "scalar": self.scalar,
             "tp": self.tp,
             "replicas": self.engine.world_size // self.tp,
             "max_batch_size": self.max_batch,

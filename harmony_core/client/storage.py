@@ -15,7 +15,9 @@ SCHEME = "model_registry://"
 def source_of(version: ModelVersion) -> ModelSource:
     """Where the ranks find a version's bytes."""
     adapter = str(version.path) if version.format == "peft" else ""
-    return ModelSource(weights=str(version.weights_dir), digest=version.weights_digest, adapter=adapter)
+    return ModelSource(
+        weights=str(version.weights_dir), digest=version.weights_digest, adapter=adapter, scalar=version.spec.scalar
+    )
 
 
 async def save_live(live: LiveModel, name: str, inference_only: bool) -> str:
@@ -39,7 +41,6 @@ async def _save(live: LiveModel, key: str, inference_only: bool) -> str:
         published = await asyncio.to_thread(
             staging.publish,
             key,
-            kind=live.version.kind,
             parent=live.version,
             base=base,
             run_id=live.engine.options.run_id,
@@ -62,6 +63,7 @@ async def load_into(live: LiveModel, path: str) -> None:
     if (version.format == "peft") != live.placement.lora:
         have, want = ("an adapter", "full weights") if live.placement.lora else ("full weights", "an adapter")
         raise ModelRefused(f"{version.ref} cannot be loaded into {live.name!r}: it holds {want}, the model {have}")
+    _check_heads(live, version)
     ours, theirs = live.version.spec, version.spec
     for field in ("model_type", "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads"):
         if getattr(ours, field) != getattr(theirs, field):
@@ -74,3 +76,20 @@ async def load_into(live: LiveModel, path: str) -> None:
     if not live.placement.train and not live.placement.lora:
         live.promise_own_weights()
     await live.engine.run_global(Load(model=live.name, source=source_of(version)), Nothing)
+
+
+def _check_heads(live: LiveModel, version: ModelVersion) -> None:
+    """Weights with a scalar head go only where there is one, and whole ones not over weights shared with policies."""
+    kinds = {True: "a scalar head", False: "a vocabulary head"}
+    if version.scalar != live.placement.scalar:
+        raise ModelRefused(
+            f"{version.ref} cannot be loaded into {live.name!r}: it has {kinds[version.scalar]}, "
+            f"the model {kinds[live.placement.scalar]}",
+            hint=f"spawn {version.ref} itself",
+        )
+    if version.format == "hf" and version.scalar and not live.placement.shape.headless:
+        raise ModelRefused(
+            f"{version.ref} cannot be loaded into {live.name!r}: that one's scalar head is on weights that have a "
+            "vocabulary head too",
+            hint=f"spawn {version.ref} itself",
+        )

@@ -8,12 +8,12 @@ from typing import Any
 
 from harmony_core.client.inference_model import InferenceModel
 from harmony_core.client.storage import save_live
-from harmony_core.client.training_samples import SampleTaker
+from harmony_core.client.value_training import ValueTaker
 from harmony_core.errors import HarmonyError, UsageError
 from harmony_core.rpc.protocol import AbandonStep, Message, OptimStep, SetStep, StepMetrics
 
 
-class TrainingModel(SampleTaker):
+class TrainingModel(ValueTaker):
     """A live model with gradients and an optimizer. It also generates and scores, from the same weights.
 
     `train_*` calls take their place in the step when they are called and resolve once the sample is validated and

@@ -10,6 +10,7 @@ from harmony_core.client import losses
 from harmony_core.client.batching import LINEAR, Sample
 from harmony_core.client.inference_model import InferenceModel
 from harmony_core.client.losses import Accepted, Given, Normalise
+from harmony_core.client.value_losses import check_head
 from harmony_core.errors import DataError, HarmonyError, NothingToTrain, SampleTooLong, UsageError
 from harmony_core.threads import StringThread, TokenizedThread
 
@@ -224,6 +225,7 @@ class SampleTaker(InferenceModel):
         try:
             self._live.require_ranks()
             accepted = build()
+            check_head(self._live.name, self._live.placement.scalar, accepted.samples[0].loss.name)
             self._check_length(accepted.samples)
             self._live.accept(*accepted)
         except HarmonyError as error:
@@ -248,9 +250,10 @@ class SampleTaker(InferenceModel):
     def _check_length(self, samples: Sequence[Sample]) -> None:
         """A sample must fit a micro-batch and the context; samples that belong together, one micro-batch."""
         limit = self._live.placement.max_batch_tokens
-        tokens = sum(len(sample) + 1 for sample in samples)
+        each = [sample.thread_tokens for sample in samples]
+        tokens = sum(each)
         if tokens <= limit:
-            tokens, limit = max(map(len, samples)) + 1, min(limit, self._live.version.spec.max_positions)
+            tokens, limit = max(each), min(limit, self._live.version.spec.max_positions)
         if tokens > limit:
             what = "sample has" if len(samples) == 1 else f"{len(samples)} sequences together have"
             raise SampleTooLong(

@@ -116,14 +116,17 @@ class Host:
         """
         hosted = self._models.get(instruction.model)
         plan = instruction.plans.get(self._topology.rank // self._tp[instruction.model])
-        launched = None if plan is None else self._tried(lambda: hosted.runner.launch(plan))
+        runner = hosted.runner
+        assert runner is not None, "no model without pages has a scheduler"
+        launched = None if plan is None else self._tried(lambda: runner.launch(plan))
         self._under_way.append((instruction, step, launched))
-        while len(self._under_way) > hosted.runner.depth:
+        while len(self._under_way) > runner.depth:
             self._settle()
 
     def _settle(self) -> None:
         instruction, step, launched = self._under_way.popleft()
         runner = self._models.get(instruction.model).runner
+        assert runner is not None
         result = self._tried(lambda: runner.collect(launched)) if isinstance(launched, Pending) else launched
         outcome = Outcome(failure=result) if isinstance(result, Failure) else Outcome(generated=result)
         self._finish(instruction, step, outcome)
@@ -162,7 +165,9 @@ class Host:
         replica = self._topology.rank // self._tp[instruction.model]
         if isinstance(instruction, ScoreWork):
             requests = instruction.requests.get(replica)
-            return Outcome(scores=None if requests is None else score(hosted.model, hosted.adapter, requests))
+            return Outcome(
+                scores=None if requests is None else score(hosted.model, hosted.adapter, requests, hosted.score)
+            )
         batch = instruction.batches.get(replica)
         if batch is None:
             return Outcome()
@@ -272,8 +277,10 @@ class Host:
         replicas = {replica: ReplicaQueue(self._scheduler(hosted)) for replica in range(first // tp, stop // tp)}
         return ModelQueue(name, hosted.max_batch_tokens, replicas)
 
-    def _scheduler(self, hosted: HostedModel) -> Scheduler:
+    def _scheduler(self, hosted: HostedModel) -> Scheduler | None:
         name = hosted.name
+        if hosted.runner is None:
+            return None
         return Scheduler(
             kv_tokens=hosted.kv_tokens,
             max_positions=hosted.model.max_positions,
@@ -320,7 +327,8 @@ class Host:
     def _take_step(self, hosted: HostedModel, message: OptimStep) -> StepMetrics:
         assert hosted.trainer is not None
         values = hosted.trainer.optim_step(message)
-        hosted.runner.weights_changed()
+        if hosted.runner is not None:
+            hosted.runner.weights_changed()
         return StepMetrics(values=values)
 
     def _abandon(self, hosted: HostedModel) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from harmony_core.engine.inference.runner import Runner
 from harmony_core.engine.models import adapters, weights
@@ -16,6 +17,7 @@ from harmony_core.engine.models.compiling import COMPILE_ERRORS
 from harmony_core.engine.models.loading import load_model
 from harmony_core.engine.models.model import CausalLM
 from harmony_core.engine.models.parallel import TensorParallel
+from harmony_core.engine.models.scalar import SCORE, head_of
 from harmony_core.engine.training import state_files
 from harmony_core.engine.training.trainer import Trainer
 from harmony_core.errors import ConflictError, MemoryRefused, ModelRefused, ResourceError
@@ -51,10 +53,13 @@ class HostedModel:
     base: BaseWeights
     adapter: str | None
     trainer: Trainer | None
-    runner: Runner
+    runner: Runner | None
+    """None where there is a scalar head: such a model does not generate."""
     kv_tokens: int
     max_batch_tokens: int
     frozen_version: int = 0
+    score: nn.Parameter | None = None
+    """The scalar head, `[1, d]`; None for a model with a vocabulary head."""
     poison: Failure | None = None
 
     @property
@@ -68,7 +73,7 @@ class HostedModel:
 
     def statistics(self) -> dict[str, float]:
         """Totals of what the runner has done, and this rank's device memory in bytes; peaks since the last call."""
-        values = dict(self.runner.statistics)
+        values = dict(self.runner.statistics) if self.runner else {}
         device = self.model.device
         if device.type == "cuda":
             values["memory_allocated"] = torch.cuda.memory_allocated(device)
@@ -86,7 +91,7 @@ class HostedModel:
             shared_bytes=base_bytes if self.base.users > 1 else 0,
             gradient_bytes=self.trainer.gradient_bytes if self.trainer else 0,
             optimizer_bytes=self.trainer.state_bytes if self.trainer else 0,
-            kv_bytes=self.runner.cache.bytes,
+            kv_bytes=self.runner.cache.bytes if self.runner else 0,
             num_parameters=self.model.num_parameters(),
             trainable_parameters=self.trainer.num_trainable if self.trainer else 0,
         )
@@ -143,20 +148,22 @@ class ModelTable:
         built = False
         try:
             adapter = self._make_adapter(base.model, request)
+            score = head_of(base.model, adapter) if request.scalar else None
             if request.compile:
                 self._compile(base.model, request.name)
             if request.train:
                 base.checkpointed_layers = max(base.checkpointed_layers, request.checkpointed_layers)
                 base.model.set_checkpointed_layers(base.checkpointed_layers)
-                trainer = Trainer(base.model, adapter, dp_group=replicas, seed=request.seed)
-            runner = Runner(base.model, request.kv_tokens, adapter=adapter, notify=self._announce)
+                trainer = Trainer(base.model, adapter, dp_group=replicas, seed=request.seed, score=score)
+            runner = self._runner(base.model, adapter, score, request.kv_tokens)
             hosted = HostedModel(
-                request.name, base, adapter, trainer, runner, request.kv_tokens, request.max_batch_tokens
+                request.name, base, adapter, trainer, runner, request.kv_tokens, request.max_batch_tokens, score=score
             )
             if trainer is not None:
                 short = min(SHORT_REHEARSAL_TOKENS, request.max_batch_tokens)
                 trainer.rehearse(request.max_batch_tokens if request.rehearse else short)
-            runner.prepare()
+            if runner is not None:
+                runner.prepare()
             self._models[request.name] = hosted
             built = True
             return hosted
@@ -172,7 +179,10 @@ class ModelTable:
         if not private and key in self._shared:
             self._shared[key].users += 1
             return self._shared[key]
-        model = load_model(Path(request.source.weights), tp, self.device, dtype, deterministic=self._deterministic)
+        # Shared weights keep their vocabulary head, which other spawns of them need.
+        scalar = request.source.scalar or (private and request.scalar)
+        directory = Path(request.source.weights)
+        model = load_model(directory, tp, self.device, dtype, deterministic=self._deterministic, scalar=scalar)
         base = BaseWeights(model, None if private else key)
         if not private:
             self._shared[key] = base
@@ -197,7 +207,14 @@ class ModelTable:
             adapters.add_lora(model, name, request.lora)
         else:
             adapters.load_adapter(model, name, Path(request.source.adapter))
+        if request.scalar and SCORE not in model.adapters[name].parameters:
+            adapters.add_score(model, name)
         return name
+
+    def _runner(
+        self, model: CausalLM, adapter: str | None, score: nn.Parameter | None, kv_tokens: int
+    ) -> Runner | None:
+        return Runner(model, kv_tokens, adapter=adapter, notify=self._announce) if score is None else None
 
     def _new_adapter_name(self) -> str:
         """A name of our own: a spawn's may hold characters that a module's may not."""
@@ -223,10 +240,10 @@ class ModelTable:
         else:
             base = source.base
             base.users += 1
-        runner = Runner(base.model, request.kv_tokens, adapter=adapter, notify=self._announce)
-        hosted = HostedModel(
-            request.name, base, adapter, None, runner, request.kv_tokens, source.max_batch_tokens, source.version()
-        )
+        score = None if source.score is None else head_of(base.model, adapter)
+        runner = self._runner(base.model, adapter, score, request.kv_tokens)
+        tokens, batch = request.kv_tokens, source.max_batch_tokens
+        hosted = HostedModel(request.name, base, adapter, None, runner, tokens, batch, source.version(), score=score)
         self._models[request.name] = hosted
         return hosted
 
@@ -236,7 +253,8 @@ class ModelTable:
         if hosted is not None:
             if hosted.trainer is not None:
                 hosted.trainer.close()
-            hosted.runner.close()
+            if hosted.runner is not None:
+                hosted.runner.close()
             base, adapter = hosted.base, hosted.adapter
             del hosted
             self._give_back(base, adapter)
@@ -269,7 +287,8 @@ class ModelTable:
             self._make_private(hosted)
         directory = Path(request.source.adapter or request.source.weights)
         weights.load_into(hosted.model, directory, adapter=hosted.adapter)
-        hosted.runner.weights_changed()
+        if hosted.runner is not None:
+            hosted.runner.weights_changed()
         if hosted.trainer is not None:
             hosted.trainer.weights_changed()
             if (directory / state_files.FILE).is_file():
@@ -280,7 +299,10 @@ class ModelTable:
         self._give_back(hosted.base, None)
         hosted.base = copy
         # The pages stay: sequences under way keep their keys and values.
-        hosted.runner.rebind(copy.model)
+        if hosted.runner is not None:
+            hosted.runner.rebind(copy.model)
+        if hosted.score is not None:
+            hosted.score = head_of(copy.model, hosted.adapter)
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:

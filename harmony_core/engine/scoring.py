@@ -1,19 +1,24 @@
-"""Log-probs of given tokens: several sequences packed into one forward pass, no gradient."""
+"""Log-probs of given tokens, or values: several sequences packed into one forward pass, no gradient."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from harmony_core.engine.models.context import ForwardContext, PackedAttention, forward_context
 from harmony_core.engine.models.heads import token_logprobs
 from harmony_core.engine.models.model import CausalLM
+from harmony_core.engine.models.scalar import scores
 from harmony_core.rpc.protocol import Score
 
 
 @torch.no_grad()
-def score(model: CausalLM, adapter: str | None, requests: list[Score]) -> list[bytes]:
-    """For each request float32 log-probs `[T]` of its targets; a negative target is not asked for and gives 0."""
+def score(model: CausalLM, adapter: str | None, requests: list[Score], head: Tensor | None = None) -> list[bytes]:
+    """For each request float32 log-probs `[T]` of its targets; a negative target is not asked for and gives 0.
+
+    With a scalar `head` the values at the positions of the targets, whatever these are.
+    """
     tokens = [np.frombuffer(request.tokens, "<i4").astype(np.int64) for request in requests]
     targets = np.concatenate([np.frombuffer(request.targets, "<i4").astype(np.int64) for request in requests])
     lengths = [len(sequence) for sequence in tokens]
@@ -27,6 +32,7 @@ def score(model: CausalLM, adapter: str | None, requests: list[Score]) -> list[b
     with forward_context(ForwardContext(PackedAttention(tuple(lengths)), adapter)):
         hidden = model.hidden_states(put(np.concatenate(tokens)), put(positions))
         if len(asked):
-            logprobs = token_logprobs(model, hidden[put(asked)], put(targets[asked]))
-            values[asked] = logprobs.float().cpu().numpy()
+            rows = hidden[put(asked)]
+            found = token_logprobs(model, rows, put(targets[asked])) if head is None else scores(model, rows, head)
+            values[asked] = found.float().cpu().numpy()
     return [part.astype("<f4").tobytes() for part in np.split(values, np.cumsum(lengths)[:-1])]

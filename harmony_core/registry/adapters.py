@@ -20,7 +20,6 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 _REFUSED = (
     "use_dora",
-    "modules_to_save",
     "rank_pattern",
     "alpha_pattern",
     "layers_to_transform",
@@ -30,6 +29,10 @@ _REFUSED = (
     "target_parameters",
     "exclude_modules",
 )
+_HEAD = "base_model.model.score.weight"
+"""A scalar head in peft's files."""
+_HEAD_MODULES = frozenset({"score", "classifier"})
+"""What peft saves whole for sequence classification: models have a module of one of these names."""
 _NAME = re.compile(
     r"base_model\.model\.model\.layers\.(\d{1,5})\.(?:self_attn|mlp)\.(\w+)\.lora_([AB])(?:\.default)?\.weight",
     re.ASCII,
@@ -69,8 +72,11 @@ def _whole(base: ModelVersion) -> ModelVersion:
     return base
 
 
-def check_adapter(directory: Path, base: ModelVersion) -> None:
-    """Raise ModelRefused or VerificationError unless the adapter is a plain LoRA whose tensors fit the base."""
+def check_adapter(directory: Path, base: ModelVersion) -> bool:
+    """Raise ModelRefused or VerificationError unless the adapter is a plain LoRA whose tensors fit the base.
+
+    True if it has a scalar head beside its halves, as peft saves one: the module "score", whole.
+    """
     path = directory / "adapter_config.json"
     config = read_json(path)
     rank = _check_config(path, config)
@@ -79,8 +85,13 @@ def check_adapter(directory: Path, base: ModelVersion) -> None:
         reason = f"only pickled weights, which are never read ({pickled[0]})" if pickled else f"no {ADAPTER}"
         raise damaged(directory, reason)
     tensors = read_header(directory / ADAPTER)
+    head = tensors.pop(_HEAD, None)
     if not tensors:
         raise damaged(directory / ADAPTER, "holds no tensor")
+    if head is not None and head.shape != (1, base.spec.hidden_size):
+        raise damaged(directory / ADAPTER, f"{_HEAD!r} has shape {list(head.shape)}, not [1, {base.spec.hidden_size}]")
+    if head is None and _saves_head(path, config):
+        raise damaged(directory / ADAPTER, f"{_HEAD!r} is missing, and {path.name} says it is there")
     for tensor in tensors.values():
         _check_tensor(directory / ADAPTER, tensor, rank, base)
     halves = {re.sub(r"lora_[AB]", "lora_?", name): 0 for name in tensors}
@@ -89,6 +100,7 @@ def check_adapter(directory: Path, base: ModelVersion) -> None:
     lonely = next((name for name, count in halves.items() if count != 2), None)
     if lonely:
         raise damaged(directory / ADAPTER, f"{lonely!r} has one of its two halves only")
+    return head is not None
 
 
 def _check_config(path: Path, config: dict[str, Any]) -> int:
@@ -105,6 +117,19 @@ def _check_config(path: Path, config: dict[str, Any]) -> int:
     if type(rank) is not int or not 0 < rank <= 65536:
         raise damaged(path, f"r is {str(rank)[:40]!r}, not a positive whole number")
     return rank
+
+
+def _saves_head(path: Path, config: dict[str, Any]) -> bool:
+    """Whether an adapter's config says that a scalar head is saved whole. Raises ModelRefused for other modules."""
+    named = config.get("modules_to_save")
+    if not named:
+        return False
+    if not isinstance(named, list) or not set(named) <= _HEAD_MODULES or "score" not in named:
+        raise ModelRefused(
+            f"{path}: modules_to_save={str(named)[:80]} is not supported",
+            hint="plain LoRA on a layer's linear modules is, and a scalar head named score",
+        )
+    return True
 
 
 def module_shape(spec: ModelSpec, module: str) -> tuple[int, int]:

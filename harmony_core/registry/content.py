@@ -40,6 +40,8 @@ class Content:
     files: list[Path]
     base: ModelVersion | None
     notes: tuple[str, ...]
+    scalar: bool = False
+    """Whether it has a scalar head: of its own, or its base has."""
 
 
 def inspect(directory: Path, registry: Registry, base: ModelVersion | str | None, in_place: bool) -> Content:
@@ -49,9 +51,10 @@ def inspect(directory: Path, registry: Registry, base: ModelVersion | str | None
     """
     adapter = (directory / "adapter_config.json").is_file()
     belongs: ModelVersion | None = None
+    own_head = False
     if adapter:
         belongs = find_base(registry, directory, base)
-        check_adapter(directory, belongs)
+        own_head = check_adapter(directory, belongs)
         spec = belongs.spec
     elif (directory / "config.json").is_file():
         spec = ModelSpec.read(directory)
@@ -62,7 +65,7 @@ def inspect(directory: Path, registry: Registry, base: ModelVersion | str | None
         if path.suffix == ".json" and path.name != "tokenizer.json":
             refuse_code(path, read_json(path))
     notes = () if adapter and not _has_tokenizer(directory) else check_tokenizer(directory, spec.vocab_size)
-    return Content(directory, "peft" if adapter else "hf", files, belongs, notes)
+    return Content(directory, "peft" if adapter else "hf", files, belongs, notes, spec.scalar or own_head)
 
 
 def model_files(directory: Path) -> list[Path]:

@@ -30,7 +30,7 @@ from harmony_core.registry.content import inspect, take_tokenizer
 from harmony_core.registry.entry import Entry, entry_lock, read_entry, write_entry
 from harmony_core.registry.files import fsync_path, refuse_links, storage_error, write_json
 from harmony_core.registry.keys import check_key
-from harmony_core.registry.versions import DEFAULT_NAMES, ModelVersion
+from harmony_core.registry.versions import DEFAULT_NAMES, SCALAR, ModelVersion
 
 if TYPE_CHECKING:
     from harmony_core.registry.store import Registry
@@ -72,7 +72,6 @@ class Staging:
         self,
         key: str,
         *,
-        kind: str = "lm",
         parent: ModelVersion | str | None = None,
         base: ModelVersion | str | None = None,
         run_id: str = "",
@@ -98,7 +97,7 @@ class Staging:
             record = manifests.Manifest(
                 key=key,
                 format=content.format,
-                kind=kind,
+                kind=SCALAR if content.scalar else "lm",
                 digest=manifests.digest_of(content.format, files),
                 files=files,
                 base=manifests.BaseRecord(content.base.ref, content.base.digest) if content.base else None,

@@ -7,6 +7,9 @@ from pathlib import Path
 
 from harmony_core.model_spec import ModelSpec
 
+SCALAR = "scalar"
+"""The kind of models that have a scalar head in place of the vocabulary's; the others are of kind "lm"."""
+
 DEFAULT_NAMES = ("tp", "kv_cache_len", "tokens_to_generate")
 LIBRARY_DEFAULTS = {"tp": 1, "kv_cache_len": None, "tokens_to_generate": 2048}
 """What holds when nobody says otherwise. kv_cache_len None: up to 131,072 tokens, as much as fits."""
@@ -60,6 +63,11 @@ class ModelVersion:
     step: int | None = None
     created: str = ""
     bytes: int = 0
+
+    @property
+    def scalar(self) -> bool:
+        """Whether it scores with a scalar head, and so does not generate."""
+        return self.kind == SCALAR
 
     @property
     def weights_dir(self) -> Path:

@@ -80,6 +80,8 @@ class ModelSource(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, froz
     weights: str
     digest: str
     adapter: str = ""
+    scalar: bool = False
+    """Whether the weights were stored with a scalar head in place of the vocabulary's."""
 
 
 class Spawn(Message):
@@ -93,6 +95,8 @@ class Spawn(Message):
     """Most tokens in one micro-batch (training), or in one scoring or prefill batch."""
     kv_tokens: int
     """Tokens in the page pool of each replica."""
+    scalar: bool = False
+    """With a scalar head: it scores and does not generate. A new head where neither adapter nor weights have one."""
     lora: LoraSettings | None = None
     """A new adapter on full weights; None trains or serves what the source holds."""
     dtype: str = ""
@@ -258,7 +262,10 @@ class Cancel(Message):
 
 
 class Score(Message):
-    """Raw log-probs of `targets`, position by position, given the tokens up to there."""
+    """Raw log-probs of `targets`, position by position, given the tokens up to there; negative ones are not asked for.
+
+    Of a model with a scalar head: the values there, whatever the target.
+    """
 
     model: str
     replica: int

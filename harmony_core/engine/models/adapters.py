@@ -32,6 +32,7 @@ from harmony_core.engine.models.parallel import (
     set_shard,
     shard_of,
 )
+from harmony_core.engine.models.scalar import SCORE, new_head
 from harmony_core.engine.models.stored import StoredWeights, read_json
 from harmony_core.errors import ConflictError, ModelRefused, VerificationError, did_you_mean
 from harmony_core.rpc.protocol import LoraSettings
@@ -100,6 +101,8 @@ def load_adapter(model: CausalLM, name: str, directory: Path) -> None:
     with StoredWeights(directory, "adapter_model") as stored:
         settings = read_settings(model, directory, stored)
         _attach(model, name, settings, lambda key, shard, shape: _read(stored, key, shard, shape, model.dtype))
+        if PREFIX + SCORE in stored.names:
+            add_score(model, name, _read(stored, SCORE, None, (1, model.hidden_size), model.dtype))
         surplus = sorted(stored.names - {PREFIX + key for key in model.adapters[name].parameters})
     if surplus:
         remove_adapter(model, name)
@@ -131,6 +134,16 @@ def copy_adapter(model: CausalLM, source: str, name: str) -> None:
     """A frozen copy of a live adapter under a new name, on the same base."""
     info = model.adapters[source]
     _attach(model, name, info.settings, lambda key, _shard, _shape: info.parameters[key].detach().clone())
+    if SCORE in info.parameters:
+        add_score(model, name, info.parameters[SCORE].detach().clone())
+
+
+def add_score(model: CausalLM, name: str, values: Tensor | None = None) -> None:
+    """Give an adapter a scalar head `[1, d]` of its own, trained whole and stored with it; `values` or a new one."""
+    head = new_head(model)
+    if values is not None:
+        head.data = values.to(model.device, model.dtype)
+    model.adapters[name].parameters[SCORE] = head
 
 
 def remove_adapter(model: CausalLM, name: str) -> None:
@@ -148,12 +161,15 @@ def remove_adapter(model: CausalLM, name: str) -> None:
             setattr(model.module.get_submodule(parent), leaf, layer.base_layer)
 
 
-def settings_as_stored(settings: LoraSettings, base_ref: str) -> dict[str, Any]:
+def settings_as_stored(info: AdapterInfo, base_ref: str) -> dict[str, Any]:
     """The content of `adapter_config.json` for an adapter on `base_ref`: what every version of peft reads."""
-    config = _lora_config(settings, task_type="CAUSAL_LM", base_model_name_or_path=base_ref, inference_mode=True)
+    more: dict[str, Any] = {"task_type": "CAUSAL_LM"}
+    if SCORE in info.parameters:
+        more = {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
+    config = _lora_config(info.settings, base_model_name_or_path=base_ref, inference_mode=True, **more)
     raw: dict[str, Any] = config.to_dict()
     # Defaults are left out: each version of peft has settings of its own that the others do not know.
-    kept = READ_SETTINGS | {"base_model_name_or_path", "inference_mode", "peft_version"}
+    kept = READ_SETTINGS | {"base_model_name_or_path", "inference_mode", "peft_version", *more}
     return {key: sorted(value) if isinstance(value, set) else value for key, value in raw.items() if key in kept}
 
 
@@ -167,6 +183,8 @@ def read_settings(model: CausalLM, directory: Path, stored: StoredWeights) -> Lo
         raise ModelRefused(f"{path}: peft_type {raw.get('peft_type')!r} is not supported", hint="LORA is")
     defaults: dict[str, Any] = LoraConfig().to_dict()  # type: ignore[no-untyped-call]
     for key, value in raw.items():
+        if key == "modules_to_save" and PREFIX + SCORE in stored.names:
+            continue  # what else is saved whole is seen in the file
         if key not in READ_SETTINGS | HARMLESS_SETTINGS and value and value != defaults.get(key):
             raise ModelRefused(f"{path}: {key}={value!r} is not supported")
     try:
@@ -178,7 +196,7 @@ def read_settings(model: CausalLM, directory: Path, stored: StoredWeights) -> Lo
     # rsLoRA divides by the square root of the rank; as an ordinary alpha that is:
     alpha = alpha * math.sqrt(rank) if raw.get("use_rslora") else alpha
     # Which layers it has is what the file holds: target_modules may be a pattern, or missing.
-    modules = {key.removeprefix(PREFIX).rpartition(".lora_")[0] for key in stored.names}
+    modules = {key.removeprefix(PREFIX).rpartition(".lora_")[0] for key in stored.names - {PREFIX + SCORE}}
     leaves = tuple(sorted({module.rpartition(".")[2] for module in modules}))
     named_by_leaves = {path for path in _linear_layers(model) if path.rpartition(".")[2] in leaves}
     targets = leaves if named_by_leaves == modules else tuple(sorted(modules))
@@ -234,11 +252,11 @@ def _find_targets(model: CausalLM, settings: LoraSettings) -> list[str]:
 
 def _linear_layers(model: CausalLM) -> list[str]:
     """Paths of the linear layers inside the decoder, wrapped or not."""
-    head = model.module.get_output_embeddings()  # type: ignore[operator]
+    heads = (model.module.get_output_embeddings(), getattr(model.module, "score", None))  # type: ignore[operator]
     return [
         path.removesuffix(".base_layer")
         for path, module in model.module.named_modules()
-        if isinstance(module, nn.Linear) and module is not head and ".lora_" not in path
+        if isinstance(module, nn.Linear) and module not in heads and ".lora_" not in path
     ]
 
 

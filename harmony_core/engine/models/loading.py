@@ -20,30 +20,50 @@ from harmony_core.engine.models.deterministic import make_deterministic
 from harmony_core.engine.models.joined import join_layers
 from harmony_core.engine.models.model import CausalLM
 from harmony_core.engine.models.parallel import Shard, TensorParallel, full_shape, set_shard, shard_of
+from harmony_core.engine.models.scalar import SCORE, put_scalar_head
 from harmony_core.engine.models.sharding import shard_modules
 from harmony_core.engine.models.stored import StoredWeights, read_json
 from harmony_core.errors import ModelRefused, VerificationError
+
+HEAD = "lm_head.weight"
+"""The stored name of a vocabulary head that is not tied."""
 
 Reader = Callable[[str, Shard | None, tuple[int, ...]], Tensor]
 """(name, slice, full shape) -> this rank's values."""
 
 
 def load_model(
-    directory: Path, tp: TensorParallel, device: torch.device, dtype: torch.dtype, *, deterministic: bool = False
+    directory: Path,
+    tp: TensorParallel,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    deterministic: bool = False,
+    scalar: bool = False,
 ) -> CausalLM:
     """The causal language model stored in `directory`, this rank's slices of it, in `dtype` on `device`.
 
-    No parameter requires a gradient. `deterministic` is for float32 on CPU (see `make_deterministic`). Raises
-    `ModelRefused` for what we do not run (remote code, quantised weights, a `tp` that does not fit) and
-    `VerificationError` for missing or damaged files.
+    No parameter requires a gradient. `deterministic` is for float32 on CPU (see `make_deterministic`). `scalar`: with
+    a scalar head, the stored one or else zeros, and without the vocabulary's. Raises `ModelRefused` for what we do not
+    run (remote code, quantised weights, a `tp` that does not fit) and `VerificationError` for missing or damaged files.
     """
     config = read_config(directory)
     if deterministic:
         tp = replace(tp, ordered=True)
-    module, summed = empty_module(config, tp, dtype)
+    module, summed = empty_module(config, tp, dtype, scalar=scalar)
     with StoredWeights(directory) as stored:
-        check_names(dict(module.named_parameters()), tied_names(module), stored)
-        fill(module, config, device, lambda name, shard, shape: stored.read(name, shard, shape, dtype))
+        needed = dict(module.named_parameters())
+        new_head = scalar and SCORE not in stored.names
+        if new_head:
+            del needed[SCORE]
+        check_names(needed, tied_names(module) | ({HEAD} if scalar else frozenset()), stored)
+
+        def read(name: str, shard: Shard | None, shape: tuple[int, ...]) -> Tensor:
+            if new_head and name == SCORE:
+                return torch.zeros(shape, dtype=dtype)
+            return stored.read(name, shard, shape, dtype)
+
+        fill(module, config, device, read)
     model = CausalLM(module, config, tp, device, dtype, summed)
     _choose_products(model, deterministic)
     return model
@@ -51,7 +71,7 @@ def load_model(
 
 def copy_model(model: CausalLM) -> CausalLM:
     """A private copy of a model's base weights; adapters are not copied."""
-    module, summed = empty_module(model.config, model.tp, model.dtype)
+    module, summed = empty_module(model.config, model.tp, model.dtype, scalar=not model.has_vocabulary_head)
     source = model.base_parameters
     fill(module, model.config, model.device, lambda name, shard, shape: source[name].detach().clone())
     copied = CausalLM(module, model.config, model.tp, model.device, model.dtype, summed)
@@ -80,8 +100,13 @@ def read_config(directory: Path) -> Any:
         raise ModelRefused(f"{path}: transformers cannot read it: {error}") from None
 
 
-def empty_module(config: Any, tp: TensorParallel, dtype: torch.dtype) -> tuple[nn.Module, frozenset[str]]:
-    """The unmodified transformers model on the meta device, its planned layers split; with `shard_modules`' names."""
+def empty_module(
+    config: Any, tp: TensorParallel, dtype: torch.dtype, *, scalar: bool = False
+) -> tuple[nn.Module, frozenset[str]]:
+    """The transformers model on the meta device, its planned layers split; with `shard_modules`' names.
+
+    Unmodified, but for its head where it is to be `scalar`.
+    """
     try:
         with torch.device("meta"):
             module: nn.Module = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
@@ -93,6 +118,8 @@ def empty_module(config: Any, tp: TensorParallel, dtype: torch.dtype) -> tuple[n
     softcapped = any(getattr(config, f"{name}_logit_softcapping", None) for name in ("attn", "final"))
     if head is None or head.bias is not None or softcapped:
         raise ModelRefused(f"{type(module).__name__}: only a plain matrix as head and no soft-capping are supported")
+    if scalar:
+        put_scalar_head(module, config.get_text_config().hidden_size, dtype)
     summed = shard_modules(module, tp)
     _tie(module, config)
     return module.eval(), summed
@@ -137,8 +164,9 @@ def tied_names(module: nn.Module) -> frozenset[str]:
 
 
 def _tie(module: nn.Module, config: Any) -> None:
-    if config.get_text_config().tie_word_embeddings:
-        module.get_output_embeddings().weight = module.get_input_embeddings().weight  # type: ignore[operator]
+    head = module.get_output_embeddings()  # type: ignore[operator]
+    if head is not None and config.get_text_config().tie_word_embeddings:
+        head.weight = module.get_input_embeddings().weight  # type: ignore[operator]
 
 
 def _rebuild_buffers(module: nn.Module, name: str, buffers: list[str], config: Any, device: torch.device) -> None:

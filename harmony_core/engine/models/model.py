@@ -55,7 +55,7 @@ class CausalLM:
         self._summed_gradients = summed_gradients
         self._decoder: nn.Module = module.base_model  # type: ignore[assignment]
         self._embedding: nn.Module = module.get_input_embeddings()  # type: ignore[operator]
-        self._head: nn.Module = module.get_output_embeddings()  # type: ignore[operator]
+        self._head: nn.Module | None = module.get_output_embeddings()  # type: ignore[operator]
         self._layers = [LayerCall(layer) for layer in self._decoder.layers]  # type: ignore[union-attr]
         self._final_norm = LayerCall(self._decoder.norm)  # type: ignore[arg-type]
         self._backend: str | None = None
@@ -93,8 +93,14 @@ class CausalLM:
         return self.row_multiple > 1
 
     @property
+    def has_vocabulary_head(self) -> bool:
+        """False for weights with a scalar head in its place: they score, and give no log-probs."""
+        return self._head is not None
+
+    @property
     def head_weight(self) -> nn.Parameter:
         """`[V_local, d]`: this rank's rows of the output matrix, starting at token `vocab_start`."""
+        assert self._head is not None, "these weights have no vocabulary head"
         weight = self._head.weight
         assert isinstance(weight, nn.Parameter)
         return weight
@@ -102,7 +108,7 @@ class CausalLM:
     @property
     def tied(self) -> bool:
         """The output matrix is the embedding."""
-        return self._head.weight is self._embedding.weight
+        return self._head is not None and self._head.weight is self._embedding.weight
 
     @property
     def vocab_shard(self) -> Shard:

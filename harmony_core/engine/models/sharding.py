@@ -93,9 +93,10 @@ def _plan(model: nn.Module) -> dict[str, str]:
     if not plan:
         raise ModelRefused(f"{type(model).__name__} has no tensor-parallel plan", hint="use tp=1")
     # Embedding and head are always split by the vocabulary; not every version of transformers lists both.
-    head: str = _name_of(model, model.get_output_embeddings())  # type: ignore[operator]
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    heads = {} if head is None else {_name_of(model, head): "vocab_head"}
     embedding: str = _name_of(model, model.get_input_embeddings())  # type: ignore[operator]
-    return {**plan, embedding: "embedding_rowwise", head: "vocab_head"}
+    return {**plan, embedding: "embedding_rowwise", **heads}
 
 
 def _name_of(model: nn.Module, wanted: nn.Module) -> str:

@@ -18,6 +18,7 @@ from harmony_core.engine.models.adapters import PREFIX, load_into_adapter, setti
 from harmony_core.engine.models.loading import check_names, tied_names
 from harmony_core.engine.models.model import CausalLM
 from harmony_core.engine.models.parallel import full_shape, gather_full, shard_of
+from harmony_core.engine.models.scalar import architecture_with_score
 from harmony_core.engine.models.stored import StoredWeights
 
 FILE_BYTES = 4 << 30
@@ -45,6 +46,8 @@ def save_model(model: CausalLM, directory: Path, write: bool) -> None:
     config = copy.deepcopy(model.config)
     config.dtype = model.dtype
     config.architectures = [type(model.module).__name__]
+    if not model.has_vocabulary_head:
+        config.architectures, config.num_labels = [architecture_with_score(config)], 1
     config.save_pretrained(directory)
 
 
@@ -53,7 +56,7 @@ def save_adapter(model: CausalLM, name: str, directory: Path, base_ref: str, wri
     info = model.adapters[name]
     _gather_and_write(model, info.parameters, PREFIX, directory / "adapter_model.safetensors", write)
     if write:
-        _write_json(directory / "adapter_config.json", settings_as_stored(info.settings, base_ref))
+        _write_json(directory / "adapter_config.json", settings_as_stored(info, base_ref))
 
 
 def load_into(model: CausalLM, directory: Path, adapter: str | None = None) -> None:

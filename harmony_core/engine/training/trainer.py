@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 
 from harmony_core.engine.models.context import ForwardContext, PackedAttention, forward_context
 from harmony_core.engine.models.heads import linear_logprob_loss, token_logprobs
 from harmony_core.engine.models.model import CausalLM
+from harmony_core.engine.models.scalar import scores
 from harmony_core.engine.training import state_files
 from harmony_core.engine.training.agreement import Agreement, metrics
 from harmony_core.engine.training.gradients import FlatGradients
@@ -39,20 +41,28 @@ class Trainer:
     """Trains `adapter` of `model`, or with None all of its weights, which must then be its own.
 
     `dp_group` joins the ranks that hold the same shard in every replica; None when there is one replica. Gradients
-    and optimizer state are allocated here. Every rank of the model must make the same `optim_step` calls.
+    and optimizer state are allocated here. Every rank of the model must make the same `optim_step` calls. `score`: the
+    scalar head, one of the trained parameters; its losses are of values, not of log-probs.
     """
 
     def __init__(
-        self, model: CausalLM, adapter: str | None, *, dp_group: ProcessGroup | None = None, seed: int = 0
+        self,
+        model: CausalLM,
+        adapter: str | None,
+        *,
+        dp_group: ProcessGroup | None = None,
+        seed: int = 0,
+        score: nn.Parameter | None = None,
     ) -> None:
         self.model = model
         self.adapter = adapter
+        self.score = score
         self.dp_group = dp_group
         self.seed = seed
         self.gradients = FlatGradients(model.trainable_parameters(adapter), model.tp)
         self.optimizer = AdamW(self.gradients)
         # The head's gradient is as large as the embedding: it is added where it belongs, without a copy of it.
-        self._head_gradient = self.gradients.of(model.head_weight)
+        self._head_gradient = self.gradients.of(model.head_weight) if score is None else None
         # A trained adapter's dropout is not the sampler's: there would be nothing to learn from a difference.
         self._comparable = adapter is None or not model.adapters[adapter].settings.dropout
         self._agreement = Agreement(model.device)
@@ -179,6 +189,8 @@ class Trainer:
             targets=ids % self.model.vocab_size,
             coefficients=torch.ones(max_batch_tokens, dtype=torch.float64, device=device),
             lengths=(max_batch_tokens,),
+            loss="linear" if self.score is None else "mse_per_token",
+            fields={"target": torch.zeros(max_batch_tokens, dtype=torch.float64, device=device)},
         )
         try:
             with torch.random.fork_rng([device] if device.type == "cuda" else []), self.model.tp.without_collectives():
@@ -206,6 +218,8 @@ class Trainer:
             hidden = self.model.hidden_states(packed.tokens, packed.positions)
             give_back()
             scored = hidden if packed.rows is None else hidden.index_select(0, packed.rows)
+            if self.score is not None:
+                return self._train_values(scored, self.score, packed)
             numerator, coefficients = None, packed.coefficients
             if packed.loss != "linear":
                 logprobs = token_logprobs(self.model, scored, packed.targets)
@@ -221,6 +235,17 @@ class Trainer:
         if packed.sampled is not None and self._comparable:
             self._agreement.add(logprobs, *packed.sampled)
         return -float((coefficients * logprobs.double()).sum().item()) if numerator is None else numerator
+
+    def _train_values(self, hidden: Tensor, head: nn.Parameter, packed: PackedBatch) -> float:
+        """As `_forward_backward`, from the hidden states of the scored positions, through the scalar head.
+
+        Every tensor-parallel rank holds all of them and the whole head, so all compute the same gradients.
+        """
+        values = scores(self.model, hidden, head)
+        numerator, direction, sums = evaluate(packed.loss, packed.given(values))
+        self._metrics.add(sums)
+        values.backward(-direction.to(values.dtype))  # type: ignore[no-untyped-call]
+        return numerator
 
     def _dropout_seed(self, batch: MicroBatch) -> int:
         """Alike on the tensor-parallel ranks of a replica, another one for every micro-batch."""

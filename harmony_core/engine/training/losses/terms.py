@@ -18,10 +18,12 @@ METRICS = (
     "Dkl",
     "chosen_rewards",
     "inner_kl_div",
+    "mse",
     "pg_clipfrac",
     "rejected_rewards",
     "reward_accuracy",
     "reward_margin",
+    "value_clipfrac",
 )
 """Every name that a loss of ours may report: ranks add them up by their places in this list."""
 

@@ -58,6 +58,30 @@ def pair_batch(sums: Sequence[float], reference: Sequence[float], beta: float = 
     return Scored(tensor, torch.ones_like(tensor), counts, fields, {"beta": beta}, group=2)
 
 
+def published_values() -> dict[str, Tensor]:
+    """The inputs of the published value loss, its unmasked tokens back to back."""
+    rows: dict[str, list[float]] = {"values": [], "center": [], "target": []}
+    for i, count in enumerate(COUNTS):
+        for t in range(count):
+            value = 0.1 * math.cos(i * 6 + t)
+            rows["values"].append(value)
+            rows["center"].append(value - 0.3 * math.sin(i + t))
+            rows["target"].append(PUBLISHED["adv"][i] + rows["center"][-1])
+    return {name: torch.tensor(values, dtype=torch.float64) for name, values in rows.items()}
+
+
+def value_batch(loss: str, clip_range: float = 0.2) -> Scored:
+    """The published inputs as a loss on values is given them; for a ranking, as pairs of samples with one value."""
+    rows = published_values()
+    values = rows.pop("values")
+    if loss == "ranking":
+        return Scored(values, torch.ones_like(values), (1,) * len(values), group=2)
+    settings = {"clip_range": clip_range} if loss == "trust_region_mse" else {}
+    counts = (1,) * len(values) if loss == "mse" else COUNTS
+    fields = rows if loss == "trust_region_mse" else {"target": rows["target"]}
+    return Scored(values, torch.ones_like(values), counts, fields, settings)
+
+
 def by_differences(loss: str, scored: Scored, step: float = 1e-6) -> Tensor:
     """-dL/dvalues by central differences."""
     found = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engine.training.losses.loss_cases import assembled, pair_batch, policy_batch
+from engine.training.losses.loss_cases import assembled, pair_batch, policy_batch, value_batch
 from harmony_core.engine.training.losses.metrics import MetricSums, means
 from harmony_core.engine.training.losses.table import LOSSES, evaluate
 from harmony_core.engine.training.losses.terms import METRICS, Scored
@@ -20,6 +20,7 @@ BATCHES: dict[str, tuple[str, Scored]] = {
     "gspo": ("gspo", policy_batch(POLICY)),
     "gspo, sequence means": ("gspo", policy_batch(POLICY, weights="sequence")),
     "dpo": ("dpo", pair_batch([-10.0, -11.0, -12.0, -9.0], [-10.5, -10.0, -12.5, -9.5])),
+    **{loss: (loss, value_batch(loss)) for loss in ("mse", "mse_per_token", "trust_region_mse", "ranking")},
 }
 
 
