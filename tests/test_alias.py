@@ -41,6 +41,7 @@ DOCUMENTED = {
     "adaptive_harmony.core": "",
     "adaptive_harmony.core.schedulers": "CombinedSchedule CosineScheduler CosineSchedulerWithoutWarmup Scheduler",
     "adaptive_harmony.core.dataset": "DataSet convert_sample_dict load_from_hf",
+    "adaptive_harmony.core.rl_utils": "discounted_cumulative_rewards gae_advantages gae_td_returns",
     "adaptive_harmony.core.utils": """
         async_map async_map_batch async_map_fallible get_minibatches override_system_prompt repeat_thread sample_data
         stringify_thread weighted_mean
