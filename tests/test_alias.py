@@ -33,14 +33,26 @@ DOCUMENTED = {
     "adaptive_harmony.graders.base_grader": "BaseGrader",
     "adaptive_harmony.graders.exceptions": "IgnoreGradeException",
     "adaptive_harmony.graders.utils": "FailedJudgeLog SuccessJudgeLog",
-    "adaptive_harmony.common": "SFT RecipeCallback",
+    "adaptive_harmony.common": """
+        CheckpointCallback DPO GRPO GSPO GenerateSamplesCallback GraderEvalCallback PPO RecipeCallback RewardModelling
+        SFT ValidationLossCallback
+    """,
+    "adaptive_harmony.common.dpo": "DPO",
+    "adaptive_harmony.common.grpo": "GRPO",
+    "adaptive_harmony.common.gspo": "GSPO",
+    "adaptive_harmony.common.ppo": "PPO",
+    "adaptive_harmony.common.rm": "RewardModelling",
     "adaptive_harmony.common.sft": "SFT",
-    "adaptive_harmony.common.callbacks": "RecipeCallback invoke_callbacks",
+    "adaptive_harmony.common.callbacks": """
+        CheckpointCallback GenerateSamplesCallback GraderEvalCallback RecipeCallback ValidationLossCallback
+        invoke_callbacks
+    """,
     "adaptive_harmony.metric_logger": "CompositeLogger Logger StdoutLogger get_prod_logger",
     "adaptive_harmony.logging_table": "Table",
     "adaptive_harmony.core": "",
     "adaptive_harmony.core.schedulers": "CombinedSchedule CosineScheduler CosineSchedulerWithoutWarmup Scheduler",
     "adaptive_harmony.core.dataset": "DataSet convert_sample_dict load_from_hf",
+    "adaptive_harmony.core.losses": "train_dpo_tangents train_grpo_tangents train_sft_tangents",
     "adaptive_harmony.core.rl_utils": "discounted_cumulative_rewards gae_advantages gae_td_returns",
     "adaptive_harmony.core.utils": """
         async_map async_map_batch async_map_fallible get_minibatches override_system_prompt repeat_thread sample_data

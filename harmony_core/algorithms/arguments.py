@@ -27,7 +27,7 @@ def logs_arguments(init: Callable[Concatenate[S, P], None]) -> Callable[Concaten
     """
     signature = inspect.signature(init)
 
-    def construct(self: S, *args: P.args, **kwargs: P.kwargs) -> None:
+    def construct(self: S, /, *args: P.args, **kwargs: P.kwargs) -> None:
         init(self, *args, **kwargs)
         bound = signature.bind(self, *args, **kwargs)
         bound.apply_defaults()

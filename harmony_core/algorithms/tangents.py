@@ -72,6 +72,18 @@ def recorded_logprobs(model: TrainingModel, thread: TokenizedThread) -> list[flo
     return logprobs
 
 
+async def train_sft_tangents(model: TrainingModel, thread: StringThread) -> Metrics:
+    """Language modelling as tangents, which are the weights; a step divides by their sum.
+
+    Metrics of the sample before the step: `logprob` and `num_tokens`, both weighted sums, and `loss`.
+    """
+    scored = await score(model, thread)
+    weights = [weight for weight in scored.weights[1:] if weight > 0]
+    await push(model, scored, weights, sum(weights))
+    logprob = sum(weight * x for weight, x in zip(weights, scored.logprobs, strict=True))
+    return {"logprob": logprob, "num_tokens": sum(weights), "loss": -logprob / sum(weights)}
+
+
 def grpo_tangents(
     logprobs: Sequence[float],
     trajectory_logprobs: Sequence[float],
