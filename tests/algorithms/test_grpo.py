@@ -70,6 +70,30 @@ def test_gspo_raises_the_reward_over_several_steps_a_batch(one_rank: LiveEngine)
     assert batches[-1]["score_mean"] > batches[0]["score_mean"] + 0.2
 
 
+def test_completions_that_cannot_be_trained_are_dropped_and_counted(one_rank: LiveEngine) -> None:
+    """Prompts of 22 to 43 tokens and up to eight more, where the policy trains at most 40 at once."""
+
+    async def run() -> tuple[list[dict[str, Any]], int]:
+        metrics: list[dict[str, Any]] = []
+        logger = EventLogger(lambda type, data: metrics.append(data["metrics"]) if type == "metrics" else None)
+        builder = one_rank.client.model("builtin:tiny-lm", kv_cache_len=512, tokens_to_generate=8)
+        model = await builder.spawn_train("narrow", max_batch_size=40)
+        assert model.get_builder_args()["max_batch_size"] == 40
+        dataset = [StringThread([("user", "x" * (1 + 3 * i))]) for i in range(8)]
+        grader = BaseGrader.from_function("one", lambda thread: 1.0)
+        sizes: dict[str, Any] = {"completions_per_sample": 2, "samples_per_batch": 16, "kl_beta": 0.0}
+        await GRPO(dataset, model, grader, logger, epochs=1, **sizes).run()
+        await model.dealloc()
+        return metrics, len(dataset)
+
+    (step,), prompts = one_rank.run(run())
+    dropped = step["dropped/sample_too_long"]
+    assert 1 <= dropped <= 4
+    assert step["num_samples"] == 2 * (prompts - dropped)
+    assert step["percentage_no_advantages"] == 1.0, "the grader finds all alike"
+    assert step["grad_norm"] == 0.0
+
+
 def test_two_replicas_take_the_steps_of_one(one_rank: LiveEngine, two_ranks: LiveEngine) -> None:
     """The same completions (their randomness is the spawn's name's and the request's number), the same steps."""
     alone, both = (
