@@ -21,6 +21,7 @@ SWALLOWED = {
     "harmony_core/engine/convert_gguf.py": (2, "the edge of a converting process, and a reader that checks little"),
     "harmony_core/engine/host.py": (1, "the edge of a request: an exception is sent back as data"),
     "harmony_core/engine/process.py": (1, "the edge of a rank"),
+    "harmony_core/loggers/composite.py": (1, "a second logger may be the client of any service, and ends nothing"),
     "harmony_core/mapping.py": (2, "a failure of one item, by contract"),
     "harmony_core/recipe.py": (2, "whatever a recipe's module and classes raise while they are loaded"),
     "harmony_core/registry/content.py": (1, "tokenizers raises a bare Exception"),

@@ -48,12 +48,14 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "accelerate": (),  # it is run as a command
     "huggingface_hub": ("harmony_core.engine", "harmony_core.registry.import_hub"),
     "jinja2": ("harmony_core.chat_template",),
+    "mlflow": (),  # imported by name, when its logger is made
     "peft": ("harmony_core.engine.models.adapters",),
     "rich": ("harmony_core.cli",),
     "torch": ("harmony_core.engine",),
     "transformers": ("harmony_core.engine",),
     "triton": ("harmony_core.engine.kernels",),
     "typer": ("harmony_core.cli",),
+    "wandb": (),
 }
 """Libraries that only these modules, or what is below them, import."""
 
