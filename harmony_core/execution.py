@@ -20,6 +20,7 @@ from harmony_core.context import RecipeContext
 from harmony_core.errors import HarmonyError, RunTimeout
 from harmony_core.frames import place_of
 from harmony_core.interruption import EXIT_CODES, Interruption
+from harmony_core.journal import kept
 from harmony_core.notifiers import ProgressSink, StdoutJobNotifier, say
 from harmony_core.outcome import Outcome, leaves
 from harmony_core.recipe import InputConfig, Recipe
@@ -101,7 +102,8 @@ async def execute(
         job = StdoutJobNotifier(run.id, sink=sink, events=run.events.write)
         ctx = RecipeContext.create(client, run, registry, run.directory, job)
         try:
-            task = asyncio.get_running_loop().create_task(_call(recipe, config, ctx), name="recipe")
+            with kept(run.events.write):  # a task keeps the context in which it is made
+                task = asyncio.get_running_loop().create_task(_call(recipe, config, ctx), name="recipe")
             stop.watch(task)
             job.mark_running()
             await asyncio.wait([task])

@@ -14,6 +14,7 @@ from typing import Generic, TypeVar
 
 from harmony_core.datasets import DataSet
 from harmony_core.errors import DataError, HarmonyError, TokenizationError, TooManyFailures, UsageError
+from harmony_core.journal import tell_dropped
 
 logger = logging.getLogger(__name__)
 
@@ -105,6 +106,7 @@ class BatchFeed(Generic[S]):
         dropped = Counter(error.code for error in errors)
         self.dropped += dropped
         if errors:
+            tell_dropped(dropped, last=errors[-1].message, taken=self.taken)
             logger.warning("%d samples dropped: %s; the last: %s", len(errors), in_words(dropped), errors[-1].message)
         if len(errors) > self._most_dropped:
             size = min(self.batch_size, self.total)
