@@ -29,6 +29,9 @@ from harmony_core.run import Run
 
 CLOSE_SECONDS = 5.0
 
+MAX_LAST_EVENTS = 16 * 2**20
+"""Bytes of events of which a report is still made when the process is ended at once; reading these takes a second."""
+
 
 @dataclass(frozen=True)
 class RunOptions:
@@ -173,7 +176,8 @@ def _count_stop(stop: Interruption, outcome: Outcome, options: RunOptions) -> No
 def _last_words(run: Run, outcome: Outcome) -> Callable[[int], None]:
     def write(exit_code: int) -> None:
         ended = replace(outcome, exit_code=exit_code, status="stopped")
-        run.finish("stopped", exit_code, ended.as_data(run.id))
+        quick = run.events.path.stat().st_size < MAX_LAST_EVENTS
+        run.finish("stopped", exit_code, ended.as_data(run.id), report=quick)
 
     return write
 

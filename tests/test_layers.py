@@ -13,18 +13,8 @@ PLAIN = frozenset(
     (
         *("chat_template", "dataset_kinds", "dataset_lines", "datasets", "errors", "fragments", "frames", "home"),
         *("inline_metadata", "interruption", "ledger", "logging_table", "mapping", "memory", "messages", "model_kinds"),
-        *(
-            "journal",
-            "model_families",
-            "model_spec",
-            "notifiers",
-            "outcome",
-            "parameters",
-            "redaction",
-            "registry",
-            "rpc",
-            "run",
-        ),
+        *("journal", "model_families", "model_spec", "notifiers", "outcome", "parameters", "redaction", "registry"),
+        *("report", "rpc", "run"),
         *("schedulers", "thread_tools", "threads", "token_threads", "tokenization", "tokenizer_files"),
         *("toolchain", "weight_files"),
     )
