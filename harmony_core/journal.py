@@ -105,7 +105,9 @@ def kept(write: EventWriter) -> Iterator[None]:
 def phase(name: str) -> Iterator[None]:
     """Count the wall time inside as this phase's: "rollout", "grading", "training", "optimizer", or another name.
 
-    Several tasks in one phase at once count once. Where phases overlap, the report shares the time between them.
+    Several tasks in one phase at once count once. Where phases overlap, the report shares the time between them. Put
+    `optim_step` into "training" or "optimizer": it waits for the micro-batches before it, and the report sets the
+    optimizer's own time apart by what the ranks measured.
     """
     journal = _journal.get()
     if journal is None:

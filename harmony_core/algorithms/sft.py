@@ -160,7 +160,8 @@ class SFT:
         accepted = await settle(self._push, [sample for sample in serialised if isinstance(sample, _Serialised)])
         scored = await settle(self._score, [sample for sample in accepted if isinstance(sample, _Serialised)])
         refused = [sample for sample in (*serialised, *accepted) if not isinstance(sample, _Serialised)]
-        await self._show(threads, serialised)
+        sound = [t for t, sample in zip(threads, serialised, strict=True) if isinstance(sample, _Serialised)]
+        await self._show(sound, accepted)
         return [*scored, *refused]
 
     async def _serialise(self, thread: StringThread) -> _Serialised:

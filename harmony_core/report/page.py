@@ -122,8 +122,10 @@ def _curves(data: RunData) -> Markup:
     )
 
 
-def _rank(name: str) -> tuple[bool, bool, bool]:
-    return name in _LAST, not any(word in name for word in _FIRST), "/" in name
+def _rank(name: str, series: list[dict[str, Any]]) -> tuple[bool, ...]:
+    """Objectives first; what never changes, and what only counts, last."""
+    constant = all(one["low"] == one["high"] and len(one["p"]) > 1 for one in series)
+    return name in _LAST, constant, not any(word in name for word in _FIRST), "/" in name
 
 
 def _charts(data: RunData) -> list[tuple[str, list[dict[str, Any]]]]:
@@ -140,7 +142,7 @@ def _charts(data: RunData) -> list[tuple[str, list[dict[str, Any]]]]:
                 else f"{stage.name} {place + 1}"
             )
             found.setdefault(name, []).append(_series(label, curve, f"s{place % _COLOURS}"))
-    return sorted(found.items(), key=lambda entry: _rank(entry[0]))
+    return sorted(found.items(), key=lambda entry: _rank(*entry))
 
 
 def _series(stage: str, curve: Curve, colour: str) -> dict[str, Any]:

@@ -69,6 +69,8 @@ class RunData:
     saved: list[dict[str, Any]] = field(default_factory=list)
     checkpoints: list[dict[str, Any]] = field(default_factory=list)
     optimizer_steps: int = 0
+    optimizer_seconds: float = 0.0
+    """As the ranks measured them."""
     curves_left_out: int = 0
     damaged_lines: int = 0
     began: float | None = None
@@ -223,6 +225,7 @@ class _Reader:
 
     def _optim_step(self, event: dict[str, Any], found: dict[str, Any]) -> None:
         self.data.optimizer_steps += 1
+        self.data.optimizer_seconds += _number(found.get("seconds")) or 0.0
         step = _number(found.get("step"))
         for name, value in found.items():
             number = _number(value)

@@ -22,7 +22,7 @@ from harmony_core.report.markup import (
     table,
 )
 from harmony_core.report.reading import RunData
-from harmony_core.report.times import WAITING, shares
+from harmony_core.report.times import WAITING, shares, with_optimizer
 
 _STATUS = {"succeeded": "good", "failed": "bad", "crashed": "bad", "stopped": "fair", "running": "fair"}
 MAX_ROWS = 50
@@ -55,7 +55,7 @@ def header(data: RunData) -> Markup:
     outcome = ""
     if found is not None:
         text = found if isinstance(found, str) else json.dumps(found, indent=2, ensure_ascii=False)
-        outcome = details("Result", element("pre", text[:MAX_TEXT]), open=len(text) < 600)
+        outcome = details("Result", element("pre", text[:MAX_TEXT]), open=len(text) < 160)
     return element(
         "header", title, sub, element("dl", *tiles, class_="tiles"), joined(saved), outcome, class_="top", id="top"
     )
@@ -104,7 +104,7 @@ def gates(data: RunData) -> Markup:
 
 def times(data: RunData) -> Markup:
     """The run's wall time by phase, and what starting took."""
-    found = shares(data.intervals)
+    found = with_optimizer(shares(data.intervals), data.optimizer_seconds)
     total = sum(found.values())
     if not found or total <= 0:
         return Markup("")
@@ -130,7 +130,11 @@ def times(data: RunData) -> Markup:
     outside = (data.ended or 0.0) - (data.began or 0.0) - total
     note = f"{seconds(total)} of training; starting, loading and saving took {seconds(max(outside, 0.0))} beside it"
     head = ("phase", "seconds", "share", "per step")
-    more = element("p", "Where phases overlap, the time is shared between them.", class_="muted")
+    more = element(
+        "p",
+        "Where phases overlap, they share the time. The optimizer's is the time that the ranks measured.",
+        class_="muted",
+    )
     return section("Time", bar, table(head, rows, "numbers"), more, id="time", note=note)
 
 

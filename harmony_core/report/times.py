@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+TRAINING, OPTIMIZER = "training", "optimizer"
+
 WAITING = "waiting"
 """Time between the first and the last phase in which no phase was on."""
 
@@ -38,3 +40,18 @@ def shares(intervals: Sequence[Interval]) -> dict[str, float]:
     waiting = seconds.pop(WAITING, 0.0)
     found = dict(sorted(seconds.items(), key=lambda entry: -entry[1]))
     return found | ({WAITING: waiting} if intervals else {})
+
+
+def with_optimizer(found: dict[str, float], ranks_seconds: float) -> dict[str, float]:
+    """The same with the optimizer's own time, as the ranks measured it, set apart from training.
+
+    `optim_step` returns when the micro-batches that wait on the ranks are done too, so to the driver most of a step's
+    forward and backward passes seem to happen in it.
+    """
+    together = found.get(TRAINING, 0.0) + found.get(OPTIMIZER, 0.0)
+    if not together or not ranks_seconds:
+        return found
+    apart = min(ranks_seconds, together)
+    changed = {**found, TRAINING: together - apart, OPTIMIZER: apart}
+    waiting = {WAITING: changed.pop(WAITING)} if WAITING in changed else {}
+    return dict(sorted(changed.items(), key=lambda entry: -entry[1])) | waiting

@@ -8,7 +8,7 @@ import random
 import pytest
 
 from harmony_core.report.curves import Curve
-from harmony_core.report.times import Interval, shares
+from harmony_core.report.times import Interval, shares, with_optimizer
 
 
 @pytest.mark.parametrize("count", [1, 2, 399, 400, 401, 799, 800, 801, 12_345])
@@ -59,3 +59,13 @@ def test_overlapping_phases_share_the_time() -> None:
     assert sum(found.values()) == pytest.approx(6)
     assert shares([]) == {}
     assert shares([Interval("x", 1, 1)]) == {"x": 0, "waiting": 0}
+
+
+def test_the_optimizers_time_is_the_ranks() -> None:
+    told = {"optimizer": 8.0, "rollout": 4.0, "training": 2.0, "waiting": 1.0}
+    assert with_optimizer(told, 0.5) == {"training": 9.5, "rollout": 4.0, "optimizer": 0.5, "waiting": 1.0}
+    assert list(with_optimizer(told, 0.5)) == ["training", "rollout", "optimizer", "waiting"]
+    assert with_optimizer({"training": 2.0}, 0.5) == {"training": 1.5, "optimizer": 0.5}
+    assert with_optimizer({"training": 2.0}, 5.0) == {"training": 0.0, "optimizer": 2.0}
+    assert with_optimizer({"rollout": 2.0}, 0.5) == {"rollout": 2.0}
+    assert with_optimizer(told, 0.0) == told

@@ -244,7 +244,7 @@ def test_a_report_that_cannot_be_made_changes_nothing(
     def broken(*args: Any, **kwargs: Any) -> str:
         raise KeyError("a bug")
 
-    monkeypatch.setattr("harmony_core.report.read_run", broken)
+    monkeypatch.setattr("harmony_core.report.writing.read_run", broken)
     run = Run.create(Home.open(tmp_path), "x")
     run.finish("succeeded", 0, {})
     assert list_runs(Home.open(tmp_path))[0].status == "succeeded"
