@@ -23,7 +23,7 @@ COMMANDS = {
     "recipes": "List, show and copy the built-in recipes.",
     "config": "Show a recipe's configuration, or its schema.",
     "models": "The registry of models.",
-    "runs": "List and show runs.",
+    "runs": "List and show runs; a report of each.",
     "doctor": "Check this machine.",
 }
 _COMPLETION = "_ADAPTIVE_COMPLETE"

@@ -182,6 +182,8 @@ def start(invocation: Invocation, words: Sequence[str], reply: Reply) -> int:
             outcome = asyncio.run(execute(recipe, config, options, run, registry, sink, stop))
         data = run.redactor.data(outcome.as_data(None if options.dry_run else run.id))
         run.finish(outcome.status, outcome.exit_code, data)
+        if (page := run.directory / "report.html").is_file():
+            tell(f"report {page}")
     (print_plan if options.dry_run else print_result)(data, recipe, models, quiet, as_json)
     reply.data = data
     return outcome.exit_code

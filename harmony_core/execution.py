@@ -20,6 +20,7 @@ from harmony_core.context import RecipeContext
 from harmony_core.errors import HarmonyError, RunTimeout
 from harmony_core.frames import place_of
 from harmony_core.interruption import EXIT_CODES, Interruption
+from harmony_core.journal import kept
 from harmony_core.notifiers import ProgressSink, StdoutJobNotifier, say
 from harmony_core.outcome import Outcome, leaves
 from harmony_core.recipe import InputConfig, Recipe
@@ -27,6 +28,9 @@ from harmony_core.registry import Registry
 from harmony_core.run import Run
 
 CLOSE_SECONDS = 5.0
+
+MAX_LAST_EVENTS = 16 * 2**20
+"""Bytes of events of which a report is still made when the process is ended at once; reading these takes a second."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,8 @@ async def execute(
         job = StdoutJobNotifier(run.id, sink=sink, events=run.events.write)
         ctx = RecipeContext.create(client, run, registry, run.directory, job)
         try:
-            task = asyncio.get_running_loop().create_task(_call(recipe, config, ctx), name="recipe")
+            with kept(run.events.write):  # a task keeps the context in which it is made
+                task = asyncio.get_running_loop().create_task(_call(recipe, config, ctx), name="recipe")
             stop.watch(task)
             job.mark_running()
             await asyncio.wait([task])
@@ -171,7 +176,8 @@ def _count_stop(stop: Interruption, outcome: Outcome, options: RunOptions) -> No
 def _last_words(run: Run, outcome: Outcome) -> Callable[[int], None]:
     def write(exit_code: int) -> None:
         ended = replace(outcome, exit_code=exit_code, status="stopped")
-        run.finish("stopped", exit_code, ended.as_data(run.id))
+        quick = run.events.path.stat().st_size < MAX_LAST_EVENTS
+        run.finish("stopped", exit_code, ended.as_data(run.id), report=quick)
 
     return write
 

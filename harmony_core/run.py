@@ -1,7 +1,7 @@
 """One run's directory: what is needed to see and repeat it, and its event log.
 
     runs/<id>/  run.json  lock  argv.json  config.yaml  sources.json  inputs/  versions.json  models.json
-                events.jsonl  logs/  checkpoints/  result.json
+                events.jsonl  logs/  checkpoints/  result.json  report.html
 
 A run is alive while its `lock` is held; the kernel releases it with the process, so no run needs to be unlocked.
 """
@@ -12,6 +12,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import logging
 import os
 import platform
 import re
@@ -30,6 +31,8 @@ from typing import IO, Any
 from harmony_core.errors import HarmonyError, NotFoundError, ResourceError, did_you_mean
 from harmony_core.home import Home
 from harmony_core.redaction import Redactor
+
+log = logging.getLogger(__name__)
 
 PACKAGES = ("harmony-core", "torch", "transformers", "accelerate", "peft", "pydantic", "tokenizers", "safetensors")
 
@@ -165,8 +168,8 @@ class Run:
                 text = self.redactor.configuration(text)
             self.write_text(f"inputs/{number}-{file.name}", text)
 
-    def finish(self, status: str, exit_code: int, result: Mapping[str, Any]) -> None:
-        """Record the end and release the lock. A second call does nothing."""
+    def finish(self, status: str, exit_code: int, result: Mapping[str, Any], report: bool = True) -> None:
+        """Record the end, release the lock and write the report. A second call does nothing."""
         if self._lock is None:
             return
         self.events.write("run.end", {"status": status, "exit": exit_code})
@@ -176,6 +179,16 @@ class Run:
         self.events.close()
         self._lock.close()
         self._lock = None
+        if report:
+            self._report()
+
+    def _report(self) -> None:
+        from harmony_core.report import write_report
+
+        try:
+            write_report(self.directory, redactor=self.redactor)
+        except Exception as error:  # whatever is wrong with the page, the run has ended as it has
+            log.warning("no report of run %s: %s: %s", self.id, type(error).__name__, error)
 
 
 def _now() -> str:

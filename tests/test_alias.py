@@ -18,7 +18,7 @@ DOCUMENTED = {
     "adaptive_harmony": """
         CombinedSchedule CosineScheduler CosineSchedulerWithoutWarmup DataSet Grade HarmonyClient InferenceModel
         JobNotifier Logger ModelBuilder Scheduler StageNotifier StdoutJobNotifier StdoutStageNotifier StringThread
-        StringTurn TokenizedThread TrainingModel get_client parameters runtime
+        StringTurn TokenizedThread TrainingModel WandbLogger get_client parameters runtime
     """,
     "adaptive_harmony.parameters": "Dataset Grader Model dataset_kinds model_kinds",
     "adaptive_harmony.runtime": """
@@ -47,7 +47,9 @@ DOCUMENTED = {
         CheckpointCallback GenerateSamplesCallback GraderEvalCallback RecipeCallback ValidationLossCallback
         invoke_callbacks
     """,
-    "adaptive_harmony.metric_logger": "CompositeLogger Logger StdoutLogger get_prod_logger",
+    "adaptive_harmony.metric_logger": """
+        CompositeLogger Logger MLFlowLogger StdoutLogger TBMetricsLogger WandbLogger get_prod_logger
+    """,
     "adaptive_harmony.logging_table": "Table",
     "adaptive_harmony.core": "",
     "adaptive_harmony.core.schedulers": "CombinedSchedule CosineScheduler CosineSchedulerWithoutWarmup Scheduler",

@@ -13,8 +13,9 @@ PLAIN = frozenset(
     (
         *("chat_template", "dataset_kinds", "dataset_lines", "datasets", "errors", "fragments", "frames", "home"),
         *("inline_metadata", "interruption", "ledger", "logging_table", "mapping", "memory", "messages", "model_kinds"),
-        *("model_families", "model_spec", "notifiers", "outcome", "parameters", "redaction", "registry", "rpc", "run"),
-        *("rl_utils", "schedulers", "thread_tools", "threads", "token_threads", "tokenization", "tokenizer_files"),
+        *("journal", "model_families", "model_spec", "notifiers", "outcome", "parameters", "redaction", "registry"),
+        *("report", "rl_utils", "rpc", "run"),
+        *("schedulers", "thread_tools", "threads", "token_threads", "tokenization", "tokenizer_files"),
         *("toolchain", "weight_files"),
     )
 )
@@ -49,12 +50,14 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "accelerate": (),  # it is run as a command
     "huggingface_hub": ("harmony_core.engine", "harmony_core.registry.import_hub"),
     "jinja2": ("harmony_core.chat_template",),
+    "mlflow": (),  # imported by name, when its logger is made
     "peft": ("harmony_core.engine.models.adapters",),
     "rich": ("harmony_core.cli",),
     "torch": ("harmony_core.engine",),
     "transformers": ("harmony_core.engine",),
     "triton": ("harmony_core.engine.kernels",),
     "typer": ("harmony_core.cli",),
+    "wandb": (),
 }
 """Libraries that only these modules, or what is below them, import."""
 

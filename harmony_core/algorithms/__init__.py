@@ -13,6 +13,7 @@ from harmony_core.algorithms.gspo import GSPO
 from harmony_core.algorithms.ppo import PPO
 from harmony_core.algorithms.reward_modelling import RewardModelling
 from harmony_core.algorithms.sft import SFT
+from harmony_core.algorithms.showing import show_sample
 
 __all__ = [
     "DPO",
@@ -27,4 +28,5 @@ __all__ = [
     "RewardModelling",
     "ValidationLossCallback",
     "invoke_callbacks",
+    "show_sample",
 ]

@@ -14,6 +14,7 @@ from typing import Generic, TypeVar
 
 from harmony_core.datasets import DataSet
 from harmony_core.errors import DataError, HarmonyError, TokenizationError, TooManyFailures, UsageError
+from harmony_core.journal import tell_dropped
 
 logger = logging.getLogger(__name__)
 
@@ -116,6 +117,7 @@ class BatchFeed(Generic[S]):
             items = self._take(len(unusable)) if len(errors) <= self._most_dropped else []
         dropped = Counter(error.code for error in errors)
         if errors:
+            tell_dropped(dropped, last=errors[-1].message, taken=self.taken)
             logger.warning("%d samples dropped: %s; the last: %s", len(errors), in_words(dropped), errors[-1].message)
         if len(errors) > self._most_dropped:
             size = min(self.batch_size, self.total)

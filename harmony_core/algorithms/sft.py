@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from harmony_core.algorithms.callbacks import RecipeCallback, invoke_callbacks
 from harmony_core.algorithms.feeding import BatchFeed, Unusable, in_words, settle
+from harmony_core.algorithms.showing import show_sample
 from harmony_core.errors import NothingToTrain, UsageError
+from harmony_core.journal import phase
 from harmony_core.loggers import Logger, StdoutLogger
 from harmony_core.notifiers import StageNotifier, StdoutJobNotifier
 from harmony_core.schedulers import CosineScheduler, Scheduler
@@ -79,6 +81,7 @@ class SFT:
         self.weight_decay = weight_decay
         self.skip_nan_gradients = skip_nan_gradients
         self.use_tangents = use_tangents
+        self._shown: set[int] = set()
         self.feed = BatchFeed(dataset, samples_per_batch, epochs, data_seed)
         self.logger.log_config(
             {
@@ -110,10 +113,12 @@ class SFT:
             self.logger(logs)
         self.stage_notifier.report_progress(feed.total, feed.taken)
         while feed.taken < feed.total:
-            batch = await feed.next_batch(self._train_with_tangents if self.use_tangents else self._train)
+            with phase("training"):
+                batch = await feed.next_batch(self._train_with_tangents if self.use_tangents else self._train)
             dropped = {f"dropped/{reason}": count for reason, count in batch.dropped.items()}
             # The end of the data may hold dropped samples only: there is no step to take then.
-            step = await self._step(batch.results) if batch.results else {}
+            with phase("optimizer"):
+                step = await self._step(batch.results) if batch.results else {}
             logs = await invoke_callbacks(self.callbacks, feed.completion)
             self.logger({**step, **dropped, **logs, "completion_percentage": feed.completion})
             metrics = step or metrics
@@ -136,13 +141,27 @@ class SFT:
         return metrics
 
     async def _train(self, threads: Sequence[StringThread]) -> list[Unusable | None]:
-        return await settle(self.model.train_language_modelling, threads)
+        outcomes = await settle(self.model.train_language_modelling, threads)
+        await self._show(threads, outcomes)
+        return outcomes
+
+    async def _show(self, threads: Sequence[StringThread], outcomes: Sequence[object]) -> None:
+        """Put two trained samples into the run's report, in each tenth of the run."""
+        tenth = int(self.feed.completion * 10)
+        if tenth in self._shown:
+            return
+        self._shown.add(tenth)
+        trained = [thread for thread, x in zip(threads, outcomes, strict=True) if not isinstance(x, Unusable)]
+        for thread in trained[:2]:
+            await show_sample(self.model, thread, self.logger.step + 1)
 
     async def _train_with_tangents(self, threads: Sequence[StringThread]) -> list[_Scored | Unusable]:
         serialised = await settle(self._serialise, threads)
         accepted = await settle(self._push, [sample for sample in serialised if isinstance(sample, _Serialised)])
         scored = await settle(self._score, [sample for sample in accepted if isinstance(sample, _Serialised)])
         refused = [sample for sample in (*serialised, *accepted) if not isinstance(sample, _Serialised)]
+        sound = [t for t, sample in zip(threads, serialised, strict=True) if isinstance(sample, _Serialised)]
+        await self._show(sound, accepted)
         return [*scored, *refused]
 
     async def _serialise(self, thread: StringThread) -> _Serialised:
