@@ -129,6 +129,17 @@ def write_model(
     return directory
 
 
+def make_scalar(directory: Path, family: str = "llama", labels: int = 1) -> Path:
+    """Turn a model of `write_model`, one file, into a sequence classifier with random head."""
+    name = ARCHITECTURES[family].replace("ForCausalLM", "ForSequenceClassification").replace("Gemma3F", "Gemma3TextF")
+    settings = json.loads((directory / "config.json").read_text())
+    names = {str(n): f"LABEL_{n}" for n in range(labels)}
+    write_json(directory / "config.json", settings | {"architectures": [name], "id2label": names})
+    tensors = {k: s for k, s in shapes(family, settings["num_hidden_layers"]).items() if k != "lm_head.weight"}
+    write_safetensors(directory / "model.safetensors", tensors | {"score.weight": (labels, SIZES["d"])})
+    return directory
+
+
 def write_adapter(directory: Path, base: str = "", rank: int = 2, layers: int = 2, **settings: Any) -> Path:
     """A peft LoRA adapter on q_proj and down_proj of the small model."""
     directory.mkdir(parents=True, exist_ok=True)

@@ -88,6 +88,19 @@ def test_an_adapter_trains_only_itself() -> None:
     assert adapter_elements(SPEC, LoraSettings(targets=("q_proj",)), 1) == 6 * 16 * 256
 
 
+def test_a_scalar_head_takes_the_place_of_the_vocabulary() -> None:
+    full = replace(FULL, kv_tokens=0, scalar=True, headless=True)
+    weights = weight_elements(SPEC, 1) - 1001 * 128 + 128
+    found = plan(full)
+    assert (found.weights, found.gradients, found.optimizer) == (4 * weights, 4 * weights, 8 * weights)
+    assert found.kv == 0 and plan(replace(full, device="cuda")).decode == 0
+    # Shared weights keep the head that policies need; beside an adapter there is one more matrix to train.
+    lora, shared = replace(LORA, scalar=True), replace(SERVE, scalar=True)
+    assert plan(lora).gradients - plan(LORA).gradients == 4 * 128
+    assert (plan(lora).weights, plan(shared).weights) == (plan(LORA).weights, plan(SERVE).weights)
+    assert plan(lora).workspace <= plan(LORA).workspace
+
+
 def test_weights_on_the_ranks_already_count_nothing_unless_they_are_trained() -> None:
     assert plan(replace(LORA, weights_shared=True)).weights == 0
     assert plan(replace(SERVE, weights_shared=True)).weights == 0

@@ -18,6 +18,22 @@ def edit(path: Path, **changes: Any) -> None:
 
 
 @pytest.mark.parametrize("family", sorted(SUPPORTED))
+def test_a_scalar_head_is_read_as_transformers_reads_it(tmp_path: Path, family: str) -> None:
+    import transformers
+
+    spec = ModelSpec.read(small_models.make_scalar(small_models.write_model(tmp_path, family), family))
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert model.num_labels == 1
+    assert spec.scalar and spec.architecture == type(model).__name__
+    assert spec.num_parameters == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_a_classifier_with_several_labels_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelRefused, match="3 labels"):
+        ModelSpec.read(small_models.make_scalar(small_models.write_model(tmp_path), labels=3))
+
+
+@pytest.mark.parametrize("family", sorted(SUPPORTED))
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_model_is_read_as_transformers_reads_it(tmp_path: Path, family: str, tied: bool) -> None:
     import transformers

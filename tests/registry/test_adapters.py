@@ -94,6 +94,19 @@ def spoil_weights(directory: Path, **tensors: Any) -> None:
     small_models.write_safetensors(directory / "adapter_model.safetensors", found)
 
 
+def test_an_adapter_with_a_head_is_scalar_and_so_is_one_on_a_scalar_base(registry: Registry, tmp_path: Path) -> None:
+    source = small_models.write_adapter(tmp_path / "a", modules_to_save=["classifier", "score"], task_type="SEQ_CLS")
+    with pytest.raises(VerificationError, match=r"score\.weight.* is missing"):
+        registry.add("critic", str(source), base="base")
+    spoil_weights(source, base_model__model__score__weight=(1, 8))
+    assert registry.add("critic", str(source), base="base").kind == "scalar"
+    spoil_weights(source, base_model__model__score__weight=(2, 8))
+    with pytest.raises(VerificationError, match=r"not \[1, 8\]"):
+        registry.add("critic", str(source), base="base")
+    registry.add("reward", str(small_models.make_scalar(small_models.write_model(tmp_path / "reward"))))
+    assert registry.add("lora", str(small_models.write_adapter(tmp_path / "b")), base="reward").kind == "scalar"
+
+
 PREFIX = "base_model__model__model__layers__"
 REFUSED: list[tuple[dict[str, Any], dict[str, Any], type[HarmonyError], str]] = [
     ({"peft_type": "IA3"}, {}, ModelRefused, "IA3"),

@@ -41,6 +41,11 @@ def test_a_directory_is_imported_and_loads_in_transformers(
     assert logits[0].std() > 0.01
 
 
+def test_a_scalar_head_makes_another_kind_of_model(registry: Registry, source: Path) -> None:
+    version = registry.add("reward", str(small_models.make_scalar(source)))
+    assert version.kind == "scalar" and version.scalar and registry.resolve("reward").spec.scalar
+
+
 def test_weights_are_shared_and_the_rest_is_copied(registry: Registry, source: Path) -> None:
     version = registry.add("m", str(source))
     assert (version.path / "config.json").stat().st_nlink == 1

@@ -181,6 +181,7 @@ class Trainer:
         """
         device = self.model.device
         kept = self.gradients.buffer.clone() if self._samples else None
+        reported = self._metrics.sums.clone()
         ids = torch.arange(max_batch_tokens, device=device)
         packed = PackedBatch(
             tokens=ids % self.model.vocab_size,
@@ -196,6 +197,7 @@ class Trainer:
             with torch.random.fork_rng([device] if device.type == "cuda" else []), self.model.tp.without_collectives():
                 self._forward_backward(packed, seed=0)
         finally:
+            self._metrics.sums.copy_(reported)
             if kept is None:
                 self.gradients.clear()
             else:

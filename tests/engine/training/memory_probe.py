@@ -49,6 +49,8 @@ def main(directory: Path, warm_up: Path, settings: dict[str, Any]) -> dict[str, 
         max_batch_tokens=settings["tokens"],
         kv_tokens=settings.get("kv_tokens", 0),
         checkpointed_layers=settings.get("checkpointed", 0),
+        scalar=settings.get("scalar", False),
+        headless=settings.get("scalar", False),
     )
     work = train if shape.train else serve
     work(warm_up, replace(shape, max_batch_tokens=128, kv_tokens=256, checkpointed_layers=int(shape.train)))
@@ -73,24 +75,26 @@ def train(directory: Path, shape: Shape) -> int:
     from harmony_core.engine.models import adapters
     from harmony_core.engine.models.loading import load_model
     from harmony_core.engine.models.parallel import TensorParallel
+    from harmony_core.engine.models.scalar import head_of
     from harmony_core.engine.training.trainer import Trainer
     from harmony_core.memory import kv_token_bytes
     from harmony_core.rpc.protocol import MicroBatch, OptimStep, pack_doubles, pack_ints
 
     tokens = shape.max_batch_tokens
-    model = load_model(directory, TensorParallel.single(), torch.device("cpu"), torch.float32)
+    model = load_model(directory, TensorParallel.single(), torch.device("cpu"), torch.float32, scalar=shape.scalar)
     if shape.lora:
         adapters.add_lora(model, "policy", shape.lora)
     model.set_checkpointed_layers(shape.checkpointed_layers)
-    trainer = Trainer(model, "policy" if shape.lora else None)
+    trainer = Trainer(model, "policy" if shape.lora else None, score=head_of(model, None) if shape.scalar else None)
     pages = torch.ones(shape.kv_tokens * kv_token_bytes(shape) // 4)
     held, _ = resident()
     ids = pack_ints(i % model.vocab_size for i in range(tokens))
     weights = pack_doubles(float(i % 64 > 0) for i in range(tokens))
     lengths = pack_ints(lengths_of(tokens, tokens // 3))
-    trainer.accumulate(
-        MicroBatch(model="policy", replica=0, tokens=ids, targets=ids, coefficients=weights, lengths=lengths)
-    )
+    batch = MicroBatch(model="policy", replica=0, tokens=ids, targets=ids, coefficients=weights, lengths=lengths)
+    if shape.scalar:
+        batch.loss, batch.fields = "mse_per_token", {"target": pack_doubles(1.0 for i in range(tokens) if i % 64)}
+    trainer.accumulate(batch)
     trainer.optim_step(
         OptimStep(model="policy", lr=1e-4, weight_decay=0.01, max_grad_norm=1.0, skip_nan=False, denominator=tokens)
     )

@@ -35,6 +35,7 @@ CONFIGURATIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "norms behind the parts too": ({**SMALL, "family": "gemma3_text", "head_dim": 64, "tied": True}, {"tokens": 1024}),
     "tied, some layers recomputed": (TIED, {"tokens": 1536, "checkpointed": 5}),
     "adapter, pages filled": (SMALL, {"tokens": 1024, "rank": 8, "kv_tokens": 32768}),
+    "scalar head": (WIDE, {"tokens": 1024, "scalar": True}),
     "serving, pages filled": (WIDE, {"tokens": 4096, "kv_tokens": 8192, "serve": True}),
 }
 
@@ -56,6 +57,8 @@ def test_elements_are_counted_exactly(tmp_path: Path, family: str, tied: bool, k
         assert adapter == adapter_elements(spec, lora, tp)
     if tp == 1:
         assert weight_elements(spec, 1) == spec.num_parameters
+        scalar = load_model(directory, TensorParallel.single(), torch.device("cpu"), torch.float32, scalar=True)
+        assert scalar.num_parameters() == weight_elements(spec, 1, headless=True)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])

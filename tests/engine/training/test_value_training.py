@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from engine.training.trainer_cases import difference, gradients, micro_batch, optim_step, samples
-from engine.training.value_cases import LENGTHS, LOSSES, make_critic, places, value_batch
+from engine.training.value_cases import LENGTHS, LOSSES, head_values, make_critic, places, value_batch
 from harmony_core.engine.models.loading import load_model
 from harmony_core.engine.models.parallel import TensorParallel
-from harmony_core.engine.models.scalar import SCORE, head_of
+from harmony_core.engine.models.scalar import SCORE, head_of, scores
 from harmony_core.engine.training.trainer import Trainer
 from harmony_core.errors import InternalError
 from harmony_core.rpc.protocol import pack_ints
@@ -101,6 +101,19 @@ def test_unscored_positions_have_no_part(models: dict[str, Path]) -> None:
         found.append((trainer.accumulate(batch).numerator, gradients(trainer)))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-12)
     assert difference(found[0][1], found[1][1]) < 1e-9
+
+
+def test_a_value_is_not_rounded_to_half_precision(models: dict[str, Path]) -> None:
+    model = load_model(models["llama"], TensorParallel.single(), torch.device("cpu"), torch.bfloat16, scalar=True)
+    hidden = torch.randn(5, model.hidden_size, generator=torch.Generator().manual_seed(0)).bfloat16()
+    head = torch.nn.Parameter(head_values().bfloat16())
+    found = scores(model, hidden, head)
+    torch.testing.assert_close(
+        found.detach().double(), hidden.double() @ head[0].detach().double(), rtol=1e-5, atol=1e-5
+    )
+    assert found.dtype == torch.float32 and not torch.equal(found, found.bfloat16().float())
+    found.sum().backward()
+    assert head.grad is not None and head.grad.dtype == torch.bfloat16
 
 
 def test_a_loss_on_log_probs_is_refused(models: dict[str, Path]) -> None:
