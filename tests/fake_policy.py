@@ -67,6 +67,9 @@ class FakeModel:
     async def tokenize(self, text: str) -> list[int]:
         return [ord(c) for c in text]
 
+    async def detokenize(self, tokens: Sequence[int]) -> str:
+        return "x" * len(tokens)
+
     async def generate_tokens(self, thread: StringThread) -> TokenizedThread:
         question = thread.last_content()
         self.generated.append(question)

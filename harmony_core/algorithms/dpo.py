@@ -11,6 +11,7 @@ from harmony_core.algorithms.callbacks import RecipeCallback
 from harmony_core.algorithms.feeding import BatchFeed, Unusable, settle
 from harmony_core.algorithms.loop import run_steps
 from harmony_core.algorithms.tangents import Metrics, Scored, dpo_tangent, push_pair, score
+from harmony_core.journal import phase
 from harmony_core.loggers import Logger, StdoutLogger
 from harmony_core.notifiers import StageNotifier, StdoutJobNotifier
 from harmony_core.schedulers import CosineScheduler, Scheduler
@@ -78,11 +79,13 @@ class DPO:
         return metrics
 
     async def _step(self) -> dict[str, Any]:
-        batch = await self.feed.next_batch(self._train_with_tangents if self.use_tangents else self._train)
+        with phase("training"):
+            batch = await self.feed.next_batch(self._train_with_tangents if self.use_tangents else self._train)
         metrics: dict[str, Any] = {f"dropped/{reason}": count for reason, count in batch.dropped.items()}
         if batch.results:
             lr = self.lr_schedule(self.feed.completion)
-            metrics |= await self.model.optim_step(lr, 0.0, self.max_grad_norm, self.skip_nan_gradients)
+            with phase("optimizer"):
+                metrics |= await self.model.optim_step(lr, 0.0, self.max_grad_norm, self.skip_nan_gradients)
             for name in batch.results[0]:
                 metrics[f"policy/{name}"] = fmean(result[name] for result in batch.results)
         return metrics

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -23,6 +22,7 @@ from harmony_core.algorithms.rollout import (
 from harmony_core.algorithms.tangents import Metrics, Scored, grpo_tangents, push, score
 from harmony_core.errors import UsageError
 from harmony_core.graders import BaseGrader
+from harmony_core.journal import phase
 from harmony_core.loggers import Logger, StdoutLogger
 from harmony_core.mapping import async_map, get_minibatches
 from harmony_core.notifiers import StageNotifier, StdoutJobNotifier
@@ -144,21 +144,20 @@ class GRPO:
         return metrics
 
     async def _step(self) -> dict[str, Any]:
-        self.rollout.begin()
         batch = await self.feed.next_batch(self._roll_out)
         metrics: dict[str, Any] = {f"dropped/{reason}": count for reason, count in batch.dropped.items()}
         samples = [sample for group in batch.results for sample in group]
         if not samples:
             return metrics
         metrics |= self._describe(batch.results)
-        began = time.perf_counter()
+        completions, advantages = [s.completion for s in samples], [s.advantage for s in samples]
+        await self.rollout.show(completions, advantages, self.logger.step + 1, self.feed.completion)
         # The seed says where the run stands, so that a resumed run shuffles as it would have.
         order = self.data_seed + self.feed.dataset.idx
         batches = get_minibatches(samples, self.samples_per_mini_batch, self.mini_epochs_per_batch, order)
         for mini_batch in batches[:-1]:
             self.logger({**await self._train(mini_batch), "completion_percentage": self.feed.completion})
-        metrics |= await self._train(batches[-1])
-        return {**metrics, "time/training": time.perf_counter() - began}
+        return metrics | await self._train(batches[-1])
 
     async def _roll_out(self, prompts: Sequence[StringThread]) -> list[list[Sample] | Unusable]:
         return await settle(self._group, prompts)
@@ -174,23 +173,23 @@ class GRPO:
             "advantages": fmean(sample.advantage for sample in samples),
             "percentage_no_advantages": fmean(float(all(s.advantage == 0 for s in group)) for group in groups),
             **{f"rewards/{key}": value for key, value in self.grader.get_logs(clear=True).items()},
-            "time/generating": self.rollout.generating_seconds,
-            "time/scoring": self.rollout.scoring_seconds,
         }
 
     async def _train(self, samples: Sequence[Sample]) -> dict[str, float]:
         """One optimizer step on a mini-batch."""
         metrics: dict[str, float] = {}
-        if self.use_tangents:
-            directions = await async_map(self._direction, samples)
-            await async_map(self._push, directions)
-            measured = [direction.metrics for direction in directions]
-            metrics = {f"policy/{name}": fmean(metric[name] for metric in measured) for name in measured[0]}
-        else:
-            await async_map(self._train_sample, samples)
-        return metrics | await self.model.optim_step(
-            self.lr_schedule(self.feed.completion), self.weight_decay, self.max_grad_norm, self.skip_nan_gradients
-        )
+        with phase("training"):
+            if self.use_tangents:
+                directions = await async_map(self._direction, samples)
+                await async_map(self._push, directions)
+                measured = [direction.metrics for direction in directions]
+                metrics = {f"policy/{name}": fmean(metric[name] for metric in measured) for name in measured[0]}
+            else:
+                await async_map(self._train_sample, samples)
+        with phase("optimizer"):
+            return metrics | await self.model.optim_step(
+                self.lr_schedule(self.feed.completion), self.weight_decay, self.max_grad_norm, self.skip_nan_gradients
+            )
 
     async def _train_sample(self, sample: Sample) -> None:
         completion, clip, beta = sample.completion, self.clip_range, self.kl_beta

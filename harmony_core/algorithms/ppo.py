@@ -5,7 +5,6 @@ The reward of a token is -kl_beta (logprob - reference logprob), and the last on
 
 from __future__ import annotations
 
-import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -19,6 +18,7 @@ from harmony_core.algorithms.loop import run_steps
 from harmony_core.algorithms.rollout import Completion, Rollout, check_sizes, completion_metrics, prompts_of
 from harmony_core.errors import UsageError
 from harmony_core.graders import BaseGrader
+from harmony_core.journal import phase
 from harmony_core.loggers import Logger, StdoutLogger
 from harmony_core.mapping import async_map, get_minibatches
 from harmony_core.notifiers import StageNotifier, StdoutJobNotifier
@@ -129,24 +129,24 @@ class PPO:
             raise UsageError("policy and value model have different tokenizers", hint="use two models of one family")
 
     async def _step(self) -> dict[str, Any]:
-        self.rollout.begin()
         batch = await self.feed.next_batch(self._roll_out)
         metrics: dict[str, Any] = {f"dropped/{reason}": count for reason, count in batch.dropped.items()}
         if not batch.results:
             return metrics
         metrics |= self._describe(batch.results)
-        began = time.perf_counter()
+        completions, advantages = [s.completion for s in batch.results], [fmean(s.advantages) for s in batch.results]
+        await self.rollout.show(completions, advantages, self.logger.step + 1, self.feed.completion)
         if self.lr_schedule_policy(self.feed.completion) > 0:
             metrics |= await self._train(batch.results, self._train_policy, self._step_policy)
-        metrics |= await self._train(batch.results, self._train_value, self._step_value)
-        return {**metrics, "time/training": time.perf_counter() - began}
+        return metrics | await self._train(batch.results, self._train_value, self._step_value)
 
     async def _roll_out(self, prompts: Sequence[StringThread]) -> list[Sample | Unusable]:
         return await settle(self._sample, prompts)
 
     async def _sample(self, prompt: StringThread) -> Sample:
         (completion,) = await self.rollout.group(prompt, 1)
-        values = await self.value_model.score(completion.thread)
+        with phase("values"):
+            values = await self.value_model.score(completion.thread)
         rewards = [-self.kl_beta * divergence for divergence in completion.kl_div]
         rewards[-1] += completion.score
         advantages = gae_advantages(values, rewards, self.gae_lambda, self.gae_gamma)
@@ -163,8 +163,6 @@ class PPO:
             "cumulative_reward": fmean(sum(sample.rewards) for sample in samples),
             "explained_variance": explained_variance(values, returns),
             **{f"rewards/{key}": value for key, value in self.grader.get_logs(clear=True).items()},
-            "time/generating": self.rollout.generating_seconds,
-            "time/scoring": self.rollout.scoring_seconds,
         }
 
     async def _train(
@@ -180,8 +178,10 @@ class PPO:
         for mini_batch in get_minibatches(samples, self.samples_per_mini_batch, self.mini_epochs_per_batch, order):
             if metrics:
                 self.logger({**metrics, "completion_percentage": self.feed.completion})
-            await async_map(train, mini_batch)
-            metrics = await take_step()
+            with phase("training"):
+                await async_map(train, mini_batch)
+            with phase("optimizer"):
+                metrics = await take_step()
         return metrics
 
     async def _train_policy(self, sample: Sample) -> None:

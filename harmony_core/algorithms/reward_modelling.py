@@ -10,6 +10,7 @@ from harmony_core.algorithms.callbacks import RecipeCallback
 from harmony_core.algorithms.feeding import BatchFeed, Unusable, settle
 from harmony_core.algorithms.loop import run_steps
 from harmony_core.errors import DataError, UsageError
+from harmony_core.journal import phase
 from harmony_core.loggers import Logger, StdoutLogger
 from harmony_core.notifiers import StageNotifier, StdoutJobNotifier
 from harmony_core.schedulers import CosineScheduler, Scheduler
@@ -66,11 +67,13 @@ class RewardModelling:
         return await run_steps(self.feed, self._step, self.callbacks, self.logger, self.stage_notifier)
 
     async def _step(self) -> dict[str, Any]:
-        batch = await self.feed.next_batch(self._train)
+        with phase("training"):
+            batch = await self.feed.next_batch(self._train)
         metrics: dict[str, Any] = {f"dropped/{reason}": count for reason, count in batch.dropped.items()}
         if batch.results:
             lr = self.lr_schedule(self.feed.completion)
-            metrics |= await self.model.optim_step(lr, 0.0, self.max_grad_norm, self.skip_nan_gradients)
+            with phase("optimizer"):
+                metrics |= await self.model.optim_step(lr, 0.0, self.max_grad_norm, self.skip_nan_gradients)
         return metrics
 
     async def _train(self, samples: Sequence[Preference | StringThread]) -> list[Unusable | None]:

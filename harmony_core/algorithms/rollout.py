@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,9 +10,11 @@ from itertools import islice
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from harmony_core.algorithms.showing import show_sample
 from harmony_core.algorithms.tangents import recorded_logprobs
 from harmony_core.errors import SampleTooLong, UsageError
 from harmony_core.graders import BaseGrader, score_or_refuse
+from harmony_core.journal import phase
 from harmony_core.mapping import async_map
 from harmony_core.thread_tools import repeat_thread
 from harmony_core.threads import StringThread, TokenizedThread
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from harmony_core.client import InferenceModel, TrainingModel
 
 log = logging.getLogger(__name__)
+
+SHOWN = 4
+"""Completions of one step in the run's report."""
 
 
 @dataclass(frozen=True)
@@ -50,43 +54,23 @@ class Completion:
 
 
 class Rollout:
-    """Generates completions with a policy, and scores them with a grader and a reference model (None: without one).
-
-    `generating_seconds` and `scoring_seconds` are wall time of the present batch: until its last completion was drawn,
-    and from then until its last score.
-    """
+    """Generates completions with a policy, and scores them with a grader and a reference model (None: without one)."""
 
     def __init__(self, policy: TrainingModel, reference: InferenceModel | None, grader: BaseGrader[Any]) -> None:
         self.policy = policy
         self.reference = reference
         self.grader = grader
         self._limit = policy.get_builder_args().get("max_batch_size")
-        self._began = self._generated = self._scored = 0.0
-
-    def begin(self) -> None:
-        """Start the clock of a batch."""
-        self._began = self._generated = self._scored = time.perf_counter()
-
-    @property
-    def generating_seconds(self) -> float:
-        """Wall time from the batch's begin to its last completion."""
-        return self._generated - self._began
-
-    @property
-    def scoring_seconds(self) -> float:
-        """Wall time from there to the batch's last score."""
-        return max(self._scored - self._generated, 0.0)
+        self._shown: set[int] = set()
 
     async def group(self, prompt: StringThread, count: int) -> list[Completion]:
         """`count` completions of one prompt. A failure of any of them is the prompt's.
 
         Raises PromptTooLong, SampleTooLong, TokenizationError, GradeFailed, IgnoreGradeException.
         """
-        threads = await async_map(self.policy.generate_tokens, list(islice(repeat_thread(prompt), count)))
-        self._generated = time.perf_counter()
-        completions = await async_map(self._complete, threads)
-        self._scored = time.perf_counter()
-        return completions
+        with phase("rollout"):
+            threads = await async_map(self.policy.generate_tokens, list(islice(repeat_thread(prompt), count)))
+        return await async_map(self._complete, threads)
 
     async def _complete(self, thread: TokenizedThread) -> Completion:
         tokens = len(thread.token_ids)
@@ -98,12 +82,23 @@ class Rollout:
                 limit=self._limit,
             )
         text = await self.policy.detokenize_thread(thread)
-        score = await score_or_refuse(self.grader, text)
-        logprobs = recorded_logprobs(self.policy, thread)
-        if logprobs is None:
-            logprobs = await self.policy.logprobs_per_token(thread)
-        reference = logprobs if self.reference is None else await self.reference.logprobs_per_token(thread)
+        with phase("grading"):
+            score = await score_or_refuse(self.grader, text)
+        with phase("reference"):
+            logprobs = recorded_logprobs(self.policy, thread)
+            if logprobs is None:
+                logprobs = await self.policy.logprobs_per_token(thread)
+            reference = logprobs if self.reference is None else await self.reference.logprobs_per_token(thread)
         return Completion(thread, text, score, logprobs, reference)
+
+    async def show(self, completions: Sequence[Completion], advantages: Sequence[float], step: int, at: float) -> None:
+        """Put some completions into the run's report, once in each tenth of the run; `at` is how much of it is done."""
+        tenth = int(at * 10)
+        if tenth in self._shown:
+            return
+        self._shown.add(tenth)
+        for completion, advantage in list(zip(completions, advantages, strict=True))[:SHOWN]:
+            await show_sample(self.policy, completion.thread, step, reward=completion.score, advantage=advantage)
 
 
 def prompts_of(dataset: Sequence[StringThread]) -> list[StringThread]:

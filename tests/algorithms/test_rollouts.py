@@ -12,6 +12,7 @@ from fake_policy import FakeModel, length_grader, prompts, questions
 from harmony_core.algorithms import GRPO, GSPO
 from harmony_core.datasets import DataSet
 from harmony_core.errors import DataError, IgnoreGradeException, RankDied, TooManyFailures, UsageError
+from harmony_core.journal import kept
 from harmony_core.loggers import EventLogger
 from harmony_core.schedulers import CosineScheduler
 from harmony_core.threads import StringThread
@@ -245,3 +246,18 @@ def test_what_cannot_be_is_refused_at_construction(options: dict[str, Any], comp
 def test_no_prompts_are_refused() -> None:
     with pytest.raises(DataError, match="empty"):
         Run([], epochs=1)
+
+
+def test_the_runs_report_is_told_phases_samples_and_drops() -> None:
+    told: list[tuple[str, dict[str, Any]]] = []
+    with kept(lambda type, data: told.append((type, data))):
+        Run(prompts(20, frozenset({3})), epochs=1).go()
+    phases = {data["name"] for type, data in told if type == "phase"}
+    assert phases == {"rollout", "grading", "reference", "training", "optimizer"}
+    assert [data["reasons"] for type, data in told if type == "samples.dropped"] == [{"prompt_too_long": 1}]
+    samples = [data for type, data in told if type == "sample"]
+    assert [sample["step"] for sample in samples] == [step for step in (1, 2, 3, 4, 5) for _ in range(4)]
+    assert {"reward", "advantage"} <= set(samples[0])
+    role, pieces = samples[0]["turns"][1]["role"], samples[0]["turns"][1]["pieces"]
+    assert role == "assistant" and len(pieces) == samples[0]["reward"]
+    assert pieces[0] == ["x", 1.0, -0.1], "a token, its weight, its log-prob"
