@@ -93,7 +93,7 @@ def runner(
         typer.Option("--resume", metavar="[RUN]", help="Go on with a run from its last checkpoint.  [default: newest]"),
     ] = None,
     allow_change: Annotated[
-        bool, typer.Option("--allow-change", help="With --resume: accept changes that do not decide the training.")
+        bool, typer.Option("--allow-change", help="Resume with changes that do not decide the training.")
     ] = False,
     keep_checkpoints: Annotated[
         int, typer.Option("--keep-checkpoints", metavar="N", min=0, help="Checkpoints that stay; 0 writes none.")
