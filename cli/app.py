@@ -121,6 +121,10 @@ def _run(words: list[str], word: str, reply: Reply) -> int:
         words = line.split()[1:]
     elif word and word not in COMMANDS:
         raise UsageError(f"there is no command '{word}'", hint=did_you_mean(word, COMMANDS))
+    elif word == "run" and any(w.startswith("--resume") for w in words):
+        from .resume import with_resume
+
+        words = with_resume(words)
     app = _app(words, word, reply, completing)
     code = app(args=None if completing else words, prog_name="adaptive", standalone_mode=False)
     return code if isinstance(code, int) else 0

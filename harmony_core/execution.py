@@ -15,11 +15,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
+from harmony_core.checkpoint_files import Checkpoint, CheckpointStore
+from harmony_core.checkpoints import RunCheckpoints
 from harmony_core.client import DryRunEnded, EngineOptions, HarmonyClient
 from harmony_core.context import RecipeContext
-from harmony_core.errors import HarmonyError, RunTimeout
+from harmony_core.errors import HarmonyError, RunTimeout, UsageError
 from harmony_core.frames import place_of
-from harmony_core.interruption import EXIT_CODES, Interruption
+from harmony_core.interruption import Interruption
 from harmony_core.journal import kept
 from harmony_core.notifiers import ProgressSink, StdoutJobNotifier, say
 from harmony_core.outcome import Outcome, leaves
@@ -48,11 +50,21 @@ class RunOptions:
     compile: bool = True
     dry_run: bool = False
     assume: str | None = None
+    keep_checkpoints: int = 2
+    resumed: Checkpoint | None = None
+    """What the run continues from."""
+    allow_change: bool = False
+
+    def as_data(self) -> dict[str, Any]:
+        """What a resumed run is started with again, as JSON holds it."""
+        again = ("num_processes", "device", "memory", "seed", "rehearse", "deterministic", "compile")
+        data = {name: getattr(self, name) for name in again}
+        return data | {"accelerate_config": str(self.accelerate_config) if self.accelerate_config else None}
 
     def for_engine(self, run: Run) -> EngineOptions:
         """The part that the engine is given."""
         return EngineOptions(
-            log_dir=run.directory / "logs",
+            log_dir=run.log_dir,
             run_id=run.id,
             num_processes=self.num_processes,
             device=self.device,
@@ -105,12 +117,16 @@ async def execute(
         job = StdoutJobNotifier(run.id, sink=sink, events=run.events.write)
         ctx = RecipeContext.create(client, run, registry, run.directory, job)
         try:
+            if not options.dry_run:
+                ctx.checkpoint_restore_data = _attach_checkpoints(ctx, config, options, stop)
             with kept(run.events.write):  # a task keeps the context in which it is made
                 task = asyncio.get_running_loop().create_task(_call(recipe, config, ctx), name="recipe")
             stop.watch(task)
             job.mark_running()
             await asyncio.wait([task])
             _record(task, ctx, outcome, run)
+        except HarmonyError as error:
+            outcome.fail(error)
         finally:
             outcome.plan = list(client.planned)
             job.close()
@@ -118,7 +134,30 @@ async def execute(
     if options.dry_run and outcome.exit_code == 0:
         outcome.status = "planned"
     _count_stop(stop, outcome, options)
+    if outcome.exit_code not in (0, 2, 8) and stop.resumable():
+        say(f"to go on from its last checkpoint: adaptive run --resume {run.id}")
     return outcome
+
+
+def _attach_checkpoints(
+    ctx: RecipeContext, config: InputConfig | None, options: RunOptions, stop: Interruption
+) -> dict[str, Any] | None:
+    """Let the job's training classes save, continue and be stopped. Raises UsageError for another machine or seed."""
+    client, run = ctx.client, ctx.run
+    facts = {
+        "ranks": client.world_size,
+        "device": client.device,
+        "seed": options.seed,
+        "deterministic": options.deterministic,
+    }
+    store = CheckpointStore(run.directory / "checkpoints", options.keep_checkpoints)
+    plain = run.redactor.data(config.model_dump(mode="json")) if config is not None else {}
+    checkpoints = RunCheckpoints(store, facts, options.resumed, options.allow_change, plain)
+    checkpoints.saving = stop.saving
+    ctx.job.checkpoints = checkpoints
+    stop.patience, stop.resumable = checkpoints.stop, lambda: bool(store.names())
+    run.note(options=options.as_data() | {"num_processes": client.world_size, "device": client.device})
+    return checkpoints.restore_data
 
 
 def _tell_of_compiling(event: dict[str, Any]) -> None:
@@ -151,6 +190,11 @@ def _record(task: asyncio.Task[Any], ctx: RecipeContext, outcome: Outcome, run: 
         error = None
     elif error is None:
         outcome.result = task.result()
+    if error is None and ctx.job.checkpoints is not None and ctx.job.checkpoints.unused:
+        error = UsageError(
+            "the run was resumed from a checkpoint, and no training class took it",
+            hint="give the class ctx.job.stage_notifier(...); a recipe that trains by itself cannot be resumed",
+        )
     if error is None:
         ctx.job.complete()
         if any(not gate.passed for gate in ctx.gates):
@@ -170,7 +214,7 @@ def _count_stop(stop: Interruption, outcome: Outcome, options: RunOptions) -> No
     if stop.reason == "timeout":
         outcome.fail(RunTimeout(f"--timeout {options.timeout:g} s passed"))
     outcome.status = "stopped"
-    outcome.exit_code = EXIT_CODES[stop.reason]
+    outcome.exit_code = stop.exit_code
 
 
 def _last_words(run: Run, outcome: Outcome) -> Callable[[int], None]:

@@ -11,7 +11,8 @@ from source_tree import Import, imports, imports_of, modules
 
 PLAIN = frozenset(
     (
-        *("chat_template", "dataset_kinds", "dataset_lines", "datasets", "errors", "fragments", "frames", "home"),
+        *("chat_template", "checkpoint_files", "checkpoints", "dataset_kinds", "dataset_lines", "datasets", "errors"),
+        *("fragments", "frames", "home"),
         *("inline_metadata", "interruption", "ledger", "logging_table", "mapping", "memory", "messages", "model_kinds"),
         *("journal", "model_families", "model_spec", "notifiers", "outcome", "parameters", "redaction", "registry"),
         *("report", "rl_utils", "rpc", "run"),

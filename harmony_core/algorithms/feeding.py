@@ -10,7 +10,7 @@ import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from harmony_core.datasets import DataSet
 from harmony_core.errors import DataError, HarmonyError, TokenizationError, TooManyFailures, UsageError
@@ -96,6 +96,15 @@ class BatchFeed(Generic[S]):
     def completion(self) -> float:
         """How much of the run is done, 0 to 1."""
         return min(self.taken / self.total, 1.0)
+
+    def get_state(self) -> dict[str, Any]:
+        """Where the feed stands, as plain data."""
+        return {"dataset": self.dataset.get_state(), "dropped": dict(self.dropped)}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continue where `get_state` was called. Raises DataError for the state of another dataset."""
+        self.dataset.set_state(state["dataset"])
+        self.dropped = Counter(state["dropped"])
 
     def _take(self, count: int) -> list[S]:
         return [next(self.dataset) for _ in range(min(count, self.total - self.taken))]

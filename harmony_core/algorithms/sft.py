@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from harmony_core.algorithms.callbacks import RecipeCallback, invoke_callbacks
+from harmony_core.algorithms.checkpointing import Checkpointing
 from harmony_core.algorithms.feeding import BatchFeed, Unusable, in_words, settle
 from harmony_core.algorithms.showing import show_sample
-from harmony_core.errors import NothingToTrain, UsageError
+from harmony_core.errors import NothingToTrain
 from harmony_core.journal import phase
 from harmony_core.loggers import Logger, StdoutLogger
 from harmony_core.notifiers import StageNotifier, StdoutJobNotifier
@@ -70,8 +71,6 @@ class SFT:
         data_seed: int = 42,
         use_tangents: bool = False,
     ) -> None:
-        if checkpoint_restore_data is not None:
-            raise UsageError("SFT cannot resume from a checkpoint", hint="leave checkpoint_restore_data out")
         self.model = model
         self.logger = logger or StdoutLogger()
         self.stage_notifier = stage_notifier or StdoutJobNotifier().stage_notifier("SFT Training")
@@ -83,20 +82,29 @@ class SFT:
         self.use_tangents = use_tangents
         self._shown: set[int] = set()
         self.feed = BatchFeed(dataset, samples_per_batch, epochs, data_seed)
-        self.logger.log_config(
-            {
-                "algorithm": "SFT",
-                "samples": len(dataset),
-                "lr": lr,
-                "lr_scheduler": self.lr_schedule,
-                "samples_per_batch": samples_per_batch,
-                "max_grad_norm": max_grad_norm,
-                "epochs": epochs,
-                "weight_decay": weight_decay,
-                "skip_nan_gradients": skip_nan_gradients,
-                "data_seed": data_seed,
-                "use_tangents": use_tangents,
-            }
+        self._metrics: dict[str, float] = {}
+        settings = {
+            "lr": lr,
+            "lr_scheduler": self.lr_schedule,
+            "samples_per_batch": samples_per_batch,
+            "max_grad_norm": max_grad_norm,
+            "epochs": epochs,
+            "weight_decay": weight_decay,
+            "skip_nan_gradients": skip_nan_gradients,
+            "data_seed": data_seed,
+            "use_tangents": use_tangents,
+        }
+        self.logger.log_config({"algorithm": "SFT", "samples": len(dataset), **settings})
+        self.checkpointing = Checkpointing(
+            "SFT",
+            self.stage_notifier,
+            models={"policy": model},
+            parts={"feed": self.feed, "logger": self.logger, "sft": self},
+            samples=dataset,
+            settings=settings,
+            callbacks=callbacks,
+            frequency=checkpoint_frequency,
+            restore_data=checkpoint_restore_data,
         )
 
     @property
@@ -105,10 +113,23 @@ class SFT:
         return self.feed.completion
 
     async def run(self) -> dict[str, float]:
-        """Train to the end. Returns the last step's metrics. Raises TooManyFailures."""
+        """Train to the end, in a resumed run from the checkpoint. Returns the last step's metrics.
+
+        Raises TooManyFailures, and UsageError for a checkpoint of another training.
+        """
+        return await self.checkpointing.run(self._train_all)
+
+    def get_state(self) -> dict[str, Any]:
+        """The last step's metrics, for a checkpoint."""
+        return {"metrics": self._metrics}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continue where `get_state` was called."""
+        self._metrics = dict(state["metrics"])
+
+    async def _train_all(self) -> dict[str, float]:
         _warn_about_weights(self.feed.dataset.threads)
         feed = self.feed
-        metrics: dict[str, float] = {}
         if logs := await invoke_callbacks(self.callbacks, feed.completion):
             self.logger(logs)
         self.stage_notifier.report_progress(feed.total, feed.taken)
@@ -121,11 +142,13 @@ class SFT:
                 step = await self._step(batch.results) if batch.results else {}
             logs = await invoke_callbacks(self.callbacks, feed.completion)
             self.logger({**step, **dropped, **logs, "completion_percentage": feed.completion})
-            metrics = step or metrics
+            self._metrics = step or self._metrics
             self.stage_notifier.report_progress(feed.total, feed.taken)
+            if await self.checkpointing.step_done(feed.completion):
+                break
         if feed.dropped:
             log.warning("dropped %d of %d samples: %s", feed.dropped.total(), feed.total, in_words(feed.dropped))
-        return {**metrics, "completion_percentage": feed.completion}
+        return {**self._metrics, "completion_percentage": feed.completion}
 
     async def _step(self, results: Sequence[_Scored | None]) -> dict[str, float]:
         metrics = dict(
