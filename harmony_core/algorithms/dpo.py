@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from harmony_core.algorithms.arguments import logs_arguments
+from harmony_core.algorithms.arguments import keeps_settings
 from harmony_core.algorithms.callbacks import RecipeCallback
 from harmony_core.algorithms.feeding import BatchFeed, Unusable, settle
-from harmony_core.algorithms.loop import run_steps
+from harmony_core.algorithms.loop import StepLoop
 from harmony_core.algorithms.tangents import Metrics, Scored, dpo_tangent, push_pair, score
 from harmony_core.journal import phase
 from harmony_core.loggers import Logger, StdoutLogger
@@ -36,7 +36,9 @@ class DPO:
     measured before each step, at the price of a forward pass.
     """
 
-    @logs_arguments
+    settings: dict[str, Any]
+
+    @keeps_settings
     def __init__(
         self,
         dataset: Sequence[Pair],
@@ -57,7 +59,6 @@ class DPO:
         self.model = model
         self.logger = logger or StdoutLogger()
         self.stage_notifier = stage_notifier or StdoutJobNotifier().stage_notifier("DPO Training")
-        self.callbacks = callbacks
         self.lr_schedule: Scheduler = lr_scheduler or CosineScheduler(lr)
         self.max_grad_norm = max_grad_norm
         self.kl_beta = kl_beta
@@ -65,18 +66,28 @@ class DPO:
         self.use_tangents = use_tangents
         self.feed: BatchFeed[Pair] = BatchFeed(dataset, samples_per_batch, epochs, data_seed)
         self.reference: InferenceModel | None = None
+        models = {"policy": model}
+        self.loop = StepLoop(
+            "DPO", self.settings, models, dataset, self.feed, callbacks, self.logger, self.stage_notifier
+        )
 
     @property
     def training_completion_percentage(self) -> float:
         """How much of the run is done, 0 to 1."""
         return self.feed.completion
 
-    async def run(self) -> dict[str, Any]:
-        """Train to the end. Returns the last step's metrics. Raises TooManyFailures."""
-        self.reference = await self.model.clone_inf()
-        metrics = await run_steps(self.feed, self._step, self.callbacks, self.logger, self.stage_notifier)
-        await self.reference.dealloc()
+    async def run(self) -> dict[str, float]:
+        """Train to the end, in a resumed run from the checkpoint. Returns the last step's numbers.
+
+        Raises TooManyFailures, and UsageError for a checkpoint of another training.
+        """
+        metrics = await self.loop.run(self._step, self._prepare)
+        if self.reference is not None:
+            await self.reference.dealloc()
         return metrics
+
+    async def _prepare(self) -> None:
+        self.reference = await self.model.clone_inf()
 
     async def _step(self) -> dict[str, Any]:
         with phase("training"):
@@ -91,12 +102,12 @@ class DPO:
         return metrics
 
     async def _train(self, pairs: Sequence[Pair]) -> list[Metrics | Unusable]:
-        references = await settle(self._reference, pairs)
+        references = await settle(self._ref_logprobs, pairs)
         ready = [(pair, ref) for pair, ref in zip(pairs, references, strict=True) if not isinstance(ref, Unusable)]
         trained = await settle(self._train_pair, ready)
         return [*trained, *(ref for ref in references if isinstance(ref, Unusable))]
 
-    async def _reference(self, pair: Pair) -> Scores:
+    async def _ref_logprobs(self, pair: Pair) -> Scores:
         assert self.reference is not None
         return await self.reference.logprobs(pair[0]), await self.reference.logprobs(pair[1])
 
@@ -115,7 +126,7 @@ class DPO:
 
     async def _measure(self, pair: Pair) -> tuple[Scored, Scored, Scores]:
         chosen, rejected = await score(self.model, pair[0]), await score(self.model, pair[1])
-        return chosen, rejected, await self._reference(pair)
+        return chosen, rejected, await self._ref_logprobs(pair)
 
     async def _push(self, measured: tuple[Scored, Scored, Scores]) -> Metrics:
         chosen, rejected, references = measured

@@ -8,10 +8,10 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from harmony_core.algorithms.advantages import group_advantages
-from harmony_core.algorithms.arguments import logs_arguments
+from harmony_core.algorithms.arguments import keeps_settings
 from harmony_core.algorithms.callbacks import RecipeCallback
 from harmony_core.algorithms.feeding import BatchFeed, Unusable, settle
-from harmony_core.algorithms.loop import run_steps
+from harmony_core.algorithms.loop import StepLoop
 from harmony_core.algorithms.rollout import (
     Completion,
     Rollout,
@@ -30,7 +30,7 @@ from harmony_core.schedulers import CosineScheduler, Scheduler
 from harmony_core.threads import StringThread
 
 if TYPE_CHECKING:
-    from harmony_core.client import TrainingModel
+    from harmony_core.client import InferenceModel, TrainingModel
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,9 @@ class GRPO:
     `policy/inner_kl_div` and `policy/Dkl` are measured at the price of a forward pass.
     """
 
-    @logs_arguments
+    settings: dict[str, Any]
+
+    @keeps_settings
     def __init__(
         self,
         dataset: Sequence[StringThread],
@@ -102,10 +104,6 @@ class GRPO:
         *,
         loss_options: Mapping[str, Any] | None = None,
     ) -> None:
-        if checkpoint_restore_data is not None:
-            raise UsageError(
-                f"{type(self).__name__} cannot resume from a checkpoint", hint="leave checkpoint_restore_data out"
-            )
         if use_tangents and loss_options:
             raise UsageError("loss_options are those of the model's own loss", hint="leave use_tangents out")
         check_sizes(samples_per_batch, completions_per_sample, samples_per_mini_batch, mini_epochs_per_batch)
@@ -113,7 +111,6 @@ class GRPO:
         self.grader = grader
         self.logger = logger or StdoutLogger()
         self.stage_notifier = stage_notifier or StdoutJobNotifier().stage_notifier(f"{type(self).__name__} Training")
-        self.callbacks = callbacks
         self.lr_schedule: Scheduler = lr_scheduler or CosineScheduler(lr)
         self.completions_per_sample = completions_per_sample
         self.samples_per_mini_batch = samples_per_mini_batch
@@ -128,20 +125,38 @@ class GRPO:
         self.loss_options = dict(loss_options or {})
         prompts_per_batch = samples_per_batch // completions_per_sample
         self.feed = BatchFeed(prompts_of(dataset), prompts_per_batch, epochs, data_seed, steps=max_num_grpo_steps)
+        self.reference: InferenceModel | None = None
+        self.loop = StepLoop(
+            type(self).__name__,
+            self.settings,
+            {"policy": model},
+            dataset,
+            self.feed,
+            callbacks,
+            self.logger,
+            self.stage_notifier,
+            checkpoint_frequency,
+            checkpoint_restore_data,
+        )
 
     @property
     def training_completion_percentage(self) -> float:
         """How much of the run is done, 0 to 1."""
         return self.feed.completion
 
-    async def run(self) -> dict[str, Any]:
-        """Train to the end. Returns the last step's metrics. Raises TooManyFailures."""
-        reference = await self.model.clone_inf() if self.kl_beta else None
-        self.rollout = Rollout(self.model, reference, self.grader)
-        metrics = await run_steps(self.feed, self._step, self.callbacks, self.logger, self.stage_notifier)
-        if reference is not None:
-            await reference.dealloc()
+    async def run(self) -> dict[str, float]:
+        """Train to the end, in a resumed run from the checkpoint. Returns the last step's numbers.
+
+        Raises TooManyFailures, and UsageError for a checkpoint of another training.
+        """
+        metrics = await self.loop.run(self._step, self._prepare)
+        if self.reference is not None:
+            await self.reference.dealloc()
         return metrics
+
+    async def _prepare(self) -> None:
+        self.reference = await self.model.clone_inf() if self.kl_beta else None
+        self.rollout = Rollout(self.model, self.reference, self.grader)
 
     async def _step(self) -> dict[str, Any]:
         batch = await self.feed.next_batch(self._roll_out)

@@ -11,10 +11,10 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from harmony_core.algorithms.advantages import explained_variance
-from harmony_core.algorithms.arguments import logs_arguments
+from harmony_core.algorithms.arguments import keeps_settings
 from harmony_core.algorithms.callbacks import RecipeCallback
 from harmony_core.algorithms.feeding import BatchFeed, Unusable, settle
-from harmony_core.algorithms.loop import run_steps
+from harmony_core.algorithms.loop import StepLoop
 from harmony_core.algorithms.rollout import Completion, Rollout, check_sizes, completion_metrics, prompts_of
 from harmony_core.errors import UsageError
 from harmony_core.graders import BaseGrader
@@ -27,7 +27,7 @@ from harmony_core.schedulers import CombinedSchedule, CosineScheduler, Scheduler
 from harmony_core.threads import StringThread
 
 if TYPE_CHECKING:
-    from harmony_core.client import TrainingModel
+    from harmony_core.client import InferenceModel, TrainingModel
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,9 @@ class PPO:
     `loss_options` are further keyword arguments of `train_ppo`.
     """
 
-    @logs_arguments
+    settings: dict[str, Any]
+
+    @keeps_settings
     def __init__(
         self,
         dataset: Sequence[StringThread],
@@ -87,15 +89,12 @@ class PPO:
         *,
         loss_options: Mapping[str, Any] | None = None,
     ) -> None:
-        if checkpoint_restore_data is not None:
-            raise UsageError("PPO cannot resume from a checkpoint", hint="leave checkpoint_restore_data out")
         if not value_model.is_scalar():
             raise UsageError("PPO's value model needs a scalar head", hint="spawn it with into_scoring_model()")
         check_sizes(samples_per_batch, 1, samples_per_mini_batch, mini_epochs_per_batch)
         self.model, self.value_model, self.grader = model, value_model, grader
         self.logger = logger or StdoutLogger()
         self.stage_notifier = stage_notifier or StdoutJobNotifier().stage_notifier("PPO Training")
-        self.callbacks = callbacks
         waiting = CombinedSchedule(lambda _: 0.0, CosineScheduler(lr_policy), value_only_fraction)
         self.lr_schedule_policy: Scheduler = lr_scheduler_policy or waiting
         self.lr_schedule_value: Scheduler = lr_scheduler_value or CosineScheduler(lr_value)
@@ -106,21 +105,31 @@ class PPO:
         self.data_seed = data_seed
         self.loss_options = dict(loss_options or {})
         self.feed = BatchFeed(prompts_of(dataset), samples_per_batch, epochs, data_seed, steps=max_num_ppo_steps)
+        self.reference: InferenceModel | None = None
+        models = {"policy": model, "value": value_model}
+        logging = (callbacks, self.logger, self.stage_notifier)
+        saving = (checkpoint_frequency, checkpoint_restore_data)
+        self.loop = StepLoop("PPO", self.settings, models, dataset, self.feed, *logging, *saving)
 
     @property
     def training_completion_percentage(self) -> float:
         """How much of the run is done, 0 to 1."""
         return self.feed.completion
 
-    async def run(self) -> dict[str, Any]:
-        """Train to the end. Returns the last step's metrics. Raises TooManyFailures."""
-        await self._check_tokenizers()
-        reference = await self.model.clone_inf() if self.kl_beta else None
-        self.rollout = Rollout(self.model, reference, self.grader)
-        metrics = await run_steps(self.feed, self._step, self.callbacks, self.logger, self.stage_notifier)
-        if reference is not None:
-            await reference.dealloc()
+    async def run(self) -> dict[str, float]:
+        """Train to the end, in a resumed run from the checkpoint. Returns the last step's numbers.
+
+        Raises TooManyFailures, and UsageError for a checkpoint of another training.
+        """
+        metrics = await self.loop.run(self._step, self._prepare)
+        if self.reference is not None:
+            await self.reference.dealloc()
         return metrics
+
+    async def _prepare(self) -> None:
+        await self._check_tokenizers()
+        self.reference = await self.model.clone_inf() if self.kl_beta else None
+        self.rollout = Rollout(self.model, self.reference, self.grader)
 
     async def _check_tokenizers(self) -> None:
         """The value model scores the policy's tokens, so both must give text the same ones."""

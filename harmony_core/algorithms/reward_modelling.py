@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from harmony_core.algorithms.arguments import logs_arguments
+from harmony_core.algorithms.arguments import keeps_settings
 from harmony_core.algorithms.callbacks import RecipeCallback
 from harmony_core.algorithms.feeding import BatchFeed, Unusable, settle
-from harmony_core.algorithms.loop import run_steps
+from harmony_core.algorithms.loop import StepLoop
 from harmony_core.errors import DataError, UsageError
 from harmony_core.journal import phase
 from harmony_core.loggers import Logger, StdoutLogger
@@ -29,7 +29,9 @@ class RewardModelling:
     number to predict, trained with `train_mse`. Steps, schedule and dropped samples are as in `DPO`.
     """
 
-    @logs_arguments
+    settings: dict[str, Any]
+
+    @keeps_settings
     def __init__(
         self,
         dataset: Sequence[Preference] | Sequence[StringThread],
@@ -51,20 +53,33 @@ class RewardModelling:
         self.model = model
         self.logger = logger or StdoutLogger()
         self.stage_notifier = job_notifier or StdoutJobNotifier().stage_notifier("Reward Model Training")
-        self.callbacks = callbacks
         self.lr_schedule: Scheduler = lr_scheduler or CosineScheduler(lr)
         self.max_grad_norm = max_grad_norm
         self.skip_nan_gradients = skip_nan_gradients
         self.feed: BatchFeed[Preference | StringThread] = BatchFeed(dataset, samples_per_batch, epochs, data_seed)
+        models = {"reward": model}
+        self.loop = StepLoop(
+            "RewardModelling",
+            self.settings,
+            models,
+            dataset,
+            self.feed,
+            callbacks,
+            self.logger,
+            self.stage_notifier,
+        )
 
     @property
     def training_completion_percentage(self) -> float:
         """How much of the run is done, 0 to 1."""
         return self.feed.completion
 
-    async def run(self) -> dict[str, Any]:
-        """Train to the end. Returns the last step's metrics. Raises TooManyFailures."""
-        return await run_steps(self.feed, self._step, self.callbacks, self.logger, self.stage_notifier)
+    async def run(self) -> dict[str, float]:
+        """Train to the end, in a resumed run from the checkpoint. Returns the last step's numbers.
+
+        Raises TooManyFailures, and UsageError for a checkpoint of another training.
+        """
+        return await self.loop.run(self._step)
 
     async def _step(self) -> dict[str, Any]:
         with phase("training"):

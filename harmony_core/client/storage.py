@@ -114,7 +114,13 @@ class ModelState:
     def facts(self) -> dict[str, Any]:
         """What must be the same for a saved state to mean the same."""
         live = self._live
-        return {"base": live.version.digest, "adapter": live.placement.lora, "tp": live.placement.tp}
+        placement = live.placement
+        return {
+            "base": live.version.digest,
+            "adapter": placement.lora,
+            "scalar": placement.scalar,
+            "tp": placement.tp,
+        }
 
     @property
     def lesser_facts(self) -> dict[str, Any]:
@@ -153,6 +159,7 @@ class ModelState:
         source = source_of(live.version)
         files = str(directory)
         adapter = files if live.placement.lora else ""
-        message = ModelSource(weights=source.weights if adapter else files, digest=source.digest, adapter=adapter)
+        weights, scalar = (source.weights, source.scalar) if adapter else (files, live.placement.scalar)
+        message = ModelSource(weights=weights, digest=source.digest, adapter=adapter, scalar=scalar)
         await live.engine.run_global(Load(model=live.name, source=message), Nothing)
         live.step = step

@@ -85,7 +85,7 @@ def test_dropped_prompts_are_replaced() -> None:
 def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(UsageError, match="into_scoring_model"):
         Run(value=FakeModel(scalar=False), epochs=1)
-    with pytest.raises(UsageError, match="cannot resume"):
+    with pytest.raises(UsageError, match="not that of a resumed run"):
         Run(epochs=1, checkpoint_restore_data={})
 
     class OtherTokenizer(FakeModel):

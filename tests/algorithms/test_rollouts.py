@@ -234,7 +234,8 @@ def test_each_completion_has_metadata_of_its_own() -> None:
         ({"epochs": 1, "completions_per_sample": 17}, "holds not one prompt's 17"),
         ({"epochs": 1, "samples_per_mini_batch": 0}, "samples_per_mini_batch"),
         ({"epochs": 1, "mini_epochs_per_batch": 0}, "mini_epochs_per_batch"),
-        ({"epochs": 1, "checkpoint_restore_data": {}}, "GRPO cannot resume"),
+        ({"epochs": 1, "checkpoint_restore_data": {}}, "not that of a resumed run"),
+        ({"epochs": 1, "checkpoint_frequency": 0}, "checkpoint_frequency"),
         ({"epochs": 1, "use_tangents": True, "loss_options": {"dual_clip": 3.0}}, "loss_options"),
     ],
 )
