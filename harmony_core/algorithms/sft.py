@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from harmony_core.algorithms.callbacks import RecipeCallback, invoke_callbacks
-from harmony_core.algorithms.checkpointing import Checkpointing
-from harmony_core.algorithms.feeding import BatchFeed, Unusable, in_words, settle
+from harmony_core.algorithms.arguments import keeps_settings
+from harmony_core.algorithms.callbacks import RecipeCallback
+from harmony_core.algorithms.feeding import BatchFeed, Unusable, settle
+from harmony_core.algorithms.loop import StepLoop
 from harmony_core.algorithms.showing import show_sample
 from harmony_core.errors import NothingToTrain
 from harmony_core.journal import phase
@@ -52,6 +53,9 @@ class SFT:
     are measured before each step, at the price of a second forward pass.
     """
 
+    settings: dict[str, Any]
+
+    @keeps_settings
     def __init__(
         self,
         dataset: Sequence[StringThread],
@@ -74,7 +78,6 @@ class SFT:
         self.model = model
         self.logger = logger or StdoutLogger()
         self.stage_notifier = stage_notifier or StdoutJobNotifier().stage_notifier("SFT Training")
-        self.callbacks = callbacks
         self.lr_schedule: Scheduler = lr_scheduler or CosineScheduler(lr)
         self.max_grad_norm = max_grad_norm
         self.weight_decay = weight_decay
@@ -82,30 +85,10 @@ class SFT:
         self.use_tangents = use_tangents
         self._shown: set[int] = set()
         self.feed = BatchFeed(dataset, samples_per_batch, epochs, data_seed)
-        self._metrics: dict[str, float] = {}
-        settings = {
-            "lr": lr,
-            "lr_scheduler": self.lr_schedule,
-            "samples_per_batch": samples_per_batch,
-            "max_grad_norm": max_grad_norm,
-            "epochs": epochs,
-            "weight_decay": weight_decay,
-            "skip_nan_gradients": skip_nan_gradients,
-            "data_seed": data_seed,
-            "use_tangents": use_tangents,
-        }
-        self.logger.log_config({"algorithm": "SFT", "samples": len(dataset), **settings})
-        self.checkpointing = Checkpointing(
-            "SFT",
-            self.stage_notifier,
-            models={"policy": model},
-            parts={"feed": self.feed, "logger": self.logger, "sft": self},
-            samples=dataset,
-            settings=settings,
-            callbacks=callbacks,
-            frequency=checkpoint_frequency,
-            restore_data=checkpoint_restore_data,
-        )
+        models = {"policy": model}
+        logging = (callbacks, self.logger, self.stage_notifier)
+        saving = (checkpoint_frequency, checkpoint_restore_data)
+        self.loop = StepLoop("SFT", self.settings, models, dataset, self.feed, *logging, *saving)
 
     @property
     def training_completion_percentage(self) -> float:
@@ -117,46 +100,21 @@ class SFT:
 
         Raises TooManyFailures, and UsageError for a checkpoint of another training.
         """
-        return await self.checkpointing.run(self._train_all)
-
-    def get_state(self) -> dict[str, Any]:
-        """The last step's metrics, for a checkpoint."""
-        return {"metrics": self._metrics}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Continue where `get_state` was called."""
-        self._metrics = dict(state["metrics"])
-
-    async def _train_all(self) -> dict[str, float]:
         _warn_about_weights(self.feed.dataset.threads)
-        feed = self.feed
-        if logs := await invoke_callbacks(self.callbacks, feed.completion):
-            self.logger(logs)
-        self.stage_notifier.report_progress(feed.total, feed.taken)
-        while feed.taken < feed.total:
-            with phase("training"):
-                batch = await feed.next_batch(self._train_with_tangents if self.use_tangents else self._train)
-            dropped = {f"dropped/{reason}": count for reason, count in batch.dropped.items()}
-            # The end of the data may hold dropped samples only: there is no step to take then.
-            with phase("optimizer"):
-                step = await self._step(batch.results) if batch.results else {}
-            logs = await invoke_callbacks(self.callbacks, feed.completion)
-            self.logger({**step, **dropped, **logs, "completion_percentage": feed.completion})
-            self._metrics = step or self._metrics
-            self.stage_notifier.report_progress(feed.total, feed.taken)
-            if await self.checkpointing.step_done(feed.completion):
-                break
-        if feed.dropped:
-            log.warning("dropped %d of %d samples: %s", feed.dropped.total(), feed.total, in_words(feed.dropped))
-        return {**self._metrics, "completion_percentage": feed.completion}
+        return await self.loop.run(self._step)
 
-    async def _step(self, results: Sequence[_Scored | None]) -> dict[str, float]:
-        metrics = dict(
-            await self.model.optim_step(
-                self.lr_schedule(self.feed.completion), self.weight_decay, self.max_grad_norm, self.skip_nan_gradients
-            )
-        )
-        scored = [result for result in results if result is not None]
+    async def _step(self) -> dict[str, float]:
+        with phase("training"):
+            batch = await self.feed.next_batch(self._train_with_tangents if self.use_tangents else self._train)
+        metrics: dict[str, float] = {f"dropped/{reason}": count for reason, count in batch.dropped.items()}
+        # The end of the data may hold dropped samples only: there is no step to take then.
+        if batch.results:
+            lr = self.lr_schedule(self.feed.completion)
+            with phase("optimizer"):
+                metrics |= await self.model.optim_step(
+                    lr, self.weight_decay, self.max_grad_norm, self.skip_nan_gradients
+                )
+        scored = [result for result in batch.results if result is not None]
         if scored:
             weight = sum(sample.weight for sample in scored)
             metrics["policy/loss"] = -sum(sample.logprob for sample in scored) / weight
