@@ -70,9 +70,29 @@ class Rollout:
         """
         with phase("rollout"):
             threads = await async_map(self.policy.generate_tokens, list(islice(repeat_thread(prompt), count)))
-        return await async_map(self._complete, threads)
+        for thread in threads:
+            self._check_length(thread)
+        texts = await async_map(self.policy.detokenize_thread, threads)
+        with phase("grading"):
+            scores = await async_map(self._score, texts)
+        with phase("reference"):
+            logprobs = await async_map(self._logprobs, threads)
+        return [
+            Completion(thread, text, score, *pair)
+            for thread, text, score, pair in zip(threads, texts, scores, logprobs, strict=True)
+        ]
 
-    async def _complete(self, thread: TokenizedThread) -> Completion:
+    async def _score(self, text: StringThread) -> float:
+        return await score_or_refuse(self.grader, text)
+
+    async def _logprobs(self, thread: TokenizedThread) -> tuple[list[float], list[float]]:
+        """Of the policy that drew the thread's completion, and of the reference."""
+        logprobs = recorded_logprobs(self.policy, thread)
+        if logprobs is None:
+            logprobs = await self.policy.logprobs_per_token(thread)
+        return logprobs, logprobs if self.reference is None else await self.reference.logprobs_per_token(thread)
+
+    def _check_length(self, thread: TokenizedThread) -> None:
         tokens = len(thread.token_ids)
         if self._limit is not None and tokens > self._limit:
             raise SampleTooLong(
@@ -81,15 +101,6 @@ class Rollout:
                 tokens=tokens,
                 limit=self._limit,
             )
-        text = await self.policy.detokenize_thread(thread)
-        with phase("grading"):
-            score = await score_or_refuse(self.grader, text)
-        with phase("reference"):
-            logprobs = recorded_logprobs(self.policy, thread)
-            if logprobs is None:
-                logprobs = await self.policy.logprobs_per_token(thread)
-            reference = logprobs if self.reference is None else await self.reference.logprobs_per_token(thread)
-        return Completion(thread, text, score, logprobs, reference)
 
     async def show(self, completions: Sequence[Completion], advantages: Sequence[float], step: int, at: float) -> None:
         """Put some completions into the run's report, once in each tenth of the run; `at` is how much of it is done."""
