@@ -17,7 +17,7 @@ from typing import Literal
 
 from harmony_core.errors import HarmonyError
 from harmony_core.home import Home
-from harmony_core.recipe import check_alias_package
+from harmony_core.recipe_file import check_alias_package
 from harmony_core.toolchain import find_compiler, find_headers
 
 Status = Literal["ok", "warn", "fail"]

@@ -26,6 +26,7 @@ from harmony_core.journal import kept
 from harmony_core.notifiers import ProgressSink, StdoutJobNotifier, say
 from harmony_core.outcome import Outcome, leaves
 from harmony_core.recipe import InputConfig, Recipe
+from harmony_core.recipe_file import RecipeFile
 from harmony_core.registry import Registry
 from harmony_core.run import Run
 
@@ -110,7 +111,8 @@ async def execute(
     stop.last_words = _last_words(run, outcome)
     with _forgotten(outcome):
         try:
-            client = HarmonyClient.start(options.for_engine(run), registry, run.events.write)
+            engine = replace(options.for_engine(run), recipe=RecipeFile(recipe.path, recipe.sha256))
+            client = HarmonyClient.start(engine, registry, run.events.write)
         except HarmonyError as error:
             outcome.fail(error)
             return outcome

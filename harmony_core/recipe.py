@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.machinery
 import importlib.util
 import inspect
-import sys
 import types
 import typing
 from collections.abc import Callable
@@ -20,9 +18,9 @@ from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args, g
 
 from pydantic import BaseModel, ConfigDict
 
-from harmony_core.errors import HarmonyError, NotFoundError, RecipeLoadError, ResourceError, did_you_mean
-from harmony_core.frames import frames_in
+from harmony_core.errors import NotFoundError, RecipeLoadError, ResourceError, did_you_mean
 from harmony_core.inline_metadata import inline_dependencies, missing_packages
+from harmony_core.recipe_file import import_file
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -164,7 +162,7 @@ def load_recipe(spec: str) -> Recipe:
             hint="pip install " + " ".join(f"'{name}'" for name in missing),
             packages=list(missing),
         )
-    module = _import(path, importable_folder=not built_in)
+    module = import_file(path, importable_folder=not built_in)
     main = _named(module, function, path) if function else _marked(module, path)
     where = _line_of(main, path)
     config_type, arguments = _signature(main, where)
@@ -214,67 +212,6 @@ def _nearest_recipes(path: Path, name: str, known: dict[str, Path]) -> str:
         neighbours = sorted(str(path.parent / file.name) for file in path.parent.glob("*.py"))
         return did_you_mean(str(path), neighbours)
     return did_you_mean(name, [*known, *(file.name for file in Path.cwd().glob("*.py"))])
-
-
-def _import(path: Path, importable_folder: bool) -> types.ModuleType:
-    """Execute the file as a submodule of a synthetic package, so that `from .x import y` finds its neighbours."""
-    folder = path.parent
-    if importable_folder:
-        for entry in (folder / "src", folder):
-            if entry.is_dir() and str(entry) not in sys.path:
-                sys.path.insert(0, str(entry))
-    check_alias_package()
-    package = "_adaptive_recipe_" + hashlib.sha256(str(folder).encode()).hexdigest()[:12]
-    for name in [n for n in sys.modules if n == package or n.startswith(package + ".")]:
-        del sys.modules[name]
-    parent = types.ModuleType(package)
-    parent.__path__ = [str(folder)]
-    sys.modules[package] = parent
-    loader = importlib.machinery.SourceFileLoader(f"{package}.{path.stem}", str(path))
-    spec = importlib.util.spec_from_loader(loader.name, loader)
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    try:
-        loader.exec_module(module)
-    except HarmonyError as error:
-        raise RecipeLoadError(f"{_where_raised(error, path)}: {error.message}", hint=error.hint) from error
-    except SyntaxError as error:
-        raise RecipeLoadError(f"{error.filename or path}:{error.lineno or 1}: {error.msg}") from error
-    except ImportError as error:
-        raise RecipeLoadError(
-            f"{_where_raised(error, path)}: {type(error).__name__}: {error}", hint=_import_hint(error)
-        ) from error
-    except (Exception, SystemExit) as error:
-        raise RecipeLoadError(f"{_where_raised(error, path)}: {type(error).__name__}: {error}") from error
-    return module
-
-
-def _where_raised(error: BaseException, path: Path) -> str:
-    """The innermost place in the recipe's own folder."""
-    frames = [frame for frame in frames_in(error.__traceback__) if Path(frame.filename).is_relative_to(path.parent)]
-    return f"{frames[-1].filename}:{frames[-1].line}" if frames else str(path)
-
-
-def _import_hint(error: ImportError) -> str:
-    if error.name and importlib.util.find_spec(error.name.split(".")[0]) is None:
-        return f"install {error.name.split('.')[0]}, or name it in the recipe's `# /// adaptive` block"
-    return ""
-
-
-def check_alias_package() -> None:
-    """Raise ResourceError when recipes would import another `adaptive_harmony` than the one that belongs here."""
-    import harmony_core
-
-    spec = importlib.util.find_spec("adaptive_harmony")
-    found = [Path(location).resolve() for location in spec.submodule_search_locations or ()] if spec else []
-    ours = Path(harmony_core.__file__).resolve().parent.parent / "adaptive_harmony"
-    if ours not in found:
-        place = spec.origin if spec and spec.origin else found[0] if found else None
-        raise ResourceError(
-            f"another adaptive_harmony is in the way: {place}" if place else "the package adaptive_harmony is missing",
-            hint="uninstall or rename it, then install harmony-core again",
-        )
 
 
 def _named(module: types.ModuleType, name: str, path: Path) -> Callable[..., Any]:

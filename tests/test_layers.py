@@ -14,8 +14,8 @@ PLAIN = frozenset(
         *("chat_template", "checkpoint_files", "checkpoints", "dataset_kinds", "dataset_lines", "datasets", "errors"),
         *("fragments", "frames", "home"),
         *("inline_metadata", "interruption", "ledger", "logging_table", "mapping", "memory", "messages", "model_kinds"),
-        *("journal", "model_families", "model_spec", "notifiers", "outcome", "parameters", "redaction", "registry"),
-        *("report", "rl_utils", "rpc", "run"),
+        *("journal", "model_families", "model_spec", "notifiers", "outcome", "parameters", "recipe_file", "redaction"),
+        *("registry", "report", "rl_utils", "rpc", "run"),
         *("schedulers", "thread_tools", "threads", "token_threads", "tokenization", "tokenizer_files"),
         *("toolchain", "weight_files"),
     )
@@ -29,11 +29,12 @@ ABOVE: dict[str, set[str]] = {
     "client": {"launch"},
     "config": set(),
     "context": {"client"},
-    "doctor": {"recipe"},
+    "doctor": set(),
     "execution": {"client", "context", "recipe"},
     "graders": set(),
     "launch": {"config"},
     "loggers": set(),
+    "loss_checks": {"client", "engine.training"},
     "recipe": {"context"},
 }
 """What each part of the driver may import beside plain data."""
@@ -43,7 +44,7 @@ RANK: dict[str, set[str]] = {
     "engine.inference": {"engine.kernels", "engine.models", "errors", "rpc"},
     "engine.kernels": set(),
     "engine.models": {"engine.kernels", "errors", "rpc"},
-    "engine.training": {"engine.kernels", "engine.models", "errors", "rpc"},
+    "engine.training": {"engine.kernels", "engine.models", "errors", "recipe_file", "rpc"},
 }
 """The ranks' side: everything that it may import."""
 

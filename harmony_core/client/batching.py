@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from harmony_core.rpc.protocol import CustomLoss
+
 WINDOW_BATCHES = 4
 """A window is cut once this many full micro-batches for each replica are pending: enough to pack well, early enough
 to keep the ranks busy while the recipe still submits."""
@@ -12,11 +14,12 @@ to keep the ranks busy while the recipe still submits."""
 
 @dataclass(frozen=True)
 class Loss:
-    """What samples must have in common to share a micro-batch: `MicroBatch.loss`, `.settings` and `.group`."""
+    """What samples must have in common to share a micro-batch, as in `MicroBatch`."""
 
     name: str = "linear"
     settings: tuple[tuple[str, float], ...] = ()
     group: int = 1
+    custom: CustomLoss | None = None
 
 
 LINEAR = Loss()

@@ -14,6 +14,7 @@ from harmony_core.client.capacity import Machine
 from harmony_core.errors import ConflictError, HarmonyError, InternalError
 from harmony_core.launch.launcher import LaunchOptions
 from harmony_core.launch.supervisor import RankHandle, Supervisor
+from harmony_core.recipe_file import RecipeFile
 from harmony_core.registry import ModelVersion, Registry
 from harmony_core.rpc.protocol import Cancel, Event, Message, Reblock
 
@@ -25,6 +26,7 @@ EventSink = Callable[[str, dict[str, Any], int | None], None]
 class EngineOptions:
     """How many ranks to start, where, and under which limits. `memory` in bytes; `log_dir` takes each rank's output.
 
+    `recipe`: the file whose functions the ranks may import as losses.
     `deterministic`: a token's log-prob has the same bits from sampler and trainer; CPU and float32 only.
     """
 
@@ -40,6 +42,7 @@ class EngineOptions:
     compile: bool = True
     dry_run: bool = False
     assume: str | None = None
+    recipe: RecipeFile | None = None
 
 
 class Request:

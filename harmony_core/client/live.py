@@ -168,6 +168,10 @@ class LiveModel:
         self.pending.samples += 1
         self._send(self.pending.queue.add(*group))
 
+    def cut(self) -> None:
+        """Cut and send what is pending, without a step."""
+        self._send(self.pending.queue.cut())
+
     def _send(self, batches: list[list[Sample]]) -> None:
         pending = self.pending
         for batch in batches:
@@ -183,6 +187,7 @@ class LiveModel:
                 lengths=pack_ints(len(s) for s in batch),
                 sampler_logprobs=_sampler_logprobs(batch),
                 loss=loss.name,
+                custom=loss.custom,
                 settings=dict(loss.settings),
                 fields={name: pack_doubles(x for s in batch for x in s.fields[name]) for name in batch[0].fields},
                 group=loss.group,

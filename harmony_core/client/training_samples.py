@@ -6,8 +6,9 @@ import math
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
-from harmony_core.client import losses
+from harmony_core.client import custom_losses, losses
 from harmony_core.client.batching import LINEAR, Sample
+from harmony_core.client.custom_losses import Values
 from harmony_core.client.inference_model import InferenceModel
 from harmony_core.client.losses import Accepted, Given, Normalise
 from harmony_core.client.value_losses import check_head
@@ -211,6 +212,40 @@ class SampleTaker(InferenceModel):
             )
         )
 
+    def train_custom(
+        self,
+        threads: Sequence[StringThread | TokenizedThread],
+        loss: Callable[..., Any],
+        *,
+        group: int = 1,
+        denominator: float | None = None,
+        **per_token: Values,
+    ) -> Coroutine[Any, Any, None]:
+        """A loss of your own: a function at the top level of the recipe's file, which the ranks import by its name.
+
+        They call `loss(logprobs, samples, **fields)`: the log-probs of N weighted tokens, float64 `[N]` with gradient,
+        the slice of each sample, and each `per_token` argument as float64 `[N]`. It returns the sum of the loss over
+        the samples, divided by nothing that depends on how many there are: `loss_checks.check_loss` proves that.
+        `per_token` arguments hold, for each thread, one number or one for each weighted token. `group` adjacent
+        threads always come together. Each group adds its weighted tokens to the step's denominator, or `denominator`.
+
+        The function must be deterministic, and may call nothing of torch.distributed. What it raises on a rank fails
+        the step. Raises UsageError for a function that ranks cannot import, DataError for fields that do not fit.
+        """
+
+        def build() -> list[Accepted]:
+            source = custom_losses.named(loss, self._live.engine.options.recipe)
+            custom_losses.check_fields(loss, per_token)
+            given = [self._given(thread) for thread in threads]
+            return custom_losses.groups(given, source, per_token, group, denominator)
+
+        return self._accept_all(build)
+
+    def cut_micro_batches(self) -> None:
+        """Send what is queued now, in micro-batches that need not be full. The step stays the same."""
+        self._live.require_ranks()
+        self._live.cut()
+
     def _given(self, thread: StringThread | TokenizedThread) -> Given:
         """The thread as tokens, which must be in the vocabulary, and what the sampler recorded of them."""
         tokenized = thread if isinstance(thread, TokenizedThread) else self._live.tokenizer.tokenize(thread)
@@ -218,16 +253,21 @@ class SampleTaker(InferenceModel):
         return Given(tokenized, self._recorded(tokenized))
 
     def _accept(self, build: Callable[[], Accepted]) -> Coroutine[Any, Any, None]:
+        return self._accept_all(lambda: [build()])
+
+    def _accept_all(self, build: Callable[[], list[Accepted]]) -> Coroutine[Any, Any, None]:
         """Validate and queue now, so that the order of calls is the order of samples; report when awaited."""
         refused: HarmonyError | None = None
         if not self._live.placement.train:
             raise UsageError(f"model {self._live.name!r} was spawned for inference", hint="use spawn_train")
         try:
             self._live.require_ranks()
-            accepted = build()
-            check_head(self._live.name, self._live.placement.scalar, accepted.samples[0].loss.name)
-            self._check_length(accepted.samples)
-            self._live.accept(*accepted)
+            found = build()
+            for accepted in found:
+                check_head(self._live.name, self._live.placement.scalar, accepted.samples[0].loss.name)
+                self._check_length(accepted.samples)
+            for accepted in found:
+                self._live.accept(*accepted)
         except HarmonyError as error:
             refused = error
         return self._accepted(refused)

@@ -279,6 +279,14 @@ class Scored(Message):
     logprobs: bytes
 
 
+class CustomLoss(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, frozen=True):
+    """A loss of the recipe's own: a function at the top level of the recipe's file, which ranks import by its name."""
+
+    path: str
+    sha256: str
+    function: str
+
+
 class MicroBatch(Message):
     """Samples back to back, at most `max_batch_tokens` tokens, and the loss that they contribute to.
 
@@ -288,6 +296,8 @@ class MicroBatch(Message):
     is the weight of its token.
     sampler_logprobs: float32, or empty: what the sampler recorded of each target under the present weights (raw
     distribution), to be compared with; NaN where there is none.
+    loss: a name in the ranks' table of losses, or "custom". settings: its hyper-parameters. fields: float64, one for
+    each scored position, in order. group: so many adjacent samples belong together, 2 for pairs.
     """
 
     model: str
@@ -298,13 +308,10 @@ class MicroBatch(Message):
     lengths: bytes
     sampler_logprobs: bytes = b""
     loss: str = "linear"
-    """A name in the ranks' table of losses."""
+    custom: CustomLoss | None = None
     settings: dict[str, float] = {}
-    """The loss's hyper-parameters, the same for all samples."""
     fields: dict[str, bytes] = {}
-    """float64, one for each scored position, in order; a sample's scalar is repeated."""
     group: int = 1
-    """So many adjacent samples belong together: 2 for pairs."""
 
 
 class MicroBatchDone(Message):

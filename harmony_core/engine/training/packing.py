@@ -12,7 +12,7 @@ from torch import Tensor
 
 from harmony_core.engine.training.losses.terms import Scored
 from harmony_core.errors import DataError, InternalError
-from harmony_core.rpc.protocol import MicroBatch
+from harmony_core.rpc.protocol import CustomLoss, MicroBatch
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class PackedBatch:
     counts: tuple[int, ...] = ()
     """How many of the N each sample has."""
     loss: str = "linear"
+    custom: CustomLoss | None = None
     settings: Mapping[str, float] = field(default_factory=dict)
     fields: Mapping[str, Tensor] = field(default_factory=dict)
     """`[N]` float64 by name: what the loss is given of each scored position."""
@@ -93,6 +94,7 @@ def unpack(batch: MicroBatch, vocab_size: int, device: torch.device) -> PackedBa
         sampled=(there(known), there(sampler[scored][known])) if known.size else None,
         counts=tuple(each.tolist()),
         loss=batch.loss,
+        custom=batch.custom,
         settings=batch.settings,
         fields={name: there(values) for name, values in fields.items()},
         group=batch.group,

@@ -225,7 +225,7 @@ class Trainer:
             numerator, coefficients = None, packed.coefficients
             if packed.loss != "linear":
                 logprobs = token_logprobs(self.model, scored, packed.targets)
-                numerator, coefficients, sums = evaluate(packed.loss, packed.given(logprobs))
+                numerator, coefficients, sums = evaluate(packed.loss, packed.given(logprobs), packed.custom)
                 self._metrics.add(sums)
             loss, logprobs = linear_logprob_loss(
                 self.model, scored, packed.targets, coefficients, into=self._head_gradient

@@ -1,13 +1,19 @@
-"""The closed table of losses: what a micro-batch may name."""
+"""The closed table of losses: what a micro-batch may name, beside a function of the recipe's file."""
 
 from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from harmony_core.engine.training.losses import policy, preference, values
+from harmony_core.engine.training.losses import custom, policy, preference, values
 from harmony_core.engine.training.losses.terms import LossFunction, Scored, Sums
 from harmony_core.errors import InternalError
+from harmony_core.rpc.protocol import CustomLoss
+
+CUSTOM = "custom"
 
 LOSSES: dict[str, LossFunction] = {
     "grpo": policy.grpo,
@@ -20,20 +26,24 @@ LOSSES: dict[str, LossFunction] = {
 }
 
 
-def evaluate(loss: str, scored: Scored) -> tuple[float, Tensor, Sums]:
-    """The sum of a loss, its ascent direction -dL/dvalues `[N]`, and its metrics. `scored.values` need no gradient."""
-    function = LOSSES.get(loss)
-    if function is None:
+def evaluate(loss: str, scored: Scored, source: CustomLoss | None = None) -> tuple[float, Tensor, Sums]:
+    """The sum of a loss, its ascent direction -dL/dvalues `[N]`, and its metrics. `scored.values` need no gradient.
+
+    `source`: where the loss "custom" is.
+    """
+    function = LOSSES.get(loss) if source is None else partial(custom.call, custom.load(source))
+    if function is None or (source is None) == (loss == CUSTOM):
         raise InternalError(f"a micro-batch with the loss {loss!r}")
     if not all(scored.counts):
         raise InternalError(f"a sample without a scored token in a micro-batch with the loss {loss!r}")
+    return ascent(function, scored)
+
+
+def ascent(function: LossFunction, scored: Scored) -> tuple[float, Tensor, Sums]:
+    """What `evaluate` returns, of a function."""
     with torch.enable_grad():
         leaf = scored.values.detach().double().requires_grad_(True)
-        total, sums = function(replaced(scored, leaf))
-        (gradient,) = torch.autograd.grad(total, leaf)
-    return float(total.item()), -gradient, sums
-
-
-def replaced(scored: Scored, values: Tensor) -> Scored:
-    """The same tokens with other values."""
-    return Scored(values, scored.weights, scored.counts, scored.fields, scored.settings, scored.group)
+        total, sums = function(replace(scored, values=leaf))
+        # A loss of the recipe's own may have no term with a gradient in this micro-batch.
+        gradient = torch.autograd.grad(total, leaf, allow_unused=True)[0] if total.requires_grad else None
+    return float(total.item()), torch.zeros_like(leaf) if gradient is None else -gradient, sums

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -46,6 +47,12 @@ class Scored:
     fields: Mapping[str, Tensor] = field(default_factory=dict)
     settings: Mapping[str, float] = field(default_factory=dict)
     group: int = 1
+
+    @property
+    def slices(self) -> list[slice]:
+        """Where each sample lies in the N."""
+        ends = list(accumulate(self.counts))
+        return [slice(end - count, end) for end, count in zip(ends, self.counts, strict=True)]
 
     @cached_property
     def lengths(self) -> Tensor:

@@ -1,0 +1,91 @@
+"""From a function of the recipe's file to the name by which the ranks import it, and the samples that it is given."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from harmony_core.client.batching import Loss
+from harmony_core.client.losses import Accepted, Given, per_sample, per_token, scored_tokens
+from harmony_core.errors import DataError, UsageError
+from harmony_core.recipe_file import RecipeFile
+from harmony_core.rpc.protocol import CustomLoss
+
+Values = Sequence[float | Sequence[float]]
+"""Of each thread one number, or one for each weighted token."""
+
+SHAPE = "def loss(logprobs, samples, *, <fields>): ... at the top level of the recipe's file"
+
+
+def named(loss: Callable[..., Any], recipe: RecipeFile | None) -> CustomLoss:
+    """The place of a loss function. Raises UsageError for anything but a top-level function of the recipe's file."""
+    if not inspect.isfunction(loss) or inspect.iscoroutinefunction(loss) or inspect.isgeneratorfunction(loss):
+        raise UsageError(f"a custom loss must be a plain function, not {loss!r}", hint=SHAPE)
+    name, module = loss.__name__, sys.modules.get(loss.__module__)
+    if name == "<lambda>":
+        raise UsageError("a custom loss cannot be a lambda: ranks import it by its name", hint=SHAPE)
+    if loss.__qualname__ != name:
+        raise UsageError(f"{loss.__qualname__} is not at the top level: ranks cannot import it", hint=SHAPE)
+    if recipe is None:
+        raise UsageError(
+            f"this client was started without a recipe, so ranks cannot import {name}",
+            hint="use `adaptive run recipe.py`, or train_tangents",
+        )
+    file = getattr(module, "__file__", None)
+    if file is None or Path(file).resolve() != recipe.path:
+        raise UsageError(
+            f"{name} is of {file or loss.__module__}; ranks import losses from the recipe's file, {recipe.path}",
+            hint=f"define it there: {SHAPE}",
+        )
+    if vars(module).get(name) is not loss:
+        raise UsageError(f"{name} in {recipe.path} is another object than this function", hint="leave decorators away")
+    return CustomLoss(path=str(recipe.path), sha256=recipe.sha256, function=name)
+
+
+def check_fields(loss: Callable[..., Any], fields: Mapping[str, Any]) -> None:
+    """Raise UsageError unless the function can be called with these fields."""
+    try:
+        inspect.signature(loss).bind(None, None, **dict.fromkeys(fields))
+    except TypeError as error:
+        given = ", ".join(fields) or "no fields"
+        raise UsageError(f"{loss.__name__} cannot be called with {given}: {error}", hint=SHAPE) from error
+
+
+def groups(
+    threads: Sequence[Given], source: CustomLoss, fields: Mapping[str, Values], group: int, denominator: float | None
+) -> list[Accepted]:
+    """The samples of `TrainingModel.train_custom`."""
+    if group < 1 or not threads or len(threads) % group:
+        raise UsageError(f"{len(threads)} threads do not make groups of {group}")
+    if denominator is not None and not (math.isfinite(denominator) and denominator >= 0):
+        raise UsageError(f"denominator must be a finite number, 0 or more, not {denominator}")
+    for name, values in fields.items():
+        if isinstance(values, int | float) or len(values) != len(threads):
+            found = "one number" if isinstance(values, int | float) else f"{len(values)} entries"
+            raise DataError(f"{name}: {found} for {len(threads)} threads", hint=f"{name} takes one for each thread")
+    loss = Loss("custom", group=group, custom=source)
+    samples, counts = [], []
+    for place, given in enumerate(threads):
+        mask = scored_tokens(given.thread)
+        counts.append(sum(mask))
+        own = {name: of_sample(f"{name}[{place}]", values[place], int(counts[-1])) for name, values in fields.items()}
+        samples.append(given.sample(mask, loss, own))
+    accepted = []
+    for first in range(0, len(samples), group):
+        members = samples[first : first + group]
+        if denominator is None:
+            accepted.append(Accepted(members, "weighted tokens", sum(counts[first : first + group])))
+        else:
+            accepted.append(Accepted(members, "given denominators", float(denominator)))
+    return accepted
+
+
+def of_sample(name: str, value: float | Sequence[float], count: int) -> list[float]:
+    """One number for each weighted token of a sample. Raises DataError naming them."""
+    if isinstance(value, int | float):
+        return [per_sample(name, value)] * count
+    return per_token(name, value, count)
