@@ -63,16 +63,19 @@ def header(data: RunData) -> Markup:
 
 def failure(data: RunData) -> Markup:
     """Errors with their hints; empty for a run without any."""
-    errors = [error for error in data.result.get("errors", ()) if isinstance(error, dict)]
+    found = data.result.get("errors")
+    errors = [error for error in found if isinstance(error, dict)] if isinstance(found, list) else []
     if not errors and data.status != "crashed":
         return Markup("")
-    blocks = [
-        element("pre", "\n".join(str(line) for line in error.get("lines", [error.get("message", "")]))[:MAX_TEXT])
-        for error in errors
-    ]
+    blocks = [element("pre", "\n".join(_lines(error))[:MAX_TEXT]) for error in errors]
     if data.status == "crashed":
         blocks.append(element("p", "The process ended without recording how: it was killed, or the machine went down."))
     return section("What went wrong", *blocks, *logs(data, open=True), id="failure")
+
+
+def _lines(error: Mapping[str, Any]) -> list[str]:
+    lines = error.get("lines")
+    return [str(line) for line in lines] if isinstance(lines, list) else [str(error.get("message"))]
 
 
 def logs(data: RunData, open: bool) -> list[Markup]:
@@ -164,6 +167,9 @@ def tables(data: RunData) -> Markup:
             rows = [[str(cell)[:MAX_CELL] for cell in row] for row in found["rows"][:MAX_ROWS] if isinstance(row, list)]
             title = f"{name}, step {step}: {len(rows)} of {len(found['rows'])} rows"
             blocks.append(details(title, table(list(found.get("headers") or ()), rows, "texts"), open=not blocks))
+    texts = [(name, text[:MAX_CELL]) for stage in data.stages for name, text in stage.texts.items()]
+    if texts:
+        blocks.append(details("Logged texts, each the last one", table(("name", "text"), texts[:MAX_ROWS], "texts")))
     return section("Tables", *blocks, id="tables") if blocks else Markup("")
 
 
@@ -209,10 +215,11 @@ def _spawn(spawn: Mapping[str, Any], ranks: list[dict[str, Any]]) -> Markup:
     )
 
 
-def _range(amounts: list[float]) -> str:
+def _range(amounts: list[Any]) -> str:
     if not amounts:
         return ""
-    low, high = size(min(amounts)), size(max(amounts))
+    numbers = [amount for amount in amounts if isinstance(amount, int | float)] or [0]
+    low, high = size(min(numbers)), size(max(numbers))
     return low if low == high else f"{low} to {high}"
 
 
