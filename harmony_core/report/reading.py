@@ -28,8 +28,8 @@ _LOG_TAIL = 64 * 1024
 _BARE = (b'"type": "micro_batch"', b'"type": "progress"')
 """Events that are many and not needed: not parsed."""
 
-_NUMBERS = ("metrics", "optim_step", "phase")
-"""Events that are many and were masked when they were written."""
+_MANY = ("metrics", "optim_step", "phase", "sample")
+"""Events that are many: as they were masked when they were written; samples once more when they have been chosen."""
 
 
 @dataclass
@@ -99,8 +99,9 @@ def read_run(directory: Path, redactor: Redactor, status: str | None = None) -> 
             data.logs[file.name] = lines
     reader = _Reader(data)
     for event in _events(directory / "events.jsonl", data):
-        reader.take(event if event["type"] in _NUMBERS else {**event, "data": redactor.data(event["data"])})
+        reader.take(event if event["type"] in _MANY else {**event, "data": redactor.data(event["data"])})
     reader.finish()
+    data.samples = redactor.data(data.samples)
     return data
 
 

@@ -27,6 +27,8 @@ from harmony_core.report.times import WAITING, shares, with_optimizer
 _STATUS = {"succeeded": "good", "failed": "bad", "crashed": "bad", "stopped": "fair", "running": "fair"}
 MAX_ROWS = 50
 MAX_CELL = 2000
+MAX_TABLE_TEXT = 1_000_000
+"""Characters of all tables together."""
 MAX_TEXT = 20_000
 
 
@@ -162,9 +164,16 @@ def dropped(data: RunData) -> Markup:
 def tables(data: RunData) -> Markup:
     """The last table that was logged under each name."""
     blocks: list[Markup] = []
+    room = MAX_TABLE_TEXT
     for stage in data.stages:
         for name, (step, found) in stage.tables.items():
-            rows = [[str(cell)[:MAX_CELL] for cell in row] for row in found["rows"][:MAX_ROWS] if isinstance(row, list)]
+            cells = [
+                [str(cell)[:MAX_CELL] for cell in row] for row in found["rows"][:MAX_ROWS] if isinstance(row, list)
+            ]
+            rows = []
+            for row in cells:
+                room -= sum(map(len, row))
+                rows += [row] if room > 0 else []
             title = f"{name}, step {step}: {len(rows)} of {len(found['rows'])} rows"
             blocks.append(details(title, table(list(found.get("headers") or ()), rows, "texts"), open=not blocks))
     texts = [(name, text[:MAX_CELL]) for stage in data.stages for name, text in stage.texts.items()]
@@ -200,7 +209,8 @@ def _spawn(spawn: Mapping[str, Any], ranks: list[dict[str, Any]]) -> Markup:
         words.insert(0, f"{number(ranks[0]['num_parameters'])} parameters")
         words.insert(1, f"{number(ranks[0].get('trainable_parameters', 0))} trained")
     kind = f"{spawn.get('kind', '')}{' with adapter' if spawn.get('adapter') else ''}"
-    planned = spawn.get("bytes") or dict.fromkeys(_HELD, None)
+    found = spawn.get("bytes")
+    planned = found if isinstance(found, dict) and found else dict.fromkeys(_HELD)
     rows = []
     for part, count in planned.items():
         amounts = [rank[_HELD[part]] for rank in ranks if part in _HELD and _HELD[part] in rank]
