@@ -5,8 +5,11 @@ from __future__ import annotations
 import html
 import json
 import math
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class Markup(str):
@@ -19,9 +22,7 @@ def escaped(value: object) -> Markup:
     """Any value as HTML text; markup stays as it is. Control characters become visible."""
     if isinstance(value, Markup):
         return value
-    text = "".join(
-        c if c.isprintable() or c in "\n\t" or ord(c) > 0x2000 else "\N{REPLACEMENT CHARACTER}" for c in str(value)
-    )
+    text = _CONTROL.sub("\N{REPLACEMENT CHARACTER}", str(value))
     # A lone surrogate cannot be written as UTF-8.
     return Markup(html.escape(text.encode("utf-8", "replace").decode("utf-8")))
 
@@ -62,9 +63,9 @@ def details(title: object, *content: object, open: bool = False) -> Markup:
     return Markup(f"<details{' open' if open else ''}>{body}</details>")
 
 
-def number(value: float) -> str:
-    """A number for people: up to five significant digits."""
-    if not math.isfinite(value):
+def number(value: object) -> str:
+    """A number for people: up to five significant digits; anything else as it is."""
+    if not isinstance(value, int | float) or not math.isfinite(value):
         return str(value)
     if value == int(value) and abs(value) < 1e15:
         return f"{int(value):,}"
@@ -82,8 +83,10 @@ def seconds(value: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
-def size(count: float) -> str:
-    """Bytes for people."""
+def size(count: object) -> str:
+    """Bytes for people; anything else as it is."""
+    if not isinstance(count, int | float):
+        return str(count)
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

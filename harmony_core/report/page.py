@@ -173,7 +173,7 @@ def _footer(data: RunData) -> Markup:
         "One file without any reference to the network.",
         f"A curve has at most {MAX_POINTS} points" + (_JOINED if joined_points else "."),
         f"At most {MAX_CURVES} curves, {MAX_SAMPLES} samples of {MAX_TEXT:,} characters and {MAX_ROWS} rows of a table "
-        "are shown, and the page stays under 8 MiB; the whole is in events.jsonl.",
+        "are shown, about 8 MiB in all; everything is in events.jsonl.",
     ]
     if data.curves_left_out:
         lines.append(f"{data.curves_left_out} values of further metrics were left out.")

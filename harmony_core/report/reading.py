@@ -16,6 +16,9 @@ from harmony_core.report.curves import Curve
 from harmony_core.report.times import Interval
 
 MAX_CURVES = 200
+MAX_STAGES = 20
+LONGEST = 1e10
+"""Seconds: what is longer is no time."""
 MAX_SAMPLES = 60
 MAX_TABLES = 12
 LOG_LINES = 40
@@ -25,8 +28,8 @@ _LOG_TAIL = 64 * 1024
 _BARE = (b'"type": "micro_batch"', b'"type": "progress"')
 """Events that are many and not needed: not parsed."""
 
-_NUMBERS = ("metrics", "optim_step", "phase")
-"""Events that are many and were masked when they were written."""
+_MANY = ("metrics", "optim_step", "phase", "sample")
+"""Events that are many: as they were masked when they were written; samples once more when they have been chosen."""
 
 
 @dataclass
@@ -96,8 +99,9 @@ def read_run(directory: Path, redactor: Redactor, status: str | None = None) -> 
             data.logs[file.name] = lines
     reader = _Reader(data)
     for event in _events(directory / "events.jsonl", data):
-        reader.take(event if event["type"] in _NUMBERS else {**event, "data": redactor.data(event["data"])})
+        reader.take(event if event["type"] in _MANY else {**event, "data": redactor.data(event["data"])})
     reader.finish()
+    data.samples = redactor.data(data.samples)
     return data
 
 
@@ -160,8 +164,8 @@ class _Reader:
             "sample": self._sample,
             "samples.dropped": self._dropped,
             "spawn.planned": lambda event, found: data.planned.append(found),
-            "spawn": lambda event, found: data.held.append({**found, "rank": event.get("rank")}),
-            "rank_ready": lambda event, found: data.ranks.append({**found, "rank": event.get("rank")}),
+            "spawn": lambda event, found: data.held.append({**found, "rank": str(event.get("rank"))}),
+            "rank_ready": lambda event, found: data.ranks.append({**found, "rank": str(event.get("rank"))}),
             "gate": lambda event, found: data.gates.append(found),
             "model.saved": lambda event, found: data.saved.append(found),
             "checkpoint": lambda event, found: data.checkpoints.append(found),
@@ -173,7 +177,10 @@ class _Reader:
             self.data.began = event["seconds"]
         self.data.ended = event["seconds"]
         if taker := self._takers.get(event["type"]):
-            taker(event, event["data"])
+            try:
+                taker(event, event["data"])
+            except (AttributeError, TypeError, ValueError, OverflowError):  # not of the shape that its type has
+                self.data.damaged_lines += 1
 
     def _since_start(self, event: dict[str, Any]) -> float:
         return float(event["seconds"] - (self.data.began or 0.0))
@@ -190,17 +197,28 @@ class _Reader:
         self._config = found
 
     def _stage(self, step: float) -> Stage:
-        """The stage that a step belongs to: a new one after a config, or when the steps begin anew."""
+        """The stage that a step belongs to: of several that log in turns the one that it continues.
+
+        A new one begins after another config, and when the steps begin anew.
+        """
         stages, config = self.data.stages, self._config
         self._config = None
         present = stages[-1] if stages else None
-        goes_on = present is not None and step >= present.last_step
-        if present is None or not goes_on or (config is not None and config != present.config):
+        if config is None or (present is not None and config == present.config):
+            for stage in reversed(stages):
+                if step == stage.last_step + 1:
+                    stage.last_step = step
+                    return stage
+            goes_on = present is not None and step >= present.last_step
+        else:
+            goes_on = False
+        if present is None or (not goes_on and len(stages) < MAX_STAGES):
             config = config if config is not None else (present.config if present else {})
             name = str(config.get("algorithm") or ("metrics" if present is None else f"stage {len(stages) + 1}"))
-            stages.append(Stage(name, config))
-        stages[-1].last_step = step
-        return stages[-1]
+            present = Stage(name, config)
+            stages.append(present)
+        present.last_step = step
+        return present
 
     def _metrics(self, event: dict[str, Any], found: dict[str, Any]) -> None:
         step, metrics = found.get("step"), found.get("metrics")
@@ -235,15 +253,15 @@ class _Reader:
 
     def _phase(self, event: dict[str, Any], found: dict[str, Any]) -> None:
         start, seconds = _number(found.get("start")), _number(found.get("seconds"))
-        if start is None or seconds is None:
-            return
+        if start is None or seconds is None or not (0 <= start < LONGEST and 0 <= seconds < LONGEST):
+            raise ValueError("no times")
         start += self._resumed_at
         self._phases_end = max(self._phases_end, start + seconds)
         self.data.intervals.append(Interval(str(found.get("name")), start, start + seconds))
 
     def _sample(self, event: dict[str, Any], found: dict[str, Any]) -> None:
-        if not isinstance(found.get("turns"), list):
-            return
+        if not isinstance(found.get("turns"), list) or not isinstance(found.get("step"), int):
+            raise ValueError("no sample")
         self.data.samples_seen += 1
         self.data.samples.append(found)
         if len(self.data.samples) > 2 * MAX_SAMPLES:
@@ -267,11 +285,11 @@ class _Reader:
 def thinned(samples: list[dict[str, Any]], limit: int) -> list[dict[str, Any]]:
     """At most `limit` samples, whole steps left out evenly; the first and the last step stay."""
     while len(samples) > limit:
-        steps = sorted({sample.get("step", 0) for sample in samples})
+        steps = sorted({int(sample["step"]) for sample in samples})
         if len(steps) <= 2:
             return samples[: limit // 2] + samples[-(limit - limit // 2) :]
         gone = set(steps[1:-1:2])
-        samples = [sample for sample in samples if sample.get("step", 0) not in gone]
+        samples = [sample for sample in samples if sample["step"] not in gone]
     return samples
 
 

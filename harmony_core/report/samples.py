@@ -78,7 +78,10 @@ def _chip(name: str, value: object, level: str) -> Markup:
 
 
 def _turn(turn: dict[str, Any], direction: str) -> Markup:
-    pieces = [piece for piece in turn.get("pieces", ()) if isinstance(piece, list) and len(piece) >= 2]
+    found = turn.get("pieces")
+    pieces = (
+        [piece for piece in found if isinstance(piece, list) and len(piece) >= 2] if isinstance(found, list) else []
+    )
     most = max((abs(_number(piece[1]) or 0.0) for piece in pieces), default=0.0)
     text: list[Markup] = []
     for place, piece in enumerate(pieces):

@@ -27,6 +27,8 @@ from harmony_core.report.times import WAITING, shares, with_optimizer
 _STATUS = {"succeeded": "good", "failed": "bad", "crashed": "bad", "stopped": "fair", "running": "fair"}
 MAX_ROWS = 50
 MAX_CELL = 2000
+MAX_TABLE_TEXT = 1_000_000
+"""Characters of all tables together."""
 MAX_TEXT = 20_000
 
 
@@ -63,16 +65,19 @@ def header(data: RunData) -> Markup:
 
 def failure(data: RunData) -> Markup:
     """Errors with their hints; empty for a run without any."""
-    errors = [error for error in data.result.get("errors", ()) if isinstance(error, dict)]
+    found = data.result.get("errors")
+    errors = [error for error in found if isinstance(error, dict)] if isinstance(found, list) else []
     if not errors and data.status != "crashed":
         return Markup("")
-    blocks = [
-        element("pre", "\n".join(str(line) for line in error.get("lines", [error.get("message", "")]))[:MAX_TEXT])
-        for error in errors
-    ]
+    blocks = [element("pre", "\n".join(_lines(error))[:MAX_TEXT]) for error in errors]
     if data.status == "crashed":
         blocks.append(element("p", "The process ended without recording how: it was killed, or the machine went down."))
     return section("What went wrong", *blocks, *logs(data, open=True), id="failure")
+
+
+def _lines(error: Mapping[str, Any]) -> list[str]:
+    lines = error.get("lines")
+    return [str(line) for line in lines] if isinstance(lines, list) else [str(error.get("message"))]
 
 
 def logs(data: RunData, open: bool) -> list[Markup]:
@@ -159,11 +164,21 @@ def dropped(data: RunData) -> Markup:
 def tables(data: RunData) -> Markup:
     """The last table that was logged under each name."""
     blocks: list[Markup] = []
+    room = MAX_TABLE_TEXT
     for stage in data.stages:
         for name, (step, found) in stage.tables.items():
-            rows = [[str(cell)[:MAX_CELL] for cell in row] for row in found["rows"][:MAX_ROWS] if isinstance(row, list)]
+            cells = [
+                [str(cell)[:MAX_CELL] for cell in row] for row in found["rows"][:MAX_ROWS] if isinstance(row, list)
+            ]
+            rows = []
+            for row in cells:
+                room -= sum(map(len, row))
+                rows += [row] if room > 0 else []
             title = f"{name}, step {step}: {len(rows)} of {len(found['rows'])} rows"
             blocks.append(details(title, table(list(found.get("headers") or ()), rows, "texts"), open=not blocks))
+    texts = [(name, text[:MAX_CELL]) for stage in data.stages for name, text in stage.texts.items()]
+    if texts:
+        blocks.append(details("Logged texts, each the last one", table(("name", "text"), texts[:MAX_ROWS], "texts")))
     return section("Tables", *blocks, id="tables") if blocks else Markup("")
 
 
@@ -194,7 +209,8 @@ def _spawn(spawn: Mapping[str, Any], ranks: list[dict[str, Any]]) -> Markup:
         words.insert(0, f"{number(ranks[0]['num_parameters'])} parameters")
         words.insert(1, f"{number(ranks[0].get('trainable_parameters', 0))} trained")
     kind = f"{spawn.get('kind', '')}{' with adapter' if spawn.get('adapter') else ''}"
-    planned = spawn.get("bytes") or dict.fromkeys(_HELD, None)
+    found = spawn.get("bytes")
+    planned = found if isinstance(found, dict) and found else dict.fromkeys(_HELD)
     rows = []
     for part, count in planned.items():
         amounts = [rank[_HELD[part]] for rank in ranks if part in _HELD and _HELD[part] in rank]
@@ -209,10 +225,11 @@ def _spawn(spawn: Mapping[str, Any], ranks: list[dict[str, Any]]) -> Markup:
     )
 
 
-def _range(amounts: list[float]) -> str:
+def _range(amounts: list[Any]) -> str:
     if not amounts:
         return ""
-    low, high = size(min(amounts)), size(max(amounts))
+    numbers = [amount for amount in amounts if isinstance(amount, int | float)] or [0]
+    low, high = size(min(numbers)), size(max(numbers))
     return low if low == high else f"{low} to {high}"
 
 

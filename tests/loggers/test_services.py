@@ -11,6 +11,7 @@ import pytest
 
 from harmony_core.errors import ResourceError
 from harmony_core.loggers import MLFlowLogger, WandbLogger
+from harmony_core.loggers.extras import is_installed
 from harmony_core.logging_table import Table
 
 TABLE = Table(["prompt", "score"]).add_row(["a", 0.5])
@@ -129,6 +130,18 @@ def test_a_missing_package_names_the_extra(package: str, monkeypatch: pytest.Mon
     with pytest.raises(ResourceError, match=f"needs the package {package}") as caught:
         make()
     assert caught.value.hint == f'pip install "harmony-core[{package}]"'
+
+
+def test_a_folder_of_the_name_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "wandb" in sys.modules or is_installed("wandb"):
+        pytest.skip("wandb is installed")
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
+    assert not WandbLogger.is_available()
+    with pytest.raises(ResourceError, match="only a folder of that name"):
+        WandbLogger("p", "n")
+    sys.modules.pop("wandb")
 
 
 def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

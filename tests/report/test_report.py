@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import time
 from html.parser import HTMLParser
@@ -90,6 +91,7 @@ def test_a_finished_run_has_its_report(run: Run, read: Reader) -> None:
 def test_every_metric_has_a_curve(page: str) -> None:
     charts = dict(data_of(page)["charts"])
     assert list(charts)[:2] == ["loss", "rewards/mean"]
+    assert "The last values:loss 0.2" in Reader(page).text("curves")
     assert set(charts) == {"loss", "rewards/mean", "grad_norm", "lr", "policy/kl", "completion_percentage"}
     sft, grpo = charts["loss"]
     assert (sft["stage"], grpo["stage"]) == ("SFT", "GRPO")
@@ -227,6 +229,44 @@ def test_a_resumed_run_goes_on_in_one_curve(tmp_path: Path) -> None:
     stages = read_run(run.directory, Redactor()).stages
     assert [(stage.name, len(stage.curves["loss"].points)) for stage in stages] == [("SFT", 6), ("SFT", 1)]
     run.finish("stopped", 130, {})
+
+
+def test_stages_that_log_in_turns_are_told_apart(tmp_path: Path) -> None:
+    run = Run.create(Home.open(tmp_path), "turns")
+    first, second = EventLogger(run.events.write), EventLogger(run.events.write)
+    for _ in range(10):
+        first({"loss": 1.0})
+    for _ in range(30):
+        second({"loss": 2.0})
+        first({"loss": 1.0})
+    stages = read_run(run.directory, Redactor()).stages
+    assert [[point.mean for point in stage.curves["loss"].points] for stage in stages] == [[1.0] * 40, [2.0] * 30]
+    run.finish("stopped", 130, {})
+
+
+def test_events_of_any_shape_make_a_page(run: Run, tmp_path: Path) -> None:
+    """What stands in a file may be anything: one value of each event, at any depth, becomes something else."""
+    values: list[Any] = [None, -1, 1e308, "nan", "", "<b>", [], [[]], {}, {"x": 1}, True]
+    events = [json.loads(line) for line in (run.directory / "events.jsonl").read_text().splitlines()]
+    draw = random.Random(0)
+    for _ in range(40):
+        lines = [json.dumps(spoilt(event, draw, values)) for event in events]
+        (tmp_path / "events.jsonl").write_text("\n".join(lines))
+        for name in ("run", "result", "sources"):
+            (tmp_path / f"{name}.json").write_text(
+                json.dumps(draw.choice([{"errors": values}, {"lr": values}, 1, values]))
+            )
+        Reader(build_report(tmp_path))
+
+
+def spoilt(value: Any, draw: random.Random, values: list[Any]) -> Any:
+    """The value with one place in it replaced, each level with the same chance."""
+    if draw.random() < 0.15 or not value or not isinstance(value, dict | list):
+        return draw.choice(values)
+    place = draw.choice(list(value) if isinstance(value, dict) else range(len(value)))
+    copy = dict(value) if isinstance(value, dict) else list(value)
+    copy[place] = spoilt(value[place], draw, values)
+    return copy
 
 
 def test_without_logged_metrics_the_optimizers_are_shown(tmp_path: Path) -> None:
