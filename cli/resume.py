@@ -141,9 +141,9 @@ class Resumption:
         """The runner's values: those given now, else those that the run was started with."""
         saved = self.record.data.get("options", {})
         merged = dict(given)
-        for name in ("num_processes", "seed", "accelerate_config", "memory"):
+        for name in ("num_processes", "seed", "accelerate_config", "memory", "keep_checkpoints"):
             if merged[name] is None and saved.get(name) is not None:
-                merged[name] = saved[name] if name != "memory" else f"{saved[name]}B"
+                merged[name] = str(saved[name]) if name == "memory" else saved[name]
         if saved.get("accelerate_config"):
             merged["accelerate_config"] = Path(merged["accelerate_config"])
             merged["num_processes"] = given["num_processes"]

@@ -96,8 +96,11 @@ def runner(
         bool, typer.Option("--allow-change", help="Resume with changes that do not decide the training.")
     ] = False,
     keep_checkpoints: Annotated[
-        int, typer.Option("--keep-checkpoints", metavar="N", min=0, help="Checkpoints that stay; 0 writes none.")
-    ] = 2,
+        int | None,
+        typer.Option(
+            "--keep-checkpoints", metavar="N", min=0, help="Checkpoints that stay; 0 writes none.  [default: 2]"
+        ),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout; prints go to stderr.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only errors on stderr.")] = False,
 ) -> None:
@@ -273,7 +276,7 @@ def _options(kind: Any, values: dict[str, Any]) -> Any:
         compile=not values["no_compile"],
         dry_run=values["dry_run"],
         assume=assume,
-        keep_checkpoints=values["keep_checkpoints"],
+        keep_checkpoints=2 if values["keep_checkpoints"] is None else values["keep_checkpoints"],
         allow_change=values["allow_change"],
     )
 

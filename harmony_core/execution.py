@@ -58,7 +58,8 @@ class RunOptions:
 
     def as_data(self) -> dict[str, Any]:
         """What a resumed run is started with again, as JSON holds it."""
-        again = ("num_processes", "device", "memory", "seed", "rehearse", "deterministic", "compile")
+        placed = ("num_processes", "device", "memory", "compile")
+        again = (*placed, "seed", "rehearse", "deterministic", "keep_checkpoints")
         data = {name: getattr(self, name) for name in again}
         return data | {"accelerate_config": str(self.accelerate_config) if self.accelerate_config else None}
 

@@ -30,7 +30,7 @@ from harmony_core.algorithms.callbacks import RecipeCallback
 from harmony_core.checkpoint_files import Checkpoint
 from harmony_core.checkpoints import RunCheckpoints, compare
 from harmony_core.errors import UsageError
-from harmony_core.notifiers import StageNotifier
+from harmony_core.notifiers import StageNotifier, say
 from harmony_core.threads import StringThread
 
 if TYPE_CHECKING:
@@ -119,18 +119,20 @@ class Checkpointing:
             if prepare is not None:
                 await prepare()
             return await train()
-        self._note_facts()
+        if run.enabled or run.resumed is not None:
+            self._note_facts()
         with run.stage(self.stage.stage_name) as number:
             found = run.found(number, self.stage.stage_name, self.algorithm)
             if found is not None and "checkpoint" in found[1]:
                 return await self._skip(*found)
             if run.leaving:
-                log.warning("%s is not begun: the run was asked to leave", self.stage.stage_name)
+                say(f"{self.stage.stage_name} is not begun: the run was asked to leave")
                 return {"completion_percentage": 0.0}
             if prepare is not None:
                 await prepare()
             if found is not None:
                 await self._restore(*found)
+                say(f"{self.stage.stage_name} goes on at {self._last_saved:.1%}, from {found[0].name}")
             try:
                 result = await train()
                 if not self._left:
@@ -146,13 +148,11 @@ class Checkpointing:
         When the run is being stopped it saves and raises CancelledError.
         """
         run = self._run
-        if run is None:
+        if run is None or not run.enabled:
             return False
         self._boundary = self._state(completion)
         self._saved_boundary = False
         run.step_taken()
-        if not run.enabled:
-            return False
         self._left = run.asked_to_leave()
         # Progress arrives as a quotient: what is missed by rounding alone counts as reached.
         due = completion < 1 and completion - self._last_saved >= self.frequency - 1e-9
@@ -227,7 +227,6 @@ class Checkpointing:
         for name, generator in self._generators.items():
             _set_generator_state(generator, record["generators"][name])
         self._last_saved = record["completion_percentage"]
-        log.warning("%s goes on at %.1f %%, from %s", where, self._last_saved * 100, checkpoint.name)
 
     async def _skip(self, checkpoint: Checkpoint, record: dict[str, Any]) -> dict[str, float]:
         """A stage that had finished: its weights and the numbers that it returned."""
@@ -235,7 +234,7 @@ class Checkpointing:
         await self._restore(checkpoint, record)
         self._run.finished.append(record)
         self.stage.report_progress(1, 1)
-        log.warning("%s had finished and is skipped", self.stage.stage_name)
+        say(f"{self.stage.stage_name} had finished and is skipped")
         return dict(record["result"])
 
     # --- saving -----------------------------------------------------------------------------------------------
@@ -284,6 +283,8 @@ class Checkpointing:
             await asyncio.shield(task)
         except asyncio.CancelledError:
             await asyncio.wait([task])
+            if not task.cancelled() and task.exception() is not None:
+                log.warning("no checkpoint was written: %s", task.exception())
             raise
 
 

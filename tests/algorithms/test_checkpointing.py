@@ -76,6 +76,7 @@ class Story:
     result: dict[str, float] = field(default_factory=dict)
     digest: str = ""
     run: RunCheckpoints | None = None
+    tp: int = 1
     told: list[str] = field(default_factory=list)
 
     def job(self, resume: bool = False, allow_change: bool = False) -> StdoutJobNotifier:
@@ -97,7 +98,7 @@ class Story:
     async def _play(
         self, job: StdoutJobNotifier, at_step: Callable[[int], None], change: Callable[[SFT], None], options: Any
     ) -> None:
-        builder = self.engine.client.model("builtin:tiny-lm", kv_cache_len=512).with_adapter(dropout=0.1)
+        builder = self.engine.client.model("builtin:tiny-lm", kv_cache_len=512).tp(self.tp).with_adapter(dropout=0.1)
         model = await builder.spawn_train("policy", max_batch_size=64)
         try:
             settings = {"lr": 3e-3, "weight_decay": 0.01, "samples_per_batch": BATCH, "epochs": 2} | options
@@ -189,6 +190,17 @@ def test_killed_and_resumed_from_the_last_checkpoint(story: Story, calm: dict[st
         story.play(kill(step), checkpoint_frequency=0.1)
     story.play(resume=True, checkpoint_frequency=0.1)
     assert story.ended() == calm
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tp", [1, 2])
+def test_on_two_ranks(two_ranks: LiveEngine, tmp_path: Path, tp: int) -> None:
+    calm, story = (Story(two_ranks, CheckpointStore(tmp_path / name / "checkpoints"), tp=tp) for name in "ab")
+    calm.play(checkpoint_frequency=2.0)
+    with pytest.raises(asyncio.CancelledError):
+        story.play(story.stop(EPOCH_EDGE + 2))
+    story.play(resume=True)
+    assert story.ended() == calm.ended()
 
 
 @pytest.fixture(scope="module")

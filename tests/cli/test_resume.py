@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harmony_core.cli.resume import find_resumable, with_resume
+from harmony_core.cli.resume import Resumption, find_resumable, with_resume
 
-from harmony_core.checkpoint_files import CheckpointStore
+from harmony_core.checkpoint_files import Checkpoint, CheckpointStore
 from harmony_core.checkpoints import RunCheckpoints
 from harmony_core.errors import ConflictError, NotFoundError, UsageError
+from harmony_core.execution import RunOptions
 from harmony_core.home import Home
-from harmony_core.run import Run, find_run
+from harmony_core.ledger import parse_size
+from harmony_core.run import Run, RunRecord, find_run
 
 FACTS = {"ranks": 1, "device": "cpu", "seed": 0, "deterministic": False}
 STAGE = {"name": "Training", "recipe_type": "SFT"}
@@ -126,6 +128,27 @@ def test_a_checkpoint_that_nobody_takes_is_an_error(adaptive: Any, resumable: Pa
     events = [json.loads(line) for line in (resumable / "events.jsonl").read_text().splitlines()]
     assert [event["seq"] for event in events] == list(range(len(events)))
     assert {"run.resume", "resumed"} <= {event["type"] for event in events}
+
+
+def test_a_resumed_run_has_the_runners_values_that_it_was_started_with(home: Home) -> None:
+    none: dict[str, Any] = dict.fromkeys(("num_processes", "seed", "accelerate_config", "memory", "keep_checkpoints"))
+    given = none | {"device": "auto", "rehearse": False, "deterministic": False, "no_compile": False}
+    started = RunOptions(
+        num_processes=2, device="cpu", memory=1 << 30, seed=7, deterministic=True, compile=False, keep_checkpoints=5
+    )
+
+    def values(given: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
+        record = RunRecord("id", Path(), "stopped", {"options": saved})
+        return Resumption(record, Checkpoint(Path(), {}), False).values(given)
+
+    found = values(given, started.as_data())
+    assert (found["num_processes"], found["device"], found["seed"], found["keep_checkpoints"]) == (2, "cpu", 7, 5)
+    assert parse_size(found["memory"]) == 1 << 30
+    assert found["deterministic"] and found["no_compile"] and not found["rehearse"]
+    assert values(given | {"memory": "2GiB"}, started.as_data())["memory"] == "2GiB"
+    with_file = started.as_data() | {"accelerate_config": "file.yaml"}
+    assert values(given, with_file)["accelerate_config"] == Path("file.yaml")
+    assert values(given, with_file)["num_processes"] is None
 
 
 def test_the_flag_needs_a_run_to_change(adaptive: Any) -> None:
