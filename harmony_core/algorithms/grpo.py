@@ -126,18 +126,10 @@ class GRPO:
         prompts_per_batch = samples_per_batch // completions_per_sample
         self.feed = BatchFeed(prompts_of(dataset), prompts_per_batch, epochs, data_seed, steps=max_num_grpo_steps)
         self.reference: InferenceModel | None = None
-        self.loop = StepLoop(
-            type(self).__name__,
-            self.settings,
-            {"policy": model},
-            dataset,
-            self.feed,
-            callbacks,
-            self.logger,
-            self.stage_notifier,
-            checkpoint_frequency,
-            checkpoint_restore_data,
-        )
+        models = {"policy": model}
+        logging = (callbacks, self.logger, self.stage_notifier)
+        saving = (checkpoint_frequency, checkpoint_restore_data)
+        self.loop = StepLoop(type(self).__name__, self.settings, models, dataset, self.feed, *logging, *saving)
 
     @property
     def training_completion_percentage(self) -> float:
