@@ -4,7 +4,8 @@ from adaptive_harmony import parameters, runtime
 from harmony_core.client import HarmonyClient, InferenceModel, ModelBuilder, Timings, TrainingModel, get_client
 from harmony_core.datasets import DataSet
 from harmony_core.errors import HarmonyError
-from harmony_core.loggers import Logger
+from harmony_core.graders import Grade
+from harmony_core.loggers import Logger, WandbLogger
 from harmony_core.notifiers import JobNotifier, StageNotifier, StdoutJobNotifier, StdoutStageNotifier
 from harmony_core.schedulers import CombinedSchedule, CosineScheduler, CosineSchedulerWithoutWarmup, Scheduler
 from harmony_core.threads import StringThread, StringTurn, TokenizedThread, TokenizedTurn
@@ -14,6 +15,7 @@ __all__ = [
     "CosineScheduler",
     "CosineSchedulerWithoutWarmup",
     "DataSet",
+    "Grade",
     "HarmonyClient",
     "HarmonyError",
     "InferenceModel",
@@ -30,6 +32,7 @@ __all__ = [
     "TokenizedThread",
     "TokenizedTurn",
     "TrainingModel",
+    "WandbLogger",
     "get_client",
     "parameters",
     "runtime",

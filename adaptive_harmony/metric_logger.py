@@ -1,5 +1,23 @@
 """Metric loggers."""
 
-from harmony_core.loggers import CompositeLogger, Logger, StdoutLogger, get_prod_logger
+from harmony_core.loggers import (
+    CompositeLogger,
+    JSONLLogger,
+    Logger,
+    MLFlowLogger,
+    StdoutLogger,
+    TBMetricsLogger,
+    WandbLogger,
+    get_prod_logger,
+)
 
-__all__ = ["CompositeLogger", "Logger", "StdoutLogger", "get_prod_logger"]
+__all__ = [
+    "CompositeLogger",
+    "JSONLLogger",
+    "Logger",
+    "MLFlowLogger",
+    "StdoutLogger",
+    "TBMetricsLogger",
+    "WandbLogger",
+    "get_prod_logger",
+]

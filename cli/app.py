@@ -23,7 +23,7 @@ COMMANDS = {
     "recipes": "List, show and copy the built-in recipes.",
     "config": "Show a recipe's configuration, or its schema.",
     "models": "The registry of models.",
-    "runs": "List and show runs.",
+    "runs": "List and show runs; a report of each.",
     "doctor": "Check this machine.",
 }
 _COMPLETION = "_ADAPTIVE_COMPLETE"
@@ -121,6 +121,10 @@ def _run(words: list[str], word: str, reply: Reply) -> int:
         words = line.split()[1:]
     elif word and word not in COMMANDS:
         raise UsageError(f"there is no command '{word}'", hint=did_you_mean(word, COMMANDS))
+    elif word == "run" and any(w.startswith("--resume") for w in words):
+        from .resume import with_resume
+
+        words = with_resume(words)
     app = _app(words, word, reply, completing)
     code = app(args=None if completing else words, prog_name="adaptive", standalone_mode=False)
     return code if isinstance(code, int) else 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,13 +35,21 @@ class Configured:
     files: tuple[Path, ...]
 
 
-def configure(recipe: Recipe, files: Sequence[str], settings: Sequence[str], given: Iterable[Assignment]) -> Configured:
-    """Merge YAML files, the environment, `--set` and flags, and validate.
+def configure(
+    recipe: Recipe,
+    files: Sequence[str],
+    settings: Sequence[str],
+    given: Iterable[Assignment],
+    base: YamlDocument | None = None,
+    environment: Mapping[str, str] = os.environ,
+) -> Configured:
+    """Merge YAML files, the environment, `--set` and flags over `base`, and validate.
 
     Raises NotFoundError for a file that is not there, ConfigError with everything else that is wrong.
     """
-    layers: list[Layer] = [FileLayer(_read(file)) for file in files]
-    layers += assignments_from_env(os.environ)
+    layers: list[Layer] = [FileLayer(base)] if base is not None else []
+    layers += [FileLayer(_read(file)) for file in files]
+    layers += assignments_from_env(environment)
     misspelt = []
     for text in settings:
         source = Source("flag", f"--set {text.partition('=')[0]}")

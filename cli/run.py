@@ -6,7 +6,7 @@ import asyncio
 import inspect
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,7 +21,13 @@ from .configuration import Configured, configure
 from .flags import Flag, as_parameter, assignments, flags_of, names_of
 
 if TYPE_CHECKING:
+    from harmony_core.config import YamlDocument
+    from harmony_core.execution import RunOptions
+    from harmony_core.recipe import InputConfig
+    from harmony_core.registry import Registry
+
     from .app import Reply
+    from .resume import Resumption
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(s|m|h|d)?")
 _SECONDS = {None: 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -82,6 +88,19 @@ def runner(
     no_compile: Annotated[
         bool, typer.Option("--no-compile", help="On CUDA: run the layers as they are, slower but at once.")
     ] = False,
+    resume: Annotated[
+        str | None,
+        typer.Option("--resume", metavar="[RUN]", help="Go on with a run from its last checkpoint.  [default: newest]"),
+    ] = None,
+    allow_change: Annotated[
+        bool, typer.Option("--allow-change", help="Resume with changes that do not decide the training.")
+    ] = False,
+    keep_checkpoints: Annotated[
+        int | None,
+        typer.Option(
+            "--keep-checkpoints", metavar="N", min=0, help="Checkpoints that stay; 0 writes none.  [default: 2]"
+        ),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout; prints go to stderr.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only errors on stderr.")] = False,
 ) -> None:
@@ -96,15 +115,15 @@ class Invocation:
     values: dict[str, Any]
     flags: list[Flag]
 
-    def configured(self) -> Configured:
-        """The recipe's configuration. Raises ConfigError, NotFoundError."""
+    def configured(self, base: YamlDocument | None = None) -> Configured:
+        """The recipe's configuration, over that of a resumed run. Raises ConfigError, NotFoundError."""
         given = assignments(self.flags, self.values)
         seed = self.values.get("seed")
         if seed is not None and self.takes_seed:
             from harmony_core.config import Assignment, Source
 
             given.append(Assignment(("seed",), seed, Source("flag", "--seed")))
-        return configure(self.recipe, self.values["config"] or [], self.values["set"] or [], given)
+        return configure(self.recipe, self.values["config"] or [], self.values["set"] or [], given, base)
 
     @property
     def takes_seed(self) -> bool:
@@ -148,8 +167,7 @@ def _document(recipe: Recipe | None) -> str:
 
 def start(invocation: Invocation, words: Sequence[str], reply: Reply) -> int:
     """Check everything, then run. Returns the exit code."""
-    from harmony_core.config.names import settle_names
-    from harmony_core.execution import RunOptions, execute
+    from harmony_core.execution import execute
     from harmony_core.home import Home
     from harmony_core.interruption import Interruption
     from harmony_core.notifiers import silenced
@@ -157,34 +175,85 @@ def start(invocation: Invocation, words: Sequence[str], reply: Reply) -> int:
     from harmony_core.run import Run
 
     from .progress import progress
-    from .record import record_inputs
+    from .record import record_inputs, record_resumption
     from .report import print_plan, print_result
 
-    values, recipe = invocation.values, invocation.recipe
-    quiet, as_json = bool(values["quiet"]), bool(values["json"])
-    options = _options(RunOptions, values)
-    configured = invocation.configured()
+    recipe, quiet, as_json = invocation.recipe, bool(invocation.values["quiet"]), bool(invocation.values["json"])
     home = Home.open()
     registry = Registry(home)
-    config = configured.config
-    models: dict[str, dict[str, str]] = {}
-    if config is not None:
-        config, models = settle_names(config, configured.resolved, registry, recipe.path.parent)
-        if values["seed"] is None and isinstance(getattr(config, "seed", None), int):
-            options = _options(RunOptions, values | {"seed": config.seed})  # type: ignore[attr-defined]
-    opened = Run.temporary("dry-run") if options.dry_run else Run.opened(home, recipe.name, words)
+    prepared = _prepare(invocation, registry)
+    options, models, resumption = prepared.options, prepared.models, prepared.resumption
+    record = resumption.record if resumption else None
+    opened = Run.temporary("dry-run") if options.dry_run else Run.opened(home, recipe.name, words, record)
     tell = (lambda text: None) if quiet else output.tell
     with opened as run:
-        if not options.dry_run:
-            record_inputs(run, recipe, configured, config, models)
+        if resumption is not None and not options.dry_run:
+            record_resumption(run, resumption, prepared)
+            tell(f"run {run.id}, from {resumption.checkpoint.name}")
+        elif not options.dry_run:
+            record_inputs(run, recipe, prepared)
             tell(f"run {run.id}")
         with silenced(quiet), progress(quiet) as sink, Interruption(options.timeout, tell) as stop:
-            outcome = asyncio.run(execute(recipe, config, options, run, registry, sink, stop))
+            outcome = asyncio.run(execute(recipe, prepared.config, options, run, registry, sink, stop))
         data = run.redactor.data(outcome.as_data(None if options.dry_run else run.id))
         run.finish(outcome.status, outcome.exit_code, data)
+        if (page := run.directory / "report.html").is_file():
+            tell(f"report {page}")
     (print_plan if options.dry_run else print_result)(data, recipe, models, quiet, as_json)
     reply.data = data
     return outcome.exit_code
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that was checked and not yet begun."""
+
+    configured: Configured
+    config: InputConfig | None
+    models: dict[str, dict[str, str]]
+    options: RunOptions
+    resumption: Resumption | None
+    changes: list[str]
+
+
+def _prepare(invocation: Invocation, registry: Registry) -> Prepared:
+    """Everything that can be wrong before a run exists. Raises what is."""
+    from harmony_core.config.snapshot import as_data
+    from harmony_core.execution import RunOptions
+    from harmony_core.redaction import Redactor
+
+    from .resume import Resumption
+
+    values, recipe = invocation.values, invocation.recipe
+    if values["allow_change"] and values["resume"] is None:
+        raise UsageError("--allow-change is about a run that is resumed", hint="add --resume")
+    if values["resume"] is None:
+        options = _options(RunOptions, values)
+        configured = invocation.configured()
+        config, models = _settled(configured, recipe, registry)
+        if values["seed"] is None and isinstance(getattr(config, "seed", None), int):
+            options = _options(RunOptions, values | {"seed": config.seed})  # type: ignore[union-attr]
+        return Prepared(configured, config, models, options, None, [])
+    resumption = Resumption.find(values["resume"], recipe, values["allow_change"])
+    resumption.check_machine(values)
+    options = replace(_options(RunOptions, resumption.values(values)), resumed=resumption.checkpoint)
+    base = resumption.base()
+    configured = invocation.configured(base)
+    config, models = _settled(configured, recipe, registry)
+    before, _ = _settled(configure(recipe, [], [], [], base, environment={}), recipe, registry)
+    redactor = Redactor({}).knowing(as_data(config)).knowing(as_data(before))
+    changes = resumption.check(recipe, redactor.data(as_data(before)), redactor.data(as_data(config)))
+    return Prepared(configured, config, models, options, resumption, changes)
+
+
+def _settled(
+    configured: Configured, recipe: Recipe, registry: Registry
+) -> tuple[InputConfig | None, dict[str, dict[str, str]]]:
+    from harmony_core.config.names import settle_names
+
+    if configured.config is None:
+        return None, {}
+    return settle_names(configured.config, configured.resolved, registry, recipe.path.parent)
 
 
 def _options(kind: Any, values: dict[str, Any]) -> Any:
@@ -207,6 +276,8 @@ def _options(kind: Any, values: dict[str, Any]) -> Any:
         compile=not values["no_compile"],
         dry_run=values["dry_run"],
         assume=assume,
+        keep_checkpoints=2 if values["keep_checkpoints"] is None else values["keep_checkpoints"],
+        allow_change=values["allow_change"],
     )
 
 

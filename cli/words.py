@@ -11,8 +11,10 @@ WITH_VALUE = frozenset(
         "--assume",
         "--config",
         "--device",
+        "--keep-checkpoints",
         "--memory",
         "--num-processes",
+        "--resume",
         "--seed",
         "--set",
         "--timeout",
@@ -23,11 +25,11 @@ WITH_VALUE = frozenset(
 _COMMANDS = ("run", "config", "show", "schema")
 
 
-def recipe_word(words: Sequence[str]) -> str | None:
+def recipe_word(words: Sequence[str], doubtful_too: bool = True) -> str | None:
     """The word that names the recipe.
 
     The first plain word that looks like one; a word behind a flag of the recipe, which may be that flag's value, only
-    if no other plain word stands there.
+    if no other plain word stands there, and never without `doubtful_too`.
     """
     plain: list[str] = []
     doubtful: list[str] = []
@@ -50,7 +52,7 @@ def recipe_word(words: Sequence[str]) -> str | None:
         else:
             plain.append(word)
         previous = ""
-    candidates = plain + doubtful
+    candidates = plain + (doubtful if doubtful_too else [])
     return next((word for word in candidates if _looks_like_file(word)), next(iter(candidates), None))
 
 

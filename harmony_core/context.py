@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict
 from harmony_core.client import EngineOptions, HarmonyClient
 from harmony_core.errors import UsageError
 from harmony_core.home import Home
+from harmony_core.journal import begin
 from harmony_core.notifiers import StdoutJobNotifier, say
 from harmony_core.registry import Registry
 from harmony_core.run import Run
@@ -220,6 +221,7 @@ class RecipeContextManager:
         client = HarmonyClient.start(options, registry, run.events.write)
         job = StdoutJobNotifier(config.job_id or run.id, events=run.events.write)
         job.mark_running()
+        begin(run.events.write)
         working_dir = Path(config.working_dir).expanduser() if config.working_dir else run.directory
         ctx = RecipeContext.create(client, run, registry, working_dir, job, config)
         ctx._owns_run = True

@@ -9,6 +9,8 @@
     │   └── DataError                2  a dataset line, a sample, a prompt
     │       ├── SampleTooLong        2  details: tokens, limit
     │       ├── NothingToTrain       2  a sample, batch or step without a weighted token
+    │       ├── GradeFailed          2  a grader raised, or gave no finite number; details: grader
+    │       ├── IgnoreGradeException 2  a grader asks that its sample does not count
     │       ├── TooManyFailures      2  more of a batch failed than is tolerated; details: failures, batch_size
     │       └── PromptTooLong        2  details: tokens, limit
     ├── NotFoundError                3  a named thing does not exist
@@ -97,6 +99,22 @@ class SampleTooLong(DataError):
 
 class NothingToTrain(DataError):
     """A sample, batch or step without a weighted token."""
+
+
+class GradeFailed(DataError):
+    """A grader raised on a sample, or gave a score that is no finite number. Details: grader."""
+
+
+class IgnoreGradeException(DataError):
+    """Raised by a grader: this sample does not count. Where samples are counted by reason, `grade_ignored`."""
+
+    def __init__(self, message: str | None = None, *, hint: str = "", **details: Any) -> None:
+        super().__init__(message or "the grader ignores this sample", hint=hint, **details)
+
+    @property
+    def code(self) -> str:
+        """The reason under which the sample is counted."""
+        return "grade_ignored"
 
 
 class TooManyFailures(DataError, RuntimeError):

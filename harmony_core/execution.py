@@ -15,11 +15,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
+from harmony_core.checkpoint_files import Checkpoint, CheckpointStore
+from harmony_core.checkpoints import RunCheckpoints
 from harmony_core.client import DryRunEnded, EngineOptions, HarmonyClient
 from harmony_core.context import RecipeContext
-from harmony_core.errors import HarmonyError, RunTimeout
+from harmony_core.errors import HarmonyError, RunTimeout, UsageError
 from harmony_core.frames import place_of
-from harmony_core.interruption import EXIT_CODES, Interruption
+from harmony_core.interruption import Interruption
+from harmony_core.journal import kept
 from harmony_core.notifiers import ProgressSink, StdoutJobNotifier, say
 from harmony_core.outcome import Outcome, leaves
 from harmony_core.recipe import InputConfig, Recipe
@@ -28,6 +31,9 @@ from harmony_core.registry import Registry
 from harmony_core.run import Run
 
 CLOSE_SECONDS = 5.0
+
+MAX_LAST_EVENTS = 16 * 2**20
+"""Bytes of events of which a report is still made when the process is ended at once; reading these takes a second."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +51,22 @@ class RunOptions:
     compile: bool = True
     dry_run: bool = False
     assume: str | None = None
+    keep_checkpoints: int = 2
+    resumed: Checkpoint | None = None
+    """What the run continues from."""
+    allow_change: bool = False
+
+    def as_data(self) -> dict[str, Any]:
+        """What a resumed run is started with again, as JSON holds it."""
+        placed = ("num_processes", "device", "memory", "compile")
+        again = (*placed, "seed", "rehearse", "deterministic", "keep_checkpoints")
+        data = {name: getattr(self, name) for name in again}
+        return data | {"accelerate_config": str(self.accelerate_config) if self.accelerate_config else None}
 
     def for_engine(self, run: Run) -> EngineOptions:
         """The part that the engine is given."""
         return EngineOptions(
-            log_dir=run.directory / "logs",
+            log_dir=run.log_dir,
             run_id=run.id,
             num_processes=self.num_processes,
             device=self.device,
@@ -103,11 +120,16 @@ async def execute(
         job = StdoutJobNotifier(run.id, sink=sink, events=run.events.write)
         ctx = RecipeContext.create(client, run, registry, run.directory, job)
         try:
-            task = asyncio.get_running_loop().create_task(_call(recipe, config, ctx), name="recipe")
+            if not options.dry_run:
+                ctx.checkpoint_restore_data = _attach_checkpoints(ctx, config, options, stop)
+            with kept(run.events.write):  # a task keeps the context in which it is made
+                task = asyncio.get_running_loop().create_task(_call(recipe, config, ctx), name="recipe")
             stop.watch(task)
             job.mark_running()
             await asyncio.wait([task])
             _record(task, ctx, outcome, run)
+        except HarmonyError as error:
+            outcome.fail(error)
         finally:
             outcome.plan = list(client.planned)
             job.close()
@@ -115,7 +137,30 @@ async def execute(
     if options.dry_run and outcome.exit_code == 0:
         outcome.status = "planned"
     _count_stop(stop, outcome, options)
+    if outcome.exit_code not in (0, 2, 8) and stop.resumable():
+        say(f"to go on from its last checkpoint: adaptive run --resume {run.id}")
     return outcome
+
+
+def _attach_checkpoints(
+    ctx: RecipeContext, config: InputConfig | None, options: RunOptions, stop: Interruption
+) -> dict[str, Any] | None:
+    """Let the job's training classes save, continue and be stopped. Raises UsageError for another machine or seed."""
+    client, run = ctx.client, ctx.run
+    facts = {
+        "ranks": client.world_size,
+        "device": client.device,
+        "seed": options.seed,
+        "deterministic": options.deterministic,
+    }
+    store = CheckpointStore(run.directory / "checkpoints", options.keep_checkpoints)
+    plain = run.redactor.data(config.model_dump(mode="json")) if config is not None else {}
+    checkpoints = RunCheckpoints(store, facts, options.resumed, options.allow_change, plain)
+    checkpoints.saving = stop.saving
+    ctx.job.checkpoints = checkpoints
+    stop.patience, stop.resumable = checkpoints.stop, lambda: bool(store.names())
+    run.note(options=options.as_data() | {"num_processes": client.world_size, "device": client.device})
+    return checkpoints.restore_data
 
 
 def _tell_of_compiling(event: dict[str, Any]) -> None:
@@ -148,6 +193,11 @@ def _record(task: asyncio.Task[Any], ctx: RecipeContext, outcome: Outcome, run: 
         error = None
     elif error is None:
         outcome.result = task.result()
+    if error is None and ctx.job.checkpoints is not None and ctx.job.checkpoints.unused:
+        error = UsageError(
+            "the run was resumed from a checkpoint, and no training class took it",
+            hint="give the class ctx.job.stage_notifier(...); a recipe that trains by itself cannot be resumed",
+        )
     if error is None:
         ctx.job.complete()
         if any(not gate.passed for gate in ctx.gates):
@@ -167,13 +217,14 @@ def _count_stop(stop: Interruption, outcome: Outcome, options: RunOptions) -> No
     if stop.reason == "timeout":
         outcome.fail(RunTimeout(f"--timeout {options.timeout:g} s passed"))
     outcome.status = "stopped"
-    outcome.exit_code = EXIT_CODES[stop.reason]
+    outcome.exit_code = stop.exit_code
 
 
 def _last_words(run: Run, outcome: Outcome) -> Callable[[int], None]:
     def write(exit_code: int) -> None:
         ended = replace(outcome, exit_code=exit_code, status="stopped")
-        run.finish("stopped", exit_code, ended.as_data(run.id))
+        quick = run.events.path.stat().st_size < MAX_LAST_EVENTS
+        run.finish("stopped", exit_code, ended.as_data(run.id), report=quick)
 
     return write
 

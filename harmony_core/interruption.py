@@ -17,14 +17,16 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, Literal
 
 Reason = Literal["interrupt", "terminate", "timeout"]
 
 EXIT_CODES: dict[Reason, int] = {"interrupt": 130, "terminate": 143, "timeout": 124}
+PREEMPTED = 75
 GRACE_SECONDS = 10.0
+SAVING_SECONDS = 600.0
 STALL_SECONDS = 1.0
 
 _REASONS: dict[int, Reason] = {signal.SIGINT: "interrupt", signal.SIGTERM: "terminate"}
@@ -49,10 +51,15 @@ class Interruption:
         self._say = say
         self._owns_process = owns_process
         self.last_words: Callable[[int], None] = lambda exit_code: None
+        self.patience: Callable[[], float] = lambda: 0.0
+        """Called on the event loop: how many seconds the recipe has to end by itself before it is cancelled."""
+        self.resumable: Callable[[], bool] = lambda: False
+        """Whether there is a checkpoint: a run ended by SIGTERM can then be resumed, and its exit code says so."""
         self._grace = grace
         self._timeout = timeout
         self._started = time.monotonic()
-        self._stopped_at = 0.0
+        self._deadline = 0.0
+        self._saving = 0
         self._pushed_at = 0.0
         self._task: asyncio.Task[Any] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -65,7 +72,23 @@ class Interruption:
     @property
     def seconds_left(self) -> float:
         """Until the process is ended, once it was asked to stop; the whole grace before."""
-        return self._grace if self.reason is None else max(0.0, self._stopped_at + self._grace - time.monotonic())
+        return self._grace if self.reason is None else max(0.0, self._deadline - time.monotonic())
+
+    @property
+    def exit_code(self) -> int:
+        """Of a run that was stopped, by the reason."""
+        assert self.reason is not None
+        return PREEMPTED if self.reason == "terminate" and self.resumable() else EXIT_CODES[self.reason]
+
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
+        """In here the grace does not run out, for ten minutes at most; afterwards it begins again."""
+        self._saving += 1
+        try:
+            yield
+        finally:
+            self._saving -= 1
+            self._deadline = time.monotonic() + self._grace
 
     def watch(self, task: asyncio.Task[Any]) -> None:
         """The task to cancel. If a stop was asked for already, it is cancelled now."""
@@ -144,8 +167,8 @@ class Interruption:
             return
         if not self._owns_process:
             return
-        if now >= self._stopped_at + self._grace:
-            self._end(EXIT_CODES[self.reason], f"not stopped within {self._grace:.0f} s")
+        if now >= self._deadline + (SAVING_SECONDS if self._saving else 0.0):
+            self._end(self.exit_code, f"not stopped within {self._grace:.0f} s")
         # A recipe that has been told is in its `finally`, which must not be cut short; the grace bounds it.
         told = self._acknowledged or self._raised
         stalled = self._loop is not None and not told and now >= self._pushed_at + STALL_SECONDS
@@ -157,9 +180,11 @@ class Interruption:
 
     def _stop(self, reason: Reason) -> None:
         if self.reason is not None:
-            self._end(EXIT_CODES[reason if reason != "timeout" else self.reason], "asked twice")
+            self.reason = reason if reason != "timeout" else self.reason
+            self._end(self.exit_code, "asked twice")
         self.reason = reason
-        self._stopped_at = self._pushed_at = time.monotonic()
+        self._pushed_at = time.monotonic()
+        self._deadline = self._pushed_at + self._grace
         if reason == "timeout":
             self._say(f"stopping: --timeout {self._timeout:g} s passed")
         elif reason == "interrupt":
@@ -173,6 +198,13 @@ class Interruption:
 
     def _cancel(self) -> None:
         self._acknowledged = True
+        seconds = self.patience()
+        if seconds and self._loop is not None:
+            self._loop.call_later(seconds, self._cancel_now)
+        else:
+            self._cancel_now()
+
+    def _cancel_now(self) -> None:
         if self._task is not None and not self._task.done() and not self._raised:
             self._task.cancel()
 

@@ -15,7 +15,10 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+if TYPE_CHECKING:
+    from harmony_core.checkpoints import RunCheckpoints
 
 logger = logging.getLogger(__name__)
 
@@ -114,6 +117,8 @@ class JobNotifier(ABC):
     job_id: str
     stages: list[str]
     monitoring_link: str | None
+    checkpoints: RunCheckpoints | None = None
+    """Where the job's training classes save and continue; None saves nothing."""
 
     def __init__(self, job_id: str) -> None:
         self.job_id = job_id

@@ -32,6 +32,7 @@ SHAPES = "async def main(ctx: RecipeContext) or async def main(config: YourInput
 RUNNER_FLAGS = frozenset(
     (
         "accelerate_config",
+        "allow_change",
         "assume",
         "config",
         "deterministic",
@@ -39,11 +40,13 @@ RUNNER_FLAGS = frozenset(
         "dry_run",
         "help",
         "json",
+        "keep_checkpoints",
         "memory",
         "no_compile",
         "num_processes",
         "quiet",
         "rehearse",
+        "resume",
         "seed",
         "set",
         "timeout",

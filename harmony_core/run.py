@@ -1,9 +1,10 @@
 """One run's directory: what is needed to see and repeat it, and its event log.
 
     runs/<id>/  run.json  lock  argv.json  config.yaml  sources.json  inputs/  versions.json  models.json
-                events.jsonl  logs/  checkpoints/  result.json
+                events.jsonl  logs/  checkpoints/  result.json  report.html
 
-A run is alive while its `lock` is held; the kernel releases it with the process, so no run needs to be unlocked.
+A resumed run continues in its directory: events are appended, ranks write to `logs/resumed-N/`. A run is alive while
+its `lock` is held; the kernel releases it with the process, so no run needs to be unlocked.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import logging
 import os
 import platform
 import re
@@ -27,9 +29,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
 
-from harmony_core.errors import HarmonyError, NotFoundError, ResourceError, did_you_mean
+from harmony_core.errors import ConflictError, HarmonyError, NotFoundError, ResourceError, did_you_mean
 from harmony_core.home import Home
 from harmony_core.redaction import Redactor
+
+log = logging.getLogger(__name__)
 
 PACKAGES = ("harmony-core", "torch", "transformers", "accelerate", "peft", "pydantic", "tokenizers", "safetensors")
 
@@ -44,7 +48,7 @@ class EventLog:
         self._run_id = run_id
         self.redactor = redactor
         self._lock = threading.Lock()
-        self._seq = 0
+        self._seq = _lines_in(path)
         self._file: IO[str] | None = path.open("a", encoding="utf-8")
         self._listeners: list[EventListener] = []
 
@@ -120,10 +124,45 @@ class Run:
         return run
 
     @classmethod
+    def reopen(cls, record: RunRecord, argv: Sequence[str] = (), redactor: Redactor | None = None) -> Run:
+        """Continue a run that has ended, in its own directory. Raises ConflictError while it is alive."""
+        redactor = redactor or Redactor.from_environment(os.environ)
+        directory = record.directory
+        try:
+            lock = (directory / "lock").open("w")
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.close()
+                raise ConflictError(f"run {record.id} is running", hint="stop it before it is resumed") from None
+            times = int(record.data.get("resumed", 0)) + 1
+            state = {key: value for key, value in record.data.items() if key not in ("exit", "ended")}
+            state |= {"status": "running", "resumed": times, "pid": os.getpid(), "host": platform.node()}
+            run = cls(directory, record.id, redactor, lock, state)
+            run.write_json("run.json", state)
+            run.write_json("versions.json", versions())
+            (directory / "result.json").unlink(missing_ok=True)
+        except OSError as error:
+            raise ResourceError(f"cannot write to {directory}: {error.strerror or error}") from error
+        run.events.write("run.resume", {"time": times, "argv": redactor.argv(argv)})
+        return run
+
+    @property
+    def log_dir(self) -> Path:
+        """For the output of each rank; of a resumed run another one each time."""
+        times = self._state.get("resumed", 0)
+        return self.directory / "logs" / f"resumed-{times}" if times else self.directory / "logs"
+
+    def note(self, **facts: Any) -> None:
+        """Add to what `run.json` says of the run."""
+        self._state |= facts
+        self.write_json("run.json", self._state)
+
+    @classmethod
     @contextlib.contextmanager
-    def opened(cls, home: Home, name: str, argv: Sequence[str]) -> Iterator[Run]:
-        """`create`, and in every case an end: a run that is left by an exception counts as failed."""
-        run = cls.create(home, name, argv)
+    def opened(cls, home: Home, name: str, argv: Sequence[str], resumed: RunRecord | None = None) -> Iterator[Run]:
+        """`create` or `reopen`, and in every case an end: a run that is left by an exception counts as failed."""
+        run = cls.create(home, name, argv) if resumed is None else cls.reopen(resumed, argv)
         try:
             yield run
         except BaseException as error:
@@ -165,8 +204,8 @@ class Run:
                 text = self.redactor.configuration(text)
             self.write_text(f"inputs/{number}-{file.name}", text)
 
-    def finish(self, status: str, exit_code: int, result: Mapping[str, Any]) -> None:
-        """Record the end and release the lock. A second call does nothing."""
+    def finish(self, status: str, exit_code: int, result: Mapping[str, Any], report: bool = True) -> None:
+        """Record the end, release the lock and write the report. A second call does nothing."""
         if self._lock is None:
             return
         self.events.write("run.end", {"status": status, "exit": exit_code})
@@ -176,6 +215,30 @@ class Run:
         self.events.close()
         self._lock.close()
         self._lock = None
+        if report:
+            self._report()
+
+    def _report(self) -> None:
+        from harmony_core.report import write_report
+
+        try:
+            write_report(self.directory, redactor=self.redactor)
+        except Exception as error:  # whatever is wrong with the page, the run has ended as it has
+            log.warning("no report of run %s: %s: %s", self.id, type(error).__name__, error)
+
+
+def _lines_in(path: Path) -> int:
+    """How many events a file holds; a last one that was cut off is ended first, so that the next stands alone."""
+    if not path.exists():
+        return 0
+    with path.open("rb+") as file:
+        count, last = 0, b"\n"
+        while chunk := file.read(1 << 20):
+            count, last = count + chunk.count(b"\n"), chunk[-1:]
+        if last != b"\n":
+            file.write(b"\n")
+            count += 1
+    return count
 
 
 def _now() -> str:

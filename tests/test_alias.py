@@ -16,9 +16,9 @@ FOLDER = Path(adaptive_harmony.__file__).parent
 
 DOCUMENTED = {
     "adaptive_harmony": """
-        CombinedSchedule CosineScheduler CosineSchedulerWithoutWarmup DataSet HarmonyClient InferenceModel JobNotifier
-        Logger ModelBuilder Scheduler StageNotifier StdoutJobNotifier StdoutStageNotifier StringThread StringTurn
-        TokenizedThread TrainingModel get_client parameters runtime
+        CombinedSchedule CosineScheduler CosineSchedulerWithoutWarmup DataSet Grade HarmonyClient InferenceModel
+        JobNotifier Logger ModelBuilder Scheduler StageNotifier StdoutJobNotifier StdoutStageNotifier StringThread
+        StringTurn TokenizedThread TrainingModel WandbLogger get_client parameters runtime
     """,
     "adaptive_harmony.parameters": "Dataset Grader Model dataset_kinds model_kinds",
     "adaptive_harmony.runtime": """
@@ -29,14 +29,32 @@ DOCUMENTED = {
     "adaptive_harmony.runtime.data": "InputConfig",
     "adaptive_harmony.runtime.decorators": "recipe_main",
     "adaptive_harmony.runtime.simple_notifier": "SimpleProgressNotifier",
-    "adaptive_harmony.common": "SFT RecipeCallback",
+    "adaptive_harmony.graders": "BaseGrader Grade",
+    "adaptive_harmony.graders.base_grader": "BaseGrader",
+    "adaptive_harmony.graders.exceptions": "IgnoreGradeException",
+    "adaptive_harmony.graders.utils": "FailedJudgeLog SuccessJudgeLog",
+    "adaptive_harmony.common": """
+        CheckpointCallback DPO GRPO GSPO GenerateSamplesCallback GraderEvalCallback PPO RecipeCallback RewardModelling
+        SFT ValidationLossCallback
+    """,
+    "adaptive_harmony.common.dpo": "DPO",
+    "adaptive_harmony.common.grpo": "GRPO",
+    "adaptive_harmony.common.gspo": "GSPO",
+    "adaptive_harmony.common.ppo": "PPO",
+    "adaptive_harmony.common.rm": "RewardModelling",
     "adaptive_harmony.common.sft": "SFT",
-    "adaptive_harmony.common.callbacks": "RecipeCallback invoke_callbacks",
-    "adaptive_harmony.metric_logger": "CompositeLogger Logger StdoutLogger get_prod_logger",
+    "adaptive_harmony.common.callbacks": """
+        CheckpointCallback GenerateSamplesCallback GraderEvalCallback RecipeCallback ValidationLossCallback
+        invoke_callbacks
+    """,
+    "adaptive_harmony.metric_logger": """
+        CompositeLogger Logger MLFlowLogger StdoutLogger TBMetricsLogger WandbLogger get_prod_logger
+    """,
     "adaptive_harmony.logging_table": "Table",
     "adaptive_harmony.core": "",
     "adaptive_harmony.core.schedulers": "CombinedSchedule CosineScheduler CosineSchedulerWithoutWarmup Scheduler",
     "adaptive_harmony.core.dataset": "DataSet convert_sample_dict load_from_hf",
+    "adaptive_harmony.core.losses": "train_dpo_tangents train_grpo_tangents train_sft_tangents",
     "adaptive_harmony.core.rl_utils": "discounted_cumulative_rewards gae_advantages gae_td_returns",
     "adaptive_harmony.core.utils": """
         async_map async_map_batch async_map_fallible get_minibatches override_system_prompt repeat_thread sample_data

@@ -12,17 +12,25 @@ import pytest
 # A script, not a function: it is signalled as a process.
 SCRIPT = """
 import asyncio, sys, time
-from harmony_core.interruption import EXIT_CODES, Interruption
+from harmony_core.interruption import Interruption
 
 kind, timeout, grace = sys.argv[1], float(sys.argv[2]) or None, float(sys.argv[3])
 
 async def recipe():
     print("go", flush=True)
     try:
-        if kind == "sleeps":
+        if kind in ("sleeps", "impatient"):
             await asyncio.sleep(60)
         elif kind == "blocks":
             time.sleep(60)
+        elif kind == "saves":
+            for _ in range(40):
+                await asyncio.sleep(0.05)
+                if stop.reason:
+                    with stop.saving():
+                        await asyncio.sleep(2)
+                    print("saved", flush=True)
+                    raise asyncio.CancelledError
         elif kind == "child":
             async def child():
                 time.sleep(60)
@@ -41,10 +49,13 @@ async def main(stop):
     task = asyncio.create_task(recipe())
     stop.watch(task)
     await asyncio.wait([task])
-    return EXIT_CODES[stop.reason] if task.cancelled() else 0
+    return stop.exit_code if task.cancelled() else 0
 
 with Interruption(timeout, print, grace) as stop:
     stop.last_words = lambda code: print("last words", code, flush=True)
+    if kind in ("saves", "impatient"):
+        stop.patience = lambda: 5.0 if kind == "saves" else 0.2
+        stop.resumable = lambda: True
     code = asyncio.run(main(stop))
 sys.exit(code)
 """
@@ -98,3 +109,23 @@ def test_a_recipe_that_does_not_stop_is_ended() -> None:
     assert code == 143
     assert "last words 143" in output
     assert 0.9 < seconds < 8
+
+
+@pytest.mark.parametrize(("sent", "expected"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_recipe_that_saves_has_the_time_for_it(sent: int, expected: int) -> None:
+    code, output, seconds = _run("saves", sent, grace=1)
+    assert code == expected
+    assert "saved" in output and "finally" in output and "last words" not in output
+    assert 2 <= seconds < 8
+
+
+def test_a_recipe_that_does_not_save_in_time_is_cancelled() -> None:
+    code, output, seconds = _run("impatient", signal.SIGTERM)
+    assert (code, "finally" in output) == (75, True)
+    assert seconds < 5
+
+
+def test_while_it_saves_the_second_signal_still_ends_it_at_once() -> None:
+    code, output, seconds = _run("saves", signal.SIGTERM, signal.SIGTERM)
+    assert (code, "saved" in output) == (75, False)
+    assert seconds < 2

@@ -11,43 +11,27 @@ from source_tree import Import, imports, imports_of, modules
 
 PLAIN = frozenset(
     (
-        *("chat_template", "dataset_kinds", "dataset_lines", "datasets", "errors", "fragments", "frames", "home"),
+        *("chat_template", "checkpoint_files", "checkpoints", "dataset_kinds", "dataset_lines", "datasets", "errors"),
+        *("fragments", "frames", "home"),
         *("inline_metadata", "interruption", "ledger", "logging_table", "mapping", "memory", "messages", "model_kinds"),
-        *(
-            "model_families",
-            "model_spec",
-            "notifiers",
-            "outcome",
-            "parameters",
-            "recipe_file",
-            "redaction",
-            "registry",
-            "rpc",
-        ),
-        *(
-            "rl_utils",
-            "run",
-            "schedulers",
-            "thread_tools",
-            "threads",
-            "token_threads",
-            "tokenization",
-            "tokenizer_files",
-        ),
+        *("journal", "model_families", "model_spec", "notifiers", "outcome", "parameters", "recipe_file", "redaction"),
+        *("registry", "report", "rl_utils", "rpc", "run"),
+        *("schedulers", "thread_tools", "threads", "token_threads", "tokenization", "tokenizer_files"),
         *("toolchain", "weight_files"),
     )
 )
 """Plain data: no models, no ranks. These may import each other, without cycles."""
 
 ABOVE: dict[str, set[str]] = {
-    "adaptive_harmony": {"algorithms", "client", "context", "loggers", "recipe"},
-    "algorithms": {"loggers"},
+    "adaptive_harmony": {"algorithms", "client", "context", "graders", "loggers", "recipe"},
+    "algorithms": {"graders", "loggers"},
     "cli": {"config", "doctor", "execution", "recipe"},
     "client": {"launch"},
     "config": set(),
     "context": {"client"},
     "doctor": set(),
     "execution": {"client", "context", "recipe"},
+    "graders": set(),
     "launch": {"config"},
     "loggers": set(),
     "loss_checks": {"client", "engine.training"},
@@ -68,12 +52,14 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "accelerate": (),  # it is run as a command
     "huggingface_hub": ("harmony_core.engine", "harmony_core.registry.import_hub"),
     "jinja2": ("harmony_core.chat_template",),
+    "mlflow": (),  # imported by name, when its logger is made
     "peft": ("harmony_core.engine.models.adapters",),
     "rich": ("harmony_core.cli",),
     "torch": ("harmony_core.engine",),
     "transformers": ("harmony_core.engine",),
     "triton": ("harmony_core.engine.kernels",),
     "typer": ("harmony_core.cli",),
+    "wandb": (),
 }
 """Libraries that only these modules, or what is below them, import."""
 

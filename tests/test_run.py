@@ -159,3 +159,24 @@ def test_redacted_data_keeps_its_shape() -> None:
         "password": MASK,
         "token": 5,
     }
+
+
+def test_a_resumed_run_goes_on_in_its_directory(home: Home) -> None:
+    run = Run.create(home, "r", ["run", "x.py"])
+    run.note(recipe="x.py")
+    run.finish("stopped", 75, {"ok": False})
+    with (run.directory / "events.jsonl").open("a") as file:
+        file.write('{"cut off')
+    for time in (1, 2):
+        again = Run.reopen(find_run(home, run.id), ["run", "--resume"])
+        assert again.id == run.id and again.log_dir == run.directory / "logs" / f"resumed-{time}"
+        assert not (run.directory / "result.json").exists()
+        assert find_run(home, "last").status == "running"
+        again.finish("succeeded", 0, {"ok": True})
+    record = find_run(home, "last")
+    assert (record.status, record.data["exit"], record.data["recipe"]) == ("succeeded", 0, "x.py")
+    assert json.loads((run.directory / "argv.json").read_text()) == ["run", "x.py"]
+    lines = (run.directory / "events.jsonl").read_text().splitlines()
+    types = ["run.start", "run.end", None, "run.resume", "run.end", "run.resume", "run.end"]
+    assert [None if line == '{"cut off' else json.loads(line)["type"] for line in lines] == types
+    assert [json.loads(line)["seq"] for line in lines if line != '{"cut off'] == [0, 1, 3, 4, 5, 6]

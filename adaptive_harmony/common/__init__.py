@@ -1,5 +1,29 @@
 """Training classes and what they call beside training."""
 
-from harmony_core.algorithms import SFT, RecipeCallback
+from harmony_core.algorithms import (
+    DPO,
+    GRPO,
+    GSPO,
+    PPO,
+    SFT,
+    CheckpointCallback,
+    GenerateSamplesCallback,
+    GraderEvalCallback,
+    RecipeCallback,
+    RewardModelling,
+    ValidationLossCallback,
+)
 
-__all__ = ["SFT", "RecipeCallback"]
+__all__ = [
+    "DPO",
+    "GRPO",
+    "GSPO",
+    "PPO",
+    "SFT",
+    "CheckpointCallback",
+    "GenerateSamplesCallback",
+    "GraderEvalCallback",
+    "RecipeCallback",
+    "RewardModelling",
+    "ValidationLossCallback",
+]

@@ -1,5 +1,19 @@
 """Work beside training, every so often."""
 
-from harmony_core.algorithms.callbacks import RecipeCallback, invoke_callbacks
+from harmony_core.algorithms import (
+    CheckpointCallback,
+    GenerateSamplesCallback,
+    GraderEvalCallback,
+    RecipeCallback,
+    ValidationLossCallback,
+    invoke_callbacks,
+)
 
-__all__ = ["RecipeCallback", "invoke_callbacks"]
+__all__ = [
+    "CheckpointCallback",
+    "GenerateSamplesCallback",
+    "GraderEvalCallback",
+    "RecipeCallback",
+    "ValidationLossCallback",
+    "invoke_callbacks",
+]

@@ -1,6 +1,32 @@
 """Training classes: what to learn and from what. No tensors here."""
 
 from harmony_core.algorithms.callbacks import RecipeCallback, invoke_callbacks
+from harmony_core.algorithms.dpo import DPO
+from harmony_core.algorithms.evaluating import (
+    CheckpointCallback,
+    GenerateSamplesCallback,
+    GraderEvalCallback,
+    ValidationLossCallback,
+)
+from harmony_core.algorithms.grpo import GRPO
+from harmony_core.algorithms.gspo import GSPO
+from harmony_core.algorithms.ppo import PPO
+from harmony_core.algorithms.reward_modelling import RewardModelling
 from harmony_core.algorithms.sft import SFT
+from harmony_core.algorithms.showing import show_sample
 
-__all__ = ["SFT", "RecipeCallback", "invoke_callbacks"]
+__all__ = [
+    "DPO",
+    "GRPO",
+    "GSPO",
+    "PPO",
+    "SFT",
+    "CheckpointCallback",
+    "GenerateSamplesCallback",
+    "GraderEvalCallback",
+    "RecipeCallback",
+    "RewardModelling",
+    "ValidationLossCallback",
+    "invoke_callbacks",
+    "show_sample",
+]

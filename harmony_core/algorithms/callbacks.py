@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from harmony_core.errors import UsageError
+from harmony_core.journal import phase
 
 
 class RecipeCallback(ABC):
@@ -41,7 +42,8 @@ class RecipeCallback(ABC):
         """Run the callback if it is due. Returns what it has to log, under its prefix."""
         if not self.is_due(current_percentage):
             return {}
-        logs = await self.callback(current_percentage)
+        with phase("callbacks"):
+            logs = await self.callback(current_percentage)
         self.last_call = current_percentage
         prefix = f"{self.log_key_prefix}/" if self.log_key_prefix else ""
         return {f"{prefix}{key}": value for key, value in logs.items()}

@@ -7,9 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from harmony_core.algorithms.callbacks import RecipeCallback, invoke_callbacks
-from harmony_core.algorithms.feeding import BatchFeed, Unusable, in_words, settle
-from harmony_core.errors import NothingToTrain, UsageError
+from harmony_core.algorithms.arguments import keeps_settings
+from harmony_core.algorithms.callbacks import RecipeCallback
+from harmony_core.algorithms.feeding import BatchFeed, Unusable, settle
+from harmony_core.algorithms.loop import StepLoop
+from harmony_core.algorithms.showing import show_sample
+from harmony_core.errors import NothingToTrain
+from harmony_core.journal import phase
 from harmony_core.loggers import Logger, StdoutLogger
 from harmony_core.notifiers import StageNotifier, StdoutJobNotifier
 from harmony_core.schedulers import CosineScheduler, Scheduler
@@ -49,6 +53,9 @@ class SFT:
     are measured before each step, at the price of a second forward pass.
     """
 
+    settings: dict[str, Any]
+
+    @keeps_settings
     def __init__(
         self,
         dataset: Sequence[StringThread],
@@ -68,33 +75,20 @@ class SFT:
         data_seed: int = 42,
         use_tangents: bool = False,
     ) -> None:
-        if checkpoint_restore_data is not None:
-            raise UsageError("SFT cannot resume from a checkpoint", hint="leave checkpoint_restore_data out")
         self.model = model
         self.logger = logger or StdoutLogger()
         self.stage_notifier = stage_notifier or StdoutJobNotifier().stage_notifier("SFT Training")
-        self.callbacks = callbacks
         self.lr_schedule: Scheduler = lr_scheduler or CosineScheduler(lr)
         self.max_grad_norm = max_grad_norm
         self.weight_decay = weight_decay
         self.skip_nan_gradients = skip_nan_gradients
         self.use_tangents = use_tangents
+        self._shown: set[int] = set()
         self.feed = BatchFeed(dataset, samples_per_batch, epochs, data_seed)
-        self.logger.log_config(
-            {
-                "algorithm": "SFT",
-                "samples": len(dataset),
-                "lr": lr,
-                "lr_scheduler": self.lr_schedule,
-                "samples_per_batch": samples_per_batch,
-                "max_grad_norm": max_grad_norm,
-                "epochs": epochs,
-                "weight_decay": weight_decay,
-                "skip_nan_gradients": skip_nan_gradients,
-                "data_seed": data_seed,
-                "use_tangents": use_tangents,
-            }
-        )
+        models = {"policy": model}
+        logging = (callbacks, self.logger, self.stage_notifier)
+        saving = (checkpoint_frequency, checkpoint_restore_data)
+        self.loop = StepLoop("SFT", self.settings, models, dataset, self.feed, *logging, *saving)
 
     @property
     def training_completion_percentage(self) -> float:
@@ -102,33 +96,25 @@ class SFT:
         return self.feed.completion
 
     async def run(self) -> dict[str, float]:
-        """Train to the end. Returns the last step's metrics. Raises TooManyFailures."""
-        _warn_about_weights(self.feed.dataset.threads)
-        feed = self.feed
-        metrics: dict[str, float] = {}
-        if logs := await invoke_callbacks(self.callbacks, feed.completion):
-            self.logger(logs)
-        self.stage_notifier.report_progress(feed.total, feed.taken)
-        while feed.taken < feed.total:
-            batch = await feed.next_batch(self._train_with_tangents if self.use_tangents else self._train)
-            dropped = {f"dropped/{reason}": count for reason, count in batch.dropped.items()}
-            # The end of the data may hold dropped samples only: there is no step to take then.
-            step = await self._step(batch.results) if batch.results else {}
-            logs = await invoke_callbacks(self.callbacks, feed.completion)
-            self.logger({**step, **dropped, **logs, "completion_percentage": feed.completion})
-            metrics = step or metrics
-            self.stage_notifier.report_progress(feed.total, feed.taken)
-        if feed.dropped:
-            log.warning("dropped %d of %d samples: %s", feed.dropped.total(), feed.total, in_words(feed.dropped))
-        return {**metrics, "completion_percentage": feed.completion}
+        """Train to the end, in a resumed run from the checkpoint. Returns the last step's metrics.
 
-    async def _step(self, results: Sequence[_Scored | None]) -> dict[str, float]:
-        metrics = dict(
-            await self.model.optim_step(
-                self.lr_schedule(self.feed.completion), self.weight_decay, self.max_grad_norm, self.skip_nan_gradients
-            )
-        )
-        scored = [result for result in results if result is not None]
+        Raises TooManyFailures, and UsageError for a checkpoint of another training.
+        """
+        _warn_about_weights(self.feed.dataset.threads)
+        return await self.loop.run(self._step)
+
+    async def _step(self) -> dict[str, float]:
+        with phase("training"):
+            batch = await self.feed.next_batch(self._train_with_tangents if self.use_tangents else self._train)
+        metrics: dict[str, float] = {f"dropped/{reason}": count for reason, count in batch.dropped.items()}
+        # The end of the data may hold dropped samples only: there is no step to take then.
+        if batch.results:
+            lr = self.lr_schedule(self.feed.completion)
+            with phase("optimizer"):
+                metrics |= await self.model.optim_step(
+                    lr, self.weight_decay, self.max_grad_norm, self.skip_nan_gradients
+                )
+        scored = [result for result in batch.results if result is not None]
         if scored:
             weight = sum(sample.weight for sample in scored)
             metrics["policy/loss"] = -sum(sample.logprob for sample in scored) / weight
@@ -136,13 +122,27 @@ class SFT:
         return metrics
 
     async def _train(self, threads: Sequence[StringThread]) -> list[Unusable | None]:
-        return await settle(self.model.train_language_modelling, threads)
+        outcomes = await settle(self.model.train_language_modelling, threads)
+        await self._show(threads, outcomes)
+        return outcomes
+
+    async def _show(self, threads: Sequence[StringThread], outcomes: Sequence[object]) -> None:
+        """Put two trained samples into the run's report, in each tenth of the run."""
+        tenth = int(self.feed.completion * 10)
+        if tenth in self._shown:
+            return
+        self._shown.add(tenth)
+        trained = [thread for thread, x in zip(threads, outcomes, strict=True) if not isinstance(x, Unusable)]
+        for thread in trained[:2]:
+            await show_sample(self.model, thread, self.logger.step + 1)
 
     async def _train_with_tangents(self, threads: Sequence[StringThread]) -> list[_Scored | Unusable]:
         serialised = await settle(self._serialise, threads)
         accepted = await settle(self._push, [sample for sample in serialised if isinstance(sample, _Serialised)])
         scored = await settle(self._score, [sample for sample in accepted if isinstance(sample, _Serialised)])
         refused = [sample for sample in (*serialised, *accepted) if not isinstance(sample, _Serialised)]
+        sound = [t for t, sample in zip(threads, serialised, strict=True) if isinstance(sample, _Serialised)]
+        await self._show(sound, accepted)
         return [*scored, *refused]
 
     async def _serialise(self, thread: StringThread) -> _Serialised:

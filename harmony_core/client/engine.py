@@ -75,6 +75,8 @@ class Engine:
         self.machine = Machine.find(options)
         self.ledger = self.machine.ledger()
         self.names: set[str] = set()
+        self.request_numbers: dict[str, int] = {}
+        """Of each live model, the number of its next request that draws a seed."""
         self.tp_values: set[int] = set()
         self.planned: list[dict[str, Any]] = []
         self._held_versions: dict[str, contextlib.ExitStack] = {}

@@ -57,6 +57,11 @@ class HarmonyClient:
         return self._engine.world_size
 
     @property
+    def device(self) -> str:
+        """Where the ranks run: "cpu" or "cuda"."""
+        return self._engine.machine.device
+
+    @property
     def planned(self) -> list[dict[str, Any]]:
         """Every spawn so far with its limits and bytes, as plain data."""
         return list(self._engine.planned)

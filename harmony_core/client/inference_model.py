@@ -112,6 +112,7 @@ class InferenceModel:
             "kv_cache_len": live.placement.kv_tokens,
             "tokens_to_generate": live.placement.tokens_to_generate,
             "use_adapter": live.placement.lora,
+            "max_batch_size": live.placement.max_batch_tokens,
             "scalar": live.placement.scalar,
         }
 

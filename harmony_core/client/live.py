@@ -98,7 +98,7 @@ class LiveModel:
         self.pending = PendingStep(SampleQueue(placement.max_batch_tokens, self.replicas))
         self._tokenizer = tokenizer
         self._outstanding = [0] * self.replicas
-        self._requests = 0
+        engine.request_numbers[name] = 0
         self._owns_weights = False
         self._freed = False
         self._loop = asyncio.get_running_loop()
@@ -138,8 +138,10 @@ class LiveModel:
 
     def next_request_seed(self) -> int:
         """A request's seed: a hash of the run's seed, the spawn's name and the request's number."""
-        text = f"{self.engine.options.seed}/{self.name}/{self._requests}"
-        self._requests += 1
+        numbers = self.engine.request_numbers
+        number = numbers.get(self.name, 0)
+        numbers[self.name] = number + 1
+        text = f"{self.engine.options.seed}/{self.name}/{number}"
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
     def least_busy(self) -> int:
@@ -258,8 +260,7 @@ class LiveModel:
         if self._freed:
             return None
         self._freed = True
-        self.engine.names.discard(self.name)
-        _release(self.engine, self.name)
+        _forget(self.engine, self.name)
         if self.engine.options.dry_run:
             return None
         return self.engine.post_global(Dealloc(model=self.name))
@@ -280,14 +281,15 @@ def _own_weights(name: str) -> str:
     return f"{name}: loaded weights"
 
 
-def _release(engine: Engine, name: str) -> None:
+def _forget(engine: Engine, name: str) -> None:
+    engine.names.discard(name)
+    engine.request_numbers.pop(name, None)
     engine.ledger.release(name)
     engine.ledger.release(_own_weights(name))
 
 
 def _free_quietly(engine: Engine, name: str) -> None:
     """Free a model that no handle refers to any more."""
-    engine.names.discard(name)
-    _release(engine, name)
+    _forget(engine, name)
     if not engine.options.dry_run and not engine.closed:
         engine.post_global(Dealloc(model=name))

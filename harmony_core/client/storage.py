@@ -1,8 +1,11 @@
-"""Saving a live model as a registry version, and loading one into it."""
+"""Saving a live model as a registry version or into a checkpoint, and loading one into it."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 from harmony_core.client.live import LiveModel
 from harmony_core.errors import ModelRefused
@@ -30,14 +33,8 @@ async def save_live(live: LiveModel, name: str, inference_only: bool) -> str:
 async def _save(live: LiveModel, key: str, inference_only: bool) -> str:
     registry = live.engine.registry
     with registry.stage(_expected_bytes(live, inference_only)) as staging:
-        base = (live.version.base or live.version) if live.placement.lora else None
-        message = Save(
-            model=live.name,
-            directory=str(staging.directory),
-            inference_only=inference_only,
-            base_ref=base.ref if base else "",
-        )
-        await live.engine.run_global(message, Nothing)
+        base = _base_of(live)
+        await live.engine.run_global(_save_message(live, staging.directory, inference_only), Nothing)
         published = await asyncio.to_thread(
             staging.publish,
             key,
@@ -48,6 +45,18 @@ async def _save(live: LiveModel, key: str, inference_only: bool) -> str:
         )
     live.engine.events("model.saved", {"model": live.name, "ref": published.ref, "step": live.step}, None)
     return published.ref
+
+
+def _base_of(live: LiveModel) -> ModelVersion | None:
+    """What an adapter's files name as its base."""
+    return (live.version.base or live.version) if live.placement.lora else None
+
+
+def _save_message(live: LiveModel, directory: Path, inference_only: bool) -> Save:
+    base = _base_of(live)
+    return Save(
+        model=live.name, directory=str(directory), inference_only=inference_only, base_ref=base.ref if base else ""
+    )
 
 
 def _expected_bytes(live: LiveModel, inference_only: bool) -> int:
@@ -93,3 +102,64 @@ def _check_heads(live: LiveModel, version: ModelVersion) -> None:
             "vocabulary head too",
             hint=f"spawn {version.ref} itself",
         )
+
+
+class ModelState:
+    """A training model as a checkpoint sees it: files in a directory of the caller's, and plain numbers."""
+
+    def __init__(self, live: LiveModel) -> None:
+        self._live = live
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What must be the same for a saved state to mean the same."""
+        live = self._live
+        placement = live.placement
+        return {
+            "base": live.version.digest,
+            "adapter": placement.lora,
+            "scalar": placement.scalar,
+            "tp": placement.tp,
+        }
+
+    @property
+    def lesser_facts(self) -> dict[str, Any]:
+        """What changes nothing but the rounding."""
+        return {"max_batch_size": self._live.placement.max_batch_tokens}
+
+    @property
+    def step(self) -> int | None:
+        """Optimizer steps that the weights have seen; None while one is under way."""
+        return self._live.present_version
+
+    @property
+    def request_numbers(self) -> dict[str, int]:
+        """How many requests with a seed each live model of the run has had, by its name."""
+        return dict(self._live.engine.request_numbers)
+
+    def set_request_numbers(self, numbers: Mapping[str, int]) -> None:
+        """Continue numbering requests, and so their seeds, where `request_numbers` was read."""
+        known = self._live.engine.request_numbers
+        known.update({name: int(number) for name, number in numbers.items() if name in known})
+
+    @property
+    def expected_bytes(self) -> int:
+        """What `save` will write."""
+        return _expected_bytes(self._live, inference_only=False)
+
+    async def save(self, directory: Path) -> None:
+        """Write weights (or the adapter) and the optimizer's state. Gradients that were accumulated are not saved."""
+        self._live.require_ranks()
+        await self._live.engine.run_global(_save_message(self._live, directory, inference_only=False), Nothing)
+
+    async def load(self, directory: Path, step: int) -> None:
+        """Take back what `save` wrote, after `step` optimizer steps. Raises VerificationError, ModelRefused."""
+        live = self._live
+        live.require_ranks()
+        source = source_of(live.version)
+        files = str(directory)
+        adapter = files if live.placement.lora else ""
+        weights, scalar = (source.weights, source.scalar) if adapter else (files, live.placement.scalar)
+        message = ModelSource(weights=weights, digest=source.digest, adapter=adapter, scalar=scalar)
+        await live.engine.run_global(Load(model=live.name, source=message), Nothing)
+        live.step = step

@@ -7,7 +7,7 @@ from collections.abc import Coroutine
 from typing import Any
 
 from harmony_core.client.inference_model import InferenceModel
-from harmony_core.client.storage import save_live
+from harmony_core.client.storage import ModelState, save_live
 from harmony_core.client.value_training import ValueTaker
 from harmony_core.errors import HarmonyError, UsageError
 from harmony_core.rpc.protocol import AbandonStep, Message, OptimStep, SetStep, StepMetrics
@@ -114,3 +114,7 @@ class TrainingModel(ValueTaker):
         if draft_target is not None or num_draft_steps is not None:
             raise UsageError("speculative decoding is not supported: leave draft_target and num_draft_steps out")
         return await save_live(self._live, model_name, inference_only)
+
+    def state(self) -> ModelState:
+        """The weights, the optimizer's state and the counters, to be written into a checkpoint and taken back."""
+        return ModelState(self._live)

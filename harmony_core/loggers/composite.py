@@ -12,18 +12,25 @@ log = logging.getLogger(__name__)
 
 
 class CompositeLogger(Logger):
-    """Hands everything to `main_logger`, then to `second_logger`, whose I/O errors are a warning and end nothing."""
+    """Hands everything to `main_logger`, then to `second_logger`.
+
+    Whatever the second one raises ends nothing: it is a warning the first time, and it is asked again at each step.
+    """
 
     def __init__(self, main_logger: Logger, second_logger: Logger) -> None:
         super().__init__()
         self.main_logger = main_logger
         self.second_logger = second_logger
+        self._told = False
 
     def _try_second(self, call: Callable[[], None]) -> None:
         try:
             call()
-        except OSError as error:
-            log.warning("%s failed: %s", type(self.second_logger).__name__, error)
+        except Exception as error:  # a service's client raises what it likes
+            if not self._told:
+                name = type(self.second_logger).__name__
+                log.warning("%s failed, and the run goes on: %s: %s", name, type(error).__name__, error)
+            self._told = True
 
     def record(self, step: int, metrics: Metrics) -> None:
         """Record with both; each counts its own steps."""

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from typing import Any
 
 import pytest
@@ -60,3 +61,32 @@ def test_what_is_logged_has_its_prefix_and_the_completion() -> None:
 def test_a_frequency_that_is_none_is_refused() -> None:
     with pytest.raises(UsageError, match="frequency"):
         Recorder(0)
+
+
+def test_calls_are_exact_for_every_size_of_run() -> None:
+    """Against fractions: a call at the first report at or past each multiple, whatever the run's and batch's size."""
+    rng = random.Random(0)
+    for _ in range(300):
+        total, batch = rng.randrange(1, 2000), rng.randrange(1, 200)
+        numerator, denominator = rng.choice([(1, 10), (1, 3), (1, 7), (2, 5), (1, 1), (3, 20), (1, 64), (1, 1000)])
+        reports = [*range(0, total, batch), total]
+        seen, expected = -1, []
+        for done in reports:
+            multiple = done * denominator // (total * numerator)
+            if multiple > seen or (done == total and expected[-1] != total):
+                expected.append(done)
+                seen = multiple
+        found = calls(Recorder(numerator / denominator), [done / total for done in reports])
+        assert [round(fraction * total) for fraction in found] == expected, (total, batch, numerator, denominator)
+
+
+def test_evenly_spaced_reports_are_never_skipped() -> None:
+    for count in range(1, 400):
+        steps = [k * (1 / count) for k in range(count)] + [1.0]
+        assert calls(Recorder(1 / count), steps) == steps, count
+
+
+def test_a_restored_callback_goes_on_where_it_was() -> None:
+    callback = Recorder(0.25)
+    callback.last_call = 0.5
+    assert calls(callback, [0.6, 0.75, 1.0]) == [0.75, 1.0]

@@ -9,6 +9,7 @@ import pytest
 from engines import LiveEngine, pair
 from harmony_core.algorithms import SFT
 from harmony_core.client import TrainingModel
+from harmony_core.journal import kept
 from harmony_core.loggers import EventLogger
 from harmony_core.threads import StringThread
 
@@ -65,3 +66,28 @@ def test_too_long_and_unweighted_samples_are_dropped_by_reason(one_rank: LiveEng
         for key in ("num_samples", "dropped/sample_too_long", "dropped/nothing_to_train")
     }
     assert counted == {"num_samples": 18, "dropped/sample_too_long": 1, "dropped/nothing_to_train": 1}
+
+
+@pytest.mark.parametrize("use_tangents", [False, True])
+def test_a_run_is_told_what_is_trained_dropped_and_how_long_it_takes(one_rank: LiveEngine, use_tangents: bool) -> None:
+    events: list[tuple[str, dict[str, Any]]] = []
+    dataset = [pair("long", "x" * 300), *samples()[:19]]
+
+    async def told() -> None:
+        with kept(lambda type, data: events.append((type, data))):
+            await trained(one_rank, "told", dataset, samples_per_batch=4, use_tangents=use_tangents)
+
+    one_rank.run(told())
+    by_type = {type: [data for found, data in events if found == type] for type, _ in events}
+    phases = [data["name"] for data in by_type["phase"]]
+    assert phases == ["training", "optimizer"] * (len(phases) // 2)
+    (dropped,) = by_type["samples.dropped"]
+    assert dropped["reasons"] == {"sample_too_long": 1} and "max_batch_size" in dropped["last"]
+    assert [data["step"] for data in by_type["sample"]][:3] == [1, 1, 2]
+    texts = {thread.completion() for thread in dataset[1:]}
+    for data in by_type["sample"]:
+        prompt, answer = data["turns"]
+        assert all(weight == 0 for _, weight in prompt["pieces"])
+        *letters, end = answer["pieces"]
+        assert "".join(text for text, _ in letters) in texts and all(weight == 1 for _, weight in letters)
+        assert end[0].startswith("<|")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from harmony_core import ledger, memory
+from harmony_core.checkpoints import PATIENCE_SECONDS
 from harmony_core.client import builder, capacity, spawning
 from harmony_core.config import yaml_source
 from harmony_core.errors import all_errors
@@ -97,7 +98,8 @@ def test_files_that_pages_name_are_there() -> None:
         ("compatibility", f"at most {memory.DEFAULT_KV_TOKENS:,}"),
         ("configuration", f"more than {yaml_source.MAX_DEPTH} levels, {yaml_source.MAX_ALIASES} aliases"),
         ("configuration", f"{yaml_source.MAX_NODES:,} values"),
-        ("command_line", f"which has {GRACE_SECONDS:.0f} s to finish"),
+        ("command_line", f"then has {GRACE_SECONDS:.0f} s to finish"),
+        ("command_line", f"can be ended within {PATIENCE_SECONDS:.0f} s"),
         ("writing_a_recipe", "with_adapter(rank={rank}, alpha={alpha:g}, dropout={dropout:g}, targets=...)"),
     ],
 )

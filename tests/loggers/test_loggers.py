@@ -1,12 +1,22 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from harmony_core.errors import UsageError
-from harmony_core.loggers import CompositeLogger, EventLogger, Logger, Metrics, StdoutLogger, get_prod_logger
+from harmony_core.errors import ResourceError, UsageError
+from harmony_core.loggers import (
+    CompositeLogger,
+    EventLogger,
+    JSONLLogger,
+    Logger,
+    Metrics,
+    StdoutLogger,
+    TBMetricsLogger,
+    get_prod_logger,
+)
 from harmony_core.logging_table import Table
 
 
@@ -24,8 +34,23 @@ class Memory(Logger):
 
 
 class Broken(Memory):
+    error: Exception = OSError("disk full")
+
     def record(self, step: int, metrics: Metrics) -> None:
-        raise OSError("disk full")
+        raise self.error
+
+
+class Service(Broken):
+    error = RuntimeError("the service is down")
+
+    def close(self) -> None:
+        raise self.error
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_set_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WANDB_API_KEY", "MLFLOW_TRACKING_URI", "TENSORBOARD_LOGGING_DIR", "ADAPTIVE_PROJECT"):
+        monkeypatch.delenv(name, raising=False)
 
 
 def test_lines_for_people_go_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
@@ -64,6 +89,44 @@ def test_a_failing_second_logger_ends_nothing(caplog: pytest.LogCaptureFixture) 
         CompositeLogger(Broken(), main)({"a": 1})
 
 
+def test_a_failing_service_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    main = Memory()
+    logger = CompositeLogger(main, Service())
+    for value in range(3):
+        logger({"a": value})
+    logger.close()
+    assert [step for step, _ in main.seen] == [0, 1, 2]
+    assert caplog.messages == ["Service failed, and the run goes on: RuntimeError: the service is down"]
+
+
+def test_an_interruption_is_no_failure_of_the_second() -> None:
+    class Interrupted(Memory):
+        def record(self, step: int, metrics: Metrics) -> None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        CompositeLogger(Memory(), Interrupted())({"a": 1})
+
+
+def test_lines_of_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_API_KEY", "canary-in-config")
+    logger = JSONLLogger(tmp_path / "new" / "metrics.jsonl")
+    logger.log_config({"lr": 1e-3, "note": "canary-in-config"})
+    logger({"loss": float("inf"), "t": Table(["a"]).add_row([1])})
+    resumed = JSONLLogger(logger.path)
+    resumed.set_state(logger.get_state())
+    resumed({"loss": 0.5})
+    logger.close()
+    resumed.close()
+    config, first, second = (json.loads(line) for line in logger.path.read_text().splitlines())
+    assert config == {"config": {"lr": 1e-3, "note": "********"}}
+    assert first["metrics"] == {"loss": "inf", "t": {"headers": ["a"], "rows": [["1"]]}}
+    assert (second["step"], second["metrics"]) == (2, {"loss": 0.5})
+    assert second["time"] >= first["time"] > 1e9
+    with pytest.raises(ResourceError, match="cannot write metrics"):
+        JSONLLogger(logger.path / "below-a-file")
+
+
 def test_a_logger_continues_from_its_state() -> None:
     first = CompositeLogger(Memory(), Memory())
     first({"a": 1})
@@ -83,6 +146,46 @@ def test_the_config_reaches_both() -> None:
 
 def test_without_a_context_there_are_lines_only() -> None:
     assert isinstance(get_prod_logger(), StdoutLogger)
+
+
+def test_the_service_that_is_set_up_comes_second(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path))
+    monkeypatch.setenv("TENSORBOARD_MONITORING_LINK", "http://localhost:6006")
+    logger = get_prod_logger()
+    assert isinstance(logger, CompositeLogger)
+    assert isinstance(logger.main_logger, StdoutLogger)
+    assert isinstance(logger.second_logger, TBMetricsLogger)
+    assert logger.training_monitoring_link == "http://localhost:6006"
+    assert caplog.messages == []
+    logger.close()
+
+
+def test_the_order_of_services(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    made: list[str] = []
+    hidden: set[str] = set()
+    for name in ("WandbLogger", "MLFlowLogger", "TBMetricsLogger"):
+        fake = type(name, (Memory,), {"__init__": lambda self, *a, name=name, **k: made.append(name)})
+        monkeypatch.setattr(fake, "is_available", staticmethod(lambda name=name: name not in hidden), raising=False)
+        monkeypatch.setattr(f"harmony_core.loggers.choose.{name}", fake)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "file:x")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "x")
+    monkeypatch.setattr("harmony_core.loggers.choose.is_installed", lambda package: True)
+    for _ in range(3):
+        get_prod_logger()
+        hidden.add(made[-1])
+    assert made == ["WandbLogger", "MLFlowLogger", "TBMetricsLogger"]
+
+
+def test_a_service_without_its_package_is_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
+    monkeypatch.setattr("harmony_core.loggers.choose.is_installed", lambda package: False)
+    monkeypatch.setattr("harmony_core.loggers.wandb.is_installed", lambda package: False)
+    assert isinstance(get_prod_logger(), StdoutLogger)
+    assert caplog.messages == ['WANDB_API_KEY is set and wandb is not installed: pip install "harmony-core[wandb]"']
 
 
 def test_table() -> None:

@@ -1,0 +1,5 @@
+"""What a grader raises."""
+
+from harmony_core.graders import IgnoreGradeException
+
+__all__ = ["IgnoreGradeException"]

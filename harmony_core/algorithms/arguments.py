@@ -1,0 +1,45 @@
+"""Recording what a training class was constructed with."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import update_wrapper
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+
+from harmony_core.loggers import Logger
+
+
+class Configured(Protocol):
+    """A training class: it has a logger, and settings that decide its steps."""
+
+    logger: Logger
+    settings: dict[str, Any]
+
+
+S = TypeVar("S", bound=Configured)
+P = ParamSpec("P")
+
+
+def keeps_settings(init: Callable[Concatenate[S, P], None]) -> Callable[Concatenate[S, P], None]:
+    """Keep a constructor's plain arguments, defaults included, as `self.settings`, and log them once it is done.
+
+    Numbers, text, mappings and schedules are plain; what only concerns checkpoints is left out.
+    """
+    signature = inspect.signature(init)
+
+    def construct(self: S, /, *args: P.args, **kwargs: P.kwargs) -> None:
+        bound = signature.bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        self.settings = {
+            name: value
+            for name, value in bound.arguments.items()
+            if not name.startswith("checkpoint_")
+            and (isinstance(value, bool | int | float | str | Mapping) or name.startswith("lr_scheduler"))
+        }
+        init(self, *args, **kwargs)
+        described = {"algorithm": type(self).__name__, "samples": len(bound.arguments["dataset"])}
+        self.logger.log_config(described | self.settings)
+
+    update_wrapper(construct, init)
+    return construct

@@ -1,0 +1,177 @@
+"""Losses written out as ascent directions for `train_tangents`: a derivative for each token, computed in the driver.
+
+The same steps as the model's own `train_grpo` and `train_dpo`, at the price of a forward pass per sample. They are here
+to be read, compared with, and changed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+from harmony_core.errors import DataError, NothingToTrain
+from harmony_core.threads import StringThread, TokenizedThread
+
+if TYPE_CHECKING:
+    from harmony_core.client import TrainingModel
+
+Metrics = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A thread as tokens, with the model's present log-prob of each weighted one."""
+
+    thread: TokenizedThread
+    tokens: list[int]
+    patches: list[tuple[int, bytes]]
+    weights: list[float]
+    logprobs: list[float]
+
+    @property
+    def places(self) -> list[int]:
+        """Which targets are weighted."""
+        return [t for t, weight in enumerate(self.weights[1:]) if weight > 0]
+
+
+async def score(model: TrainingModel, thread: StringThread | TokenizedThread) -> Scored:
+    """Tokens and present log-probs of a thread. Raises PromptTooLong, TokenizationError, NothingToTrain."""
+    tokenized = thread if isinstance(thread, TokenizedThread) else await model.tokenize_thread(thread)
+    tokens, patches, weights = await model.serialize_tokenized_thread(tokenized)
+    scored = Scored(tokenized, tokens, patches, weights, await model.logprobs_per_token(tokenized))
+    if not scored.logprobs:
+        raise NothingToTrain("the sample has no weighted token")
+    return scored
+
+
+async def push(model: TrainingModel, scored: Scored, tangents: Sequence[float], denominator: float) -> None:
+    """Queue a sample with one tangent for each weighted token. It takes its place when this begins to run."""
+    dense = [0.0] * (len(scored.tokens) - 1)
+    for place, tangent in zip(scored.places, tangents, strict=True):
+        dense[place] = tangent
+    recorded = recorded_logprobs(model, scored.thread)
+    sampler = None
+    if recorded is not None:
+        sampler = [math.nan] * len(dense)
+        for place, logprob in zip(scored.places, recorded, strict=True):
+            sampler[place] = logprob
+    await model.train_tangents(
+        scored.tokens[:-1], scored.patches, dense, scored.tokens[1:], denominator, sampler_logprobs=sampler
+    )
+
+
+def recorded_logprobs(model: TrainingModel, thread: TokenizedThread) -> list[float] | None:
+    """The sampler's log-prob of each weighted token, if all were drawn from the present weights; else None."""
+    logprobs, versions = thread.logprobs, thread.versions
+    present = model.get_optim_step()
+    if logprobs is None or versions is None or any(version != present for version in versions):
+        return None
+    return logprobs
+
+
+async def train_sft_tangents(model: TrainingModel, thread: StringThread) -> Metrics:
+    """Language modelling as tangents, which are the weights; a step divides by their sum.
+
+    Metrics of the sample before the step: `logprob` and `num_tokens`, both weighted sums, and `loss`.
+    """
+    scored = await score(model, thread)
+    weights = [weight for weight in scored.weights[1:] if weight > 0]
+    await push(model, scored, weights, sum(weights))
+    logprob = sum(weight * x for weight, x in zip(weights, scored.logprobs, strict=True))
+    return {"logprob": logprob, "num_tokens": sum(weights), "loss": -logprob / sum(weights)}
+
+
+def grpo_tangents(
+    logprobs: Sequence[float],
+    trajectory_logprobs: Sequence[float],
+    reference_logprobs: Sequence[float],
+    advantages: Sequence[float],
+    clip_range: float,
+    kl_beta: float,
+) -> tuple[list[float], Metrics]:
+    """-dL/dlogprob of each token, for L = -min(rho A, clip(rho, 1 +- clip_range) A) + kl_beta k3.
+
+    rho = exp(logprob - trajectory); k3 = exp(x) - x - 1 with x = reference - logprob (arXiv 2402.03300, eq. 3 and 4).
+    Metrics are means over the tokens: `pg_clipfrac`, `inner_kl_div` = (logprob - trajectory)^2 / 2, `Dkl` = k3.
+    """
+    lengths = {len(logprobs), len(trajectory_logprobs), len(reference_logprobs), len(advantages)}
+    if len(lengths) > 1:
+        raise DataError(f"one log-prob, reference and advantage for each weighted token, not {sorted(lengths)}")
+    tangents, clipped, moved, divergence = [], [], [], []
+    for now, then, reference, advantage in zip(
+        logprobs, trajectory_logprobs, reference_logprobs, advantages, strict=True
+    ):
+        ratio, towards = math.exp(now - then), math.exp(reference - now)
+        clip = abs(ratio - 1) > clip_range and advantage * (now - then) > 0
+        tangents.append((0.0 if clip else advantage * ratio) - kl_beta * (1 - towards))
+        clipped.append(float(clip))
+        moved.append((now - then) ** 2 / 2)
+        divergence.append(towards - (reference - now) - 1)
+    return tangents, {"pg_clipfrac": fmean(clipped), "inner_kl_div": fmean(moved), "Dkl": fmean(divergence)}
+
+
+async def train_grpo_tangents(
+    model: TrainingModel,
+    sample: TokenizedThread,
+    trajectory_logprobs: Sequence[float],
+    ref_logprobs: Sequence[float],
+    advantages: Sequence[float],
+    clip_range: float,
+    kl_beta: float,
+) -> Metrics:
+    """`grpo_tangents` of one sample, queued; a step divides by the number of weighted tokens. Returns its metrics."""
+    scored = await score(model, sample)
+    tangents, metrics = grpo_tangents(
+        scored.logprobs, trajectory_logprobs, ref_logprobs, advantages, clip_range, kl_beta
+    )
+    await push(model, scored, tangents, len(tangents))
+    return metrics
+
+
+def dpo_tangent(
+    chosen: float, rejected: float, ref_chosen: float, ref_rejected: float, beta: float
+) -> tuple[float, Metrics]:
+    """-dL/dlogprob of each token of the chosen thread, for L = -log sigmoid(beta margin) (arXiv 2305.18290, eq. 7).
+
+    Arguments are log-probs summed over weighted tokens; the rejected thread's tangent is the negative. Metrics:
+    `chosen_rewards`, `rejected_rewards`, `reward_margin`, `reward_accuracy` (1 or 0), `loss`.
+    """
+    reward, other = beta * (chosen - ref_chosen), beta * (rejected - ref_rejected)
+    margin = reward - other
+    loss = math.log1p(math.exp(-abs(margin))) + max(-margin, 0.0)
+    metrics = {
+        "chosen_rewards": reward,
+        "rejected_rewards": other,
+        "reward_accuracy": float(margin > 0),
+        "reward_margin": margin,
+        "loss": loss,
+    }
+    return beta * -math.expm1(-loss), metrics
+
+
+async def push_pair(model: TrainingModel, chosen: Scored, rejected: Scored, tangent: float) -> None:
+    """Queue a pair; a step divides by the number of pairs."""
+    parts = [(chosen, tangent, 1.0), (rejected, -tangent, 0.0)]
+    # The longer one first: if any is refused it is this one, and no half of a pair is left in the step.
+    for scored, value, denominator in sorted(parts, key=lambda part: -len(part[0].tokens)):
+        await push(model, scored, [value] * len(scored.logprobs), denominator)
+
+
+async def train_dpo_tangents(
+    model: TrainingModel,
+    pos: StringThread,
+    neg: StringThread,
+    ref_logprobs_pos: float,
+    ref_logprobs_neg: float,
+    beta: float,
+) -> Metrics:
+    """`dpo_tangent` of one pair, queued; a step divides by the number of pairs. Returns its metrics."""
+    chosen, rejected = await score(model, pos), await score(model, neg)
+    tangent, metrics = dpo_tangent(
+        sum(chosen.logprobs), sum(rejected.logprobs), ref_logprobs_pos, ref_logprobs_neg, beta
+    )
+    await push_pair(model, chosen, rejected, tangent)
+    return metrics

@@ -1,0 +1,120 @@
+"""The contract of a grader, and graders made from plain functions.
+
+Knows nothing of training: a training class, a callback or a recipe asks for a score and reads the logs.
+"""
+
+from __future__ import annotations
+
+import inspect
+import statistics
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Generic, TypedDict, TypeVar
+
+from harmony_core.graders.grade import Grade
+from harmony_core.logging_table import Table
+from harmony_core.threads import StringThread
+
+LogT = TypeVar("LogT")
+
+
+class SuccessJudgeLog(TypedDict):
+    """A sample that was scored, as a log entry."""
+
+    prompt: str
+    reasoning: str
+    score: float
+
+
+class FailedJudgeLog(TypedDict):
+    """A sample that could not be scored, as a log entry."""
+
+    prompt: str
+    error: str | None
+
+
+class BaseGrader(ABC, Generic[LogT]):
+    """Scores threads. Subclasses write `grade`; calls of it run concurrently.
+
+    `grade` raises IgnoreGradeException for a sample that should not count, and anything else for one it fails on; in a
+    rollout either drops the prompt, and the two are counted apart. What `add_log` is given, `get_logs` sums up.
+    """
+
+    def __init__(self, grader_key: str) -> None:
+        self.grader_key = grader_key
+        self._logs: list[LogT] = []
+
+    @abstractmethod
+    async def grade(self, sample: StringThread) -> Grade:
+        """The grade of a thread whose last turn is what is judged."""
+
+    async def score_float_value(self, sample: StringThread) -> float:
+        """The value of the thread's grade."""
+        return (await self.grade(sample)).value
+
+    def add_log(self, log_data: LogT) -> None:
+        """Keep an entry for `get_logs`; a mapping with "score" counts in the statistics."""
+        self._logs.append(log_data)
+
+    def get_logs(self, clear: bool = False, log_all_samples: bool = False) -> dict[str, float | Table]:
+        """`score/mean, std, min, max, count` over entries that have a "score"; nothing when there is none.
+
+        `score/std` is the sample standard deviation, 0 for a single score. `log_all_samples` is for graders that add
+        tables of samples.
+        """
+        entries = [entry for entry in self._logs if isinstance(entry, dict)]
+        scores = [float(entry["score"]) for entry in entries if "score" in entry]
+        if clear:
+            self.clear_logs()
+        if not scores:
+            return {}
+        return {
+            "score/mean": statistics.fmean(scores),
+            "score/std": statistics.stdev(scores) if len(scores) > 1 else 0.0,
+            "score/min": min(scores),
+            "score/max": max(scores),
+            "score/count": float(len(scores)),
+        }
+
+    def clear_logs(self) -> None:
+        """Forget the entries."""
+        self._logs = []
+
+    def get_sample_tables(
+        self, successful_samples: Sequence[SuccessJudgeLog], failed_samples: Sequence[FailedJudgeLog] | None = None
+    ) -> dict[str, float | Table]:
+        """Tables `score/scored_samples` and, with failed ones, `score/unscored_samples`, and how many each has."""
+        scored = Table(["Prompt", "Reasoning", "Score"])
+        scored.add_rows([[s["prompt"], s["reasoning"], s["score"]] for s in successful_samples])
+        tables: dict[str, float | Table] = {
+            "score/scored_samples": scored,
+            "score/scored_samples_count": float(len(successful_samples)),
+        }
+        if failed_samples is not None:
+            unscored = Table(["Prompt", "Error"]).add_rows([[s["prompt"], s["error"]] for s in failed_samples])
+            if len(unscored):
+                tables["score/unscored_samples"] = unscored
+            tables["score/unscored_samples_count"] = float(len(failed_samples))
+        return tables
+
+    @classmethod
+    def from_function(
+        cls, grader_key: str, async_fn: Callable[[StringThread], Awaitable[float] | float]
+    ) -> BaseGrader[dict[str, Any]]:
+        """A grader whose value is what the function returns, a coroutine function or a plain one; scores are logged."""
+        return FunctionGrader(grader_key, async_fn)
+
+
+class FunctionGrader(BaseGrader[dict[str, Any]]):
+    """See `BaseGrader.from_function`."""
+
+    def __init__(self, grader_key: str, function: Callable[[StringThread], Awaitable[float] | float]) -> None:
+        super().__init__(grader_key)
+        self._function = function
+
+    async def grade(self, sample: StringThread) -> Grade:
+        """The function's value."""
+        found = self._function(sample)
+        value = float(await found if inspect.isawaitable(found) else found)
+        self.add_log({"score": value})
+        return Grade(value, self.grader_key)

@@ -1,0 +1,182 @@
+"""What training code tells of a run beside its metrics, for the run's report: phases, samples, dropped samples.
+
+    with phase("rollout"):                              wall time; many tasks may be in one phase at once
+        ...
+    tell_sample(step, turns, reward=1.0)                one conversation, its trained tokens marked
+    tell_dropped({"sample_too_long": 3}, last="...")    samples that were not trained, by reason
+
+Each becomes one event of the run's `events.jsonl`. Outside of a run all of them do nothing. Knows nothing of models or
+tokens: see `algorithms.showing` for the way from a thread to `tell_sample`.
+
+    phase            {"name", "start", "seconds"}: `start` in seconds since the journal began; written when the last
+                     task leaves the phase, so tasks that overlap make one event
+    sample           {"step", "source", "turns": [{"role", "pieces": [[text, weight] or [text, weight, logprob]]}]} and,
+                     where given, "reward", "advantage", "group", "grades"
+    samples.dropped  {"reasons": {reason: count}, "taken", "last"}
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+from harmony_core.notifiers import EventWriter
+
+MAX_SAMPLES = 8
+"""Samples of one step and source that are kept; more are passed over."""
+
+MAX_TEXT = 8000
+"""Characters of one sample that are kept."""
+
+
+class Piece(NamedTuple):
+    """A part of a turn's text: one token where it is trained, else as long as may be. `weight` 0 is not trained."""
+
+    text: str
+    weight: float = 0.0
+    logprob: float | None = None
+
+
+class Journal:
+    """Writes what is told to a run's events; any thread may tell."""
+
+    def __init__(self, write: EventWriter) -> None:
+        self.write = write
+        self._began = time.monotonic()
+        self._lock = threading.Lock()
+        self._inside: dict[str, tuple[int, float]] = {}
+        self._told: dict[str, tuple[int, int]] = {}
+
+    def enter(self, name: str) -> None:
+        """A task enters a phase."""
+        with self._lock:
+            tasks, since = self._inside.get(name, (0, time.monotonic()))
+            self._inside[name] = (tasks + 1, since)
+
+    def leave(self, name: str) -> None:
+        """A task leaves a phase; the last one ends it."""
+        with self._lock:
+            tasks, since = self._inside.pop(name)
+            if tasks > 1:
+                self._inside[name] = (tasks - 1, since)
+                return
+            seconds = time.monotonic() - since
+        self.write("phase", {"name": name, "start": round(since - self._began, 6), "seconds": round(seconds, 6)})
+
+    def room(self, source: str, step: int) -> int:
+        """How many more samples of this step and source are kept."""
+        told_step, count = self._told.get(source, (step, 0))
+        return MAX_SAMPLES - (count if told_step == step else 0)
+
+    def sample(self, source: str, step: int, data: dict[str, Any]) -> None:
+        """Write one sample, if there is room."""
+        with self._lock:
+            room = self.room(source, step)
+            if room <= 0:
+                return
+            self._told[source] = (step, MAX_SAMPLES - room + 1)
+        self.write("sample", data)
+
+
+_journal: ContextVar[Journal | None] = ContextVar("journal", default=None)
+
+
+def begin(write: EventWriter) -> None:
+    """What is told from here on in this context, and in tasks begun in it, becomes events."""
+    _journal.set(Journal(write))
+
+
+@contextmanager
+def kept(write: EventWriter) -> Iterator[None]:
+    """What is told inside becomes events."""
+    token = _journal.set(Journal(write))
+    try:
+        yield
+    finally:
+        _journal.reset(token)
+
+
+@contextmanager
+def phase(name: str) -> Iterator[None]:
+    """Count the wall time inside as this phase's: "rollout", "grading", "training", "optimizer", or another name.
+
+    Several tasks in one phase at once count once. Where phases overlap, the report shares the time between them. Put
+    `optim_step` into "training" or "optimizer": it waits for the micro-batches before it, and the report sets the
+    optimizer's own time apart by what the ranks measured.
+    """
+    journal = _journal.get()
+    if journal is None:
+        yield
+        return
+    journal.enter(name)
+    try:
+        yield
+    finally:
+        journal.leave(name)
+
+
+def samples_wanted(step: int, source: str = "training") -> int:
+    """How many more samples of this step and source would be kept: 0 spares the work of preparing them."""
+    journal = _journal.get()
+    return 0 if journal is None else max(journal.room(source, step), 0)
+
+
+def tell_sample(
+    step: int,
+    turns: Sequence[tuple[str, Sequence[Piece]]],
+    *,
+    source: str = "training",
+    reward: float | None = None,
+    advantage: float | None = None,
+    group: str | int | None = None,
+    grades: Mapping[str, float] | None = None,
+) -> None:
+    """Tell one conversation as (role, pieces) of each turn.
+
+    `step` is the optimizer step that it belongs to, from 1. `group` joins samples of one prompt. `grades` holds the
+    value of each grader. Text past MAX_TEXT characters is cut.
+    """
+    journal = _journal.get()
+    if journal is None:
+        return
+    data: dict[str, Any] = {"step": step, "source": source}
+    numbers = {"reward": reward, "advantage": advantage}
+    data |= {name: _number(value) for name, value in numbers.items() if value is not None}
+    if group is not None:
+        data["group"] = group
+    if grades:
+        data["grades"] = {name: _number(value) for name, value in grades.items()}
+    room, told = MAX_TEXT, []
+    for role, pieces in turns:
+        kept_pieces: list[list[Any]] = []
+        for piece in pieces:
+            if room <= 0:
+                data["cut"] = True
+                break
+            text, weight = piece.text[:room], _number(float(piece.weight))
+            data |= {"cut": True} if len(text) < len(piece.text) else {}
+            room -= len(piece.text)
+            kept_pieces.append([text, weight] if piece.logprob is None else [text, weight, _number(piece.logprob)])
+        told.append({"role": role, "pieces": kept_pieces})
+    journal.sample(source, step, {**data, "turns": told})
+
+
+def tell_dropped(reasons: Mapping[str, int], *, last: str = "", taken: int | None = None) -> None:
+    """Tell how many samples were dropped since the last call, by reason; `last` says why in one case.
+
+    `taken` is how many samples the run has taken so far, dropped ones included.
+    """
+    journal = _journal.get()
+    if journal is not None and reasons:
+        journal.write("samples.dropped", {"reasons": dict(reasons), "taken": taken, "last": last})
+
+
+def _number(value: float) -> float | str:
+    if not math.isfinite(value):
+        return str(value)
+    return float(f"{value:.6g}")

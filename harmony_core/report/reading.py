@@ -1,0 +1,300 @@
+"""A run's directory as the data of its report. Reads `events.jsonl` once, line by line, in bounded memory."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from harmony_core.redaction import Redactor
+from harmony_core.report.curves import Curve
+from harmony_core.report.times import Interval
+
+MAX_CURVES = 200
+MAX_STAGES = 20
+LONGEST = 1e10
+"""Seconds: what is longer is no time."""
+MAX_SAMPLES = 60
+MAX_TABLES = 12
+LOG_LINES = 40
+LOG_LINE_LENGTH = 500
+_LOG_TAIL = 64 * 1024
+
+_BARE = (b'"type": "micro_batch"', b'"type": "progress"')
+"""Events that are many and not needed: not parsed."""
+
+_MANY = ("metrics", "optim_step", "phase", "sample")
+"""Events that are many: as they were masked when they were written; samples once more when they have been chosen."""
+
+
+@dataclass
+class Stage:
+    """What one training class logged, or all of a run that has none."""
+
+    name: str
+    config: dict[str, Any] = field(default_factory=dict)
+    curves: dict[str, Curve] = field(default_factory=dict)
+    tables: dict[str, tuple[int, dict[str, Any]]] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)
+    last_step: float = -math.inf
+
+
+@dataclass
+class RunData:
+    """Everything that the report shows. All texts are masked; none is escaped."""
+
+    run: dict[str, Any] = field(default_factory=dict)
+    result: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, Any] = field(default_factory=dict)
+    models: dict[str, Any] = field(default_factory=dict)
+    argv: list[str] = field(default_factory=list)
+    logs: dict[str, list[str]] = field(default_factory=dict)
+    stages: list[Stage] = field(default_factory=list)
+    steps: dict[str, Curve] = field(default_factory=dict)
+    """Metrics of `optim_step` by model, for runs that log none."""
+    intervals: list[Interval] = field(default_factory=list)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    samples_seen: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    dropped_last: dict[str, str] = field(default_factory=dict)
+    taken: int | None = None
+    planned: list[dict[str, Any]] = field(default_factory=list)
+    held: list[dict[str, Any]] = field(default_factory=list)
+    ranks: list[dict[str, Any]] = field(default_factory=list)
+    gates: list[dict[str, Any]] = field(default_factory=list)
+    saved: list[dict[str, Any]] = field(default_factory=list)
+    checkpoints: list[dict[str, Any]] = field(default_factory=list)
+    optimizer_steps: int = 0
+    optimizer_seconds: float = 0.0
+    """As the ranks measured them."""
+    curves_left_out: int = 0
+    damaged_lines: int = 0
+    began: float | None = None
+    ended: float | None = None
+
+    @property
+    def status(self) -> str:
+        """How the run stands."""
+        return str(self.run.get("status", "unknown"))
+
+
+def read_run(directory: Path, redactor: Redactor, status: str | None = None) -> RunData:
+    """Read what there is; files that are missing or damaged leave their part empty. `status` overrides the record."""
+    data = RunData()
+    for name in ("run", "result", "sources", "versions", "models", "argv"):
+        found = redactor.data(_json(directory / f"{name}.json"))
+        if isinstance(found, type(getattr(data, name))):
+            setattr(data, name, found)
+    if status is not None:
+        data.run["status"] = status
+    for file in [*sorted((directory / "logs").glob("*.log"))][:64]:
+        if lines := _tail(file, redactor):
+            data.logs[file.name] = lines
+    reader = _Reader(data)
+    for event in _events(directory / "events.jsonl", data):
+        reader.take(event if event["type"] in _MANY else {**event, "data": redactor.data(event["data"])})
+    reader.finish()
+    data.samples = redactor.data(data.samples)
+    return data
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _tail(path: Path, redactor: Redactor) -> list[str]:
+    try:
+        with path.open("rb") as file:
+            file.seek(max(path.stat().st_size - _LOG_TAIL, 0))
+            text = file.read().decode("utf-8", errors="replace")
+    except OSError:
+        return []
+    # Masked before lines are cut, which could cut through a secret.
+    lines = redactor.configuration(text).splitlines()[-LOG_LINES:]
+    return [line if len(line) <= LOG_LINE_LENGTH else f"{line[:LOG_LINE_LENGTH]} ..." for line in lines]
+
+
+def _events(path: Path, data: RunData) -> Iterator[dict[str, Any]]:
+    try:
+        file = path.open("rb")
+    except OSError:
+        return
+    with file:
+        for line in file:
+            if any(mark in line[:200] for mark in _BARE):
+                continue
+            try:
+                event = json.loads(line)
+                event["seconds"] = datetime.fromisoformat(event["ts"]).timestamp()
+                valid = isinstance(event["type"], str) and isinstance(event["data"], dict)
+            except (ValueError, KeyError, TypeError):
+                valid = False
+            if valid:
+                yield event
+            else:
+                data.damaged_lines += 1
+
+
+class _Reader:
+    """Sorts events into the data."""
+
+    def __init__(self, data: RunData) -> None:
+        self.data = data
+        self._config: dict[str, Any] | None = None
+        self._resumed_at = 0.0
+        self._phases_end = 0.0
+        self._takers: dict[str, Callable[[dict[str, Any], dict[str, Any]], None]] = {
+            "run.start": self._run_start,
+            "run.end": self._run_end,
+            "config.resolved": lambda event, found: data.config.update(found.get("config") or {}),
+            "metrics.config": self._metrics_config,
+            "metrics": self._metrics,
+            "optim_step": self._optim_step,
+            "phase": self._phase,
+            "sample": self._sample,
+            "samples.dropped": self._dropped,
+            "spawn.planned": lambda event, found: data.planned.append(found),
+            "spawn": lambda event, found: data.held.append({**found, "rank": str(event.get("rank"))}),
+            "rank_ready": lambda event, found: data.ranks.append({**found, "rank": str(event.get("rank"))}),
+            "gate": lambda event, found: data.gates.append(found),
+            "model.saved": lambda event, found: data.saved.append(found),
+            "checkpoint": lambda event, found: data.checkpoints.append(found),
+        }
+
+    def take(self, event: dict[str, Any]) -> None:
+        """Take one event; of an unknown type only its time."""
+        if self.data.began is None:
+            self.data.began = event["seconds"]
+        self.data.ended = event["seconds"]
+        if taker := self._takers.get(event["type"]):
+            try:
+                taker(event, event["data"])
+            except (AttributeError, TypeError, ValueError, OverflowError):  # not of the shape that its type has
+                self.data.damaged_lines += 1
+
+    def _since_start(self, event: dict[str, Any]) -> float:
+        return float(event["seconds"] - (self.data.began or 0.0))
+
+    def _run_start(self, event: dict[str, Any], found: dict[str, Any]) -> None:
+        # A second start in one file: a journal of its own begins to count at 0 again.
+        self._resumed_at = self._phases_end
+
+    def _run_end(self, event: dict[str, Any], found: dict[str, Any]) -> None:
+        if self.data.status in ("running", "unknown"):
+            self.data.run["status"] = str(found.get("status"))
+
+    def _metrics_config(self, event: dict[str, Any], found: dict[str, Any]) -> None:
+        self._config = found
+
+    def _stage(self, step: float) -> Stage:
+        """The stage that a step belongs to: of several that log in turns the one that it continues.
+
+        A new one begins after another config, and when the steps begin anew.
+        """
+        stages, config = self.data.stages, self._config
+        self._config = None
+        present = stages[-1] if stages else None
+        if config is None or (present is not None and config == present.config):
+            for stage in reversed(stages):
+                if step == stage.last_step + 1:
+                    stage.last_step = step
+                    return stage
+            goes_on = present is not None and step >= present.last_step
+        else:
+            goes_on = False
+        if present is None or (not goes_on and len(stages) < MAX_STAGES):
+            config = config if config is not None else (present.config if present else {})
+            name = str(config.get("algorithm") or ("metrics" if present is None else f"stage {len(stages) + 1}"))
+            present = Stage(name, config)
+            stages.append(present)
+        present.last_step = step
+        return present
+
+    def _metrics(self, event: dict[str, Any], found: dict[str, Any]) -> None:
+        step, metrics = found.get("step"), found.get("metrics")
+        if not isinstance(step, int | float) or not isinstance(metrics, dict):
+            return
+        stage, seconds = self._stage(step), self._since_start(event)
+        for name, value in metrics.items():
+            number = _number(value)
+            if number is not None:
+                self._add(stage.curves, name, step, seconds, number)
+            elif isinstance(value, dict) and isinstance(value.get("rows"), list):
+                if name in stage.tables or len(stage.tables) < MAX_TABLES:
+                    stage.tables[name] = (int(step), value)
+            elif value is not None:
+                stage.texts[name] = str(value)
+
+    def _add(self, curves: dict[str, Curve], name: str, step: float, seconds: float, value: float) -> None:
+        if name not in curves and sum(len(stage.curves) for stage in self.data.stages) >= MAX_CURVES:
+            self.data.curves_left_out += 1
+            return
+        curves.setdefault(name, Curve()).add(step, seconds, value)
+
+    def _optim_step(self, event: dict[str, Any], found: dict[str, Any]) -> None:
+        self.data.optimizer_steps += 1
+        self.data.optimizer_seconds += _number(found.get("seconds")) or 0.0
+        step = _number(found.get("step"))
+        for name, value in found.items():
+            number = _number(value)
+            if number is not None and name != "step" and len(self.data.steps) < MAX_CURVES:
+                curve = self.data.steps.setdefault(f"{found.get('model')}/{name}", Curve())
+                curve.add(self.data.optimizer_steps if step is None else step, self._since_start(event), number)
+
+    def _phase(self, event: dict[str, Any], found: dict[str, Any]) -> None:
+        start, seconds = _number(found.get("start")), _number(found.get("seconds"))
+        if start is None or seconds is None or not (0 <= start < LONGEST and 0 <= seconds < LONGEST):
+            raise ValueError("no times")
+        start += self._resumed_at
+        self._phases_end = max(self._phases_end, start + seconds)
+        self.data.intervals.append(Interval(str(found.get("name")), start, start + seconds))
+
+    def _sample(self, event: dict[str, Any], found: dict[str, Any]) -> None:
+        if not isinstance(found.get("turns"), list) or not isinstance(found.get("step"), int):
+            raise ValueError("no sample")
+        self.data.samples_seen += 1
+        self.data.samples.append(found)
+        if len(self.data.samples) > 2 * MAX_SAMPLES:
+            self.data.samples = thinned(self.data.samples, MAX_SAMPLES)
+
+    def _dropped(self, event: dict[str, Any], found: dict[str, Any]) -> None:
+        for reason, count in (found.get("reasons") or {}).items():
+            self.data.dropped[reason] += int(count)
+            self.data.dropped_last[reason] = str(found.get("last", ""))
+        if isinstance(found.get("taken"), int):
+            self.data.taken = found["taken"]
+
+    def finish(self) -> None:
+        """What can only be said at the end."""
+        data = self.data
+        data.samples = thinned(data.samples, MAX_SAMPLES)
+        if not any(stage.curves for stage in data.stages) and data.steps:
+            data.stages.append(Stage("steps", curves=data.steps))
+
+
+def thinned(samples: list[dict[str, Any]], limit: int) -> list[dict[str, Any]]:
+    """At most `limit` samples, whole steps left out evenly; the first and the last step stay."""
+    while len(samples) > limit:
+        steps = sorted({int(sample["step"]) for sample in samples})
+        if len(steps) <= 2:
+            return samples[: limit // 2] + samples[-(limit - limit // 2) :]
+        gone = set(steps[1:-1:2])
+        samples = [sample for sample in samples if sample["step"] not in gone]
+    return samples
+
+
+def _number(value: object) -> float | None:
+    """A number, or the text of one that JSON cannot hold; None for anything else."""
+    if isinstance(value, int | float):
+        return float(value)
+    return float(value) if value in ("nan", "inf", "-inf") and isinstance(value, str) else None

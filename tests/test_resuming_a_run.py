@@ -1,0 +1,114 @@
+"""Runs that are killed, stopped and resumed from the command line end as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harmony_core.home import Home
+from harmony_core.registry import Registry
+from leftovers import running, wait_until
+from test_end_to_end import ADAPTIVE, RECIPES, adaptive, result
+
+RECIPE = str(RECIPES / "two_stages.py")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+def ended(home: Path, run: str, reference: str) -> dict[str, Any]:
+    """Digests of the weights and the optimizer's state, and the last that was logged of each step."""
+    folder = Registry(Home.open(home)).resolve(reference).path
+    manifest = json.loads((folder / "manifest.json").read_text())
+    files = {f["path"]: f["sha256"] for f in manifest["files"] if f["path"].endswith(".safetensors")}
+    assert {"model.safetensors", "optimizer.safetensors"} == set(files)
+    events = map(json.loads, (home / "runs" / run / "events.jsonl").read_text().splitlines())
+    logged = {e["data"]["step"]: e["data"]["metrics"] | {"seconds": 0} for e in events if e["type"] == "metrics"}
+    return {"files": files, "metrics": logged}
+
+
+@pytest.fixture(scope="module")
+def calm(home: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a run that nothing stops leaves."""
+    words = ("run", RECIPE, "--save-as", "calm", "--keep-checkpoints", "0", "--json")
+    done = result(adaptive(home, tmp_path_factory.mktemp("calm"), *words))
+    assert not list((home / "runs" / done["run"] / "checkpoints").iterdir())
+    return ended(home, done["run"], done["result"])
+
+
+def interrupted(home: Path, folder: Path, *words: str, at: str | float, by: int, code: int) -> str:
+    """Run until stderr says `at`, or for so many seconds after the first step, and send a signal. Returns stderr."""
+    marker = f"{os.getpid()}-{folder.name}-{at}"
+    environment = {**os.environ, "ADAPTIVE_HOME": str(home), "OMP_NUM_THREADS": "1", "RESUMED": marker}
+    with (folder / "stderr").open("w") as stderr:
+        command = [ADAPTIVE, "run", *words]
+        run = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=stderr)
+    try:
+        said = at if isinstance(at, str) else "goes on|step 2 "
+        assert wait_until(lambda: bool(re.search(said, (folder / "stderr").read_text())), 120), "not so far"
+        if isinstance(at, float):
+            wait_until(lambda: run.poll() is not None, at)
+        run.send_signal(by)
+        assert run.wait(timeout=40) == code, (folder / "stderr").read_text()[-3000:]
+        assert wait_until(lambda: not running("RESUMED", marker), 10), running("RESUMED", marker)
+    finally:
+        run.kill()
+        run.wait()
+    return (folder / "stderr").read_text()
+
+
+def test_killed_stopped_and_resumed_a_run_ends_equal(home: Path, tmp_path: Path, calm: dict[str, Any]) -> None:
+    begin = (RECIPE, "--pause", "0.1", "--save-as", "stopped")
+    interrupted(home, tmp_path, *begin, at="step 6 ", by=signal.SIGKILL, code=-signal.SIGKILL)
+    (run,) = (record.name for record in (home / "runs").iterdir() if "crashed" in shown(home, tmp_path, record.name))
+    told = interrupted(home, tmp_path, "--resume", at="step 9 ", by=signal.SIGTERM, code=75)
+    assert "first goes on at 25.0%, from checkpoint-000001" in told
+    assert f"to go on from its last checkpoint: adaptive run --resume {run}" in told
+    told = interrupted(home, tmp_path, "--resume", run, at="step 17 ", by=signal.SIGINT, code=130)
+    assert "first goes on at 75.0%" in told or "first goes on at 66.7%" in told
+    done = adaptive(home, tmp_path, "run", RECIPE, "--resume", "--json")
+    assert "first had finished and is skipped" in done.stderr and "second goes on at" in done.stderr
+    assert ended(home, run, result(done)["result"]) == calm
+    refused = adaptive(home, tmp_path, "run", "--resume", run, code=2)
+    assert "nothing is left to do" in refused.stderr
+
+
+def shown(home: Path, folder: Path, run: str) -> str:
+    return adaptive(home, folder, "runs", "show", run).stdout
+
+
+@pytest.mark.slow
+def test_a_run_that_was_not_saved_ends_with_143(home: Path, tmp_path: Path) -> None:
+    words = (RECIPE, "--pause", "0.1", "--keep-checkpoints", "0")
+    told = interrupted(home, tmp_path, *words, at="step 3 ", by=signal.SIGTERM, code=143)
+    assert "--resume" not in told
+
+
+KILLS = int(os.environ.get("ADAPTIVE_TEST_KILLS", "10"))
+
+
+@pytest.mark.slow
+def test_kills_at_random_times(home: Path, tmp_path: Path) -> None:
+    chance = random.Random(5)
+    steps = ("--steps", str(3 * KILLS))
+    done = result(adaptive(home, tmp_path, "run", RECIPE, *steps, "--save-as", "long", "--json"))
+    calm = ended(home, done["run"], done["result"])
+    words: tuple[str, ...] = (RECIPE, *steps, "--pause", "0.2", "--frequency", "0.01", "--save-as", "killed")
+    before = {path.name for path in (home / "runs").iterdir()}
+    for _ in range(KILLS):
+        after = chance.random() * 0.5
+        interrupted(home, tmp_path, *words, at=after, by=signal.SIGKILL, code=-signal.SIGKILL)
+        (run,) = {path.name for path in (home / "runs").iterdir()} - before
+        words = ("--resume", run)
+    done = result(adaptive(home, tmp_path, "run", *words, "--json"))
+    assert ended(home, run, done["result"]) == calm
