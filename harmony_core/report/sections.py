@@ -25,7 +25,10 @@ from harmony_core.report.reading import RunData
 from harmony_core.report.times import WAITING, shares, with_optimizer
 
 _STATUS = {"succeeded": "good", "failed": "bad", "crashed": "bad", "stopped": "fair", "running": "fair"}
-_PHASES = {"rollout": "p0", "training": "p1", "grading": "p2", "optimizer": "p3", WAITING: "p-wait"}
+_PHASES = {
+    "rollout": "p0", "training": "p1", "grading": "p2", "optimizer": "p3",
+    "reference": "p4", "values": "p5", "callbacks": "p6", WAITING: "p-wait",
+}
 """The same colour for a phase in every stage."""
 
 MAX_ROWS = 50
@@ -131,7 +134,7 @@ def _stage_times(label: str, found: Mapping[str, float], total: float, steps: in
     place, bars, rows = 0.0, [], []
     for index, (name, spent) in enumerate(found.items()):
         share = spent / total
-        colour = _PHASES.get(name, f"p{(index + len(_PHASES)) % 7}")
+        colour = _PHASES.get(name, f"p{4 + index % 3}")
         title = element("title", f"{name}: {seconds(spent)}, {share:.1%}")
         bars.append(
             element("rect", title, x=f"{place * 1000:.2f}", width=f"{share * 1000:.2f}", height=26, y=0, class_=colour)
