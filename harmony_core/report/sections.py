@@ -26,8 +26,14 @@ from harmony_core.report.times import WAITING, shares, with_optimizer
 
 _STATUS = {"succeeded": "good", "failed": "bad", "crashed": "bad", "stopped": "fair", "running": "fair"}
 _PHASES = {
-    "rollout": "p0", "training": "p1", "grading": "p2", "optimizer": "p3",
-    "reference": "p4", "values": "p5", "callbacks": "p6", WAITING: "p-wait",
+    "rollout": "p0",
+    "training": "p1",
+    "grading": "p2",
+    "optimizer": "p3",
+    "reference": "p4",
+    "values": "p5",
+    "callbacks": "p6",
+    WAITING: "p-wait",
 }
 """The same colour for a phase in every stage."""
 
