@@ -14,10 +14,9 @@ import json
 from pathlib import Path
 
 import torch
+from report import ROOT, machine
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from report import ROOT, machine
 
 
 def logprobs(directory: str, ids: Tensor, dtype: torch.dtype) -> Tensor:

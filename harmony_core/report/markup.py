@@ -74,6 +74,8 @@ def number(value: object) -> str:
 
 def seconds(value: float) -> str:
     """A duration for people."""
+    if value < 0.1:
+        return f"{value * 1000:.2g} ms" if value else "0 s"
     if value < 10:
         return f"{value:.2f} s"
     if value < 120:

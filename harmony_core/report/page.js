@@ -229,7 +229,7 @@
   const controls = document.getElementById("sample-controls");
   if (controls && cards.length > 1) {
     const choice = document.getElementById("sample-step");
-    for (const step of [...new Set(cards.map((c) => c.dataset.step))].sort((a, b) => a - b)) make("option", { value: step }, choice, step);
+    for (const step of new Set(cards.map((c) => c.dataset.step))) make("option", { value: step }, choice, step.replace(/^step /, ""));
     const order = document.getElementById("sample-order");
     const arrange = () => {
       const value = (card) => (Number.isFinite(parseFloat(card.dataset.reward)) ? parseFloat(card.dataset.reward) : 0);

@@ -46,7 +46,7 @@ def render(data: RunData, mask: Callable[[str], str]) -> str:
         sections.gates(data),
         _curves(data),
         sections.times(data),
-        _with_controls(samples_section(data.samples, data.samples_seen)),
+        _with_controls(samples_section(data.samples, data.samples_seen, data.labels)),
         sections.tables(data),
         sections.dropped(data),
         sections.models(data),
@@ -132,16 +132,12 @@ def _charts(data: RunData) -> list[tuple[str, list[dict[str, Any]]]]:
     """(name, series) of each metric; a metric that several stages log is one chart of several series."""
     found: dict[str, list[dict[str, Any]]] = {}
     total = sum(len(stage.curves) for stage in data.stages)
+    labels = data.labels
     budget = max(MAX_POINTS_IN_ALL // max(total, 1), 50)
     for place, stage in enumerate(data.stages):
         for name, curve in stage.curves.items():
             curve.thin(budget)
-            label = (
-                stage.name
-                if sum(other.name == stage.name for other in data.stages) == 1
-                else f"{stage.name} {place + 1}"
-            )
-            found.setdefault(name, []).append(_series(label, curve, f"s{place % _COLOURS}"))
+            found.setdefault(name, []).append(_series(labels[place], curve, f"s{place % _COLOURS}"))
     return sorted(found.items(), key=lambda entry: _rank(*entry))
 
 

@@ -42,6 +42,10 @@ class Stage:
     tables: dict[str, tuple[int, dict[str, Any]]] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
     last_step: float = -math.inf
+    intervals: list[Interval] = field(default_factory=list)
+    optimizer_steps: int = 0
+    optimizer_seconds: float = 0.0
+    """As the ranks measured them."""
 
 
 @dataclass
@@ -59,7 +63,6 @@ class RunData:
     stages: list[Stage] = field(default_factory=list)
     steps: dict[str, Curve] = field(default_factory=dict)
     """Metrics of `optim_step` by model, for runs that log none."""
-    intervals: list[Interval] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
     samples_seen: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
@@ -71,9 +74,6 @@ class RunData:
     gates: list[dict[str, Any]] = field(default_factory=list)
     saved: list[dict[str, Any]] = field(default_factory=list)
     checkpoints: list[dict[str, Any]] = field(default_factory=list)
-    optimizer_steps: int = 0
-    optimizer_seconds: float = 0.0
-    """As the ranks measured them."""
     curves_left_out: int = 0
     damaged_lines: int = 0
     began: float | None = None
@@ -83,6 +83,17 @@ class RunData:
     def status(self) -> str:
         """How the run stands."""
         return str(self.run.get("status", "unknown"))
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Of all stages."""
+        return sum(stage.optimizer_steps for stage in self.stages)
+
+    @property
+    def labels(self) -> list[str]:
+        """A name for each stage that no other has."""
+        names = [stage.name for stage in self.stages]
+        return [name if names.count(name) == 1 else f"{name} {place}" for place, name in enumerate(names, 1)]
 
 
 def read_run(directory: Path, redactor: Redactor, status: str | None = None) -> RunData:
@@ -196,29 +207,34 @@ class _Reader:
     def _metrics_config(self, event: dict[str, Any], found: dict[str, Any]) -> None:
         self._config = found
 
+    def _begun(self) -> Stage:
+        """The present stage. Another config begins a new one: what follows it belongs there."""
+        stages, config = self.data.stages, self._config
+        self._config = None
+        if not stages or (config is not None and config != stages[-1].config and len(stages) < MAX_STAGES):
+            self._append(config or {})
+        return stages[-1]
+
+    def _append(self, config: dict[str, Any]) -> Stage:
+        count = len(self.data.stages)
+        name = str(config.get("algorithm") or (f"stage {count + 1}" if count else "run"))
+        self.data.stages.append(Stage(name, config))
+        return self.data.stages[-1]
+
     def _stage(self, step: float) -> Stage:
         """The stage that a step belongs to: of several that log in turns the one that it continues.
 
         A new one begins after another config, and when the steps begin anew.
         """
-        stages, config = self.data.stages, self._config
-        self._config = None
-        present = stages[-1] if stages else None
-        if config is None or (present is not None and config == present.config):
-            for stage in reversed(stages):
-                if step == stage.last_step + 1:
-                    stage.last_step = step
-                    return stage
-            goes_on = present is not None and step >= present.last_step
-        else:
-            goes_on = False
-        if present is None or (not goes_on and len(stages) < MAX_STAGES):
-            config = config if config is not None else (present.config if present else {})
-            name = str(config.get("algorithm") or ("metrics" if present is None else f"stage {len(stages) + 1}"))
-            present = Stage(name, config)
-            stages.append(present)
-        present.last_step = step
-        return present
+        stage = self._begun()
+        if stage.last_step > step or (stage.last_step + 1 < step and stage.last_step >= 0):
+            found = [other for other in reversed(self.data.stages) if other.last_step + 1 == step]
+            if found:
+                stage = found[0]
+            elif stage.last_step > step and len(self.data.stages) < MAX_STAGES:
+                stage = self._append(stage.config)
+        stage.last_step = step
+        return stage
 
     def _metrics(self, event: dict[str, Any], found: dict[str, Any]) -> None:
         step, metrics = found.get("step"), found.get("metrics")
@@ -242,14 +258,15 @@ class _Reader:
         curves.setdefault(name, Curve()).add(step, seconds, value)
 
     def _optim_step(self, event: dict[str, Any], found: dict[str, Any]) -> None:
-        self.data.optimizer_steps += 1
-        self.data.optimizer_seconds += _number(found.get("seconds")) or 0.0
+        stage = self._begun()
+        stage.optimizer_steps += 1
+        stage.optimizer_seconds += _number(found.get("seconds")) or 0.0
         step = _number(found.get("step"))
         for name, value in found.items():
             number = _number(value)
             if number is not None and name != "step" and len(self.data.steps) < MAX_CURVES:
                 curve = self.data.steps.setdefault(f"{found.get('model')}/{name}", Curve())
-                curve.add(self.data.optimizer_steps if step is None else step, self._since_start(event), number)
+                curve.add(curve.values + 1 if step is None else step, self._since_start(event), number)
 
     def _phase(self, event: dict[str, Any], found: dict[str, Any]) -> None:
         start, seconds = _number(found.get("start")), _number(found.get("seconds"))
@@ -257,13 +274,14 @@ class _Reader:
             raise ValueError("no times")
         start += self._resumed_at
         self._phases_end = max(self._phases_end, start + seconds)
-        self.data.intervals.append(Interval(str(found.get("name")), start, start + seconds))
+        self._begun().intervals.append(Interval(str(found.get("name")), start, start + seconds))
 
     def _sample(self, event: dict[str, Any], found: dict[str, Any]) -> None:
         if not isinstance(found.get("turns"), list) or not isinstance(found.get("step"), int):
             raise ValueError("no sample")
         self.data.samples_seen += 1
-        self.data.samples.append(found)
+        stage = self._begun()
+        self.data.samples.append({**found, "stage": self.data.stages.index(stage)})
         if len(self.data.samples) > 2 * MAX_SAMPLES:
             self.data.samples = thinned(self.data.samples, MAX_SAMPLES)
 
@@ -279,18 +297,22 @@ class _Reader:
         data = self.data
         data.samples = thinned(data.samples, MAX_SAMPLES)
         if not any(stage.curves for stage in data.stages) and data.steps:
-            data.stages.append(Stage("steps", curves=data.steps))
+            self._begun().curves = data.steps
 
 
 def thinned(samples: list[dict[str, Any]], limit: int) -> list[dict[str, Any]]:
     """At most `limit` samples, whole steps left out evenly; the first and the last step stay."""
     while len(samples) > limit:
-        steps = sorted({int(sample["step"]) for sample in samples})
+        steps = sorted({_place(sample) for sample in samples})
         if len(steps) <= 2:
             return samples[: limit // 2] + samples[-(limit - limit // 2) :]
         gone = set(steps[1:-1:2])
-        samples = [sample for sample in samples if sample["step"] not in gone]
+        samples = [sample for sample in samples if _place(sample) not in gone]
     return samples
+
+
+def _place(sample: dict[str, Any]) -> tuple[int, int]:
+    return int(sample.get("stage", 0)), int(sample["step"])
 
 
 def _number(value: object) -> float | None:

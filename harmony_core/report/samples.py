@@ -12,13 +12,13 @@ MAX_TOKENS = 800
 """Trained tokens of one sample that are coloured one by one; the rest of it is one piece."""
 
 
-def samples_section(samples: Sequence[dict[str, Any]], seen: int) -> Markup:
-    """Every sample as a card, behind a choice of the step."""
+def samples_section(samples: Sequence[dict[str, Any]], seen: int, stages: Sequence[str]) -> Markup:
+    """Every sample as a card, behind a choice of the step. `stages` are the stages' names."""
     if not samples:
         return Markup("")
     rewards = [value for sample in samples if (value := _number(sample.get("reward"))) is not None]
     low, high = min(rewards, default=0.0), max(rewards, default=0.0)
-    cards = [_card(sample, low, high) for sample in samples]
+    cards = [_card(sample, low, high, stages) for sample in samples]
     legend = element(
         "p",
         element("i", "trained", class_="t w4"),
@@ -47,9 +47,10 @@ def _number(value: object) -> float | None:
     return None
 
 
-def _card(sample: dict[str, Any], low: float, high: float) -> Markup:
-    step, source = sample.get("step", 0), sample.get("source", "training")
-    chips = [element("span", f"step {step}", class_="where"), element("span", source, class_="where")]
+def _card(sample: dict[str, Any], low: float, high: float, stages: Sequence[str]) -> Markup:
+    stage = f"{stages[sample['stage']]} " if len(stages) > 1 else ""
+    where = f"{stage}step {sample['step']}"
+    chips = [element("span", where, class_="where"), element("span", sample.get("source", ""), class_="where")]
     if "group" in sample:
         chips.append(element("span", f"group {sample['group']}", class_="where"))
     if "reward" in sample:
@@ -63,7 +64,7 @@ def _card(sample: dict[str, Any], low: float, high: float) -> Markup:
     turns = [_turn(turn, direction) for turn in sample["turns"] if isinstance(turn, dict)]
     cut = element("p", "cut: the sample is longer than what is recorded", class_="muted") if sample.get("cut") else ""
     head = element("header", joined(chips))
-    return element("article", head, *turns, cut, class_="sample", data_step=step, data_reward=sample.get("reward"))
+    return element("article", head, *turns, cut, class_="sample", data_step=where, data_reward=sample.get("reward"))
 
 
 def _level(reward: float | None, low: float, high: float) -> str:

@@ -25,6 +25,18 @@ from harmony_core.report.reading import RunData
 from harmony_core.report.times import WAITING, shares, with_optimizer
 
 _STATUS = {"succeeded": "good", "failed": "bad", "crashed": "bad", "stopped": "fair", "running": "fair"}
+_PHASES = {
+    "rollout": "p0",
+    "training": "p1",
+    "grading": "p2",
+    "optimizer": "p3",
+    "reference": "p4",
+    "values": "p5",
+    "callbacks": "p6",
+    WAITING: "p-wait",
+}
+"""The same colour for a phase in every stage."""
+
 MAX_ROWS = 50
 MAX_CELL = 2000
 MAX_TABLE_TEXT = 1_000_000
@@ -108,39 +120,39 @@ def gates(data: RunData) -> Markup:
 
 
 def times(data: RunData) -> Markup:
-    """The run's wall time by phase, and what starting took."""
-    found = with_optimizer(shares(data.intervals), data.optimizer_seconds)
-    total = sum(found.values())
-    if not found or total <= 0:
+    """The wall time of each stage by phase, and what starting and the rest took."""
+    blocks, total = [], 0.0
+    for label, stage in zip(data.labels, data.stages, strict=True):
+        found = with_optimizer(shares(stage.intervals), stage.optimizer_seconds)
+        spent = sum(found.values())
+        if spent > 0:
+            total += spent
+            blocks.append(_stage_times(label if len(data.stages) > 1 else "", found, spent, stage.optimizer_steps))
+    if not blocks:
         return Markup("")
+    outside = (data.ended or 0.0) - (data.began or 0.0) - total
+    note = f"{seconds(total)} of training; starting, loading and saving took {seconds(max(outside, 0.0))} beside it"
+    more = "Where phases overlap, they share the time. The optimizer's is the time that the ranks measured."
+    return section("Time", *blocks, element("p", more, class_="muted"), id="time", note=note)
+
+
+def _stage_times(label: str, found: Mapping[str, float], total: float, steps: int) -> Markup:
     place, bars, rows = 0.0, [], []
-    steps = max(data.optimizer_steps, 1)
     for index, (name, spent) in enumerate(found.items()):
         share = spent / total
-        colour = "p-wait" if name == WAITING else f"p{index % 7}"
+        colour = _PHASES.get(name, f"p{4 + index % 3}")
         title = element("title", f"{name}: {seconds(spent)}, {share:.1%}")
         bars.append(
             element("rect", title, x=f"{place * 1000:.2f}", width=f"{share * 1000:.2f}", height=26, y=0, class_=colour)
         )
         place += share
-        rows.append(
-            (
-                joined([element("span", class_=f"swatch {colour}"), escaped(name)]),
-                seconds(spent),
-                f"{share:.1%}",
-                seconds(spent / steps) if data.optimizer_steps else "–",
-            )
-        )
+        key = joined([element("span", class_=f"swatch {colour}"), escaped(name)])
+        rows.append((key, seconds(spent), f"{share:.1%}", seconds(spent / steps) if steps else "–"))
     bar = element("svg", *bars, viewBox="0 0 1000 26", preserveAspectRatio="none", class_="bar", role="img")
-    outside = (data.ended or 0.0) - (data.began or 0.0) - total
-    note = f"{seconds(total)} of training; starting, loading and saving took {seconds(max(outside, 0.0))} beside it"
-    head = ("phase", "seconds", "share", "per step")
-    more = element(
-        "p",
-        "Where phases overlap, they share the time. The optimizer's is the time that the ranks measured.",
-        class_="muted",
+    head = (
+        element("h3", label, " ", element("small", f"{seconds(total)}, {number(steps)} steps")) if label else Markup("")
     )
-    return section("Time", bar, table(head, rows, "numbers"), more, id="time", note=note)
+    return joined([head, bar, table(("phase", "seconds", "share", "per step"), rows, "numbers")])
 
 
 def dropped(data: RunData) -> Markup:

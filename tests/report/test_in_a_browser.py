@@ -123,7 +123,7 @@ def choose(page: Page, id: str, value: str) -> None:
 
 def test_samples_by_step_and_reward(page: Page) -> None:
     visible = "[...document.querySelectorAll('.sample')].filter((c) => c.getClientRects().length)"
-    assert set(page.run(f"{visible}.map((c) => c.dataset.step)")) == {"120"}, "the newest step comes first"
+    assert set(page.run(f"{visible}.map((c) => c.dataset.step)")) == {"GRPO step 120"}, "the newest step comes first"
     choose(page, "sample-step", "")
     assert page.run(f"{visible}.length") == 55
     choose(page, "sample-order", "high")

@@ -102,7 +102,7 @@ def test_every_metric_has_a_curve(page: str) -> None:
 
 def test_samples_with_rewards_and_trained_tokens(read: Reader) -> None:
     cards = read.named("article", "sample")
-    assert 40 < len(cards) <= 60 and cards[-1]["data-step"] == "120" and cards[-1]["data-reward"]
+    assert 40 < len(cards) <= 60 and cards[-1]["data-step"] == "GRPO step 120" and cards[-1]["data-reward"]
     text = read.text("samples")
     assert "55 of 100 recorded" in text and "I would sort these letters as a, b, c, d and e." in text
     assert report_runs.HOSTILE in text
@@ -114,7 +114,9 @@ def test_samples_with_rewards_and_trained_tokens(read: Reader) -> None:
 
 def test_time_drops_models_and_configuration(read: Reader) -> None:
     times = read.text("time")
-    assert re.search(r"rollout101\.\d s51\.\d%", times) and "waiting" in times
+    sft, _, grpo = times.partition("GRPO")
+    assert "SFT 24.8 s, 40 steps" in sft and "rollout" not in sft
+    assert re.search(r"rollout108\.0 s54\.\d%0\.90 s", grpo) and "waiting" in grpo
     assert "sample_too_long40" in read.text("dropped") and "the sample has 9000 tokens" in read.text("dropped")
     models = read.text("models")
     assert "policy tiny@3 for train" in models and "324,000 parameters" in models and "held by 2 ranks" in models
