@@ -98,6 +98,7 @@ KILLS = int(os.environ.get("ADAPTIVE_TEST_KILLS", "10"))
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(120 + 30 * KILLS)
 def test_kills_at_random_times(home: Path, tmp_path: Path) -> None:
     chance = random.Random(5)
     steps = ("--steps", str(3 * KILLS))

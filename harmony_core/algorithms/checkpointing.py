@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from harmony_core.algorithms.callbacks import RecipeCallback
 from harmony_core.checkpoint_files import Checkpoint
-from harmony_core.checkpoints import RunCheckpoints, compare
+from harmony_core.checkpoints import LEAVE, RunCheckpoints, compare
 from harmony_core.errors import UsageError
 from harmony_core.notifiers import StageNotifier, say
 from harmony_core.threads import StringThread
@@ -161,9 +161,7 @@ class Checkpointing:
         if run.stopping:
             raise asyncio.CancelledError
         if self._left:
-            log.warning(
-                "%s leaves at %.1f %%: the file GRACEFUL_EXIT is there", self.stage.stage_name, completion * 100
-            )
+            say(f"{self.stage.stage_name} leaves at {completion:.1%}: the file {LEAVE} is there")
         return self._left
 
     # --- state ------------------------------------------------------------------------------------------------
