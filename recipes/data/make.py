@@ -1,6 +1,6 @@
-"""Writes the data of the quickstart: sort five different letters.
+"""Writes the shipped data: sort five different letters, and preferences for the sorted over nearly sorted ones.
 
-No set of letters of the held-out file occurs in the training file, so neither its prompts nor its answers do.
+No set of letters of a held-out file occurs in a training file, so neither its prompts nor its answers do.
 
     python recipes/data/make.py [DIRECTORY]
 """
@@ -37,9 +37,24 @@ def lines(letters: Iterable[str]) -> str:
     )
 
 
+def preferences(letters: Iterable[str], seed: int = 0) -> str:
+    """One JSON line for each prompt: the sorted letters are preferred to those with two neighbours exchanged."""
+    draw, found = random.Random(seed), []
+    for text in letters:
+        right = sorted(text)
+        place = draw.randrange(LETTERS - 1)
+        wrong = [*right[:place], right[place + 1], right[place], *right[place + 2 :]]
+        pair = {"preferred_completion": "".join(right), "other_completion": "".join(wrong)}
+        found.append(json.dumps({"messages": [{"role": "user", "content": text}], **pair}) + "\n")
+    return "".join(found)
+
+
 def main(directory: Path) -> None:
-    """Write both files."""
+    """Write the files."""
     drawn = prompts()
+    names = {"sort-letters-preferences": drawn[:TRAINING], "sort-letters-preferences-held-out": drawn[TRAINING:]}
+    for name, chosen in names.items():
+        (directory / f"{name}.jsonl").write_text(preferences(chosen), encoding="utf-8")
     (directory / "sort-letters.jsonl").write_text(lines(drawn[:TRAINING]), encoding="utf-8")
     (directory / "sort-letters-held-out.jsonl").write_text(lines(drawn[TRAINING:]), encoding="utf-8")
 
