@@ -32,14 +32,14 @@ class Config(InputConfig):
     """Batches of completions, each followed by an optimizer step."""
     samples_per_batch: int = Field(default=256, ge=1)
     """Prompts in one batch, with one completion each."""
-    lr: float = Field(default=5e-4, gt=0)
+    lr: float = Field(default=1e-3, gt=0)
     """The policy's highest learning rate; a tenth of it at the end."""
-    lr_value: float = Field(default=1e-3, gt=0)
+    lr_value: float = Field(default=2e-3, gt=0)
     """The same of the value model."""
-    value_only_fraction: float = Field(default=0.1, ge=0, lt=1)
+    value_only_fraction: float = Field(default=0.05, ge=0, lt=1)
     """Share of the run in which the value model learns alone."""
-    kl_beta: float = Field(default=0.01, ge=0)
-    """Price of the divergence from the model as it was, in units of the reward."""
+    kl_beta: float = Field(default=0.0, ge=0)
+    """Price of the divergence from the model as it was, in units of the reward; 0 needs no reference model."""
     max_gen_len: int = Field(default=12, ge=1)
     """Most tokens of a completion."""
     save_as: str | None = "ppo"
@@ -52,7 +52,7 @@ class Config(InputConfig):
 
 async def letters_in_place(thread: StringThread) -> float:
     """The share of letters that stand where they belong; the right answer is in the thread's metadata."""
-    answer, found = thread.metadata["answer"], thread.completion() or ""
+    answer, found = str(thread.metadata["answer"]), thread.completion() or ""
     return sum(a == b for a, b in zip(answer, found, strict=False)) / max(len(answer), len(found))
 
 

@@ -41,7 +41,7 @@ def result(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
 
 
 def test_these_recipes_ship() -> None:
-    assert {"sft", "generate", "quickstart"} <= set(NAMES)
+    assert {"sft", "generate", "quickstart", "dpo", "reward_model", "grpo", "gspo", "ppo", "evaluate"} == set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -119,3 +119,21 @@ def test_the_untrained_model_cannot_sort(home: Path, tmp_path: Path) -> None:
 def test_from_shuffled_answers_nothing_is_learnt(home: Path, tmp_path: Path) -> None:
     done = result(adaptive(home, tmp_path, "quickstart", "--shuffle-answers", "--save-as", "shuffled", "--json"))
     assert done["gates"][0]["value"] < 0.2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "least"), [("reward_model", "0.95"), ("dpo", "0.95"), ("grpo", "0.9")])
+def test_a_recipe_learns_what_it_says(home: Path, tmp_path: Path, name: str, least: str) -> None:
+    """On rows that were not trained; below `least` the exit code would be 8."""
+    done = result(adaptive(home, tmp_path, name, "--at-least", least, "--save-as", "null", "--json"))
+    assert done["gates"][0]["value"] >= float(least)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gspo", "ppo"])
+def test_what_a_recipe_saves_can_be_evaluated(home: Path, tmp_path: Path, name: str) -> None:
+    words = ("--warm-up-epochs", "2.2", "--steps", "8", "--json")
+    trained = result(adaptive(home, tmp_path, name, *words))["gates"][0]["value"]
+    assert trained > 0.2
+    evaluated = result(adaptive(home, tmp_path, "evaluate", "--model", name, "--json"))
+    assert evaluated["gates"][0]["value"] == pytest.approx(trained, abs=0.02)
