@@ -78,6 +78,7 @@ class RunOptions:
             compile=self.compile,
             dry_run=self.dry_run,
             assume=self.assume,
+            resumed=self.resumed is not None,
         )
 
 
