@@ -1,21 +1,21 @@
-"""DPO, reward modelling, GRPO and PPO that were stopped after some step and resumed end as if they had not been.
+"""DPO, reward modelling, GRPO, GSPO and PPO, stopped after some step and resumed, end as if they had not been.
 
-Which requests share a forward pass depends on when they arrive, and with it the last bits of log-probs; so equality to
-the bit is asked for in the deterministic mode, and elsewhere equality but for rounding.
+Which requests share a forward pass depends on when they arrive, and with it the last bits of log-probs; so of classes
+that sample or score, equality to the bit is asked for in the deterministic mode, and elsewhere but for rounding.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from engines import LiveEngine, pair, start_engine, stop_engine
-from harmony_core.algorithms import DPO, GRPO, PPO, RewardModelling
+from harmony_core.algorithms import DPO, GRPO, GSPO, PPO, RecipeCallback, RewardModelling
 from harmony_core.checkpoint_files import CheckpointStore
 from harmony_core.checkpoints import RunCheckpoints
 from harmony_core.client import TrainingModel
@@ -45,6 +45,16 @@ class Notes(Logger):
         self.at_step(step)
 
 
+class Calls(RecipeCallback):
+    """Logs when it was called, and so with every step whether it was its turn."""
+
+    def __init__(self) -> None:
+        super().__init__(frequency=0.4)
+
+    async def callback(self, current_percentage: float) -> dict[str, Any]:
+        return {"called_at": current_percentage}
+
+
 def digits(thread: StringThread) -> float:
     return sum(letter.isdigit() for letter in thread.completion() or "") / 6
 
@@ -60,30 +70,37 @@ Make = Callable[[list[TrainingModel], Logger, StageNotifier], Any]
 
 
 def make_dpo(live: list[TrainingModel], logger: Logger, stage: StageNotifier) -> Any:
-    return DPO(PAIRS, live[0], logger, stage, lr=3e-3, samples_per_batch=4, epochs=2)
+    return DPO(PAIRS, live[0], logger, stage, [Calls()], lr=3e-3, samples_per_batch=4, epochs=2)
 
 
 def make_rm(live: list[TrainingModel], logger: Logger, stage: StageNotifier) -> Any:
-    return RewardModelling(PAIRS, live[0], logger, stage, lr=3e-3, samples_per_batch=4, epochs=2)
+    return RewardModelling(PAIRS, live[0], logger, stage, [Calls()], lr=3e-3, samples_per_batch=4, epochs=2)
 
 
 RL: dict[str, Any] = {"samples_per_batch": 8, "samples_per_mini_batch": 4, "kl_beta": 0.05}
+GROUPS: dict[str, Any] = {"completions_per_sample": 4, "lr": 1e-2}
 
 
 def make_grpo(live: list[TrainingModel], logger: Logger, stage: StageNotifier) -> Any:
     grader = BaseGrader.from_function("digits", digits)
-    return GRPO(PROMPTS, live[0], grader, logger, stage, max_num_grpo_steps=5, completions_per_sample=4, lr=1e-2, **RL)
+    return GRPO(PROMPTS, live[0], grader, logger, stage, [Calls()], max_num_grpo_steps=5, **GROUPS, **RL)
+
+
+def make_gspo(live: list[TrainingModel], logger: Logger, stage: StageNotifier) -> Any:
+    grader = BaseGrader.from_function("digits", digits)
+    return GSPO(PROMPTS, live[0], grader, logger, stage, [Calls()], max_num_gspo_steps=5, **GROUPS, **RL)
 
 
 def make_ppo(live: list[TrainingModel], logger: Logger, stage: StageNotifier) -> Any:
     grader = BaseGrader.from_function("digits", digits)
-    return PPO(PROMPTS, *live, grader, logger, stage, epochs=6, lr_policy=1e-2, lr_value=1e-2, **RL)
+    return PPO(PROMPTS, *live, grader, logger, stage, [Calls()], epochs=6, lr_policy=1e-2, lr_value=1e-2, **RL)
 
 
 CASES: dict[str, tuple[Make, dict[str, bool], int]] = {
     "dpo": (make_dpo, {"policy": True, "scalar": False}, 3),
     "reward_modelling": (make_rm, {"policy": False, "scalar": True}, 2),
     "grpo": (make_grpo, {"policy": True, "scalar": False}, 5),
+    "gspo": (make_gspo, {"policy": True, "scalar": False}, 5),
     "ppo": (make_ppo, {"policy": True, "scalar": True}, 4),
 }
 """How to make the class, its models, and the logger's step within or after which it is stopped."""
@@ -149,10 +166,18 @@ def whole_and_resumed(engine: LiveEngine, name: str, folder: Path) -> tuple[Play
     return whole, ({**before, **after}, result, weights)
 
 
-@pytest.mark.parametrize("name", CASES)
+def named(names: set[str]) -> list[Any]:
+    """All classes, those that are not named as slow tests."""
+    return [pytest.param(name, marks=() if name in names else pytest.mark.slow) for name in CASES]
+
+
+@pytest.mark.parametrize("name", named({"dpo", "reward_modelling", "ppo"}))
 def test_a_stopped_training_goes_on_as_one_that_was_not(one_rank: LiveEngine, name: str, tmp_path: Path) -> None:
     whole, resumed = whole_and_resumed(one_rank, name, tmp_path)
+    if name == "reward_modelling":
+        assert resumed == whole, "it neither samples nor scores"
     assert list(whole[0]) == list(resumed[0])
+    assert sum("called_at" in metrics for metrics in whole[0].values()) == 4
     for step, metrics in whole[0].items():
         assert set(metrics) == set(resumed[0][step])
         for key, value in metrics.items():
@@ -161,15 +186,19 @@ def test_a_stopped_training_goes_on_as_one_that_was_not(one_rank: LiveEngine, na
                 assert resumed[0][step][key] == pytest.approx(value, rel=1e-3, abs=1e-5), (step, key)
 
 
-@pytest.mark.slow
-def test_in_the_deterministic_mode_it_ends_with_the_same_bits(tmp_path: Path) -> None:
-    engine = start_engine(tmp_path / "home", 1, deterministic=True)
-    try:
-        for name in CASES:
-            whole, resumed = whole_and_resumed(engine, name, tmp_path / name)
-            assert resumed == whole, name
-    finally:
-        stop_engine(engine)
+@pytest.fixture(scope="module")
+def deterministic(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveEngine]:
+    engine = start_engine(tmp_path_factory.mktemp("home"), 1, deterministic=True)
+    yield engine
+    stop_engine(engine)
+
+
+@pytest.mark.parametrize("name", named({"grpo"}))
+def test_in_the_deterministic_mode_it_ends_with_the_same_bits(
+    deterministic: LiveEngine, name: str, tmp_path: Path
+) -> None:
+    whole, resumed = whole_and_resumed(deterministic, name, tmp_path)
+    assert resumed == whole
 
 
 def test_other_settings_are_refused(one_rank: LiveEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
