@@ -1,4 +1,4 @@
-"""DPO, reward modelling, GRPO, GSPO and PPO, stopped after some step and resumed, end as if they had not been.
+"""Every training class that was stopped after some step and resumed ends as if it had not been.
 
 Which requests share a forward pass depends on when they arrive, and with it the last bits of log-probs; so of classes
 that sample or score, equality to the bit is asked for in the deterministic mode, and elsewhere but for rounding.
@@ -8,21 +8,25 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from engines import LiveEngine, pair, start_engine, stop_engine
-from harmony_core.algorithms import DPO, GRPO, GSPO, PPO, RecipeCallback, RewardModelling
+from harmony_core.algorithms import DPO, GRPO, GSPO, PPO, SFT, RecipeCallback, RewardModelling
 from harmony_core.checkpoint_files import CheckpointStore
 from harmony_core.checkpoints import RunCheckpoints
 from harmony_core.client import TrainingModel
-from harmony_core.errors import UsageError
+from harmony_core.client import live as live_module
+from harmony_core.errors import EngineError, UsageError
 from harmony_core.graders import BaseGrader
 from harmony_core.loggers import Logger, Metrics
 from harmony_core.notifiers import StageNotifier, StdoutJobNotifier
+from harmony_core.rpc.protocol import pack_doubles
 from harmony_core.threads import StringThread
 
 FACTS = {"ranks": 1, "device": "cpu", "seed": 0, "deterministic": False}
@@ -69,6 +73,12 @@ async def models(engine: LiveEngine, *, policy: bool, scalar: bool) -> list[Trai
 Make = Callable[[list[TrainingModel], Logger, StageNotifier], Any]
 
 
+def make_sft(live: list[TrainingModel], logger: Logger, stage: StageNotifier) -> Any:
+    return SFT(
+        [chosen for chosen, _ in PAIRS], live[0], logger, stage, [Calls()], lr=3e-3, samples_per_batch=4, epochs=2
+    )
+
+
 def make_dpo(live: list[TrainingModel], logger: Logger, stage: StageNotifier) -> Any:
     return DPO(PAIRS, live[0], logger, stage, [Calls()], lr=3e-3, samples_per_batch=4, epochs=2)
 
@@ -97,6 +107,7 @@ def make_ppo(live: list[TrainingModel], logger: Logger, stage: StageNotifier) ->
 
 
 CASES: dict[str, tuple[Make, dict[str, bool], int]] = {
+    "sft": (make_sft, {"policy": True, "scalar": False}, 3),
     "dpo": (make_dpo, {"policy": True, "scalar": False}, 3),
     "reward_modelling": (make_rm, {"policy": False, "scalar": True}, 2),
     "grpo": (make_grpo, {"policy": True, "scalar": False}, 5),
@@ -104,6 +115,8 @@ CASES: dict[str, tuple[Make, dict[str, bool], int]] = {
     "ppo": (make_ppo, {"policy": True, "scalar": True}, 4),
 }
 """How to make the class, its models, and the logger's step within or after which it is stopped."""
+SKIPPING = [name for name in CASES if name != "gspo"]
+"""Classes that take `skip_nan_gradients`."""
 
 
 async def digest(live: list[TrainingModel], folder: Path) -> str:
@@ -119,9 +132,18 @@ async def digest(live: list[TrainingModel], folder: Path) -> str:
 
 
 async def play(
-    engine: LiveEngine, name: str, store: CheckpointStore, folder: Path, stop: int | None = None, resume: bool = False
+    engine: LiveEngine,
+    name: str,
+    store: CheckpointStore,
+    folder: Path,
+    stop: int | None = None,
+    resume: bool = False,
+    at_step: Callable[[int], None] | None = None,
 ) -> tuple[dict[int, dict[str, Any]], dict[str, float], str]:
-    """One process of a run: metrics by step, the result, and the digest of what the models are at the end."""
+    """One process of a run: metrics by step, the result, and the digest of what the models are at the end.
+
+    It is asked to stop when the metrics of step `stop` were logged, or whatever `at_step` does happens.
+    """
     make, which, _ = CASES[name]
     kept: dict[int, dict[str, Any]] = {}
     job = StdoutJobNotifier("run", sink=lambda stage, done, total: None)
@@ -130,7 +152,7 @@ async def play(
     )
     live = await models(engine, **which)
     try:
-        logger = Notes(kept, lambda step: void(run.stop()) if step == stop else None)
+        logger = Notes(kept, at_step or (lambda step: void(run.stop()) if step == stop else None))
         try:
             result = await make(live, logger, job.stage_notifier("Stage")).run()
         except asyncio.CancelledError:
@@ -174,7 +196,7 @@ def named(names: set[str]) -> list[Any]:
 @pytest.mark.parametrize("name", named({"dpo", "reward_modelling", "ppo"}))
 def test_a_stopped_training_goes_on_as_one_that_was_not(one_rank: LiveEngine, name: str, tmp_path: Path) -> None:
     whole, resumed = whole_and_resumed(one_rank, name, tmp_path)
-    if name == "reward_modelling":
+    if name in ("sft", "reward_modelling"):
         assert resumed == whole, "it neither samples nor scores"
     assert list(whole[0]) == list(resumed[0])
     assert sum("called_at" in metrics for metrics in whole[0].values()) == 4
@@ -199,6 +221,65 @@ def test_in_the_deterministic_mode_it_ends_with_the_same_bits(
 ) -> None:
     whole, resumed = whole_and_resumed(deterministic, name, tmp_path)
     assert resumed == whole
+
+
+class Poison:
+    """Once `at_step` was logged, the next micro-batch that is sent holds NaN in place of its numbers but 0."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, at_step: int) -> None:
+        self.at_step = at_step
+        self.armed = self.used = False
+        monkeypatch.setattr(live_module, "pack_doubles", self.pack)
+
+    def logged(self, step: int) -> None:
+        self.armed = step == self.at_step
+
+    def pack(self, values: Iterable[float]) -> bytes:
+        if not self.armed:
+            return pack_doubles(values)
+        self.used = True
+        return pack_doubles(value and math.nan for value in values)
+
+
+POISONED = [
+    *(("sft", 3, "policy"), ("dpo", 3, "policy"), ("reward_modelling", 2, "scalar")),
+    *(("grpo", 4, "policy"), ("gspo", 5, "policy"), ("ppo", 2, "scalar"), ("ppo", 4, "policy")),
+]
+"""After which step in the log, and which model is the next to train."""
+
+
+@pytest.mark.parametrize(
+    ("name", "at_step", "model"),
+    [pytest.param(*case, marks=() if case[0] == "ppo" else pytest.mark.slow) for case in POISONED],
+)
+def test_bad_gradients_end_the_training_and_are_never_saved(
+    one_rank: LiveEngine, name: str, at_step: int, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = CheckpointStore(tmp_path / "checkpoints", keep=99)
+    with monkeypatch.context() as patched:
+        poison = Poison(patched, at_step)
+        with pytest.raises(EngineError, match=rf"of '{model}': .*, the first in \S+, computed on rank 0") as error:
+            one_rank.run(play(one_rank, name, store, tmp_path / "first", at_step=poison.logged))
+        assert poison.used
+    assert error.value.details["step"] > 0 and error.value.details["tensor"] and error.value.details["rank"] == 0
+    steps = [max(store.read(n).state["data"]["steps"].values()) for n in store.names()]
+    assert all(step < error.value.details["step"] for step in steps)
+    resume = bool(store.names())
+    metrics, _, weights = one_rank.run(play(one_rank, name, store, tmp_path / "second", resume=resume))
+    assert weights and all(math.isfinite(m.get("grad_norm", 0)) for m in metrics.values())
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n == "sft" else pytest.mark.slow) for n in SKIPPING])
+def test_bad_gradients_are_skipped_and_counted_when_asked(
+    one_rank: LiveEngine, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison = Poison(monkeypatch, 2)
+    for make in (SFT, DPO, RewardModelling, GRPO, PPO):
+        monkeypatch.setattr(f"{__name__}.{make.__name__}", partial(make, skip_nan_gradients=True))
+    store = CheckpointStore(tmp_path / "checkpoints")
+    metrics, _, weights = one_rank.run(play(one_rank, name, store, tmp_path / "models", at_step=poison.logged))
+    skipped = [step for step, found in metrics.items() if found.get("skipped") or found.get("value/skipped")]
+    assert weights and skipped == [3]
 
 
 def test_other_settings_are_refused(one_rank: LiveEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
