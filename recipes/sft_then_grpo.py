@@ -26,13 +26,13 @@ class Config(InputConfig):
     """Prompts with their right answers: examples in the first stage; in the second only the grader sees them."""
     held_out: Dataset = Dataset(dataset_key="sort-letters-held-out")
     """Rows to score after each stage: none is trained."""
-    sft_epochs: float = Field(default=2.5, gt=0)
+    sft_epochs: float = Field(default=3, gt=0)
     """First stage: passes over the dataset."""
     sft_lr: float = Field(default=3e-3, gt=0)
     """First stage: highest learning rate; a tenth of it at the end."""
     sft_samples_per_batch: int = Field(default=128, ge=1)
     """First stage: rows in one optimizer step."""
-    grpo_steps: int = Field(default=100, ge=1)
+    grpo_steps: int = Field(default=80, ge=1)
     """Second stage: batches of completions, each followed by an optimizer step."""
     grpo_lr: float = Field(default=1e-3, gt=0)
     """Second stage: highest learning rate; a tenth of it at the end."""

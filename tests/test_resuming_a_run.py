@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from harmony_core.home import Home
+from harmony_core.parameters import shipped_data
 from harmony_core.registry import Registry
 from leftovers import running, wait_until
 from test_end_to_end import ADAPTIVE, RECIPES, adaptive, events, result
@@ -94,18 +95,23 @@ def shown(home: Path, folder: Path, run: str) -> str:
     return adaptive(home, folder, "runs", "show", run).stdout
 
 
-STAGES = ("sft_then_grpo", "--prompts-per-batch", "2", "--completions-per-sample", "2", "--max-gen-len", "6")
+def two_stages(folder: Path, *words: str) -> tuple[str, ...]:
+    """The recipe, made small."""
+    rows = shipped_data()["sort-letters-held-out"].read_text(encoding="utf-8").splitlines(keepends=True)
+    (folder / "few.jsonl").write_text("".join(rows[:4]), encoding="utf-8")
+    sizes = ("--prompts-per-batch", "2", "--completions-per-sample", "2", "--max-gen-len", "6", "--grpo-steps", "40")
+    return ("sft_then_grpo", "--held-out", str(folder / "few.jsonl"), *sizes, *words)
 
 
 def test_the_recipe_of_two_stages_goes_on_in_the_second(home: Path, tmp_path: Path) -> None:
-    words = (*STAGES, "--sft-epochs", "0.1", "--grpo-steps", "60", "--save-as", "twice")
+    words = two_stages(tmp_path, "--sft-epochs", "0.1", "--save-as", "twice")
     told = interrupted(home, tmp_path, *words, at="step 8 ", by=signal.SIGTERM, code=75)
     assert re.search(r"to go on from checkpoint-0000\d\d, GRPO at ", told), told
     done = adaptive(home, tmp_path, "run", "sft_then_grpo", "--resume", "--json")
     assert "SFT had finished and is skipped" in done.stderr and "GRPO goes on at" in done.stderr
     found = result(done)
     assert [model["ref"] for model in found["models"]] == ["twice/sft@1", "twice/grpo@1"], "nothing is saved twice"
-    assert len(ended(home, found["run"], "twice/grpo@1")["metrics"]) == 3 + 60
+    assert len(ended(home, found["run"], "twice/grpo@1")["metrics"]) == 3 + 40
     assert {tuple(e["data"]["stages"]) for e in events(home, found["run"], "job.stages")} == {("SFT", "GRPO")}
     spawned = {e["data"]["model"] for e in events(home, found["run"], "spawn")}
     assert len(spawned) > 1, "the reference is a model of its own"
@@ -113,11 +119,11 @@ def test_the_recipe_of_two_stages_goes_on_in_the_second(home: Path, tmp_path: Pa
 
 @pytest.mark.slow
 def test_the_recipe_of_two_stages_stopped_in_both_ends_equal(home: Path, tmp_path: Path) -> None:
-    words = (*STAGES, "--sft-epochs", "0.5", "--sft-samples-per-batch", "32", "--grpo-steps", "60", "--deterministic")
+    words = two_stages(tmp_path, "--sft-epochs", "0.2", "--sft-samples-per-batch", "16", "--deterministic")
     calm = result(adaptive(home, tmp_path, "run", *words, "--save-as", "calmly", "--json"))
     first = interrupted(home, tmp_path, *words, "--save-as", "halting", at="step 9 ", by=signal.SIGTERM, code=75)
-    assert re.search(r"to go on from checkpoint-000001, SFT at ", first), first
-    second = interrupted(home, tmp_path, "--resume", at="step 55 ", by=signal.SIGTERM, code=75)
+    assert re.search(r"to go on from checkpoint-00000\d, SFT at ", first), first
+    second = interrupted(home, tmp_path, "--resume", at="step 45 ", by=signal.SIGTERM, code=75)
     assert "SFT goes on at" in second and re.search(r"to go on from checkpoint-0000\d\d, GRPO at ", second), second
     done = result(adaptive(home, tmp_path, "run", "--resume", "--json"))
     for stage in ("sft", "grpo"):

@@ -123,7 +123,9 @@ def test_from_shuffled_answers_nothing_is_learnt(home: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "least"), [("reward_model", "0.95"), ("dpo", "0.95"), ("grpo", "0.9"), ("sft_then_grpo", "0.9")])
+@pytest.mark.parametrize(
+    ("name", "least"), [("reward_model", "0.95"), ("dpo", "0.95"), ("grpo", "0.9"), ("sft_then_grpo", "0.9")]
+)
 def test_a_recipe_learns_what_it_says(home: Path, tmp_path: Path, name: str, least: str) -> None:
     """On rows that were not trained; below `least` the exit code would be 8."""
     done = result(adaptive(home, tmp_path, name, "--at-least", least, "--save-as", "null", "--json"))
