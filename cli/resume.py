@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from harmony_core.checkpoint_files import Checkpoint, CheckpointStore
-from harmony_core.checkpoints import compare, differences
+from harmony_core.checkpoints import compare, differences, going_on
 from harmony_core.config import YamlDocument, load_yaml
 from harmony_core.config.snapshot import as_yaml
 from harmony_core.errors import HarmonyError, NotFoundError, UsageError
@@ -89,27 +89,24 @@ def find_resumable(home: Home, reference: str, recipe: str | None = None) -> Run
 def why_not(record: RunRecord) -> str | None:
     """Why a run cannot be resumed; None when it can."""
     store = _store(record)
-    names = store.names()
     if record.status == "running":
         return "it is running"
     if not isinstance(record.data.get("recipe"), str):
         return "it does not say of which recipe it is"
-    if not names:
+    if not store.names():
         return "it has no checkpoint"
-    if record.status == "succeeded" and _last_stage_ended(store.directory / names[0]):
+    if record.status == "succeeded" and going_on(store, record.id, record.status) is None:
         return "it has ended well, and nothing is left to do"
     return None
 
 
+def where_it_goes_on(record: RunRecord) -> dict[str, Any] | None:
+    """From where and how a run can be resumed, as plain data; None when it cannot."""
+    return going_on(_store(record), record.id, record.status) if why_not(record) is None else None
+
+
 def _store(record: RunRecord) -> CheckpointStore:
     return CheckpointStore(record.directory / "checkpoints")
-
-
-def _last_stage_ended(checkpoint: Path) -> bool:
-    try:
-        return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["data"] is None
-    except (OSError, ValueError, KeyError, TypeError):
-        return False  # damaged: an older one may do
 
 
 @dataclass(frozen=True)

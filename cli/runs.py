@@ -27,17 +27,20 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")
 def list_(
     limit: Annotated[int, typer.Option("--limit", min=1, help="How many, the newest first.")] = 20, json: Json = False
 ) -> None:
-    """Runs with their status and exit code, the newest first."""
+    """Runs with their status, exit code and whether they can be resumed, the newest first."""
+    from .resume import why_not
+
     records = list_runs(Home.open())[:limit]
     if json:
         output.data(output.dumped({"ok": True, "exit": 0, "runs": [_data(record) for record in records]}))
         return
-    rows = [("ID", "STATUS", "EXIT", "RECIPE", "STARTED")]
+    rows = [("ID", "STATUS", "EXIT", "RESUME", "RECIPE", "STARTED")]
     for record in records:
         values = record.data
         exit_code = values.get("exit")
         shown = "-" if exit_code is None else str(exit_code)
-        rows.append((record.id, record.status, shown, str(values.get("name")), str(values.get("started"))))
+        resume = "yes" if why_not(record) is None else "-"
+        rows.append((record.id, record.status, shown, resume, str(values.get("name")), str(values.get("started"))))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         output.data("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
@@ -47,13 +50,16 @@ def list_(
 def show(
     run: Annotated[str, typer.Argument(help="An id, a part of one, or `last`.")] = "last", json: Json = False
 ) -> None:
-    """A run's status, result, saved models and errors, and where its files are."""
+    """A run's status, result, saved models and errors, where its files are, and how it is resumed."""
     record = find_run(Home.open(), run)
     result = _result(record)
     if json:
         output.data(output.dumped({"ok": True, "exit": 0, "run": _data(record), "outcome": result}))
         return
-    for name, value in (_data(record) | {"result": result.get("result")}).items():
+    found = _data(record)
+    if resume := found["resume"]:
+        found["resume"] = "{command}  ({checkpoint}: {stage}, step {step})".format_map(resume)
+    for name, value in (found | {"result": result.get("result")}).items():
         if value is not None:
             output.data(f"{name:10} {value if isinstance(value, str) else output.dumped(value)}")
     for model in result.get("models", ()):
@@ -104,10 +110,12 @@ def _has_display() -> bool:
 
 
 def _data(record: RunRecord) -> dict[str, Any]:
+    from .resume import where_it_goes_on
+
     shown = {name: record.data.get(name) for name in ("name", "started", "ended", "exit", "cwd")}
     page = record.directory / "report.html"
     places = {"directory": str(record.directory), "report": str(page) if page.is_file() else None}
-    return {"id": record.id, "status": record.status, **shown, **places}
+    return {"id": record.id, "status": record.status, **shown, **places, "resume": where_it_goes_on(record)}
 
 
 def _result(record: RunRecord) -> dict[str, Any]:

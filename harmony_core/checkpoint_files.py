@@ -64,6 +64,13 @@ class CheckpointStore:
         found = [path.name for path in self.directory.iterdir() if _NAME.fullmatch(path.name)]
         return sorted(found, key=_number, reverse=True)
 
+    def newest_readable(self) -> tuple[str, dict[str, Any]] | None:
+        """The newest checkpoint that has a state to read, by its name; its files are not looked at."""
+        for name in self.names():
+            with contextlib.suppress(VerificationError):
+                return name, read_json(self.directory / name / STATE)
+        return None
+
     def read(self, name: str) -> Checkpoint:
         """A checkpoint after comparing every file with its hash, and those that it needs. Raises VerificationError."""
         found = _verified(self.directory / name)

@@ -148,6 +148,28 @@ class RunCheckpoints:
         }
 
 
+def going_on(store: CheckpointStore, run_id: str, status: str) -> dict[str, Any] | None:
+    """Where a run that ended with `status` would go on and how, as plain data; None when nothing is saved or left.
+
+    `stage` and `step` are those of the newest checkpoint, `completion` the part of the stage that is done, 0 to 1.
+    """
+    newest = store.newest_readable()
+    if newest is None:
+        return None
+    name, state = newest
+    if status == "succeeded" and state.get("data") is None:
+        return None
+    finished = state.get("finished_stages") or [{}]
+    stage = state.get("data") or finished[-1]
+    return {
+        "checkpoint": name,
+        "stage": stage.get("name"),
+        "step": max((step or 0 for step in stage.get("steps", {}).values()), default=0),
+        "completion": stage.get("completion_percentage"),
+        "command": f"adaptive run --resume {run_id}",
+    }
+
+
 def compare(what: str, saved: Mapping[str, Any], present: Mapping[str, Any], hint: str) -> None:
     """Raise UsageError with one line for each value that is not as it was saved."""
     lines = differences(saved, present)

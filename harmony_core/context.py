@@ -212,6 +212,12 @@ class RecipeContextManager:
 
     async def _open(self) -> RecipeContext:
         config = self._config
+        if config.resume_checkpoint_artifact_id:
+            raise UsageError(
+                f"resume_checkpoint_artifact_id={config.resume_checkpoint_artifact_id!r}: a session writes no"
+                " checkpoints, and goes on from none",
+                hint="a recipe's run can be resumed: adaptive run --resume RUN",
+            )
         if "://" in config.harmony_url:
             say(f"{config.harmony_url}: there is no remote service; the engine runs on this machine")
         home = Home.open()

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from harmony_core.checkpoint_files import Checkpoint, CheckpointStore
-from harmony_core.checkpoints import RunCheckpoints
+from harmony_core.checkpoints import RunCheckpoints, going_on
 from harmony_core.client import DryRunEnded, EngineOptions, HarmonyClient
 from harmony_core.context import RecipeContext
 from harmony_core.errors import HarmonyError, RunTimeout, UsageError
@@ -78,6 +78,7 @@ class RunOptions:
             compile=self.compile,
             dry_run=self.dry_run,
             assume=self.assume,
+            resumed=self.resumed is not None,
         )
 
 
@@ -137,8 +138,11 @@ async def execute(
     if options.dry_run and outcome.exit_code == 0:
         outcome.status = "planned"
     _count_stop(stop, outcome, options)
-    if outcome.exit_code not in (0, 2, 8) and stop.resumable():
-        say(f"to go on from its last checkpoint: adaptive run --resume {run.id}")
+    if not options.dry_run:
+        outcome.resume = going_on(CheckpointStore(run.directory / "checkpoints"), run.id, outcome.status)
+    if outcome.resume is not None and outcome.exit_code != 2:
+        at = "{checkpoint}, {stage} at {completion:.1%}".format_map(outcome.resume)
+        say(f"to go on from {at}: {outcome.resume['command']}")
     return outcome
 
 

@@ -32,6 +32,8 @@ class Outcome:
     plan: list[dict[str, Any]] = field(default_factory=list)
     planned_until: str = ""
     """Where a dry run ended."""
+    resume: dict[str, Any] | None = None
+    """From where and how the run can be resumed."""
 
     def fail(self, error: BaseException) -> None:
         """Record an error; of several, the lowest exit code counts."""
@@ -52,6 +54,7 @@ class Outcome:
             "gates": plain(self.gates),
             "models": plain(self.models),
             "errors": plain(self.errors),
+            "resume": plain(self.resume),
         }
         if self.status == "planned":
             data |= {"plan": plain(self.plan), "planned_until": self.planned_until or None}

@@ -160,6 +160,13 @@ def test_a_failure_inside_ends_the_run_as_failed(home: Home) -> None:
     assert (record.status, record.data["exit"]) == ("failed", 2)
 
 
+def test_a_session_is_not_resumed_and_says_so(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ADAPTIVE_RESUME_CHECKPOINT_ARTIFACT_ID", "job-7")
+    with pytest.raises(UsageError, match="'job-7': a session writes no checkpoints"):
+        asyncio.run(RecipeContext.load())  # type: ignore[arg-type]
+    assert list_runs(home) == []
+
+
 def test_load_is_awaited_and_closed(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ADAPTIVE_NUM_GPUS", "1")
 

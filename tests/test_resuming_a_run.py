@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 
 from harmony_core.home import Home
+from harmony_core.parameters import shipped_data
 from harmony_core.registry import Registry
 from leftovers import running, wait_until
-from test_end_to_end import ADAPTIVE, RECIPES, adaptive, result
+from test_end_to_end import ADAPTIVE, RECIPES, adaptive, events, result
 
 RECIPE = str(RECIPES / "two_stages.py")
 
@@ -27,13 +28,13 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def ended(home: Path, run: str, reference: str) -> dict[str, Any]:
-    """Digests of the weights and the optimizer's state, and the last that was logged of each step."""
+    """Digests of what was saved (weights, and the optimizer's state), and the last that was logged of each step."""
     folder = Registry(Home.open(home)).resolve(reference).path
     manifest = json.loads((folder / "manifest.json").read_text())
     files = {f["path"]: f["sha256"] for f in manifest["files"] if f["path"].endswith(".safetensors")}
-    assert {"model.safetensors", "optimizer.safetensors"} == set(files)
-    events = map(json.loads, (home / "runs" / run / "events.jsonl").read_text().splitlines())
-    logged = {e["data"]["step"]: e["data"]["metrics"] | {"seconds": 0} for e in events if e["type"] == "metrics"}
+    metrics = events(home, run, "metrics")
+    logged = {e["data"]["step"]: e["data"]["metrics"] | {"seconds": 0} for e in metrics}
+    assert sorted(logged) == list(range(1, len(logged) + 1)), "no step is missing"
     return {"files": files, "metrics": logged}
 
 
@@ -43,7 +44,9 @@ def calm(home: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]
     words = ("run", RECIPE, "--save-as", "calm", "--keep-checkpoints", "0", "--json")
     done = result(adaptive(home, tmp_path_factory.mktemp("calm"), *words))
     assert not list((home / "runs" / done["run"] / "checkpoints").iterdir())
-    return ended(home, done["run"], done["result"])
+    found = ended(home, done["run"], done["result"])
+    assert set(found["files"]) == {"model.safetensors", "optimizer.safetensors"}
+    return found
 
 
 def interrupted(home: Path, folder: Path, *words: str, at: str | float, by: int, code: int) -> str:
@@ -74,11 +77,15 @@ def test_killed_stopped_and_resumed_a_run_ends_equal(home: Path, tmp_path: Path,
     told = interrupted(home, tmp_path, "--resume", at="step 9 ", by=signal.SIGTERM, code=75)
     # How far it had come by the time the signal arrived depends on the machine.
     assert re.search(r"first goes on at \d+\.\d%, from checkpoint-00000[12]", told), told
-    assert f"to go on from its last checkpoint: adaptive run --resume {run}" in told
+    assert re.search(rf"to go on from checkpoint-00000\d, first at \d+\.\d%: adaptive run --resume {run}", told), told
+    resume = result(adaptive(home, tmp_path, "runs", "show", run, "--json"))["run"]["resume"]
+    assert resume["command"] == f"adaptive run --resume {run}" and resume["stage"] == "first" and resume["step"] > 5
+    assert f"resume     {resume['command']}  ({resume['checkpoint']}: first, step" in shown(home, tmp_path, run)
     told = interrupted(home, tmp_path, "--resume", run, at="step 17 ", by=signal.SIGINT, code=130)
     assert re.search(r"first goes on at (6|7|8|9)\d\.\d%|first had finished", told), told
     done = adaptive(home, tmp_path, "run", RECIPE, "--resume", "--json")
     assert "first had finished and is skipped" in done.stderr and "second goes on at" in done.stderr
+    assert result(done)["resume"] is None
     assert ended(home, run, result(done)["result"]) == calm
     refused = adaptive(home, tmp_path, "run", "--resume", run, code=2)
     assert "nothing is left to do" in refused.stderr
@@ -86,6 +93,42 @@ def test_killed_stopped_and_resumed_a_run_ends_equal(home: Path, tmp_path: Path,
 
 def shown(home: Path, folder: Path, run: str) -> str:
     return adaptive(home, folder, "runs", "show", run).stdout
+
+
+def two_stages(folder: Path, *words: str) -> tuple[str, ...]:
+    """The recipe, made small."""
+    rows = shipped_data()["sort-letters-held-out"].read_text(encoding="utf-8").splitlines(keepends=True)
+    (folder / "few.jsonl").write_text("".join(rows[:4]), encoding="utf-8")
+    sizes = ("--prompts-per-batch", "2", "--completions-per-sample", "2", "--max-gen-len", "6", "--grpo-steps", "40")
+    return ("sft_then_grpo", "--held-out", str(folder / "few.jsonl"), *sizes, *words)
+
+
+def test_the_recipe_of_two_stages_goes_on_in_the_second(home: Path, tmp_path: Path) -> None:
+    words = two_stages(tmp_path, "--sft-epochs", "0.1", "--save-as", "twice")
+    told = interrupted(home, tmp_path, *words, at="step 8 ", by=signal.SIGTERM, code=75)
+    assert re.search(r"to go on from checkpoint-0000\d\d, GRPO at ", told), told
+    done = adaptive(home, tmp_path, "run", "sft_then_grpo", "--resume", "--json")
+    assert "SFT had finished and is skipped" in done.stderr and "GRPO goes on at" in done.stderr
+    found = result(done)
+    assert [model["ref"] for model in found["models"]] == ["twice/sft@1", "twice/grpo@1"], "nothing is saved twice"
+    assert len(ended(home, found["run"], "twice/grpo@1")["metrics"]) == 3 + 40
+    assert {tuple(e["data"]["stages"]) for e in events(home, found["run"], "job.stages")} == {("SFT", "GRPO")}
+    spawned = {e["data"]["model"] for e in events(home, found["run"], "spawn")}
+    assert len(spawned) > 1, "the reference is a model of its own"
+
+
+@pytest.mark.slow
+def test_the_recipe_of_two_stages_stopped_in_both_ends_equal(home: Path, tmp_path: Path) -> None:
+    words = two_stages(tmp_path, "--sft-epochs", "0.2", "--sft-samples-per-batch", "16", "--deterministic")
+    calm = result(adaptive(home, tmp_path, "run", *words, "--save-as", "calmly", "--json"))
+    first = interrupted(home, tmp_path, *words, "--save-as", "halting", at="step 9 ", by=signal.SIGTERM, code=75)
+    assert re.search(r"to go on from checkpoint-00000\d, SFT at ", first), first
+    second = interrupted(home, tmp_path, "--resume", at="step 45 ", by=signal.SIGTERM, code=75)
+    assert "SFT goes on at" in second and re.search(r"to go on from checkpoint-0000\d\d, GRPO at ", second), second
+    done = result(adaptive(home, tmp_path, "run", "--resume", "--json"))
+    for stage in ("sft", "grpo"):
+        assert ended(home, done["run"], f"halting/{stage}@1") == ended(home, calm["run"], f"calmly/{stage}@1")
+    assert done["result"] == calm["result"]
 
 
 @pytest.mark.slow

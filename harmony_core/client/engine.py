@@ -28,6 +28,7 @@ class EngineOptions:
 
     `recipe`: the file whose functions the ranks may import as losses.
     `deterministic`: a token's log-prob has the same bits from sampler and trainer; CPU and float32 only.
+    `resumed`: the run goes on from a checkpoint, and may save again what it had saved before.
     """
 
     log_dir: Path
@@ -43,6 +44,7 @@ class EngineOptions:
     dry_run: bool = False
     assume: str | None = None
     recipe: RecipeFile | None = None
+    resumed: bool = False
 
 
 class Request:

@@ -42,6 +42,7 @@ async def _save(live: LiveModel, key: str, inference_only: bool) -> str:
             base=base,
             run_id=live.engine.options.run_id,
             step=live.step,
+            resumed=live.engine.options.resumed,
         )
     live.engine.events("model.saved", {"model": live.name, "ref": published.ref, "step": live.step}, None)
     return published.ref

@@ -20,7 +20,7 @@ from harmony_core.engine.models.parallel import TensorParallel
 from harmony_core.engine.models.scalar import SCORE, head_of
 from harmony_core.engine.training import state_files
 from harmony_core.engine.training.trainer import Trainer
-from harmony_core.errors import ConflictError, MemoryRefused, ModelRefused, ResourceError
+from harmony_core.errors import ConflictError, EngineError, MemoryRefused, ModelRefused, ResourceError
 from harmony_core.rpc.protocol import Clone, Load, Save, Spawn, Spawned
 from harmony_core.rpc.wire import Failure
 from harmony_core.toolchain import missing_tool
@@ -267,15 +267,24 @@ class ModelTable:
     # --- storage ----------------------------------------------------------------------------------------------
 
     def save(self, request: Save, write: bool) -> None:
-        """Gather over the tensor-parallel ranks and, where `write`, store."""
+        """Gather over the tensor-parallel ranks and, where `write`, store.
+
+        Raises EngineError for weights with a NaN or an infinity, which nobody can use.
+        """
         hosted = self.get(request.model)
         directory = Path(request.directory)
         if hosted.adapter is not None:
-            weights.save_adapter(hosted.model, hosted.adapter, directory, request.base_ref, write=write)
+            bad = weights.save_adapter(hosted.model, hosted.adapter, directory, request.base_ref, write=write)
         else:
-            weights.save_model(hosted.model, directory, write=write)
+            bad = weights.save_model(hosted.model, directory, write=write)
         if not request.inference_only and hosted.trainer is not None:
             hosted.trainer.save_optimizer(directory, write=write)
+        if bad is not None:
+            raise EngineError(
+                f"{request.model!r} is not saved: {bad} holds NaN or infinite values",
+                hint="look at the last steps; an earlier checkpoint may be good",
+                tensor=bad,
+            )
 
     def load(self, request: Load) -> None:
         """Replace weights in place, and the optimizer's state where the source has one.

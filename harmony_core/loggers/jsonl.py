@@ -17,15 +17,19 @@ class JSONLLogger(Logger):
     """Appends `{"step": 1, "time": ..., "metrics": {...}}` for each step and `{"config": {...}}` for each config.
 
     `time` is in seconds since 1970. A number that JSON has no name for is written as text, a table as headers and
-    rows. Raises ResourceError when the file cannot be opened.
+    rows. A resumed run takes back the lines of the steps that it takes again. Raises ResourceError when the file cannot
+    be opened.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         super().__init__()
+        self._restored = False
         self.path = Path(path)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self.path.open("a", encoding="utf-8")
+            if self._file.tell() and not self.path.read_bytes().endswith(b"\n"):
+                self._file.write("\n")  # the last line was cut off, and stands alone
         except OSError as error:
             raise ResourceError(f"cannot write metrics to {self.path}: {error.strerror or error}") from error
 
@@ -33,10 +37,37 @@ class JSONLLogger(Logger):
         self._file.write(json.dumps(data, ensure_ascii=False, allow_nan=False) + "\n")
         self._file.flush()
 
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continue from `get_state`."""
+        super().set_state(state)
+        # Not yet: of several stages with one logger the next may go on further down in the file.
+        self._restored = True
+
     def record(self, step: int, metrics: Metrics) -> None:
         """Append one line."""
+        if self._restored:
+            self._take_back(step)
+            self._restored = False
         values = {name: plain(value) for name, value in metrics.items()}
         self._line({"step": step + 1, "time": round(time.time(), 3), "metrics": values})
+
+    def _take_back(self, steps: int) -> None:
+        """Remove lines of later steps from the end, and one that was cut off; configs stay."""
+        lines = self.path.read_bytes().splitlines(keepends=True)
+        configs: list[bytes] = []
+        while lines:
+            try:
+                line = json.loads(lines[-1])
+            except ValueError:  # its process was killed while it wrote
+                line = {"step": steps + 1}
+            if "config" in line:
+                configs.insert(0, lines[-1])
+            elif line["step"] <= steps:
+                break
+            lines.pop()
+        self._file.truncate(sum(map(len, lines)))
+        self._file.write(b"".join(configs).decode())
+        self._file.flush()
 
     def log_config(self, config: dict[str, Any]) -> None:
         """Append one line; secrets are masked."""

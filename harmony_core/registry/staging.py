@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from harmony_core import __version__
-from harmony_core.errors import ResourceError, VerificationError
+from harmony_core.errors import NotFoundError, ResourceError, VerificationError
 from harmony_core.home import Home
 from harmony_core.registry import manifest as manifests
 from harmony_core.registry.content import inspect, take_tokenizer
@@ -79,12 +79,14 @@ class Staging:
         source: str = "",
         notes: tuple[str, ...] = (),
         location: Path | None = None,
+        resumed: bool = False,
     ) -> ModelVersion:
         """Check, record and publish the directory as the next version of `key`; returns it resolved.
 
         `parent` gives the tokenizer, where none was written, and a new key's inference defaults. `base` is what an
         adapter belongs to; unset, the name in its adapter_config.json is looked up. With `location` the files stay
-        there and only the record is stored. Raises ModelRefused, VerificationError, or ResourceError (disk).
+        there and only the record is stored. With `resumed` a version that run `run_id` has published with the same
+        bytes is returned instead. Raises ModelRefused, VerificationError, or ResourceError (disk).
         """
         check_key(key)
         registry = self._registry
@@ -94,6 +96,9 @@ class Staging:
         content = inspect(location or self.directory, registry, base, in_place=location is not None)
         try:
             files = manifests.record_files(content.directory, content.files, self._home)
+            published = self._published(key, run_id, files) if resumed else None
+            if published is not None:
+                return published
             record = manifests.Manifest(
                 key=key,
                 format=content.format,
@@ -118,6 +123,15 @@ class Staging:
         except OSError as error:
             raise storage_error(f"cannot store {key!r}", error) from error
         return registry.resolve(f"{key}@{number}")
+
+    def _published(self, key: str, run_id: str, files: tuple[manifests.FileRecord, ...]) -> ModelVersion | None:
+        """The version that a run has made of these files already; one that is damaged counts for nothing."""
+        for number in self._registry.versions(key):
+            with contextlib.suppress(VerificationError, NotFoundError):
+                record = manifests.read_manifest(self._registry.directory(key, number), key)
+                if record.run_id == run_id and record.files == files:
+                    return self._registry.resolve(f"{key}@{number}")
+        return None
 
     def _make_durable(self, files: list[Path]) -> None:
         """On the disk, and with the permissions that the umask gives: some libraries write for the owner alone."""

@@ -77,6 +77,23 @@ def test_the_newest_run_that_can_be_resumed_is_found(home: Home) -> None:
         find_resumable(home, wanted, "grpo")
 
 
+def test_runs_say_whether_and_from_where_they_can_be_resumed(home: Home, adaptive: Any) -> None:
+    finished = STAGE | {"name": "First", "steps": {"policy": 9}, "completion_percentage": 1.0}
+    done = stopped(home, "sft", "succeeded", data=None, finished_stages=[finished])
+    between = stopped(home, "sft", data=None, finished_stages=[finished])
+    within = stopped(home, "sft", data=STAGE | {"steps": {"policy": 12, "value": None}, "completion_percentage": 0.4})
+    found = {run["id"]: run["resume"] for run in adaptive("runs", "list", "--json").json["runs"]}
+    told = {"checkpoint": "checkpoint-000001", "command": f"adaptive run --resume {within}"}
+    assert found[done] is None
+    assert found[within] == told | {"stage": "Training", "step": 12, "completion": 0.4}
+    assert (found[between]["stage"], found[between]["step"], found[between]["completion"]) == ("First", 9, 1.0)
+    lines = {line.split()[0]: line.split()[3] for line in adaptive("runs", "list").out.splitlines()}
+    assert (lines[done], lines[between], lines["ID"]) == ("-", "yes", "RESUME")
+    assert f"resume     adaptive run --resume {within}  (checkpoint-000001: Training, step 12)" in (
+        adaptive("runs", "show", within).out
+    )
+
+
 def test_a_run_that_is_alive_is_refused(home: Home) -> None:
     run = Run.create(home, "r")
     run.note(recipe="sft")

@@ -14,8 +14,8 @@ from harmony_core.engine.hosted import ModelTable
 from harmony_core.engine.models.compiling import COMPILE_ERRORS
 from harmony_core.engine.models.model import CausalLM
 from harmony_core.engine.models.parallel import TensorParallel
-from harmony_core.errors import ResourceError
-from harmony_core.rpc.protocol import LoraSettings, ModelSource, Spawn
+from harmony_core.errors import EngineError, ResourceError
+from harmony_core.rpc.protocol import LoraSettings, ModelSource, Save, Spawn
 from tiny_models import build
 
 CPU = torch.device("cpu")
@@ -63,6 +63,21 @@ def test_a_model_that_is_freed_leaves_nothing(tmp_path: Path, lora: LoraSettings
     assert all(ref() is not None for ref in left)
     table.dealloc("policy")
     assert not any(ref() is not None for ref in left)
+
+
+@pytest.mark.parametrize("lora", [None, LoraSettings(rank=2)])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_not_saved(tmp_path: Path, lora: LoraSettings | None, bad: float) -> None:
+    table = ModelTable(CPU)
+    live = table.spawn(request(build(tmp_path / "m"), "policy", train=True, lora=lora, compile=False), SINGLE, None)
+    assert live.trainer is not None
+    save = Save(model="policy", directory=str(tmp_path), inference_only=False)
+    table.save(save, write=True)
+    slot = live.trainer.gradients.slots[3]
+    with torch.no_grad():
+        slot.parameter.view(-1)[1] = bad
+    with pytest.raises(EngineError, match=f"'policy' is not saved: {slot.name} holds NaN or infinite values"):
+        table.save(save, write=True)
 
 
 def test_without_a_compiler_layers_run_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -127,6 +127,29 @@ def test_lines_of_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         JSONLLogger(logger.path / "below-a-file")
 
 
+def test_lines_of_steps_that_are_taken_again_are_taken_back(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+
+    def process(stages: list[int], steps: int) -> None:
+        """Finished stages are restored one after the other before anything is logged."""
+        logger = JSONLLogger(path)
+        logger.log_config({"from": len(stages)})
+        for step in stages:
+            logger.set_state({"step": step})
+        for _ in range(steps):
+            logger({"from": len(stages)})
+        logger.close()
+
+    process([], 9)
+    with path.open("a") as file:
+        file.write('{"step": 10, "ti')
+    process([3, 7], 2)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["step"] for line in lines if "step" in line] == list(range(1, 10))
+    assert [line["metrics"]["from"] for line in lines if "step" in line] == [0] * 7 + [2] * 2
+    assert [line["config"]["from"] for line in lines if "config" in line] == [0, 2]
+
+
 def test_a_logger_continues_from_its_state() -> None:
     first = CompositeLogger(Memory(), Memory())
     first({"a": 1})

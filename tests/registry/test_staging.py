@@ -104,6 +104,21 @@ def test_a_first_save_killed_at_every_step_damages_nothing(registry: Registry, s
     check_kills(registry, source, list(range(1, steps + 1)), [f"new{step}" for step in range(steps)])
 
 
+def test_what_a_resumed_run_saves_again_is_the_version_that_it_has(registry: Registry, source: Path) -> None:
+    def save(run: str, resumed: bool, changed: bool = False) -> str:
+        with registry.stage() as staging:
+            shutil.copytree(source, staging.directory, dirs_exist_ok=True)
+            if changed:
+                small_models.write_model(staging.directory, seed=8)
+            return staging.publish("a", run_id=run, resumed=resumed).ref
+
+    assert [save("x", resumed=False), save("y", resumed=False)] == ["a@1", "a@2"]
+    assert (save("y", resumed=True), save("x", resumed=True)) == ("a@2", "a@1")
+    assert (save("x", resumed=True, changed=True), save("z", resumed=True)) == ("a@3", "a@4")
+    next((registry.home.models / "a" / "v000001").glob("*.safetensors")).write_bytes(b"")
+    assert save("x", resumed=True) == "a@5", "a damaged one is saved anew"
+
+
 def test_the_same_kills_damage_a_naive_save(registry: Registry, source: Path) -> None:
     for point in spread(count_steps(registry, source, naive=True), 4):
         finish(start(registry, source, naive=True, die_at=point))

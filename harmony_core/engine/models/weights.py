@@ -25,17 +25,23 @@ FILE_BYTES = 4 << 30
 """One file's worth of tensors is what the writing rank holds at a time."""
 
 
-def save_model(model: CausalLM, directory: Path, write: bool) -> None:
-    """The base weights and config.json, as a Hugging Face model directory without tokenizer."""
+def save_model(model: CausalLM, directory: Path, write: bool) -> str | None:
+    """The base weights and config.json, as a Hugging Face model directory without tokenizer.
+
+    Returns the first tensor with a NaN or an infinity, for the caller to refuse once every rank has done its part.
+    """
     files = _cut_into_files(model.base_parameters)
     names = [
         "model.safetensors" if len(files) == 1 else f"model-{i:05}-of-{len(files):05}.safetensors"
         for i in range(1, len(files) + 1)
     ]
+    bad: str | None = None
     for name, group in zip(names, files, strict=True):
-        _gather_and_write(model, {key: model.base_parameters[key] for key in group}, "", directory / name, write)
+        parameters = {key: model.base_parameters[key] for key in group}
+        found = _gather_and_write(model, parameters, "", directory / name, write)
+        bad = bad or found
     if not write:
-        return
+        return None
     if len(files) > 1:
         places = {key: name for name, group in zip(names, files, strict=True) for key in group}
         index = {
@@ -49,14 +55,16 @@ def save_model(model: CausalLM, directory: Path, write: bool) -> None:
     if not model.has_vocabulary_head:
         config.architectures, config.num_labels = [architecture_with_score(config)], 1
     config.save_pretrained(directory)
+    return bad
 
 
-def save_adapter(model: CausalLM, name: str, directory: Path, base_ref: str, write: bool) -> None:
-    """One adapter as a peft adapter directory that names `base_ref` as its base."""
+def save_adapter(model: CausalLM, name: str, directory: Path, base_ref: str, write: bool) -> str | None:
+    """One adapter as a peft adapter directory that names `base_ref` as its base. Returns what `save_model` does."""
     info = model.adapters[name]
-    _gather_and_write(model, info.parameters, PREFIX, directory / "adapter_model.safetensors", write)
+    bad = _gather_and_write(model, info.parameters, PREFIX, directory / "adapter_model.safetensors", write)
     if write:
         _write_json(directory / "adapter_config.json", settings_as_stored(info, base_ref))
+    return bad
 
 
 def load_into(model: CausalLM, directory: Path, adapter: str | None = None) -> None:
@@ -77,14 +85,17 @@ def load_into(model: CausalLM, directory: Path, adapter: str | None = None) -> N
 
 def _gather_and_write(
     model: CausalLM, parameters: dict[str, nn.Parameter], prefix: str, path: Path, write: bool
-) -> None:
+) -> str | None:
     tensors: dict[str, Tensor] = {}
+    bad: str | None = None
     for name, parameter in parameters.items():
         full = gather_full(parameter.detach(), shard_of(parameter), model.tp)
         if write:
             tensors[prefix + name] = full.cpu().contiguous()
+            bad = bad or (None if full.isfinite().all() else name)
     if write:
         save_file(tensors, path, metadata={"format": "pt"})
+    return bad
 
 
 def _cut_into_files(parameters: dict[str, nn.Parameter]) -> list[list[str]]:

@@ -121,8 +121,9 @@ class Trainer:
     def optim_step(self, request: OptimStep) -> dict[str, float]:
         """Reduce over the replicas, divide, clip, update, clear. Returns the step's metrics.
 
-        Raises NothingToTrain for a denominator of 0, EngineError naming the first tensor with a NaN or an infinity
-        (with `skip_nan` the step is skipped and counted instead); then nothing but the gradients has changed.
+        Raises NothingToTrain for a denominator of 0, EngineError naming the first tensor with a NaN or an infinity and
+        the first rank that computed one (with `skip_nan` the step is skipped and counted instead); then nothing but the
+        gradients has changed.
         """
         started = time.perf_counter()
         if self._failed:
@@ -130,11 +131,13 @@ class Trainer:
         _check(request)
         with self._cleared_afterwards():
             self.gradients.check_attached()
+            # Once they are summed, every rank has what one of them computed.
+            own = None if self.dp_group is None and self.model.tp.silent else self.gradients.buffer.sum()
             self.gradients.reduce(self.dp_group)
             numerator, weighted, samples, squares, reported = self._totals()
             denominator = self._denominator(request, samples)
             norm = math.sqrt(squares) / denominator
-            skipped = not math.isfinite(norm) and self._refuse_or_skip(request)
+            skipped = not math.isfinite(norm) and self._refuse_or_skip(request, own)
             clip = min(1.0, request.max_grad_norm / (norm + 1e-6))
             if not skipped:
                 self.optimizer.update(
@@ -309,19 +312,32 @@ class Trainer:
         reported = metrics(others[:compared], most) | means(others[compared:])
         return numerator, weighted, samples, squares, reported
 
-    def _refuse_or_skip(self, request: OptimStep) -> bool:
-        """With a norm that is not finite, the same on every rank: True to skip the step."""
+    def _refuse_or_skip(self, request: OptimStep, own: Tensor | None) -> bool:
+        """With a norm that is not finite, the same on every rank: True to skip the step. `own`: this rank's sum."""
         name = self.gradients.first_bad()
         if request.skip_nan:
             return True
-        where = f"the first in {name}" if name else "in their sum of squares"
+        rank = self._first_rank(own)
+        where = f"the first in {name}, computed on rank {rank}" if name else "in their sum of squares"
         raise EngineError(
             f"step {self.step + 1} of {request.model!r}: the gradients hold NaN or infinite values, {where};"
             " weights and optimizer are unchanged",
             hint="look at the last losses and advantages, lower the learning rate, or pass skip_nan_gradients=True",
             step=self.step + 1,
             tensor=name or "",
+            rank=rank,
         )
+
+    def _first_rank(self, own: Tensor | None) -> int:
+        """The first whose own gradients were bad."""
+        if own is None:
+            return dist.get_rank() if dist.is_initialized() else 0
+        last = dist.get_world_size() - 1
+        place = torch.tensor(last if own.isfinite() else dist.get_rank(), device=self.model.device)
+        for group in (self.dp_group, None if self.model.tp.silent else self.model.tp.group):
+            if group is not None:
+                dist.all_reduce(place, dist.ReduceOp.MIN, group=group)
+        return int(place.item())
 
 
 def _check(request: OptimStep) -> None:

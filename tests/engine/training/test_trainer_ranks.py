@@ -75,6 +75,7 @@ def test_a_nan_on_one_rank_is_one_decision_everywhere(
     else:
         assert found[0]["tensor"] == "model.layers.1.mlp.down_proj.weight"
         assert "step 1 of 'policy'" in found[0]["error"] and found[0]["tensor"] in found[0]["error"]
+        assert found[0]["rank"] == ranks - 1 and f"computed on rank {ranks - 1}" in found[0]["error"]
 
 
 def test_a_replica_without_samples_joins_with_zeros(rank_pool: RankPool, models: dict[str, str]) -> None:

@@ -201,7 +201,7 @@ def bad_gradient(group: Group, directory: str, tp: int, rank: int, skip: bool) -
         outcome["skipped"] = trainer.optim_step(optim_step(10.0, skip_nan=skip))["skipped"]
     except EngineError as error:
         outcome["error"] = error.message
-        outcome["tensor"] = error.details["tensor"]
+        outcome["tensor"], outcome["rank"] = error.details["tensor"], error.details["rank"]
     outcome["unchanged"] = difference(parameters(trainer), before) == 0.0 and trainer.step == 0
     outcome["cleared"] = not trainer.gradients.buffer.any().item()
     trainer.accumulate(micro_batch(samples(4), replica))
