@@ -246,6 +246,33 @@ def test_two_units_in_one_step_are_refused_unless_summed(one_rank: LiveEngine) -
     one_rank.run(work())
 
 
+def test_a_step_with_a_bad_argument_can_still_be_taken(one_rank: LiveEngine) -> None:
+    """Nothing of it is lost, and nothing of it is left for the next one."""
+
+    async def work() -> None:
+        model = await spawn_train(one_rank, "argued")
+        for thread in pairs(3):
+            await model.train_language_modelling(thread)
+        bad: list[dict[str, Any]] = [
+            *({"lr": lr} for lr in (math.nan, -1.0)),
+            *({"betas": betas} for betas in ((1.0, 0.9), (0.9,), (-0.1, 0.9))),
+            *({"eps": eps} for eps in (0.0, -1.0, math.inf)),
+            *({"wd": math.inf}, {"max_grad_norm": 0.0}, {"max_grad_norm": math.nan}, {"normalise": "none"}),
+        ]
+        for arguments in bad:
+            with pytest.raises(UsageError, match=next(iter(arguments))):
+                await model.optim_step(**{"lr": 1e-3, "wd": 0.0, "max_grad_norm": 1.0, **arguments})
+        found = await model.optim_step(0.0, 0.0, 1.0)
+        for thread in pairs(3):
+            await model.train_language_modelling(thread)
+        again = await model.optim_step(0.0, 0.0, 1.0)
+        assert found["num_samples"] == again["num_samples"] == 3
+        assert found["grad_norm"] == pytest.approx(again["grad_norm"], rel=1e-6)
+        await model.dealloc()
+
+    one_rank.run(work())
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_failure_after_acceptance_surfaces_at_the_step(
     one_rank: LiveEngine, two_ranks: LiveEngine, ranks: int
