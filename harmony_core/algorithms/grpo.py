@@ -158,7 +158,7 @@ class GRPO:
             return metrics
         metrics |= self._describe(batch.results)
         completions, advantages = [s.completion for s in samples], [s.advantage for s in samples]
-        await self.rollout.show(completions, advantages, self.logger.step + 1, self.feed.completion)
+        await self.rollout.show(completions, advantages, self.loop.step, self.feed.completion)
         # The seed says where the run stands, so that a resumed run shuffles as it would have.
         order = self.data_seed + self.feed.dataset.idx
         batches = get_minibatches(samples, self.samples_per_mini_batch, self.mini_epochs_per_batch, order)

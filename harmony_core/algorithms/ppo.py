@@ -144,7 +144,7 @@ class PPO:
             return metrics
         metrics |= self._describe(batch.results)
         completions, advantages = [s.completion for s in batch.results], [fmean(s.advantages) for s in batch.results]
-        await self.rollout.show(completions, advantages, self.logger.step + 1, self.feed.completion)
+        await self.rollout.show(completions, advantages, self.loop.step, self.feed.completion)
         if self.lr_schedule_policy(self.feed.completion) > 0:
             metrics |= await self._train(batch.results, self._train_policy, self._step_policy)
         return metrics | await self._train(batch.results, self._train_value, self._step_value)
