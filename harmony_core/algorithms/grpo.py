@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from harmony_core.algorithms.advantages import group_advantages
-from harmony_core.algorithms.arguments import keeps_settings
+from harmony_core.algorithms.arguments import check_loss_options, keeps_settings
 from harmony_core.algorithms.callbacks import RecipeCallback
 from harmony_core.algorithms.feeding import BatchFeed, Unusable, settle
 from harmony_core.algorithms.loop import StepLoop
@@ -74,6 +74,7 @@ class GRPO:
     """
 
     settings: dict[str, Any]
+    _loss = "train_grpo"
 
     @keeps_settings
     def __init__(
@@ -123,6 +124,7 @@ class GRPO:
         self.data_seed = data_seed
         self.use_tangents = use_tangents
         self.loss_options = dict(loss_options or {})
+        check_loss_options(getattr(model, self._loss), self.loss_options)
         prompts_per_batch = samples_per_batch // completions_per_sample
         self.feed = BatchFeed(prompts_of(dataset), prompts_per_batch, epochs, data_seed, steps=max_num_grpo_steps)
         self.reference: InferenceModel | None = None

@@ -11,7 +11,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from harmony_core.algorithms.advantages import explained_variance
-from harmony_core.algorithms.arguments import keeps_settings
+from harmony_core.algorithms.arguments import check_loss_options, keeps_settings
 from harmony_core.algorithms.callbacks import RecipeCallback
 from harmony_core.algorithms.feeding import BatchFeed, Unusable, settle
 from harmony_core.algorithms.loop import StepLoop
@@ -104,6 +104,7 @@ class PPO:
         self.gae_lambda, self.gae_gamma = gae_lambda, gae_gamma
         self.data_seed = data_seed
         self.loss_options = dict(loss_options or {})
+        check_loss_options(model.train_ppo, self.loss_options)
         self.feed = BatchFeed(prompts_of(dataset), samples_per_batch, epochs, data_seed, steps=max_num_ppo_steps)
         self.reference: InferenceModel | None = None
         models = {"policy": model, "value": value_model}

@@ -236,6 +236,7 @@ def test_each_completion_has_metadata_of_its_own() -> None:
         ({"epochs": 1, "mini_epochs_per_batch": 0}, "mini_epochs_per_batch"),
         ({"epochs": 1, "checkpoint_restore_data": {}}, "not that of a resumed run"),
         ({"epochs": 1, "checkpoint_frequency": 0}, "checkpoint_frequency"),
+        ({"epochs": 1, "loss_options": {"clip_higher": 0.3}}, "takes no 'clip_higher'"),
         ({"epochs": 1, "use_tangents": True, "loss_options": {"dual_clip": 3.0}}, "loss_options"),
     ],
 )
