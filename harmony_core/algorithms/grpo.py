@@ -23,7 +23,7 @@ from harmony_core.algorithms.tangents import Metrics, Scored, grpo_tangents, pus
 from harmony_core.errors import UsageError
 from harmony_core.graders import BaseGrader
 from harmony_core.journal import phase
-from harmony_core.loggers import Logger, StdoutLogger
+from harmony_core.loggers import Logger, logger_of_training
 from harmony_core.mapping import async_map, get_minibatches
 from harmony_core.notifiers import StageNotifier, StdoutJobNotifier
 from harmony_core.schedulers import CosineScheduler, Scheduler
@@ -110,7 +110,7 @@ class GRPO:
         check_sizes(samples_per_batch, completions_per_sample, samples_per_mini_batch, mini_epochs_per_batch)
         self.model = model
         self.grader = grader
-        self.logger = logger or StdoutLogger()
+        self.logger = logger_of_training(logger)
         self.stage_notifier = stage_notifier or StdoutJobNotifier().stage_notifier(f"{type(self).__name__} Training")
         self.lr_schedule: Scheduler = lr_scheduler or CosineScheduler(lr)
         self.completions_per_sample = completions_per_sample

@@ -19,7 +19,7 @@ from harmony_core.algorithms.rollout import Completion, Rollout, check_sizes, co
 from harmony_core.errors import UsageError
 from harmony_core.graders import BaseGrader
 from harmony_core.journal import phase
-from harmony_core.loggers import Logger, StdoutLogger
+from harmony_core.loggers import Logger, logger_of_training
 from harmony_core.mapping import async_map, get_minibatches
 from harmony_core.notifiers import StageNotifier, StdoutJobNotifier
 from harmony_core.rl_utils import discounted_cumulative_rewards, gae_advantages
@@ -93,7 +93,7 @@ class PPO:
             raise UsageError("PPO's value model needs a scalar head", hint="spawn it with into_scoring_model()")
         check_sizes(samples_per_batch, 1, samples_per_mini_batch, mini_epochs_per_batch)
         self.model, self.value_model, self.grader = model, value_model, grader
-        self.logger = logger or StdoutLogger()
+        self.logger = logger_of_training(logger)
         self.stage_notifier = stage_notifier or StdoutJobNotifier().stage_notifier("PPO Training")
         waiting = CombinedSchedule(lambda _: 0.0, CosineScheduler(lr_policy), value_only_fraction)
         self.lr_schedule_policy: Scheduler = lr_scheduler_policy or waiting

@@ -14,7 +14,7 @@ from harmony_core.algorithms.loop import StepLoop
 from harmony_core.algorithms.showing import show_sample
 from harmony_core.algorithms.tangents import Metrics, Scored, push_weights, score
 from harmony_core.journal import phase
-from harmony_core.loggers import Logger, StdoutLogger
+from harmony_core.loggers import Logger, logger_of_training
 from harmony_core.notifiers import StageNotifier, StdoutJobNotifier
 from harmony_core.schedulers import CosineScheduler, Scheduler
 from harmony_core.threads import StringThread
@@ -60,7 +60,7 @@ class SFT:
         use_tangents: bool = False,
     ) -> None:
         self.model = model
-        self.logger = logger or StdoutLogger()
+        self.logger = logger_of_training(logger)
         self.stage_notifier = stage_notifier or StdoutJobNotifier().stage_notifier("SFT Training")
         self.lr_schedule: Scheduler = lr_scheduler or CosineScheduler(lr)
         self.max_grad_norm = max_grad_norm

@@ -17,6 +17,8 @@ class Logger:
     """
 
     step: int = 0
+    writes_events: bool = False
+    """Whether metrics become events of a run, which its report is made of."""
 
     def __init__(self) -> None:
         self.step = 0
