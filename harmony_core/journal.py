@@ -91,6 +91,12 @@ def begin(write: EventWriter) -> None:
     _journal.set(Journal(write))
 
 
+def event_writer() -> EventWriter | None:
+    """What writes the run's events; None outside of a run."""
+    journal = _journal.get()
+    return None if journal is None else journal.write
+
+
 @contextmanager
 def kept(write: EventWriter) -> Iterator[None]:
     """What is told inside becomes events."""

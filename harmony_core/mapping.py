@@ -124,8 +124,8 @@ async def async_map_batch(
     """`f` of the next `batch_size` items, concurrently; an item that fails is replaced by the next one of `data`.
 
     Results keep the order of the slots; None results are left out; when `data` ends the batch is shorter. Raises
-    TooManyFailures once more than `batch_size * max_failure_fraction` items have failed. Calls still running when the
-    map ends are cancelled.
+    TooManyFailures once more than `batch_size * max_failure_fraction` items have failed, and more than one. Calls
+    still running when the map ends are cancelled.
     """
     if batch_size < 1:
         raise UsageError(f"batch_size must be at least 1, got {batch_size}")
@@ -141,7 +141,7 @@ async def async_map_batch(
             except Exception as error:  # whatever f raises is its item's failure, by contract
                 failures += 1
                 logger.warning("an item of the batch failed and is replaced: %s", error)
-                if failures > batch_size * max_failure_fraction:
+                if failures > max(batch_size * max_failure_fraction, 1):
                     message = f"{failures} items failed in a batch of {batch_size}, the last with: {error}"
                     raise TooManyFailures(message, failures=failures, batch_size=batch_size) from error
             try:

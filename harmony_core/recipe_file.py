@@ -52,19 +52,19 @@ def import_file(path: Path, importable_folder: bool) -> types.ModuleType:
     try:
         loader.exec_module(module)
     except HarmonyError as error:
-        raise RecipeLoadError(f"{_where_raised(error, path)}: {error.message}", hint=error.hint) from error
+        raise RecipeLoadError(f"{where_raised(error, path)}: {error.message}", hint=error.hint) from error
     except SyntaxError as error:
         raise RecipeLoadError(f"{error.filename or path}:{error.lineno or 1}: {error.msg}") from error
     except ImportError as error:
         raise RecipeLoadError(
-            f"{_where_raised(error, path)}: {type(error).__name__}: {error}", hint=_import_hint(error)
+            f"{where_raised(error, path)}: {type(error).__name__}: {error}", hint=_import_hint(error)
         ) from error
     except (Exception, SystemExit) as error:
-        raise RecipeLoadError(f"{_where_raised(error, path)}: {type(error).__name__}: {error}") from error
+        raise RecipeLoadError(f"{where_raised(error, path)}: {type(error).__name__}: {error}") from error
     return module
 
 
-def _where_raised(error: BaseException, path: Path) -> str:
+def where_raised(error: BaseException, path: Path) -> str:
     """The innermost place in the recipe's own folder."""
     frames = [frame for frame in frames_in(error.__traceback__) if Path(frame.filename).is_relative_to(path.parent)]
     return f"{frames[-1].filename}:{frames[-1].line}" if frames else str(path)

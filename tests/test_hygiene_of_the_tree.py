@@ -21,6 +21,7 @@ SWALLOWED = {
     "harmony_core/engine/convert_gguf.py": (2, "the edge of a converting process, and a reader that checks little"),
     "harmony_core/engine/host.py": (1, "the edge of a request: an exception is sent back as data"),
     "harmony_core/engine/process.py": (1, "the edge of a rank"),
+    "harmony_core/engine/training/losses/custom.py": (1, "a recipe's loss is foreign code: its failure says where"),
     "harmony_core/graders/scoring.py": (1, "a grader is foreign code: its failure is its sample's, and counted"),
     "harmony_core/loggers/composite.py": (1, "a second logger may be the client of any service, and ends nothing"),
     "harmony_core/mapping.py": (2, "a failure of one item, by contract"),

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from harmony_core.errors import DataError, UsageError, VerificationError
+from harmony_core.client import get_client
+from harmony_core.errors import DataError, NotFoundError, UsageError, VerificationError
 from harmony_core.loss_checks import check_loss
 
 LOGPROBS = [[-1.0, -0.5, -2.0], [-0.1], [-0.7, -0.9], [-3.0, -0.2, -0.4, -1.1], [-0.6, -0.8], [-1.5]]
@@ -113,3 +119,56 @@ def test_the_inputs_are_checked() -> None:
         check_loss(reinforce, LOGPROBS, advantages=[1.0, 2.0])
     with pytest.raises(DataError, match=r"advantages\[1\]: 2 values for 1 "):
         check_loss(reinforce, LOGPROBS, advantages=[1.0, [1.0, 2.0], *ADVANTAGES[2:]])
+
+
+USERS_LOSSES = """
+def reinforce(logprobs, samples, *, advantages):
+    return -(advantages * logprobs).sum()
+
+
+def mean_of_the_batch(logprobs, samples, *, advantages):
+    return -(advantages * logprobs).mean()
+"""
+
+USERS_TEST = """
+import asyncio
+
+import pytest
+
+import my_losses
+from adaptive_harmony import StringThread, get_client
+from harmony_core.errors import VerificationError
+from harmony_core.loss_checks import check_loss_on_ranks
+
+
+async def check(loss):
+    async with await get_client(num_gpus=2, recipe=my_losses.__file__) as client:
+        builder = client.model("builtin:tiny-lm", kv_cache_len=512)
+        models = [await builder.tp(tp).spawn_train(f"tp-{tp}", 128) for tp in (1, 2)]
+        threads = [StringThread([("user", "say"), ("assistant", "ab" * n)]) for n in (1, 3, 2, 4)]
+        await check_loss_on_ranks(loss, models, threads, advantages=[1.0, -0.5, 2.0, 0.25])
+
+
+def test_a_sum_is_one_loss():
+    asyncio.run(check(my_losses.reinforce))
+
+
+def test_a_mean_is_not():
+    with pytest.raises(VerificationError, match="mean_of_the_batch"):
+        asyncio.run(check(my_losses.mean_of_the_batch))
+"""
+
+
+@pytest.mark.slow
+def test_a_test_of_a_user_s_own_finds_it_on_ranks(tmp_path: Path) -> None:
+    (tmp_path / "my_losses.py").write_text(USERS_LOSSES, "utf-8")
+    (tmp_path / "test_my_losses.py").write_text(USERS_TEST, "utf-8")
+    environment = {**os.environ, "ADAPTIVE_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_my_losses.py"]
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert "2 passed" in done.stdout, done.stdout + done.stderr
+
+
+def test_the_file_of_the_losses_must_be_there(tmp_path: Path) -> None:
+    with pytest.raises(NotFoundError, match="there is no file"):
+        asyncio.run(get_client(recipe=tmp_path / "losses.py"))

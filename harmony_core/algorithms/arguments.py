@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from functools import update_wrapper
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
+from harmony_core.errors import UsageError
 from harmony_core.loggers import Logger
 
 
@@ -43,3 +44,13 @@ def keeps_settings(init: Callable[Concatenate[S, P], None]) -> Callable[Concaten
 
     update_wrapper(construct, init)
     return construct
+
+
+def check_loss_options(train: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    """Raise UsageError for keywords that a model's loss does not take: before the first rollout, not after it."""
+    parameters = inspect.signature(train).parameters.values()
+    known = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+    for name in options:
+        if name not in known:
+            taken = ", ".join(known) or "none"
+            raise UsageError(f"loss_options: {train.__name__} takes no {name!r}", hint=f"it takes: {taken}")

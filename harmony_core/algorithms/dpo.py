@@ -12,7 +12,7 @@ from harmony_core.algorithms.feeding import BatchFeed, Unusable, settle
 from harmony_core.algorithms.loop import StepLoop
 from harmony_core.algorithms.tangents import Metrics, Scored, dpo_tangent, push_pair, score
 from harmony_core.journal import phase
-from harmony_core.loggers import Logger, StdoutLogger
+from harmony_core.loggers import Logger, logger_of_training
 from harmony_core.notifiers import StageNotifier, StdoutJobNotifier
 from harmony_core.schedulers import CosineScheduler, Scheduler
 from harmony_core.threads import StringThread
@@ -57,7 +57,7 @@ class DPO:
         use_tangents: bool = False,
     ) -> None:
         self.model = model
-        self.logger = logger or StdoutLogger()
+        self.logger = logger_of_training(logger)
         self.stage_notifier = stage_notifier or StdoutJobNotifier().stage_notifier("DPO Training")
         self.lr_schedule: Scheduler = lr_scheduler or CosineScheduler(lr)
         self.max_grad_norm = max_grad_norm

@@ -55,8 +55,8 @@ async def settle(f: Callable[[S], Awaitable[T]], items: Sequence[S]) -> list[T |
 class BatchFeed(Generic[S]):
     """Batches of `batch_size` samples over `epochs` passes, the last of which takes what is left; or `steps` of them.
 
-    A sample that cannot be trained is replaced by the next one. More than `max_dropped_fraction` of a batch dropped
-    ends the run. Dropped samples count towards the epochs, and never towards the steps.
+    A sample that cannot be trained is replaced by the next one. More than `max_dropped_fraction` of a batch dropped,
+    and more than one, ends the run. Dropped samples count towards the epochs, and never towards the steps.
     """
 
     def __init__(
@@ -85,7 +85,8 @@ class BatchFeed(Generic[S]):
         self.batch_size = batch_size
         self.dropped: Counter[str] = Counter()
         """Samples dropped so far, by reason."""
-        self._most_dropped = max_dropped_fraction * min(batch_size, self.total)
+        # Of a batch of one sample, one may be replaced.
+        self._most_dropped = max(max_dropped_fraction * min(batch_size, self.total), min(1, self.total - 1))
 
     @property
     def taken(self) -> int:

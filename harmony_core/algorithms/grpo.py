@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from harmony_core.algorithms.advantages import group_advantages
-from harmony_core.algorithms.arguments import keeps_settings
+from harmony_core.algorithms.arguments import check_loss_options, keeps_settings
 from harmony_core.algorithms.callbacks import RecipeCallback
 from harmony_core.algorithms.feeding import BatchFeed, Unusable, settle
 from harmony_core.algorithms.loop import StepLoop
@@ -23,7 +23,7 @@ from harmony_core.algorithms.tangents import Metrics, Scored, grpo_tangents, pus
 from harmony_core.errors import UsageError
 from harmony_core.graders import BaseGrader
 from harmony_core.journal import phase
-from harmony_core.loggers import Logger, StdoutLogger
+from harmony_core.loggers import Logger, logger_of_training
 from harmony_core.mapping import async_map, get_minibatches
 from harmony_core.notifiers import StageNotifier, StdoutJobNotifier
 from harmony_core.schedulers import CosineScheduler, Scheduler
@@ -74,6 +74,7 @@ class GRPO:
     """
 
     settings: dict[str, Any]
+    _loss = "train_grpo"
 
     @keeps_settings
     def __init__(
@@ -109,7 +110,7 @@ class GRPO:
         check_sizes(samples_per_batch, completions_per_sample, samples_per_mini_batch, mini_epochs_per_batch)
         self.model = model
         self.grader = grader
-        self.logger = logger or StdoutLogger()
+        self.logger = logger_of_training(logger)
         self.stage_notifier = stage_notifier or StdoutJobNotifier().stage_notifier(f"{type(self).__name__} Training")
         self.lr_schedule: Scheduler = lr_scheduler or CosineScheduler(lr)
         self.completions_per_sample = completions_per_sample
@@ -123,6 +124,7 @@ class GRPO:
         self.data_seed = data_seed
         self.use_tangents = use_tangents
         self.loss_options = dict(loss_options or {})
+        check_loss_options(getattr(model, self._loss), self.loss_options)
         prompts_per_batch = samples_per_batch // completions_per_sample
         self.feed = BatchFeed(prompts_of(dataset), prompts_per_batch, epochs, data_seed, steps=max_num_grpo_steps)
         self.reference: InferenceModel | None = None
@@ -158,7 +160,7 @@ class GRPO:
             return metrics
         metrics |= self._describe(batch.results)
         completions, advantages = [s.completion for s in samples], [s.advantage for s in samples]
-        await self.rollout.show(completions, advantages, self.logger.step + 1, self.feed.completion)
+        await self.rollout.show(completions, advantages, self.loop.step, self.feed.completion)
         # The seed says where the run stands, so that a resumed run shuffles as it would have.
         order = self.data_seed + self.feed.dataset.idx
         batches = get_minibatches(samples, self.samples_per_mini_batch, self.mini_epochs_per_batch, order)

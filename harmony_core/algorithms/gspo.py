@@ -24,6 +24,8 @@ class GSPO(GRPO):
     further keyword arguments of `train_gspo`.
     """
 
+    _loss = "train_gspo"
+
     def __init__(
         self,
         dataset: Sequence[StringThread],

@@ -53,6 +53,12 @@ class StepLoop:
             restore_data=checkpoint_restore_data,
         )
         self._metrics: dict[str, float] = {}
+        self._steps = 0
+
+    @property
+    def step(self) -> int:
+        """The number of the step under way, from 1: the logger's. One that counts no lines leaves it to the loop."""
+        return max(self.logger.step, self._steps) + 1
 
     def get_state(self) -> dict[str, Any]:
         """The last step's numbers, for a checkpoint."""
@@ -69,8 +75,11 @@ class StepLoop:
     ) -> dict[str, float]:
         """Call `take_step`, which trains the feed's next batch, to the end. Returns the last step's numbers.
 
-        Callbacks run before the first step and after each. `prepare` comes before weights are restored.
+        Callbacks run before the first step and after each, also those that an earlier run has called to its end.
+        `prepare` comes before weights are restored.
         """
+        for callback in self.callbacks:
+            callback.last_call = -1.0
         return await self.checkpointing.run(lambda: self._run(take_step), prepare)
 
     async def _run(self, take_step: Callable[[], Awaitable[dict[str, Any]]]) -> dict[str, float]:
@@ -80,6 +89,7 @@ class StepLoop:
         self.stage_notifier.report_progress(feed.total, feed.taken)
         while feed.taken < feed.total:
             step = await take_step()
+            self._steps += 1
             logs = await invoke_callbacks(self.callbacks, feed.completion)
             self.logger({**step, **logs, "completion_percentage": feed.completion})
             # Added to those before: a last batch of dropped samples only has no step of its own.

@@ -11,7 +11,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from harmony_core.algorithms.advantages import explained_variance
-from harmony_core.algorithms.arguments import keeps_settings
+from harmony_core.algorithms.arguments import check_loss_options, keeps_settings
 from harmony_core.algorithms.callbacks import RecipeCallback
 from harmony_core.algorithms.feeding import BatchFeed, Unusable, settle
 from harmony_core.algorithms.loop import StepLoop
@@ -19,7 +19,7 @@ from harmony_core.algorithms.rollout import Completion, Rollout, check_sizes, co
 from harmony_core.errors import UsageError
 from harmony_core.graders import BaseGrader
 from harmony_core.journal import phase
-from harmony_core.loggers import Logger, StdoutLogger
+from harmony_core.loggers import Logger, logger_of_training
 from harmony_core.mapping import async_map, get_minibatches
 from harmony_core.notifiers import StageNotifier, StdoutJobNotifier
 from harmony_core.rl_utils import discounted_cumulative_rewards, gae_advantages
@@ -93,7 +93,7 @@ class PPO:
             raise UsageError("PPO's value model needs a scalar head", hint="spawn it with into_scoring_model()")
         check_sizes(samples_per_batch, 1, samples_per_mini_batch, mini_epochs_per_batch)
         self.model, self.value_model, self.grader = model, value_model, grader
-        self.logger = logger or StdoutLogger()
+        self.logger = logger_of_training(logger)
         self.stage_notifier = stage_notifier or StdoutJobNotifier().stage_notifier("PPO Training")
         waiting = CombinedSchedule(lambda _: 0.0, CosineScheduler(lr_policy), value_only_fraction)
         self.lr_schedule_policy: Scheduler = lr_scheduler_policy or waiting
@@ -104,6 +104,7 @@ class PPO:
         self.gae_lambda, self.gae_gamma = gae_lambda, gae_gamma
         self.data_seed = data_seed
         self.loss_options = dict(loss_options or {})
+        check_loss_options(model.train_ppo, self.loss_options)
         self.feed = BatchFeed(prompts_of(dataset), samples_per_batch, epochs, data_seed, steps=max_num_ppo_steps)
         self.reference: InferenceModel | None = None
         models = {"policy": model, "value": value_model}
@@ -144,7 +145,7 @@ class PPO:
             return metrics
         metrics |= self._describe(batch.results)
         completions, advantages = [s.completion for s in batch.results], [fmean(s.advantages) for s in batch.results]
-        await self.rollout.show(completions, advantages, self.logger.step + 1, self.feed.completion)
+        await self.rollout.show(completions, advantages, self.loop.step, self.feed.completion)
         if self.lr_schedule_policy(self.feed.completion) > 0:
             metrics |= await self._train(batch.results, self._train_policy, self._step_policy)
         return metrics | await self._train(batch.results, self._train_value, self._step_value)

@@ -11,7 +11,7 @@ from harmony_core.algorithms.feeding import BatchFeed, Unusable, settle
 from harmony_core.algorithms.loop import StepLoop
 from harmony_core.errors import DataError, UsageError
 from harmony_core.journal import phase
-from harmony_core.loggers import Logger, StdoutLogger
+from harmony_core.loggers import Logger, logger_of_training
 from harmony_core.notifiers import StageNotifier, StdoutJobNotifier
 from harmony_core.schedulers import CosineScheduler, Scheduler
 from harmony_core.threads import StringThread
@@ -51,7 +51,7 @@ class RewardModelling:
             raise UsageError("RewardModelling needs a scalar head", hint="spawn the model with into_scoring_model()")
         _check(dataset)
         self.model = model
-        self.logger = logger or StdoutLogger()
+        self.logger = logger_of_training(logger)
         self.stage_notifier = job_notifier or StdoutJobNotifier().stage_notifier("Reward Model Training")
         self.lr_schedule: Scheduler = lr_scheduler or CosineScheduler(lr)
         self.max_grad_norm = max_grad_norm

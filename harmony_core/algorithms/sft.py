@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from harmony_core.algorithms.arguments import keeps_settings
@@ -12,33 +12,17 @@ from harmony_core.algorithms.callbacks import RecipeCallback
 from harmony_core.algorithms.feeding import BatchFeed, Unusable, settle
 from harmony_core.algorithms.loop import StepLoop
 from harmony_core.algorithms.showing import show_sample
-from harmony_core.errors import NothingToTrain
+from harmony_core.algorithms.tangents import Metrics, Scored, push_weights, score
 from harmony_core.journal import phase
-from harmony_core.loggers import Logger, StdoutLogger
+from harmony_core.loggers import Logger, logger_of_training
 from harmony_core.notifiers import StageNotifier, StdoutJobNotifier
 from harmony_core.schedulers import CosineScheduler, Scheduler
-from harmony_core.threads import StringThread, TokenizedThread
+from harmony_core.threads import StringThread
 
 if TYPE_CHECKING:
     from harmony_core.client import TrainingModel
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class _Scored:
-    """Sums over one sample's weighted tokens, before the step."""
-
-    logprob: float
-    weight: float
-
-
-@dataclass(frozen=True)
-class _Serialised:
-    thread: TokenizedThread
-    tokens: list[int]
-    patches: list[tuple[int, bytes]]
-    weights: list[float]
 
 
 class SFT:
@@ -76,7 +60,7 @@ class SFT:
         use_tangents: bool = False,
     ) -> None:
         self.model = model
-        self.logger = logger or StdoutLogger()
+        self.logger = logger_of_training(logger)
         self.stage_notifier = stage_notifier or StdoutJobNotifier().stage_notifier("SFT Training")
         self.lr_schedule: Scheduler = lr_scheduler or CosineScheduler(lr)
         self.max_grad_norm = max_grad_norm
@@ -114,10 +98,10 @@ class SFT:
                 metrics |= await self.model.optim_step(
                     lr, self.weight_decay, self.max_grad_norm, self.skip_nan_gradients
                 )
-        scored = [result for result in batch.results if result is not None]
-        if scored:
-            weight = sum(sample.weight for sample in scored)
-            metrics["policy/loss"] = -sum(sample.logprob for sample in scored) / weight
+        measured = [result for result in batch.results if result]
+        if measured:
+            weight = sum(sample["num_tokens"] for sample in measured)
+            metrics["policy/loss"] = -sum(sample["logprob"] for sample in measured) / weight
             metrics["policy/num_tokens"] = weight
         return metrics
 
@@ -134,33 +118,14 @@ class SFT:
         self._shown.add(tenth)
         trained = [thread for thread, x in zip(threads, outcomes, strict=True) if not isinstance(x, Unusable)]
         for thread in trained[:2]:
-            await show_sample(self.model, thread, self.logger.step + 1)
+            await show_sample(self.model, thread, self.loop.step)
 
-    async def _train_with_tangents(self, threads: Sequence[StringThread]) -> list[_Scored | Unusable]:
-        serialised = await settle(self._serialise, threads)
-        accepted = await settle(self._push, [sample for sample in serialised if isinstance(sample, _Serialised)])
-        scored = await settle(self._score, [sample for sample in accepted if isinstance(sample, _Serialised)])
-        refused = [sample for sample in (*serialised, *accepted) if not isinstance(sample, _Serialised)]
-        sound = [t for t, sample in zip(threads, serialised, strict=True) if isinstance(sample, _Serialised)]
-        await self._show(sound, accepted)
-        return [*scored, *refused]
-
-    async def _serialise(self, thread: StringThread) -> _Serialised:
-        tokenized = await self.model.tokenize_thread(thread)
-        tokens, patches, weights = await self.model.serialize_tokenized_thread(tokenized)
-        if not any(weight > 0 for weight in weights[1:]):
-            raise NothingToTrain("the sample has no weighted token")
-        return _Serialised(tokenized, tokens, patches, weights)
-
-    async def _push(self, sample: _Serialised) -> _Serialised:
-        tangents, targets = sample.weights[1:], sample.tokens[1:]
-        await self.model.train_tangents(sample.tokens[:-1], sample.patches, tangents, targets, sum(tangents))
-        return sample
-
-    async def _score(self, sample: _Serialised) -> _Scored:
-        logprobs = await self.model.logprobs_per_token(sample.thread)
-        weights = [weight for weight in sample.weights[1:] if weight > 0]
-        return _Scored(sum(w * x for w, x in zip(weights, logprobs, strict=True)), sum(weights))
+    async def _train_with_tangents(self, threads: Sequence[StringThread]) -> list[Metrics | Unusable]:
+        scored = await settle(partial(score, self.model), threads)
+        sound = [(thread, x) for thread, x in zip(threads, scored, strict=True) if isinstance(x, Scored)]
+        measured = await settle(partial(push_weights, self.model), [x for _, x in sound])
+        await self._show([thread for thread, _ in sound], measured)
+        return [*measured, *(refused for refused in scored if not isinstance(refused, Scored))]
 
 
 def _warn_about_weights(threads: Sequence[StringThread]) -> None:

@@ -77,7 +77,11 @@ async def train_sft_tangents(model: TrainingModel, thread: StringThread) -> Metr
 
     Metrics of the sample before the step: `logprob` and `num_tokens`, both weighted sums, and `loss`.
     """
-    scored = await score(model, thread)
+    return await push_weights(model, await score(model, thread))
+
+
+async def push_weights(model: TrainingModel, scored: Scored) -> Metrics:
+    """`train_sft_tangents` of a thread that is scored already."""
     weights = [weight for weight in scored.weights[1:] if weight > 0]
     await push(model, scored, weights, sum(weights))
     logprob = sum(weight * x for weight, x in zip(weights, scored.logprobs, strict=True))
@@ -91,21 +95,25 @@ def grpo_tangents(
     advantages: Sequence[float],
     clip_range: float,
     kl_beta: float,
+    use_sequence_lps: bool = False,
 ) -> tuple[list[float], Metrics]:
     """-dL/dlogprob of each token, for L = -min(rho A, clip(rho, 1 +- clip_range) A) + kl_beta k3.
 
     rho = exp(logprob - trajectory); k3 = exp(x) - x - 1 with x = reference - logprob (arXiv 2402.03300, eq. 3 and 4).
+    With `use_sequence_lps` all tokens have the ratio exp(mean(logprob - trajectory)): the tangents of `train_gspo`.
     Metrics are means over the tokens: `pg_clipfrac`, `inner_kl_div` = (logprob - trajectory)^2 / 2, `Dkl` = k3.
     """
     lengths = {len(logprobs), len(trajectory_logprobs), len(reference_logprobs), len(advantages)}
     if len(lengths) > 1:
         raise DataError(f"one log-prob, reference and advantage for each weighted token, not {sorted(lengths)}")
+    sequence = fmean(logprobs) - fmean(trajectory_logprobs)
     tangents, clipped, moved, divergence = [], [], [], []
     for now, then, reference, advantage in zip(
         logprobs, trajectory_logprobs, reference_logprobs, advantages, strict=True
     ):
-        ratio, towards = math.exp(now - then), math.exp(reference - now)
-        clip = abs(ratio - 1) > clip_range and advantage * (now - then) > 0
+        step = sequence if use_sequence_lps else now - then
+        ratio, towards = math.exp(step), math.exp(reference - now)
+        clip = abs(ratio - 1) > clip_range and advantage * step > 0
         tangents.append((0.0 if clip else advantage * ratio) - kl_beta * (1 - towards))
         clipped.append(float(clip))
         moved.append((now - then) ** 2 / 2)
@@ -121,11 +129,12 @@ async def train_grpo_tangents(
     advantages: Sequence[float],
     clip_range: float,
     kl_beta: float,
+    use_sequence_lps: bool = False,
 ) -> Metrics:
     """`grpo_tangents` of one sample, queued; a step divides by the number of weighted tokens. Returns its metrics."""
     scored = await score(model, sample)
     tangents, metrics = grpo_tangents(
-        scored.logprobs, trajectory_logprobs, ref_logprobs, advantages, clip_range, kl_beta
+        scored.logprobs, trajectory_logprobs, ref_logprobs, advantages, clip_range, kl_beta, use_sequence_lps
     )
     await push(model, scored, tangents, len(tangents))
     return metrics

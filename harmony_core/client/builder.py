@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -91,12 +92,18 @@ class ModelBuilder:
                 "its full weights cannot be trained",
                 hint="leave with_adapter(False) out, or name the base model",
             )
-        given = {"rank": rank, "alpha": alpha, "dropout": dropout, "targets": tuple(targets) if targets else None}
+        given = {"rank": rank, "alpha": alpha, "dropout": dropout, "targets": targets}
         lora = {name: value for name, value in given.items() if value is not None}
-        if lora.get("rank", 1) < 1:  # type: ignore[operator]
-            raise UsageError(f"the adapter's rank must be at least 1, not {rank}")
+        if rank is not None and (not isinstance(rank, int) or rank < 1):
+            raise UsageError(f"the adapter's rank must be a whole number, at least 1, not {rank!r}")
+        if alpha is not None and not 0 < alpha < math.inf:
+            raise UsageError(f"the adapter's alpha must be a finite number above 0, not {alpha}")
         if not 0 <= (dropout or 0) < 1:
             raise UsageError(f"the adapter's dropout must be at least 0 and below 1, not {dropout}")
+        if targets is not None:
+            if not targets or isinstance(targets, str):
+                raise UsageError(f'the adapter\'s targets are names of modules, ["q_proj", ...], not {targets!r}')
+            lora["targets"] = tuple(targets)
         if lora and self._version.format == "peft":
             raise ModelRefused(f"{self._version.ref} is an adapter already: its {' and '.join(lora)} cannot be set")
         settings = LoraSettings(**{**_as_dict(self._settings.lora), **lora})

@@ -33,7 +33,7 @@ def named(loss: Callable[..., Any], recipe: RecipeFile | None) -> CustomLoss:
     if recipe is None:
         raise UsageError(
             f"this client was started without a recipe, so ranks cannot import {name}",
-            hint="use `adaptive run recipe.py`, or train_tangents",
+            hint="use `adaptive run recipe.py`, get_client(recipe=FILE), or train_tangents",
         )
     file = getattr(module, "__file__", None)
     if file is None or Path(file).resolve() != recipe.path:

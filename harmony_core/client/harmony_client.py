@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
+import os
 import tempfile
 import uuid
 from pathlib import Path
@@ -13,8 +14,9 @@ from typing import Any
 from harmony_core.client.builder import BuilderSettings, ModelBuilder
 from harmony_core.client.engine import Engine, EngineOptions, EventSink
 from harmony_core.client.storage import SCHEME
-from harmony_core.errors import HarmonyError, UsageError
+from harmony_core.errors import HarmonyError, NotFoundError, UsageError
 from harmony_core.home import Home
+from harmony_core.recipe_file import RecipeFile
 from harmony_core.registry import Registry
 
 
@@ -113,21 +115,32 @@ async def get_client(
     name: str | None = None,
     *,
     deterministic: bool = False,
+    recipe: str | os.PathLike[str] | None = None,
 ) -> HarmonyClient:
     """A local engine with its own ranks, for notebooks and scripts: the client that a recipe has as `ctx.client`.
 
     `num_gpus` is the number of ranks (default: every visible CUDA device, else 1). With `deterministic` sampled and
-    trained log-probs are equal bit for bit (CPU only; raises ResourceError elsewhere). The other arguments address a
+    trained log-probs are equal bit for bit (CPU only; raises ResourceError elsewhere). `recipe`: the Python file whose
+    functions `train_custom` takes as losses; raises NotFoundError if it is not there. The other arguments address a
     remote service and are taken for compatibility; an address is answered with one line that the engine runs here.
     """
     from harmony_core.notifiers import say
+
+    if recipe is not None and not Path(recipe).is_file():
+        raise NotFoundError(f"there is no file {recipe}", hint="give the file in which the losses are")
 
     if addr:
         say(f"{addr}: there is no remote service; the engine runs on this machine")
     home = Home.open()
     log_dir = Path(tempfile.mkdtemp(prefix="adaptive-logs-"))
     run_id = job_id or f"session-{uuid.uuid4().hex[:12]}"
-    options = EngineOptions(log_dir=log_dir, run_id=run_id, num_processes=num_gpus or None, deterministic=deterministic)
+    options = EngineOptions(
+        log_dir=log_dir,
+        run_id=run_id,
+        num_processes=num_gpus or None,
+        deterministic=deterministic,
+        recipe=None if recipe is None else RecipeFile.of(Path(recipe)),
+    )
     client = HarmonyClient.start(options, Registry(home), lambda kind, data, rank: None)
     atexit.register(_remove_logs, log_dir)
     return client

@@ -81,23 +81,23 @@ class InferenceModel:
             raise UsageError(f"temperature must be 0 or more, not {temperature}")
         return self._with(temperature=float(temperature))
 
-    def top_p(self, p: float) -> Self:
-        """A copy that samples from the smallest set of tokens with probability `p`."""
-        if not 0 < p <= 1:
-            raise UsageError(f"top_p must be above 0 and at most 1, not {p}")
-        return self._with(top_p=float(p))
+    def top_p(self, top_p: float) -> Self:
+        """A copy that samples from the smallest set of tokens with this probability."""
+        if not 0 < top_p <= 1:
+            raise UsageError(f"top_p must be above 0 and at most 1, not {top_p}")
+        return self._with(top_p=float(top_p))
 
-    def max_gen_len(self, n: int) -> Self:
-        """A copy that generates at most `n` tokens (never more than `tokens_to_generate`)."""
-        if n < 1:
-            raise UsageError(f"max_gen_len must be at least 1, not {n}")
-        return self._with(max_gen_len=int(n))
+    def max_gen_len(self, max_num_tokens: int) -> Self:
+        """A copy that generates at most so many tokens (never more than `tokens_to_generate`)."""
+        if max_num_tokens < 1:
+            raise UsageError(f"max_gen_len must be at least 1, not {max_num_tokens}")
+        return self._with(max_gen_len=int(max_num_tokens))
 
-    def min_gen_len(self, n: int) -> Self:
-        """A copy that does not stop before `n` tokens."""
-        if n < 0:
-            raise UsageError(f"min_gen_len must be 0 or more, not {n}")
-        return self._with(min_gen_len=int(n))
+    def min_gen_len(self, min_num_tokens: int) -> Self:
+        """A copy that does not stop before so many tokens."""
+        if min_num_tokens < 0:
+            raise UsageError(f"min_gen_len must be 0 or more, not {min_num_tokens}")
+        return self._with(min_gen_len=int(min_num_tokens))
 
     def is_scalar(self) -> bool:
         """Whether the model has a scalar head in place of its language-model head."""
@@ -317,13 +317,13 @@ class InferenceModel:
         """As `serialize_thread`, from tokens."""
         return list(thread.token_ids), [], list(thread.token_weights)
 
-    async def tokenize(self, text: str) -> list[int]:
+    async def tokenize(self, data: str) -> list[int]:
         """Token ids of plain text; no template, no special tokens added."""
-        return self._live.tokenizer.encode(text)
+        return self._live.tokenizer.encode(data)
 
-    async def detokenize(self, tokens: Sequence[int]) -> str:
+    async def detokenize(self, data: Sequence[int]) -> str:
         """Text of token ids."""
-        return self._live.tokenizer.decode(list(tokens))
+        return self._live.tokenizer.decode(list(data))
 
     async def raw_string_create(self, prompt: str) -> str:
         """Continue plain text, without a chat template."""

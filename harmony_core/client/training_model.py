@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Coroutine
 from typing import Any
 
 from harmony_core.client.inference_model import InferenceModel
+from harmony_core.client.losses import setting
 from harmony_core.client.storage import ModelState, save_live
 from harmony_core.client.value_training import ValueTaker
 from harmony_core.errors import HarmonyError, UsageError
@@ -37,29 +39,17 @@ class TrainingModel(ValueTaker):
         `normalise`: "mean" divides by the step's denominator, "sum" by nothing. Cancelling the caller does not
         stop the step. Raises StepFailed when a sample failed on a rank, NothingToTrain, UsageError for mixed units,
         EngineError for gradients that are not finite (unless `skip_nan_gradients`). In each case the accumulated
-        gradients are gone and the weights unchanged.
+        gradients are gone and the weights unchanged. UsageError for an argument leaves the step as it was, to be taken.
         """
         live = self._live
         live.require_ranks()
-        if normalise not in ("mean", "sum"):
-            raise UsageError(f'normalise must be "mean" or "sum", not {normalise!r}')
+        # Before the step is closed: a refusal on the ranks would leave its gradients to the next one.
+        message = _step_message(live.name, lr, wd, max_grad_norm, skip_nan_gradients, normalise, betas, eps)
         samples = live.pending.samples
         try:
-            denominator = live.close_step(normalise)
+            message.denominator = live.close_step(normalise)
         except HarmonyError as error:
             return self._abandon(error)
-        message = OptimStep(
-            model=live.name,
-            lr=float(lr),
-            weight_decay=float(wd),
-            max_grad_norm=float(max_grad_norm),
-            skip_nan=skip_nan_gradients,
-            normalise=normalise,
-            denominator=denominator,
-            beta1=betas[0],
-            beta2=betas[1],
-            eps=eps,
-        )
         posted = live.engine.post_global(message)
         live.follow_step(posted)
         return self._finish_step(posted, samples)
@@ -118,3 +108,35 @@ class TrainingModel(ValueTaker):
     def state(self) -> ModelState:
         """The weights, the optimizer's state and the counters, to be written into a checkpoint and taken back."""
         return ModelState(self._live)
+
+
+def _step_message(
+    model: str,
+    lr: float,
+    wd: float,
+    max_grad_norm: float,
+    skip_nan: bool,
+    normalise: str,
+    betas: tuple[float, float],
+    eps: float,
+) -> OptimStep:
+    """A step whose denominator is not known yet. Raises UsageError for numbers that would destroy the weights."""
+    if normalise not in ("mean", "sum"):
+        raise UsageError(f'normalise must be "mean" or "sum", not {normalise!r}')
+    if not max_grad_norm > 0:
+        raise UsageError(f"max_grad_norm must be above 0, not {max_grad_norm}", hint="inf does not clip")
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise UsageError(f"betas must be two numbers, at least 0 and below 1, not {betas}")
+    if not 0 < eps < math.inf:
+        raise UsageError(f"eps must be a finite number above 0, not {eps}")
+    return OptimStep(
+        model=model,
+        lr=setting("lr", lr),
+        weight_decay=setting("wd", wd),
+        max_grad_norm=float(max_grad_norm),
+        skip_nan=skip_nan,
+        normalise=normalise,
+        beta1=float(betas[0]),
+        beta2=float(betas[1]),
+        eps=float(eps),
+    )

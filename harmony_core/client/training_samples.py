@@ -73,8 +73,8 @@ class SampleTaker(InferenceModel):
             nonzero = sum(1 for t in tangents if t != 0)
             if nonzero == 0 and denominator is None:
                 raise NothingToTrain("all tangents are zero", hint="leave the sample out, or give a denominator")
-            if denominator is not None and denominator < 0:
-                raise DataError(f"denominator must be 0 or more, not {denominator}")
+            if denominator is not None and not 0 <= denominator < math.inf:
+                raise DataError(f"denominator must be a finite number, 0 or more, not {denominator}")
             recorded = None if sampler_logprobs is None else [float(x) for x in sampler_logprobs]
             if recorded is not None and len(recorded) != len(tgt_tokens):
                 raise DataError(f"{len(recorded)} sampler_logprobs for {len(tgt_tokens)} tgt_tokens")

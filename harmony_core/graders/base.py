@@ -6,6 +6,7 @@ Knows nothing of training: a training class, a callback or a recipe asks for a s
 from __future__ import annotations
 
 import inspect
+import math
 import statistics
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Sequence
@@ -57,13 +58,13 @@ class BaseGrader(ABC, Generic[LogT]):
         self._logs.append(log_data)
 
     def get_logs(self, clear: bool = False, log_all_samples: bool = False) -> dict[str, float | Table]:
-        """`score/mean, std, min, max, count` over entries that have a "score"; nothing when there is none.
+        """`score/mean, std, min, max, count` over entries with a finite "score"; nothing when there is none.
 
         `score/std` is the sample standard deviation, 0 for a single score. `log_all_samples` is for graders that add
         tables of samples.
         """
         entries = [entry for entry in self._logs if isinstance(entry, dict)]
-        scores = [float(entry["score"]) for entry in entries if "score" in entry]
+        scores = [score for entry in entries if "score" in entry and math.isfinite(score := float(entry["score"]))]
         if clear:
             self.clear_logs()
         if not scores:

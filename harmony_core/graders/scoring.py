@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from harmony_core.errors import EngineError, GradeFailed, IgnoreGradeException
+from harmony_core.frames import place_of, summary
 from harmony_core.graders.base import BaseGrader
 from harmony_core.threads import StringThread
 
@@ -17,12 +18,13 @@ async def score_or_refuse(grader: BaseGrader[Any], sample: StringThread) -> floa
     is no finite number, EngineError as it is.
     """
     try:
-        score = await grader.score_float_value(sample)
+        score = float(await grader.score_float_value(sample))
     except (EngineError, IgnoreGradeException):
         raise
     except Exception as error:  # a grader is foreign code: its failure is its sample's
-        what = f"{type(error).__name__}: {error}"
+        place = place_of(error)
+        what = summary(error) + (f" ({place})" if place else "")
         raise GradeFailed(f"grader {grader.grader_key!r} raised {what}", grader=grader.grader_key) from error
     if not math.isfinite(score):
         raise GradeFailed(f"grader {grader.grader_key!r} gave the score {score}", grader=grader.grader_key)
-    return float(score)
+    return score

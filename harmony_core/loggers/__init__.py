@@ -1,7 +1,7 @@
 """Metric loggers behind one interface."""
 
 from harmony_core.loggers.base import Logger, Metrics
-from harmony_core.loggers.choose import get_prod_logger
+from harmony_core.loggers.choose import get_prod_logger, logger_of_training
 from harmony_core.loggers.composite import CompositeLogger
 from harmony_core.loggers.events import EventLogger
 from harmony_core.loggers.jsonl import JSONLLogger
@@ -21,4 +21,5 @@ __all__ = [
     "TBMetricsLogger",
     "WandbLogger",
     "get_prod_logger",
+    "logger_of_training",
 ]

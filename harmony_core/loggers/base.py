@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
@@ -11,8 +10,15 @@ from harmony_core.logging_table import Table
 Metrics: TypeAlias = Mapping[str, "str | int | float | Table"]
 
 
-class Logger(ABC):
-    """One call records the metrics of one step. The step's number is the logger's own count and survives a resume."""
+class Logger:
+    """One call records the metrics of one step. The step's number is the logger's own count and survives a resume.
+
+    Subclasses write `record`, or `__call__` in its place, which then counts its own steps or none.
+    """
+
+    step: int = 0
+    writes_events: bool = False
+    """Whether metrics become events of a run, which its report is made of."""
 
     def __init__(self) -> None:
         self.step = 0
@@ -22,11 +28,11 @@ class Logger(ABC):
         self.record(self.step, metrics)
         self.step += 1
 
-    @abstractmethod
     def record(self, step: int, metrics: Metrics) -> None:
         """Write the metrics of step number `step`."""
+        raise NotImplementedError(f"{type(self).__name__} has neither record(step, metrics) nor __call__(metrics)")
 
-    def log_config(self, config: dict[str, Any]) -> None:  # noqa: B027 - not every logger has a place for it
+    def log_config(self, config: dict[str, Any]) -> None:
         """Record what the run was configured with."""
 
     @staticmethod
@@ -47,5 +53,5 @@ class Logger(ABC):
         """Where people can watch the metrics."""
         return None
 
-    def close(self) -> None:  # noqa: B027 - not every logger holds something open
+    def close(self) -> None:
         """Write what is still held back."""

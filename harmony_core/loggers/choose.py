@@ -6,6 +6,7 @@ import logging
 import os
 from typing import TYPE_CHECKING
 
+from harmony_core.journal import event_writer
 from harmony_core.loggers import mlflow, tensorboard, wandb
 from harmony_core.loggers.base import Logger
 from harmony_core.loggers.composite import CompositeLogger
@@ -36,6 +37,13 @@ def get_prod_logger(ctx: RecipeContext | None = None) -> Logger:
     if service is not None:
         lines = CompositeLogger(lines, service)
     return lines if ctx is None else CompositeLogger(EventLogger(ctx.run.events.write), lines)
+
+
+def logger_of_training(logger: Logger | None) -> Logger:
+    """A training class's logger: the given one, else lines on stderr, and in a run its events, for the report."""
+    logger = logger or StdoutLogger()
+    write = event_writer()
+    return logger if write is None or logger.writes_events else CompositeLogger(logger, EventLogger(write))
 
 
 def _service(ctx: RecipeContext | None) -> Logger | None:

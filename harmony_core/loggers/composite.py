@@ -21,6 +21,7 @@ class CompositeLogger(Logger):
         super().__init__()
         self.main_logger = main_logger
         self.second_logger = second_logger
+        self.writes_events = main_logger.writes_events or second_logger.writes_events
         self._told = False
 
     def _try_second(self, call: Callable[[], None]) -> None:

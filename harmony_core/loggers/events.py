@@ -12,6 +12,8 @@ from harmony_core.notifiers import EventWriter
 class EventLogger(Logger):
     """One `metrics` event for each step; `write` appends an event."""
 
+    writes_events = True
+
     def __init__(self, write: EventWriter) -> None:
         super().__init__()
         self._write = write

@@ -8,6 +8,7 @@ import pytest
 
 from engines import LiveEngine
 from harmony_core.algorithms import GRPO, GSPO
+from harmony_core.errors import UsageError
 from harmony_core.graders import BaseGrader
 from harmony_core.loggers import EventLogger
 from harmony_core.threads import StringThread
@@ -60,6 +61,18 @@ def test_tangents_and_the_native_loss_take_the_same_steps(one_rank: LiveEngine) 
             # Log-probs come to the driver in float32.
             assert b[name] == pytest.approx(a[name], rel=1e-6), name
         assert b["policy/pg_clipfrac"] == pytest.approx(a["pg_clipfrac"], abs=0.02)
+
+
+def test_options_of_the_loss_reach_it(one_rank: LiveEngine) -> None:
+    options: dict[str, Any] = {"clip_range_high": 0.3, "dual_clip": 3.0, "importance_cap": 2.0, "entropy_bonus": 0.01}
+    (step,) = one_rank.run(trained(one_rank, "options", max_num_grpo_steps=1, loss_options=options))
+    assert 1.0 < step["entropy"] < 10.0
+    sequence = {"normalise": "sequence", "entropy_bonus": 0.01}
+    (step,) = one_rank.run(trained(one_rank, "options", GSPO, max_num_gspo_steps=1, loss_options=sequence))
+    assert 1.0 < step["entropy"] < 10.0
+    with pytest.raises(UsageError, match="loss_options: train_gspo takes no 'clip_range_high'") as caught:
+        one_rank.run(trained(one_rank, "options", GSPO, max_num_gspo_steps=1, loss_options=options))
+    assert "dual_clip" in caught.value.hint
 
 
 def test_gspo_raises_the_reward_over_several_steps_a_batch(one_rank: LiveEngine) -> None:

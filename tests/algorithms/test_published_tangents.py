@@ -12,7 +12,7 @@ from harmony_core.errors import NothingToTrain
 
 
 async def compared(engine: LiveEngine) -> list[tuple[dict[str, float], dict[str, float], dict[str, float]]]:
-    """For SFT, GRPO and DPO: metrics of the tangents, of their step, and of the step of the model's own loss."""
+    """For SFT, GRPO, GSPO and DPO: metrics of the tangents, of their step, and of the step of the model's own loss."""
     builder = engine.client.model("builtin:tiny-lm", kv_cache_len=512, tokens_to_generate=8).dtype("float64")
     model = await builder.spawn_train("tangents", max_batch_size=256)
 
@@ -35,6 +35,11 @@ async def compared(engine: LiveEngine) -> list[tuple[dict[str, float], dict[str,
     await model.train_grpo(*arguments)
     found.append((metrics, tangents, await step()))
 
+    metrics = await train_grpo_tangents(model, *arguments[:3], [-1.5] * len(then), 0.1, 0.04, True)
+    tangents = await step()
+    await model.train_gspo(*arguments[:3], [-1.5], 0.1, 0.1, 0.04)
+    found.append((metrics, tangents, await step()))
+
     metrics = await train_dpo_tangents(model, thread, other, -15.0, -28.0, 0.2)
     tangents = await step()
     await model.train_dpo(thread, other, -15.0, -28.0, 0.2)
@@ -46,12 +51,13 @@ async def compared(engine: LiveEngine) -> list[tuple[dict[str, float], dict[str,
 
 
 def test_each_is_the_step_of_the_models_own_loss(one_rank: LiveEngine) -> None:
-    sft, grpo, dpo = one_rank.run(compared(one_rank))
-    for _, tangents, native in (sft, grpo, dpo):
+    sft, grpo, gspo, dpo = one_rank.run(compared(one_rank))
+    for _, tangents, native in (sft, grpo, gspo, dpo):
         assert tangents["grad_norm"] == pytest.approx(native["grad_norm"], rel=1e-6)
         assert tangents["grad_norm"] > 0
     assert sft[0]["loss"] == pytest.approx(sft[2]["loss"], rel=1e-6)
     assert sft[0]["num_tokens"] == sft[2]["num_tokens"] == 4
     assert grpo[0]["pg_clipfrac"] == grpo[2]["pg_clipfrac"] == 1.0
     assert grpo[0]["Dkl"] == pytest.approx(grpo[2]["Dkl"], rel=1e-5)
+    assert gspo[0]["pg_clipfrac"] == gspo[2]["pg_clipfrac"] == 0.0
     assert dpo[0]["loss"] == pytest.approx(dpo[2]["loss"], rel=1e-6)

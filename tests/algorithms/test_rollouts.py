@@ -13,7 +13,7 @@ from harmony_core.algorithms import GRPO, GSPO
 from harmony_core.datasets import DataSet
 from harmony_core.errors import DataError, IgnoreGradeException, RankDied, TooManyFailures, UsageError
 from harmony_core.journal import kept
-from harmony_core.loggers import EventLogger
+from harmony_core.loggers import EventLogger, StdoutLogger
 from harmony_core.schedulers import CosineScheduler
 from harmony_core.threads import StringThread
 
@@ -236,6 +236,7 @@ def test_each_completion_has_metadata_of_its_own() -> None:
         ({"epochs": 1, "mini_epochs_per_batch": 0}, "mini_epochs_per_batch"),
         ({"epochs": 1, "checkpoint_restore_data": {}}, "not that of a resumed run"),
         ({"epochs": 1, "checkpoint_frequency": 0}, "checkpoint_frequency"),
+        ({"epochs": 1, "loss_options": {"clip_higher": 0.3}}, "takes no 'clip_higher'"),
         ({"epochs": 1, "use_tangents": True, "loss_options": {"dual_clip": 3.0}}, "loss_options"),
     ],
 )
@@ -262,3 +263,22 @@ def test_the_runs_report_is_told_phases_samples_and_drops() -> None:
     role, pieces = samples[0]["turns"][1]["role"], samples[0]["turns"][1]["pieces"]
     assert role == "assistant" and len(pieces) == samples[0]["reward"]
     assert pieces[0] == ["x", 1.0, -0.1], "a token, its weight, its log-prob"
+
+
+def test_any_logger_s_metrics_reach_the_run_s_report_once() -> None:
+    """Also those of a logger that knows nothing of runs, and of none given."""
+    found = []
+    for logger in (None, StdoutLogger(), "events"):
+        events: list[tuple[str, dict[str, Any]]] = []
+
+        def write(type: str, data: dict[str, Any], events: list[tuple[str, dict[str, Any]]] = events) -> None:
+            events.append((type, data))
+
+        with kept(write):
+            given = EventLogger(write) if isinstance(logger, str) else logger
+            policy, grader = FakeModel().as_model(), length_grader()
+            asyncio.run(GRPO(prompts(8), policy, grader, given, epochs=1, **SMALL).run())
+        found.append([(type, data) for type, data in events if type.startswith("metrics")])
+    assert [type for type, _ in found[0]] == ["metrics.config", "metrics", "metrics"]
+    assert found[0] == found[1] == found[2]
+    assert found[0][2][1]["step"] == 2 and found[0][2][1]["metrics"]["loss"] == 1.0

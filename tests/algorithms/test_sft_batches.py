@@ -167,6 +167,27 @@ def test_callbacks_run_at_the_beginning_and_with_the_steps() -> None:
     assert "loss" in run.metrics[2]
 
 
+def test_a_callback_of_an_earlier_stage_runs_again() -> None:
+    class Half(RecipeCallback):
+        async def callback(self, current_percentage: float) -> dict[str, Any]:
+            return {"at": current_percentage}
+
+    half = Half(0.5)
+    for _ in range(2):
+        run = Run(texts(8), samples_per_batch=2, callbacks=[half])
+        run.go()
+        assert [metrics["at"] for metrics in run.metrics if "at" in metrics] == [0.0, 0.5, 1.0]
+
+
+def test_a_batch_of_one_sample_may_replace_it() -> None:
+    run = Run(texts(10, {2, 7}), samples_per_batch=1)
+    run.go()
+    assert [size for size, _ in run.model.steps] == [1] * 8
+    for few in (1, 2):
+        with pytest.raises(TooManyFailures, match=f"{few} samples dropped in a batch of 1"):
+            Run(texts(few, set(range(few))), samples_per_batch=1).go()
+
+
 def test_weights_that_are_probably_not_meant_are_named(caplog: pytest.LogCaptureFixture) -> None:
     model = Recorder()
     threads = [StringThread([("user", "q")]), StringThread([("user", "q"), ("assistant", "a")])]

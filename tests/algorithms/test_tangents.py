@@ -50,6 +50,25 @@ def test_grpo_tangents_are_the_loss_s_slope(seed: int) -> None:
     assert metrics["inner_kl_div"] == pytest.approx(sum((a - b) ** 2 for a, b in zip(now, then, strict=True)) / 2 / n)
 
 
+@pytest.mark.parametrize(("shift", "advantage"), [(0.02, 1.5), (0.3, 1.5), (0.3, -1.5), (-0.3, -1.5), (-0.3, 1.5)])
+def test_tangents_of_a_sequence_s_ratio_are_the_loss_s_slope(shift: float, advantage: float) -> None:
+    """Of T times the published loss, so that a token weighs as much as with ratios of its own."""
+    rng = random.Random(3)
+    n, eps, beta = 12, 0.1, 0.3
+    now = [rng.uniform(-3, 0) for _ in range(n)]
+    then = [x - shift + rng.gauss(0, 0.05) for x in now]
+    ref = [x + rng.gauss(0, 0.5) for x in now]
+
+    def loss(x: list[float]) -> float:
+        ratio = math.exp(sum(a - b for a, b in zip(x, then, strict=True)) / n)
+        surrogate = min(ratio * advantage, min(max(ratio, 1 - eps), 1 + eps) * advantage)
+        return -n * surrogate + beta * sum(math.exp(r - a) - (r - a) - 1 for a, r in zip(x, ref, strict=True))
+
+    tangents, metrics = grpo_tangents(now, then, ref, [advantage] * n, eps, beta, use_sequence_lps=True)
+    assert tangents == pytest.approx([-slope for slope in slopes(loss, now)], abs=1e-6)
+    assert metrics["pg_clipfrac"] == float(shift * advantage > 0 and abs(shift) > 0.1)
+
+
 def test_grpo_tangents_by_hand() -> None:
     # On policy the ratio is 1: the tangent is the advantage. Off policy and clipped: only the divergence is left.
     up = math.log(1.5)

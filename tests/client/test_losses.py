@@ -255,6 +255,28 @@ def test_the_samplers_logprobs_are_the_trainers(one_rank: LiveEngine) -> None:
     one_rank.run(work())
 
 
+def test_a_ratio_with_the_trainers_own_logprobs_is_one(one_rank: LiveEngine) -> None:
+    """Exactly, for every loss with a ratio: a clip of 0 takes nothing away, and the loss is minus the advantages."""
+
+    async def work() -> None:
+        model = await spawn(one_rank, "ratio", 256)
+        data = await rollouts(model)
+        for r in data:
+            await model.train_ppo(r.thread, r.logprobs, r.advantages, 0.0)
+        token = await still(model, [])
+        tokens = [a for r in data for a in r.advantages]
+        for r in data:
+            await model.train_gspo(r.thread, r.logprobs, r.logprobs, [r.advantage], 0.0, 0.0, 0.0)
+        sequence = await still(model, [])
+        sums = [r.advantage for r in data for _ in r.logprobs]
+        for found, advantages in ((token, tokens), (sequence, sums)):
+            assert (found["inner_kl_div"], found["pg_clipfrac"]) == (0.0, 0.0)
+            assert found["loss"] == pytest.approx(-sum(advantages) / len(advantages), rel=1e-14)
+        await model.dealloc()
+
+    one_rank.run(work())
+
+
 def test_no_advantage_and_no_weight_give_no_gradient(one_rank: LiveEngine) -> None:
     async def work() -> None:
         model = await spawn(one_rank, "zero", 256)

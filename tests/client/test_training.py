@@ -130,6 +130,31 @@ def test_adapters_share_the_base_and_a_clone_does_not_follow(one_rank: LiveEngin
     one_rank.run(work())
 
 
+def test_the_settings_of_an_adapter_reach_the_ranks(one_rank: LiveEngine) -> None:
+    async def work() -> None:
+        builder = one_rank.client.model(TINY, kv_cache_len=1024)
+        since, moved = len(one_rank.events), []
+        for alpha in (2.0, 4.0):
+            model = await builder.with_adapter(rank=2, alpha=alpha, targets=["q_proj"]).spawn_train("set", 256)
+            # B is zero: the first step moves it alone, and what it moves is scaled by alpha / rank.
+            await train(model, pairs(4), lr=1e-3)
+            thread = pair("say 1", "bb1")
+            moved.append(await model.logprobs(thread))
+            await model.dealloc()
+        plain = await builder.spawn_inference("plain")
+        base = await plain.logprobs(thread)
+        await plain.dealloc()
+        held, _ = one_rank.seen("spawn", since, model="set")[0]
+        assert held["trainable_parameters"] == 3 * 2 * (96 + 96), "layers, rank, and the width in and out of q_proj"
+        assert moved[1] - base == pytest.approx(2 * (moved[0] - base), rel=0.1) != 0
+        bad: list[dict[str, Any]] = [{"rank": 0}, {"rank": 1.5}, {"alpha": 0.0}, {"alpha": math.nan}, {"dropout": 1.0}]
+        for settings in (*bad, {"targets": []}, {"targets": "q_proj"}):
+            with pytest.raises(UsageError, match=f"the adapter's {next(iter(settings))}"):
+                builder.with_adapter(**settings)
+
+    one_rank.run(work())
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 3e-4), ("float64", 1e-8)])
 @pytest.mark.parametrize("adapter", [False, True])
 def test_curves_agree_on_one_rank_and_two(
@@ -241,6 +266,33 @@ def test_two_units_in_one_step_are_refused_unless_summed(one_rank: LiveEngine) -
                     await model.optim_step(1e-3, 0.0, 1.0, normalise=normalise)
             else:
                 assert (await model.optim_step(1e-3, 0.0, 1.0, normalise=normalise))["step"] == 1
+        await model.dealloc()
+
+    one_rank.run(work())
+
+
+def test_a_step_with_a_bad_argument_can_still_be_taken(one_rank: LiveEngine) -> None:
+    """Nothing of it is lost, and nothing of it is left for the next one."""
+
+    async def work() -> None:
+        model = await spawn_train(one_rank, "argued")
+        for thread in pairs(3):
+            await model.train_language_modelling(thread)
+        bad: list[dict[str, Any]] = [
+            *({"lr": lr} for lr in (math.nan, -1.0)),
+            *({"betas": betas} for betas in ((1.0, 0.9), (0.9,), (-0.1, 0.9))),
+            *({"eps": eps} for eps in (0.0, -1.0, math.inf)),
+            *({"wd": math.inf}, {"max_grad_norm": 0.0}, {"max_grad_norm": math.nan}, {"normalise": "none"}),
+        ]
+        for arguments in bad:
+            with pytest.raises(UsageError, match=next(iter(arguments))):
+                await model.optim_step(**{"lr": 1e-3, "wd": 0.0, "max_grad_norm": 1.0, **arguments})
+        found = await model.optim_step(0.0, 0.0, 1.0)
+        for thread in pairs(3):
+            await model.train_language_modelling(thread)
+        again = await model.optim_step(0.0, 0.0, 1.0)
+        assert found["num_samples"] == again["num_samples"] == 3
+        assert found["grad_norm"] == pytest.approx(again["grad_norm"], rel=1e-6)
         await model.dealloc()
 
     one_rank.run(work())

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from typing import Any
 
 import pytest
@@ -23,6 +24,10 @@ class Length(BaseGrader[dict[str, Any]]):
             raise IgnoreGradeException
         if answer == "die":
             raise RankDied("rank 0 is gone")
+        if answer == "no number":
+            grade = Grade(1.0, self.grader_key)
+            grade.value = None  # type: ignore[assignment]
+            return grade
         value = float("nan") if answer == "nan" else len(answer) / (answer != "broken")
         self.add_log({"score": value})
         return Grade(value, self.grader_key, reasoning="its length")
@@ -36,6 +41,9 @@ def test_a_grade_is_a_mutable_record_of_a_float() -> None:
     assert grade == Grade(1.0, "key", "because")
     with pytest.raises(TypeError):
         Grade(1.0, "key", reason="because")  # type: ignore[call-arg]
+
+
+STATISTICS_OF_A_FOUR = {"mean": 4.0, "std": 0.0, "min": 4.0, "max": 4.0, "count": 1.0}
 
 
 def test_statistics_of_the_logs() -> None:
@@ -58,7 +66,9 @@ def test_statistics_of_the_logs() -> None:
     }
     assert grader.get_logs() == {}
     grader.add_log({"score": 4})
-    assert grader.get_logs()["score/std"] == 0.0
+    for failed in (float("nan"), float("inf")):
+        grader.add_log({"score": failed})
+    assert grader.get_logs() == {f"score/{name}": value for name, value in STATISTICS_OF_A_FOUR.items()}
 
 
 def test_a_function_is_a_grader_whether_or_not_it_is_a_coroutine() -> None:
@@ -82,7 +92,9 @@ def test_every_failure_is_a_counted_reason() -> None:
 
     assert asyncio.run(score_or_refuse(grader, thread("four"))) == 4.0
     assert reason("ignore") == "grade_ignored: the grader ignores this sample"
-    assert reason("broken") == "grade_failed: grader 'length' raised ZeroDivisionError: division by zero"
+    assert reason("broken").startswith("grade_failed: grader 'length' raised ZeroDivisionError: division by zero (")
+    assert re.search(r"test_graders\.py:\d+\)$", reason("broken")), "where, since a run shows no more of it"
+    assert "TypeError" in reason("no number")
     assert reason("nan") == "grade_failed: grader 'length' gave the score nan"
     with pytest.raises(RankDied):
         asyncio.run(score_or_refuse(grader, thread("die")))

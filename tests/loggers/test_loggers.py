@@ -53,6 +53,23 @@ def nothing_is_set_up(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
+def test_a_logger_may_write_the_documented_call_in_place_of_record() -> None:
+    class Own(Logger):
+        def __init__(self) -> None:
+            self.seen: list[Metrics] = []
+
+        def __call__(self, metrics: Metrics) -> None:
+            self.seen.append(metrics)
+
+    own = Own()
+    for logger in (own, CompositeLogger(own, Memory())):
+        logger({"loss": 1.0})
+        logger.set_state(logger.get_state())
+    assert own.seen == [{"loss": 1.0}] * 2
+    with pytest.raises(NotImplementedError, match=r"Logger has neither record\(step, metrics\) nor __call__"):
+        Logger()({})
+
+
 def test_lines_for_people_go_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
     logger = StdoutLogger()
     logger.log_config({"lr": 1e-3})

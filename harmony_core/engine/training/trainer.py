@@ -31,7 +31,7 @@ from harmony_core.engine.training.losses.table import evaluate, evaluate_all
 from harmony_core.engine.training.losses.terms import wants_entropies
 from harmony_core.engine.training.optimizer import AdamW
 from harmony_core.engine.training.packing import PackedBatch, unpack
-from harmony_core.errors import EngineError, InternalError, NothingToTrain, StepFailed, UsageError
+from harmony_core.errors import EngineError, NothingToTrain, StepFailed, UsageError
 from harmony_core.rpc.protocol import MicroBatch, MicroBatchDone, OptimStep
 
 if TYPE_CHECKING:
@@ -128,7 +128,6 @@ class Trainer:
         started = time.perf_counter()
         if self._failed:
             raise StepFailed(f"step {self.step + 1} of {request.model!r} cannot be taken: a micro-batch failed")
-        _check(request)
         with self._cleared_afterwards():
             self.gradients.check_attached()
             # Once they are summed, every rank has what one of them computed.
@@ -338,21 +337,3 @@ class Trainer:
             if group is not None:
                 dist.all_reduce(place, dist.ReduceOp.MIN, group=group)
         return int(place.item())
-
-
-def _check(request: OptimStep) -> None:
-    """Refuse numbers that would destroy the weights; the same on every rank, before any collective."""
-    limits = {
-        "lr": math.isfinite(request.lr) and request.lr >= 0,
-        "weight_decay": math.isfinite(request.weight_decay) and request.weight_decay >= 0,
-        "max_grad_norm": request.max_grad_norm > 0,
-        "denominator": math.isfinite(request.denominator) and request.denominator >= 0,
-    }
-    for name, good in limits.items():
-        if not good:
-            raise UsageError(
-                f"optim_step got {name}={getattr(request, name)}",
-                hint="max_grad_norm must be above 0 (inf does not clip)" if name == "max_grad_norm" else "",
-            )
-    if request.normalise not in ("mean", "sum"):
-        raise InternalError(f"normalise={request.normalise!r}")

@@ -2,57 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import pytest
 import torch
 
+from engine.training.layout_cases import largest_error, loss_batch, scored_places
 from engine.training.trainer_cases import Sample, gradients, make_trainer, micro_batch, optim_step, samples
 from harmony_core.engine.training.losses.table import evaluate
 from harmony_core.engine.training.packing import unpack
 from harmony_core.engine.training.trainer import Trainer
 from harmony_core.errors import InternalError
-from harmony_core.rpc.protocol import MicroBatch, pack_doubles
+from harmony_core.rpc.protocol import pack_doubles
 from tiny_models import build, reference
-
-SETTINGS: dict[str, dict[str, float]] = {
-    "grpo": {"clip_low": 0.1, "clip_high": 0.2, "kl_beta": 0.04},
-    "gspo": {"clip_low": 0.1, "clip_high": 0.2, "kl_beta": 0.04},
-    "dpo": {"beta": 0.1},
-}
 
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(tmp_path_factory.mktemp("llama"), "llama", layers=2)
-
-
-def scored_places(chosen: list[Sample]) -> list[tuple[int, int]]:
-    return [(s, t) for s, (_, weights) in enumerate(chosen) for t, w in enumerate(weights[1:]) if w]
-
-
-def loss_batch(loss: str, everything: list[Sample], chosen: list[int]) -> MicroBatch:
-    """Those of `everything` with the indices `chosen`; a token's numbers depend on its place in `everything` only."""
-    places = scored_places([everything[i] for i in chosen])
-    numbers = [(chosen[s], t) for s, t in places]
-    batch = micro_batch([everything[i] for i in chosen])
-    batch.loss, batch.settings, batch.group = loss, SETTINGS[loss], 2 if loss == "dpo" else 1
-    if loss == "dpo":
-        batch.fields = {"reference": pack_doubles(-4.2 * len(everything[s][0]) + s for s, _ in numbers)}
-        return batch
-    batch.fields = {
-        "trajectory": pack_doubles(-4.2 + 0.3 * math.sin(7 * s + t) for s, t in numbers),
-        "reference": pack_doubles(-4.2 + 0.2 * math.cos(5 * s + t) for s, t in numbers),
-        "advantages": pack_doubles((-1) ** s * (0.5 + 0.1 * s) for s, _ in numbers),
-    }
-    return batch
-
-
-def largest_error(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
-    """Relative to the largest gradient of all: one that nearly cancels has few right digits of its own."""
-    largest = max(g.abs().max().item() for g in expected.values())
-    return max((found[k] - expected[k]).abs().max().item() for k in expected) / largest
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-6)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from harmony_core.engine.training.losses.terms import Scored, Sums
 from harmony_core.errors import UsageError
-from harmony_core.recipe_file import RecipeFile, import_file
+from harmony_core.recipe_file import RecipeFile, import_file, where_raised
 from harmony_core.rpc.protocol import CustomLoss
 
 
@@ -30,17 +31,21 @@ def load(source: CustomLoss) -> Callable[..., Any]:
 
 
 def call(function: Callable[..., Any], scored: Scored) -> tuple[Tensor, Sums]:
-    """The function's sum of the loss. Raises UsageError for anything that is not one number.
+    """The function's sum of the loss. Raises UsageError for what it raises, and for anything that is not one number.
 
     Random numbers that it draws are the same on all tensor-parallel ranks, and leave ours as they were.
     """
+    name = getattr(function, "__name__", repr(function))
     device = scored.values.device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         more = {} if scored.entropies is None else {"entropies": scored.entropies}
-        total = function(scored.values, scored.slices, **more, **scored.fields)
+        try:
+            total = function(scored.values, scored.slices, **more, **scored.fields)
+        except Exception as error:
+            place = where_raised(error, Path(inspect.getfile(function)))
+            raise UsageError(f"the loss {name} raised {type(error).__name__}: {error} ({place})") from error
     if not isinstance(total, Tensor) or total.numel() != 1 or not total.is_floating_point():
         found = f"a tensor {list(total.shape)} of {total.dtype}" if isinstance(total, Tensor) else repr(total)
-        name = getattr(function, "__name__", repr(function))
         raise UsageError(f"the loss {name} returned {found}", hint="return the sum of the loss, a tensor of one number")
     return total.reshape(()), {}
