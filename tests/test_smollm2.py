@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,14 +33,18 @@ def engine(home: Path) -> Iterator[LiveEngine]:
     stop_engine(engine)
 
 
-def test_the_readmes_commands(home: Path, tmp_path: Path) -> None:
+def test_what_was_imported(engine: LiveEngine) -> None:
+    version = engine.registry.resolve("smollm2")
+    spec = version.spec
+    assert (spec.num_layers, spec.num_heads, spec.num_kv_heads, spec.tied) == (30, 9, 3, True)
+    assert 134e6 < spec.num_parameters < 135e6
+    assert version.notes == ()
+
+
+def test_its_defaults_are_set_and_a_tp_that_does_not_divide_it_is_refused(home: Path, tmp_path: Path) -> None:
     adaptive(home, tmp_path, "models", "set", "smollm2", "tokens_to_generate=64", "kv_cache_len=8192")
     shown = result(adaptive(home, tmp_path, "models", "show", "smollm2", "--json"))["model"]["defaults"]
     assert (shown["tokens_to_generate"]["value"], shown["kv_cache_len"]["value"]) == (64, 8192)
-    done: subprocess.CompletedProcess[str] = adaptive(
-        home, tmp_path, "run", "generate", "--model", "smollm2", "--prompt", PROMPTS[0], timeout=400
-    )
-    assert "Paris" in done.stdout
     refused = adaptive(
         home, tmp_path, "run", "generate", "--model", "smollm2", "--prompt", "hi", "--tp", "2", "--num-processes", "2",
         code=2,

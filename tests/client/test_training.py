@@ -155,8 +155,7 @@ def test_the_settings_of_an_adapter_reach_the_ranks(one_rank: LiveEngine) -> Non
     one_rank.run(work())
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 3e-4), ("float64", 1e-8)])
-@pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance", "adapter"), [("float32", 3e-4, False), ("float64", 1e-8, True)])
 def test_curves_agree_on_one_rank_and_two(
     one_rank: LiveEngine, two_ranks: LiveEngine, dtype: str, tolerance: float, adapter: bool
 ) -> None:
@@ -374,8 +373,8 @@ def test_models_of_different_width_work_side_by_side(two_ranks: LiveEngine) -> N
             await spawn_train(two_ranks, "narrow", tp=1, adapter=True),
             await spawn_train(two_ranks, "wide-b", tp=2),
         ]
-        await asyncio.gather(*(rounds(model, 100) for model in models))
-        assert [m.get_optim_step() for m in models] == [100, 100, 100]
+        await asyncio.gather(*(rounds(model, 30) for model in models))
+        assert [m.get_optim_step() for m in models] == [30, 30, 30]
         for model in models:
             await model.dealloc()
 

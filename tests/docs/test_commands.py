@@ -91,6 +91,8 @@ def test_an_expensive_session_runs(block: Block, tmp_path: Path) -> None:
     if block.commands == ["make quickstart"]:
         accuracy = re.search(r"^held-out accuracy: (\d\.\d\d)$", results[0].stdout, re.MULTILINE)
         assert accuracy and float(accuracy[1]) >= 0.9
+    if "What is the capital of France?" in block.commands[-1]:
+        assert "Paris" in results[-1].stdout
 
 
 @pytest.mark.parametrize("block", [b for b in SESSIONS if "elsewhere" in b.notes], ids=lambda b: b.notes["elsewhere"])

