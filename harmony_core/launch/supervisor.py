@@ -19,7 +19,7 @@ from typing import Any
 from harmony_core import __version__
 from harmony_core.errors import EngineError, HarmonyError, LauncherDied, RankDied, RankError, ResourceError
 from harmony_core.launch import postmortem, private_directory
-from harmony_core.launch.launcher import Launch, LaunchOptions, resolve
+from harmony_core.launch.launcher import Launch, LaunchOptions
 from harmony_core.launch.liveness import TICK_SECONDS, Watch
 from harmony_core.launch.processes import LaunchedProcesses, wait_for
 from harmony_core.launch.rank_handle import RankHandle
@@ -59,12 +59,8 @@ class Supervisor(Listener):
         self._oom_kills = platform.oom_kills()
 
     @classmethod
-    async def start(cls, options: LaunchOptions, on_event: Callable[[int, Event], None]) -> Supervisor:
-        """Start the launcher and return; call on the main thread, with whose end the kernel ends the ranks.
-
-        Raises ConfigError, ResourceError, NotFoundError for options that cannot be.
-        """
-        launch = await asyncio.to_thread(resolve, options.num_processes, options.device, options.accelerate_config)
+    async def start(cls, options: LaunchOptions, launch: Launch, on_event: Callable[[int, Event], None]) -> Supervisor:
+        """Start the launcher and return; call on the main thread, with whose end the kernel ends the ranks."""
         self = cls(options, launch, on_event)
         try:
             path = self._directory / "s"
@@ -85,11 +81,6 @@ class Supervisor(Listener):
     def world_size(self) -> int:
         """Number of ranks."""
         return self._launch.world_size
-
-    @property
-    def device(self) -> str:
-        """ "cpu" or "cuda"."""
-        return self._launch.device
 
     async def ready(self) -> list[RankHandle]:
         """Wait until every rank takes requests; the ranks in order. Raises the failure that prevented it."""
@@ -310,7 +301,7 @@ class Supervisor(Listener):
     async def _stop_ladder(self) -> None:
         if self._all_ready.done() and not self.failure.done():
             for handle in self._handles.values():
-                handle.submit(Shutdown())
+                handle.connection.submit(Shutdown())
             loop = asyncio.get_running_loop()
             while not all(handle.lost for handle in self._handles.values()) and loop.time() < self._patience:
                 await asyncio.sleep(0.01)
