@@ -187,7 +187,7 @@ def test_the_same_words_in_every_turn_are_not_mixed_up(tokenizers: dict[str, Cha
     tokenizer = tokenizers["chatml"]
     turns = [("system", "a"), ("user", "a"), ("assistant", "a"), ("user", "a"), ("assistant", "a")]
     tokenized = tokenizer.tokenize(StringThread(turns))
-    assert tokenized.token_weights[-3:] == [1.0, 1.0, 0.0] and tokenized.num_weighted_tokens == 2
+    assert tokenized.token_weights[-3:] == [1.0, 1.0, 0.0] and sum(tokenized.token_weights) == 2
 
 
 def test_private_use_characters_in_the_text_do_no_harm(tokenizers: dict[str, ChatTokenizer]) -> None:
