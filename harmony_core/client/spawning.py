@@ -16,6 +16,7 @@ from harmony_core import memory
 from harmony_core.client.live import LiveModel, Placement
 from harmony_core.client.storage import source_of
 from harmony_core.errors import ConflictError, ModelRefused, UsageError
+from harmony_core.ledger import Plan
 from harmony_core.model_spec import check_tp
 from harmony_core.rpc.protocol import Clone, Dealloc, LoraSettings, Message, Spawn, Spawned
 from harmony_core.tokenization import ChatTokenizer
@@ -212,7 +213,7 @@ class _Planned:
 def _promised(
     engine: Engine,
     name: str,
-    plan: memory.Plan,
+    plan: Plan,
     weights_key: str,
     ways_out: Callable[[int, int], list[str]] | None = None,
 ) -> Iterator[None]:

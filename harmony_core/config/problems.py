@@ -102,6 +102,3 @@ def raise_if_any(issues: Iterable[Issue], what: str = "the configuration is not 
     if ordered:
         message = str(ordered[0]) if len(ordered) == 1 else f"{what}: {len(ordered)} problems"
         raise ConfigError(message, issues=map(str, ordered), errors=[issue.as_data() for issue in ordered])
-
-
-__all__ = ["DEFAULT", "Issue", "Path", "Source", "dotted", "holds", "in_reading_order", "raise_if_any"]
