@@ -55,13 +55,6 @@ def damaged(path: Path, reason: str) -> VerificationError:
     return VerificationError(f"{path}: {reason}", path=str(path), reason=reason)
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a name occurs twice")
-    return found
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises VerificationError, also when the file is missing or absurdly large."""
     try:
@@ -71,7 +64,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise damaged(path, error.strerror or str(error)) from error
     try:
-        value = json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates)
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise damaged(path, f"not valid JSON ({error})") from error
     if not isinstance(value, dict):

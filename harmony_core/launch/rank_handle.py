@@ -23,7 +23,7 @@ class RankHandle:
         self.lost = False
         self.error: HarmonyError | None = None
         self.status: int | None = None
-        self.beat = Beat(phase="starting", seconds=0.0, step=0, rss_bytes=0)
+        self.beat = Beat(phase="starting", seconds=0.0, step=0)
         self.last_beat = now
 
     @property

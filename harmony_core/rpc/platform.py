@@ -159,14 +159,6 @@ def oom_kills() -> int:
     return 0
 
 
-def resident_bytes() -> int:
-    """Memory this process holds, in bytes; 0 unknown."""
-    try:
-        return int((_PROC / "self" / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return 0
-
-
 def loopback_interface() -> str:
     """The name of the loopback interface when it is the usual one, else ""."""
     return "lo" if Path("/sys/class/net/lo").exists() else ""

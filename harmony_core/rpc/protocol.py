@@ -42,7 +42,6 @@ class Beat(Message):
     phase: str
     seconds: float
     step: int
-    rss_bytes: int
 
 
 class Event(Message):

@@ -18,7 +18,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from harmony_core.rpc import platform
 from harmony_core.rpc.protocol import METHODS, Beat, Event, Hello, Message
 from harmony_core.rpc.wire import Failure, FrameDecoder, WireError, encode, error_of, failure_of
 
@@ -147,8 +146,7 @@ class RankChannel:
 
     def _beat(self) -> Beat:
         name, since = self._phase
-        seconds = time.monotonic() - since
-        return Beat(phase=name, seconds=seconds, step=self.step, rss_bytes=platform.resident_bytes())
+        return Beat(phase=name, seconds=time.monotonic() - since, step=self.step)
 
     # --- receiving --------------------------------------------------------------------------------------------
 
