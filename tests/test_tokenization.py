@@ -378,9 +378,9 @@ def test_nothing_is_cut_or_padded(tmp_path: Path) -> None:
     [
         ("tokenizer.json", "{", "tokenizer.json: not a tokenizer"),
         ("tokenizer.json", '{"model": {"type": "Evil"}}', "tokenizer.json: not a tokenizer"),
-        ("tokenizer_config.json", "{", "tokenizer_config.json: not JSON"),
-        ("tokenizer_config.json", "[" * 100_000, "tokenizer_config.json: not JSON"),
-        ("tokenizer_config.json", "[]", "tokenizer_config.json: must be a JSON object"),
+        ("tokenizer_config.json", "{", "tokenizer_config.json: not valid JSON"),
+        ("tokenizer_config.json", "[" * 100_000, "tokenizer_config.json: not valid JSON"),
+        ("tokenizer_config.json", "[]", "tokenizer_config.json: not a JSON object"),
         ("tokenizer_config.json", '{"chat_template": 3}', "chat_template must be a string"),
         ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {}}}', "added_tokens_decoder"),
         ("generation_config.json", '{"eos_token_id": "2"}', "generation_config.json: eos_token_id must be"),
