@@ -34,8 +34,3 @@ class RankHandle:
     def where(self) -> str:
         """The phase, as part of a sentence."""
         return "while idle" if self.phase == IDLE else f"in phase {self.phase!r}"
-
-    def note_beat(self, beat: Beat, now: float) -> None:
-        """Take in a beat that arrived at loop time `now`."""
-        self.beat = beat
-        self.last_beat = now

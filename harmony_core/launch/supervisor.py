@@ -126,7 +126,7 @@ class Supervisor(Listener):
         """A beat, or something for the event log."""
         handle = self._handle_of(connection)
         if isinstance(message, Beat):
-            handle.note_beat(message, asyncio.get_running_loop().time())
+            handle.beat, handle.last_beat = message, asyncio.get_running_loop().time()
         elif isinstance(message, Event):
             if message.type == READY_EVENT:
                 handle.ready = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 from collections.abc import Callable
 from typing import cast
@@ -121,7 +122,7 @@ class Connection(asyncio.Protocol):
         credentials = platform.peer(cast("socket.socket", transport.get_extra_info("socket")))
         if credentials is not None:
             self.peer_pid, uid = credentials
-            if uid != platform.user():
+            if uid != os.geteuid():
                 self._abort(f"refused: the peer is user {uid}")
 
     def data_received(self, data: bytes) -> None:

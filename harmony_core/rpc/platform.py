@@ -45,11 +45,6 @@ def peer(sock: socket.socket) -> tuple[int, int] | None:
     return pid, uid
 
 
-def user() -> int:
-    """The uid that a peer of ours has."""
-    return os.geteuid()
-
-
 class ProcessHandle:
     """One process, held so that its number cannot come to mean another one (a pidfd, where there is one)."""
 
