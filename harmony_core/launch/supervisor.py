@@ -87,8 +87,6 @@ class Supervisor(Listener):
         await asyncio.shield(self._all_ready)
         return [self._handles[rank] for rank in range(self.world_size)]
 
-    # --- start ------------------------------------------------------------------------------------------------
-
     def _spawn(self) -> None:
         socket_path = str(self._directory / "s")
         environment = {"ADAPTIVE_RANK_SOCKET": socket_path, "ADAPTIVE_RANK_TOKEN": self._token}
@@ -157,8 +155,6 @@ class Supervisor(Listener):
             lines = postmortem.last_lines(self._processes.log)
             text = f"not all ranks were ready within {self.options.init_timeout:g} s: " + "; ".join(states)
             self._fail(LauncherDied(text + postmortem.shown(self._processes.log, lines), log=lines))
-
-    # --- failures ---------------------------------------------------------------------------------------------
 
     def fatal(self, connection: Connection, error: HarmonyError) -> None:
         """A rank reports that it cannot go on."""
@@ -285,8 +281,6 @@ class Supervisor(Listener):
                 if error is not None and not self._stopping:
                     self._fail(error)
 
-    # --- stop -------------------------------------------------------------------------------------------------
-
     async def stop(self, grace: float = 10.0) -> None:
         """Ask the ranks to leave, for at most `grace` seconds, then end them. Nothing of the launch is left.
 
@@ -321,8 +315,6 @@ class Supervisor(Listener):
 
     async def _end_processes(self) -> None:
         await self._processes.end(handle.process for handle in self._handles.values())
-
-    # --- small things -----------------------------------------------------------------------------------------
 
     def _log_of(self, rank: int) -> Path:
         return self.options.log_dir / f"rank-{rank}.log"

@@ -59,8 +59,6 @@ class Connection(asyncio.Protocol):
         self._pending: dict[int, tuple[str, asyncio.Future[Message]]] = {}
         self._failure: HarmonyError | None = None
 
-    # --- requests ---------------------------------------------------------------------------------------------
-
     def submit(self, message: Message, seq: int | None = None) -> tuple[int, asyncio.Future[Message]]:
         """Send a call now; its id, and the future of its answer. Never raises: a failure is in the future."""
         future: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
@@ -94,8 +92,6 @@ class Connection(asyncio.Protocol):
         if self._transport is not None and not self._transport.is_closing():
             self._transport.write(frame)
 
-    # --- life -------------------------------------------------------------------------------------------------
-
     def accept(self) -> None:
         """The peer is a rank of ours: take frames of any length, and events."""
         self._accepted = True
@@ -112,8 +108,6 @@ class Connection(asyncio.Protocol):
         """Close the socket; what was written is still sent."""
         if self._transport is not None:
             self._transport.close()
-
-    # --- asyncio.Protocol -------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Refuse a peer of another user."""

@@ -20,9 +20,6 @@ class Message(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """Base of everything that crosses the wire."""
 
 
-# --- session ----------------------------------------------------------------------------------------------------
-
-
 class Hello(Message):
     """A rank's first frame."""
 
@@ -53,9 +50,6 @@ class Event(Message):
 
 class Nothing(Message):
     """The result of a request that only succeeds."""
-
-
-# --- global requests --------------------------------------------------------------------------------------------
 
 
 class LoraSettings(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, frozen=True):
@@ -210,9 +204,6 @@ class Reblock(Message):
 
 class Shutdown(Message):
     """Leave in good order."""
-
-
-# --- replica requests -------------------------------------------------------------------------------------------
 
 
 class Sampling(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, frozen=True):

@@ -101,8 +101,6 @@ class RankChannel:
         """Wait until everything is handed to the kernel."""
         self._flushed.wait(timeout)
 
-    # --- sending ----------------------------------------------------------------------------------------------
-
     def _send(self, frame: bytes) -> None:
         """Send at once what the socket takes; the writer thread sends the rest. Never blocks."""
         with self._lock:
@@ -147,8 +145,6 @@ class RankChannel:
     def _beat(self) -> Beat:
         name, since = self._phase
         return Beat(phase=name, seconds=time.monotonic() - since, step=self.step)
-
-    # --- receiving --------------------------------------------------------------------------------------------
 
     def _read(self) -> None:
         decoder = FrameDecoder()
