@@ -32,7 +32,7 @@ def load_threads(path: Path, kind: Format | None = None, feedback_key: str | Non
     for number, data in _lines(path):
         try:
             if len(data) > MAX_LINE_BYTES:
-                raise DataError(f"longer than {MAX_LINE_BYTES} bytes")
+                raise DataError(f"longer than {MAX_LINE_BYTES} bytes; not read further")
             threads.append(reader.read(number, parse(data)))
         except DataError as error:
             problems.append(f"{path}:{number}: {error.message}")
@@ -71,10 +71,15 @@ class _Reader:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Lines that are not blank, numbered from 1, without their ends."""
+    """Lines that are not blank, numbered from 1, without their ends, up to one that is too long."""
     try:
         with path.open("rb") as file:
-            for number, data in enumerate(file, 1):
+            number = 0
+            while data := file.readline(MAX_LINE_BYTES + 1):
+                number += 1
+                if len(data) > MAX_LINE_BYTES:
+                    yield number, data
+                    return
                 text = data.removeprefix(_BYTE_ORDER_MARK) if number == 1 else data
                 if text.strip():
                     yield number, text.strip(b"\r\n")

@@ -1,6 +1,34 @@
-"""The one tree of errors. A class keeps its base's exit code unless it has its own; anything else a recipe raises is 1.
+"""The one tree of errors.
 
-To add one: subclass the nearest class, and set `exit_code` only if it differs.
+    HarmonyError                     1  anything of ours; caught by a recipe that wants all of it
+    ├── UsageError                   2  the caller's input is wrong, nothing was started
+    │   ├── ConfigError              2  a configuration value; carries every problem found (`issues`)
+    │   ├── RecipeLoadError          2  the recipe file itself
+    │   ├── ModelRefused             2  architecture, kind, tp, or weights we do not take
+    │   ├── TokenizationError        2  a thread or template from which tokens or weights cannot be derived
+    │   └── DataError                2  a dataset line, a sample, a prompt
+    │       ├── SampleTooLong        2  details: tokens, limit
+    │       ├── NothingToTrain       2  a sample, batch or step without a weighted token
+    │       ├── GradeFailed          2  a grader raised, or gave no finite number; details: grader
+    │       ├── IgnoreGradeException 2  a grader asks that its sample does not count
+    │       ├── TooManyFailures      2  more of a batch failed than is tolerated; details: failures, batch_size
+    │       └── PromptTooLong        2  details: tokens, limit
+    ├── NotFoundError                3  a named thing does not exist
+    ├── ResourceError                4  devices, packages, disk
+    │   └── MemoryRefused            4  a spawn that cannot fit; message holds the table, hint the ways out
+    ├── EngineError                  5  the engine failed under the recipe
+    │   ├── RankDied                 5  details: rank, pid, cause, phase
+    │   ├── LauncherDied             5
+    │   ├── RankError                5  an exception on a rank; details: rank, type, traceback
+    │   └── StepFailed               5  an accepted sample failed; the step's gradients are gone
+    ├── ConflictError                6  exists already, in use, name taken
+    ├── VerificationError            7  bytes differ from what was recorded, or a file that must not be read
+    ├── GateFailed                   8  the recipe finished, a gate it declared did not hold
+    ├── InternalError               70  our bug
+    ├── Preempted                   75  stopped by SIGTERM with a committed checkpoint
+    └── RunTimeout                 124  `--timeout` passed, or a rank hung
+
+To add one: subclass the nearest class, set `exit_code` only if it differs, and draw it above.
 Every error is built from a message, a hint and plain details, so that it can cross the wire as data.
 """
 
