@@ -12,7 +12,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
-from harmony_core.chat_template import ChatTemplate
+from harmony_core.chat_template import MAX_SOURCE, ChatTemplate
 from harmony_core.errors import TokenizationError, VerificationError
 from harmony_core.weight_files import read_json
 
@@ -126,6 +126,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            return file.read(MAX_SOURCE + 1)
     except (OSError, UnicodeDecodeError) as error:
         raise TokenizationError(f"{path}: cannot be read: {error}") from None
