@@ -7,7 +7,6 @@ or `input` (objects with `role` and `content`). Reasons never repeat a line's co
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, Literal
 
 import msgspec
@@ -152,10 +151,9 @@ def _internal_turn(turn: Any, where: str) -> Turn:
 
 def _turn(role: Any, content: Any, where: str) -> Turn:
     try:
-        turn = fragment_turn(role, content)
+        return fragment_turn(role, content)
     except HarmonyError as error:
         raise DataError(f"'{where}': {error.message}") from None
-    return replace(turn, weight=0.0)
 
 
 def _feedback(feedbacks: Any, key: str) -> float | bool:

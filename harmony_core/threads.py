@@ -178,14 +178,14 @@ class StringThread(Conversation[Turn]):
         return f"<div>{rows}{metadata}</div>"
 
 
-def fragment_turn(role: Any, content: Any, weight: float = 0.0) -> Turn:
-    """A turn from text or a list of fragment dicts. Raises DataError for anything else."""
+def fragment_turn(role: Any, content: Any) -> Turn:
+    """A turn of weight 0 from text or a list of fragment dicts. Raises DataError for anything else."""
     if not isinstance(role, str):
         raise DataError(f"a turn's role must be a string, not {type(role).__name__}")
     if isinstance(content, str):
-        return Turn(role, (Text(content),), weight)
+        return Turn(role, (Text(content),), 0.0)
     if isinstance(content, Sequence) and not isinstance(content, bytes | bytearray):
-        return Turn(role, tuple(from_public(raw) for raw in content), weight)
+        return Turn(role, tuple(from_public(raw) for raw in content), 0.0)
     raise DataError(f"the content of a turn must be text or a list of fragments, not {type(content).__name__}")
 
 

@@ -123,14 +123,12 @@ def discard(home: Home, path: Path) -> None:
     shutil.rmtree(grave, ignore_errors=True)
 
 
-def retry_missing(action: Callable[[], None], attempts: int = 100) -> None:
+def retry_missing(action: Callable[[], None]) -> None:
     """Repeat an action that fails because another process removed a directory under it."""
-    for attempt in range(attempts):
-        try:
+    for _ in range(100):
+        with contextlib.suppress(FileNotFoundError):
             return action()
-        except FileNotFoundError:
-            if attempt == attempts - 1:
-                raise
+    action()
 
 
 @contextlib.contextmanager
