@@ -29,13 +29,18 @@ def list_(
 ) -> None:
     """Runs with their status and exit code, the newest first."""
     records = list_runs(Home.open())[:limit]
+    if json:
+        output.data(output.dumped({"ok": True, "exit": 0, "runs": [_data(record) for record in records]}))
+        return
     rows = [("ID", "STATUS", "EXIT", "RECIPE", "STARTED")]
     for record in records:
         values = record.data
         exit_code = values.get("exit")
         shown = "-" if exit_code is None else str(exit_code)
         rows.append((record.id, record.status, shown, str(values.get("name")), str(values.get("started"))))
-    output.answer(json, {"runs": [_data(record) for record in records]}, *output.table(rows))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        output.data("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 @app.command()
@@ -45,12 +50,17 @@ def show(
     """A run's status, result, saved models and errors, and where its files are."""
     record = find_run(Home.open(), run)
     result = _result(record)
-    shown = [*_data(record).items()]
-    shown += [("result", result.get("result"))]
-    shown += [("saved", model.get("ref")) for model in result.get("models", ())]
-    shown += [("error", line) for error in result.get("errors", ()) for line in error.get("lines", ())]
-    lines = [f"{n:10} {v if isinstance(v, str) else output.dumped(v)}" for n, v in shown if v is not None]
-    output.answer(json, {"run": _data(record), "outcome": result}, *lines)
+    if json:
+        output.data(output.dumped({"ok": True, "exit": 0, "run": _data(record), "outcome": result}))
+        return
+    for name, value in (_data(record) | {"result": result.get("result")}).items():
+        if value is not None:
+            output.data(f"{name:10} {value if isinstance(value, str) else output.dumped(value)}")
+    for model in result.get("models", ()):
+        output.data(f"{'saved':10} {model.get('ref')}")
+    for error in result.get("errors", ()):
+        for line in error.get("lines", ()):
+            output.data(f"{'error':10} {line}")
 
 
 class Open(StrEnum):
@@ -80,7 +90,10 @@ def report(
     except OSError as error:
         where = output_file or record.directory
         raise ResourceError(f"cannot write the report to {where}: {error.strerror or error}") from error
-    output.answer(json, {"run": record.id, "report": str(file)}, str(file))
+    if json:
+        output.data(output.dumped({"ok": True, "exit": 0, "run": record.id, "report": str(file)}))
+    else:
+        output.data(str(file))
     if open_ is Open.yes or (open_ is Open.auto and not json and _has_display()):
         webbrowser.open(file.as_uri())
 
