@@ -64,7 +64,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise damaged(path, error.strerror or str(error)) from error
     try:
-        value = json.loads(text)
+        value = json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise damaged(path, f"not valid JSON ({error})") from error
     if not isinstance(value, dict):
