@@ -40,8 +40,6 @@ class Tasks:
         self.dtype = torch.bfloat16 if self.cuda else torch.float32
         self.model: Any = None
 
-    # --- time -----------------------------------------------------------------------------------------------------
-
     def synchronize(self) -> None:
         if self.cuda:
             torch.cuda.synchronize()
@@ -64,8 +62,6 @@ class Tasks:
                 action()
                 found.append(time.perf_counter() - started)
         return statistics.median(found)
-
-    # --- weights and ceilings -------------------------------------------------------------------------------------
 
     def write_weights(self, directory: str, shape: dict[str, Any]) -> dict[str, Any]:
         """Normal weights of deviation 0.02 and norms of 1, drawn on the device, in shards written side by side."""
@@ -133,8 +129,6 @@ class Tasks:
         """Of n×n matrices."""
         a, b = (torch.randn(n, n, device=self.device, dtype=self.dtype) for _ in range(2))
         return 2 * n**3 / self.seconds(lambda: a @ b, 10, 3)
-
-    # --- the peer: transformers -----------------------------------------------------------------------------------
 
     def load(self, directory: str, attention: str = "sdpa") -> dict[str, Any]:
         """The same weights as a plain transformers model."""
@@ -322,8 +316,6 @@ class Tasks:
         seconds = [end - start for start, end in itertools.pairwise(ends)]
         # One pass over as many copies of the samples as there are steps: shuffled, but on average a step is one copy.
         return {"seconds": seconds, "tokens": sum(map(len, samples)) - len(samples), "batch": batch}
-
-    # --- the loss head --------------------------------------------------------------------------------------------
 
     def loss_head(self, directory: str, rows: int, repeats: int) -> dict[str, Any]:
         """The engine's head and a dense one on the same hidden states: seconds, extra bytes, and their difference."""

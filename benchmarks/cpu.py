@@ -181,9 +181,6 @@ def read_workload(path: str) -> Workload:
     return Workload(**{**data, "size": Size(**data["size"])})
 
 
-# --- the two sides: each answers a line naming a task, once it is done --------------------------------------------
-
-
 def serve(tasks: dict[str, Callable[[], Any]]) -> None:
     """Do what the lines on the standard input name; one JSON line with the seconds after each."""
     print("{}", flush=True)
@@ -270,9 +267,6 @@ def peer(work: Workload) -> None:
             optimizer.zero_grad()
 
     serve({"train": train} | {name: partial(generate, new) for name, new in work.outputs.items()})
-
-
-# --- the run ------------------------------------------------------------------------------------------------------
 
 
 class Side:

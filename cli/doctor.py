@@ -15,12 +15,10 @@ def doctor(json: Annotated[bool, typer.Option("--json", help="One JSON object on
     """Check Python, packages, devices, memory, compiler, home and locks; exit code 4 when something is missing."""
     checks = examine()
     code = 4 if any(check.status == "fail" for check in checks) else 0
-    if json:
-        output.data(output.dumped({"ok": code == 0, "exit": code, "checks": [vars(check) for check in checks]}))
-        return code
-    width = max(len(check.name) for check in checks)
+    rows: list[tuple[str, str, str]] = []
     for check in checks:
-        output.data(f"{check.status:4}  {check.name:{width}}  {check.detail}")
+        rows.append((check.status, check.name, check.detail))
         if check.hint and check.status != "ok":
-            output.data(f"      {'':{width}}  {check.hint}")
+            rows.append(("", "", check.hint))
+    output.answer(json, {"checks": [vars(check) for check in checks]}, *output.table(rows), ok=code == 0, code=code)
     return code

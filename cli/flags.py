@@ -83,10 +83,10 @@ def as_parameter(flag: Flag) -> inspect.Parameter:
 
 
 def names_of(parameter: inspect.Parameter) -> list[str]:
-    """The long flags that a parameter of a Typer command answers to."""
+    """The flags that a parameter of a Typer command answers to."""
     found = [option for option in getattr(parameter.annotation, "__metadata__", ()) if hasattr(option, "param_decls")]
     declared = [name for option in found for name in (option.default, *(option.param_decls or ()))]
-    return [part for name in declared if isinstance(name, str) for part in name.split("/") if part.startswith("--")]
+    return [part for name in declared if isinstance(name, str) for part in name.split("/") if part.startswith("-")]
 
 
 def _completion(choices: Iterable[Any]) -> Callable[[str], list[str]]:

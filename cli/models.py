@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +10,10 @@ import typer
 
 from harmony_core.errors import HarmonyError, UsageError, VerificationError
 from harmony_core.home import Home
+from harmony_core.ledger import format_size
 from harmony_core.registry import ModelEntry, ModelVersion, Registry
+
+from . import output
 
 app = typer.Typer(
     name="models",
@@ -28,23 +30,6 @@ Key = Annotated[str, typer.Argument(metavar="KEY", help="The model's name in the
 
 def _registry() -> Registry:
     return Registry(Home.open())
-
-
-def _emit(as_json: bool, values: dict[str, Any], *lines: str) -> None:
-    if as_json:
-        typer.echo(json.dumps({"ok": True, "exit": 0} | values, ensure_ascii=False))
-    else:
-        for line in lines:
-            typer.echo(line)
-
-
-def _size(count: int) -> str:
-    value, unit = float(count), "B"
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if value < 1000 or unit == "TB":
-            break
-        value /= 1000
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
 
 
 def _describe(version: ModelVersion) -> dict[str, Any]:
@@ -113,7 +98,7 @@ def add(
         version = registry.set_defaults(key, values)
     for note in version.notes:
         typer.echo(f"note: {version.ref}: {note}", err=True)
-    _emit(as_json, {"model": _describe(version)}, version.ref)
+    output.answer(as_json, {"model": _describe(version)}, version.ref)
 
 
 @app.command("list")
@@ -124,9 +109,8 @@ def list_models(
     """Every key with its newest version."""
     found = [entry for entry in _registry().list() if fnmatch.fnmatchcase(entry.key, pattern)]
     rows = [("KEY", "VERSIONS", "FORMAT", "PARAMETERS", "SIZE", "ALIASES", "DESCRIPTION"), *map(_row, found)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    _emit(as_json, {"models": [_listed(entry) for entry in found]}, *(lines if found else ()))
+    lines = output.table(rows) if found else ()
+    output.answer(as_json, {"models": [_listed(entry) for entry in found]}, *lines)
     if not found and not as_json:
         typer.echo("no models yet; builtin:tiny-lm is always there (adaptive models add KEY SOURCE)", err=True)
 
@@ -138,7 +122,7 @@ def _row(entry: ModelEntry) -> tuple[str, ...]:
     if newest is None:
         return entry.key, versions, "damaged", "", "", aliases, entry.problem
     parameters = f"{newest.spec.num_parameters / 1e6:,.1f}M"
-    return entry.key, versions, newest.format, parameters, _size(newest.bytes), aliases, entry.description
+    return entry.key, versions, newest.format, parameters, format_size(newest.bytes), aliases, entry.description
 
 
 def _listed(entry: ModelEntry) -> dict[str, Any]:
@@ -162,12 +146,12 @@ def show(ref: Ref, as_json: Json = False) -> None:
     for name, entry in values["defaults"].items():
         value = "as much as fits, up to 131,072" if entry["value"] is None else f"{entry['value']:,}"
         lines.append(f"  {name:<20} {value}   ({entry['source']})")
-    _emit(as_json, {"model": values}, *lines)
+    output.answer(as_json, {"model": values}, *lines)
 
 
 def _text(name: str, value: object) -> str:
     if name == "bytes" and isinstance(value, int):
-        return _size(value)
+        return format_size(value)
     if isinstance(value, list):
         return "; ".join(map(str, value))
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) and name != "version" else str(value)
@@ -192,7 +176,7 @@ def set_values(
     version = _registry().set_defaults(key, values)
     effective = {name: value for name, (value, _) in version.defaults.effective().items()}
     lines = [f"{name}={effective.get(name, value)}" for name, value in values.items()]
-    _emit(as_json, {"model": _describe(version)}, *lines)
+    output.answer(as_json, {"model": _describe(version)}, *lines)
 
 
 def _settings(settings: list[str], unset: list[str]) -> dict[str, object]:
@@ -228,20 +212,20 @@ def alias(
     name, equals, number = setting.partition("=")
     if remove:
         registry.set_alias(key, name, None)
-        _emit(as_json, {"key": key, "removed": name}, f"removed {key}@{name}")
+        output.answer(as_json, {"key": key, "removed": name}, f"removed {key}@{name}")
         return
     if equals and not (number.isascii() and number.isdigit()):
         raise UsageError(f"{number[:60]!r} is not a version number", hint=f"adaptive models alias {key} {name}=1")
     version = registry.resolve(f"{key}@{number}" if equals else key)
     registry.set_alias(key, name, version.version)
-    _emit(as_json, {"key": key, "alias": name, "ref": version.ref}, f"{key}@{name} = {version.ref}")
+    output.answer(as_json, {"key": key, "alias": name, "ref": version.ref}, f"{key}@{name} = {version.ref}")
 
 
 @app.command()
 def path(ref: Ref, as_json: Json = False) -> None:
     """The directory that holds config.json or adapter_config.json."""
     version = _registry().resolve(ref)
-    _emit(as_json, {"ref": version.ref, "path": str(version.path)}, str(version.path))
+    output.answer(as_json, {"ref": version.ref, "path": str(version.path)}, str(version.path))
 
 
 @app.command("rm")
@@ -253,7 +237,7 @@ def remove(
     """Delete versions; refused while an adapter, an alias or a running process needs one."""
     registry = _registry()
     removed = [gone for ref in refs for gone in registry.remove(ref, every=every)]
-    _emit(as_json, {"removed": removed}, *(f"removed {ref}" for ref in removed))
+    output.answer(as_json, {"removed": removed}, *(f"removed {ref}" for ref in removed))
 
 
 @app.command()
@@ -280,4 +264,4 @@ def verify(
         raise VerificationError(
             "\n".join(f"{ref}: {reason}" for ref, reason in bad.items()), verified=good, damaged=bad
         )
-    _emit(as_json, {"verified": good}, *(f"ok {ref}" for ref in good))
+    output.answer(as_json, {"verified": good}, *(f"ok {ref}" for ref in good))

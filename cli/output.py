@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import IO, Any
 
@@ -39,6 +39,18 @@ def data(text: str) -> None:
     """Text for stdout."""
     sys.stdout.write(_encodable(text, sys.stdout) + "\n")
     sys.stdout.flush()
+
+
+def answer(as_json: bool, values: dict[str, Any], *lines: str, ok: bool = True, code: int = 0) -> None:
+    """The result of a command that is no run: one object on stdout, or these lines."""
+    for line in (dumped({"ok": ok, "exit": code} | values),) if as_json else lines:
+        data(line)
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines with aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def dumped(value: Any) -> str:

@@ -23,13 +23,8 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")
 def list_(json: Json = False) -> None:
     """Names, with what each does."""
     found = {name: _summary(path) for name, path in built_in_recipes().items()}
-    if json:
-        recipes = [{"name": name, "summary": summary} for name, summary in found.items()]
-        output.data(output.dumped({"ok": True, "exit": 0, "recipes": recipes}))
-        return
-    width = max(map(len, found), default=0)
-    for name, summary in found.items():
-        output.data(f"{name:{width}}  {summary}")
+    recipes = [{"name": name, "summary": summary} for name, summary in found.items()]
+    output.answer(json, {"recipes": recipes}, *output.table([*found.items()]))
 
 
 @app.command()

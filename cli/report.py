@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from harmony_core.ledger import format_size
 from harmony_core.recipe import Recipe
 
 from . import output
-
-GiB = 2**30
 
 
 def print_result(data: dict[str, Any], recipe: Recipe, models: dict[str, Any], quiet: bool, as_json: bool) -> None:
@@ -45,18 +44,9 @@ def _spawn(spawn: dict[str, Any]) -> str:
     limits = [f"tp={spawn['tp']}", f"replicas={spawn['replicas']}"]
     limits += [f"{name}={spawn[name]}" for name in ("max_batch_size", "kv_cache_len") if spawn.get(name)]
     sizes = spawn.get("bytes", {})
-    parts = ", ".join(f"{name} {size_of(size)}" for name, size in sizes.items() if size and name != "total")
+    parts = ", ".join(f"{name} {format_size(size)}" for name, size in sizes.items() if size and name != "total")
     kind = f"{spawn['kind']}{' with adapter' if spawn.get('adapter') else ''}"
     return (
         f"spawn    {spawn['name']}: {spawn['model']} for {kind}, {' '.join(limits)}\n"
-        f"         {size_of(sizes.get('total', 0))} per rank: {parts}"
+        f"         {format_size(sizes.get('total', 0))} per rank: {parts}"
     )
-
-
-def size_of(count: float) -> str:
-    """Bytes for people."""
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.2f} GiB"

@@ -2,26 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 
-WITH_VALUE = frozenset(
-    (
-        "--accelerate-config",
-        "--assume",
-        "--config",
-        "--device",
-        "--keep-checkpoints",
-        "--memory",
-        "--num-processes",
-        "--resume",
-        "--seed",
-        "--set",
-        "--timeout",
-        "-c",
-        "-s",
-    )
-)
+from .flags import names_of
+
 _COMMANDS = ("run", "config", "show", "schema")
 
 
@@ -31,6 +17,10 @@ def recipe_word(words: Sequence[str], doubtful_too: bool = True) -> str | None:
     The first plain word that looks like one; a word behind a flag of the recipe, which may be that flag's value, only
     if no other plain word stands there, and never without `doubtful_too`.
     """
+    from .run import runner
+
+    flags = inspect.signature(runner, eval_str=True).parameters.values()
+    with_value = {name for flag in flags if flag.annotation.__origin__ is not bool for name in names_of(flag)}
     plain: list[str] = []
     doubtful: list[str] = []
     commands = list(_COMMANDS)
@@ -38,7 +28,7 @@ def recipe_word(words: Sequence[str], doubtful_too: bool = True) -> str | None:
     for word in words:
         if word == "--":
             break
-        if previous in WITH_VALUE:
+        if previous in with_value:
             previous = ""
             continue
         if word.startswith("-") and word != "-":

@@ -6,11 +6,10 @@ or `input` (objects with `role` and `content`). Reasons never repeat a line's co
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, Literal
+
+import msgspec
 
 from harmony_core.dataset_kinds import Format
 from harmony_core.errors import DataError, HarmonyError, did_you_mean, nearest
@@ -30,22 +29,13 @@ _UNREAD_MESSAGE_FIELDS = ("tool_calls", "function_call", "reasoning_content", "r
 def parse(data: bytes) -> Line:
     """One line's object. Raises DataError with the reason alone."""
     try:
-        text = data.decode("utf-8")
-        line = json.loads(
-            text, parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_without_duplicates
-        )
+        line = msgspec.json.decode(data.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise DataError(f"not UTF-8: byte 0x{data[error.start]:02x} at {error.start + 1}") from None
-    except json.JSONDecodeError as error:
-        raise DataError(f"not JSON: {error.msg} at column {error.colno}") from None
-    except RecursionError:
-        raise DataError("not JSON that can be read: nested too deeply") from None
-    except ValueError as error:
-        raise DataError(f"not JSON: {error}") from None
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise DataError(f"not JSON: {str(error).removeprefix('JSON is malformed: ')}") from None
     if not isinstance(line, dict):
         raise DataError(f"must be one JSON object, not {_kind(line)}")
-    if "\\u" in text and not _is_unicode(line):
-        raise DataError("holds half of a surrogate pair, which is not text")
     return line
 
 
@@ -161,10 +151,9 @@ def _internal_turn(turn: Any, where: str) -> Turn:
 
 def _turn(role: Any, content: Any, where: str) -> Turn:
     try:
-        turn = fragment_turn(role, content)
+        return fragment_turn(role, content)
     except HarmonyError as error:
         raise DataError(f"'{where}': {error.message}") from None
-    return replace(turn, weight=0.0)
 
 
 def _feedback(feedbacks: Any, key: str) -> float | bool:
@@ -216,29 +205,3 @@ def _suggestion(line: Line, wanted: tuple[str, ...]) -> str:
 def _kind(value: Any) -> str:
     names = {dict: "an object", list: "an array", str: "text", bool: "a boolean", type(None): "null"}
     return names.get(type(value), "a number")
-
-
-def _is_unicode(line: Line) -> bool:
-    try:
-        json.dumps(line, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is not a JSON number")
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError("a number is too large")
-    return value
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> Line:
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        raise ValueError("a key occurs twice in one object")
-    return made

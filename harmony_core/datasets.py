@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from harmony_core.dataset_kinds import Format
 from harmony_core.dataset_lines import Layout, Line, kind_of, layout_of, parse, thread_of
@@ -32,7 +32,7 @@ def load_threads(path: Path, kind: Format | None = None, feedback_key: str | Non
     for number, data in _lines(path):
         try:
             if len(data) > MAX_LINE_BYTES:
-                raise DataError(f"longer than {MAX_LINE_BYTES} bytes")
+                raise DataError(f"longer than {MAX_LINE_BYTES} bytes; not read further")
             threads.append(reader.read(number, parse(data)))
         except DataError as error:
             problems.append(f"{path}:{number}: {error.message}")
@@ -71,27 +71,23 @@ class _Reader:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Lines that are not blank, numbered from 1, without their ends; of one that is too long, only its beginning."""
+    """Lines that are not blank, numbered from 1, without their ends, up to one that is too long."""
     try:
         with path.open("rb") as file:
             number = 0
             while data := file.readline(MAX_LINE_BYTES + 1):
                 number += 1
                 if len(data) > MAX_LINE_BYTES:
-                    _skip_line(file, data)
+                    yield number, data
+                    return
                 text = data.removeprefix(_BYTE_ORDER_MARK) if number == 1 else data
                 if text.strip():
-                    yield number, text if len(data) > MAX_LINE_BYTES else text.strip(b"\r\n")
+                    yield number, text.strip(b"\r\n")
     except FileNotFoundError:
         siblings = [p.name for p in path.parent.glob("*.jsonl")]
         raise NotFoundError(f"there is no dataset file {path}", hint=did_you_mean(path.name, siblings)) from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-
-
-def _skip_line(file: BinaryIO, data: bytes) -> None:
-    while data and not data.endswith(b"\n"):
-        data = file.readline(MAX_LINE_BYTES)
 
 
 class DataSet(Generic[T]):

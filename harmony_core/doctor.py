@@ -17,6 +17,7 @@ from typing import Literal
 
 from harmony_core.errors import HarmonyError
 from harmony_core.home import Home
+from harmony_core.ledger import format_size, host_capacity
 from harmony_core.recipe_file import check_alias_package
 from harmony_core.toolchain import find_compiler, find_headers
 
@@ -117,7 +118,7 @@ def _disk() -> list[Check]:
     while not path.exists() and path != path.parent:
         path = path.parent
     free = shutil.disk_usage(path).free
-    return [Check("disk", "ok" if free > DISK_BYTES else "warn", f"{_gib(free)} free", "models need room")]
+    return [Check("disk", "ok" if free > DISK_BYTES else "warn", f"{format_size(free)} free", "models need room")]
 
 
 def _shared_memory() -> list[Check]:
@@ -127,14 +128,16 @@ def _shared_memory() -> list[Check]:
     free = shutil.disk_usage(shm).free
     good = free >= SHM_BYTES
     hint = "in a container: --shm-size=1g; NCCL needs it with several GPUs"
-    return [Check("/dev/shm", "ok" if good else "warn", f"{_gib(free)} free", hint)]
+    return [Check("/dev/shm", "ok" if good else "warn", f"{format_size(free)} free", hint)]
 
 
 def _memory() -> list[Check]:
-    from harmony_core.ledger import host_capacity
-
     free = host_capacity()
-    return [Check("memory", "ok" if free >= 2 * 2**30 else "warn", f"{_gib(free)} for models", "close other programs")]
+    return [
+        Check(
+            "memory", "ok" if free >= 2 * 2**30 else "warn", f"{format_size(free)} for models", "close other programs"
+        )
+    ]
 
 
 def _compiler() -> list[Check]:
@@ -166,7 +169,7 @@ def _cuda(found: dict[str, object], driver: str | None) -> list[Check]:
     assert isinstance(devices, list)
     if devices:
         rows = [
-            Check(f"cuda:{i}", "ok", f"{name}, {_gib(free)} of {_gib(total)} free")
+            Check(f"cuda:{i}", "ok", f"{name}, {format_size(free)} of {format_size(total)} free")
             for i, (name, free, total) in enumerate(devices)
         ]
         nccl: list[Check] = []
@@ -188,7 +191,3 @@ def _output(command: list[str], timeout: float) -> str | None:
         return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def _gib(count: int) -> str:
-    return f"{count / 2**30:.1f} GiB"

@@ -8,27 +8,49 @@ from __future__ import annotations
 import base64
 import binascii
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
 
 from harmony_core.errors import DataError
 
 MAX_IMAGE_BYTES = 10 * 1024 * 1024
-_IMAGE_MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF87a", b"GIF89a", b"RIFF")
+_IMAGE_MAGIC = {
+    b"\x89PNG\r\n\x1a\n": "png",
+    b"\xff\xd8\xff": "jpeg",
+    b"GIF87a": "gif",
+    b"GIF89a": "gif",
+    b"RIFF": "webp",
+}
 
 Fragment = dict[str, Any]
 """The public form: `{"type": "text", "text": ...}` and its kin."""
 
 
-@dataclass(frozen=True, slots=True)
-class Text:
-    """Plain text."""
+class _Described:
+    """A fragment's two outer forms, made from its fields."""
 
-    text: str
+    __slots__ = ()
+    kind: ClassVar[str]
+
+    def fields(self) -> dict[str, Any]:
+        """The fields by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
 
     def public(self) -> Fragment:
         """The dict a recipe sees."""
-        return {"type": "text", "text": self.text}
+        return {"type": self.kind} | self.fields()
+
+    def stored(self) -> dict[str, Any]:
+        """The form in a thread's JSON."""
+        return {type(self).__name__: self.fields()}
+
+
+@dataclass(frozen=True, slots=True)
+class Text(_Described):
+    """Plain text."""
+
+    kind = "text"
+    text: str
 
     def stored(self) -> dict[str, Any]:
         """The form in a thread's JSON."""
@@ -36,14 +58,11 @@ class Text:
 
 
 @dataclass(frozen=True, slots=True)
-class Reasoning:
+class Reasoning(_Described):
     """Text a model thought before it answered."""
 
+    kind = "reasoning"
     text: str
-
-    def public(self) -> Fragment:
-        """The dict a recipe sees."""
-        return {"type": "reasoning", "text": self.text}
 
     def stored(self) -> dict[str, Any]:
         """The form in a thread's JSON."""
@@ -51,47 +70,34 @@ class Reasoning:
 
 
 @dataclass(frozen=True, slots=True)
-class FunctionCall:
+class FunctionCall(_Described):
     """A call of a tool; `arguments` is JSON text."""
 
+    kind = "function_call"
     call_id: str
     name: str
     arguments: str
 
-    def public(self) -> Fragment:
-        """The dict a recipe sees."""
-        return {"type": "function_call", "call_id": self.call_id, "name": self.name, "arguments": self.arguments}
-
-    def stored(self) -> dict[str, Any]:
-        """The form in a thread's JSON."""
-        return {"FunctionCall": {"call_id": self.call_id, "name": self.name, "arguments": self.arguments}}
-
 
 @dataclass(frozen=True, slots=True)
-class ToolResponse:
+class ToolResponse(_Described):
     """What a tool answered to a call."""
 
+    kind = "tool_response"
     call_id: str | None
     content: str
 
-    def public(self) -> Fragment:
-        """The dict a recipe sees."""
-        return {"type": "tool_response", "call_id": self.call_id, "content": self.content}
-
-    def stored(self) -> dict[str, Any]:
-        """The form in a thread's JSON."""
-        return {"ToolResponse": {"call_id": self.call_id, "content": self.content}}
-
 
 @dataclass(frozen=True, slots=True)
-class Image:
+class Image(_Described):
     """The bytes of an encoded image (PNG, JPEG, GIF or WebP)."""
 
+    kind = "image"
     data: bytes
 
     def public(self) -> Fragment:
         """The dict a recipe sees."""
-        kind = {0: "png", 1: "jpeg", 2: "gif", 3: "gif", 4: "webp"}[_magic(self.data)]
+        kind = next(kind for magic, kind in _IMAGE_MAGIC.items() if self.data.startswith(magic))
         return {"type": "image", "url": f"data:image/{kind};base64,{base64.b64encode(self.data).decode()}"}
 
     def stored(self) -> dict[str, Any]:
@@ -100,23 +106,13 @@ class Image:
 
 
 @dataclass(frozen=True, slots=True)
-class StructuredOutput:
+class StructuredOutput(_Described):
     """Text that parsed as an instance of a JSON schema."""
 
+    kind = "structured_output"
     raw_text: str
     parsed_json: Any
     schema: Any
-
-    def _fields(self) -> dict[str, Any]:
-        return {"raw_text": self.raw_text, "parsed_json": self.parsed_json, "schema": self.schema}
-
-    def public(self) -> Fragment:
-        """The dict a recipe sees."""
-        return {"type": "structured_output"} | self._fields()
-
-    def stored(self) -> dict[str, Any]:
-        """The form in a thread's JSON."""
-        return {"StructuredOutput": self._fields()}
 
 
 AnyFragment = Text | Reasoning | FunctionCall | ToolResponse | Image | StructuredOutput
@@ -197,10 +193,6 @@ def _image(url: str) -> Image:
 
 
 def _checked_image(data: bytes) -> Image:
-    if _magic(data) < 0 or len(data) > MAX_IMAGE_BYTES:
+    if not data.startswith(tuple(_IMAGE_MAGIC)) or len(data) > MAX_IMAGE_BYTES:
         raise DataError(f"an image must be PNG, JPEG, GIF or WebP and at most {MAX_IMAGE_BYTES} bytes")
     return Image(data)
-
-
-def _magic(data: bytes) -> int:
-    return next((i for i, magic in enumerate(_IMAGE_MAGIC) if data.startswith(magic)), -1)

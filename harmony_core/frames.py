@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import linecache
 import sysconfig
 import traceback
@@ -90,24 +91,17 @@ def place_of(error: BaseException) -> str | None:
 def _folded(frames: list[Frame]) -> Iterator[str]:
     """The author's frames, from the first of them on; what lies before it is ours by construction."""
     first = next((i for i, frame in enumerate(frames) if is_own(frame)), len(frames))
-    hidden = 0
     shown = 0
-    for frame in frames[first:]:
-        if not is_own(frame):
-            hidden += 1
+    for own, group in itertools.groupby(frames[first:], is_own):
+        if not own:
+            hidden = len(list(group))
+            yield f"  ... {hidden} frame{'s' if hidden > 1 else ''} below the recipe ..."
             continue
-        if shown == MAX_FRAMES:
-            yield "  ..."
-            return
-        shown += 1
-        yield from _fold(hidden)
-        hidden = 0
-        yield f"  {frame.filename}:{frame.line} in {frame.function}"
-        if frame.source:
-            yield f"      {frame.source}"
-    yield from _fold(hidden)
-
-
-def _fold(hidden: int) -> Iterator[str]:
-    if hidden:
-        yield f"  ... {hidden} frame{'s' if hidden > 1 else ''} below the recipe ..."
+        for frame in group:
+            if shown == MAX_FRAMES:
+                yield "  ..."
+                return
+            shown += 1
+            yield f"  {frame.filename}:{frame.line} in {frame.function}"
+            if frame.source:
+                yield f"      {frame.source}"

@@ -6,7 +6,6 @@ It knows paths and the format version, not what is in the files.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 from harmony_core.errors import ResourceError
@@ -15,11 +14,22 @@ ENVIRONMENT = "ADAPTIVE_HOME"
 FORMAT = 1
 
 
-@dataclass(frozen=True)
 class Home:
     """The home directory. Everything below it is addressed relative to it, so that `mv` moves it."""
 
-    path: Path
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.models = path / "models"
+        """Published models, one directory for each key."""
+        self.staging = path / "staging"
+        """Versions that are being written; on the same filesystem as `models`."""
+        self.runs = path / "runs"
+        """One directory for each run."""
+        self.locks = path / "locks"
+        self.cache = path / "cache"
+        """What can be made again: generated models, hashes."""
+        self.trash = path / "trash"
+        """What is being deleted."""
 
     @classmethod
     def open(cls, path: Path | str | None = None) -> Home:
@@ -64,33 +74,3 @@ class Home:
         temporary.write_text(text + "\n", encoding="utf-8")
         os.replace(temporary, version)
         return text
-
-    @property
-    def models(self) -> Path:
-        """Published models, one directory for each key."""
-        return self.path / "models"
-
-    @property
-    def staging(self) -> Path:
-        """Versions that are being written; on the same filesystem as `models`."""
-        return self.path / "staging"
-
-    @property
-    def runs(self) -> Path:
-        """One directory for each run."""
-        return self.path / "runs"
-
-    @property
-    def locks(self) -> Path:
-        """Lock files."""
-        return self.path / "locks"
-
-    @property
-    def cache(self) -> Path:
-        """What can be made again: generated models, hashes."""
-        return self.path / "cache"
-
-    @property
-    def trash(self) -> Path:
-        """What is being deleted."""
-        return self.path / "trash"

@@ -62,12 +62,6 @@ class Plan:
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
 
-@dataclass
-class _Promise:
-    plan: Plan
-    weights_key: str
-
-
 class Ledger:
     """Promises made on a machine; a promise either fits beside the others or is refused and changes nothing.
 
@@ -78,7 +72,7 @@ class Ledger:
         self.shared = isinstance(capacity, int)
         self.ranks = ranks if isinstance(capacity, int) else len(capacity)
         self.capacity = capacity // ranks if isinstance(capacity, int) else min(capacity)
-        self._promises: dict[str, _Promise] = {}
+        self._promises: dict[str, tuple[Plan, str]] = {}
         self._shared_weights: dict[str, int] = {}
 
     @property
@@ -89,7 +83,7 @@ class Ledger:
     @property
     def transient(self) -> int:
         """Bytes per rank that the largest live model needs on top while it works."""
-        return max((p.plan.transient for p in self._promises.values()), default=0)
+        return max((plan.transient for plan, _ in self._promises.values()), default=0)
 
     def holds(self, weights_key: str) -> bool:
         """Whether some spawn already holds the base weights `weights_key`."""
@@ -97,9 +91,11 @@ class Ledger:
 
     def fits(self, plan: Plan, weights_key: str = "") -> bool:
         """Whether `plan` fits beside what is promised."""
-        weights = 0 if self.holds(weights_key) else plan.weights
-        needed = plan.resident - plan.weights + weights + max(plan.transient, self.transient)
-        return needed <= self.free
+        return self._needed(plan, weights_key) <= self.free
+
+    def _needed(self, plan: Plan, weights_key: str) -> int:
+        there = plan.weights if self.holds(weights_key) else 0
+        return plan.resident - there + max(plan.transient, self.transient)
 
     def promise(
         self,
@@ -119,21 +115,20 @@ class Ledger:
         if not self.fits(plan, weights_key):
             ways = ways_out(self.free, self.transient) if ways_out else []
             hint = "what fits: " + "; ".join(ways) if ways else "free a model with dealloc(), or use a smaller model"
-            needed = plan.total - (plan.weights if self.holds(weights_key) else 0)
             raise MemoryRefused(
                 f"{name!r} does not fit in memory\n{self.table(name, plan, weights_key)}",
                 hint=hint,
-                needed_bytes=needed,
+                needed_bytes=self._needed(plan, weights_key),
                 free_bytes=self.free,
             )
-        self._promises[name] = _Promise(plan, weights_key)
+        self._promises[name] = plan, weights_key
         if weights_key:
             self._shared_weights.setdefault(weights_key, plan.weights)
 
     def release(self, name: str) -> None:
         """Forget the promise made to `name`; unknown names are ignored."""
         self._promises.pop(name, None)
-        live = {promise.weights_key for promise in self._promises.values()}
+        live = {weights_key for _, weights_key in self._promises.values()}
         self._shared_weights = {key: size for key, size in self._shared_weights.items() if key in live}
 
     def snapshot(self) -> dict[str, Any]:
@@ -143,7 +138,7 @@ class Ledger:
             "capacity": self.capacity,
             "free": self.free,
             "transient": self.transient,
-            "models": {name: p.plan.parts() for name, p in self._promises.items()},
+            "models": {name: plan.parts() for name, (plan, _) in self._promises.items()},
         }
 
     def table(self, name: str, plan: Plan, weights_key: str = "") -> str:
@@ -158,7 +153,7 @@ class Ledger:
                 rows.append((f"{name}: weights (shared, already there)", 0))
             elif size:
                 rows.append((f"{name}: {part}", size))
-        needed = plan.resident - (plan.weights if shared else 0) + max(plan.transient, self.transient)
+        needed = self._needed(plan, weights_key)
         if self.transient > plan.transient:
             rows.append(("working space of the other models, beyond its own", self.transient - plan.transient))
         rows += [("needed", needed), ("missing", needed - self.free)]
@@ -168,11 +163,10 @@ class Ledger:
     def _held(self) -> dict[str, int]:
         held: dict[str, int] = {}
         counted: set[str] = set()
-        for name, promise in self._promises.items():
-            key = promise.weights_key
-            weights = promise.plan.weights if not key else 0 if key in counted else self._shared_weights[key]
+        for name, (plan, key) in self._promises.items():
+            weights = plan.weights if not key else 0 if key in counted else self._shared_weights[key]
             counted.add(key)
-            held[name] = promise.plan.resident - promise.plan.weights + weights
+            held[name] = plan.resident - plan.weights + weights
         return held
 
 

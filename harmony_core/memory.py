@@ -11,26 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from harmony_core.ledger import Ledger, Plan, format_size, host_capacity, parse_assume, parse_size
+from harmony_core.ledger import Plan
 from harmony_core.model_spec import LocalSizes, ModelSpec, fitting_tp
 from harmony_core.rpc.protocol import LoraSettings
-
-__all__ = [
-    "DEFAULT_KV_TOKENS",
-    "Ledger",
-    "Plan",
-    "Shape",
-    "choose_checkpointing",
-    "default_kv_tokens",
-    "format_size",
-    "host_capacity",
-    "kv_token_bytes",
-    "largest_batch",
-    "parse_assume",
-    "parse_size",
-    "plan",
-    "ways_out",
-]
 
 DEFAULT_KV_TOKENS = 131_072
 """Most tokens of a pool whose size nobody asked for."""

@@ -93,9 +93,6 @@ FAMILIES = {
     ),
 }
 
-SUPPORTED = frozenset(FAMILIES)
-"""The model types that are taken."""
-
 _RELATED = {
     "gemma2": "its attention and its logits are soft-capped, which is not computed here",
     "gemma3": "it reads images too; its text part alone, a Gemma3ForCausalLM, can be added",
@@ -107,8 +104,8 @@ _RELATED = {
 def family_of(path: Path, config: Mapping[str, Any]) -> Family:
     """The family of a config read from `path`. Raises ModelRefused for one that is not taken, by name and reason."""
     model_type = config.get("model_type")
-    known = f"supported model types: {', '.join(sorted(SUPPORTED))}"
-    if not isinstance(model_type, str) or model_type not in SUPPORTED:
+    known = f"supported model types: {', '.join(sorted(FAMILIES))}"
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         name = str(model_type)[:60]
         reason = _RELATED.get(name)
         raise ModelRefused(

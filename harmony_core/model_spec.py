@@ -11,28 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from harmony_core.errors import ModelRefused
-from harmony_core.model_families import (
-    FAMILIES,
-    SUPPORTED,
-    Family,
-    family_of,
-    is_scalar,
-    layer_windows,
-    refuse_unsupported,
-)
+from harmony_core.model_families import FAMILIES, Family, family_of, is_scalar, layer_windows, refuse_unsupported
 from harmony_core.weight_files import INDEX, SINGLE, Tensor, damaged, read_headers, read_json
-
-__all__ = [
-    "DTYPES",
-    "SUPPORTED",
-    "LocalSizes",
-    "ModelSpec",
-    "check_tp",
-    "fitting_tp",
-    "model_tp",
-    "read_config",
-    "refuse_code",
-]
 
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """safetensors' name of a type -> torch's."""

@@ -1,7 +1,7 @@
 """Telling people and programs how far a run is: a job has stages, a stage has samples done out of a total.
 
-`StdoutJobNotifier` carries the documented name; what it writes is for people and goes to stderr, since stdout is the
-recipe's own. The command line hands it a `sink` that draws a bar, and the run's event writer.
+What a notifier writes is for people and goes to stderr, since stdout is the recipe's own. The command line hands it a
+`sink` that draws a bar, and the run's event writer. `StdoutJobNotifier` is the documented name of the same.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -71,20 +70,16 @@ class PlainProgress:
         say(f"{stage}: {done}/{total}")
 
 
-class StageNotifier(ABC):
+class StageNotifier:
     """Reports progress of one stage of a job."""
 
+    job_notifier: JobNotifier
+    stage_name: str
     monitoring_link: str | None = None
 
-    @property
-    @abstractmethod
-    def job_notifier(self) -> JobNotifier:
-        """The job that the stage belongs to."""
-
-    @property
-    @abstractmethod
-    def stage_name(self) -> str:
-        """The stage's name."""
+    def __init__(self, job_notifier: JobNotifier, stage_name: str) -> None:
+        self.job_notifier = job_notifier
+        self.stage_name = stage_name
 
     def set_monitoring_link(self, monitoring_link: str) -> None:
         """Where people can watch this stage; wins over the job's link."""
@@ -102,105 +97,25 @@ class StageNotifier(ABC):
         if total is not None and done is not None and done > total:
             logger.warning("%s: %d samples of %d done", self.stage_name, done, total)
             done = total
-        self.job_notifier.report_progress(
-            self.stage_name,
-            total,
-            done,
-            monitoring_link or self.monitoring_link or self.job_notifier.monitoring_link,
-            checkpoints,
-        )
+        link = monitoring_link or self.monitoring_link or self.job_notifier.monitoring_link
+        self.job_notifier.report_progress(self.stage_name, total, done, link, checkpoints)
 
 
-class JobNotifier(ABC):
-    """Reports what a job is doing: its stages, its progress, its end. A context manager that closes."""
+class JobNotifier:
+    """Reports what a job does, to people through a sink and to `events.jsonl` where there is a run.
 
-    job_id: str
-    stages: list[str]
-    monitoring_link: str | None
+    A context manager that closes. Keeps no state outside itself.
+    """
+
     checkpoints: RunCheckpoints | None = None
     """Where the job's training classes save and continue; None saves nothing."""
-
-    def __init__(self, job_id: str) -> None:
-        self.job_id = job_id
-        self.stages = []
-        self.monitoring_link = None
-
-    def set_monitoring_link(self, monitoring_link: str) -> None:
-        """Where people can watch the job."""
-        self.monitoring_link = monitoring_link
-
-    def register_stages(self, stages: Sequence[str]) -> None:
-        """Name the stages in the order in which they will run."""
-        self.stages = list(stages)
-
-    @abstractmethod
-    def stage_notifier(self, stage: str) -> StageNotifier:
-        """The notifier of one stage."""
-
-    @abstractmethod
-    def report_progress(
-        self,
-        stage: str,
-        tot_num_samples: int | None = None,
-        processed_num_samples: int | None = None,
-        monitoring_link: str | None = None,
-        checkpoints: Sequence[str] | None = None,
-    ) -> None:
-        """Samples done of one stage."""
-
-    @abstractmethod
-    def report_checkpoint(
-        self,
-        checkpoint_id: str,
-        step: int,
-        completion_percentage: float,
-        model_checkpoint_names: dict[str, str] | None = None,
-        user_data: dict[str, Any] | None = None,
-        stage_name: str | None = None,
-    ) -> None:
-        """A checkpoint was saved; `completion_percentage` from 0 to 100."""
-
-    @abstractmethod
-    def report_error(self, error: str) -> None:
-        """The job failed."""
-
-    @abstractmethod
-    def mark_running(self) -> None:
-        """The job has begun."""
-
-    @abstractmethod
-    def complete(self) -> None:
-        """The job ended well."""
-
-    def heartbeat(self) -> None:  # noqa: B027 - a job that nobody watches has nobody to tell
-        """Tell the job's owner that it is alive."""
-
-    def start_heartbeat(self, interval_seconds: float = 30.0) -> None:  # noqa: B027
-        """Tell the job's owner regularly."""
-
-    def stop_heartbeat(self) -> None:  # noqa: B027
-        """Stop telling."""
-
-    def close(self) -> None:
-        """Stop whatever the notifier does in the background."""
-        self.stop_heartbeat()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-class StdoutJobNotifier(JobNotifier):
-    """Reports to people through a sink, and to `events.jsonl` where there is a run. Keeps no state outside itself."""
 
     def __init__(
         self, job_id: str = "local", *, sink: ProgressSink | None = None, events: EventWriter | None = None
     ) -> None:
-        super().__init__(job_id)
+        self.job_id = job_id
+        self.stages: list[str] = []
+        self.monitoring_link: str | None = None
         self._sink = sink or PlainProgress()
         self._events = events
         self._announced: str | None = None
@@ -211,17 +126,17 @@ class StdoutJobNotifier(JobNotifier):
 
     def set_monitoring_link(self, monitoring_link: str) -> None:
         """Where people can watch the job."""
-        super().set_monitoring_link(monitoring_link)
+        self.monitoring_link = monitoring_link
         self._event("job.link", link=monitoring_link)
 
     def register_stages(self, stages: Sequence[str]) -> None:
         """Name the stages in the order in which they will run."""
-        super().register_stages(stages)
+        self.stages = list(stages)
         self._event("job.stages", stages=self.stages)
 
-    def stage_notifier(self, stage: str) -> StdoutStageNotifier:
+    def stage_notifier(self, stage: str) -> StageNotifier:
         """The notifier of one stage; any name is taken."""
-        return StdoutStageNotifier(self, stage)
+        return StageNotifier(self, stage)
 
     def report_progress(
         self,
@@ -250,13 +165,9 @@ class StdoutJobNotifier(JobNotifier):
         stage_name: str | None = None,
     ) -> None:
         """A checkpoint was saved; `completion_percentage` from 0 to 100."""
+        models = model_checkpoint_names or {}
         self._event(
-            "checkpoint",
-            id=checkpoint_id,
-            step=step,
-            percent=completion_percentage,
-            models=model_checkpoint_names or {},
-            stage=stage_name,
+            "checkpoint", id=checkpoint_id, step=step, percent=completion_percentage, models=models, stage=stage_name
         )
 
     def report_error(self, error: str) -> None:
@@ -271,23 +182,28 @@ class StdoutJobNotifier(JobNotifier):
         """The job ended well."""
         self._event("job.complete", id=self.job_id)
 
+    def heartbeat(self) -> None:
+        """Tell the job's owner that it is alive: here is nobody to tell."""
 
-class StdoutStageNotifier(StageNotifier):
-    """One stage of a `StdoutJobNotifier`."""
+    def start_heartbeat(self, interval_seconds: float = 30.0) -> None:
+        """Tell the job's owner regularly."""
 
-    def __init__(self, notifier: StdoutJobNotifier, stage: str) -> None:
-        self._job = notifier
-        self._stage = stage
+    def stop_heartbeat(self) -> None:
+        """Stop telling."""
 
-    @property
-    def job_notifier(self) -> StdoutJobNotifier:
-        """The job that the stage belongs to."""
-        return self._job
+    def close(self) -> None:
+        """Stop whatever the notifier does in the background."""
+        self.stop_heartbeat()
 
-    @property
-    def stage_name(self) -> str:
-        """The stage's name."""
-        return self._stage
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+StdoutJobNotifier = JobNotifier
+StdoutStageNotifier = StageNotifier
 
 
 class SimpleProgressNotifier:

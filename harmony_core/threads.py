@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from html import escape
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from harmony_core.errors import DataError
 from harmony_core.fragments import (
@@ -25,14 +25,8 @@ from harmony_core.fragments import (
     from_stored,
     text_of,
 )
-from harmony_core.token_threads import (
-    TokenizedThread,
-    TokenizedTurn,
-    assistant_weights,
-    described_line,
-    described_thread,
-    from_index,
-)
+from harmony_core.token_threads import TokenizedThread, TokenizedTurn
+from harmony_core.turns import Conversation, Turn
 
 __all__ = ["StringThread", "StringTurn", "TokenizedThread", "TokenizedTurn", "Turn", "fragment_turn"]
 
@@ -46,39 +40,25 @@ class StringTurn(NamedTuple):
     content: str
 
 
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """One turn of a `StringThread`: role, fragments, and the weight of each of its tokens."""
-
-    role: str
-    fragments: tuple[AnyFragment, ...]
-    weight: float
-
-    @property
-    def text(self) -> str:
-        """Text fragments joined."""
-        return text_of(self.fragments)
-
-
-class StringThread:
+class StringThread(Conversation[Turn]):
     """A conversation as text.
 
     The constructor gives the last turn weight 1 whatever its role, and the others 0; `assistant()` and `system()`
     append with weight 1, `user()` and `tool()` with 0; the `with_weight_*` methods set every turn's weight anew.
     """
 
-    __slots__ = ("__weakref__", "_turns", "_uuid", "metadata")
+    __slots__ = ()
 
     def __init__(self, turns: Sequence[tuple[str, str]] | None = None, metadata: Any = None) -> None:
         made = [_text_turn(turn) for turn in turns or ()]
         if made:
             made[-1] = replace(made[-1], weight=1.0)
-        self._turns: tuple[Turn, ...] = tuple(made)
-        self._uuid: str | None = None
-        self.metadata: Any = metadata
+        self._turns = tuple(made)
+        self._uuid = None
+        self.metadata = metadata
 
     @classmethod
-    def from_turns(cls, turns: Sequence[Turn], metadata: Any = None, uuid: str | None = None) -> StringThread:
+    def from_turns(cls, turns: Sequence[Turn], metadata: Any = None, uuid: str | None = None) -> Self:
         """Build from turns that carry their weights."""
         thread = cls(None, metadata)
         thread._turns = tuple(turns)
@@ -173,37 +153,11 @@ class StringThread:
         """Role and text of every turn; an image shows as `<|image|>`, a tool's response as nothing."""
         return [StringTurn(turn.role, _shown_text(turn)) for turn in self._turns]
 
-    def get_fragments(self) -> list[tuple[str, list[Fragment]]]:
-        """Role and fragments of every turn."""
-        return [(turn.role, [fragment.public() for fragment in turn.fragments]) for turn in self._turns]
-
-    def get_turn_weights(self) -> list[float]:
-        """The weight of every turn."""
-        return [turn.weight for turn in self._turns]
-
-    def uuid(self) -> str | None:
-        """The identifier it was stored with, if any."""
-        return self._uuid
-
-    def with_weight_all_assistant_turns(self) -> StringThread:
-        """A copy that trains every assistant turn."""
-        return self._weighted(lambda index, count: True)
-
-    def with_weight_last_assistant_turn(self) -> StringThread:
-        """A copy that trains the last assistant turn."""
-        return self._weighted(lambda index, count: index == count - 1)
-
-    def with_weight_assistant_turns_from_index(self, start_index: int) -> StringThread:
-        """A copy that trains assistant turns from the given one on, counted from 0."""
-        return self._weighted(from_index(start_index))
-
     def _append(self, role: str, fragment: AnyFragment, weight: float) -> StringThread:
         return StringThread.from_turns((*self._turns, Turn(role, (fragment,), weight)), self.metadata, self._uuid)
 
-    def _weighted(self, chosen: Callable[[int, int], bool]) -> StringThread:
-        weights = assistant_weights([turn.role for turn in self._turns], chosen)
-        turns = [replace(turn, weight=weight) for turn, weight in zip(self._turns, weights, strict=True)]
-        return StringThread.from_turns(turns, self.metadata, self._uuid)
+    def _with_turns(self, turns: tuple[Turn, ...]) -> Self:
+        return self.from_turns(turns, self.metadata, self._uuid)
 
     def _last(self) -> Turn:
         if not self._turns:
@@ -211,8 +165,7 @@ class StringThread:
         return self._turns[-1]
 
     def __repr__(self) -> str:
-        lines = [described_line(turn.role, turn.weight, _described(turn)) for turn in self._turns]
-        return described_thread("StringThread", lines, self.metadata)
+        return self._shown("StringThread", _described)
 
     def _repr_html_(self) -> str:
         rows = "".join(
@@ -225,14 +178,14 @@ class StringThread:
         return f"<div>{rows}{metadata}</div>"
 
 
-def fragment_turn(role: Any, content: Any, weight: float = 0.0) -> Turn:
-    """A turn from text or a list of fragment dicts. Raises DataError for anything else."""
+def fragment_turn(role: Any, content: Any) -> Turn:
+    """A turn of weight 0 from text or a list of fragment dicts. Raises DataError for anything else."""
     if not isinstance(role, str):
         raise DataError(f"a turn's role must be a string, not {type(role).__name__}")
     if isinstance(content, str):
-        return Turn(role, (Text(content),), weight)
+        return Turn(role, (Text(content),), 0.0)
     if isinstance(content, Sequence) and not isinstance(content, bytes | bytearray):
-        return Turn(role, tuple(from_public(raw) for raw in content), weight)
+        return Turn(role, tuple(from_public(raw) for raw in content), 0.0)
     raise DataError(f"the content of a turn must be text or a list of fragments, not {type(content).__name__}")
 
 

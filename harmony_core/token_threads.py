@@ -5,12 +5,12 @@ Knows nothing of templates or tokenizers. A thread never changes, save for its `
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Self
 
 from harmony_core.errors import TokenizationError
-from harmony_core.fragments import AnyFragment, Fragment, Text
+from harmony_core.turns import Conversation, Turn
 
 
 class TokenizedTurn(NamedTuple):
@@ -21,25 +21,15 @@ class TokenizedTurn(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class TokenTurn:
+class TokenTurn(Turn):
     """One turn of a `TokenizedThread`: its tokens are `token_ids[start:end]`, template headers excluded.
 
-    `source` is the turn it was made from, None for one that a model generated. `problem` says why the tokens of this
-    turn could not be told from the template's; then start == end.
+    `problem` says why the tokens of this turn could not be told from the template's; then start == end.
     """
 
-    role: str
-    start: int
-    end: int
-    weight: float
-    source: tuple[AnyFragment, ...] | None = None
-    text: str = ""
+    start: int = 0
+    end: int = 0
     problem: str = ""
-
-    @property
-    def fragments(self) -> tuple[AnyFragment, ...]:
-        """The source's fragments, or the generated text."""
-        return (Text(self.text),) if self.source is None else self.source
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +46,13 @@ class GenerationRecord:
     model: str = ""
 
 
-class TokenizedThread:
+class TokenizedThread(Conversation[TokenTurn]):
     """A conversation as one row of token ids with the turns' places in it; made by a model, not by hand.
 
     An assistant turn's tokens are those that the model must emit: its text and its end-of-turn token.
     """
 
-    __slots__ = ("__weakref__", "_turns", "_uuid", "generation", "metadata", "token_ids")
+    __slots__ = ("generation", "token_ids")
 
     def __init__(
         self,
@@ -76,7 +66,7 @@ class TokenizedThread:
         self._turns = tuple(turns)
         self._uuid = uuid
         self.generation = generation
-        self.metadata: Any = metadata
+        self.metadata = metadata
 
     @property
     def token_weights(self) -> list[float]:
@@ -86,11 +76,6 @@ class TokenizedThread:
             if turn.weight:
                 weights[turn.start : turn.end] = [turn.weight] * (turn.end - turn.start)
         return weights
-
-    @property
-    def num_weighted_tokens(self) -> int:
-        """How many tokens have a weight above 0."""
-        return sum(turn.end - turn.start for turn in self._turns if turn.weight > 0)
 
     @property
     def logprobs(self) -> list[float] | None:
@@ -131,48 +116,19 @@ class TokenizedThread:
         """How many tokens the last turn has."""
         return self._turns[-1].end - self._turns[-1].start if self._turns else 0
 
-    def get_fragments(self) -> list[tuple[str, list[Fragment]]]:
-        """Role and fragments of every turn."""
-        return [(turn.role, [fragment.public() for fragment in turn.fragments]) for turn in self._turns]
-
-    def get_turn_weights(self) -> list[float]:
-        """The weight of every turn."""
-        return [turn.weight for turn in self._turns]
-
-    def uuid(self) -> str | None:
-        """The identifier of the thread it was made from, if any."""
-        return self._uuid
-
-    def with_weight_all_assistant_turns(self) -> TokenizedThread:
-        """A copy that trains every assistant turn. Raises TokenizationError if one's tokens are not known."""
-        return self._weighted(lambda index, count: True)
-
-    def with_weight_last_assistant_turn(self) -> TokenizedThread:
-        """A copy that trains the last assistant turn. Raises TokenizationError if its tokens are not known."""
-        return self._weighted(lambda index, count: index == count - 1)
-
-    def with_weight_assistant_turns_from_index(self, start_index: int) -> TokenizedThread:
-        """A copy that trains assistant turns from the given one on, counted from 0. Raises TokenizationError."""
-        return self._weighted(from_index(start_index))
-
-    def _weighted(self, chosen: Callable[[int, int], bool]) -> TokenizedThread:
-        weights = assistant_weights([turn.role for turn in self._turns], chosen)
-        turns = [replace(turn, weight=weight) for turn, weight in zip(self._turns, weights, strict=True)]
+    def _with_turns(self, turns: tuple[TokenTurn, ...]) -> Self:
         refuse_unknown(turns)
-        return TokenizedThread(self.token_ids, turns, self.metadata, self._uuid, self.generation)
+        return type(self)(self.token_ids, turns, self.metadata, self._uuid, self.generation)
 
     def _record(self) -> GenerationRecord | None:
         weighted = [turn for turn in self._turns if turn.weight > 0]
         return self.generation if weighted == [*self._turns[-1:]] else None
 
     def __repr__(self) -> str:
-        lines = [
-            described_line(
-                turn.role, turn.weight, f"{turn.end - turn.start} tokens {self.token_ids[turn.start : turn.end]}"
-            )
-            for turn in self._turns
-        ]
-        return described_thread(f"TokenizedThread {len(self.token_ids)} tokens", lines, self.metadata)
+        def describe(turn: TokenTurn) -> str:
+            return f"{turn.end - turn.start} tokens {self.token_ids[turn.start : turn.end]}"
+
+        return self._shown(f"TokenizedThread {len(self.token_ids)} tokens", describe)
 
 
 def refuse_unknown(turns: Sequence[TokenTurn]) -> None:
@@ -180,34 +136,3 @@ def refuse_unknown(turns: Sequence[TokenTurn]) -> None:
     for index, turn in enumerate(turns):
         if turn.weight and turn.problem:
             raise TokenizationError(f"turn {index} ({turn.role}) cannot be trained: {turn.problem}")
-
-
-def from_index(start_index: int) -> Callable[[int, int], bool]:
-    """The choice of the assistant turns from `start_index` on. Raises OverflowError for a negative one."""
-    if start_index < 0:
-        raise OverflowError(f"start_index must be 0 or more, not {start_index}")
-    return lambda index, count: index >= start_index
-
-
-def assistant_weights(roles: list[str], chosen: Callable[[int, int], bool]) -> list[float]:
-    """1 for the assistant turns for which `chosen(index among assistant turns, their count)`, else 0."""
-    count = roles.count("assistant")
-    seen = 0
-    weights = []
-    for role in roles:
-        weights.append(1.0 if role == "assistant" and chosen(seen, count) else 0.0)
-        seen += role == "assistant"
-    return weights
-
-
-def described_line(role: str, weight: float, body: str) -> str:
-    """One turn in a thread's repr."""
-    mark = "*" if weight else " "
-    scale = "" if weight in (0.0, 1.0) else f" ×{weight:g}"
-    return f"{mark} [{role}{scale}] {body}".replace("\n", "\n    ")
-
-
-def described_thread(title: str, lines: list[str], metadata: Any) -> str:
-    """A thread's repr."""
-    tail = [] if metadata is None else [f"  metadata: {metadata!r}"]
-    return "\n".join([f"{title} ({len(lines)} turns, * trained)", *lines, *tail])

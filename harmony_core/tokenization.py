@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from tokenizers import Encoding
@@ -108,8 +109,8 @@ class ChatTokenizer:
             ids, turns = [], []
         if ids != list(prompt_ids):
             problem = "the prompt was not made from this thread by the chat template"
-            turns = [TokenTurn(t.role, 0, 0, 0.0, t.fragments, problem=problem) for t in thread.turns]
-        turns = [*(_weightless(turn) for turn in turns), self._completed(len(prompt_ids), completion_ids)]
+            turns = [TokenTurn(t.role, t.fragments, 0.0, problem=problem) for t in thread.turns]
+        turns = [*(replace(turn, weight=0.0) for turn in turns), self._completed(len(prompt_ids), completion_ids)]
         record = GenerationRecord(
             tuple(logprobs), tuple(sampled_logprobs), tuple(versions), "stop" if finished else "length", model
         )
@@ -123,7 +124,7 @@ class ChatTokenizer:
     def _completed(self, start: int, completion_ids: Sequence[int]) -> TokenTurn:
         ended = bool(completion_ids) and completion_ids[-1] in self.stop_ids
         text = self.decode(completion_ids[:-1] if ended else completion_ids)
-        return TokenTurn("assistant", start, start + len(completion_ids), 1.0, None, text)
+        return TokenTurn("assistant", (Text(text),), 1.0, start, start + len(completion_ids))
 
     def _lay_out(self, turns: Sequence[Turn], add_generation_prompt: bool) -> tuple[list[int], list[TokenTurn]]:
         text, places = locate(self._required_template(), turns, add_generation_prompt)
@@ -134,7 +135,7 @@ class ChatTokenizer:
             following = [p.content_start for p in places[index + 1 :] if p.content_start is not None]
             limit = min(following, default=len(text) + 1)
             start, end, problem = self._token_span(turn, place, ids, starts, limit)
-            laid_out.append(TokenTurn(turn.role, start, end, turn.weight, turn.fragments, turn.text, problem))
+            laid_out.append(TokenTurn(turn.role, turn.fragments, turn.weight, start, end, problem))
         return ids, laid_out
 
     def _token_span(
@@ -181,7 +182,3 @@ class ChatTokenizer:
                 hint="use raw text or tokens, or add the model with a chat_template.jinja",
             )
         return self._template
-
-
-def _weightless(turn: TokenTurn) -> TokenTurn:
-    return TokenTurn(turn.role, turn.start, turn.end, 0.0, turn.source, turn.text, turn.problem)

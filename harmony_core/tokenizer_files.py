@@ -6,18 +6,17 @@ config.json. Every file is somebody else's: whatever is wrong with one is a Toke
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
-from harmony_core.chat_template import ChatTemplate
-from harmony_core.errors import TokenizationError
+from harmony_core.chat_template import MAX_SOURCE, ChatTemplate
+from harmony_core.errors import TokenizationError, VerificationError
+from harmony_core.weight_files import read_json
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-_MAX_CONFIG_BYTES = 64 * 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -119,21 +118,15 @@ def _stop_ids(directory: Path, tokenizer: Tokenizer, specials: dict[str, str]) -
 
 
 def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
     try:
-        value = json.loads(_text(path))
-    except (ValueError, RecursionError) as error:
-        raise TokenizationError(f"{path}: not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise TokenizationError(f"{path}: must be a JSON object, not {type(value).__name__}")
-    return value
+        return read_json(path) if path.is_file() else {}
+    except VerificationError as error:
+        raise TokenizationError(error.message) from None
 
 
 def _text(path: Path) -> str:
     try:
-        if path.stat().st_size > _MAX_CONFIG_BYTES:
-            raise TokenizationError(f"{path}: larger than {_MAX_CONFIG_BYTES} bytes")
-        return path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            return file.read(MAX_SOURCE + 1)
     except (OSError, UnicodeDecodeError) as error:
         raise TokenizationError(f"{path}: cannot be read: {error}") from None

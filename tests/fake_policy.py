@@ -79,8 +79,8 @@ class FakeModel:
             raise PromptTooLong(f"{question} is too long", tokens=99, limit=10)
         length = 1 + number % 5
         turns = [
-            TokenTurn("user", 0, 3, 0.0, (Text(question),)),
-            TokenTurn("assistant", 3, 3 + length, 1.0, None, "x" * length),
+            TokenTurn("user", (Text(question),), 0.0, 0, 3),
+            TokenTurn("assistant", (Text("x" * length),), 1.0, 3, 3 + length),
         ]
         logprobs = tuple(-0.1 * (i + 1) for i in range(length))
         finish = "stop" if length < 5 else "length"

@@ -15,7 +15,7 @@ def test_environment_names_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert home.path == tmp_path / "a" / "b"
     assert (home.path / "VERSION").read_text() == "1\n"
     assert all(p.is_dir() for p in (home.models, home.staging, home.runs, home.locks, home.cache, home.trash))
-    assert Home.open() == home
+    assert Home.open().path == home.path
 
 
 def test_without_environment_it_lies_in_the_users_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ PLAIN = frozenset(
         *("journal", "model_families", "model_spec", "notifiers", "outcome", "parameters", "recipe_file", "redaction"),
         *("registry", "report", "rl_utils", "rpc", "run"),
         *("schedulers", "thread_tools", "threads", "token_threads", "tokenization", "tokenizer_files"),
-        *("toolchain", "weight_files"),
+        *("toolchain", "turns", "weight_files"),
     )
 )
 """Plain data: no models, no ranks. These may import each other, without cycles."""

@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 
 from harmony_core.errors import MemoryRefused
+from harmony_core.ledger import Ledger
 from harmony_core.memory import (
     BATCH_STEP,
     DEFAULT_KV_TOKENS,
-    Ledger,
     Shape,
     adapter_elements,
     choose_checkpointing,

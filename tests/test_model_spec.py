@@ -8,7 +8,7 @@ import pytest
 
 import small_models
 from harmony_core.errors import ModelRefused, VerificationError
-from harmony_core.model_families import FAMILIES, SUPPORTED, layer_windows
+from harmony_core.model_families import FAMILIES, layer_windows
 from harmony_core.model_spec import ModelSpec, check_tp, fitting_tp
 
 
@@ -17,7 +17,7 @@ def edit(path: Path, **changes: Any) -> None:
     small_models.write_json(path, {name: value for name, value in values.items() if value != "DROP"})
 
 
-@pytest.mark.parametrize("family", sorted(SUPPORTED))
+@pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_a_scalar_head_is_read_as_transformers_reads_it(tmp_path: Path, family: str) -> None:
     import transformers
 
@@ -33,7 +33,7 @@ def test_a_classifier_with_several_labels_is_refused(tmp_path: Path) -> None:
         ModelSpec.read(small_models.make_scalar(small_models.write_model(tmp_path), labels=3))
 
 
-@pytest.mark.parametrize("family", sorted(SUPPORTED))
+@pytest.mark.parametrize("family", sorted(FAMILIES))
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_model_is_read_as_transformers_reads_it(tmp_path: Path, family: str, tied: bool) -> None:
     import transformers
@@ -88,7 +88,7 @@ def test_windows_are_those_of_transformers(tmp_path: Path, family: str, changes:
         assert found == tuple(config.sliding_window if kind == "sliding_attention" else None for kind in kinds)
 
 
-@pytest.mark.parametrize("family", sorted(SUPPORTED))
+@pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_what_a_config_leaves_out_is_what_transformers_takes(family: str) -> None:
     from transformers import AutoConfig
 

@@ -11,6 +11,7 @@ import pytest
 from pydantic import BaseModel
 
 from harmony_core.errors import DataError, HarmonyError, TokenizationError
+from harmony_core.fragments import Text
 from harmony_core.threads import StringThread, StringTurn, TokenizedThread
 from harmony_core.token_threads import GenerationRecord, TokenTurn
 
@@ -213,10 +214,10 @@ def test_html_escapes_content() -> None:
 def tokenized(*weights: float) -> TokenizedThread:
     """user 2 tokens, assistant 3, user unknown, assistant 2 generated; headers between."""
     turns = [
-        TokenTurn("user", 1, 3, weights[0], text="u"),
-        TokenTurn("assistant", 4, 7, weights[1], text="a"),
-        TokenTurn("user", 0, 0, weights[2], problem="it is rewritten"),
-        TokenTurn("assistant", 9, 11, weights[3], text="b"),
+        TokenTurn("user", (Text("u"),), weights[0], 1, 3),
+        TokenTurn("assistant", (Text("a"),), weights[1], 4, 7),
+        TokenTurn("user", (Text(""),), weights[2], problem="it is rewritten"),
+        TokenTurn("assistant", (Text("b"),), weights[3], 9, 11),
     ]
     record = GenerationRecord((-0.5, -0.25), (-0.4, -0.2), (3, 4), "stop")
     return TokenizedThread(list(range(100, 111)), turns, {"m": 1}, "id", record)
@@ -240,9 +241,8 @@ def test_tokenized_turns_have_no_headers() -> None:
 def test_token_weights_are_the_turns_multipliers() -> None:
     thread = tokenized(0.5, 0, 0, 2.0)
     assert thread.token_weights == [0, 0.5, 0.5, 0, 0, 0, 0, 0, 0, 2.0, 2.0]
-    assert thread.num_weighted_tokens == 4
     everything = thread.with_weight_all_assistant_turns()
-    assert everything.get_turn_weights() == [0, 1, 0, 1] and everything.num_weighted_tokens == 5
+    assert everything.get_turn_weights() == [0, 1, 0, 1]
     assert thread.with_weight_assistant_turns_from_index(1).get_turn_weights() == [0, 0, 0, 1]
     assert thread.with_weight_last_assistant_turn().get_turn_weights() == [0, 0, 0, 1]
     with pytest.raises(OverflowError):
@@ -258,7 +258,7 @@ def test_records_are_given_only_where_they_match_the_weighted_tokens() -> None:
 
 
 def test_a_turn_whose_tokens_are_unknown_cannot_be_weighted() -> None:
-    thread = TokenizedThread([1], [TokenTurn("assistant", 0, 0, 0.0, problem="it is rewritten")])
+    thread = TokenizedThread([1], [TokenTurn("assistant", (Text(""),), 0.0, problem="it is rewritten")])
     with pytest.raises(TokenizationError, match=r"turn 0 \(assistant\) cannot be trained: it is rewritten"):
         thread.with_weight_all_assistant_turns()
 

@@ -187,7 +187,7 @@ def test_the_same_words_in_every_turn_are_not_mixed_up(tokenizers: dict[str, Cha
     tokenizer = tokenizers["chatml"]
     turns = [("system", "a"), ("user", "a"), ("assistant", "a"), ("user", "a"), ("assistant", "a")]
     tokenized = tokenizer.tokenize(StringThread(turns))
-    assert tokenized.token_weights[-3:] == [1.0, 1.0, 0.0] and tokenized.num_weighted_tokens == 2
+    assert tokenized.token_weights[-3:] == [1.0, 1.0, 0.0] and sum(tokenized.token_weights) == 2
 
 
 def test_private_use_characters_in_the_text_do_no_harm(tokenizers: dict[str, ChatTokenizer]) -> None:
@@ -378,9 +378,9 @@ def test_nothing_is_cut_or_padded(tmp_path: Path) -> None:
     [
         ("tokenizer.json", "{", "tokenizer.json: not a tokenizer"),
         ("tokenizer.json", '{"model": {"type": "Evil"}}', "tokenizer.json: not a tokenizer"),
-        ("tokenizer_config.json", "{", "tokenizer_config.json: not JSON"),
-        ("tokenizer_config.json", "[" * 100_000, "tokenizer_config.json: not JSON"),
-        ("tokenizer_config.json", "[]", "tokenizer_config.json: must be a JSON object"),
+        ("tokenizer_config.json", "{", "tokenizer_config.json: not valid JSON"),
+        ("tokenizer_config.json", "[" * 100_000, "tokenizer_config.json: not valid JSON"),
+        ("tokenizer_config.json", "[]", "tokenizer_config.json: not a JSON object"),
         ("tokenizer_config.json", '{"chat_template": 3}', "chat_template must be a string"),
         ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {}}}', "added_tokens_decoder"),
         ("generation_config.json", '{"eos_token_id": "2"}', "generation_config.json: eos_token_id must be"),

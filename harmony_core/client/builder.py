@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from msgspec import structs
+
 from harmony_core.errors import ModelRefused, UsageError
 from harmony_core.model_spec import check_tp
 from harmony_core.rpc.protocol import LoraSettings
@@ -106,7 +108,7 @@ class ModelBuilder:
             lora["targets"] = tuple(targets)
         if lora and self._version.format == "peft":
             raise ModelRefused(f"{self._version.ref} is an adapter already: its {' and '.join(lora)} cannot be set")
-        settings = LoraSettings(**{**_as_dict(self._settings.lora), **lora})
+        settings = structs.replace(self._settings.lora, **lora)
         return self._with(use_adapter=use_adapter, lora=settings)
 
     def dtype(self, dtype: str) -> ModelBuilder:
@@ -153,7 +155,7 @@ class ModelBuilder:
             "tokens_to_generate": self.resolved_tokens_to_generate(),
             "max_seqlen": settings.max_seqlen,
             "use_adapter": settings.use_adapter,
-            "lora": _as_dict(settings.lora),
+            "lora": structs.asdict(settings.lora),
             "scalar": self.resolved_scalar(),
         }
 
@@ -194,7 +196,3 @@ class ModelBuilder:
     def settings(self) -> BuilderSettings:
         """What was asked for."""
         return self._settings
-
-
-def _as_dict(lora: LoraSettings) -> dict[str, Any]:
-    return {name: getattr(lora, name) for name in ("rank", "alpha", "dropout", "targets", "seed")}

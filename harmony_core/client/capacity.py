@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from harmony_core.errors import ResourceError, UsageError
-from harmony_core.launch.launcher import resolve
+from harmony_core.launch.launcher import Launch, resolve
 from harmony_core.ledger import Ledger, host_capacity, parse_assume
 
 if TYPE_CHECKING:
@@ -25,8 +25,7 @@ CUDA_USABLE = 0.95
 class Machine:
     """The ranks' devices. `capacity`: bytes of each CUDA device, or of the host that CPU ranks share."""
 
-    device: str
-    world_size: int
+    launch: Launch
     capacity: int | list[int]
 
     @staticmethod
@@ -38,13 +37,23 @@ class Machine:
             world_size = options.num_processes or len(devices)
             if world_size > len(devices):
                 raise UsageError(f"--num-processes {world_size} on an assumed machine of {len(devices)} devices")
-            return Machine("cuda", world_size, devices[:world_size])
+            return Machine(Launch("cuda", world_size), devices[:world_size])
         launch = resolve(options.num_processes, options.device, options.accelerate_config)
         _check_mode(options, launch.device)
         if launch.device == "cpu":
-            return Machine("cpu", launch.world_size, host_capacity(options.memory, ranks=launch.world_size))
+            return Machine(launch, host_capacity(options.memory, ranks=launch.world_size))
         free = cuda_free_bytes(launch.devices)
-        return Machine("cuda", launch.world_size, [min(b, options.memory or b) for b in free])
+        return Machine(launch, [min(b, options.memory or b) for b in free])
+
+    @property
+    def device(self) -> str:
+        """ "cpu" or "cuda"."""
+        return self.launch.device
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.launch.world_size
 
     def ledger(self) -> Ledger:
         """An empty ledger of this machine."""

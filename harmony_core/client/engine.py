@@ -60,7 +60,7 @@ class Request:
         """Tell the replica that nobody waits any more; it answers in its own time."""
         self.cancelled = True
         if self.handle is not None and not self.future.done():
-            self.handle.cast(Cancel(call=self.call))
+            self.handle.connection.cast(Cancel(call=self.call))
 
 
 class Engine:
@@ -118,15 +118,12 @@ class Engine:
 
     async def _start(self) -> list[RankHandle]:
         options = LaunchOptions(
-            num_processes=self.machine.world_size,
-            device=self.machine.device,
-            accelerate_config=self.options.accelerate_config,
             log_dir=self.options.log_dir,
             run_id=self.options.run_id,
             deterministic=self.options.deterministic,
             cache=self.registry.home.cache / "compiled",
         )
-        self._supervisor = await Supervisor.start(options, self._on_event)
+        self._supervisor = await Supervisor.start(options, self.machine.launch, self._on_event)
         return await self._supervisor.ready()
 
     def _on_event(self, rank: int, event: Event) -> None:
@@ -192,7 +189,7 @@ class Engine:
         request.handle = self._ranks[leader]
         self._in_flight += 1
         self._idle.clear()
-        request.call, answer = request.handle.submit(message)
+        request.call, answer = request.handle.connection.submit(message)
         answer.add_done_callback(lambda done: self._replica_answered(request.future, done))
 
     def _replica_answered(self, future: asyncio.Future[Message], answer: asyncio.Future[Message]) -> None:
@@ -210,7 +207,7 @@ class Engine:
     def _send_global(self, message: Message, future: asyncio.Future[list[Message]]) -> None:
         seq = self._next_seq
         self._next_seq += 1
-        answers = [handle.submit(message, seq)[1] for handle in self._ranks[:: self._block_size]]
+        answers = [handle.connection.submit(message, seq)[1] for handle in self._ranks[:: self._block_size]]
         waiting = asyncio.gather(*answers, return_exceptions=True)
         waiting.add_done_callback(lambda _: _copy_result(answers, future, lambda messages: messages))
 

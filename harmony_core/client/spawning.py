@@ -12,10 +12,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from msgspec import structs
+
 from harmony_core import memory
 from harmony_core.client.live import LiveModel, Placement
 from harmony_core.client.storage import source_of
 from harmony_core.errors import ConflictError, ModelRefused, UsageError
+from harmony_core.ledger import Plan
 from harmony_core.model_spec import check_tp
 from harmony_core.rpc.protocol import Clone, Dealloc, LoraSettings, Message, Spawn, Spawned
 from harmony_core.tokenization import ChatTokenizer
@@ -90,7 +93,8 @@ class _Planned:
         self.seed = _hash(f"{engine.options.seed}/{name}")
         self.train = max_batch_size is not None
         self.scalar = builder.resolved_scalar()
-        self.new_lora = seeded(settings.lora, self.seed) if settings.use_adapter and version.format == "hf" else None
+        new = settings.use_adapter and version.format == "hf"
+        self.new_lora = structs.replace(settings.lora, seed=self.seed) if new else None
         self.lora = self.new_lora is not None or version.format == "peft"
         self.private = self.train and not self.lora
         self.dtype = settings.dtype or ("float32" if engine.machine.device == "cpu" else "bfloat16")
@@ -127,10 +131,8 @@ class _Planned:
             headless=self.version.spec.scalar or (self.scalar and self.private),
             weights_shared=not self.private and self.engine.ledger.holds(self.weights_key),
         )
-        return replace(shape, checkpointed_layers=self._checkpointed(shape))
-
-    def _checkpointed(self, shape: memory.Shape) -> int:
-        return memory.choose_checkpointing(shape, self.engine.ledger.free, self.engine.ledger.transient)
+        ledger = self.engine.ledger
+        return replace(shape, checkpointed_layers=memory.choose_checkpointing(shape, ledger.free, ledger.transient))
 
     def _kv_that_fits(self) -> int:
         """Half of what is left beside everything else, at most the default; at least one context."""
@@ -212,7 +214,7 @@ class _Planned:
 def _promised(
     engine: Engine,
     name: str,
-    plan: memory.Plan,
+    plan: Plan,
     weights_key: str,
     ways_out: Callable[[int, int], list[str]] | None = None,
 ) -> Iterator[None]:
@@ -248,21 +250,13 @@ def _hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest(), "little")
 
 
-def seeded(lora: LoraSettings, seed: int) -> LoraSettings:
-    """The settings of a new adapter with the seed of its spawn."""
-    return LoraSettings(rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, targets=lora.targets, seed=seed)
-
-
 def stored_lora(version: ModelVersion) -> LoraSettings:
     """The settings of a stored adapter, as far as its memory depends on them."""
     config = json.loads((version.path / "adapter_config.json").read_text(encoding="utf-8"))
     targets = config["target_modules"]
     # A pattern may mean any of the modules that an adapter can have.
-    return (
-        LoraSettings(rank=config["r"])
-        if isinstance(targets, str)
-        else LoraSettings(rank=config["r"], targets=tuple(targets))
-    )
+    lora = LoraSettings(rank=config["r"])
+    return lora if isinstance(targets, str) else structs.replace(lora, targets=tuple(targets))
 
 
 async def clone(live: LiveModel) -> LiveModel:

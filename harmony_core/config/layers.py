@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from harmony_core.config.problems import DEFAULT, Issue, Path, Source, dotted
+from harmony_core.config.problems import DEFAULT, Issue, Path, Source, dotted, holds
 from harmony_core.config.schema import Node, Schema, UnknownKey, is_open
 from harmony_core.config.values import from_text
 from harmony_core.config.yaml_source import YamlDocument, copied
@@ -62,6 +62,18 @@ class Resolved:
             if path[:end] in self.sources:
                 return self.sources[path[:end]]
         return None
+
+    def source_at(self, path: Path) -> Source:
+        """The source of the value at the path; what the layers do not have is a default."""
+        node: Any = self.data
+        for key in path:
+            if holds(node, key):
+                node = node[key]
+            elif isinstance(node, dict | list):
+                return DEFAULT
+            else:
+                break
+        return self.source_of(path) or DEFAULT
 
 
 def assignments_from_env(environ: Mapping[str, str]) -> list[Assignment]:
@@ -204,14 +216,9 @@ def _fill(resolved: Resolved, schema: Schema, nodes: list[Node], value: dict[str
     for node in nodes:
         default = node.get("default")
         for name, inner in default.items() if isinstance(default, dict) else ():
-            if name not in value and not _is_secret(blocks[0]["properties"].get(name, {})):
+            if name not in value and not blocks[0]["properties"].get(name, {}).get("writeOnly"):  # a masked secret
                 value[name] = copied(inner)
                 resolved.sources[(*path, name)] = DEFAULT
-
-
-def _is_secret(node: Node) -> bool:
-    """A secret's default is masked in the schema."""
-    return bool(node.get("writeOnly"))
 
 
 def _of_another_variant(resolved: Resolved, path: Path, name: str, other: Node, at_key: Source | None) -> Issue:
@@ -226,14 +233,9 @@ def _unknown_key(unknown: UnknownKey, source: Source | None, schema: Schema | No
     message = "unknown key"
     suggestions = unknown.suggestions
     if not suggestions:
-        elsewhere = _elsewhere(unknown.name, schema) if schema else None
-        if elsewhere:
+        places = schema.parameters() if schema else ()
+        if elsewhere := next((dotted(p.path) for p in places if p.path[-1] == unknown.name), None):
             suggestions = (elsewhere,)
         elif 0 < len(unknown.options) <= 12:
             message += f"; here may stand: {', '.join(unknown.options)}"
     return Issue(message, source, dotted((*unknown.parent, unknown.name)), "unknown_key", suggestions)
-
-
-def _elsewhere(name: str, schema: Schema) -> str | None:
-    """The dotted name of a parameter with this name at another level."""
-    return next((dotted(p.path) for p in schema.parameters() if p.path[-1] == name), None)

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 
 from harmony_core.config.layers import Resolved
-from harmony_core.config.problems import DEFAULT, Issue, Path, Source, dotted, holds
+from harmony_core.config.problems import Issue, Path, Source, dotted
 from harmony_core.errors import HarmonyError
 from harmony_core.parameters import Dataset, Model, Parameter
 from harmony_core.registry import Registry
@@ -27,7 +27,7 @@ class _Settler:
     failures: list[tuple[HarmonyError, Issue]] = field(default_factory=list)
 
     def parameter(self, parameter: Parameter, path: Path) -> Parameter:
-        source = self._source(path)
+        source = self.resolved.source_at(path)
         if isinstance(parameter, Dataset):
             parameter = parameter.with_base(self._base(source))
         try:
@@ -39,18 +39,6 @@ class _Settler:
         if isinstance(parameter, Model):
             self.models[dotted(path)] = {"ref": found.ref, "digest": found.digest, "path": str(found.path)}
         return parameter
-
-    def _source(self, path: Path) -> Source:
-        """Of the value at the path; what the layers do not have is a default."""
-        node: Any = self.resolved.data
-        for key in path:
-            if holds(node, key):
-                node = node[key]
-            elif isinstance(node, dict | list):
-                return DEFAULT
-            else:
-                break
-        return self.resolved.source_of(path) or DEFAULT
 
     def _base(self, source: Source) -> FilePath:
         """The folder from which a relative file is meant."""

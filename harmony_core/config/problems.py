@@ -96,12 +96,9 @@ def in_reading_order(issues: Iterable[Issue]) -> list[Issue]:
     return sorted(dict.fromkeys(issues), key=place)
 
 
-def raise_if_any(issues: Iterable[Issue], what: str = "the configuration is not valid") -> None:
+def raise_if_any(issues: Iterable[Issue]) -> None:
     """Raise ConfigError holding all of them."""
     ordered = in_reading_order(issues)
     if ordered:
-        message = str(ordered[0]) if len(ordered) == 1 else f"{what}: {len(ordered)} problems"
+        message = str(ordered[0]) if len(ordered) == 1 else f"the configuration is not valid: {len(ordered)} problems"
         raise ConfigError(message, issues=map(str, ordered), errors=[issue.as_data() for issue in ordered])
-
-
-__all__ = ["DEFAULT", "Issue", "Path", "Source", "dotted", "holds", "in_reading_order", "raise_if_any"]

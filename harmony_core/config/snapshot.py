@@ -9,7 +9,7 @@ import yaml
 from pydantic import BaseModel
 
 from harmony_core.config.layers import Resolved
-from harmony_core.config.problems import DEFAULT, Path, dotted, holds
+from harmony_core.config.problems import Path, dotted
 from harmony_core.config.yaml_source import plain_scalar
 
 
@@ -30,33 +30,14 @@ def as_data(config: BaseModel | None) -> dict[str, Any]:
     return {} if config is None else config.model_dump(mode="json")
 
 
-def as_yaml(data: Mapping[str, Any], comments: Mapping[str, str] | None = None) -> str:
-    """YAML in the order of the fields. `comments` by dotted name are put behind top-level values."""
-    text = ""
-    for key, value in data.items():
-        block = yaml.dump({key: value}, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10_000)
-        comment = (comments or {}).get(key)
-        if comment:
-            first, newline, rest = block.partition("\n")
-            block = f"{first}  # {comment}{newline}{rest}"
-        text += block
-    return text or "{}\n"
+def as_yaml(data: Mapping[str, Any]) -> str:
+    """YAML in the order of the fields."""
+    return yaml.dump(dict(data), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10_000)
 
 
 def sources_of(data: Mapping[str, Any], resolved: Resolved) -> dict[str, str]:
     """Where each leaf came from, by dotted name."""
-    found = {}
-    for path in _leaves(data, ()):
-        node: Any = resolved.data
-        known = True
-        for key in path:
-            if not holds(node, key):
-                known = not isinstance(node, dict | list)
-                break
-            node = node[key]
-        source = resolved.source_of(path) if known else None
-        found[dotted(path)] = str(source or DEFAULT)
-    return found
+    return {dotted(path): str(resolved.source_at(path)) for path in _leaves(data, ())}
 
 
 def _leaves(value: Any, path: Path) -> Iterator[Path]:

@@ -1,8 +1,8 @@
 """YAML as configuration: plain data, the position of every value, and every problem found, from untrusted text.
 
-The event stream is read once, with limits on size, depth, aliases and expanded nodes, and data is built from it
-directly: nothing is ever constructed from a tag, and the C parser's composer, which overflows its stack on deep
-nesting, is never entered. Scalars are YAML 1.2: `1e-5` is a number; `on`, `no`, `12:30`, `007` and dates are text.
+Limits on size, depth and aliases are checked on the events, before nodes are made of them; data is built from the nodes
+directly, and nothing is ever constructed from a tag. Scalars are YAML 1.2: `1e-5` is a number; `on`, `no`, `12:30`,
+`007` and dates are text.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path as FilePath
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
@@ -20,7 +20,7 @@ from harmony_core.errors import NotFoundError, ResourceError, did_you_mean
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 64
 MAX_ALIASES = 100
-MAX_NODES = 200_000
+MAX_VALUES = 200_000
 
 _Parser: type[Any] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _INT = re.compile(r"[-+]?(?:0|[1-9][0-9_]*)")
@@ -34,6 +34,7 @@ _WORDS: dict[str, Any] = {
     **dict.fromkeys(("false", "False", "FALSE"), False),
 }
 _PREFIX = "tag:yaml.org,2002:"
+_PLAIN = "plain"
 
 
 @dataclass
@@ -73,13 +74,13 @@ def load_yaml_file(path: FilePath, name: str | None = None) -> YamlDocument:
     return load_yaml(raw, shown)
 
 
-def load_yaml(raw: bytes | str, name: str, parser: type[Any] = _Parser) -> YamlDocument:
+def load_yaml(raw: bytes | str, name: str) -> YamlDocument:
     """Parse one document whose top level is a map. Never raises: `issues` holds what is wrong."""
     builder = _Builder(name)
     text = builder.decode(raw)
     if text is not None:
         try:
-            builder.read(parser(text))
+            builder.read(text)
         except yaml.MarkedYAMLError as error:
             builder.syntax_error(error)
         except yaml.reader.ReaderError as error:
@@ -105,27 +106,22 @@ class _TooMuch(Exception):
     """A limit was passed."""
 
 
-@dataclass
-class _Anchor:
-    value: Any
-    sources: dict[Path, Source]
-    path: Path
-    nodes: int
+class _Loader(_Parser):  # type: ignore[misc]
+    """Leaves plain scalars untagged, so that YAML 1.1 does not read them and an explicit tag can be told."""
 
-    def positions(self) -> dict[Path, Source]:
-        """Positions below the anchored value, relative to it."""
-        depth = len(self.path)
-        return {p[depth:]: s for p, s in self.sources.items() if p[:depth] == self.path and len(p) > depth}
+    def resolve(self, kind: type[yaml.Node], value: str | None, implicit: tuple[bool, bool]) -> str:
+        """The tag of a node that has none."""
+        plain = kind is yaml.ScalarNode and implicit[0]
+        return _PLAIN if plain else str(super().resolve(kind, value, implicit))
 
 
 class _Builder:
-    """Turns events into data. Recursion is bounded by MAX_DEPTH."""
+    """Turns nodes into data, each with its position."""
 
     def __init__(self, name: str) -> None:
         self.document = YamlDocument(name)
-        self._anchors: dict[str, _Anchor | None] = {}  # None while the anchored value is still open
-        self._aliases = 0
-        self._nodes = 0
+        self._open: set[int] = set()
+        self._values = 0
 
     def decode(self, raw: bytes | str) -> str | None:
         """UTF-8 with or without a byte order mark."""
@@ -142,30 +138,31 @@ class _Builder:
             self._issue("not UTF-8", Source("file", self.document.name, line, column))
             return None
 
-    def read(self, parser: Any) -> None:
-        """Take the whole stream: one document or none."""
-        try:
-            parser.get_event()  # start of the stream
-            if parser.check_event(yaml.StreamEndEvent):
-                return
-            parser.get_event()  # start of the document
-            sources: dict[Path, Source] = {}
-            value = self._value(parser, (), None, 0, sources)
-            parser.get_event()
-            if not parser.check_event(yaml.StreamEndEvent):
-                self._issue("a second document; one is allowed", self._source(parser.peek_event()))
-            if isinstance(value, dict):
-                self.document.data, self.document.sources = value, sources
-            elif value is not None:
-                self._issue("the top level must be a map of keys to values", sources.get(()))
-        finally:
-            parser.dispose()
+    def read(self, text: str) -> None:
+        """Take the whole stream: one document or none. What could exhaust the composer is refused before it begins."""
+        depth = aliases = 0
+        for event in yaml.parse(text, Loader=_Loader):
+            depth += isinstance(event, yaml.CollectionStartEvent)
+            depth -= isinstance(event, yaml.CollectionEndEvent)
+            aliases += isinstance(event, yaml.AliasEvent)
+            if depth > MAX_DEPTH or aliases > MAX_ALIASES:
+                what = f"nested deeper than {MAX_DEPTH} levels" if depth > MAX_DEPTH else f"over {MAX_ALIASES} aliases"
+                self._too_much(what, event)
+        node = yaml.compose(text, Loader=_Loader)
+        if node is None:
+            return
+        sources: dict[Path, Source] = {}
+        value = self._value(node, (), None, sources)
+        if isinstance(value, dict):
+            self.document.data, self.document.sources = value, sources
+        elif value is not None:
+            self._issue("the top level must be a map of keys to values", sources.get(()))
 
     def syntax_error(self, error: yaml.MarkedYAMLError) -> None:
         """The parser's own complaint, at its place."""
         mark = error.problem_mark or error.context_mark
         at = Source("file", self.document.name, mark.line + 1, mark.column + 1) if mark else None
-        self._issue(f"not valid YAML: {error.problem or error.context}", at)
+        self._issue(f"not valid YAML: {', '.join(filter(None, (error.context, error.problem)))}", at)
 
     def unreadable(self, text: str, error: yaml.reader.ReaderError) -> None:
         """A character that YAML does not allow."""
@@ -173,117 +170,78 @@ class _Builder:
         at = Source("file", self.document.name, before.count("\n") + 1, len(before) - before.rfind("\n"))
         self._issue("a control character, which YAML does not allow", at)
 
-    def _value(self, parser: Any, path: Path, key: Any, depth: int, sources: dict[Path, Source]) -> Any:
-        event = parser.get_event()
-        self._count(event, 1)
-        if isinstance(event, yaml.AliasEvent):
-            return self._alias(event, path, key, sources)
-        source = sources[path] = self._source(event, key)
-        before = self._nodes
-        if event.anchor:
-            self._anchors[event.anchor] = None
-        if isinstance(event, yaml.ScalarEvent):
-            value = self._scalar(event, path, source)
-        elif depth >= MAX_DEPTH:
-            self._issue(f"nested deeper than {MAX_DEPTH} levels", source)
-            raise _TooMuch
-        elif isinstance(event, yaml.SequenceStartEvent):
-            self._refuse_tag(event, path, source)
-            value = self._list(parser, path, depth, sources)
+    def _value(self, node: yaml.Node, path: Path, key: Any, sources: dict[Path, Source]) -> Any:
+        """The value of a node; what an alias names is met, and built, once more."""
+        self._values += 1
+        if self._values > MAX_VALUES:
+            self._too_much(f"more than {MAX_VALUES:,} values, aliases expanded", node)
+        source = sources[path] = self._source(node, key)
+        if id(node) in self._open:
+            self._issue("contains itself", source, path)
+            return None
+        if isinstance(node, yaml.ScalarNode):
+            return self._scalar(node, path, source)
+        if len(self._open) == MAX_DEPTH:
+            self._too_much(f"nested deeper than {MAX_DEPTH} levels, aliases expanded", node)
+        self._refuse_tag(node, path, source)
+        self._open.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            value: Any = [self._value(item, (*path, i), None, sources) for i, item in enumerate(node.value)]
         else:
-            self._refuse_tag(event, path, source)
-            value = self._map(parser, path, depth, sources)
-        if event.anchor:
-            self._anchors[event.anchor] = _Anchor(value, sources, path, self._nodes - before + 1)
+            value = self._map(node, path, sources)
+        self._open.remove(id(node))
         return value
 
-    def _list(self, parser: Any, path: Path, depth: int, sources: dict[Path, Source]) -> list[Any]:
-        items: list[Any] = []
-        while not parser.check_event(yaml.SequenceEndEvent):
-            items.append(self._value(parser, (*path, len(items)), None, depth + 1, sources))
-        parser.get_event()
-        return items
-
-    def _map(self, parser: Any, path: Path, depth: int, sources: dict[Path, Source]) -> dict[str, Any]:
+    def _map(self, node: yaml.Node, path: Path, sources: dict[Path, Source]) -> dict[str, Any]:
         items: dict[str, Any] = {}
         merged: list[tuple[Any, dict[Path, Source]]] = []
         first: dict[str, Source] = {}
-        while not parser.check_event(yaml.MappingEndEvent):
-            key = parser.get_event()
-            self._count(key, 1)
-            if not isinstance(key, yaml.ScalarEvent):
-                self._issue("a key must be plain text", self._source(key), path)
-                raise _TooMuch
+        for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                self._too_much("a key must be plain text", key, path)
             name = str(key.value)
-            if name == "<<" and key.implicit[0]:
+            if name == "<<" and key.tag == _PLAIN:
                 below: dict[Path, Source] = {}
-                merged.append((self._value(parser, (), None, depth + 1, below), below))
-                continue
-            target = sources
-            if name in first:
-                target = {}  # read to its end, then dropped
+                merged.append((self._value(value, path, None, below), below))
+            elif name in first:
                 message = f"duplicate key (first at line {first[name].line})"
                 self._issue(message, self._source(key), (*path, name), "duplicate")
             else:
                 first[name] = self._source(key)
-            value = self._value(parser, (*path, name), key, depth + 1, target)
-            items.setdefault(name, value)
-        parser.get_event()
-        for value, below in merged:
-            self._merge(items, value, path, below, sources)
+                items[name] = self._value(value, (*path, name), key, sources)
+        for other, below in merged:
+            self._merge(items, other, path, below, sources)
         return items
 
-    def _merge(self, items: dict[str, Any], value: Any, path: Path, below: dict[Path, Source], sources: Any) -> None:
-        """`<<`: the keys of another map (or of several), where this one does not have them."""
-        parts = [(value, ())] if not isinstance(value, list) else [(v, (i,)) for i, v in enumerate(value)]
-        for part, prefix in parts:
-            if not isinstance(part, dict):
-                self._issue("`<<` takes a map or a list of maps", below.get(()), path)
-                continue
-            for name in [name for name in part if name not in items]:
-                items[name] = part[name]
-                start = (*prefix, name)
-                for p, s in below.items():
-                    if p[: len(start)] == start:
-                        sources[path + p[len(prefix) :]] = s
+    def _merge(self, items: dict[str, Any], other: Any, path: Path, below: dict[Path, Source], sources: Any) -> None:
+        """`<<`: the keys of another map, where this one does not have them."""
+        if not isinstance(other, dict):
+            self._issue("`<<` takes a map", below[path], path)
+            return
+        new = other.keys() - items.keys()
+        items |= {name: value for name, value in other.items() if name in new}
+        sources |= {p: source for p, source in below.items() if p != path and p[len(path)] in new}
 
-    def _alias(self, event: Any, path: Path, key: Any, sources: dict[Path, Source]) -> Any:
-        self._aliases += 1
-        source = sources[path] = self._source(event, key)
-        if event.anchor not in self._anchors:
-            self._issue(f"*{event.anchor} is not defined above", source, path)
-            return None
-        anchor = self._anchors[event.anchor]
-        if anchor is None:
-            self._issue(f"*{event.anchor} contains itself", source, path)
-            return None
-        if self._aliases > MAX_ALIASES:
-            self._issue(f"more than {MAX_ALIASES} aliases", source, path)
-            raise _TooMuch
-        self._count(event, anchor.nodes)
-        sources.update({path + p: s for p, s in anchor.positions().items()})
-        return copied(anchor.value)
-
-    def _scalar(self, event: Any, path: Path, source: Source) -> Any:
-        if event.tag in (None, "!", _PREFIX + "str"):
-            return plain_scalar(event.value) if event.implicit[0] and event.tag is None else str(event.value)
-        self._refuse_tag(event, path, source)
+    def _scalar(self, node: yaml.ScalarNode, path: Path, source: Source) -> Any:
+        if node.tag == _PLAIN:
+            return plain_scalar(node.value)
+        if node.tag in ("!", _PREFIX + "str"):
+            return str(node.value)
+        self._refuse_tag(node, path, source)
         return None
 
-    def _refuse_tag(self, event: Any, path: Path, source: Source) -> None:
-        usual = _PREFIX + ("seq" if isinstance(event, yaml.SequenceStartEvent) else "map")
-        if event.tag not in (None, "!", usual):
-            shown = event.tag.replace(_PREFIX, "!!")[:60]
+    def _refuse_tag(self, node: yaml.Node, path: Path, source: Source) -> None:
+        usual = _PREFIX + ("seq" if isinstance(node, yaml.SequenceNode) else "map")
+        if node.tag not in ("!", usual):
+            shown = node.tag.replace(_PREFIX, "!!")[:60]
             self._issue(f"the tag {shown} is not allowed; configuration is plain data", source, path, "tag")
 
-    def _count(self, event: Any, nodes: int) -> None:
-        self._nodes += nodes
-        if self._nodes > MAX_NODES:
-            self._issue(f"more than {MAX_NODES:,} values, aliases expanded", self._source(event))
-            raise _TooMuch
+    def _too_much(self, message: str, at: Any, path: Path = ()) -> NoReturn:
+        self._issue(message, self._source(at), path)
+        raise _TooMuch
 
-    def _source(self, event: Any, key: Any = None) -> Source:
-        mark = event.start_mark
+    def _source(self, node: Any, key: Any = None) -> Source:
+        mark = node.start_mark
         key_line, key_column = (key.start_mark.line + 1, key.start_mark.column + 1) if key is not None else (0, 0)
         return Source("file", self.document.name, mark.line + 1, mark.column + 1, key_line, key_column)
 

@@ -107,8 +107,6 @@ class Host:
         self._channel.step += 1
         self._channel.phase = IDLE
 
-    # --- replica work -----------------------------------------------------------------------------------------
-
     def _generate(self, instruction: GenerateWork, step: Step | None) -> None:
         """Launch a step; take the tokens of those before it once more are under way than the device needs.
 
@@ -176,8 +174,6 @@ class Host:
         counts = {"tokens": done.tokens, "samples": done.samples, "seconds": done.seconds}
         self._channel.event("micro_batch", {"model": hosted.name, "replica": replica, **counts})
         return Outcome(trained=done)
-
-    # --- global work ------------------------------------------------------------------------------------------
 
     def _execute_global(self, message: Message, step: Step | None) -> None:
         if isinstance(message, Shutdown):
@@ -305,8 +301,6 @@ class Host:
         for name, tp in self._tp.items():
             self._leader.order.remove_model(name)
             self._leader.order.add_model(self._queue(name, tp))
-
-    # --- optimizer step ---------------------------------------------------------------------------------------
 
     def _agree_on_poison(self, message: OptimStep, step: Step | None) -> None:
         """A step whose samples failed anywhere is taken nowhere."""

@@ -35,8 +35,6 @@ class Leader:
             self._take_in(block=True)
         return Step(GlobalWork.of(self._shutdown.message), {0: [self._shutdown.id]})
 
-    # --- requests ---------------------------------------------------------------------------------------------
-
     def _take_in(self, block: bool) -> None:
         inbox: queue.SimpleQueue[Incoming] = self._channel.inbox
         if block:
@@ -95,8 +93,6 @@ class Leader:
             for call in calls:
                 self._generating.pop(call, None)
                 self._channel.fail(call, gone)
-
-    # --- answers ----------------------------------------------------------------------------------------------
 
     def answer(self, step: Step, outcomes: dict[int, list[Outcome]]) -> None:
         """Tell the driver what became of a step. `outcomes`: those of each replica's ranks, first rank first."""

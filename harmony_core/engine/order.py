@@ -86,8 +86,6 @@ class Order:
         """The global request that is due."""
         return self._next_seq
 
-    # --- what comes in ----------------------------------------------------------------------------------------
-
     def add_model(self, queue: ModelQueue) -> None:
         """A model that this block now serves."""
         self._models[queue.name] = queue
@@ -121,8 +119,6 @@ class Order:
         queue = None if isinstance(message, GLOBAL_WITHOUT_QUEUE) else self._models.get(getattr(message, "model", ""))
         for replica in queue.replicas.values() if queue else ():
             replica.training.append(Barrier(seq))
-
-    # --- what goes out ----------------------------------------------------------------------------------------
 
     def next(self) -> Step | None:
         """The next step, or None when nothing can run."""

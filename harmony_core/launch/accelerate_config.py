@@ -17,30 +17,18 @@ from harmony_core.errors import ConfigError
 _HARMLESS: dict[str, tuple[Any, ...]] = {
     "compute_environment": ("LOCAL_MACHINE",),
     "distributed_type": ("NO", "MULTI_GPU", "MULTI_CPU"),
-    "debug": (False,),
-    "downcast_bf16": (False, "no", "No"),
+    "downcast_bf16": ("no", "No"),
     "dynamo_backend": ("no", "NO", "No"),
-    "enable_cpu_affinity": (False,),
-    "fp16": (False,),
-    "machine_rank": (0,),
-    "main_process_ip": (None, "127.0.0.1", "localhost"),
+    "main_process_ip": ("127.0.0.1", "localhost"),
     "main_training_function": ("main",),
-    "mixed_precision": ("no", None),
+    "mixed_precision": ("no",),
     "num_machines": (1,),
     "rdzv_backend": ("static",),
-    "same_network": (True, False),
-    "tpu_env": ([], None),
-    "tpu_use_cluster": (False,),
-    "tpu_use_sudo": (False,),
-    "use_cpu": (False, True),
+    "same_network": (True,),
+    "use_cpu": (True,),
 }
+"""Values beside those that are empty, 0 or false."""
 _TAKEN = ("num_processes", "gpu_ids", "environment")
-_EMPTY = frozenset(
-    (
-        *("deepspeed_config", "fsdp_config", "megatron_lm_config", "mpirun_config", "fp8_config"),
-        *("parallelism_config", "dynamo_config", "commands", "command_file", "tpu_name", "tpu_vm", "tpu_zone"),
-    )
-)
 
 
 @dataclass(frozen=True)
@@ -89,11 +77,9 @@ def read_accelerate_config(path: Path) -> AccelerateSettings:
 
 
 def _allowed(key: str, value: Any) -> bool:
-    if key in _TAKEN or key == "main_process_port":  # ours is always a free one
+    if not value or key in _TAKEN or key == "main_process_port":  # ours is always a free one
         return True
-    if key in _EMPTY:
-        return not value
-    return key in _HARMLESS and any(value == ok and type(value) is type(ok) for ok in _HARMLESS[key])
+    return any(value == ok and type(value) is type(ok) for ok in _HARMLESS.get(key, ()))
 
 
 def _is_variable(name: Any, value: Any) -> bool:

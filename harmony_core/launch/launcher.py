@@ -29,14 +29,10 @@ class LaunchOptions:
     log_dir: Path
     """Takes `rank-N.log` and `launcher.log`; made if it is missing."""
     run_id: str
-    num_processes: int | None = None
-    """None: every visible CUDA device, else 1."""
-    device: str = "auto"
-    accelerate_config: Path | None = None
     deterministic: bool = False
+    """One thread in each rank, and arithmetic that does not depend on what is computed together."""
     cache: Path | None = None
     """Where the code that ranks compile is kept over runs; None: where torch puts it."""
-    """One thread in each rank, and arithmetic that does not depend on what is computed together."""
     env: dict[str, str] = field(default_factory=dict)
     """Added last to the ranks' environment."""
     init_timeout: float = 300.0
@@ -57,14 +53,9 @@ class Launch:
 
     device: str
     world_size: int
-    settings: AccelerateSettings
+    settings: AccelerateSettings = field(default_factory=AccelerateSettings)
     devices: list[str] = field(default_factory=list)
     """Identifiers of the CUDA devices, one for each rank."""
-
-
-def default_processes() -> int:
-    """Every visible CUDA device, else 1."""
-    return max(1, len(visible_devices()))
 
 
 def resolve(num_processes: int | None, device: str, accelerate_config: Path | None) -> Launch:

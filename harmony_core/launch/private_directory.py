@@ -12,7 +12,7 @@ import stat
 import tempfile
 from pathlib import Path
 
-from harmony_core.rpc.platform import start_time, user
+from harmony_core.rpc.platform import start_time
 
 _PREFIX = "adaptive-"
 _OWNER = "owner"
@@ -38,7 +38,7 @@ def _base() -> Path:
     runtime = os.environ.get("XDG_RUNTIME_DIR", "")
     if runtime and len(os.fsencode(runtime)) <= _LONGEST_BASE and os.access(runtime, os.W_OK | os.X_OK):
         status = os.stat(runtime)
-        if stat.S_ISDIR(status.st_mode) and status.st_uid == user():
+        if stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid():
             return Path(runtime)
     return Path("/tmp") if os.access("/tmp", os.W_OK) else Path(tempfile.gettempdir())
 
@@ -53,7 +53,7 @@ def _abandoned(directory: Path) -> bool:
     """Whether it is ours, and the process that made it is gone for certain."""
     try:
         status = directory.lstat()
-        if not stat.S_ISDIR(status.st_mode) or status.st_uid != user():
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
             return False
         pid, started = (directory / _OWNER).read_text().split(" ")
         return bool(started) and start_time(int(pid)) != started

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
-
 from harmony_core.errors import HarmonyError
 from harmony_core.rpc.connection import Connection
 from harmony_core.rpc.platform import ProcessHandle
-from harmony_core.rpc.protocol import Beat, Hello, Message
+from harmony_core.rpc.protocol import Beat, Hello
 from harmony_core.rpc.rank_channel import IDLE
 
 
 class RankHandle:
-    """Calls to one rank, and what it last said of itself."""
+    """A rank's connection and process, and what it last said of itself."""
 
     def __init__(self, connection: Connection, hello: Hello, now: float) -> None:
         self.rank = hello.rank
@@ -25,7 +23,7 @@ class RankHandle:
         self.lost = False
         self.error: HarmonyError | None = None
         self.status: int | None = None
-        self.beat = Beat(phase="starting", seconds=0.0, step=0, rss_bytes=0)
+        self.beat = Beat(phase="starting", seconds=0.0, step=0)
         self.last_beat = now
 
     @property
@@ -33,31 +31,6 @@ class RankHandle:
         """What its engine thread did at the last beat."""
         return self.beat.phase
 
-    @property
-    def rss_bytes(self) -> int:
-        """Memory of the process at the last beat."""
-        return self.beat.rss_bytes
-
     def where(self) -> str:
         """The phase, as part of a sentence."""
         return "while idle" if self.phase == IDLE else f"in phase {self.phase!r}"
-
-    def note_beat(self, beat: Beat, now: float) -> None:
-        """Take in a beat that arrived at loop time `now`."""
-        self.beat = beat
-        self.last_beat = now
-
-    async def call(self, message: Message, seq: int | None = None) -> Message:
-        """Send a request and wait for its answer, whose type `protocol.METHODS` gives. Calls keep their order.
-
-        Waits before sending while thousands of calls are unanswered or the rank does not read.
-        """
-        return await self.connection.call(message, seq)
-
-    def submit(self, message: Message, seq: int | None = None) -> tuple[int, asyncio.Future[Message]]:
-        """Send a request now; its id, for `Cancel`, and the future of its answer."""
-        return self.connection.submit(message, seq)
-
-    def cast(self, message: Message) -> None:
-        """Send a message that wants no answer."""
-        self.connection.cast(message)

@@ -19,7 +19,7 @@ from typing import Any
 from harmony_core import __version__
 from harmony_core.errors import EngineError, HarmonyError, LauncherDied, RankDied, RankError, ResourceError
 from harmony_core.launch import postmortem, private_directory
-from harmony_core.launch.launcher import Launch, LaunchOptions, resolve
+from harmony_core.launch.launcher import Launch, LaunchOptions
 from harmony_core.launch.liveness import TICK_SECONDS, Watch
 from harmony_core.launch.processes import LaunchedProcesses, wait_for
 from harmony_core.launch.rank_handle import RankHandle
@@ -59,12 +59,8 @@ class Supervisor(Listener):
         self._oom_kills = platform.oom_kills()
 
     @classmethod
-    async def start(cls, options: LaunchOptions, on_event: Callable[[int, Event], None]) -> Supervisor:
-        """Start the launcher and return; call on the main thread, with whose end the kernel ends the ranks.
-
-        Raises ConfigError, ResourceError, NotFoundError for options that cannot be.
-        """
-        launch = await asyncio.to_thread(resolve, options.num_processes, options.device, options.accelerate_config)
+    async def start(cls, options: LaunchOptions, launch: Launch, on_event: Callable[[int, Event], None]) -> Supervisor:
+        """Start the launcher and return; call on the main thread, with whose end the kernel ends the ranks."""
         self = cls(options, launch, on_event)
         try:
             path = self._directory / "s"
@@ -86,17 +82,10 @@ class Supervisor(Listener):
         """Number of ranks."""
         return self._launch.world_size
 
-    @property
-    def device(self) -> str:
-        """ "cpu" or "cuda"."""
-        return self._launch.device
-
     async def ready(self) -> list[RankHandle]:
         """Wait until every rank takes requests; the ranks in order. Raises the failure that prevented it."""
         await asyncio.shield(self._all_ready)
         return [self._handles[rank] for rank in range(self.world_size)]
-
-    # --- start ------------------------------------------------------------------------------------------------
 
     def _spawn(self) -> None:
         socket_path = str(self._directory / "s")
@@ -135,7 +124,7 @@ class Supervisor(Listener):
         """A beat, or something for the event log."""
         handle = self._handle_of(connection)
         if isinstance(message, Beat):
-            handle.note_beat(message, asyncio.get_running_loop().time())
+            handle.beat, handle.last_beat = message, asyncio.get_running_loop().time()
         elif isinstance(message, Event):
             if message.type == READY_EVENT:
                 handle.ready = True
@@ -166,8 +155,6 @@ class Supervisor(Listener):
             lines = postmortem.last_lines(self._processes.log)
             text = f"not all ranks were ready within {self.options.init_timeout:g} s: " + "; ".join(states)
             self._fail(LauncherDied(text + postmortem.shown(self._processes.log, lines), log=lines))
-
-    # --- failures ---------------------------------------------------------------------------------------------
 
     def fatal(self, connection: Connection, error: HarmonyError) -> None:
         """A rank reports that it cannot go on."""
@@ -294,8 +281,6 @@ class Supervisor(Listener):
                 if error is not None and not self._stopping:
                     self._fail(error)
 
-    # --- stop -------------------------------------------------------------------------------------------------
-
     async def stop(self, grace: float = 10.0) -> None:
         """Ask the ranks to leave, for at most `grace` seconds, then end them. Nothing of the launch is left.
 
@@ -310,7 +295,7 @@ class Supervisor(Listener):
     async def _stop_ladder(self) -> None:
         if self._all_ready.done() and not self.failure.done():
             for handle in self._handles.values():
-                handle.submit(Shutdown())
+                handle.connection.submit(Shutdown())
             loop = asyncio.get_running_loop()
             while not all(handle.lost for handle in self._handles.values()) and loop.time() < self._patience:
                 await asyncio.sleep(0.01)
@@ -330,8 +315,6 @@ class Supervisor(Listener):
 
     async def _end_processes(self) -> None:
         await self._processes.end(handle.process for handle in self._handles.values())
-
-    # --- small things -----------------------------------------------------------------------------------------
 
     def _log_of(self, rank: int) -> Path:
         return self.options.log_dir / f"rank-{rank}.log"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,13 +11,11 @@ from harmony_core.errors import ModelRefused, NotFoundError
 from harmony_core.model_spec import ModelSpec
 from harmony_core.registry.keys import slugify
 from harmony_core.registry.versions import ModelVersion
+from harmony_core.rpc.protocol import LoraSettings
 from harmony_core.weight_files import ADAPTER, PICKLE_SUFFIXES, Tensor, damaged, read_header, read_json
 
 if TYPE_CHECKING:
     from harmony_core.registry.store import Registry
-
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""The linear modules of a layer, which are those that may carry an adapter."""
 
 _REFUSED = (
     "use_dora",
@@ -94,9 +93,7 @@ def check_adapter(directory: Path, base: ModelVersion) -> bool:
         raise damaged(directory / ADAPTER, f"{_HEAD!r} is missing, and {path.name} says it is there")
     for tensor in tensors.values():
         _check_tensor(directory / ADAPTER, tensor, rank, base)
-    halves = {re.sub(r"lora_[AB]", "lora_?", name): 0 for name in tensors}
-    for name in tensors:
-        halves[re.sub(r"lora_[AB]", "lora_?", name)] += 1
+    halves = Counter(re.sub(r"lora_[AB]", "lora_?", name) for name in tensors)
     lonely = next((name for name, count in halves.items() if count != 2), None)
     if lonely:
         raise damaged(directory / ADAPTER, f"{lonely!r} has one of its two halves only")
@@ -142,7 +139,7 @@ def module_shape(spec: ModelSpec, module: str) -> tuple[int, int]:
 
 def _check_tensor(path: Path, tensor: Tensor, rank: int, base: ModelVersion) -> None:
     match = _NAME.fullmatch(tensor.name)
-    if not match or match[2] not in TARGETS:
+    if not match or match[2] not in LoraSettings().targets:
         raise ModelRefused(f"{path}: tensor {tensor.name[:120]!r} is not a LoRA half of a layer's linear module")
     if int(match[1]) >= base.spec.num_layers:
         raise ModelRefused(

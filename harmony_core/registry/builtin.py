@@ -167,12 +167,9 @@ def _write_safetensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     position = 0
     for name, tensor in tensors.items():
-        header[name] = {
-            "dtype": "F32",
-            "shape": list(tensor.shape),
-            "data_offsets": [position, position + tensor.nbytes],
-        }
-        position += tensor.nbytes
+        end = position + tensor.nbytes
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [position, end]}
+        position = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
@@ -187,40 +184,20 @@ def _dump(path: Path, value: object) -> None:
 
 def _tokenizer() -> dict[str, object]:
     """One token a character: byte-pair encoding without a single merge."""
-    special = [
-        {
-            "id": index,
-            "content": text,
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-            "special": True,
-        }
-        for index, text in enumerate(_SPECIAL)
-    ]
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": special,
-        "normalizer": None,
-        "pre_tokenizer": None,
-        "post_processor": None,
-        "decoder": {"type": "Fuse"},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": "<|unk|>",
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
-            "vocab": {text: index for index, text in enumerate((*_SPECIAL, *_CHARACTERS))},
-            "merges": [],
-        },
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    special = [{"id": index, "content": text, **flags, "special": True} for index, text in enumerate(_SPECIAL)]
+    model: dict[str, object] = {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": "<|unk|>",
+        **dict.fromkeys(("continuing_subword_prefix", "end_of_word_suffix")),
+        **dict.fromkeys(("fuse_unk", "byte_fallback", "ignore_merges"), False),
+        "vocab": {text: index for index, text in enumerate((*_SPECIAL, *_CHARACTERS))},
+        "merges": [],
     }
+    none: dict[str, object] = dict.fromkeys(("normalizer", "pre_tokenizer", "post_processor"))
+    head = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": special}
+    return {**head, **none, "decoder": {"type": "Fuse"}, "model": model}
 
 
 def _weights() -> dict[str, np.ndarray]:

@@ -59,20 +59,16 @@ def write_json(path: Path, value: object, durable: bool = True) -> None:
         fsync_path(path.parent)
 
 
-def place_file(source: Path, target: Path, share: bool) -> str:
-    """Put a copy of `source` at `target`; with `share`, as a reflink or a hard link where that works.
-
-    Returns how: "reflink", "hardlink" or "copy".
-    """
+def place_file(source: Path, target: Path, share: bool) -> None:
+    """Put a copy of `source` at `target`; with `share`, as a reflink or a hard link where that works."""
     real = source.resolve(strict=True)
     if share:
         if _reflink(real, target):
-            return "reflink"
+            return
         with contextlib.suppress(OSError):
             os.link(real, target)
-            return "hardlink"
+            return
     shutil.copyfile(real, target)
-    return "copy"
 
 
 def _reflink(source: Path, target: Path) -> bool:
@@ -80,12 +76,9 @@ def _reflink(source: Path, target: Path) -> bool:
         try:
             fcntl.ioctl(writer.fileno(), _FICLONE, reader.fileno())
         except OSError:
-            done = False
-        else:
-            done = True
-    if not done:
-        target.unlink()
-    return done
+            target.unlink()
+            return False
+    return True
 
 
 def file_hash(path: Path, home: Home | None = None) -> str:
@@ -130,14 +123,12 @@ def discard(home: Home, path: Path) -> None:
     shutil.rmtree(grave, ignore_errors=True)
 
 
-def retry_missing(action: Callable[[], None], attempts: int = 100) -> None:
+def retry_missing(action: Callable[[], None]) -> None:
     """Repeat an action that fails because another process removed a directory under it."""
-    for attempt in range(attempts):
-        try:
+    for _ in range(100):
+        with contextlib.suppress(FileNotFoundError):
             return action()
-        except FileNotFoundError:
-            if attempt == attempts - 1:
-                raise
+    action()
 
 
 @contextlib.contextmanager

@@ -14,7 +14,6 @@ _SEGMENT = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}", re.ASCII)
 _VERSION = re.compile(r"[1-9][0-9]{0,8}", re.ASCII)
 _ALIAS = re.compile(r"[a-z][a-z0-9._-]{0,63}", re.ASCII)
 _HUB = re.compile(r"(hf:)?[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*", re.ASCII)
-_DEVICES = frozenset({"con", "prn", "aux", "nul"} | {f"{name}{n}" for name in ("com", "lpt") for n in range(10)})
 _RULE = "up to four segments joined by '/', each of a-z, 0-9, '.', '_' and '-', starting with a letter or digit"
 
 
@@ -36,11 +35,9 @@ def _segment_problem(segment: str) -> str:
         return _RULE
     if ".." in segment or segment.endswith("."):
         return "no segment holds '..' or ends in '.'"
-    # Names that the layout itself uses, and those that other systems cannot store.
+    # Names that the layout itself uses.
     if re.fullmatch(r"v\d{6,}", segment) or segment.endswith((".json", ".tmp")):
         return "v000001 and names ending in .json or .tmp are the registry's own"
-    if segment.split(".")[0] in _DEVICES:
-        return f"{segment!r} is a device name on some systems"
     return ""
 
 

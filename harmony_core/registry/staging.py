@@ -31,6 +31,7 @@ from harmony_core.registry.entry import Entry, entry_lock, read_entry, write_ent
 from harmony_core.registry.files import fsync_path, refuse_links, storage_error, write_json
 from harmony_core.registry.keys import check_key
 from harmony_core.registry.versions import DEFAULT_NAMES, SCALAR, ModelVersion
+from harmony_core.rpc.platform import start_time
 
 if TYPE_CHECKING:
     from harmony_core.registry.store import Registry
@@ -193,7 +194,7 @@ def _check_space(home: Home, expected_bytes: int) -> None:
 def _owner(pid: int) -> str:
     """Host, process namespace, process and its start time: names one process, also after its number is used again."""
     host = "".join(c if c.isalnum() or c in "-." else "-" for c in socket.gethostname())
-    return f"{host}~{_namespace()}~{pid}~{_started(pid)}"
+    return f"{host}~{_namespace()}~{pid}~{start_time(pid)}"
 
 
 def _namespace() -> int:
@@ -201,22 +202,6 @@ def _namespace() -> int:
         return os.stat("/proc/self/ns/pid").st_ino
     except OSError:
         return 0
-
-
-def _started(pid: int) -> str:
-    """Start time in clock ticks since boot, "0" where there is no /proc, "" for a process that is gone."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return "" if os.path.isdir("/proc/self") or not _exists(pid) else "0"
-
-
-def _exists(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except OSError as error:
-        return error.errno == errno.EPERM
-    return True
 
 
 def sweep(home: Home) -> list[str]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
-from collections import deque
 from collections.abc import Callable
 from typing import cast
 
@@ -23,14 +23,8 @@ from harmony_core.rpc.wire import (
     failure_of,
 )
 
-MAX_CALLS_IN_FLIGHT = 4096
-"""More calls than this to one rank wait in the driver, first come first served."""
-
 HELLO_SECONDS = 10.0
 """A peer that has not said who it is by then is cut off."""
-
-HIGH_WATER_BYTES = 8 << 20
-"""Calls wait, too, while this many bytes have not been taken by the rank."""
 
 
 class Listener:
@@ -63,11 +57,7 @@ class Connection(asyncio.Protocol):
         self._reason = ""
         self._next_id = 1
         self._pending: dict[int, tuple[str, asyncio.Future[Message]]] = {}
-        self._waiting: deque[tuple[Message, int | None, asyncio.Future[asyncio.Future[Message]]]] = deque()
-        self._full = False
         self._failure: HarmonyError | None = None
-
-    # --- requests ---------------------------------------------------------------------------------------------
 
     def submit(self, message: Message, seq: int | None = None) -> tuple[int, asyncio.Future[Message]]:
         """Send a call now; its id, and the future of its answer. Never raises: a failure is in the future."""
@@ -87,16 +77,6 @@ class Connection(asyncio.Protocol):
         self._write(frame)
         return call, future
 
-    async def call(self, message: Message, seq: int | None = None) -> Message:
-        """Send a call, as soon as the rank keeps up, and wait for its answer."""
-        if self._failure is None and (self._waiting or not self._has_room()):
-            turn: asyncio.Future[asyncio.Future[Message]] = asyncio.get_running_loop().create_future()
-            self._waiting.append((message, seq, turn))
-            answer = await turn
-        else:
-            _, answer = self.submit(message, seq)
-        return await answer
-
     def cast(self, message: Message, seq: int | None = None) -> None:
         """Send a message that is not answered; dropped when the rank is gone."""
         if self._failure is None:
@@ -112,18 +92,6 @@ class Connection(asyncio.Protocol):
         if self._transport is not None and not self._transport.is_closing():
             self._transport.write(frame)
 
-    def _has_room(self) -> bool:
-        return not self._full and len(self._pending) < MAX_CALLS_IN_FLIGHT
-
-    def _release(self) -> None:
-        """Send calls that wait, in order, as many as there is room for; after a failure all of them, to fail."""
-        while self._waiting and (self._failure is not None or self._has_room()):
-            message, seq, turn = self._waiting.popleft()
-            if not turn.done():
-                turn.set_result(self.submit(message, seq)[1])
-
-    # --- life -------------------------------------------------------------------------------------------------
-
     def accept(self) -> None:
         """The peer is a rank of ours: take frames of any length, and events."""
         self._accepted = True
@@ -135,24 +103,20 @@ class Connection(asyncio.Protocol):
         pending, self._pending = self._pending, {}
         for _, future in pending.values():
             _fail(future, error)
-        self._release()
 
     def close(self) -> None:
         """Close the socket; what was written is still sent."""
         if self._transport is not None:
             self._transport.close()
 
-    # --- asyncio.Protocol -------------------------------------------------------------------------------------
-
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Refuse a peer of another user."""
         self._transport = cast("asyncio.Transport", transport)
-        self._transport.set_write_buffer_limits(high=HIGH_WATER_BYTES)
         asyncio.get_running_loop().call_later(HELLO_SECONDS, self._expect_hello)
         credentials = platform.peer(cast("socket.socket", transport.get_extra_info("socket")))
         if credentials is not None:
             self.peer_pid, uid = credentials
-            if uid != platform.user():
+            if uid != os.geteuid():
                 self._abort(f"refused: the peer is user {uid}")
 
     def data_received(self, data: bytes) -> None:
@@ -168,15 +132,6 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Tell the listener, which knows whether that was expected."""
         self.listener.lost(self, self._reason)
-
-    def pause_writing(self) -> None:
-        """The rank does not read."""
-        self._full = True
-
-    def resume_writing(self) -> None:
-        """The rank has caught up."""
-        self._full = False
-        self._release()
 
     def _dispatch(self, frame: Frame) -> None:
         header, body = frame.header, frame.body
@@ -199,7 +154,6 @@ class Connection(asyncio.Protocol):
             raise WireError(f"an answer to {method} for call {call}, which was {asked}")
         if future is not None and not future.done():
             future.set_result(body)
-        self._release()
 
     def _error(self, call: int, error: HarmonyError) -> None:
         if call == 0:
@@ -217,7 +171,6 @@ class Connection(asyncio.Protocol):
         _, future = self._pending.pop(call, ("", None))
         if future is not None:
             _fail(future, error)
-        self._release()
 
     def _expect_hello(self) -> None:
         if not self._accepted:

@@ -45,11 +45,6 @@ def peer(sock: socket.socket) -> tuple[int, int] | None:
     return pid, uid
 
 
-def user() -> int:
-    """The uid that a peer of ours has."""
-    return os.geteuid()
-
-
 class ProcessHandle:
     """One process, held so that its number cannot come to mean another one (a pidfd, where there is one)."""
 
@@ -157,14 +152,6 @@ def oom_kills() -> int:
     except OSError:
         pass
     return 0
-
-
-def resident_bytes() -> int:
-    """Memory this process holds, in bytes; 0 unknown."""
-    try:
-        return int((_PROC / "self" / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return 0
 
 
 def loopback_interface() -> str:

@@ -2,12 +2,11 @@
 
 Two classes of request. A *global* request goes to every leader with a sequence number that the driver counts up over
 the whole run; leaders execute them in that order. A *replica* request goes to the leader of one replica's block.
-Token ids travel as little-endian int32, values as float32 or float64 bytes (`pack_*`, `unpack_*`).
+Token ids travel as int32, values as float32 or float64 bytes in the machine's order (`pack_*`, `unpack_*`).
 """
 
 from __future__ import annotations
 
-import sys
 from array import array
 from collections.abc import Iterable
 from typing import Any
@@ -19,9 +18,6 @@ PROTOCOL_VERSION = 1
 
 class Message(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """Base of everything that crosses the wire."""
-
-
-# --- session ----------------------------------------------------------------------------------------------------
 
 
 class Hello(Message):
@@ -43,7 +39,6 @@ class Beat(Message):
     phase: str
     seconds: float
     step: int
-    rss_bytes: int
 
 
 class Event(Message):
@@ -55,9 +50,6 @@ class Event(Message):
 
 class Nothing(Message):
     """The result of a request that only succeeds."""
-
-
-# --- global requests --------------------------------------------------------------------------------------------
 
 
 class LoraSettings(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, frozen=True):
@@ -214,9 +206,6 @@ class Shutdown(Message):
     """Leave in good order."""
 
 
-# --- replica requests -------------------------------------------------------------------------------------------
-
-
 class Sampling(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, frozen=True):
     """How to draw tokens."""
 
@@ -353,46 +342,26 @@ METHODS: dict[str, tuple[type[Message], type[Message]]] = {
 """The closed table of methods: name -> (request type, answer type)."""
 
 
-def _pack(typecode: str, values: Iterable[Any]) -> bytes:
-    data = array(typecode, values)
-    if sys.byteorder != "little":
-        data.byteswap()
-    return data.tobytes()
-
-
-def _unpack(typecode: str, data: bytes) -> list[Any]:
-    values = array(typecode)
-    values.frombytes(data)
-    if sys.byteorder != "little":
-        values.byteswap()
-    return values.tolist()
-
-
 def pack_ints(values: Iterable[int]) -> bytes:
-    """int32, little-endian."""
-    return _pack("i", values)
+    """int32."""
+    return array("i", values).tobytes()
 
 
 def unpack_ints(data: bytes) -> list[int]:
     """Inverse of `pack_ints`."""
-    return _unpack("i", data)
+    return array("i", data).tolist()
 
 
 def pack_floats(values: Iterable[float]) -> bytes:
-    """float32, little-endian."""
-    return _pack("f", values)
+    """float32."""
+    return array("f", values).tobytes()
 
 
 def unpack_floats(data: bytes) -> list[float]:
     """Inverse of `pack_floats`."""
-    return _unpack("f", data)
+    return array("f", data).tolist()
 
 
 def pack_doubles(values: Iterable[float]) -> bytes:
-    """float64, little-endian."""
-    return _pack("d", values)
-
-
-def unpack_doubles(data: bytes) -> list[float]:
-    """Inverse of `pack_doubles`."""
-    return _unpack("d", data)
+    """float64."""
+    return array("d", values).tobytes()

@@ -18,7 +18,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from harmony_core.rpc import platform
 from harmony_core.rpc.protocol import METHODS, Beat, Event, Hello, Message
 from harmony_core.rpc.wire import Failure, FrameDecoder, WireError, encode, error_of, failure_of
 
@@ -102,8 +101,6 @@ class RankChannel:
         """Wait until everything is handed to the kernel."""
         self._flushed.wait(timeout)
 
-    # --- sending ----------------------------------------------------------------------------------------------
-
     def _send(self, frame: bytes) -> None:
         """Send at once what the socket takes; the writer thread sends the rest. Never blocks."""
         with self._lock:
@@ -147,10 +144,7 @@ class RankChannel:
 
     def _beat(self) -> Beat:
         name, since = self._phase
-        seconds = time.monotonic() - since
-        return Beat(phase=name, seconds=seconds, step=self.step, rss_bytes=platform.resident_bytes())
-
-    # --- receiving --------------------------------------------------------------------------------------------
+        return Beat(phase=name, seconds=time.monotonic() - since, step=self.step)
 
     def _read(self) -> None:
         decoder = FrameDecoder()

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from harmony_core.algorithms.showing import pieces_of, show_sample, token_texts
+from harmony_core.fragments import Text
 from harmony_core.journal import Piece, kept
 from harmony_core.threads import TokenizedThread
 from harmony_core.token_threads import GenerationRecord, TokenTurn
@@ -34,7 +35,7 @@ def test_a_cut_character_stays_visible() -> None:
 
 
 def test_the_generated_turn_is_told_by_token() -> None:
-    turns = [TokenTurn("user", 0, 2, 0.0, text="hi"), TokenTurn("assistant", 2, 4, 1.0, text="ok")]
+    turns = [TokenTurn("user", (Text("hi"),), 0.0, 0, 2), TokenTurn("assistant", (Text("ok"),), 1.0, 2, 4)]
     record = GenerationRecord((-0.5, -0.25), (-0.5, -0.25), (0, 0), "stop", "policy")
     thread = TokenizedThread(list(b"hiok"), turns, generation=record)
     pieces: list[Any] = asyncio.run(pieces_of(Bytes(), thread))  # type: ignore[arg-type]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from harmony_core.cli.words import WITH_VALUE, recipe_word
+from harmony_core.cli.words import recipe_word
 
 
 @pytest.mark.parametrize(
@@ -32,16 +32,3 @@ def test_recipe_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str,
     Path("r.py").touch()
     Path("other.py").touch()
     assert recipe_word(line.split()) == word
-
-
-def test_the_list_of_flags_with_a_value_is_complete() -> None:
-    import inspect
-
-    from harmony_core.cli.flags import names_of
-    from harmony_core.cli.run import runner
-
-    found = set()
-    for parameter in inspect.signature(runner, eval_str=True).parameters.values():
-        if parameter.annotation.__origin__ is not bool and parameter.name != "recipe":
-            found |= set(names_of(parameter))
-    assert found == {flag for flag in WITH_VALUE if flag.startswith("--")}

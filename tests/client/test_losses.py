@@ -287,7 +287,7 @@ def test_no_advantage_and_no_weight_give_no_gradient(one_rank: LiveEngine) -> No
         both = StringThread([("user", "a"), ("assistant", "bb"), ("user", "c"), ("assistant", "dd")])
         last = await model.tokenize_thread(both.with_weight_last_assistant_turn())
         every = await model.tokenize_thread(both.with_weight_all_assistant_turns())
-        few, many = last.num_weighted_tokens, every.num_weighted_tokens
+        few, many = (int(sum(thread.token_weights)) for thread in (last, every))
         assert few < many
         one = await still(model, [model.train_ppo(last, [-3.0] * few, [1.0] * few, 9.0)])
         padded = [0.0] * (many - few) + [1.0] * few

@@ -6,17 +6,9 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
 
 from harmony_core.config.yaml_source import MAX_BYTES, load_yaml, load_yaml_file, parse_value
 from harmony_core.errors import NotFoundError
-
-PARSERS = [yaml.SafeLoader] + ([yaml.CSafeLoader] if yaml.__with_libyaml__ else [])
-
-
-@pytest.fixture(params=PARSERS, ids=lambda p: p.__name__)
-def parser(request: pytest.FixtureRequest) -> type:
-    return request.param
 
 
 @pytest.mark.parametrize(
@@ -47,15 +39,15 @@ def parser(request: pytest.FixtureRequest) -> type:
         ("|\n  two\n  lines\n", "two\nlines\n"),
     ],
 )
-def test_scalars_are_yaml_1_2(parser: type, text: str, value: object) -> None:
-    document = load_yaml(f"key: {text}", "f.yaml", parser)
+def test_scalars_are_yaml_1_2(text: str, value: object) -> None:
+    document = load_yaml(f"key: {text}", "f.yaml")
     assert document.issues == []
     assert document.data == {"key": value}
     assert type(document.data["key"]) is type(value)
 
 
-def test_positions_of_keys_and_values(parser: type) -> None:
-    document = load_yaml(b"\xef\xbb\xbfa: 1\r\nblock:\r\n  list:\r\n    - x\r\n    - {deep: 2}\r\n", "f.yaml", parser)
+def test_positions_of_keys_and_values() -> None:
+    document = load_yaml(b"\xef\xbb\xbfa: 1\r\nblock:\r\n  list:\r\n    - x\r\n    - {deep: 2}\r\n", "f.yaml")
     at = {path: str(source) for path, source in document.sources.items()}
     assert document.data == {"a": 1, "block": {"list": ["x", {"deep": 2}]}}
     assert at[("a",)] == "f.yaml:1:4"
@@ -63,15 +55,16 @@ def test_positions_of_keys_and_values(parser: type) -> None:
     assert str(document.sources[("block", "list", 1, "deep")].at_key()) == "f.yaml:5:8"
 
 
-def test_aliases_and_merge_keys(parser: type) -> None:
+def test_aliases_and_merge_keys() -> None:
     text = "base: &b {r: 8, alpha: 1}\nlora:\n  <<: *b\n  r: 9\nagain: *b\n"
-    document = load_yaml(text, "f.yaml", parser)
+    document = load_yaml(text, "f.yaml")
     assert document.issues == []
     assert document.data["lora"] == {"r": 9, "alpha": 1}
     assert document.data["again"] is not document.data["base"]
     assert str(document.sources[("lora", "r")]) == "f.yaml:4:6"
     assert str(document.sources[("lora", "alpha")]) == "f.yaml:1:24"
-    assert str(document.sources[("again",)]) == "f.yaml:5:8"
+    assert str(document.sources[("again",)]) == "f.yaml:1:7"
+    assert str(document.sources[("again",)].at_key()) == "f.yaml:5:1"
 
 
 @pytest.mark.parametrize(
@@ -86,24 +79,24 @@ def test_aliases_and_merge_keys(parser: type) -> None:
         (b"a: b: c", "f.yaml:1:5", "not valid YAML"),
         (b"ok: 1\na: \xff", "f.yaml:2:4", "not UTF-8"),
         (b"ok: 1\na: \x01", "f.yaml:2:4", "control character"),
-        (b"a: *b", "f.yaml:1:4", "not defined"),
-        (b"a: &a [*a]", "f.yaml:1:8", "contains itself"),
-        (b"a: 1\n---\nb: 2", "f.yaml:2:1", "second document"),
+        (b"a: *b", "f.yaml:1:4", "undefined alias"),
+        (b"a: &a [*a]", "f.yaml:1:4", "contains itself"),
+        (b"a: 1\n---\nb: 2", "f.yaml:2:1", "another document"),
         (b"- 1", "f.yaml:1:1", "must be a map"),
         (b"? [a]\n: b", "f.yaml:1:3", "key must be plain text"),
         (b"a:\n  <<: 5", "f.yaml:2:7", "takes a map"),
         (b"#" * (MAX_BYTES + 1), "f.yaml:1:1", "larger than"),
     ],
 )
-def test_what_is_wrong_and_where(parser: type, text: bytes, place: str, words: str) -> None:
-    (issue,) = load_yaml(text, "f.yaml", parser).issues
+def test_what_is_wrong_and_where(text: bytes, place: str, words: str) -> None:
+    (issue,) = load_yaml(text, "f.yaml").issues
     assert str(issue.source) == place
     assert words in issue.message
 
 
-def test_several_problems_are_reported_together(parser: type) -> None:
-    issues = load_yaml("a: 1\na: 2\nb: !x 1\nc: *nowhere\n", "f.yaml", parser).issues
-    assert [str(issue.source) for issue in issues] == ["f.yaml:2:1", "f.yaml:3:4", "f.yaml:4:4"]
+def test_several_problems_are_reported_together() -> None:
+    issues = load_yaml("a: 1\na: 2\nb: !x 1\n", "f.yaml").issues
+    assert [str(issue.source) for issue in issues] == ["f.yaml:2:1", "f.yaml:3:4"]
 
 
 @pytest.mark.parametrize(
@@ -124,9 +117,9 @@ def test_several_problems_are_reported_together(parser: type) -> None:
     ],
     ids=["brackets", "closed", "maps", "dashes", "lines", "questions", "anchors", "tags", "named", "bomb", "aliases"],
 )
-def test_hostile_text_is_refused_quickly(parser: type, text: str) -> None:
+def test_hostile_text_is_refused_quickly(text: str) -> None:
     start = time.perf_counter()
-    document = load_yaml(text, "f.yaml", parser)
+    document = load_yaml(text, "f.yaml")
     # Seconds, not milliseconds: the pure parser on a busy machine. Quadratic work would take minutes.
     assert time.perf_counter() - start < 10
     if "&a0 x" not in text:
@@ -134,9 +127,9 @@ def test_hostile_text_is_refused_quickly(parser: type, text: str) -> None:
     assert all(len(str(issue)) < 400 for issue in document.issues)
 
 
-def test_empty_is_an_empty_map(parser: type) -> None:
-    assert load_yaml("", "f.yaml", parser).data == {}
-    assert load_yaml("# nothing\n", "f.yaml", parser).issues == []
+def test_empty_is_an_empty_map() -> None:
+    assert load_yaml("", "f.yaml").data == {}
+    assert load_yaml("# nothing\n", "f.yaml").issues == []
 
 
 def test_a_missing_file_names_its_neighbours(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-from harmony_core.launch.launcher import LaunchOptions
+from harmony_core.launch.launcher import Launch, LaunchOptions
 from harmony_core.launch.supervisor import Supervisor
 
 TESTS = Path(__file__).parents[1]
@@ -22,12 +22,10 @@ async def main() -> None:
     options = LaunchOptions(
         log_dir=Path(logs),
         run_id=run_id,
-        num_processes=int(count),
-        device="cpu",
         command=[sys.executable, "-P", str(TESTS / f"{kind}_rank.py")],
         launcher=[sys.executable, "-P", str(TESTS / "fake_launcher.py")] if kind == "fake" else None,
     )
-    supervisor = await Supervisor.start(options, lambda rank, event: None)
+    supervisor = await Supervisor.start(options, Launch("cpu", int(count)), lambda rank, event: None)
     ranks = await supervisor.ready()
     pids = {"driver": os.getpid(), "launcher": supervisor._processes.launcher_pid}
     pids |= {f"rank{rank.rank}": rank.pid for rank in ranks}

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from harmony_core.errors import RankError, RunTimeout
-from harmony_core.launch.launcher import LaunchOptions
-from harmony_core.launch.supervisor import Supervisor
-from harmony_core.rpc.protocol import AbandonStep, Dealloc, Nothing, OptimStep, StepMetrics
+from harmony_core.launch.launcher import Launch, LaunchOptions
+from harmony_core.launch.supervisor import RankHandle, Supervisor
+from harmony_core.rpc.protocol import AbandonStep, Dealloc, Message, Nothing, OptimStep, StepMetrics
 from leftovers import running
 
 TESTS = Path(__file__).parents[1]
@@ -37,14 +37,16 @@ debug: true
 """
 
 
+async def ask(rank: RankHandle, message: Message) -> Message:
+    return await rank.connection.submit(message)[1]
+
+
 @asynccontextmanager
 async def started(tmp_path: Path, ranks: int, **options: Any) -> AsyncIterator[Supervisor]:
     run_id = f"accelerate-{os.getpid()}-{time.monotonic_ns()}"
     options.setdefault("command", [sys.executable, "-P", str(TESTS / "echo_rank.py")])
-    launch = LaunchOptions(
-        log_dir=tmp_path / f"logs-{run_id}", run_id=run_id, num_processes=ranks, device="cpu", **options
-    )
-    supervisor = await Supervisor.start(launch, lambda rank, event: None)
+    launch = LaunchOptions(log_dir=tmp_path / f"logs-{run_id}", run_id=run_id, **options)
+    supervisor = await Supervisor.start(launch, Launch("cpu", ranks), lambda rank, event: None)
     try:
         yield supervisor
     finally:
@@ -53,7 +55,7 @@ async def started(tmp_path: Path, ranks: int, **options: Any) -> AsyncIterator[S
 
 
 async def reduced(supervisor: Supervisor) -> list[dict[str, float]]:
-    answers = await asyncio.gather(*(rank.call(STEP) for rank in await supervisor.ready()))
+    answers = await asyncio.gather(*(ask(rank, STEP) for rank in await supervisor.ready()))
     assert all(isinstance(answer, StepMetrics) for answer in answers)
     return [answer.values for answer in answers if isinstance(answer, StepMetrics)]
 
@@ -86,7 +88,7 @@ async def test_two_runs_of_two_ranks_at_once_whatever_the_user_saved(tmp_path: P
         ranks = await one.ready()
         before = time.monotonic()
         for _ in range(200):
-            assert await ranks[1].call(Dealloc(model="x")) == Nothing()
+            assert await ask(ranks[1], Dealloc(model="x")) == Nothing()
         assert (time.monotonic() - before) / 200 < 0.02  # the target is 0.3 ms; the limit is for a loaded machine
 
 
@@ -107,10 +109,10 @@ async def test_a_broken_import_is_told_verbatim_before_any_rendezvous(tmp_path: 
 async def test_an_exception_on_one_rank_is_named_while_the_other_waits_for_it(tmp_path: Path):
     async with started(tmp_path, 2) as supervisor:
         ranks = await supervisor.ready()
-        waiting = asyncio.create_task(ranks[0].call(STEP))
+        waiting = asyncio.create_task(ask(ranks[0], STEP))
         await asyncio.sleep(0.2)
         with pytest.raises(RankError, match="rank 1: ValueError: boom") as error:
-            await ranks[1].call(Dealloc(model="raise"))
+            await ask(ranks[1], Dealloc(model="raise"))
         with pytest.raises(RankError) as same:
             await waiting
         assert same.value is error.value
@@ -121,8 +123,8 @@ async def test_the_rank_that_hangs_is_named_not_the_one_that_waits_for_it(tmp_pa
     async with started(tmp_path, 2, hang_timeout=4.0) as supervisor:
         ranks = await supervisor.ready()
         calls = [
-            asyncio.create_task(ranks[0].call(STEP)),
-            asyncio.create_task(ranks[1].call(AbandonStep(model="sleep"))),
+            asyncio.create_task(ask(ranks[0], STEP)),
+            asyncio.create_task(ask(ranks[1], AbandonStep(model="sleep"))),
         ]
         failure = await asyncio.wait_for(asyncio.shield(supervisor.failure), 4 + 5)
         assert isinstance(failure, RunTimeout) and failure.details["rank"] == 1, failure
@@ -135,7 +137,7 @@ async def test_a_stopped_rank_is_named_not_the_one_that_waits_for_it(tmp_path: P
     async with started(tmp_path, 2, hang_timeout=4.0) as supervisor:
         ranks = await supervisor.ready()
         os.kill(ranks[1].pid, signal.SIGSTOP)
-        call = asyncio.create_task(ranks[0].call(STEP))
+        call = asyncio.create_task(ask(ranks[0], STEP))
         failure = await asyncio.wait_for(asyncio.shield(supervisor.failure), 4 + 5)
         assert isinstance(failure, RunTimeout) and failure.details["rank"] == 1 and "SIGSTOP" in failure.message
         await asyncio.gather(call, return_exceptions=True)

@@ -24,14 +24,18 @@ from harmony_core.errors import (
     RunTimeout,
     SampleTooLong,
 )
-from harmony_core.launch.launcher import LaunchOptions
-from harmony_core.launch.supervisor import Supervisor
-from harmony_core.rpc.protocol import Cancel, Dealloc, Event, Nothing, Score, Scored
+from harmony_core.launch.launcher import Launch, LaunchOptions
+from harmony_core.launch.supervisor import RankHandle, Supervisor
+from harmony_core.rpc.protocol import Cancel, Dealloc, Event, Message, Nothing, Score, Scored
 from leftovers import running, wait_until
 
 TESTS = Path(__file__).parents[1]
 LAUNCHER = [sys.executable, "-P", str(TESTS / "fake_launcher.py")]
 RANK = [sys.executable, "-P", str(TESTS / "fake_rank.py")]
+
+
+async def ask(rank: RankHandle, message: Message) -> Message:
+    return await rank.connection.submit(message)[1]
 
 
 class Run:
@@ -44,7 +48,7 @@ class Run:
 
     async def do(self, rank: int, what: str) -> Any:
         ranks = await self.supervisor.ready()
-        return await ranks[rank].call(Dealloc(model=what))
+        return await ask(ranks[rank], Dealloc(model=what))
 
     async def failure(self, seconds: float = 5.0) -> HarmonyError:
         return await asyncio.wait_for(asyncio.shield(self.supervisor.failure), seconds)
@@ -65,15 +69,13 @@ async def started(tmp_path: Path, ranks: int = 2, spoil: str = "", **options: An
     launch = LaunchOptions(
         log_dir=tmp_path / f"logs-{_count}",
         run_id=run_id,
-        num_processes=ranks,
-        device="cpu",
         command=RANK,
         launcher=LAUNCHER,
         env={"ADAPTIVE_FAKE": spoil},
         **options,
     )
     events: list[tuple[int, Event]] = []
-    supervisor = await Supervisor.start(launch, lambda rank, event: events.append((rank, event)))
+    supervisor = await Supervisor.start(launch, Launch("cpu", ranks), lambda rank, event: events.append((rank, event)))
     run = Run(supervisor, events, launch)
     try:
         yield run
@@ -90,7 +92,7 @@ async def test_calls_reach_their_rank_and_stop_leaves_nothing(tmp_path: Path, no
         ranks = await run.supervisor.ready()
         assert [r.rank for r in ranks] == [0, 1] and len({r.pid for r in ranks}) == 2
         assert list(no_leftovers.iterdir()) == []  # nothing on disk once all are connected
-        answer = await ranks[1].call(Score(model="m", replica=0, tokens=b"", targets=b"abc"))
+        answer = await ask(ranks[1], Score(model="m", replica=0, tokens=b"", targets=b"abc"))
         assert answer == Scored(logprobs=b"abc")
         assert sorted(rank for rank, event in run.events if event.type == "rank_ready") == [0, 1]
         assert not run.supervisor.failure.done()
@@ -102,12 +104,12 @@ async def test_calls_reach_their_rank_and_stop_leaves_nothing(tmp_path: Path, no
 async def test_submit_gives_the_id_that_cancel_names(tmp_path: Path):
     async with started(tmp_path, ranks=1) as run:
         [rank] = await run.supervisor.ready()
-        first, _ = rank.submit(Dealloc(model="ok"))
-        second, answer = rank.submit(Dealloc(model="ok"))
+        first, _ = rank.connection.submit(Dealloc(model="ok"))
+        second, answer = rank.connection.submit(Dealloc(model="ok"))
         assert second == first + 1
-        rank.cast(Cancel(call=second))
+        rank.connection.cast(Cancel(call=second))
         assert await answer == Nothing()
-        await rank.call(Dealloc(model="ok"))
+        await ask(rank, Dealloc(model="ok"))
         assert [e.data for _, e in run.events if e.type == "cancelled"] == [{"call": second, "id": 0}]
 
 
@@ -118,7 +120,7 @@ async def test_a_burst_of_calls_is_quick_answered_in_full_and_in_order(tmp_path:
 
         async def one(index: int) -> None:
             payload = index.to_bytes(4, "little") * 256
-            assert await rank.call(Score(model="m", replica=0, tokens=b"", targets=payload)) == Scored(logprobs=payload)
+            assert await ask(rank, Score(model="m", replica=0, tokens=b"", targets=payload)) == Scored(logprobs=payload)
             done.append(index)
 
         before = time.monotonic()
@@ -130,32 +132,16 @@ async def test_a_burst_of_calls_is_quick_answered_in_full_and_in_order(tmp_path:
         assert done == list(range(9000))
 
 
-async def test_what_a_rank_does_not_read_is_bounded_in_the_driver(tmp_path: Path):
-    async with started(tmp_path, ranks=1) as run:
-        [rank] = await run.supervisor.ready()
-        os.kill(rank.pid, 19)
-        payload = bytes(1 << 20)
-        calls = [
-            asyncio.create_task(rank.call(Score(model="m", replica=0, tokens=payload, targets=b"x")))
-            for _ in range(100)
-        ]
-        await asyncio.sleep(0.2)
-        transport = rank.connection._transport
-        assert transport is not None and transport.get_write_buffer_size() < 12 << 20
-        os.kill(rank.pid, 18)
-        assert len(await asyncio.gather(*calls)) == 100
-
-
 async def test_two_hundred_cancelled_calls_do_not_confuse_later_ones(tmp_path: Path):
     rng = random.Random(3)
     async with started(tmp_path, ranks=1) as run:
         [rank] = await run.supervisor.ready()
         for index in range(200):
-            late = asyncio.create_task(rank.call(Dealloc(model="sleep:0.002")))
+            late = asyncio.create_task(ask(rank, Dealloc(model="sleep:0.002")))
             await asyncio.sleep(rng.random() * 0.004)
             late.cancel()
             payload = str(index).encode()
-            assert await rank.call(Score(model="m", replica=0, tokens=b"", targets=payload)) == Scored(logprobs=payload)
+            assert await ask(rank, Score(model="m", replica=0, tokens=b"", targets=payload)) == Scored(logprobs=payload)
 
 
 async def test_errors_of_a_call_are_typed_and_leave_the_engine_up(tmp_path: Path):
@@ -311,10 +297,8 @@ async def test_a_wrong_token_gets_nowhere(tmp_path: Path):
 
 
 async def test_a_launcher_that_cannot_start_is_shown(tmp_path: Path):
-    options = LaunchOptions(
-        log_dir=tmp_path, run_id="x", num_processes=1, device="cpu", launcher=[sys.executable, "-c", "1/0"]
-    )
-    supervisor = await Supervisor.start(options, lambda rank, event: None)
+    options = LaunchOptions(log_dir=tmp_path, run_id="x", launcher=[sys.executable, "-c", "1/0"])
+    supervisor = await Supervisor.start(options, Launch("cpu", 1), lambda rank, event: None)
     try:
         with pytest.raises(LauncherDied, match="ZeroDivisionError"):
             await supervisor.ready()
@@ -332,12 +316,10 @@ async def test_a_taken_port_is_tried_again(tmp_path: Path):
     options = LaunchOptions(
         log_dir=tmp_path / "logs",
         run_id="port",
-        num_processes=1,
-        device="cpu",
         command=RANK,
         launcher=[sys.executable, "-c", script, str(flag), *LAUNCHER],
     )
-    supervisor = await Supervisor.start(options, lambda rank, event: None)
+    supervisor = await Supervisor.start(options, Launch("cpu", 1), lambda rank, event: None)
     try:
         assert len(await supervisor.ready()) == 1
     finally:
@@ -458,7 +440,7 @@ async def kills(tmp_path: Path, count: int, choose: Callable[[random.Random], st
         async with started(tmp_path) as run:
             ranks = await run.supervisor.ready()
             victim = rng.randrange(2)
-            work = [asyncio.create_task(rank.call(Dealloc(model=choose(rng)))) for rank in ranks]
+            work = [asyncio.create_task(ask(rank, Dealloc(model=choose(rng)))) for rank in ranks]
             await asyncio.sleep(rng.random() * 0.1)
             before = time.monotonic()
             os.kill(ranks[victim].pid, 9)

@@ -75,7 +75,7 @@ def test_hello_first_then_a_beat_with_the_phase(ends: tuple[Driver, RankChannel]
     beats: list[Beat] = []
     while not (beats and beats[-1].phase == IDLE) and time.monotonic() < deadline:
         beats += [frame.body for frame in driver.read("event") if isinstance(frame.body, Beat)]
-    assert beats[-1].phase == IDLE and beats[-1].step == 12 and beats[-1].rss_bytes > 1 << 20
+    assert beats[-1].phase == IDLE and beats[-1].step == 12
 
 
 def test_calls_casts_answers_and_events(ends: tuple[Driver, RankChannel]):

@@ -22,7 +22,7 @@ SAMPLES = [
     encode("call", Dealloc(model="policy"), id=7, seq=3),
     encode("ok", Nothing(), id=7, method="Dealloc"),
     encode("call", Score(model="m", replica=0, tokens=b"\x01" * 400, targets=b"\x02" * 400), id=8),
-    encode("event", Beat(phase="idle", seconds=1.5, step=3, rss_bytes=10)),
+    encode("event", Beat(phase="idle", seconds=1.5, step=3)),
     encode("err", failure_of(SampleTooLong("12 > 8", hint="cut", tokens=12, limit=8), 1), id=9),
     encode("cast", protocol.Cancel(call=7)),
 ]

@@ -117,8 +117,6 @@ class Runner:
         self.statistics: dict[str, float] = dict.fromkeys(_STATISTICS, 0.0)
         """Totals: seconds on the device, tokens read and steps, of what was collected; the recording of graphs."""
 
-    # --- the steps --------------------------------------------------------------------------------------------
-
     def run(self, plan: StepPlan) -> StepResult:
         """Execute one step and wait for it."""
         return self.collect(self.launch(plan))
@@ -144,8 +142,6 @@ class Runner:
         self.statistics[f"{pending.kind}_tokens"] += pending.tokens
         self.statistics["steps"] += 1
         return result
-
-    # --- weights ----------------------------------------------------------------------------------------------
 
     def prepare(self) -> None:
         """Record the largest decode step, which compiles the layers and takes the memory that all graphs share.
@@ -178,8 +174,6 @@ class Runner:
         yield from self.model.base_parameters.values()
         if self.adapter is not None:
             yield from self.model.adapters[self.adapter].parameters.values()
-
-    # --- on a device ------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def _launch_on_device(self, plan: StepPlan, state: DeviceState) -> Pending:
@@ -249,8 +243,6 @@ class Runner:
         self.model.logits(hidden, out=state.logits[:n])
         with state.suppressing(n, plan.suppressed):
             state.draw(n, int(draws[0].max()))
-
-    # --- any step ---------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def _alone_or_not(self, plan: StepPlan) -> StepResult:

@@ -79,8 +79,6 @@ class Scheduler:
         self._reads = 0
         self._decodes = 0
 
-    # --- requests -------------------------------------------------------------------------------------------------
-
     def submit(self, id: int, tokens: Items[int], sampling: Sampling) -> None:
         """Queue a request under an id of the caller's. Raises PromptTooLong or DataError; nothing is queued then."""
         known = id in self._admission.waiting or id in self._running
@@ -135,8 +133,6 @@ class Scheduler:
     def running_slots(self) -> dict[int, int]:
         """Slot -> request of every sequence that has one."""
         return {sequence.slot: sequence.id for sequence in self._running.values()}
-
-    # --- steps ----------------------------------------------------------------------------------------------------
 
     def plan(self) -> StepPlan | None:
         """Decide the next step; it is in flight from now on. None: not before something in flight is committed, or
@@ -197,8 +193,6 @@ class Scheduler:
             finished.append(Finished(sequence.id, None, error))
             self._leave(sequence)
         return finished
-
-    # --- inside ---------------------------------------------------------------------------------------------------
 
     def _checked(self, tokens: Items[int]) -> NDArray[np.int32]:
         count = len(tokens)
