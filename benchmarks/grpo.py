@@ -2,6 +2,7 @@
 
     python benchmarks/grpo.py [--shape NAME] [--rows NAMES] [--quick] [--tiny] [--json FILE]
                               [--prompts 64] [--completions 8] [--prompt-tokens 64] [--new 256] [--steps 6]
+                              [--micro-batch 65536]
 
 The training class as a recipe uses it, with a grader that reads the text, a reference model, and one optimizer step a
 batch. Weights are random and the end token is next to never drawn, so that all completions have the same length. Times
@@ -12,6 +13,7 @@ prefill steps from the model's counters, micro-batches and the optimizer as the 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -71,21 +73,43 @@ class Lengths(Logger):
         self.seen.append(metrics["generation_length"])
 
 
-class Marks(RecipeCallback):
-    """At the start and after each step: the journal's clock, the driver's CPU time, counters, the number of events."""
+class Idle(asyncio.Event):
+    """The engine's event of having no request of samples on the ranks, and for how long that was so."""
 
-    def __init__(self, run: Run, model: TrainingModel) -> None:
+    def __init__(self) -> None:
+        super().__init__()
+        self._ended, self._since = 0.0, time.monotonic()
+        super().set()
+
+    def set(self) -> None:
+        self._since = self._since if self.is_set() else time.monotonic()
+        super().set()
+
+    def clear(self) -> None:
+        self._ended = self.seconds()
+        super().clear()
+
+    def seconds(self) -> float:
+        return self._ended + (time.monotonic() - self._since if self.is_set() else 0.0)
+
+
+class Marks(RecipeCallback):
+    """At the start and after each step: the journal's clock, how long nothing was asked of the ranks, the driver's CPU
+    time, the model's counters, the number of events."""
+
+    def __init__(self, run: Run, model: TrainingModel, idle: Idle) -> None:
         super().__init__(frequency=1e-6)
-        self.run, self.model = run, model
-        self.began = time.monotonic()
+        self.run, self.model, self.idle = run, model, idle
         self.moments: list[float] = []
+        self.idles: list[float] = []
         self.processor: list[float] = []
         self.events: list[int] = []
         self.counters: list[dict[str, float]] = []
 
     async def callback(self, current_percentage: float) -> dict[str, Any]:
         self.counters.append(await statistics(self.model))
-        self.moments.append(time.monotonic() - self.began)
+        self.moments.append(time.monotonic())
+        self.idles.append(self.idle.seconds())
         self.processor.append(time.process_time())
         self.events.append(len(self.run.events))
         return {}
@@ -104,11 +128,8 @@ class Measured:
     decode_step: float
     driver: float
     """CPU time of the recipe's process."""
-
-    @property
-    def beside(self) -> float:
-        """What the device did nothing in: the driver's part, and whatever else is waited for. Scoring counts whole."""
-        return self.step - sum(self.device.values()) - self.phases.get("reference", 0.0)
+    idle: float
+    """The ranks had no sample to work on: the driver was preparing some, or grading."""
 
 
 async def evenness(thread: StringThread) -> float:
@@ -117,12 +138,12 @@ async def evenness(thread: StringThread) -> float:
     return sum(word[-1] in "02468" for word in words) / max(len(words), 1)
 
 
-async def play(run: Run, model: TrainingModel, words: Words, sizes: Sizes) -> Measured:
-    """Train; the clock is the journal's."""
+async def play(run: Run, model: TrainingModel, idle: Idle, words: Words, sizes: Sizes) -> Measured:
+    """Train, and measure the steps after the first ones."""
     prompts = [words.prompt(sizes.prompt_tokens) for _ in range(sizes.prompts * (WARM + sizes.steps))]
     lengths = Lengths()
     with kept(lambda kind, data: run.events.append((kind, data))):
-        marks = Marks(run, model)
+        marks = Marks(run, model, idle)
         await GRPO(
             prompts,
             model.max_gen_len(sizes.new),
@@ -166,8 +187,9 @@ def measured(run: Run, marks: Marks, steps: int) -> Measured:
     }
     decode_steps = max(1.0, grown["decode_steps"])
     driver = (marks.processor[-1] - marks.processor[WARM]) / steps
+    idle = (marks.idles[-1] - marks.idles[WARM]) / steps - optimizer
     batch = grown["decode_tokens"] / decode_steps
-    return Measured(step, phases, device, batch, device["decode"] / decode_steps, driver)
+    return Measured(step, phases, device, batch, device["decode"] / decode_steps, driver, idle)
 
 
 def add_rows(run: Run, shape: Shape, kind: str, found: Measured, sizes: Sizes) -> None:
@@ -196,17 +218,20 @@ def add_rows(run: Run, shape: Shape, kind: str, found: Measured, sizes: Sizes) -
     run.report.add(Row(f"MFU ({factor}N) of training: {title}", rate / training, note=note))
     must = None if run.tiny else 0.1
     note = (
-        f"{found.beside * 1e3:.0f} ms of a step; the driver works {found.driver * 1e3:.0f} ms, "
+        f"{found.idle * 1e3:.0f} ms of a step; the driver works {found.driver * 1e3:.0f} ms in all, "
         f"{found.driver / sizes.samples * 1e6:.0f} µs a completion"
     )
-    title = f"share of a step with nothing on the device: {title}"
-    run.report.add(Row(title, max(found.beside, 1e-9) / found.step, must, must, most=True, note=note))
+    title = f"share of a step in which the ranks wait for the driver: {title}"
+    run.report.add(Row(title, found.idle / found.step, must, must, most=True, note=note))
 
 
 def sizes_of(chosen: argparse.Namespace, tiny: bool) -> Sizes:
     """What was asked for."""
-    default = Sizes(4, 2, 12, 8, 2, 256) if tiny else Sizes(64, 8, 64, 256, 3 if chosen.quick else 6, 16_384)
-    given = {name: getattr(chosen, name) for name in ("prompts", "completions", "prompt_tokens", "new", "steps")}
+    default = Sizes(4, 2, 12, 8, 2, 256) if tiny else Sizes(64, 8, 64, 256, 3 if chosen.quick else 6, 65_536)
+    given = {
+        name: getattr(chosen, name)
+        for name in ("prompts", "completions", "prompt_tokens", "new", "steps", "micro_batch")
+    }
     return Sizes(**{**vars(default), **{name: value for name, value in given.items() if value is not None}})
 
 
@@ -232,14 +257,15 @@ async def one(run: Run, client: HarmonyClient, shape: Shape, kind: str, sizes: S
     if kind == "lora":
         builder = builder.with_adapter(rank=16)
     model = await builder.spawn_train(f"grpo-{kind}", max(sizes.micro_batch, longest))
-    add_rows(run, shape, kind, await play(run, model, Words(shape, seed=5), sizes), sizes)
+    idle = client._engine._idle = Idle()
+    add_rows(run, shape, kind, await play(run, model, idle, Words(shape, seed=5), sizes), sizes)
     await model.dealloc()
 
 
 def arguments() -> argparse.Namespace:
     """The common options and the sizes."""
     parser = options("grpo", ("smollm2-135m",), ROWS)
-    for name in ("prompts", "completions", "prompt-tokens", "new", "steps"):
+    for name in ("prompts", "completions", "prompt-tokens", "new", "steps", "micro-batch"):
         parser.add_argument(f"--{name}", type=int)
     return parser.parse_args()
 
