@@ -101,10 +101,11 @@ class Shape:
 
 QWEN3_1B7 = Shape("qwen3-1.7b", "qwen3", "Qwen3ForCausalLM", 151936, 2048, 6144, 28, 16, 8, 128, True, 40960, 1e6)
 LLAMA_8B = Shape("llama-3.1-8b", "llama", "LlamaForCausalLM", 128256, 4096, 14336, 32, 32, 8, 128, False, 131072, 5e5)
+SMOLLM2 = Shape("smollm2-135m", "llama", "LlamaForCausalLM", 49152, 576, 1536, 30, 9, 3, 64, True, 8192, 1e5)
 TINY_QWEN3 = Shape("tiny-qwen3", "qwen3", "Qwen3ForCausalLM", 512, 64, 128, 2, 4, 2, 16, True, 2048)
 TINY_LLAMA = Shape("tiny-llama", "llama", "LlamaForCausalLM", 512, 64, 128, 2, 4, 2, 16, False, 2048)
-SHAPES = {shape.name: shape for shape in (QWEN3_1B7, LLAMA_8B, TINY_QWEN3, TINY_LLAMA)}
-TINY = {"qwen3-1.7b": TINY_QWEN3, "llama-3.1-8b": TINY_LLAMA}
+SHAPES = {shape.name: shape for shape in (QWEN3_1B7, LLAMA_8B, SMOLLM2, TINY_QWEN3, TINY_LLAMA)}
+TINY = {"qwen3-1.7b": TINY_QWEN3, "llama-3.1-8b": TINY_LLAMA, "smollm2-135m": TINY_LLAMA}
 """What stands in for a shape where only the code is tried."""
 
 

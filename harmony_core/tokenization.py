@@ -18,6 +18,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 from tokenizers import Encoding
@@ -31,6 +32,9 @@ from harmony_core.threads import StringThread, Turn
 from harmony_core.token_threads import GenerationRecord, TokenizedThread, TokenTurn, refuse_unknown
 from harmony_core.tokenizer_files import TokenizerFiles
 
+PROMPTS = 256
+"""Prompts whose tokens are remembered: making them takes longer than all else that a completion costs the driver."""
+
 
 class ChatTokenizer:
     """A model's tokenizer and chat template.
@@ -43,6 +47,10 @@ class ChatTokenizer:
         self._tokenizer = files.tokenizer
         self._template = files.template
         self._directory = files.directory
+        # Groups of completions have one prompt. A template that tells the time is asked each time.
+        remembered = PROMPTS if self._template is None or "strftime_now" not in self._template.source else 0
+        self._prompt_ids = lru_cache(remembered)(self._render_prompt)
+        self._prompt_turns = lru_cache(remembered)(self._lay_out_prompt)
         self.bos_id: int | None = files.tokenizer.token_to_id(files.specials.get("bos_token", ""))
         self.stop_ids: frozenset[int] = files.stop_ids | self._template_end()
 
@@ -81,11 +89,25 @@ class ChatTokenizer:
 
     def prompt_ids(self, thread: StringThread) -> list[int]:
         """The conversation followed by the template's prompt for an assistant turn. Raises TokenizationError."""
+        return list(self._prompt_ids(tuple(thread.turns)))
+
+    def _render_prompt(self, turns: tuple[Turn, ...]) -> tuple[int, ...]:
         template = self._required_template()
-        text = template.render(all_messages(thread.turns), add_generation_prompt=True).text
-        if any(turn.text.strip() not in text for turn in thread.turns):
-            locate(template, thread.turns, add_generation_prompt=True)  # rewritten, or left out: then this raises
-        return self.encode(text)
+        text = template.render(all_messages(turns), add_generation_prompt=True).text
+        if any(turn.text.strip() not in text for turn in turns):
+            locate(template, turns, add_generation_prompt=True)  # rewritten, or left out: then this raises
+        return tuple(self.encode(text))
+
+    def _lay_out_prompt(self, turns: tuple[Turn, ...], prompt_ids: tuple[int, ...]) -> tuple[TokenTurn, ...]:
+        """The turns of a prompt, of no weight; without places where these tokens are not what the template makes."""
+        try:
+            ids, laid_out = self._lay_out(turns, add_generation_prompt=True)
+        except TokenizationError:
+            ids, laid_out = [], []
+        if tuple(ids) != prompt_ids:
+            problem = "the prompt was not made from this thread by the chat template"
+            return tuple(TokenTurn(t.role, t.fragments, 0.0, problem=problem) for t in turns)
+        return tuple(replace(turn, weight=0.0) for turn in laid_out)
 
     def with_completion(
         self,
@@ -103,14 +125,8 @@ class ChatTokenizer:
 
         All other turns get weight 0. `finished` says that the model ended the turn itself; `model` which one it was.
         """
-        try:
-            ids, turns = self._lay_out(thread.turns, add_generation_prompt=True)
-        except TokenizationError:
-            ids, turns = [], []
-        if ids != list(prompt_ids):
-            problem = "the prompt was not made from this thread by the chat template"
-            turns = [TokenTurn(t.role, t.fragments, 0.0, problem=problem) for t in thread.turns]
-        turns = [*(replace(turn, weight=0.0) for turn in turns), self._completed(len(prompt_ids), completion_ids)]
+        before = self._prompt_turns(tuple(thread.turns), tuple(prompt_ids))
+        turns = [*before, self._completed(len(prompt_ids), completion_ids)]
         record = GenerationRecord(
             tuple(logprobs), tuple(sampled_logprobs), tuple(versions), "stop" if finished else "length", model
         )

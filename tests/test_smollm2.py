@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engines import LiveEngine, start_engine, stop_engine
 from harmony_core.threads import StringThread
+from source_tree import ROOT
 from test_end_to_end import adaptive, result
 
 pytestmark = pytest.mark.slow
@@ -89,3 +90,20 @@ def test_an_adapter_learns(engine: LiveEngine) -> None:
         await model.dealloc()
 
     engine.run(work(), 400)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("format_grpo", "--steps 1 --prompts-per-batch 1 --completions-per-sample 2 --max-gen-len 4"),
+        ("pirate_sft", "--epochs 0.025 --samples-per-batch 2 --max-gen-len 4"),
+    ],
+)
+def test_a_recipe_of_the_benchmarks_takes_a_step(home: Path, tmp_path: Path, name: str, words: str) -> None:
+    recipe = str(ROOT / "benchmarks" / "recipes" / f"{name}.py")
+    planned = adaptive(home, tmp_path, "run", recipe, "--dry-run")
+    assert "policy" in planned.stdout + planned.stderr
+    (tmp_path / "asked.jsonl").write_text('{"messages": [{"role": "user", "content": "What do rabbits eat?"}]}\n')
+    small = ("--held-out", "asked.jsonl", *words.split(), "--save-as", "null", "--at-least", "0", "--json")
+    done = result(adaptive(home, tmp_path, "run", recipe, *small))
+    assert done["ok"] and all(0 <= share <= 1 for share in done["result"].values())

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
+from itertools import chain, islice
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -136,12 +136,17 @@ def completion_metrics(completions: Sequence[Completion], with_reference: bool) 
         "score_std": fmean((score - mean) ** 2 for score in scores) ** 0.5,
         "generation_length": fmean(len(c.logprobs) for c in completions),
         "percentage_truncated": fmean(float(c.truncated) for c in completions),
-        "logprobs": fmean(x for c in completions for x in c.logprobs),
+        "logprobs": _mean(c.logprobs for c in completions),
     }
     if with_reference:
-        metrics["ref_logprobs"] = fmean(x for c in completions for x in c.ref_logprobs)
-        metrics["kl_div"] = fmean(x for c in completions for x in c.kl_div)
+        metrics["ref_logprobs"] = _mean(c.ref_logprobs for c in completions)
+        metrics["kl_div"] = metrics["logprobs"] - metrics["ref_logprobs"]
     return metrics
+
+
+def _mean(lists: Iterable[Sequence[float]]) -> float:
+    """Of all numbers in them."""
+    return fmean([*chain.from_iterable(lists)])
 
 
 def check_sizes(samples_per_batch: int, completions_per_sample: int, samples_per_mini_batch: int, passes: int) -> None:

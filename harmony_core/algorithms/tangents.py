@@ -67,7 +67,7 @@ def recorded_logprobs(model: TrainingModel, thread: TokenizedThread) -> list[flo
     """The sampler's log-prob of each weighted token, if all were drawn from the present weights; else None."""
     logprobs, versions = thread.logprobs, thread.versions
     present = model.get_optim_step()
-    if logprobs is None or versions is None or any(version != present for version in versions):
+    if logprobs is None or versions is None or set(versions) - {present}:
         return None
     return logprobs
 

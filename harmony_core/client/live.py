@@ -9,6 +9,7 @@ import sys
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -181,15 +182,17 @@ class LiveModel:
             message = MicroBatch(
                 model=self.name,
                 replica=replica,
-                tokens=pack_ints(t for s in batch for t in s.tokens),
-                targets=pack_ints(t for s in batch for t in s.targets),
-                coefficients=pack_doubles(c for s in batch for c in s.coefficients),
-                lengths=pack_ints(len(s) for s in batch),
+                tokens=pack_ints(chain.from_iterable(s.tokens for s in batch)),
+                targets=pack_ints(chain.from_iterable(s.targets for s in batch)),
+                coefficients=pack_doubles(chain.from_iterable(s.coefficients for s in batch)),
+                lengths=pack_ints(map(len, batch)),
                 sampler_logprobs=_sampler_logprobs(batch),
                 loss=loss.name,
                 custom=loss.custom,
                 settings=dict(loss.settings),
-                fields={name: pack_doubles(x for s in batch for x in s.fields[name]) for name in batch[0].fields},
+                fields={
+                    name: pack_doubles(chain.from_iterable(s.fields[name] for s in batch)) for name in batch[0].fields
+                },
                 group=loss.group,
             )
             request = self.post(replica, message, sum(map(len, batch)))
@@ -214,12 +217,15 @@ class LiveModel:
         return None if self._steps_under_way else self.step
 
     async def room(self) -> None:
-        """Wait while too many micro-batches are unanswered."""
-        batches = self.pending.batches
-        while len(batches) > MAX_UNANSWERED * self.replicas:
-            await asyncio.wait([batches[0].future])
-            while batches and batches[0].future.done():
-                batches.popleft()
+        """Wait while too many of the micro-batches sent so far are unanswered.
+
+        Later ones do not count: of a thousand samples that wait, each is woken once.
+        """
+        batches, most = self.pending.batches, MAX_UNANSWERED * self.replicas
+        while batches and batches[0].future.done():
+            batches.popleft()
+        if len(batches) > most:
+            await asyncio.wait([batches[-most - 1].future])
 
     def close_step(self, normalise: str) -> float:
         """Cut and send what is pending, and begin the next step. Returns the denominator.
@@ -274,7 +280,7 @@ def _sampler_logprobs(batch: list[Sample]) -> bytes:
     """Those of all samples, one after the other; nothing when no sample has any."""
     if all(s.sampler_logprobs is None for s in batch):
         return b""
-    return pack_floats(x for s in batch for x in s.sampler_logprobs or [math.nan] * len(s))
+    return pack_floats(chain.from_iterable(s.sampler_logprobs or [math.nan] * len(s) for s in batch))
 
 
 def _own_weights(name: str) -> str:

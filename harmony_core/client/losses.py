@@ -53,10 +53,10 @@ def per_token(name: str, values: Sequence[float], count: int, of: str = "weighte
     if isinstance(values, int | float) or len(values) != count:
         found = "one number" if isinstance(values, int | float) else f"{len(values)} values"
         raise DataError(f"{name}: {found} for {count} {of}", hint=f"{name} takes one for each of them, in order")
-    floats = [float(value) for value in values]
-    for place, value in enumerate(floats):
-        if not math.isfinite(value):
-            raise DataError(f"{name}[{place}] is {value}", hint="drop the sample, or mend what computed it")
+    floats = list(map(float, values))
+    if not all(map(math.isfinite, floats)):
+        place = next(place for place, value in enumerate(floats) if not math.isfinite(value))
+        raise DataError(f"{name}[{place}] is {floats[place]}", hint="drop the sample, or mend what computed it")
     return floats
 
 

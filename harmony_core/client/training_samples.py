@@ -292,9 +292,10 @@ class SampleTaker(InferenceModel):
             return None
         present = self._live.present_version
         found = [math.nan] * (len(thread.token_ids) - 1)
-        for place, (logprob, version) in enumerate(zip(record.logprobs, record.versions, strict=True), last.start - 1):
-            if version == present:
-                found[place] = logprob
+        found[last.start - 1 : last.end - 1] = [
+            logprob if version == present else math.nan
+            for logprob, version in zip(record.logprobs, record.versions, strict=True)
+        ]
         return found
 
     def _check_length(self, samples: Sequence[Sample]) -> None:

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
+
+from engines import LiveEngine, start_engine, stop_engine
 
 
 @pytest.fixture(autouse=True)
 def no_compiling_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """The compiler's helpers would stay until this process ends."""
     monkeypatch.setattr("torch._inductor.config.compile_threads", 1)
+
+
+@pytest.fixture(scope="package")
+def cuda(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveEngine]:
+    """An engine with one rank on the device."""
+    engine = start_engine(tmp_path_factory.mktemp("cuda"), 1, device="cuda")
+    yield engine
+    stop_engine(engine)

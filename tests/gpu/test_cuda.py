@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from engines import LiveEngine, pair, pairs, start_engine, stop_engine
+from engines import LiveEngine, pair, pairs
 from harmony_core.engine.models.context import ForwardContext, PackedAttention, forward_context
 from harmony_core.engine.models.loading import load_model
 from harmony_core.engine.models.parallel import TensorParallel
@@ -23,13 +22,6 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 TINY = "builtin:tiny-lm"
 DEVICE = torch.device("cuda", 0)
-
-
-@pytest.fixture(scope="module")
-def cuda(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveEngine]:
-    engine = start_engine(tmp_path_factory.mktemp("cuda"), 1, device="cuda")
-    yield engine
-    stop_engine(engine)
 
 
 def packed_losses(directory: Path, dtype: torch.dtype, sequences: list[list[int]]) -> tuple[torch.Tensor, Any]:

@@ -60,7 +60,7 @@ def test_entropies_and_their_gradients_are_those_of_the_cpu(
     found = []
     for model in models:
         model.trainable_parameters(None)
-        leaf = hidden.to(model.device).requires_grad_()
+        leaf = hidden.detach().clone().to(model.device).requires_grad_()
         at = targets.to(model.device)
         loss, _ = linear_logprob_loss(
             model, leaf, at, weights.to(model.device), chunk=16, entropy=bonus.to(model.device)
