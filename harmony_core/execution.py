@@ -140,7 +140,7 @@ async def execute(
     _count_stop(stop, outcome, options)
     if not options.dry_run:
         outcome.resume = going_on(CheckpointStore(run.directory / "checkpoints"), run.id, outcome.status)
-    if outcome.resume is not None and outcome.exit_code != 2:
+    if outcome.resume is not None and outcome.exit_code not in (0, 2, 8):
         at = "{checkpoint}, {stage} at {completion:.1%}".format_map(outcome.resume)
         say(f"to go on from {at}: {outcome.resume['command']}")
     return outcome

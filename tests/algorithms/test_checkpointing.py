@@ -184,7 +184,9 @@ def test_stopped_after_a_step_and_resumed(story: Story, calm: dict[str, Any], st
     assert story.ended() == calm
 
 
-@pytest.mark.parametrize("step", [pytest.param(s, marks=() if s == 25 else pytest.mark.slow) for s in range(5, STEPS)])
+@pytest.mark.parametrize(
+    "step", [pytest.param(s, marks=() if s == 25 else pytest.mark.slow) for s in range(5, STEPS + 1)]
+)
 def test_killed_and_resumed_from_the_last_checkpoint(story: Story, calm: dict[str, Any], step: int) -> None:
     with pytest.raises(Killed):
         story.play(kill(step), checkpoint_frequency=0.1)
