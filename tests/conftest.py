@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
+
+import pytest
 
 # Before torch is imported, here and in whatever the tests start: models as small as theirs gain nothing from a second
 # thread, which only spins.
@@ -13,3 +16,10 @@ from leftovers import no_leftovers
 from ranks import rank_pool
 
 __all__ = ["no_leftovers", "one_rank", "rank_pool", "two_ranks"]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """What a test draws does not depend on which others ran before it in this process."""
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(0)

@@ -11,7 +11,6 @@ from safetensors.numpy import load_file
 
 import small_models
 from harmony_core.errors import HarmonyError, ModelRefused, NotFoundError, ResourceError, UsageError, VerificationError
-from harmony_core.home import Home
 from harmony_core.registry import Registry
 
 NAMES = {
@@ -28,11 +27,6 @@ NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-
-
-@pytest.fixture
-def registry(tmp_path: Path) -> Registry:
-    return Registry(Home.open(tmp_path / "home"))
 
 
 def renamed(name: str) -> str:

@@ -9,18 +9,7 @@ import pytest
 
 import small_models
 from harmony_core.errors import HarmonyError, ModelRefused, NotFoundError, UsageError, VerificationError
-from harmony_core.home import Home
 from harmony_core.registry import Registry
-
-
-@pytest.fixture
-def registry(tmp_path: Path) -> Registry:
-    return Registry(Home.open(tmp_path / "home"))
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return small_models.write_model(tmp_path / "source")
 
 
 @pytest.mark.parametrize("shards", [1, 3])

@@ -17,16 +17,10 @@ import pytest
 
 import small_models
 from harmony_core.errors import HarmonyError, ResourceError
-from harmony_core.home import Home
 from harmony_core.registry import Registry
 from harmony_core.registry.staging import _owner, sweep
 
 WRITER = Path(__file__).resolve().parents[1] / "registry_writer.py"
-
-
-@pytest.fixture
-def registry(tmp_path: Path) -> Registry:
-    return Registry(Home.open(tmp_path / "home"))
 
 
 @pytest.fixture

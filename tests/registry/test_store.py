@@ -23,16 +23,6 @@ from harmony_core.registry import ModelVersion, Registry
 from harmony_core.registry.files import SMALL_BYTES, file_hash
 
 
-@pytest.fixture
-def registry(tmp_path: Path) -> Registry:
-    return Registry(Home.open(tmp_path / "home"))
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return small_models.write_model(tmp_path / "source")
-
-
 def publish(registry: Registry, key: str, seed: int = 0, **options: Any) -> ModelVersion:
     with registry.stage() as staging:
         small_models.write_model(staging.directory, seed=seed)
