@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
 import re
 from collections.abc import Iterator
 
@@ -130,3 +131,44 @@ def test_nothing_is_listed_as_missing_that_is_there() -> None:
     listed = list(rows(section("What is not there")))
     assert len(listed) > 5
     assert [f"{owner}.{name}" for owner, names in listed for name in names if has(owner, name)] == []
+
+
+ARGUMENTS = """
+adaptive_harmony.InferenceModel.generate: thread response_model return_timings
+adaptive_harmony.InferenceModel.tokenize: data
+adaptive_harmony.InferenceModel.detokenize: data
+adaptive_harmony.InferenceModel.raw_string_create: prompt
+adaptive_harmony.InferenceModel.raw_logprobs: tokens
+adaptive_harmony.InferenceModel.top_p: top_p
+adaptive_harmony.InferenceModel.temperature: temperature
+adaptive_harmony.InferenceModel.max_gen_len: max_num_tokens
+adaptive_harmony.InferenceModel.min_gen_len: min_num_tokens
+adaptive_harmony.ModelBuilder.max_seqlen: max_seqlen
+adaptive_harmony.ModelBuilder.spawn_train: name max_batch_size
+adaptive_harmony.ModelBuilder.with_adapter: use_adapter
+adaptive_harmony.TrainingModel.optim_step: lr wd max_grad_norm skip_nan_gradients
+adaptive_harmony.TrainingModel.save: model_name inference_only draft_target num_draft_steps ctx
+adaptive_harmony.TrainingModel.set_optim_step: step
+adaptive_harmony.TrainingModel.train_ppo: thread trajectory_logprobs advantages clip_range
+adaptive_harmony.TrainingModel.train_grpo: thread trajectory_logprobs reference_logprobs advantages clip_range kl_beta
+adaptive_harmony.TrainingModel.train_gspo: thread trajectory_logprobs reference_logprobs advantage left_clip right_clip
+adaptive_harmony.TrainingModel.train_trust_region_mse: thread targets clip_center clip_range
+adaptive_harmony.TrainingModel.train_mse_per_token: thread targets
+adaptive_harmony.TrainingModel.train_ranking: pos_thread neg_thread
+adaptive_harmony.TrainingModel.train_dpo: sample_pos sample_neg ref_logprobs_pos ref_logprobs_neg beta
+adaptive_harmony.TrainingModel.train_tangents: inp_tokens image_patches tangents tgt_tokens
+adaptive_harmony.core.losses.train_grpo_tangents: model sample trajectory_logprobs ref_logprobs advantages clip_range
+adaptive_harmony.core.losses.train_dpo_tangents: model pos neg ref_logprobs_pos ref_logprobs_neg beta
+adaptive_harmony.core.rl_utils.gae_advantages: values rewards gae_lambda gae_gamma
+adaptive_harmony.graders.BaseGrader.from_function: grader_key async_fn
+"""
+"""The documented names of the first arguments, in order: calls may use them as keywords."""
+
+
+@pytest.mark.parametrize("line", ARGUMENTS.strip().splitlines())
+def test_arguments_have_their_documented_names(line: str) -> None:
+    dotted, _, names = line.partition(": ")
+    found = find(dotted)
+    assert callable(found)
+    parameters = [name for name in inspect.signature(found).parameters if name != "self"]
+    assert parameters[: len(names.split())] == names.split()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec import structs
 
+from harmony_core.client.numbers import whole
 from harmony_core.errors import ModelRefused, UsageError
 from harmony_core.model_spec import check_tp
 from harmony_core.rpc.protocol import LoraSettings
@@ -52,25 +53,21 @@ class ModelBuilder:
 
     def tp(self, tp: int) -> ModelBuilder:
         """Tensor-parallel degree: devices per replica. Raises ModelRefused with the values that work."""
-        check_tp(self._version.spec, tp, self._engine.world_size)
+        check_tp(self._version.spec, whole("tp", tp, 1), self._engine.world_size)
         return self._with(tp=tp)
 
     def kv_cache_len(self, tokens: int) -> ModelBuilder:
         """Tokens in each replica's KV pool: a contract. Unset: up to 131,072, as much as fits."""
-        if tokens < 1:
-            raise UsageError(f"kv_cache_len must be at least 1, not {tokens}")
-        return self._with(kv_cache_len=tokens)
+        return self._with(kv_cache_len=whole("kv_cache_len", tokens, 1))
 
     def tokens_to_generate(self, tokens: int) -> ModelBuilder:
         """Most new tokens of one request."""
-        if tokens < 1:
-            raise UsageError(f"tokens_to_generate must be at least 1, not {tokens}")
-        return self._with(tokens_to_generate=tokens)
+        return self._with(tokens_to_generate=whole("tokens_to_generate", tokens, 1))
 
     def max_seqlen(self, max_seqlen: int) -> ModelBuilder:
         """Longest sequence, prompt and completion together; unset: what the model was made for."""
         limit = self._version.spec.max_positions
-        if not 2 <= max_seqlen <= limit:
+        if not 2 <= whole("max_seqlen", max_seqlen, 2) <= limit:
             raise UsageError(f"max_seqlen must be between 2 and {limit} for {self._version.ref}, not {max_seqlen}")
         return self._with(max_seqlen=max_seqlen)
 
@@ -96,8 +93,8 @@ class ModelBuilder:
             )
         given = {"rank": rank, "alpha": alpha, "dropout": dropout, "targets": targets}
         lora = {name: value for name, value in given.items() if value is not None}
-        if rank is not None and (not isinstance(rank, int) or rank < 1):
-            raise UsageError(f"the adapter's rank must be a whole number, at least 1, not {rank!r}")
+        if rank is not None:
+            lora["rank"] = whole("the adapter's rank", rank, 1)
         if alpha is not None and not 0 < alpha < math.inf:
             raise UsageError(f"the adapter's alpha must be a finite number above 0, not {alpha}")
         if not 0 <= (dropout or 0) < 1:
@@ -186,8 +183,7 @@ class ModelBuilder:
         from harmony_core.client.spawning import spawn
         from harmony_core.client.training_model import TrainingModel
 
-        if max_batch_size < 2:
-            raise UsageError(f"max_batch_size is a number of tokens and must be at least 2, not {max_batch_size}")
+        max_batch_size = whole("max_batch_size, a number of tokens,", max_batch_size, 2)
         if not self._version.trainable:
             raise ModelRefused(f"{self._version.ref} cannot be trained (kind {self._version.kind})")
         return TrainingModel(await spawn(self._engine, self._version, self, name, max_batch_size))

@@ -9,6 +9,7 @@ from typing import Any
 
 from harmony_core.client.inference_model import InferenceModel
 from harmony_core.client.losses import setting
+from harmony_core.client.numbers import whole
 from harmony_core.client.storage import ModelState, save_live
 from harmony_core.client.value_training import ValueTaker
 from harmony_core.errors import HarmonyError, UsageError
@@ -71,8 +72,7 @@ class TrainingModel(ValueTaker):
 
     def set_optim_step(self, step: int) -> None:
         """Set the optimizer's step counter, as a resumed run needs it."""
-        if step < 0:
-            raise UsageError(f"the optimizer step must be 0 or more, not {step}")
+        step = whole("the optimizer step", step, 0)
         self._live.require_ranks()
         self._live.step = step
         self._live.engine.post_global(SetStep(model=self._live.name, step=step))

@@ -68,8 +68,9 @@ class SampleTaker(InferenceModel):
                     f"inp_tokens, tangents and tgt_tokens must be of one length, not {len(inp_tokens)}, "
                     f"{len(tangents)} and {len(tgt_tokens)}"
                 )
-            self._check_ids(inp_tokens)
-            self._check_ids(tgt_tokens)
+            tokens, targets = [int(t) for t in inp_tokens], [int(t) for t in tgt_tokens]
+            self._check_ids(tokens)
+            self._check_ids(targets)
             nonzero = sum(1 for t in tangents if t != 0)
             if nonzero == 0 and denominator is None:
                 raise NothingToTrain("all tangents are zero", hint="leave the sample out, or give a denominator")
@@ -78,7 +79,7 @@ class SampleTaker(InferenceModel):
             recorded = None if sampler_logprobs is None else [float(x) for x in sampler_logprobs]
             if recorded is not None and len(recorded) != len(tgt_tokens):
                 raise DataError(f"{len(recorded)} sampler_logprobs for {len(tgt_tokens)} tgt_tokens")
-            sample = Sample(list(inp_tokens), list(tgt_tokens), [float(t) for t in tangents], recorded)
+            sample = Sample(tokens, targets, [float(t) for t in tangents], recorded)
             if denominator is None:
                 return Accepted([sample], "tangents", float(nonzero))
             return Accepted([sample], "given denominators", float(denominator))

@@ -147,6 +147,9 @@ def test_the_settings_of_an_adapter_reach_the_ranks(one_rank: LiveEngine) -> Non
         held, _ = one_rank.seen("spawn", since, model="set")[0]
         assert held["trainable_parameters"] == 3 * 2 * (96 + 96), "layers, rank, and the width in and out of q_proj"
         assert moved[1] - base == pytest.approx(2 * (moved[0] - base), rel=0.1) != 0
+        for number in (0, 1.5, "8"):
+            with pytest.raises(UsageError, match="kv_cache_len must be"):
+                builder.kv_cache_len(number)  # type: ignore[arg-type]
         bad: list[dict[str, Any]] = [{"rank": 0}, {"rank": 1.5}, {"alpha": 0.0}, {"alpha": math.nan}, {"dropout": 1.0}]
         for settings in (*bad, {"targets": []}, {"targets": "q_proj"}):
             with pytest.raises(UsageError, match=f"the adapter's {next(iter(settings))}"):
