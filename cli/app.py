@@ -50,7 +50,7 @@ def dispatch(words: Sequence[str]) -> int:
     word = next((w for w in words if not w.startswith("-")), "")
     reply = Reply()
     try:
-        with output.Stdout(as_json and word == "run"):
+        with output.diverted(as_json and word == "run"):
             code = _guarded(list(words), word, reply)
         if as_json and reply.data is not None:
             output.data(output.dumped(reply.data))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
-from types import TracebackType
+from collections.abc import Iterable, Iterator, Sequence
 from typing import IO, Any
 
 
@@ -63,38 +63,28 @@ def _encodable(text: str, stream: IO[str]) -> str:
     return text.encode(encoding, "replace").decode(encoding)
 
 
-class Stdout:
+@contextlib.contextmanager
+def diverted(json: bool) -> Iterator[None]:
     """With `json`, what is written to stdout meanwhile, by subprocesses too, goes to stderr; else nothing changes."""
+    if not json:
+        yield
+        return
+    stream, saved = sys.stdout, None
+    _flush()
+    with contextlib.suppress(OSError):  # stdout or stderr is closed
+        saved = os.dup(1)
+        os.dup2(2, 1)
+    sys.stdout = sys.stderr
+    try:
+        yield
+    finally:
+        _flush()
+        sys.stdout = stream
+        if saved is not None:
+            os.dup2(saved, 1)
+            os.close(saved)
 
-    def __init__(self, json: bool) -> None:
-        self._json = json
-        self._saved: int | None = None
-        self._stream: Any = None
 
-    def __enter__(self) -> Stdout:
-        if self._json:
-            self._stream = sys.stdout
-            self._flush()
-            try:
-                self._saved = os.dup(1)
-                os.dup2(2, 1)
-            except OSError:  # stdout or stderr is closed
-                self._saved = None
-            sys.stdout = sys.stderr
-        return self
-
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._json:
-            self._flush()
-            sys.stdout = self._stream
-            if self._saved is not None:
-                os.dup2(self._saved, 1)
-                os.close(self._saved)
-                self._saved = None
-
-    @staticmethod
-    def _flush() -> None:
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()

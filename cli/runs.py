@@ -31,9 +31,6 @@ def list_(
     from .resume import why_not
 
     records = list_runs(Home.open())[:limit]
-    if json:
-        output.data(output.dumped({"ok": True, "exit": 0, "runs": [_data(record) for record in records]}))
-        return
     rows = [("ID", "STATUS", "EXIT", "RESUME", "RECIPE", "STARTED")]
     for record in records:
         values = record.data
@@ -41,9 +38,7 @@ def list_(
         shown = "-" if exit_code is None else str(exit_code)
         resume = "yes" if why_not(record) is None else "-"
         rows.append((record.id, record.status, shown, resume, str(values.get("name")), str(values.get("started"))))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        output.data("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    output.answer(json, {"runs": [_data(record) for record in records]}, *output.table(rows))
 
 
 @app.command()
@@ -53,20 +48,14 @@ def show(
     """A run's status, result, saved models and errors, where its files are, and how it is resumed."""
     record = find_run(Home.open(), run)
     result = _result(record)
-    if json:
-        output.data(output.dumped({"ok": True, "exit": 0, "run": _data(record), "outcome": result}))
-        return
     found = _data(record)
     if resume := found["resume"]:
         found["resume"] = "{command}  ({checkpoint}: {stage}, step {step})".format_map(resume)
-    for name, value in (found | {"result": result.get("result")}).items():
-        if value is not None:
-            output.data(f"{name:10} {value if isinstance(value, str) else output.dumped(value)}")
-    for model in result.get("models", ()):
-        output.data(f"{'saved':10} {model.get('ref')}")
-    for error in result.get("errors", ()):
-        for line in error.get("lines", ()):
-            output.data(f"{'error':10} {line}")
+    shown = [*found.items(), ("result", result.get("result"))]
+    shown += [("saved", model.get("ref")) for model in result.get("models", ())]
+    shown += [("error", line) for error in result.get("errors", ()) for line in error.get("lines", ())]
+    lines = [f"{n:10} {v if isinstance(v, str) else output.dumped(v)}" for n, v in shown if v is not None]
+    output.answer(json, {"run": _data(record), "outcome": result}, *lines)
 
 
 class Open(StrEnum):
@@ -96,10 +85,7 @@ def report(
     except OSError as error:
         where = output_file or record.directory
         raise ResourceError(f"cannot write the report to {where}: {error.strerror or error}") from error
-    if json:
-        output.data(output.dumped({"ok": True, "exit": 0, "run": record.id, "report": str(file)}))
-    else:
-        output.data(str(file))
+    output.answer(json, {"run": record.id, "report": str(file)}, str(file))
     if open_ is Open.yes or (open_ is Open.auto and not json and _has_display()):
         webbrowser.open(file.as_uri())
 

@@ -114,6 +114,9 @@ class StructuredOutput(_Described):
     parsed_json: Any
     schema: Any
 
+    def __hash__(self) -> int:  # the others may hold dicts
+        return hash(self.raw_text)
+
 
 AnyFragment = Text | Reasoning | FunctionCall | ToolResponse | Image | StructuredOutput
 

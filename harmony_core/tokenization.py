@@ -51,23 +51,12 @@ class ChatTokenizer:
         remembered = PROMPTS if self._template is None or "strftime_now" not in self._template.source else 0
         self._prompt_ids = lru_cache(remembered)(self._render_prompt)
         self._prompt_turns = lru_cache(remembered)(self._lay_out_prompt)
-        self.bos_id: int | None = files.tokenizer.token_to_id(files.specials.get("bos_token", ""))
         self.stop_ids: frozenset[int] = files.stop_ids | self._template_end()
 
     @staticmethod
     def load(directory: Path) -> ChatTokenizer:
         """Read from a model's directory. Raises TokenizationError naming the file that is missing or wrong."""
         return ChatTokenizer(tokenizer_files.read(directory))
-
-    @property
-    def vocab_size(self) -> int:
-        """How many tokens the tokenizer knows, added ones included."""
-        return self._tokenizer.get_vocab_size(with_added_tokens=True)
-
-    @property
-    def has_template(self) -> bool:
-        """Whether threads can be tokenized; without a template only text and raw tokens can."""
-        return self._template is not None
 
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text, nothing added before or after. Raises TokenizationError for a lone surrogate."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import BaseModel
 
 import tokenizer_directories as directories
 from harmony_core.errors import TokenizationError
@@ -333,7 +334,15 @@ def test_stop_ids_come_from_every_file_and_from_the_template(tmp_path: Path) -> 
     specials = {"eos_token": {"content": "</s>", "lstrip": False}, "bos_token": "<s>"}
     tokenizer = ChatTokenizer.load(directories.write(tmp_path, directories.CHATML, specials, files=files))
     assert tokenizer.stop_ids == {7, 8, 9, *tokenizer.encode("</s>"), *tokenizer.encode("<|im_end|>")}
-    assert tokenizer.bos_id == tokenizer.encode("<s>")[0]
+
+
+def test_a_structured_turn_may_stand_in_a_prompt(tokenizers: dict[str, ChatTokenizer]) -> None:
+    class Answer(BaseModel):
+        values: dict[str, int]
+
+    thread = StringThread([("user", "q")]).structured(Answer(values={"a": 1})).user("again")
+    text = tokenizers["chatml"].decode(tokenizers["chatml"].prompt_ids(thread))
+    assert '{"values":{"a":1}}' in text
 
 
 def test_where_a_template_may_be(tmp_path: Path) -> None:
@@ -349,7 +358,7 @@ def test_where_a_template_may_be(tmp_path: Path) -> None:
     (directory / "chat_template.jinja").write_text(hello)
     assert ChatTokenizer.load(directory).prompt_ids(thread) == named.prompt_ids(thread)
     none = load(tmp_path / "none", None)
-    assert not none.has_template and none.encode("q") == named.encode("q")
+    assert none.encode("q") == named.encode("q")
     with pytest.raises(TokenizationError, match="none has no chat template"):
         none.tokenize(thread)
     with pytest.raises(TokenizationError, match="no entry named 'default'"):
@@ -358,9 +367,10 @@ def test_where_a_template_may_be(tmp_path: Path) -> None:
 
 def test_tokens_that_only_the_configuration_declares(tmp_path: Path) -> None:
     plain = load(tmp_path / "a", directories.CHATML)
-    declared = {str(plain.vocab_size): {"content": "<|new|>", "special": True}, "401": {"content": "<|im_end|>"}}
+    new = plain._tokenizer.get_vocab_size()
+    declared = {str(new): {"content": "<|new|>", "special": True}, "401": {"content": "<|im_end|>"}}
     tokenizer = load(tmp_path / "b", directories.CHATML, added_tokens_decoder=declared)
-    assert tokenizer.encode("a<|new|>")[-1] == plain.vocab_size
+    assert tokenizer.encode("a<|new|>")[-1] == new
     with pytest.raises(TokenizationError, match="does not get its declared id 9999"):
         load(tmp_path / "c", directories.CHATML, added_tokens_decoder={"9999": {"content": "<|new|>"}})
 

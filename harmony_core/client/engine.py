@@ -81,7 +81,8 @@ class Engine:
         """Of each live model, the number of its next request that draws a seed."""
         self.tp_values: set[int] = set()
         self.planned: list[dict[str, Any]] = []
-        self._held_versions: dict[str, contextlib.ExitStack] = {}
+        self._held_versions = contextlib.ExitStack()
+        self._held_references: set[str] = set()
         self.spawn_order = asyncio.Lock()
         self._supervisor: Supervisor | None = None
         self._starting: asyncio.Task[list[RankHandle]] | None = None
@@ -148,16 +149,14 @@ class Engine:
 
     def hold(self, version: ModelVersion) -> None:
         """Keep a version from being removed while this session lives."""
-        if version.ref not in self._held_versions:
-            stack = contextlib.ExitStack()
-            stack.enter_context(self.registry.hold(version))
-            self._held_versions[version.ref] = stack
+        if version.ref not in self._held_references:
+            self._held_versions.enter_context(self.registry.hold(version))
+            self._held_references.add(version.ref)
 
     async def close(self, grace: float = 10.0) -> None:
         """Stop the ranks; nothing of the run is left afterwards."""
         self._closed = True
-        while self._held_versions:
-            self._held_versions.popitem()[1].close()
+        self._held_versions.close()
         if self._starting is None:
             return
         if self._supervisor is None and not self._starting.done():
@@ -166,8 +165,6 @@ class Engine:
         if self._supervisor is not None:
             await self._supervisor.stop(grace)
             await asyncio.gather(self._starting, return_exceptions=True)
-
-    # --- order ------------------------------------------------------------------------------------------------
 
     def _in_order(self, send: Callable[[], None]) -> None:
         if self._held is not None:

@@ -68,8 +68,6 @@ class InferenceModel:
         live = self._live
         return f"{type(self).__name__}({live.name!r}, model={live.version.ref!r}, tp={live.placement.tp})"
 
-    # --- settings ---------------------------------------------------------------------------------------------
-
     def _with(self, **changes: Any) -> Self:
         other = copy.copy(self)
         other._settings = SamplingSettings(**{**vars(self._settings), **changes})
@@ -115,8 +113,6 @@ class InferenceModel:
             "max_batch_size": live.placement.max_batch_tokens,
             "scalar": live.placement.scalar,
         }
-
-    # --- generation -------------------------------------------------------------------------------------------
 
     @overload
     def generate(
@@ -210,8 +206,6 @@ class InferenceModel:
         assert isinstance(answer, Generated)
         return answer
 
-    # --- log-probs --------------------------------------------------------------------------------------------
-
     async def logprobs(self, thread: StringThread) -> float:
         """Sum of the log-probs of the thread's weighted tokens, under the raw distribution."""
         return sum(await self.logprobs_per_token(self._live.tokenizer.tokenize(thread)))
@@ -232,8 +226,6 @@ class InferenceModel:
         if not tokens:
             return []
         return [0.0, *(await self._score(list(tokens[:-1]), list(tokens[1:])))]
-
-    # --- values -----------------------------------------------------------------------------------------------
 
     async def score(self, thread: TokenizedThread) -> list[float]:
         """One value for each weighted token, in order: that of the state in which the token was chosen.
@@ -297,8 +289,6 @@ class InferenceModel:
         position = next(i for i, token in enumerate(tokens) if not 0 <= token < size)
         raise DataError(f"token {tokens[position]} at position {position} is outside the vocabulary of {size}")
 
-    # --- tokens and threads -----------------------------------------------------------------------------------
-
     async def tokenize_thread(self, thread: StringThread) -> TokenizedThread:
         """The thread's tokens under the model's chat template, with a weight for each."""
         return self._live.tokenizer.tokenize(thread)
@@ -335,8 +325,6 @@ class InferenceModel:
         answer = await self._request_generation(tokenizer.encode(prompt), self._live.next_request_seed())
         tokens = unpack_ints(answer.tokens)
         return tokens[:-1] if answer.finish_reason == "stop" else tokens
-
-    # --- life -------------------------------------------------------------------------------------------------
 
     async def load(self, path: str) -> None:
         """Put stored weights (`model_registry://key`) into this model, in place."""

@@ -135,8 +135,6 @@ class LiveModel:
         if self.engine.options.dry_run:
             raise DryRunEnded(_callers_line())
 
-    # --- replica requests -------------------------------------------------------------------------------------
-
     def next_request_seed(self) -> int:
         """A request's seed: a hash of the run's seed, the spawn's name and the request's number."""
         numbers = self.engine.request_numbers
@@ -159,8 +157,6 @@ class LiveModel:
 
         request.future.add_done_callback(answered)
         return request
-
-    # --- training ---------------------------------------------------------------------------------------------
 
     def accept(self, group: Sequence[Sample], unit: str, amount: float) -> None:
         """Queue validated samples that belong together and add `amount` of `unit` to the step's denominator."""
@@ -258,8 +254,6 @@ class LiveModel:
             weights = weight_elements(shape.spec, shape.tp, shape.headless) * shape.element
             self.engine.ledger.promise(_own_weights(self.name), Plan(weights=weights))
             self._owns_weights = True
-
-    # --- end --------------------------------------------------------------------------------------------------
 
     def free(self) -> asyncio.Future[list[Message]] | None:
         """Give the memory back; the model cannot be used afterwards. None when there is nothing to wait for."""

@@ -34,9 +34,6 @@ class Given(NamedTuple):
         return Sample(tokens[:-1], tokens[1:], coefficients, self.recorded, loss, fields)
 
 
-# --- arguments ------------------------------------------------------------------------------------------------------
-
-
 def scored_tokens(thread: TokenizedThread) -> list[float]:
     """1 for each target that is a weighted token, else 0. Raises NothingToTrain when there is none."""
     mask = [1.0 if weight > 0 else 0.0 for weight in thread.token_weights[1:]]
@@ -109,9 +106,6 @@ def importance(
             )
     sampler = per_token("sampler_logprobs", sampler_logprobs, len(trajectory))
     return [math.exp(min(t - s, math.log(cap))) for t, s in zip(trajectory, sampler, strict=True)]
-
-
-# --- losses ---------------------------------------------------------------------------------------------------------
 
 
 def grpo(

@@ -118,8 +118,6 @@ class ModelTable:
             raise ConflictError(f"no model named {name!r} is live on this rank")
         return model
 
-    # --- spawn ------------------------------------------------------------------------------------------------
-
     def spawn(self, request: Spawn, tp: TensorParallel, replicas: ProcessGroup | None) -> HostedModel:
         """Build a spawn and rehearse it. On an error everything it took is given back.
 
@@ -263,8 +261,6 @@ class ModelTable:
             gc.collect()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-
-    # --- storage ----------------------------------------------------------------------------------------------
 
     def save(self, request: Save, write: bool) -> None:
         """Gather over the tensor-parallel ranks and, where `write`, store.

@@ -97,7 +97,7 @@ def test_files_that_pages_name_are_there() -> None:
         ("memory", f"less {capacity.CUDA_BASELINE_BYTES >> 30} GiB for a process"),
         ("compatibility", f"at most {memory.DEFAULT_KV_TOKENS:,}"),
         ("configuration", f"more than {yaml_source.MAX_DEPTH} levels, {yaml_source.MAX_ALIASES} aliases"),
-        ("configuration", f"{yaml_source.MAX_NODES:,} values"),
+        ("configuration", f"{yaml_source.MAX_VALUES:,} values"),
         ("command_line", f"then has {GRACE_SECONDS:.0f} s to finish"),
         ("command_line", f"can be ended within {PATIENCE_SECONDS:.0f} s"),
         ("writing_a_recipe", "with_adapter(rank={rank}, alpha={alpha:g}, dropout={dropout:g}, targets=...)"),
