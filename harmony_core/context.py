@@ -103,6 +103,7 @@ class RecipeContext:
     """Every gate so far, in order."""
     _working_dir: Path
     _owns_run: bool
+    _endings: list[Callable[[bool], None]]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         raise TypeError("a recipe is given its RecipeContext; elsewhere it comes from `await RecipeContext.load()`")
@@ -127,6 +128,7 @@ class RecipeContext:
         ctx.gates = []
         ctx._working_dir = working_dir
         ctx._owns_run = False
+        ctx._endings = []
         return ctx
 
     @classmethod
@@ -180,6 +182,15 @@ class RecipeContext:
         )
         return passed
 
+    def at_end(self, call: Callable[[bool], None]) -> None:
+        """Have `call(failed)` made when the run has ended and the engine is gone, whatever became of the recipe."""
+        self._endings.append(call)
+
+    def end(self, failed: bool) -> None:
+        """For whoever runs recipes: make the calls of `at_end`, the last one first."""
+        while self._endings:
+            self._endings.pop()(failed)
+
     def close(self) -> None:
         """Complete the job and begin to stop the engine; `aclose` also waits until it is gone."""
         self.job.complete()
@@ -198,6 +209,7 @@ class RecipeContext:
         await self.client.aclose()
 
     def _end_run(self, status: str, exit_code: int) -> None:
+        self.end(failed=exit_code != 0)
         # A run of the command line is ended by the command line, which also knows the result.
         if self._owns_run:
             self.run.finish(status, exit_code, {})

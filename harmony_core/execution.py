@@ -138,6 +138,7 @@ async def execute(
     if options.dry_run and outcome.exit_code == 0:
         outcome.status = "planned"
     _count_stop(stop, outcome, options)
+    ctx.end(failed=outcome.exit_code not in (0, 8))
     if not options.dry_run:
         outcome.resume = going_on(CheckpointStore(run.directory / "checkpoints"), run.id, outcome.status)
     if outcome.resume is not None and outcome.exit_code not in (0, 2, 8):

@@ -75,6 +75,16 @@ def test_gates(play: Play) -> None:
     assert play(body.format("float('nan')")).exit_code == 8
 
 
+@pytest.mark.parametrize(
+    ("last", "failed"), [("return 1", False), ("ctx.gate('g', 0, '>', 1)", False), ("raise ValueError", True)]
+)
+def test_what_is_to_end_with_the_run_is_told_how(
+    last: str, failed: bool, play: Play, capsys: pytest.CaptureFixture[str]
+) -> None:
+    play(f"async def main(ctx: RecipeContext):\n    ctx.at_end(lambda f: print('failed', f))\n    {last}")
+    assert f"failed {failed}" in capsys.readouterr().out
+
+
 def test_the_recipes_own_frames_come_first(play: Play) -> None:
     body = (
         "async def main(ctx: RecipeContext):\n"

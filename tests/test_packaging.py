@@ -95,7 +95,8 @@ def test_one_version_everywhere() -> None:
 
 def test_constraints_lie_within_the_requirements() -> None:
     project = PROJECT["project"]
-    wanted = [*project["dependencies"], *project["optional-dependencies"]["test"]]
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *extras["test"], *extras["peers"]]
     needed = {r.name.lower(): r for r in map(Requirement, wanted)}
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pins = [Requirement(line) for line in lines if line.strip() and not line.startswith(("#", "-"))]

@@ -20,6 +20,9 @@ class Logger:
     writes_events: bool = False
     """Whether metrics become events of a run, which its report is made of."""
 
+    failed = False
+    """Whether what is logged has failed; set before `close` by whoever ends it."""
+
     def __init__(self) -> None:
         self.step = 0
 

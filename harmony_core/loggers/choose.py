@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from functools import partial
 from typing import TYPE_CHECKING
 
 from harmony_core.journal import event_writer
@@ -30,12 +31,15 @@ def get_prod_logger(ctx: RecipeContext | None = None) -> Logger:
 
     The first of these: W&B with `WANDB_API_KEY`, MLflow with `MLFLOW_TRACKING_URI`, TensorBoard with
     `TENSORBOARD_LOGGING_DIR`. It is the second logger: what it raises is told once and ends nothing. One that is set
-    up while its package is missing is told and passed over.
+    up while its package is missing is told and passed over. With a context it is closed when the run ends, as failed
+    where the run has; without one, `close()` the logger.
     """
     lines: Logger = StdoutLogger()
     service = _service(ctx)
     if service is not None:
         lines = CompositeLogger(lines, service)
+        if ctx is not None:
+            ctx.at_end(partial(_close, lines))
     return lines if ctx is None else CompositeLogger(EventLogger(ctx.run.events.write), lines)
 
 
@@ -44,6 +48,11 @@ def logger_of_training(logger: Logger | None) -> Logger:
     logger = logger or StdoutLogger()
     write = event_writer()
     return logger if write is None or logger.writes_events else CompositeLogger(logger, EventLogger(write))
+
+
+def _close(logger: Logger, failed: bool) -> None:
+    logger.failed = failed
+    logger.close()
 
 
 def _service(ctx: RecipeContext | None) -> Logger | None:

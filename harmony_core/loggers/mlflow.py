@@ -7,6 +7,7 @@ import re
 import time
 from typing import Any
 
+from harmony_core.errors import ResourceError
 from harmony_core.loggers.base import Logger, Metrics
 from harmony_core.loggers.extras import is_installed, required
 from harmony_core.loggers.values import number_of, shown_config
@@ -20,11 +21,11 @@ _NOT_IN_NAMES = re.compile(r"[^\w\-./ ]")
 
 
 class MLFlowLogger(Logger):
-    """Logs to a run of the experiment `project_name`; a folder as `tracking_uri` needs no server and no network.
+    """Logs to a run of the experiment `project_name`; `tracking_uri="sqlite:///mlflow.db"` needs no server.
 
     Tables are logged at most every `min_table_logging_step_interval` steps, each name for itself. The MLflow run
     begins with the first config or step, and a resumed logger continues it. Raises ResourceError when mlflow is not
-    installed.
+    installed, or refuses the URI.
     """
 
     def __init__(
@@ -39,7 +40,12 @@ class MLFlowLogger(Logger):
     ) -> None:
         super().__init__()
         self._mlflow = required("mlflow", "MLFlowLogger")
-        self._client = self._mlflow.MlflowClient(tracking_uri=tracking_uri)
+        try:
+            self._client = self._mlflow.MlflowClient(tracking_uri=tracking_uri)
+        except (self._mlflow.exceptions.MlflowException, ImportError) as error:
+            raise ResourceError(
+                f"MLflow refuses its tracking URI: {error}", hint=f"without a server: {URI}=sqlite:///mlflow.db"
+            ) from error
         self._project_name, self._run_name = project_name, run_name
         self._experiment_tags, self._run_tags = experiment_tags or {}, run_tags or {}
         self._link = monitoring_link
@@ -109,6 +115,6 @@ class MLFlowLogger(Logger):
         return self._link
 
     def close(self) -> None:
-        """Mark the MLflow run as finished."""
+        """Mark the MLflow run as finished, or as failed."""
         if self._id is not None:
-            self._client.set_terminated(self._id)
+            self._client.set_terminated(self._id, status="FAILED" if self.failed else "FINISHED")

@@ -68,7 +68,7 @@ class WandbLogger(Logger):
         return None if self._run is None else self._run.url
 
     def close(self) -> None:
-        """Finish the W&B run."""
+        """Finish the W&B run, as failed where it has."""
         if self._run is not None:
-            self._run.finish()
+            self._run.finish(exit_code=int(self.failed))
             self._run = None

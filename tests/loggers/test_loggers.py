@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
+from harmony_core.context import RecipeContext
 from harmony_core.errors import ResourceError, UsageError
+from harmony_core.home import Home
 from harmony_core.loggers import (
     CompositeLogger,
     EventLogger,
@@ -18,6 +20,8 @@ from harmony_core.loggers import (
     get_prod_logger,
 )
 from harmony_core.logging_table import Table
+from harmony_core.notifiers import StdoutJobNotifier
+from harmony_core.run import Run
 
 
 class Memory(Logger):
@@ -116,6 +120,25 @@ def test_a_failing_service_is_told_once(caplog: pytest.LogCaptureFixture) -> Non
     assert caplog.messages == ["Service failed, and the run goes on: RuntimeError: the service is down"]
 
 
+def test_a_service_that_is_down_takes_a_tenth_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Down(Memory):
+        asked = 0
+
+        def record(self, step: int, metrics: Metrics) -> None:
+            nonlocal now
+            self.asked += 1
+            now += 100
+            raise ConnectionError
+
+    now, service = 1000.0, Down()
+    monkeypatch.setattr("harmony_core.loggers.composite.monotonic", lambda: now)
+    logger = CompositeLogger(Memory(), service)
+    for _ in range(220):
+        logger({"a": 1})
+        now += 10
+    assert service.asked == 3
+
+
 def test_an_interruption_is_no_failure_of_the_second() -> None:
     class Interrupted(Memory):
         def record(self, step: int, metrics: Metrics) -> None:
@@ -186,6 +209,23 @@ def test_the_config_reaches_both() -> None:
 
 def test_without_a_context_there_are_lines_only() -> None:
     assert isinstance(get_prod_logger(), StdoutLogger)
+
+
+@pytest.mark.parametrize("failed", [False, True])
+def test_what_a_context_logs_with_is_closed_when_its_run_ends(
+    failed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[bool] = []
+    fake = type("Fake", (Memory,), {"close": lambda self: closed.append(self.failed)})
+    monkeypatch.setattr("harmony_core.loggers.choose._service", lambda ctx: fake())
+    run, job = Run.create(Home.open(tmp_path), "r", []), StdoutJobNotifier("1")
+    ctx = RecipeContext.create(None, run, None, tmp_path, job)  # type: ignore[arg-type]
+    get_prod_logger(ctx)({"loss": 1})
+    assert closed == []
+    ctx.end(failed)
+    ctx.end(failed)
+    assert closed == [failed]
+    run.finish("succeeded", 0, {})
 
 
 def test_the_service_that_is_set_up_comes_second(

@@ -1,4 +1,4 @@
-"""W&B and MLflow: what their clients are asked to do, and the real clients offline where they are installed."""
+"""W&B and MLflow: what their clients are asked to do, and the real clients offline."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 
 from harmony_core.errors import ResourceError
 from harmony_core.loggers import MLFlowLogger, WandbLogger
-from harmony_core.loggers.extras import is_installed
 from harmony_core.logging_table import Table
+from installed import needs
 
 TABLE = Table(["prompt", "score"]).add_row(["a", 0.5])
 
@@ -57,7 +57,7 @@ def test_wandb_gets_steps_tables_and_the_config(wandb_calls: list[Any], monkeypa
     table = ("table", ["prompt", "score"], [["a", "0.5"]])
     assert (logged[0], logged[2]) == ("wandb.Table", {"columns": table[1], "data": table[2]})
     assert wandb_calls[3] == ("run.log", ({"loss": 0.5, "note": "x", "samples": table},), {"step": 1})
-    assert ended[0] == "run.finish"
+    assert (ended[0], ended[2]) == ("run.finish", {"exit_code": 0})
 
 
 def test_wandb_continues_its_run(wandb_calls: list[Any]) -> None:
@@ -109,7 +109,10 @@ def test_mlflow_gets_numbers_tables_and_the_config(mlflow_calls: list[Any]) -> N
     assert batches[0] == [("loss", 0.5, 1), ("dropped/_odd", 1.0, 1)] and len(batches) == 6
     tables = [kwargs["artifact_file"] for name, _, kwargs in mlflow_calls if name == "client.log_table"]
     assert tables == ["tables/samples-step-000001.json", "tables/samples-step-000006.json"]
-    assert named(mlflow_calls, "set_terminated") == [("r1",)]
+    logger.failed = True
+    logger.close()
+    ends = [kwargs["status"] for name, _, kwargs in mlflow_calls if name == "client.set_terminated"]
+    assert ends == ["FINISHED", "FAILED"]
     assert logger.training_monitoring_link == "http://link"
 
 
@@ -133,10 +136,10 @@ def test_a_missing_package_names_the_extra(package: str, monkeypatch: pytest.Mon
 
 
 def test_a_folder_of_the_name_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if "wandb" in sys.modules or is_installed("wandb"):
-        pytest.skip("wandb is installed")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "wandb"]:
+        monkeypatch.delitem(sys.modules, name)
     (tmp_path / "wandb").mkdir()
-    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
     monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
     assert not WandbLogger.is_available()
     with pytest.raises(ResourceError, match="only a folder of that name"):
@@ -144,25 +147,41 @@ def test_a_folder_of_the_name_is_no_package(tmp_path: Path, monkeypatch: pytest.
     sys.modules.pop("wandb")
 
 
+@pytest.mark.slow
+@needs("wandb")
 def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb")
+    import wandb
+
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     logger = WandbLogger("project", "name")
     logger.log_config({"lr": 1.0})
     logger({"loss": 0.5, "samples": TABLE})
     logger.close()
-    assert list(tmp_path.rglob("*.wandb"))
+    wandb.teardown()  # ends the process that serves all W&B runs of this one
+    (file,) = tmp_path.rglob("*.wandb")
+    assert b"loss" in file.read_bytes()
+    assert list(tmp_path.rglob("files/media/table/samples_*.table.json"))
 
 
-def test_mlflow_in_a_folder(tmp_path: Path) -> None:
-    mlflow = pytest.importorskip("mlflow")
-    uri = (tmp_path / "store").as_uri()
-    logger = MLFlowLogger("project", "name", uri)
-    logger.log_config({"lr": 1.0})
-    logger({"loss": 0.5, "samples": TABLE})
-    logger.close()
+@pytest.mark.slow
+@needs("mlflow")
+def test_mlflow_without_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import mlflow
+
+    monkeypatch.chdir(tmp_path)  # where MLflow puts tables
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    for number in range(2):
+        logger = MLFlowLogger("project", f"run {number}", uri)
+        logger.log_config({"lr": 1.0})
+        logger({"loss": 0.5, "samples": TABLE})
+        logger.close()
     client = mlflow.MlflowClient(tracking_uri=uri)
     experiment = client.get_experiment_by_name("project")
-    (run,) = client.search_runs([experiment.experiment_id])
+    run, other = client.search_runs([experiment.experiment_id])
+    assert {run.info.run_name, other.info.run_name} == {"run 0", "run 1"} and run.info.status == "FINISHED"
     assert run.data.metrics == {"loss": 0.5} and run.data.params == {"lr": "1.0"}
+    (table,) = client.list_artifacts(run.info.run_id, "tables")
+    assert table.path == "tables/samples-step-000001.json" and table.file_size > 0
+    with pytest.raises(ResourceError, match="MLflow refuses its tracking URI"):
+        MLFlowLogger("project", "name", (tmp_path / "folder").as_uri())

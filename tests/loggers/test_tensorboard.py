@@ -13,6 +13,7 @@ from harmony_core.errors import ResourceError
 from harmony_core.loggers import TBMetricsLogger
 from harmony_core.loggers.event_file import crc32c, record_of
 from harmony_core.logging_table import Table
+from installed import needs
 
 
 def bitwise_crc32c(data: bytes) -> int:
@@ -128,13 +129,16 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         TBMetricsLogger("run", str(tmp_path / "file"))
 
 
+@pytest.mark.slow
+@needs("tensorboard")
 def test_tensorboard_reads_the_file(tmp_path: Path) -> None:
-    accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     logger = TBMetricsLogger("run", str(tmp_path))
     for value in (1.0, 0.5):
         logger({"loss": value, "note": "words"})
     logger.close()
-    read = accumulators.EventAccumulator(str(tmp_path / "run"))
+    read = EventAccumulator(str(tmp_path / "run"))
     read.Reload()
     assert [(event.step, event.value) for event in read.Scalars("loss")] == [(1, 1.0), (2, 0.5)]
     assert "note/text_summary" in read.Tags()["tensors"] or "note" in read.Tags()["tensors"]
