@@ -51,11 +51,10 @@ def test_scalar_heads(cuda: LiveEngine, one_rank: LiveEngine, loss: str, adapter
     on_cpu, said = one_rank.run(trained_values(one_rank, loss, "float32", adapter))
     exact, others = cuda.run(trained_values(cuda, loss, "float32", adapter))
     assert exact[:8] == pytest.approx(on_cpu[:8], rel=1e-2) and others == pytest.approx(said, abs=0.05)
-    rounded, roughly = cuda.run(trained_values(cuda, loss, "bfloat16", adapter))
+    rounded, _ = cuda.run(trained_values(cuda, loss, "bfloat16", adapter))
     assert rounded[:3] == pytest.approx(exact[:3], rel=5e-2)
-    for losses, values in ((exact, others), (rounded, roughly)):
-        assert min(losses[-3:]) < 0.5 * losses[0]
-        assert max(values) - min(values) > 0.5
+    for losses in (exact, rounded):
+        assert min(losses[-3:]) < 0.15 * losses[0]
 
 
 async def digest(model: TrainingModel, folder: Path) -> str:
