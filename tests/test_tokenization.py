@@ -11,6 +11,7 @@ import pytest
 from pydantic import BaseModel
 
 import tokenizer_directories as directories
+from harmony_core.chat_template import ChatTemplate, Rendered
 from harmony_core.errors import TokenizationError
 from harmony_core.threads import StringThread
 from harmony_core.token_threads import TokenizedThread
@@ -136,6 +137,33 @@ def test_a_generated_thread_tokenizes_to_the_same_tokens(family: str, tokenizers
     assert tokenizer.decode(completion[-1:]) == end
     made = tokenizer.with_completion(thread, prompt, completion)
     assert tokenizer.tokenize(tokenizer.detokenize(made)).token_ids == whole.token_ids
+
+
+@pytest.mark.parametrize(("head", "renderings"), [("", 3), ("{# strftime_now #}", 9)])
+def test_a_prompt_is_rendered_once_for_all_its_completions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, head: str, renderings: int
+) -> None:
+    """Once for its tokens and twice for the places of its turns; a template that may tell the time each time."""
+    tokenizer = load(tmp_path, head + directories.CHATML)
+    rendered: list[int] = []
+    render = ChatTemplate.render
+
+    def counted(
+        template: ChatTemplate, messages: list[dict[str, Any]], add_generation_prompt: bool = False
+    ) -> Rendered:
+        rendered.append(len(messages))
+        return render(template, messages, add_generation_prompt)
+
+    monkeypatch.setattr(ChatTemplate, "render", counted)
+    made = []
+    for place in range(3):
+        thread = StringThread([("user", "hi")], {"place": place})
+        prompt = tokenizer.prompt_ids(thread)
+        made.append(tokenizer.with_completion(thread, prompt, tokenizer.encode("words")))
+        prompt.clear()
+    assert len(rendered) == renderings
+    assert [thread.metadata["place"] for thread in made] == [0, 1, 2]
+    assert made[0].token_ids == made[2].token_ids and made[0].token_ids is not made[2].token_ids
 
 
 def test_an_unfinished_completion_keeps_its_last_token(tokenizers: dict[str, ChatTokenizer]) -> None:

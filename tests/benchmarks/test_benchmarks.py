@@ -71,6 +71,21 @@ def test_decode(tmp_path: Path) -> None:
     assert max(shares) <= 1.02, "the device cannot have worked longer than the job took"
 
 
+def test_grpo(tmp_path: Path) -> None:
+    content = run("grpo.py", tmp_path)
+    expected = {
+        "seconds a step": 2,
+        "rollout": 2,
+        "MFU (6N) of training": 1,
+        "MFU (4N) of training": 1,
+        "share of a step in which the ranks wait for the driver": 2,
+    }
+    check(content, expected)
+    for row in content["rows"]:
+        if row["detail"]:
+            assert sum(row["detail"]["phases"].values()) == pytest.approx(row["detail"]["step"], rel=0.05)
+
+
 def test_train(tmp_path: Path) -> None:
     content = run("train.py", tmp_path)
     expected = {

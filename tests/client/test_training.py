@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections import deque
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ import pytest
 from engines import LiveEngine, pair, pairs
 from harmony_core.client import TrainingModel
 from harmony_core.client.batching import Sample
+from harmony_core.client.live import MAX_UNANSWERED, LiveModel
 from harmony_core.errors import DataError, EngineError, NothingToTrain, SampleTooLong, StepFailed, UsageError
 from harmony_core.threads import StringThread
 
@@ -39,6 +42,24 @@ async def curve(engine: LiveEngine, name: str, steps: int, **settings: Any) -> l
         return [await train(model, pairs(24)[step % 3 :]) for step in range(steps)]
     finally:
         await model.dealloc()
+
+
+def test_a_sample_waits_only_for_what_was_sent_before_it() -> None:
+    async def work() -> None:
+        loop = asyncio.get_running_loop()
+        futures = [loop.create_future() for _ in range(MAX_UNANSWERED + 10)]
+        sent = deque(SimpleNamespace(future=future) for future in futures[: MAX_UNANSWERED + 3])
+        live: Any = SimpleNamespace(pending=SimpleNamespace(batches=sent), replicas=1)
+        waiting = asyncio.create_task(LiveModel.room(live))
+        await asyncio.sleep(0)
+        sent.extend(SimpleNamespace(future=future) for future in futures[MAX_UNANSWERED + 3 :])
+        for place in range(3):
+            await asyncio.sleep(0.01)
+            assert not waiting.done(), place
+            futures[place].set_result(None)
+        await asyncio.wait_for(waiting, 10)
+
+    asyncio.run(work())
 
 
 def test_short_samples_are_packed_without_padding(one_rank: LiveEngine) -> None:

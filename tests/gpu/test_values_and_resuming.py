@@ -32,28 +32,29 @@ async def value_step(model: TrainingModel, loss: str, lr: float) -> dict[str, fl
 
 
 async def trained_values(engine: LiveEngine, loss: str, dtype: str, adapter: bool) -> tuple[list[float], list[float]]:
-    """The losses of some steps, and what the model then says of each thread."""
+    """The losses of some steps, and what the model says of each thread after the first eight."""
     builder = engine.client.model(TINY).into_scoring_model().dtype(dtype).with_adapter(adapter)
     model = await builder.spawn_train(f"values-{dtype}", 512)
-    losses = [(await value_step(model, loss, 3e-3))["loss"] for _ in range(25)]
+    losses = [(await value_step(model, loss, 3e-3))["loss"] for _ in range(8)]
     scored = [await model.score_last_token(thread) for thread in THREADS]
     tokenized = [await model.tokenize_thread(thread) for thread in THREADS]
     each = [await model.score(thread) for thread in tokenized]
-    assert [len(values) for values in each] == [thread.num_weighted_tokens for thread in tokenized]
+    assert [len(values) for values in each] == [len(thread.last_content() or []) for thread in tokenized]
+    losses += [(await value_step(model, loss, 3e-3))["loss"] for _ in range(12)]
     await model.dealloc()
     return losses, scored
 
 
 @pytest.mark.parametrize(("loss", "adapter"), [("mse", False), ("ranking", True)])
 def test_scalar_heads(cuda: LiveEngine, one_rank: LiveEngine, loss: str, adapter: bool) -> None:
+    """Late steps amplify rounding: of those only that they have learned is asked."""
     on_cpu, said = one_rank.run(trained_values(one_rank, loss, "float32", adapter))
     exact, others = cuda.run(trained_values(cuda, loss, "float32", adapter))
-    assert exact == pytest.approx(on_cpu, rel=5e-2) and others == pytest.approx(said, abs=0.1)
-    rounded, roughly = cuda.run(trained_values(cuda, loss, "bfloat16", adapter))
-    assert abs(rounded[-1] - exact[-1]) < 0.1 * exact[0]
-    for losses, values in ((exact, others), (rounded, roughly)):
-        assert losses[-1] < 0.5 * losses[0]
-        assert max(values) - min(values) > 0.5
+    assert exact[:8] == pytest.approx(on_cpu[:8], rel=1e-2) and others == pytest.approx(said, abs=0.05)
+    rounded, _ = cuda.run(trained_values(cuda, loss, "bfloat16", adapter))
+    assert rounded[:3] == pytest.approx(exact[:3], rel=5e-2)
+    for losses in (exact, rounded):
+        assert min(losses[-3:]) < 0.15 * losses[0]
 
 
 async def digest(model: TrainingModel, folder: Path) -> str:
