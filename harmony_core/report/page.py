@@ -57,7 +57,7 @@ def render(data: RunData, mask: Callable[[str], str]) -> str:
     head = joined([element("nav", element("div", *links)), Markup("<main>"), sections.header(data)])
     body = joined([head, *parts, _footer(data), Markup("</main>")])
     title = element("title", f"{data.run.get('name', 'run')} · {data.run.get('id', '')}")
-    content = joined([body, data_script("data", {"charts": _charts(data)})])
+    content = joined([body, data_script("data", {"charts": [chart for chart in _charts(data) if not _flat(chart[1])]})])
     return _document(Markup(mask(title)), Markup(mask(content)))
 
 
@@ -116,16 +116,27 @@ def _curves(data: RunData) -> Markup:
         element("span", f"{name} ", element("b", series[-1]["last"]), class_="chip plain") for name, series in charts
     ]
     without = element("noscript", element("p", "Curves are drawn by a script. The last values:"), *last)
-    grid = element("div", id="charts", class_="charts")
-    return section(
-        "Curves", _CONTROLS, grid, without, id="curves", note=f"{len(charts)} metric{'s' if len(charts) > 1 else ''}"
-    )
+    flat = [
+        element(
+            "span", f"{name} ", element("b", " / ".join(dict.fromkeys(x["last"] for x in series))), class_="chip plain"
+        )
+        for name, series in charts
+        if _flat(series)
+    ]
+    drawn = [_CONTROLS, element("div", id="charts", class_="charts")] if len(flat) < len(charts) else []
+    never = [element("p", "Never changed: ", *flat, class_="muted flat")] if flat else []
+    note = f"{len(charts)} metric{'s' if len(charts) > 1 else ''}"
+    return section("Curves", *drawn, *never, without, id="curves", note=note)
+
+
+def _flat(series: list[dict[str, Any]]) -> bool:
+    """Whether a metric had one value in each stage, and needs no curve."""
+    return all(one["low"] == one["high"] and len(one["p"]) > 1 and not one["bad"] for one in series)
 
 
 def _rank(name: str, series: list[dict[str, Any]]) -> tuple[bool, ...]:
-    """Objectives first; what never changes, and what only counts, last."""
-    constant = all(one["low"] == one["high"] and len(one["p"]) > 1 for one in series)
-    return name in _LAST, constant, not any(word in name for word in _FIRST), "/" in name
+    """Objectives first; what only counts, last."""
+    return name in _LAST, not any(word in name for word in _FIRST), "/" in name
 
 
 def _charts(data: RunData) -> list[tuple[str, list[dict[str, Any]]]]:

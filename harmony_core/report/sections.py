@@ -84,7 +84,7 @@ def failure(data: RunData) -> Markup:
     blocks = [element("pre", "\n".join(_lines(error))[:MAX_TEXT]) for error in errors]
     if data.status == "crashed":
         blocks.append(element("p", "The process ended without recording how: it was killed, or the machine went down."))
-    return section("What went wrong", *blocks, *logs(data, open=True), id="failure")
+    return section("What went wrong", *blocks, *logs(data, open=not errors), id="failure")
 
 
 def _lines(error: Mapping[str, Any]) -> list[str]:
@@ -95,7 +95,11 @@ def _lines(error: Mapping[str, Any]) -> list[str]:
 def logs(data: RunData, open: bool) -> list[Markup]:
     """The ends of the run's logs."""
     return [
-        details(f"{name}: the last {len(lines)} lines", element("pre", "\n".join(lines)), open=open)
+        details(
+            f"{name}: the last {len(lines)} lines" if len(lines) > 1 else f"{name}: the last line",
+            element("pre", "\n".join(lines)),
+            open=open,
+        )
         for name, lines in data.logs.items()
     ]
 
@@ -210,7 +214,7 @@ def models(data: RunData) -> Markup:
     for name, queues in held.items():
         copies = [queue.pop(0) for queue in queues.values() if queue]
         if copies:
-            blocks.append(_spawn({"name": name, "kind": "copy"}, copies))
+            blocks.append(_spawn({"name": name, "kind": "a frozen copy"}, copies))
     return section("Models", *blocks, id="models") if blocks else Markup("")
 
 
@@ -229,7 +233,7 @@ def _spawn(spawn: Mapping[str, Any], ranks: list[dict[str, Any]]) -> Markup:
         if count or any(amounts):
             rows.append((part, "–" if count is None else size(count), _range(amounts)))
     title = element(
-        "h3", spawn.get("name"), " ", element("small", spawn.get("model", ""), " for " if kind else "", kind)
+        "h3", spawn.get("name"), " ", element("small", f"{spawn['model']} for {kind}" if "model" in spawn else kind)
     )
     head = ("per rank", "planned", f"held by {len(ranks)} ranks" if len(ranks) > 1 else "held")
     return element(
@@ -250,6 +254,8 @@ def configuration(data: RunData) -> Markup:
     rows = []
     for path, value in _leaves(data.config):
         source = data.sources.get(path, "")
+        if path == "union_variant" and source == "default":
+            continue
         given = source not in ("default", "")
         text = shown(value)[:MAX_CELL]
         rows.append(

@@ -274,10 +274,11 @@ def spoilt(value: Any, draw: random.Random, values: list[Any]) -> Any:
 def test_without_logged_metrics_the_optimizers_are_shown(tmp_path: Path) -> None:
     run = Run.create(Home.open(tmp_path), "own loop")
     for step in (1, 2):
-        run.events.write("optim_step", {"model": "policy", "loss": 1.0, "lr": 0.1, "step": step})
+        run.events.write("optim_step", {"model": "policy", "loss": 1.0 / step, "lr": 0.1, "step": step})
     run.finish("succeeded", 0, {})
     page = (run.directory / "report.html").read_text("utf-8")
-    assert {name for name, _ in data_of(page)["charts"]} == {"policy/loss", "policy/lr"}
+    assert [name for name, _ in data_of(page)["charts"]] == ["policy/loss"]
+    assert "Never changed: " in page and "policy/lr <b>0.1</b>" in page, "what never changes is no curve"
 
 
 def test_a_report_that_cannot_be_made_changes_nothing(
