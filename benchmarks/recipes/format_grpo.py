@@ -39,7 +39,7 @@ class Config(InputConfig):
     """Questions; there are no answers to them."""
     held_out: Dataset = beside("questions-held-out.jsonl")
     """Questions that are only asked before, between and after."""
-    steps: int = Field(default=20, ge=1)
+    steps: int = Field(default=30, ge=1)
     """Batches of completions, each followed by an optimizer step."""
     prompts_per_batch: int = Field(default=4, ge=1)
     """Questions in one batch."""
