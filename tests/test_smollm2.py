@@ -98,6 +98,7 @@ def test_an_adapter_learns(engine: LiveEngine) -> None:
         ("format_grpo", "--steps 1 --prompts-per-batch 1 --completions-per-sample 2 --max-gen-len 4"),
         ("pirate_sft", "--epochs 0.025 --samples-per-batch 2 --max-gen-len 4"),
     ],
+    ids=["grpo", "sft"],
 )
 def test_a_recipe_of_the_benchmarks_takes_a_step(home: Path, tmp_path: Path, name: str, words: str) -> None:
     recipe = str(ROOT / "benchmarks" / "recipes" / f"{name}.py")

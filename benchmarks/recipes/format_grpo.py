@@ -39,7 +39,7 @@ class Config(InputConfig):
     """Questions; there are no answers to them."""
     held_out: Dataset = beside("questions-held-out.jsonl")
     """Questions that are only asked before, between and after."""
-    steps: int = Field(default=20, ge=1)
+    steps: int = Field(default=30, ge=1)
     """Batches of completions, each followed by an optimizer step."""
     prompts_per_batch: int = Field(default=4, ge=1)
     """Questions in one batch."""
@@ -57,11 +57,21 @@ class Config(InputConfig):
     """Order of the data."""
 
 
+def words_in_place(thread: StringThread) -> float:
+    """The share of the three words that are there: in lower case, ", " between them, none of them the example's."""
+    parts = (thread.completion() or "").split(", ")
+    words = {part for part in parts if re.fullmatch("[a-z]+", part)} - set(EXAMPLE[-1][1].split(", "))
+    return min(len(words), 3) / max(len(parts), 3)
+
+
 async def is_in_format(thread: StringThread) -> float:
-    """1 for three different words in lower case with ", " between them, none of them the example's; else 0."""
-    answer = thread.completion() or ""
-    words = set(answer.split(", ")) - set(EXAMPLE[-1][1].split(", "))
-    return float(re.fullmatch("[a-z]+, [a-z]+, [a-z]+", answer) is not None and len(words) == 3)
+    """1 for three words and nothing else, else 0."""
+    return float(words_in_place(thread) == 1)
+
+
+async def reward(thread: StringThread) -> float:
+    """1 in the format; else a tenth of what is there, so that a batch without a single hit teaches something too."""
+    return max(await is_in_format(thread), words_in_place(thread) / 10)
 
 
 async def share(model: InferenceModel, prompts: list[StringThread]) -> float:
@@ -82,15 +92,15 @@ async def main(config: Config, ctx: RecipeContext) -> dict[str, float]:
     before = {"greedy before": await share(policy.temperature(0), held_out)}
     before["sampled before"] = await share(policy, held_out * 4)
 
-    grader = BaseGrader.from_function("is-in-format", is_in_format)
+    checker = BaseGrader.from_function("is-in-format", is_in_format)
     size = config.prompts_per_batch * config.completions_per_sample
     await GRPO(
         asked,
         policy,
-        grader,
+        BaseGrader.from_function("three-words", reward),
         get_prod_logger(ctx),
         ctx.job.stage_notifier("GRPO Training"),
-        callbacks=[GraderEvalCallback(held_out * 2, policy, grader, 0.1, log_key="held_out", temperature=1.0)],
+        callbacks=[GraderEvalCallback(held_out * 2, policy, checker, 0.1, log_key="held_out", temperature=1.0)],
         max_num_grpo_steps=config.steps,
         completions_per_sample=config.completions_per_sample,
         lr_scheduler=CosineScheduler(config.lr, warmup_percentage=0.05),

@@ -33,21 +33,25 @@ def answered(answer: str) -> StringThread:
     ("answer", "reward"),
     [
         ("grass, hay, carrots", 1),
-        ("grass, hay", 0),
-        ("grass, hay, carrots, leaves", 0),
-        ("Grass, hay, carrots", 0),
-        ("grass, hay, carrots.", 0),
-        ("grass, hay, carrots\n", 0),
-        ("grass, hay and, carrots", 0),
+        ("grass, hay", 2 / 30),
+        ("grass, hay, carrots, leaves", 3 / 40),
+        ("Grass, hay, carrots", 2 / 30),
+        ("grass, hay, carrots.", 2 / 30),
+        ("grass, hay, carrots\n", 2 / 30),
+        ("grass, hay and, carrots", 2 / 30),
         ("grass,hay,carrots", 0),
-        ("grass, grass, hay", 0),
+        ("grass, grass, hay", 2 / 30),
+        ("grass, grass, hay, carrots", 3 / 40),
         ("farmer, cow, hen", 0),
-        ("grass, hay, hen", 0),
+        ("grass, hay, hen", 2 / 30),
         ("", 0),
     ],
 )
-def test_three_new_words_are_rewarded_and_nothing_else(format_grpo: ModuleType, answer: str, reward: float) -> None:
-    assert asyncio.run(format_grpo.is_in_format(answered(answer))) == reward
+def test_three_new_words_are_the_format_and_parts_of_it_are_worth_a_tenth(
+    format_grpo: ModuleType, answer: str, reward: float
+) -> None:
+    assert asyncio.run(format_grpo.reward(answered(answer))) == pytest.approx(reward)
+    assert asyncio.run(format_grpo.is_in_format(answered(answer))) == (reward == 1)
 
 
 @pytest.mark.parametrize(
