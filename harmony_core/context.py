@@ -239,7 +239,7 @@ class RecipeContextManager:
         client = HarmonyClient.start(options, registry, run.events.write)
         job = StdoutJobNotifier(config.job_id or run.id, events=run.events.write)
         job.mark_running()
-        begin(run.events.write)
+        begin(run.events.write, job)
         working_dir = Path(config.working_dir).expanduser() if config.working_dir else run.directory
         ctx = RecipeContext.create(client, run, registry, working_dir, job, config)
         ctx._owns_run = True

@@ -123,7 +123,7 @@ async def execute(
         try:
             if not options.dry_run:
                 ctx.checkpoint_restore_data = _attach_checkpoints(ctx, config, options, stop)
-            with kept(run.events.write):  # a task keeps the context in which it is made
+            with kept(run.events.write, job):  # a task keeps the context in which it is made
                 task = asyncio.get_running_loop().create_task(_call(recipe, config, ctx), name="recipe")
             stop.watch(task)
             job.mark_running()

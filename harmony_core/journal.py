@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
-from harmony_core.notifiers import EventWriter
+from harmony_core.notifiers import EventWriter, JobNotifier
 
 MAX_SAMPLES = 8
 """Samples of one step and source that are kept; more are passed over."""
@@ -43,10 +43,11 @@ class Piece(NamedTuple):
 
 
 class Journal:
-    """Writes what is told to a run's events; any thread may tell."""
+    """Writes what is told to a run's events; any thread may tell. `job`: the run's."""
 
-    def __init__(self, write: EventWriter) -> None:
+    def __init__(self, write: EventWriter, job: JobNotifier | None = None) -> None:
         self.write = write
+        self.job = job
         self._began = time.monotonic()
         self._lock = threading.Lock()
         self._inside: dict[str, tuple[int, float]] = {}
@@ -86,9 +87,9 @@ class Journal:
 _journal: ContextVar[Journal | None] = ContextVar("journal", default=None)
 
 
-def begin(write: EventWriter) -> None:
+def begin(write: EventWriter, job: JobNotifier | None = None) -> None:
     """What is told from here on in this context, and in tasks begun in it, becomes events."""
-    _journal.set(Journal(write))
+    _journal.set(Journal(write, job))
 
 
 def event_writer() -> EventWriter | None:
@@ -97,10 +98,16 @@ def event_writer() -> EventWriter | None:
     return None if journal is None else journal.write
 
 
+def running_job() -> JobNotifier | None:
+    """The job of the run; None outside of one."""
+    journal = _journal.get()
+    return None if journal is None else journal.job
+
+
 @contextmanager
-def kept(write: EventWriter) -> Iterator[None]:
+def kept(write: EventWriter, job: JobNotifier | None = None) -> Iterator[None]:
     """What is told inside becomes events."""
-    token = _journal.set(Journal(write))
+    token = _journal.set(Journal(write, job))
     try:
         yield
     finally:

@@ -8,7 +8,9 @@ from functools import update_wrapper
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 from harmony_core.errors import UsageError
+from harmony_core.journal import running_job
 from harmony_core.loggers import Logger
+from harmony_core.notifiers import StageNotifier, StdoutJobNotifier
 
 
 class Configured(Protocol):
@@ -44,6 +46,11 @@ def keeps_settings(init: Callable[Concatenate[S, P], None]) -> Callable[Concaten
 
     update_wrapper(construct, init)
     return construct
+
+
+def stage_of(given: StageNotifier | None, name: str) -> StageNotifier:
+    """A training class's stage: the given one, else one of the run's job, so that it is saved and can be resumed."""
+    return given or (running_job() or StdoutJobNotifier()).stage_notifier(name)
 
 
 def check_loss_options(train: Callable[..., Any], options: Mapping[str, Any]) -> None:

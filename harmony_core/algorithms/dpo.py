@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from harmony_core.algorithms.arguments import keeps_settings
+from harmony_core.algorithms.arguments import keeps_settings, stage_of
 from harmony_core.algorithms.callbacks import RecipeCallback
 from harmony_core.algorithms.feeding import BatchFeed, Unusable, settle
 from harmony_core.algorithms.loop import StepLoop
 from harmony_core.algorithms.tangents import Metrics, Scored, dpo_tangent, push_pair, score
 from harmony_core.journal import phase
 from harmony_core.loggers import Logger, logger_of_training
-from harmony_core.notifiers import StageNotifier, StdoutJobNotifier
+from harmony_core.notifiers import StageNotifier
 from harmony_core.schedulers import CosineScheduler, Scheduler
 from harmony_core.threads import StringThread
 
@@ -58,7 +58,7 @@ class DPO:
     ) -> None:
         self.model = model
         self.logger = logger_of_training(logger)
-        self.stage_notifier = stage_notifier or StdoutJobNotifier().stage_notifier("DPO Training")
+        self.stage_notifier = stage_of(stage_notifier, "DPO Training")
         self.lr_schedule: Scheduler = lr_scheduler or CosineScheduler(lr)
         self.max_grad_norm = max_grad_norm
         self.kl_beta = kl_beta

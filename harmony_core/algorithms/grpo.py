@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from harmony_core.algorithms.advantages import group_advantages
-from harmony_core.algorithms.arguments import check_loss_options, keeps_settings
+from harmony_core.algorithms.arguments import check_loss_options, keeps_settings, stage_of
 from harmony_core.algorithms.callbacks import RecipeCallback
 from harmony_core.algorithms.feeding import BatchFeed, Unusable, settle
 from harmony_core.algorithms.loop import StepLoop
@@ -25,7 +25,7 @@ from harmony_core.graders import BaseGrader
 from harmony_core.journal import phase
 from harmony_core.loggers import Logger, logger_of_training
 from harmony_core.mapping import async_map, get_minibatches
-from harmony_core.notifiers import StageNotifier, StdoutJobNotifier
+from harmony_core.notifiers import StageNotifier
 from harmony_core.schedulers import CosineScheduler, Scheduler
 from harmony_core.threads import StringThread
 
@@ -111,7 +111,7 @@ class GRPO:
         self.model = model
         self.grader = grader
         self.logger = logger_of_training(logger)
-        self.stage_notifier = stage_notifier or StdoutJobNotifier().stage_notifier(f"{type(self).__name__} Training")
+        self.stage_notifier = stage_of(stage_notifier, f"{type(self).__name__} Training")
         self.lr_schedule: Scheduler = lr_scheduler or CosineScheduler(lr)
         self.completions_per_sample = completions_per_sample
         self.samples_per_mini_batch = samples_per_mini_batch

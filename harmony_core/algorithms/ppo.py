@@ -11,7 +11,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from harmony_core.algorithms.advantages import explained_variance
-from harmony_core.algorithms.arguments import check_loss_options, keeps_settings
+from harmony_core.algorithms.arguments import check_loss_options, keeps_settings, stage_of
 from harmony_core.algorithms.callbacks import RecipeCallback
 from harmony_core.algorithms.feeding import BatchFeed, Unusable, settle
 from harmony_core.algorithms.loop import StepLoop
@@ -21,7 +21,7 @@ from harmony_core.graders import BaseGrader
 from harmony_core.journal import phase
 from harmony_core.loggers import Logger, logger_of_training
 from harmony_core.mapping import async_map, get_minibatches
-from harmony_core.notifiers import StageNotifier, StdoutJobNotifier
+from harmony_core.notifiers import StageNotifier
 from harmony_core.rl_utils import discounted_cumulative_rewards, gae_advantages
 from harmony_core.schedulers import CombinedSchedule, CosineScheduler, Scheduler
 from harmony_core.threads import StringThread
@@ -94,7 +94,7 @@ class PPO:
         check_sizes(samples_per_batch, 1, samples_per_mini_batch, mini_epochs_per_batch)
         self.model, self.value_model, self.grader = model, value_model, grader
         self.logger = logger_of_training(logger)
-        self.stage_notifier = stage_notifier or StdoutJobNotifier().stage_notifier("PPO Training")
+        self.stage_notifier = stage_of(stage_notifier, "PPO Training")
         waiting = CombinedSchedule(lambda _: 0.0, CosineScheduler(lr_policy), value_only_fraction)
         self.lr_schedule_policy: Scheduler = lr_scheduler_policy or waiting
         self.lr_schedule_value: Scheduler = lr_scheduler_value or CosineScheduler(lr_value)

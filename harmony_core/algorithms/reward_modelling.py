@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from harmony_core.algorithms.arguments import keeps_settings
+from harmony_core.algorithms.arguments import keeps_settings, stage_of
 from harmony_core.algorithms.callbacks import RecipeCallback
 from harmony_core.algorithms.feeding import BatchFeed, Unusable, settle
 from harmony_core.algorithms.loop import StepLoop
 from harmony_core.errors import DataError, UsageError
 from harmony_core.journal import phase
 from harmony_core.loggers import Logger, logger_of_training
-from harmony_core.notifiers import StageNotifier, StdoutJobNotifier
+from harmony_core.notifiers import StageNotifier
 from harmony_core.schedulers import CosineScheduler, Scheduler
 from harmony_core.threads import StringThread
 
@@ -52,7 +52,7 @@ class RewardModelling:
         _check(dataset)
         self.model = model
         self.logger = logger_of_training(logger)
-        self.stage_notifier = job_notifier or StdoutJobNotifier().stage_notifier("Reward Model Training")
+        self.stage_notifier = stage_of(job_notifier, "Reward Model Training")
         self.lr_schedule: Scheduler = lr_scheduler or CosineScheduler(lr)
         self.max_grad_norm = max_grad_norm
         self.skip_nan_gradients = skip_nan_gradients

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from harmony_core.algorithms.arguments import keeps_settings
+from harmony_core.algorithms.arguments import keeps_settings, stage_of
 from harmony_core.algorithms.callbacks import RecipeCallback
 from harmony_core.algorithms.feeding import BatchFeed, Unusable, settle
 from harmony_core.algorithms.loop import StepLoop
@@ -15,7 +15,7 @@ from harmony_core.algorithms.showing import show_sample
 from harmony_core.algorithms.tangents import Metrics, Scored, push_weights, score
 from harmony_core.journal import phase
 from harmony_core.loggers import Logger, logger_of_training
-from harmony_core.notifiers import StageNotifier, StdoutJobNotifier
+from harmony_core.notifiers import StageNotifier
 from harmony_core.schedulers import CosineScheduler, Scheduler
 from harmony_core.threads import StringThread
 
@@ -61,7 +61,7 @@ class SFT:
     ) -> None:
         self.model = model
         self.logger = logger_of_training(logger)
-        self.stage_notifier = stage_notifier or StdoutJobNotifier().stage_notifier("SFT Training")
+        self.stage_notifier = stage_of(stage_notifier, "SFT Training")
         self.lr_schedule: Scheduler = lr_scheduler or CosineScheduler(lr)
         self.max_grad_norm = max_grad_norm
         self.weight_decay = weight_decay

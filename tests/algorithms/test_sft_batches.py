@@ -12,8 +12,9 @@ from harmony_core.algorithms import SFT, RecipeCallback
 from harmony_core.client import TrainingModel
 from harmony_core.datasets import DataSet
 from harmony_core.errors import DataError, RankDied, SampleTooLong, TooManyFailures, UsageError
+from harmony_core.journal import kept
 from harmony_core.loggers import EventLogger, StdoutLogger
-from harmony_core.notifiers import StdoutJobNotifier
+from harmony_core.notifiers import JobNotifier, StdoutJobNotifier
 from harmony_core.schedulers import CosineScheduler
 from harmony_core.threads import StringThread
 
@@ -204,6 +205,22 @@ def test_what_cannot_be_is_refused_at_construction() -> None:
     for options in ({"samples_per_batch": 0}, {"epochs": 0}, {"checkpoint_restore_data": {"step": 1}}):
         with pytest.raises(UsageError, match=next(iter(options))):
             SFT([thread], model, **cast(Any, options))
+
+
+def test_without_a_stage_it_is_one_of_the_run_s_job() -> None:
+    """Which is what saves it and lets it be resumed."""
+    thread, model, job = (
+        StringThread([("user", "q"), ("assistant", "a")]),
+        cast(TrainingModel, Recorder()),
+        JobNotifier(),
+    )
+    with kept(lambda type, data: None, job):
+        inside, given = (
+            SFT([thread], model),
+            SFT([thread], model, stage_notifier=StdoutJobNotifier().stage_notifier("S")),
+        )
+    assert inside.stage_notifier.job_notifier is job and inside.stage_notifier.stage_name == "SFT Training"
+    assert given.stage_notifier.job_notifier is not job
 
 
 def test_two_runs_share_no_defaults() -> None:
