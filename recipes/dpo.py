@@ -9,7 +9,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from adaptive_harmony import InferenceModel, StringThread
-from adaptive_harmony.common import DPO
+from adaptive_harmony.common import DPO, RecipeCallback
 from adaptive_harmony.core.utils import async_map
 from adaptive_harmony.metric_logger import get_prod_logger
 from adaptive_harmony.parameters import Dataset, Model, dataset_kinds, model_kinds
@@ -28,12 +28,12 @@ class Config(InputConfig):
     held_out: Dataset[dataset_kinds.Preference] = Dataset[dataset_kinds.Preference](
         dataset_key="sort-letters-preferences-held-out"
     )
-    """Pairs to compare at the end: none is trained."""
+    """Pairs to compare ten times on the way, and at the end: none is trained."""
     lr: float = Field(default=1e-3, gt=0)
     """Highest learning rate."""
     kl_beta: float = Field(default=0.1, gt=0)
     """How dearly distance from the reference is paid: small values let the policy go far."""
-    epochs: float = Field(default=2, gt=0)
+    epochs: float = Field(default=1, gt=0)
     """Passes over the data."""
     samples_per_batch: int = Field(default=64, ge=1)
     """Pairs in one optimizer step."""
@@ -60,26 +60,42 @@ async def margins(model: InferenceModel, pairs: list[tuple[StringThread, StringT
     return [a - b for a, b in zip(chosen, other, strict=True)]
 
 
+class HeldOut(RecipeCallback):
+    """Logs the share of held-out pairs whose margin is wider than it was before the run; as wide counts half."""
+
+    def __init__(
+        self, model: InferenceModel, pairs: list[tuple[StringThread, StringThread]], before: list[float]
+    ) -> None:
+        super().__init__(frequency=0.1, log_key_prefix="held_out")
+        self.model, self.pairs, self.before = model, pairs, before
+
+    async def callback(self, current_percentage: float) -> dict[str, float]:
+        """Compare every pair."""
+        now = await margins(self.model, self.pairs)
+        wider = [float(b > a) + 0.5 * (b == a) for a, b in zip(self.before, now, strict=True)]
+        return {"accuracy": sum(wider) / len(wider)}
+
+
 @recipe_main
 async def main(config: Config, ctx: RecipeContext) -> str:
     """Train, compare held-out pairs with what they were before, save."""
     pairs = [pair(row) for row in await config.dataset.load(ctx)]
     held_out = [pair(row) for row in await config.held_out.load(ctx)]
     policy = await config.model.spawn_train("policy", ctx, max_batch_size=config.max_batch_size)
-    before = await margins(policy, held_out)
+    accuracy = HeldOut(policy, held_out, await margins(policy, held_out))
     await DPO(
         pairs,
         policy,
         get_prod_logger(ctx),
         ctx.job.stage_notifier("DPO Training"),
+        [accuracy],
         lr=config.lr,
         samples_per_batch=config.samples_per_batch,
         kl_beta=config.kl_beta,
         epochs=config.epochs,
         data_seed=config.seed,
     ).run()
-    after = await margins(policy, held_out)
-    found = sum(b > a for a, b in zip(before, after, strict=True)) / len(held_out)
+    found = (await accuracy.callback(1))["accuracy"]
     if config.save_as is not None:
         print(f"saved as {await policy.save(config.save_as, ctx=ctx)}")
     ctx.gate("held-out preference accuracy", found, ">=", config.at_least)

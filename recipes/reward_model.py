@@ -8,7 +8,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from adaptive_harmony import StringThread, TrainingModel
-from adaptive_harmony.common import RewardModelling
+from adaptive_harmony.common import RecipeCallback, RewardModelling
 from adaptive_harmony.core.utils import async_map
 from adaptive_harmony.metric_logger import get_prod_logger
 from adaptive_harmony.parameters import Dataset, Model, dataset_kinds, model_kinds
@@ -27,12 +27,12 @@ class Config(InputConfig):
     held_out: Dataset[dataset_kinds.Preference] = Dataset[dataset_kinds.Preference](
         dataset_key="sort-letters-preferences-held-out"
     )
-    """Pairs to score at the end: none is trained."""
-    lr: float = Field(default=3e-3, gt=0)
+    """Pairs to score before, ten times on the way, and at the end: none is trained."""
+    lr: float = Field(default=2e-3, gt=0)
     """Highest learning rate."""
-    epochs: int = Field(default=4, ge=1)
+    epochs: int = Field(default=6, ge=1)
     """Passes over the data."""
-    samples_per_batch: int = Field(default=64, ge=1)
+    samples_per_batch: int = Field(default=32, ge=1)
     """Pairs in one optimizer step."""
     max_batch_size: int = Field(default=2048, ge=1)
     """Tokens in one micro-batch, and so in the longest pair that is trained."""
@@ -50,11 +50,19 @@ def pair(row: StringThread) -> tuple[StringThread, StringThread]:
     return row.assistant(chosen), row.assistant(other)
 
 
-async def pair_accuracy(model: TrainingModel, pairs: list[tuple[StringThread, StringThread]]) -> float:
-    """The share of pairs whose preferred thread has the higher score."""
-    chosen = await async_map(model.score_last_token, [pair[0] for pair in pairs])
-    other = await async_map(model.score_last_token, [pair[1] for pair in pairs])
-    return sum(a > b for a, b in zip(chosen, other, strict=True)) / len(pairs)
+class HeldOut(RecipeCallback):
+    """Logs the share of held-out pairs whose preferred thread has the higher score; equal scores count half."""
+
+    def __init__(self, model: TrainingModel, pairs: list[tuple[StringThread, StringThread]]) -> None:
+        super().__init__(frequency=0.1, log_key_prefix="held_out")
+        self.model, self.pairs = model, pairs
+
+    async def callback(self, current_percentage: float) -> dict[str, float]:
+        """Score both threads of every pair."""
+        chosen = await async_map(self.model.score_last_token, [pair[0] for pair in self.pairs])
+        other = await async_map(self.model.score_last_token, [pair[1] for pair in self.pairs])
+        right = [float(a > b) + 0.5 * (a == b) for a, b in zip(chosen, other, strict=True)]
+        return {"accuracy": sum(right) / len(right)}
 
 
 @recipe_main
@@ -64,17 +72,19 @@ async def main(config: Config, ctx: RecipeContext) -> str:
     held_out = [pair(row) for row in await config.held_out.load(ctx)]
     builder = await config.model.into_scoring_model().to_builder(ctx)
     model = await builder.spawn_train("reward-model", config.max_batch_size)
+    accuracy = HeldOut(model, held_out)
     await RewardModelling(
         pairs,
         model,
         get_prod_logger(ctx),
         ctx.job.stage_notifier("Reward Modelling"),
+        [accuracy],
         lr=config.lr,
         samples_per_batch=config.samples_per_batch,
         epochs=config.epochs,
         data_seed=config.seed,
     ).run()
-    found = await pair_accuracy(model, held_out)
+    found = (await accuracy.callback(1))["accuracy"]
     if config.save_as is not None:
         print(f"saved as {await model.save(config.save_as, ctx=ctx)}")
     ctx.gate("held-out pair accuracy", found, ">=", config.at_least)

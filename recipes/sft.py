@@ -9,7 +9,9 @@ from typing import Any
 
 from pydantic import Field
 
-from adaptive_harmony.common import SFT
+from adaptive_harmony import StringThread
+from adaptive_harmony.common import SFT, GraderEvalCallback
+from adaptive_harmony.graders import BaseGrader
 from adaptive_harmony.metric_logger import get_prod_logger
 from adaptive_harmony.parameters import Dataset, Model, model_kinds
 from adaptive_harmony.runtime import InputConfig, RecipeContext, recipe_main
@@ -22,6 +24,8 @@ class Config(InputConfig):
     """The model to train: a key of the registry."""
     dataset: Dataset = Dataset(dataset_key="sort-letters")
     """A JSONL file of conversations, or the name of a shipped dataset. Answers of the assistant are trained."""
+    held_out: Dataset | None = None
+    """Rows to answer before training, ten times on the way, and after: none is trained. Unset: nothing is measured."""
     lr: float = Field(default=3e-3, gt=0)
     """Highest learning rate: reached after a tenth of the run, down to a tenth of it at the end."""
     epochs: float = Field(default=1, gt=0)
@@ -40,8 +44,15 @@ class Config(InputConfig):
     """Train a LoRA adapter in place of the full weights."""
     save_as: str | None = "sft"
     """Key under which the model is saved as a new version; null saves nothing."""
+    at_least: float = Field(default=0.0, ge=0, le=1)
+    """Held-out accuracy below which the run counts as failed."""
     seed: int = 42
     """Order of the data."""
+
+
+async def is_exact(thread: StringThread) -> float:
+    """1 for an answer that is the right one to the letter; the right one is in the thread's metadata."""
+    return float(thread.completion() == thread.metadata["answer"])
 
 
 @recipe_main
@@ -52,11 +63,16 @@ async def main(config: Config, ctx: RecipeContext) -> dict[str, Any]:
     if config.adapter:
         builder = builder.with_adapter()
     model = await builder.spawn_train("policy", config.max_batch_size)
+    rows = await config.held_out.load(ctx) if config.held_out else []
+    questions = [StringThread(row.messages(), metadata={"answer": row.completion()}) for row in rows]
+    exact = BaseGrader.from_function("exact", is_exact)
+    accuracy = GraderEvalCallback(questions, model, exact, frequency=0.1, log_key="held_out")
     metrics = await SFT(
         threads,
         model,
         get_prod_logger(ctx),
         ctx.job.stage_notifier("SFT Training"),
+        [accuracy] if rows else [],
         lr=config.lr,
         samples_per_batch=config.samples_per_batch,
         max_grad_norm=config.max_grad_norm,
@@ -64,5 +80,8 @@ async def main(config: Config, ctx: RecipeContext) -> dict[str, Any]:
         weight_decay=config.weight_decay,
         data_seed=config.seed,
     ).run()
+    if rows:
+        metrics["accuracy"] = (await accuracy.callback(1))["score_mean"]
+        ctx.gate("held-out accuracy", metrics["accuracy"], ">=", config.at_least)
     saved = await model.save(config.save_as, ctx=ctx) if config.save_as else None
     return {"model": saved, **metrics}

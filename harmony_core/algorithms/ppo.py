@@ -6,8 +6,8 @@ The reward of a token is -kl_beta (logprob - reference logprob), and the last on
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
-from statistics import fmean
+from dataclasses import dataclass, replace
+from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Any
 
 from harmony_core.algorithms.advantages import explained_variance
@@ -41,6 +41,13 @@ class Sample:
     returns: list[float]
 
 
+def whitened(samples: Sequence[Sample]) -> list[Sample]:
+    """The samples with advantages of mean 0 and, unless all are equal, standard deviation 1 over their tokens."""
+    flat = [advantage for sample in samples for advantage in sample.advantages]
+    mean, std = fmean(flat), pstdev(flat)
+    return [replace(s, advantages=[(a - mean) / (std + 1e-8) for a in s.advantages]) for s in samples]
+
+
 class PPO:
     """Trains a policy and a value model on scored completions; construct, then `await ppo.run()`.
 
@@ -51,7 +58,8 @@ class PPO:
     (without weight decay). Give either `epochs` over the prompts or `max_num_ppo_steps` batches.
 
     Prompts are dropped, counted and replaced as in `GRPO`. Metrics of the value model's steps are logged as `value/*`.
-    `loss_options` are further keyword arguments of `train_ppo`.
+    `loss_options` are further keyword arguments of `train_ppo`. With `whiten_advantages` the policy is trained on
+    (A - mean) / (std + 1e-8) over a batch's tokens: values that are all too high or too low then cancel out.
     """
 
     settings: dict[str, Any]
@@ -88,6 +96,7 @@ class PPO:
         data_seed: int = 42,
         *,
         loss_options: Mapping[str, Any] | None = None,
+        whiten_advantages: bool = False,
     ) -> None:
         if not value_model.is_scalar():
             raise UsageError("PPO's value model needs a scalar head", hint="spawn it with into_scoring_model()")
@@ -104,6 +113,7 @@ class PPO:
         self.gae_lambda, self.gae_gamma = gae_lambda, gae_gamma
         self.data_seed = data_seed
         self.loss_options = dict(loss_options or {})
+        self.whiten_advantages = whiten_advantages
         check_loss_options(model.train_ppo, self.loss_options)
         self.feed = BatchFeed(prompts_of(dataset), samples_per_batch, epochs, data_seed, steps=max_num_ppo_steps)
         self.reference: InferenceModel | None = None
@@ -147,7 +157,8 @@ class PPO:
         completions, advantages = [s.completion for s in batch.results], [fmean(s.advantages) for s in batch.results]
         await self.rollout.show(completions, advantages, self.loop.step, self.feed.completion)
         if self.lr_schedule_policy(self.feed.completion) > 0:
-            metrics |= await self._train(batch.results, self._train_policy, self._step_policy)
+            trained = whitened(batch.results) if self.whiten_advantages else batch.results
+            metrics |= await self._train(trained, self._train_policy, self._step_policy)
         return metrics | await self._train(batch.results, self._train_value, self._step_value)
 
     async def _roll_out(self, prompts: Sequence[StringThread]) -> list[Sample | Unusable]:

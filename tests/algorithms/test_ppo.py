@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from statistics import fmean, pstdev
 from typing import Any
 
 import pytest
@@ -43,6 +44,18 @@ def test_rewards_advantages_and_returns() -> None:
         assert advantages == pytest.approx(gae_advantages([0.25] * count, rewards, 0.5, 0.9))
         assert returns == pytest.approx(discounted_cumulative_rewards(rewards, 0.9))
         assert clip == 0.2
+
+
+def test_whitened_advantages() -> None:
+    """The same ones on the policy's scale; the value model's targets and the metrics stay."""
+    options: dict[str, Any] = {"max_num_ppo_steps": 1, "value_only_fraction": 0.0, "samples_per_mini_batch": 4}
+    plain, white = Run(**options), Run(**options, whiten_advantages=True)
+    metrics = [run.go() for run in (plain, white)]
+    raw, found = ([a for _, (_, given, _) in run.policy.trained for a in given] for run in (plain, white))
+    assert fmean(found) == pytest.approx(0, abs=1e-12) and pstdev(found) == pytest.approx(1)
+    assert found == pytest.approx([(a - fmean(raw)) / pstdev(raw) for a in raw])
+    assert [targets for _, targets in plain.value.trained] == [targets for _, targets in white.value.trained]
+    assert metrics[0]["advantages"] == metrics[1]["advantages"] == pytest.approx(fmean(raw))
 
 
 def test_the_policy_waits_for_the_value_model() -> None:
