@@ -27,13 +27,15 @@ class Config(InputConfig):
     """Rows to answer before, ten times on the way, and after: none is trained."""
     warm_up_epochs: float = Field(default=2.2, ge=0)
     """Passes of supervised training before: a policy that is never rewarded learns nothing."""
-    steps: int = Field(default=150, ge=1)
-    """Batches of completions, each followed by an optimizer step of either model."""
+    steps: int = Field(default=120, ge=1)
+    """Batches of completions, on each of which either model is trained once."""
     samples_per_batch: int = Field(default=256, ge=1)
     """Prompts in one batch, with one completion each."""
+    samples_per_mini_batch: int = Field(default=64, ge=1)
+    """Completions of one optimizer step."""
     lr: float = Field(default=1e-3, gt=0)
     """The policy's highest learning rate; a tenth of it at the end."""
-    lr_value: float = Field(default=2e-3, gt=0)
+    lr_value: float = Field(default=1e-3, gt=0)
     """The same of the value model."""
     value_only_fraction: float = Field(default=0.05, ge=0, lt=1)
     """Share of the run in which the value model learns alone."""
@@ -93,9 +95,11 @@ async def main(config: Config, ctx: RecipeContext) -> str:
         lr_policy=config.lr,
         lr_value=config.lr_value,
         samples_per_batch=config.samples_per_batch,
-        samples_per_mini_batch=config.samples_per_batch,
+        samples_per_mini_batch=config.samples_per_mini_batch,
         kl_beta=config.kl_beta,
+        gae_lambda=1.0,  # what the value model does not know yet is no part of an advantage
         data_seed=config.seed,
+        whiten_advantages=True,
     ).run()
     after = (await accuracy.callback(1))["score_mean"]
     if config.save_as is not None:

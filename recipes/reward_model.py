@@ -28,7 +28,7 @@ class Config(InputConfig):
         dataset_key="sort-letters-preferences-held-out"
     )
     """Pairs to score before, ten times on the way, and at the end: none is trained."""
-    lr: float = Field(default=2e-3, gt=0)
+    lr: float = Field(default=1e-3, gt=0)
     """Highest learning rate."""
     epochs: int = Field(default=6, ge=1)
     """Passes over the data."""
