@@ -7,7 +7,7 @@ RUN apt-get update \
 
 WORKDIR /opt/harmony-core
 COPY . .
-# On a GPU machine the newest torch that we support is wanted, with its CUDA libraries: no constraints file here.
+# On a GPU machine the newest torch that we support is wanted, with its CUDA libraries: not the lock, which names the CPU build.
 RUN python3 -m venv /opt/venv \
  && /opt/venv/bin/pip install --no-cache-dir ".[gguf]" \
  && rm -rf build *.egg-info

@@ -1,5 +1,5 @@
 """What a recipe's configuration may name."""
 
-from harmony_core.parameters import Dataset, Grader, Model, dataset_kinds, model_kinds
+from harmony_core.config.parameters import Dataset, Grader, Model, dataset_kinds, model_kinds
 
 __all__ = ["Dataset", "Grader", "Model", "dataset_kinds", "model_kinds"]

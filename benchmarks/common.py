@@ -29,9 +29,9 @@ from shapes import SHAPES, TINY, Shape, Words, register, write_tokenizer
 from harmony_core.client import EngineOptions, HarmonyClient, InferenceModel
 from harmony_core.errors import HarmonyError, NotFoundError
 from harmony_core.home import Home
-from harmony_core.launch.devices import installed_devices
+from harmony_core.launch.launcher import installed_devices
 from harmony_core.registry import Registry
-from harmony_core.threads import StringThread, TokenizedThread
+from harmony_core.text.threads import StringThread, TokenizedThread
 
 __all__ = ["Beside", "Job", "Report", "Row", "Run", "Shape", "Words", "engine", "run_job", "start", "statistics"]
 

@@ -34,8 +34,8 @@ from harmony_core.errors import NotFoundError
 from harmony_core.home import Home
 from harmony_core.launch.launcher import available_cores
 from harmony_core.registry import Registry
-from harmony_core.threads import StringThread
-from harmony_core.tokenization import ChatTokenizer
+from harmony_core.text.threads import StringThread
+from harmony_core.text.tokenization import ChatTokenizer
 
 MODELS = ("builtin:tiny-lm", "smollm2")
 REQUIRED = {

@@ -20,7 +20,7 @@ from common import Job, Row, Run, Shape, Words, engine, main, options, run_job
 from shapes import lognormal
 
 from harmony_core.client import HarmonyClient, InferenceModel
-from harmony_core.launch.devices import installed_devices
+from harmony_core.launch.launcher import installed_devices
 
 ROWS = ("roofline", "job", "prefill", "group", "ragged", "peers", "tp2")
 CONCURRENT = {"qwen3-1.7b": (64, 256), "llama-3.1-8b": (64, 256, 1), "tiny-qwen3": (4, 8), "tiny-llama": (4, 8, 1)}

@@ -20,9 +20,9 @@ import torch
 from shapes import LLAMA_8B, QWEN3_1B7, SHAPES, TINY, Shape
 from transformers import AutoConfig
 
-from harmony_core.engine.inference.draws import Draws, Setting
 from harmony_core.engine.inference.graphs import buckets_up_to
 from harmony_core.engine.inference.runner import Runner
+from harmony_core.engine.inference.sampling_parameters import SamplingParameters, Setting
 from harmony_core.engine.inference.step import StepPlan
 from harmony_core.engine.models import loading
 from harmony_core.engine.models.loading import empty_module, fill
@@ -77,7 +77,7 @@ class Batch:
             copies=b"",
             sampled=rows,
             targets=rows,
-            draws=Draws.pack([Setting.of(self.sampling)] * self.rows, self.random.random(self.rows)),
+            draws=SamplingParameters.pack([Setting.of(self.sampling)] * self.rows, self.random.random(self.rows)),
             suppressed={},
             version=0,
         )
@@ -264,7 +264,7 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device("cpu" if options.tiny else "cuda")
     if options.apart:
-        loading.join_layers = lambda module, name: None
+        loading.fuse_layers = lambda module, name: None
     torch.manual_seed(0)
     bandwidth = copy_bandwidth(device)
     name = "CPU" if options.tiny else torch.cuda.get_device_name()

@@ -26,8 +26,8 @@ from harmony_core.graders import BaseGrader
 from harmony_core.journal import kept
 from harmony_core.loggers import Logger, Metrics
 from harmony_core.notifiers import StdoutJobNotifier
-from harmony_core.report.times import OPTIMIZER, TRAINING, WAITING, Interval, shares, with_optimizer
-from harmony_core.threads import StringThread
+from harmony_core.runs.report.figures import OPTIMIZER, TRAINING, WAITING, Interval, shares, with_optimizer
+from harmony_core.text.threads import StringThread
 
 ROWS = ("full", "lora")
 KINDS = {"full": "full weights", "lora": "LoRA r16"}

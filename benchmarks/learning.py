@@ -31,6 +31,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import html
 import json
 import os
 import resource
@@ -45,8 +46,6 @@ from pathlib import Path
 from typing import Any
 
 from report import ROOT, machine
-
-from harmony_core.report.markup import Markup, element, joined
 
 PICTURES = ROOT / "docs" / "pictures"
 Method = dict[str, Any]
@@ -219,6 +218,14 @@ text { font: 12px system-ui, sans-serif; fill: #1f2328 } .title { font-size: 15p
 """The page's colour is the picture's own, so that it can be read whatever lies behind it."""
 
 
+def element(name: str, text: object = "", **attributes: object) -> str:
+    """`<name attributes>text</name>`, escaped; `class_` is class, `_` is a hyphen."""
+    given = "".join(
+        f' {key.rstrip("_").replace("_", "-")}="{html.escape(str(value))}"' for key, value in attributes.items()
+    )
+    return f"<{name}{given}>{html.escape(str(text), quote=False)}</{name}>"
+
+
 def draw(method: Method) -> str:
     """A method's picture as SVG: each run a line, its bar dashed."""
     runs = method["runs"]
@@ -230,7 +237,7 @@ def draw(method: Method) -> str:
     def y(value: float) -> float:
         return round(HEIGHT - BOTTOM - value * (HEIGHT - TOP - BOTTOM), 1)
 
-    parts = [element("style", Markup(STYLE)), element("rect", class_="page", width=WIDTH, height=HEIGHT, rx=6)]
+    parts = [f"<style>{STYLE}</style>", element("rect", class_="page", width=WIDTH, height=HEIGHT, rx=6)]
     parts.append(element("text", method["title"], class_="title", x=LEFT, y=24))
     for value in (0, 0.2, 0.4, 0.6, 0.8, 1):
         parts.append(element("line", class_="grid", x1=LEFT, x2=WIDTH - RIGHT, y1=y(value), y2=y(value)))
@@ -249,8 +256,8 @@ def draw(method: Method) -> str:
         at, words = LEFT + 190 * place, f"seed {run['seed']}: {run['values'][0]:.2f} to {run['values'][-1]:.2f}"
         parts.append(element("line", class_=f"line c{place % 4}", x1=at, x2=at + 20, y1=42, y2=42))
         parts.append(element("text", words, x=at + 26, y=46))
-    namespace = "http://www.w3.org/2000/svg"
-    return f"{element('svg', joined(parts), xmlns=namespace, viewBox=f'0 0 {WIDTH} {HEIGHT}', width=WIDTH)}\n"
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}">'
+    return f"{head}{''.join(parts)}</svg>\n"
 
 
 def bars(method: Method) -> list[tuple[float, str]]:
@@ -263,7 +270,7 @@ def bars(method: Method) -> list[tuple[float, str]]:
     return []
 
 
-def dashed(bar: tuple[float, str], at: float) -> list[Markup]:
+def dashed(bar: tuple[float, str], at: float) -> list[str]:
     """The line of a bar at a height, and its words below it."""
     line = element("line", class_="bar", x1=LEFT, x2=WIDTH - RIGHT, y1=at, y2=at)
     return [line, element("text", bar[1], x=LEFT + 4, y=at + 15)]

@@ -18,9 +18,9 @@ from common import Job, Row, Run, Shape, Words, engine, main, options, run_job, 
 from shapes import packed_lengths
 
 from harmony_core.client import HarmonyClient, TrainingModel
-from harmony_core.memory import Shape as Spawned
-from harmony_core.memory import plan
-from harmony_core.model_spec import ModelSpec
+from harmony_core.memory.plan import Shape as Spawned
+from harmony_core.memory.plan import plan
+from harmony_core.model.spec import ModelSpec
 from harmony_core.rpc.protocol import LoraSettings
 
 ROWS = ("free", "limited")

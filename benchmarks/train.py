@@ -20,11 +20,11 @@ from common import MATRIX_RATE, Row, Run, Shape, Words, engine, main, options, s
 from shapes import packed_lengths
 
 from harmony_core.client import HarmonyClient, TrainingModel
-from harmony_core.launch.devices import installed_devices
-from harmony_core.memory import Shape as Spawned
-from harmony_core.memory import plan
-from harmony_core.model_spec import ModelSpec
-from harmony_core.threads import StringThread
+from harmony_core.launch.launcher import installed_devices
+from harmony_core.memory.plan import Shape as Spawned
+from harmony_core.memory.plan import plan
+from harmony_core.model.spec import ModelSpec
+from harmony_core.text.threads import StringThread
 
 ROWS = ("full", "lora", "update", "padded", "trl", "tp2")
 MFU = {"full": (0.48, 0.58), "lora": (0.46, 0.52)}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import importlib
 import os
 import tempfile
 import traceback
@@ -11,19 +14,31 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from harmony_core.errors import HarmonyError, InternalError, UsageError, did_you_mean, nearest
+from harmony_core.errors import (
+    MACHINE,
+    HarmonyError,
+    InternalError,
+    NotFoundError,
+    ResourceError,
+    UsageError,
+    did_you_mean,
+    nearest,
+    storage_error,
+)
 
 from . import output
+from .streams import Signals, Streams
 
 if TYPE_CHECKING:
-    from harmony_core.recipe import Recipe
+    from harmony_core.recipe.module import Recipe
 
 COMMANDS = {
     "run": "Run a recipe.",
     "recipes": "List, show and copy the built-in recipes.",
     "config": "Show a recipe's configuration, or its schema.",
     "models": "The registry of models.",
-    "runs": "List and show runs; a report of each.",
+    "datasets": "What a model would be trained on.",
+    "runs": "List, show and remove runs; a report of each.",
     "doctor": "Check this machine.",
 }
 _COMPLETION = "_ADAPTIVE_COMPLETE"
@@ -32,7 +47,7 @@ EXIT_CODES = """\b
 Exit codes: 0 ok, 1 the recipe raised, 2 usage, configuration or data, 3 not found,
 4 environment, 5 a rank or the launcher died, 6 conflict, 7 verification failed,
 8 a gate does not hold, 70 a bug here, 75 stopped with a checkpoint, 124 timeout,
-130 Ctrl-C, 143 SIGTERM."""
+129 SIGHUP, 130 Ctrl-C, 143 SIGTERM."""
 
 
 @dataclass
@@ -41,52 +56,54 @@ class Reply:
 
     data: dict[str, Any] | None = None
     known_flags: list[str] = field(default_factory=list)
+    signals: Signals = field(default_factory=Signals)
+    streams: Streams = field(default_factory=Streams)
 
 
-def dispatch(words: Sequence[str]) -> int:
+def dispatch(words: Sequence[str], signals: Signals, streams: Streams) -> int:
     """Run one command line. Every error ends here: as lines on stderr, and as the one object of `--json`."""
     options = words[: list(words).index("--")] if "--" in words else words
     as_json = "--json" in options
     word = next((w for w in words if not w.startswith("-")), "")
-    reply = Reply()
-    try:
-        with output.diverted(as_json and word == "run"):
-            code = _guarded(list(words), word, reply)
-        if as_json and reply.data is not None:
-            output.data(output.dumped(reply.data))
-    except BrokenPipeError:
-        # Whoever read our stdout has gone. Python would complain once more while it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 1
+    reply = Reply(signals=signals, streams=streams)
+    with output.diverted(as_json and word == "run", streams):
+        code = _guarded(list(words), word, reply)
+    if as_json and reply.data is not None:
+        output.data(output.dumped(reply.data))
+    if streams.failure is not None:
+        output.tell(f"{'warning' if word == 'run' else 'error'}: stdout: {streams.failure.strerror}")
+        return code if word == "run" else code or ResourceError.exit_code
     return code
 
 
 def _guarded(words: list[str], word: str, reply: Reply) -> int:
     try:
         return _run(words, word, reply)
-    except BrokenPipeError:
-        raise
-    except HarmonyError as error:
-        return _failed(error, reply)
-    except KeyboardInterrupt:
-        return 130
-    except Exception as error:  # the edge of the process
-        if hasattr(error, "format_message"):  # Typer's own complaints about the words
-            return _failed(_usage_error(error, words, word, reply), reply)
-        return _failed(_bug(error), reply)
+    except (KeyboardInterrupt, Exception) as error:  # the edge of the process
+        from harmony_core.runs.outcome import Outcome
 
-
-def _failed(error: HarmonyError, reply: Reply) -> int:
-    from harmony_core.outcome import Outcome
-
-    outcome = Outcome()
-    outcome.fail(error)
+        outcome = Outcome(int(getattr(error, "exit_code", 130)), "stopped")
+        if not isinstance(error, KeyboardInterrupt):
+            outcome = Outcome()
+            outcome.fail(_typed(error, words, word, reply))
     output.tell_errors(outcome.errors)
     reply.data = outcome.as_data(None)
     return outcome.exit_code
 
 
-def _usage_error(error: Exception, words: list[str], word: str, reply: Reply) -> UsageError:
+def _typed(error: BaseException, words: list[str], word: str, reply: Reply) -> HarmonyError:
+    if isinstance(error, HarmonyError):
+        return error
+    if isinstance(error, OSError) and error.errno in MACHINE:
+        return storage_error(f"adaptive {word}: a file could not be read or written", error)
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return NotFoundError(f"there is no file {str(error.filename)[:60]!r}...: its name is too long")
+    if hasattr(error, "format_message"):  # Typer's own complaints about the words
+        return _usage_error(error, words, word, reply)
+    return _bug(error)
+
+
+def _usage_error(error: BaseException, words: list[str], word: str, reply: Reply) -> UsageError:
     """All unknown flags at once, each with the nearest ones; or what else is wrong, in Typer's words."""
     help_hint = f"adaptive {word} --help" if word in COMMANDS else "adaptive --help"
     if hasattr(error, "option_name") and hasattr(error, "possibilities") and reply.known_flags:
@@ -105,11 +122,16 @@ def _unknown_flag(flag: str, known: list[str]) -> str:
     return f"unknown flag {flag}" + (f" (did you mean {' or '.join(close)}?)" if close else "")
 
 
-def _bug(error: Exception) -> InternalError:
-    with tempfile.NamedTemporaryFile("w", prefix="adaptive-bug-", suffix=".log", delete=False) as file:
-        file.write("".join(traceback.format_exception(error)))
+def _bug(error: BaseException) -> InternalError:
+    told = "".join(traceback.format_exception(error))
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="adaptive-bug-", suffix=".log", delete=False) as file:
+            file.write(told)
+        told = file.name
+    except OSError:
+        pass  # nowhere to write to: it is told whole
     return InternalError(
-        f"a bug in harmony-core: {type(error).__name__}: {error}", hint=f"please report it with {file.name}"
+        f"a bug in harmony-core: {type(error).__name__}: {error}", hint=f"please report it with {told}"
     )
 
 
@@ -122,9 +144,10 @@ def _run(words: list[str], word: str, reply: Reply) -> int:
     elif word and word not in COMMANDS:
         raise UsageError(f"there is no command '{word}'", hint=did_you_mean(word, COMMANDS))
     elif word == "run" and any(w.startswith("--resume") for w in words):
-        from .resume import with_resume
+        from .resume import is_resumable, with_resume
 
         words = with_resume(words)
+        reply.signals.resumable = is_resumable(words)
     app = _app(words, word, reply, completing)
     code = app(args=None if completing else words, prog_name="adaptive", standalone_mode=False)
     return code if isinstance(code, int) else 0
@@ -156,45 +179,22 @@ def _app(words: list[str], word: str, reply: Reply, completing: bool) -> typer.T
 
 
 def _add(app: typer.Typer, name: str, text: str, words: list[str], reply: Reply, completing: bool) -> None:
-    if name == "run":
-        from .run import command, runner, start
-
-        made = command(_recipe(words, completing), runner, lambda invocation: start(invocation, words, reply), reply)
-        app.command("run", short_help=text)(made)
-    elif name == "config":
-        from .config import application
-
-        app.add_typer(application(_recipe(words, completing), reply), name=name, help=text)
-    elif name == "models":
-        from .models import app as models
-
-        app.add_typer(models, name=name, help=text)
-    elif name == "recipes":
-        from .recipes import app as recipes
-
-        app.add_typer(recipes, name=name, help=text)
-    elif name == "runs":
-        from .runs import app as runs
-
-        app.add_typer(runs, name=name, help=text)
+    """Add the command of the module of that name: its `app`, or what its `application` makes for the recipe."""
+    module = importlib.import_module(f".{name}", __package__)
+    made = module.app if hasattr(module, "app") else module.application(_recipe(words, completing), words, reply)
+    if isinstance(made, typer.Typer):
+        app.add_typer(made, name=name, help=text)
     else:
-        from .doctor import doctor
-
-        app.command("doctor", short_help=text)(doctor)
+        app.command(name, short_help=text)(made)
 
 
 def _recipe(words: list[str], completing: bool) -> Recipe | None:
     """The recipe that the words name, loaded before they are parsed: its flags are part of the command."""
-    from harmony_core.recipe import load_recipe
+    from harmony_core.recipe.module import load_recipe
 
-    from .words import recipe_word
+    from .run import recipe_word
 
     spec = recipe_word(words)
-    if spec is None:
-        return None
-    if not completing:
-        return load_recipe(spec)
-    try:
-        return load_recipe(spec)
-    except HarmonyError:
-        return None
+    with contextlib.suppress(HarmonyError) if completing else contextlib.nullcontext():
+        return None if spec is None else load_recipe(spec)
+    return None

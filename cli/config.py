@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from harmony_core.recipe import Recipe
+from harmony_core.recipe.module import Recipe
 
 from . import output
-from .run import Invocation, command
+from .flags import Invocation, command
 
 if TYPE_CHECKING:
     from .app import Reply
@@ -38,7 +39,7 @@ def schema(recipe: RecipeName) -> None:
     """The JSON schema of a recipe's configuration."""
 
 
-def application(recipe: Recipe | None, reply: Reply) -> typer.Typer:
+def application(recipe: Recipe | None, words: Sequence[str], reply: Reply) -> typer.Typer:
     """The sub-commands for one recipe."""
     app = typer.Typer(no_args_is_help=True)
     app.command("show")(command(recipe, show, lambda invocation: _show(invocation, reply), reply))
@@ -47,7 +48,7 @@ def application(recipe: Recipe | None, reply: Reply) -> typer.Typer:
 
 
 def _show(invocation: Invocation, reply: Reply) -> int:
-    from harmony_core.config.snapshot import as_data, as_yaml, sources_of
+    from harmony_core.config import as_data, as_yaml, dotted, places, sources_of
 
     configured = invocation.configured()
     data = as_data(configured.config)
@@ -56,17 +57,12 @@ def _show(invocation: Invocation, reply: Reply) -> int:
         reply.data = {"ok": True, "exit": 0, "config": data, "sources": found}
     elif invocation.values["sources"]:
         width = max(map(len, found), default=0)
-        for name, source in found.items():
-            output.data(f"{name:{width}}  {output.dumped(_at(data, name))}  # {source}")
+        for name, value in ((dotted(path), value) for path, value in places(data)):
+            if name in found:
+                output.data(f"{name:{width}}  {output.dumped(value)}  # {found[name]}")
     else:
         output.data(as_yaml(data).rstrip("\n"))
     return 0
-
-
-def _at(data: object, name: str) -> object:
-    for part in name.split("."):
-        data = data[int(part)] if isinstance(data, list) else data[part]  # type: ignore[index]
-    return data
 
 
 def _schema(invocation: Invocation) -> int:

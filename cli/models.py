@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +11,7 @@ import typer
 
 from harmony_core.errors import HarmonyError, UsageError, VerificationError
 from harmony_core.home import Home
-from harmony_core.ledger import format_size
+from harmony_core.memory.ledger import format_size
 from harmony_core.registry import ModelEntry, ModelVersion, Registry
 
 from . import output
@@ -28,8 +29,8 @@ Ref = Annotated[str, typer.Argument(metavar="REF", help="key, key@3, key@alias o
 Key = Annotated[str, typer.Argument(metavar="KEY", help="The model's name in the registry.")]
 
 
-def _registry() -> Registry:
-    return Registry(Home.open())
+def _registry(writes: bool = True) -> Registry:
+    return Registry(Home.open(writes=writes))
 
 
 def _describe(version: ModelVersion) -> dict[str, Any]:
@@ -107,7 +108,7 @@ def list_models(
     as_json: Json = False,
 ) -> None:
     """Every key with its newest version."""
-    found = [entry for entry in _registry().list() if fnmatch.fnmatchcase(entry.key, pattern)]
+    found = [entry for entry in _registry(writes=False).list() if fnmatch.fnmatchcase(entry.key, pattern)]
     rows = [("KEY", "VERSIONS", "FORMAT", "PARAMETERS", "SIZE", "ALIASES", "DESCRIPTION"), *map(_row, found)]
     lines = output.table(rows) if found else ()
     output.answer(as_json, {"models": [_listed(entry) for entry in found]}, *lines)
@@ -139,12 +140,14 @@ def _listed(entry: ModelEntry) -> dict[str, Any]:
 @app.command()
 def show(ref: Ref, as_json: Json = False) -> None:
     """What a version is, and each effective inference default with where it comes from."""
-    values = _describe(_registry().resolve(ref))
+    values = _describe(_registry(writes=False).resolve(ref))
     lines = [f"{name:<14} {_text(name, value)}" for name, value in values.items() if value not in (None, [], "")]
     lines = [line for line in lines if not line.startswith("defaults")]
     lines.append("inference defaults")
     for name, entry in values["defaults"].items():
-        value = "as much as fits, up to 131,072" if entry["value"] is None else f"{entry['value']:,}"
+        found = entry["value"]
+        value = f"{found:,}" if isinstance(found, int) else "as much as fits, up to 131,072"
+        value = json.dumps(found) if isinstance(found, dict) else value
         lines.append(f"  {name:<20} {value}   ({entry['source']})")
     output.answer(as_json, {"model": values}, *lines)
 
@@ -163,7 +166,9 @@ def set_values(
     settings: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="NAME=VALUE", help="tp, kv_cache_len, tokens_to_generate, trainable or description; null unsets."
+            metavar="NAME=VALUE",
+            help="tp, kv_cache_len, tokens_to_generate, chat_template_kwargs (a JSON object), trainable or "
+            "description; null unsets.",
         ),
     ] = None,
     unset: Annotated[list[str] | None, typer.Option("--unset", metavar="NAME", help="Take a value back.")] = None,
@@ -195,7 +200,7 @@ def _typed(text: str) -> object:
     if text.lower() in words:
         return words[text.lower()]
     try:
-        return int(text)
+        return json.loads(text) if text.startswith("{") else int(text)
     except ValueError:
         return text
 
@@ -224,7 +229,7 @@ def alias(
 @app.command()
 def path(ref: Ref, as_json: Json = False) -> None:
     """The directory that holds config.json or adapter_config.json."""
-    version = _registry().resolve(ref)
+    version = _registry(writes=False).resolve(ref)
     output.answer(as_json, {"ref": version.ref, "path": str(version.path)}, str(version.path))
 
 
@@ -245,11 +250,11 @@ def verify(
     refs: Annotated[
         list[str] | None, typer.Argument(metavar="[REF...]", help="Without any: every version of every key.")
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Trust files unchanged since they were last hashed.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Trust large files unchanged since they were added.")] = False,
     as_json: Json = False,
 ) -> None:
     """Read every byte and compare it with what was recorded; exit 7 when something differs."""
-    registry = _registry()
+    registry = _registry(writes=False)
     stored = [f"{entry.key}@{number}" for entry in registry.list() for number in entry.versions]
     good: list[str] = []
     bad: dict[str, str] = {}

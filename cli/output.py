@@ -1,4 +1,4 @@
-"""Lines for people on stderr, data on stdout, and the one object of `--json`."""
+"""Lines for people and progress on stderr, data on stdout, and the one object of `--json`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,15 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from typing import IO, Any
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from harmony_core.plain_data import plain
+
+if TYPE_CHECKING:
+    from harmony_core.notifiers import ProgressSink
+
+    from .streams import Streams
 
 
 def clean(text: str) -> str:
@@ -35,6 +43,49 @@ def tell_errors(errors: Iterable[dict[str, Any]]) -> None:
             tell(line)
 
 
+def tell_result(outcome: dict[str, Any], quiet: bool, as_json: bool) -> None:
+    """What a finished run leaves on the terminal beside its errors: its result on stdout, the rest on stderr."""
+    for gate in outcome["gates"]:
+        held = "holds" if gate["passed"] else "does not hold"
+        if not quiet or not gate["passed"]:
+            tell(f"gate {gate['name']}: {gate['value']} {gate['op']} {gate['threshold']} {held}")
+    for model in () if quiet else outcome["models"]:
+        tell(f"saved {model.get('ref')}")
+    result = outcome["result"]
+    if not as_json and result is not None:
+        data(result if isinstance(result, str) else dumped(result))
+
+
+def tell_plan(outcome: dict[str, Any], recipe: Path, models: dict[str, Any]) -> None:
+    """The plan that a dry run made, on stdout."""
+    data(f"recipe   {recipe}")
+    for field, model in models.items():
+        data(f"model    {field}: {model['ref']} ({model['digest'][:19]})")
+    for spawn in outcome.get("plan", ()):
+        data(_spawn(spawn))
+        if spawn.get("room_for_copy") is False:
+            tell(f"{spawn['name']}: no room for a copy of it (the reference of GRPO, GSPO, PPO and DPO)")
+    for rows in outcome.get("rows", ()):
+        data(f"rows     {rows['name']}: {rows['text']}")
+    if outcome["exit"] == 0:
+        where = outcome.get("planned_until")
+        data(f"planned  {'up to ' + where if where else 'to the end of the recipe'}; nothing was started")
+
+
+def _spawn(spawn: dict[str, Any]) -> str:
+    from harmony_core.memory.ledger import format_size
+
+    limits = [f"tp={spawn['tp']}", f"replicas={spawn['replicas']}"]
+    limits += [f"{name}={spawn[name]}" for name in ("max_batch_size", "kv_cache_len") if spawn.get(name)]
+    sizes = spawn.get("bytes", {})
+    parts = ", ".join(f"{name} {format_size(size)}" for name, size in sizes.items() if size and name != "total")
+    kind = f"{spawn['kind']}{' with adapter' if spawn.get('adapter') else ''}"
+    return (
+        f"spawn    {spawn['name']}: {spawn['model']} for {kind}, {' '.join(limits)}\n"
+        f"         {format_size(sizes.get('total', 0))} per rank: {parts}"
+    )
+
+
 def data(text: str) -> None:
     """Text for stdout."""
     sys.stdout.write(_encodable(text, sys.stdout) + "\n")
@@ -55,7 +106,7 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 def dumped(value: Any) -> str:
     """One line of JSON that any parser takes."""
-    return json.dumps(value, ensure_ascii=False, default=str, allow_nan=False)
+    return json.dumps(plain(value), ensure_ascii=False)
 
 
 def _encodable(text: str, stream: IO[str]) -> str:
@@ -64,7 +115,7 @@ def _encodable(text: str, stream: IO[str]) -> str:
 
 
 @contextlib.contextmanager
-def diverted(json: bool) -> Iterator[None]:
+def diverted(json: bool, streams: Streams) -> Iterator[None]:
     """With `json`, what is written to stdout meanwhile, by subprocesses too, goes to stderr; else nothing changes."""
     if not json:
         yield
@@ -74,7 +125,7 @@ def diverted(json: bool) -> Iterator[None]:
     with contextlib.suppress(OSError):  # stdout or stderr is closed
         saved = os.dup(1)
         os.dup2(2, 1)
-    sys.stdout = sys.stderr
+    sys.stdout = streams.for_prints_on_stderr()
     try:
         yield
     finally:
@@ -88,3 +139,63 @@ def diverted(json: bool) -> Iterator[None]:
 def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
+
+
+@contextlib.contextmanager
+def progress(quiet: bool, streams: Streams) -> Iterator[ProgressSink]:
+    """A sink for stages: `(stage, done, total)`."""
+    if quiet:
+        yield lambda stage, done, total: None
+    elif not sys.stderr.isatty() or os.environ.get("TERM") == "dumb" or os.environ.get("CI"):
+        from harmony_core.notifiers import PlainProgress
+
+        yield PlainProgress()
+    else:
+        yield from _bars(streams)
+
+
+def _bars(streams: Streams) -> Iterator[ProgressSink]:
+    from rich.console import Console
+    from rich.file_proxy import FileProxy
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+    console = Console(
+        file=streams.beside, force_interactive=True, no_color=bool(os.environ.get("NO_COLOR")), highlight=False
+    )
+    bars = Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        redirect_stdout=False,
+        redirect_stderr=False,
+    )
+    tasks: dict[str, TaskID] = {}
+
+    class Above(FileProxy):
+        """What is printed passes above the bars, and is kept."""
+
+        def __init__(self, name: str) -> None:
+            super().__init__(console, getattr(sys, name))
+            self.kept = streams.kept[name]
+
+        def write(self, text: str) -> int:
+            self.kept.write(text.encode("utf-8", "backslashreplace"))
+            super().write(text)
+            return len(text)
+
+    def sink(stage: str, done: int, total: int) -> None:
+        if not tasks:
+            # A recipe's prints pass above the bars only where both are the same terminal.
+            if sys.stdout.isatty():
+                above.enter_context(contextlib.redirect_stdout(Above("stdout")))
+            above.enter_context(contextlib.redirect_stderr(Above("stderr")))
+            bars.start()  # with the first stage: a recipe without stages has no empty bar
+        if stage not in tasks:
+            tasks[stage] = bars.add_task(stage, total=total or None)
+        bars.update(tasks[stage], completed=done, total=total or None)
+
+    with contextlib.ExitStack() as above:
+        above.callback(bars.stop)
+        yield sink

@@ -2,41 +2,32 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+import contextlib
+import itertools
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from harmony_core.checkpoint_files import Checkpoint, CheckpointStore
-from harmony_core.checkpoints import compare, differences, going_on
-from harmony_core.config import YamlDocument, load_yaml
-from harmony_core.config.snapshot import as_yaml
-from harmony_core.errors import HarmonyError, NotFoundError, UsageError
+from harmony_core.config import Resolved, YamlDocument, as_yaml, load_yaml, places
+from harmony_core.errors import HarmonyError, NotFoundError, UsageError, VerificationError
 from harmony_core.home import Home
-from harmony_core.recipe import Recipe, built_in_recipes, locate
-from harmony_core.redaction import MASK
-from harmony_core.run import RunRecord, find_run, list_runs
+from harmony_core.recipe.module import Recipe, locate
+from harmony_core.redaction import MASK, Redactor
+from harmony_core.runs.checkpoint_files import Checkpoint, CheckpointStore
+from harmony_core.runs.checkpoints import compare, differences, going_on
+from harmony_core.runs.records import FILES, RunRecord, find_run, list_runs
 
 from . import output
-from .words import recipe_word
+from .run import recipe_word
 
 FLAG = "--resume"
 NEWEST = "newest"
 
 
-def spec_of(recipe: Recipe) -> str:
-    """What names the recipe on a command line, from any directory."""
-    if built_in_recipes().get(recipe.path.stem) == recipe.path:
-        return recipe.path.stem
-    return f"{recipe.path}:{recipe.main.__name__}"
-
-
 def with_resume(words: Sequence[str]) -> list[str]:
     """The words with a value behind every `--resume`, and with the run's recipe where none is named."""
     end = list(words).index("--") if "--" in words else len(words)
-    if not any(word.partition("=")[0] == FLAG for word in words[:end]):
-        return list(words)
     told: list[str] = []
     pending = list(words)
     while pending:
@@ -49,19 +40,28 @@ def with_resume(words: Sequence[str]) -> list[str]:
             else:
                 word = f"{FLAG}={NEWEST}"
         told.append(word)
-    if recipe_word(told, doubtful_too=False) is None and not {"-h", "--help"}.intersection(told):
-        reference = next(word for word in told if word.startswith(f"{FLAG}=")).partition("=")[2]
-        record = find_resumable(Home.open(), reference)
-        told.insert(told.index("run") + 1, str(record.data["recipe"]))
+    reference = _reference(told)
+    if reference and recipe_word(told, doubtful_too=False) is None and not {"-h", "--help"}.intersection(told):
+        told.insert(told.index("run") + 1, str(find_resumable(Home.open(), reference).data["recipe"]))
     return told
 
 
+def _reference(words: Sequence[str]) -> str:
+    before = itertools.takewhile(lambda word: word != "--", words)
+    return next((word.partition("=")[2] for word in before if word.startswith(f"{FLAG}=")), "")
+
+
+def is_resumable(words: Sequence[str]) -> bool:
+    """Whether words with a value behind `--resume` name a run that can go on."""
+    with contextlib.suppress(HarmonyError):
+        return bool(_reference(words) and find_resumable(Home.open(), _reference(words)))
+    return False
+
+
 def _is_recipe(word: str) -> bool:
-    try:
-        locate(word)
-    except HarmonyError:
-        return False
-    return True
+    with contextlib.suppress(HarmonyError):
+        return bool(locate(word))
+    return False
 
 
 def find_resumable(home: Home, reference: str, recipe: str | None = None) -> RunRecord:
@@ -71,6 +71,7 @@ def find_resumable(home: Home, reference: str, recipe: str | None = None) -> Run
     """
     if reference != NEWEST:
         record = find_run(home, reference)
+        record.require()
         if recipe is not None and record.data.get("recipe") != recipe:
             raise UsageError(f"run {record.id} is of the recipe {record.data.get('recipe')}, not {recipe}")
         reason = why_not(record)
@@ -89,14 +90,16 @@ def find_resumable(home: Home, reference: str, recipe: str | None = None) -> Run
 def why_not(record: RunRecord) -> str | None:
     """Why a run cannot be resumed; None when it can."""
     store = _store(record)
+    if record.problem:
+        return record.problem
     if record.status == "running":
         return "it is running"
     if not isinstance(record.data.get("recipe"), str):
         return "it does not say of which recipe it is"
-    if not store.names():
-        return "it has no checkpoint"
     if record.status == "succeeded" and going_on(store, record.id, record.status) is None:
         return "it has ended well, and nothing is left to do"
+    if not store.names():
+        return "it has no checkpoint"
     return None
 
 
@@ -120,48 +123,52 @@ class Resumption:
     @classmethod
     def find(cls, reference: str, recipe: Recipe, allow_change: bool) -> Resumption:
         """Raises NotFoundError, UsageError, ConflictError, and VerificationError when no checkpoint is whole."""
-        record = find_resumable(Home.open(), reference, spec_of(recipe))
+        record = find_resumable(Home.open(), reference, recipe.spec)
+        record.require(*FILES)
         checkpoint = _store(record).newest_whole(output.tell)
         return cls(record, checkpoint, allow_change)
 
-    def base(self) -> YamlDocument:
+    def base(self, masked_from: Mapping[str, Any] | None = None) -> YamlDocument:
         """The configuration that the checkpoint was saved under; models as the versions that they meant then.
 
-        Values that were masked as secrets are left out: they come from where they came from before.
+        Values that were masked as secrets are those of `masked_from`, or are left out.
         """
-        data = _unmasked(self.checkpoint.state["config"])
-        for name, model in json.loads((self.record.directory / "models.json").read_text(encoding="utf-8")).items():
-            _pin(data, name.split("."), model["ref"])
+        data = deepcopy(self.checkpoint.state.get("config", {}))
+        for place in masked(data):
+            _fill(data, place, masked_from)
+        try:
+            for name, model in self.record.read("models.json").items():
+                _pin(data, name.split("."), model["ref"])
+        except (LookupError, TypeError, ValueError):
+            where = f"run {self.record.id}: models.json"
+            raise VerificationError(f"{where}: names {name!r}, which {self.checkpoint.name} lacks") from None
         return load_yaml(as_yaml(data), f"run {self.record.id}")
 
-    def values(self, given: dict[str, Any]) -> dict[str, Any]:
-        """The runner's values: those given now, else those that the run was started with."""
-        saved = self.record.data.get("options", {})
-        merged = dict(given)
-        for name in ("num_processes", "seed", "accelerate_config", "memory", "keep_checkpoints"):
-            if merged[name] is None and saved.get(name) is not None:
-                merged[name] = str(saved[name]) if name == "memory" else saved[name]
-        if saved.get("accelerate_config"):
-            merged["accelerate_config"] = Path(merged["accelerate_config"])
-            merged["num_processes"] = given["num_processes"]
-        if merged["device"] == "auto":
-            merged["device"] = saved.get("device", "auto")
-        for name in ("rehearse", "deterministic"):
-            merged[name] = merged[name] or bool(saved.get(name))
-        merged["no_compile"] = merged["no_compile"] or saved.get("compile") is False
-        return merged
+    def ask_for_masked(self, resolved: Resolved) -> None:
+        """Raises UsageError naming the values that were masked as secrets and are not given anew."""
+        given = {path for path, value in places(resolved.data) if value is not None}
+        missing = [place for place in masked(self.checkpoint.state.get("config", {})) if place not in given]
+        if missing:
+            names = ", ".join(map(".".join, missing))
+            variables = " ".join(f"ADAPTIVE_CFG__{'__'.join(place).upper()}=..." for place in missing)
+            raise UsageError(
+                f"run {self.record.id} does not keep secrets: it needs its {names} again",
+                hint=f"set {variables}, or give a file with --config",
+                missing=[".".join(place) for place in missing],
+            )
 
     def check_machine(self, given: dict[str, Any]) -> None:
         """Raises UsageError when flags ask for another number of ranks, seed or device than the run has."""
-        saved = self.checkpoint.state["run"]
+        saved = self.checkpoint.state.get("run", {})
         asked = {"ranks": given["num_processes"], "seed": given["seed"], "device": given["device"]}
         asked = {name: value for name, value in asked.items() if value not in (None, "auto")}
         hint = "leave the flag out: a resumed run has what it was started with"
-        compare(f"run {self.record.id}", {name: saved[name] for name in asked}, asked, hint)
+        compare(f"run {self.record.id}", {name: saved.get(name) for name in asked}, asked, hint)
 
     def check(self, recipe: Recipe, before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         """What has changed, one line each. Raises UsageError when there is something and it was not allowed."""
-        changes = differences(before, now)
+        mask = Redactor().knowing(before).knowing(now)
+        changes = [mask.text(change) for change in differences(before, now)]
         if self.record.data.get("recipe_sha256") not in (None, recipe.sha256):
             changes.append(f"the recipe's file {recipe.path.name} has changed since")
         if changes and not self.allow_change:
@@ -175,14 +182,25 @@ class Resumption:
         return changes
 
 
-def _unmasked(data: Any) -> Any:
-    if isinstance(data, dict):
-        return {key: _unmasked(value) for key, value in data.items() if not _is_masked(value)}
-    return [_unmasked(value) for value in data] if isinstance(data, list) else data
+def masked(data: Any) -> list[tuple[str, ...]]:
+    """The places whose values were masked as secrets; of a list the whole list."""
+    return [
+        tuple(map(str, path))
+        for path, value in places(data)
+        if not isinstance(value, dict)
+        and not any(isinstance(key, int) for key in path)
+        and any(isinstance(text, str) and MASK in text for _, text in places(value))
+    ]
 
 
-def _is_masked(value: Any) -> bool:
-    return isinstance(value, str) and MASK in value
+def _fill(data: dict[str, Any], place: tuple[str, ...], given: Mapping[str, Any] | None) -> None:
+    """Put what is given at a place, or leave the place out."""
+    for key in place[:-1]:
+        data, given = data[key], None if given is None else given.get(key)
+    if given is None:
+        del data[place[-1]]
+    else:
+        data[place[-1]] = given.get(place[-1])
 
 
 def _pin(data: Any, path: list[str], reference: str) -> None:

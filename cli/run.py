@@ -4,32 +4,34 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Argument, Option
 
 from harmony_core.errors import UsageError
-from harmony_core.recipe import Recipe
+from harmony_core.memory.sizes import LEAST_SECONDS, MAX_SECONDS
+from harmony_core.options import RunOptions
+from harmony_core.recipe.module import Recipe
 
 from . import output
-from .configuration import Configured, configure
-from .flags import Flag, as_parameter, assignments, flags_of, names_of
+from .flags import Configured, Invocation, command, names_of
 
 if TYPE_CHECKING:
-    from harmony_core.config import YamlDocument
-    from harmony_core.execution import RunOptions
-    from harmony_core.recipe import InputConfig
+    from harmony_core.redaction import Redactor
     from harmony_core.registry import Registry
+    from harmony_core.runs.run import Run
 
     from .app import Reply
     from .resume import Resumption
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(s|m|h|d)?")
+_RANGES = {"num_processes": (1, 1024), "seed": (0, 2**63 - 1), "keep_checkpoints": (0, 10**6)}
 _SECONDS = {None: 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
@@ -44,164 +46,184 @@ class Device(StrEnum):
 def runner(
     recipe: Annotated[
         str,
-        typer.Argument(
-            metavar="RECIPE", help="path.py, path.py:function, or the name of a built-in.", show_default=False
-        ),
+        Argument(metavar="RECIPE", help="path.py, path.py:function, or the name of a built-in.", show_default=False),
     ],
     config: Annotated[
         list[str] | None,
-        typer.Option("--config", "-c", metavar="FILE", help="YAML file, - for stdin; repeat it, later ones win."),
+        Option("--config", "-c", metavar="FILE", help="YAML file, - for stdin; repeat it, later ones win."),
     ] = None,
     set: Annotated[
-        list[str] | None,
-        typer.Option("--set", "-s", metavar="KEY=VALUE", help="Set any value: --set lora.r=8; repeatable."),
+        list[str] | None, Option("--set", "-s", metavar="KEY=VALUE", help="Set any value: --set lora.r=8; repeatable.")
     ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything and plan every spawn; start nothing.")
-    ] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Check everything and plan every spawn; start nothing.")] = False,
     assume: Annotated[
-        str | None, typer.Option("--assume", metavar="NxSIZE", help="Dry run for another machine, such as 8x80GiB.")
+        str | None, Option(metavar="NxSIZE", help="Dry run for another machine, such as 8x80GiB.")
     ] = None,
     num_processes: Annotated[
-        int | None,
-        typer.Option("--num-processes", min=1, help="Number of ranks.  [default: every visible CUDA device, else 1]"),
+        int | None, Option(help="Number of ranks.  [default: every visible CUDA device, else 1]")
     ] = None,
-    device: Annotated[Device, typer.Option("--device", help="Where the ranks run.")] = Device.auto,
+    device: Annotated[Device, Option(help="Where the ranks run.")] = Device.auto,
     memory: Annotated[
-        str | None, typer.Option("--memory", metavar="SIZE", help="Limit for models: 8GB of the host, or per device.")
+        str | None, Option(metavar="SIZE", help="Limit for models: 8GB of the host, or per device.")
     ] = None,
     accelerate_config: Annotated[
-        Path | None,
-        typer.Option("--accelerate-config", metavar="FILE", help="Process count, device ids and environment."),
+        Path | None, Option(metavar="FILE", help="Process count, device ids and environment.")
     ] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Seed of the run, and of the recipe's `seed`.")] = None,
+    seed: Annotated[int | None, Option(help="Seed of the run, and of the recipe's `seed`.")] = None,
     timeout: Annotated[
-        str | None, typer.Option("--timeout", metavar="TIME", help="End the run after 90s, 30m, 2h; exit code 124.")
+        str | None, Option(metavar="TIME", help="End the run after 90s, 30m, 2h; exit code 124.")
     ] = None,
+    hang_timeout: Annotated[
+        str, Option(metavar="TIME", help="A rank may go so long without progress; 0: for ever.")
+    ] = "10m",
+    silence_timeout: Annotated[
+        str, Option(metavar="TIME", help="A rank may go so long without a sign of life.")
+    ] = "120s",
+    fault_grace: Annotated[
+        str, Option(metavar="TIME", help="How long a recipe with models goes on without ranks.")
+    ] = "60s",
     rehearse: Annotated[
-        bool, typer.Option("--rehearse", help="Try the worst micro-batch of every spawn on CPU too.")
+        bool, Option("--rehearse", help="Try the worst micro-batch of every spawn on CPU too.")
     ] = False,
     deterministic: Annotated[
-        bool,
-        typer.Option("--deterministic", help="On CPU: sampled and trained log-probs equal bit for bit, but slower."),
+        bool, Option("--deterministic", help="On CPU: sampled and trained log-probs equal bit for bit, but slower.")
     ] = False,
     no_compile: Annotated[
-        bool, typer.Option("--no-compile", help="On CUDA: run the layers as they are, slower but at once.")
+        bool, Option("--no-compile", help="On CUDA: run the layers as they are, slower but at once.")
     ] = False,
     resume: Annotated[
-        str | None,
-        typer.Option("--resume", metavar="[RUN]", help="Go on with a run from its last checkpoint.  [default: newest]"),
+        str | None, Option(metavar="[RUN]", help="Go on with a run from its last checkpoint.  [default: newest]")
     ] = None,
     allow_change: Annotated[
-        bool, typer.Option("--allow-change", help="Resume with changes that do not decide the training.")
+        bool, Option("--allow-change", help="Resume with changes that do not decide the training.")
     ] = False,
     keep_checkpoints: Annotated[
-        int | None,
-        typer.Option(
-            "--keep-checkpoints", metavar="N", min=0, help="Checkpoints that stay; 0 writes none.  [default: 2]"
-        ),
+        int | None, Option(metavar="N", help="Checkpoints that stay; 0 writes none.  [default: 2, none once saved]")
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout; prints go to stderr.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only errors on stderr.")] = False,
+    save_wait: Annotated[
+        str | None, Option(metavar="TIME", help="Retry a save on a full disk.  [default: 10m, in CI 0]")
+    ] = None,
+    json: Annotated[bool, Option("--json", help="One JSON object on stdout; prints go to stderr.")] = False,
+    quiet: Annotated[bool, Option("--quiet", "-q", help="Only errors on stderr.")] = False,
 ) -> None:
     """Run a recipe. `adaptive run RECIPE --help` shows the recipe's own parameters."""
 
 
-@dataclass(frozen=True)
-class Invocation:
-    """A parsed command line: the runner's values by name, and what was given for the recipe."""
-
-    recipe: Recipe
-    values: dict[str, Any]
-    flags: list[Flag]
-
-    def configured(self, base: YamlDocument | None = None) -> Configured:
-        """The recipe's configuration, over that of a resumed run. Raises ConfigError, NotFoundError."""
-        given = assignments(self.flags, self.values)
-        seed = self.values.get("seed")
-        if seed is not None and self.takes_seed:
-            from harmony_core.config import Assignment, Source
-
-            given.append(Assignment(("seed",), seed, Source("flag", "--seed")))
-        return configure(self.recipe, self.values["config"] or [], self.values["set"] or [], given, base)
-
-    @property
-    def takes_seed(self) -> bool:
-        """Whether the recipe has a field `seed`."""
-        return self.recipe.config_type is not None and "seed" in self.recipe.config_type.model_fields
+def application(recipe: Recipe | None, words: Sequence[str], reply: Reply) -> Callable[..., int]:
+    """The command for one recipe."""
+    return command(recipe, runner, lambda invocation: _start(invocation, words, reply), reply)
 
 
-def command(
-    recipe: Recipe | None,
-    fixed: Callable[..., None],
-    act: Callable[[Invocation], int],
-    reply: Reply,
-    with_flags: bool = True,
-) -> Callable[..., int]:
-    """A function for Typer: the parameters of `fixed` and, behind the recipe's name, its own flags."""
-    flags = flags_of(recipe) if recipe is not None and with_flags else []
+def recipe_word(words: Sequence[str], doubtful_too: bool = True) -> str | None:
+    """The word of a command line that names the recipe, found before the recipe's flags are known.
 
-    def invoke(**values: Any) -> int:
-        if recipe is None:
-            raise UsageError("no recipe was given", hint="adaptive recipes list")
-        return act(Invocation(recipe, values, flags))
-
-    parameters = list(inspect.signature(fixed, eval_str=True).parameters.values())
-    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
-    parameters[1:1] = [as_parameter(flag) for flag in flags]
-    reply.known_flags += [name for p in parameters for name in names_of(p)]
-    invoke.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    invoke.__annotations__ = {p.name: p.annotation for p in parameters}
-    invoke.__name__ = fixed.__name__
-    invoke.__doc__ = _document(recipe) or fixed.__doc__
-    return invoke
-
-
-def _document(recipe: Recipe | None) -> str:
-    if recipe is None:
-        return ""
-    # \b keeps a paragraph's lines as the author wrote them.
-    paragraphs = [f"\b\n{paragraph}" for paragraph in recipe.doc.replace("\f", "").split("\n\n") if paragraph.strip()]
-    return "\n\n".join([f"Run {recipe.name}.", *paragraphs, "The recipe's own parameters come first."])
+    The first plain word that looks like one; a word behind a flag of the recipe, which may be that flag's value, only
+    if no other plain word stands there, and never without `doubtful_too`.
+    """
+    flags = inspect.signature(runner, eval_str=True).parameters.values()
+    with_value = {name for flag in flags if flag.annotation.__origin__ is not bool for name in names_of(flag)}
+    plain: list[str] = []
+    doubtful: list[str] = []
+    commands = ["run", "config", "show", "schema"]
+    previous = ""
+    for word in words[: list(words).index("--")] if "--" in words else words:
+        if previous not in with_value and word.startswith("-") and word != "-":
+            previous = word
+            continue
+        if previous in with_value:
+            pass
+        elif word in commands and not plain:
+            # The command, and the one below it: `config show`. A recipe called `run` would stand behind them.
+            commands = commands[commands.index(word) + 1 :] if word == "config" else []
+        elif previous.startswith("--") and "=" not in previous:
+            doubtful.append(word)
+        else:
+            plain.append(word)
+        previous = ""
+    candidates = plain + (doubtful if doubtful_too else [])
+    return next((word for word in candidates if _is_file(word)), next(iter(candidates), None))
 
 
-def start(invocation: Invocation, words: Sequence[str], reply: Reply) -> int:
+def _is_file(word: str) -> bool:
+    name = word.rpartition(":")[0] or word
+    return name.endswith(".py") and Path(name).is_file()
+
+
+def _start(invocation: Invocation, words: Sequence[str], reply: Reply) -> int:
     """Check everything, then run. Returns the exit code."""
-    from harmony_core.execution import execute
     from harmony_core.home import Home
-    from harmony_core.interruption import Interruption
     from harmony_core.notifiers import silenced
+    from harmony_core.recipe.execution import execute
     from harmony_core.registry import Registry
-    from harmony_core.run import Run
+    from harmony_core.runs.interruption import Interruption
+    from harmony_core.runs.run import Run
 
-    from .progress import progress
-    from .record import record_inputs, record_resumption
-    from .report import print_plan, print_result
-
+    streams = reply.streams
     recipe, quiet, as_json = invocation.recipe, bool(invocation.values["quiet"]), bool(invocation.values["json"])
     home = Home.open()
     registry = Registry(home)
     prepared = _prepare(invocation, registry)
-    options, models, resumption = prepared.options, prepared.models, prepared.resumption
-    record = resumption.record if resumption else None
-    opened = Run.temporary("dry-run") if options.dry_run else Run.opened(home, recipe.name, words, record)
+    configured, options, resumption = prepared.configured, prepared.options, prepared.resumption
+    record, checkpoint = (resumption.record, resumption.checkpoint) if resumption else (None, None)
+    redactor = _knowing(configured)
+    opened = Run.temporary("dry-run") if options.dry_run else Run.opened(home, recipe.name, words, record, redactor)
     tell = (lambda text: None) if quiet else output.tell
     with opened as run:
-        if resumption is not None and not options.dry_run:
-            record_resumption(run, resumption, prepared)
-            tell(f"run {run.id}, from {resumption.checkpoint.name}")
-        elif not options.dry_run:
-            record_inputs(run, recipe, prepared)
-            tell(f"run {run.id}")
-        with silenced(quiet), progress(quiet) as sink, Interruption(options.timeout, tell) as stop:
-            outcome = asyncio.run(execute(recipe, prepared.config, options, run, registry, sink, stop))
-        data = run.redactor.data(outcome.as_data(None if options.dry_run else run.id))
+        if not options.dry_run:
+            if checkpoint is None:
+                _record_inputs(run, recipe, configured)
+            else:
+                run.events.write("resumed", {"checkpoint": checkpoint.name, "changes": prepared.changes})
+            tell(f"run {run.id}{f', from {checkpoint.name}' if checkpoint else ''}")
+            streams.keep_in(run)
+        with silenced(quiet), output.progress(quiet, streams) as sink, Interruption(options.timeout, tell) as stop:
+            doing = execute(recipe, configured.config, options, run, registry, stop, sink, checkpoint)
+            outcome = asyncio.run(doing)
+            reply.signals.finishing = True
+        data = run.masked(outcome.as_data(None if options.dry_run else run.id))
         run.finish(outcome.status, outcome.exit_code, data)
+        reply.signals.finishing = False
+        for name, kept in streams.kept.items():
+            if kept.lost:
+                output.tell(f"warning: {run.log_dir / name}.log lacks {kept.lost} bytes that the disk did not take")
         if (page := run.directory / "report.html").is_file():
             tell(f"report {page}")
-    (print_plan if options.dry_run else print_result)(data, recipe, models, quiet, as_json)
+    output.tell_errors(data["errors"])
+    if not options.dry_run:
+        output.tell_result(data, quiet, as_json)
+    elif not as_json:
+        output.tell_plan(data, recipe.path, configured.models)
     reply.data = data
     return outcome.exit_code
+
+
+def _knowing(configured: Configured) -> Redactor:
+    """Knows the secrets of the environment and of the configuration; a model's key is none, whatever equals it."""
+    from harmony_core.redaction import Redactor
+
+    known = Redactor.from_environment(os.environ)
+    if configured.config is not None:
+        known = known.knowing(configured.config.model_dump())
+    refs = {model["ref"] for model in configured.models.values()}
+    return Redactor(known.values - refs - {ref.partition("@")[0] for ref in refs})
+
+
+def _record_inputs(run: Run, recipe: Recipe, configured: Configured) -> None:
+    """The configuration with its sources, the files that it came from, the recipe, and the models by digest."""
+    from harmony_core.config import as_data, as_yaml, load_yaml_file, sources_of
+
+    data, mask, models = as_data(configured.config), run.redactor, configured.models
+    run.write_text("config.yaml", as_yaml(mask.data(data)))
+    run.write_json("sources.json", mask.data(sources_of(data, configured.resolved)))
+    run.write_json("models.json", models)
+    run.write_text(f"inputs/0-{recipe.path.name}", mask.code(recipe.path.read_text("utf-8", errors="replace")))
+    for number, file in enumerate(configured.files, 1):
+        given = mask.data(load_yaml_file(file).data)
+        write = run.write_json if file.suffix == ".json" else lambda name, data: run.write_text(name, as_yaml(data))
+        write(f"inputs/{number}-{file.name}", given)
+    run.note(recipe=recipe.spec, recipe_sha256=recipe.sha256)
+    details: dict[str, Any] = {"recipe": str(recipe.path), "sha256": recipe.sha256, "models": models}
+    run.events.write("config.resolved", details | {"config": data})
 
 
 @dataclass(frozen=True)
@@ -209,82 +231,66 @@ class Prepared:
     """A run that was checked and not yet begun."""
 
     configured: Configured
-    config: InputConfig | None
-    models: dict[str, dict[str, str]]
     options: RunOptions
-    resumption: Resumption | None
-    changes: list[str]
+    resumption: Resumption | None = None
+    changes: list[str] = field(default_factory=list)
 
 
 def _prepare(invocation: Invocation, registry: Registry) -> Prepared:
     """Everything that can be wrong before a run exists. Raises what is."""
-    from harmony_core.config.snapshot import as_data
-    from harmony_core.execution import RunOptions
-    from harmony_core.redaction import Redactor
+    from harmony_core.config import as_data
 
     from .resume import Resumption
 
     values, recipe = invocation.values, invocation.recipe
-    if values["allow_change"] and values["resume"] is None:
-        raise UsageError("--allow-change is about a run that is resumed", hint="add --resume")
     if values["resume"] is None:
-        options = _options(RunOptions, values)
-        configured = invocation.configured()
-        config, models = _settled(configured, recipe, registry)
-        if values["seed"] is None and isinstance(getattr(config, "seed", None), int):
-            options = _options(RunOptions, values | {"seed": config.seed})  # type: ignore[union-attr]
-        return Prepared(configured, config, models, options, None, [])
+        if values["allow_change"]:
+            raise UsageError("--allow-change is about a run that is resumed", hint="add --resume")
+        options = _options(values)
+        configured = invocation.configured().settled(recipe, registry)
+        seed = getattr(configured.config, "seed", None)
+        if values["seed"] is None and isinstance(seed, int):
+            options = _options(values | {"seed": seed})
+        return Prepared(configured, options)
     resumption = Resumption.find(values["resume"], recipe, values["allow_change"])
     resumption.check_machine(values)
-    options = replace(_options(RunOptions, resumption.values(values)), resumed=resumption.checkpoint)
-    base = resumption.base()
-    configured = invocation.configured(base)
-    config, models = _settled(configured, recipe, registry)
-    before, _ = _settled(configure(recipe, [], [], [], base, environment={}), recipe, registry)
-    redactor = Redactor({}).knowing(as_data(config)).knowing(as_data(before))
-    changes = resumption.check(recipe, redactor.data(as_data(before)), redactor.data(as_data(config)))
-    return Prepared(configured, config, models, options, resumption, changes)
+    options = _options(values).resuming(resumption.record.data.get("options", {}))
+    configured = invocation.configured(resumption.base(), check=resumption.ask_for_masked).settled(recipe, registry)
+    now = as_data(configured.config)
+    old = Invocation(recipe, {}).configured(resumption.base(masked_from=now), environment={})
+    changes = resumption.check(recipe, as_data(old.settled(recipe, registry).config), now)
+    return Prepared(configured, options, resumption, changes)
 
 
-def _settled(
-    configured: Configured, recipe: Recipe, registry: Registry
-) -> tuple[InputConfig | None, dict[str, dict[str, str]]]:
-    from harmony_core.config.names import settle_names
+def _options(values: dict[str, Any]) -> RunOptions:
+    from harmony_core.memory.ledger import parse_assume, parse_size
 
-    if configured.config is None:
-        return None, {}
-    return settle_names(configured.config, configured.resolved, registry, recipe.path.parent)
-
-
-def _options(kind: Any, values: dict[str, Any]) -> Any:
-    from harmony_core.ledger import parse_assume, parse_size
-
-    assume = values["assume"]
-    if assume is not None:
+    for name, (least, most) in _RANGES.items():
+        if values[name] is not None and not least <= values[name] <= most:
+            raise UsageError(f"{_flag(name)}: {str(values[name])[:40]} (allowed: {least} to {most})")
+    given = {option.name: values[option.name] for option in fields(RunOptions) if option.name in values}
+    given |= {"device": values["device"].value, "seed": values["seed"] or 0, "compile": not values["no_compile"]}
+    if values["assume"] is not None:
         if not values["dry_run"]:
             raise UsageError("--assume plans for a machine that is not here", hint="add --dry-run")
-        parse_assume(assume)
-    return kind(
-        num_processes=values["num_processes"],
-        device=Device(values["device"]).value,
-        accelerate_config=values["accelerate_config"],
-        memory=None if values["memory"] is None else parse_size(values["memory"]),
-        seed=values["seed"] or 0,
-        timeout=None if values["timeout"] is None else seconds(values["timeout"]),
-        rehearse=values["rehearse"],
-        deterministic=values["deterministic"],
-        compile=not values["no_compile"],
-        dry_run=values["dry_run"],
-        assume=assume,
-        keep_checkpoints=2 if values["keep_checkpoints"] is None else values["keep_checkpoints"],
-        allow_change=values["allow_change"],
-    )
+        parse_assume(values["assume"])
+    if values["memory"] is not None:
+        given["memory"] = parse_size(values["memory"], "--memory")
+    for name, seconds_least in {"timeout": 0.001, **LEAST_SECONDS}.items():
+        if given[name] is not None:
+            given[name] = seconds(given[name], _flag(name), seconds_least)
+    return RunOptions(**given)
 
 
-def seconds(text: str) -> float:
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def seconds(text: str, flag: str = "--timeout", least: float = 0.001) -> float:
     """`90`, `90s`, `30m`, `2h`, `1d`. Raises UsageError."""
     match = _DURATION.fullmatch(text.strip())
-    found = float(match[1]) * _SECONDS[match[2]] if match else 0.0
-    if found <= 0:
-        raise UsageError(f"--timeout: not a time: {text!r}", hint="write 90s, 30m or 2h")
+    found = float(match[1]) * _SECONDS[match[2]] if match else -1.0
+    if not least <= found <= MAX_SECONDS:
+        allowed = f"{least:g} s to {MAX_SECONDS // 86400}d"
+        raise UsageError(f"{flag}: not a time: {text[:40]!r} (allowed: {allowed})", hint="write 90s, 30m, 2h or 1d")
     return found

@@ -7,12 +7,13 @@
     │   ├── ModelRefused             2  architecture, kind, tp, or weights we do not take
     │   ├── TokenizationError        2  a thread or template from which tokens or weights cannot be derived
     │   └── DataError                2  a dataset line, a sample, a prompt
-    │       ├── SampleTooLong        2  details: tokens, limit
+    │       ├── TooLong              2  more tokens than a limit; details: tokens, limit, needed, setting, context
+    │       │   ├── SampleTooLong    2
+    │       │   └── PromptTooLong    2
     │       ├── NothingToTrain       2  a sample, batch or step without a weighted token
     │       ├── GradeFailed          2  a grader raised, or gave no finite number; details: grader
     │       ├── IgnoreGradeException 2  a grader asks that its sample does not count
-    │       ├── TooManyFailures      2  more of a batch failed than is tolerated; details: failures, batch_size
-    │       └── PromptTooLong        2  details: tokens, limit
+    │       └── TooManyFailures      2  more failed than is tolerated; details: failures, and batch_size or rows
     ├── NotFoundError                3  a named thing does not exist
     ├── ResourceError                4  devices, packages, disk
     │   └── MemoryRefused            4  a spawn that cannot fit; message holds the table, hint the ways out
@@ -21,11 +22,11 @@
     │   ├── LauncherDied             5
     │   ├── RankError                5  an exception on a rank; details: rank, type, traceback
     │   └── StepFailed               5  an accepted sample failed; the step's gradients are gone
+    │       └── LossFailed           1  it failed in the recipe's own loss
     ├── ConflictError                6  exists already, in use, name taken
     ├── VerificationError            7  bytes differ from what was recorded, or a file that must not be read
-    ├── GateFailed                   8  the recipe finished, a gate it declared did not hold
     ├── InternalError               70  our bug
-    ├── Preempted                   75  stopped by SIGTERM with a committed checkpoint
+    ├── Preempted                   75  stopped by SIGTERM or SIGHUP with a committed checkpoint
     └── RunTimeout                 124  `--timeout` passed, or a rank hung
 
 To add one: subclass the nearest class, set `exit_code` only if it differs, and draw it above.
@@ -34,8 +35,10 @@ Every error is built from a message, a hint and plain details, so that it can cr
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+import errno
+from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
 
 
@@ -93,8 +96,16 @@ class DataError(UsageError):
     """A dataset line, a sample or a prompt that cannot be used."""
 
 
-class SampleTooLong(DataError):
-    """More tokens than `max_batch_size`. Details: tokens, limit."""
+class TooLong(DataError):
+    """More tokens than a limit allows: training drops and replaces what raises it.
+
+    Details: tokens, limit; where they are known also needed (the limit with which it would do), setting (what sets the
+    limit, "" if nothing does) and context (the most that any setting can give).
+    """
+
+
+class SampleTooLong(TooLong):
+    """A sample with more tokens than are trained at once."""
 
 
 class NothingToTrain(DataError):
@@ -118,11 +129,11 @@ class IgnoreGradeException(DataError):
 
 
 class TooManyFailures(DataError, RuntimeError):
-    """More items of a batch failed, or were dropped, than is tolerated. Details: failures, batch_size."""
+    """More items failed, not for their length, than is tolerated. Details: failures, and batch_size or rows."""
 
 
-class PromptTooLong(DataError):
-    """A prompt that leaves no room to generate. Details: tokens, limit."""
+class PromptTooLong(TooLong):
+    """A prompt that leaves no room to generate, or a thread that is too long to score."""
 
 
 class NotFoundError(HarmonyError):
@@ -163,6 +174,12 @@ class StepFailed(EngineError):
     """A sample that was accepted failed on a rank; the step's gradients were cleared everywhere."""
 
 
+class LossFailed(StepFailed):
+    """The recipe's own loss raised, or returned what is no loss: the engine is sound, and so is the next step."""
+
+    exit_code = 1
+
+
 class ConflictError(HarmonyError):
     """Something with this name exists already, or is in use."""
 
@@ -175,12 +192,6 @@ class VerificationError(HarmonyError):
     exit_code = 7
 
 
-class GateFailed(HarmonyError):
-    """The recipe finished, but a gate that it declared does not hold."""
-
-    exit_code = 8
-
-
 class InternalError(HarmonyError):
     """A bug of ours."""
 
@@ -188,7 +199,7 @@ class InternalError(HarmonyError):
 
 
 class Preempted(HarmonyError):
-    """Stopped by SIGTERM with a committed checkpoint: resume me."""
+    """Stopped by SIGTERM or SIGHUP with a committed checkpoint: resume me."""
 
     exit_code = 75
 
@@ -197,6 +208,31 @@ class RunTimeout(HarmonyError):
     """`--timeout` passed, or a rank hung."""
 
     exit_code = 124
+
+
+MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE)
+"""Reasons for which the machine, and nobody's program, refuses a file."""
+
+
+def storage_error(doing: str, error: OSError) -> HarmonyError:
+    """The typed error for a failing disk: what was being done, where, and the system's reason."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    few = "allow more open files: ulimit -n 4096" if error.errno in (errno.EMFILE, errno.ENFILE) else ""
+    where = f" ({error.filename})" if error.filename else ""
+    return ResourceError(
+        f"{doing}: {error.strerror or error}{where}",
+        hint="free some space and try again; nothing stored before was touched" if full else few,
+        errno=error.errno or 0,
+    )
+
+
+@contextlib.contextmanager
+def storing(doing: str) -> Iterator[None]:
+    """Turn an OSError of the block into the typed error for a failing disk."""
+    try:
+        yield
+    except OSError as error:
+        raise storage_error(doing, error) from error
 
 
 def all_errors() -> dict[str, type[HarmonyError]]:

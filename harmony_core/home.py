@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 from harmony_core.errors import ResourceError
+from harmony_core.plain_files import expanded, write_text
 
 ENVIRONMENT = "ADAPTIVE_HOME"
 FORMAT = 1
@@ -32,16 +33,19 @@ class Home:
         """What is being deleted."""
 
     @classmethod
-    def open(cls, path: Path | str | None = None) -> Home:
+    def open(cls, path: Path | str | None = None, writes: bool = True) -> Home:
         """The given directory, else `$ADAPTIVE_HOME`, else `~/.adaptive`; created when it is missing.
 
-        Raises ResourceError when it cannot be written or was made by a newer version.
+        Raises ResourceError when it cannot be written, which without `writes` is no matter, or was made by a newer
+        version.
         """
-        chosen = Path(path or os.environ.get(ENVIRONMENT) or "~/.adaptive").expanduser()
+        chosen = expanded(path or os.environ.get(ENVIRONMENT) or "~/.adaptive")
         home = cls(Path(os.path.abspath(chosen)))
         try:
             home._create()
         except OSError as error:
+            if not writes and os.access(home.path, os.R_OK | os.X_OK):
+                return home
             raise ResourceError(
                 f"the home directory {home.path} cannot be used: {error.strerror or error}",
                 hint=f"set {ENVIRONMENT} to a directory that you can write",
@@ -55,7 +59,8 @@ class Home:
         try:
             text = version.read_text(encoding="utf-8", errors="replace").strip()
         except FileNotFoundError:
-            text = self._write_version(version)
+            text = str(FORMAT)
+            write_text(version, f"{text}\n")  # another process may open the same new home at this moment
         if text != str(FORMAT):
             raise ResourceError(
                 f"the home directory {self.path} has format {text[:40]!r}, and this version reads format {FORMAT}",
@@ -66,11 +71,3 @@ class Home:
             directory.mkdir(exist_ok=True)
         if not os.access(self.path, os.W_OK | os.X_OK):
             raise PermissionError(13, "it is not writable")
-
-    def _write_version(self, version: Path) -> str:
-        """Through a temporary name: another process may open the same new home at this moment."""
-        text = str(FORMAT)
-        temporary = version.with_name(f"VERSION.{os.getpid()}")
-        temporary.write_text(text + "\n", encoding="utf-8")
-        os.replace(temporary, version)
-        return text

@@ -17,7 +17,7 @@ tokens: see `algorithms.showing` for the way from a thread to `tell_sample`.
 
 from __future__ import annotations
 
-import math
+import os
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +26,9 @@ from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 from harmony_core.notifiers import EventWriter, JobNotifier
+from harmony_core.plain_data import plain
+from harmony_core.redaction import Redactor
+from harmony_core.text.row_lengths import PlannedRows
 
 MAX_SAMPLES = 8
 """Samples of one step and source that are kept; more are passed over."""
@@ -43,15 +46,36 @@ class Piece(NamedTuple):
 
 
 class Journal:
-    """Writes what is told to a run's events; any thread may tell. `job`: the run's."""
+    """What is told becomes the run's events; any thread may tell. `write` is None outside of a run: nothing is told.
 
-    def __init__(self, write: EventWriter, job: JobNotifier | None = None) -> None:
+    `job`, `mask`: the run's. `rows`: where a dry run notes datasets, to count their rows when it ends.
+    """
+
+    def __init__(
+        self,
+        write: EventWriter | None = None,
+        job: JobNotifier | None = None,
+        rows: PlannedRows | None = None,
+        mask: Redactor | None = None,
+    ) -> None:
         self.write = write
         self.job = job
+        self.rows = rows
+        self._mask = mask
         self._began = time.monotonic()
         self._lock = threading.Lock()
         self._inside: dict[str, tuple[int, float]] = {}
         self._told: dict[str, tuple[int, int]] = {}
+
+    @property
+    def mask(self) -> Redactor:
+        """What masks secrets: the run's; outside of a run one that knows the environment."""
+        return self._mask or Redactor.from_environment(os.environ)
+
+    def tell(self, type: str, data: dict[str, Any]) -> None:
+        """Write an event, in a run."""
+        if self.write is not None:
+            self.write(type, data)
 
     def enter(self, name: str) -> None:
         """A task enters a phase."""
@@ -67,7 +91,7 @@ class Journal:
                 self._inside[name] = (tasks - 1, since)
                 return
             seconds = time.monotonic() - since
-        self.write("phase", {"name": name, "start": round(since - self._began, 6), "seconds": round(seconds, 6)})
+        self.tell("phase", {"name": name, "start": round(since - self._began, 6), "seconds": round(seconds, 6)})
 
     def room(self, source: str, step: int) -> int:
         """How many more samples of this step and source are kept."""
@@ -81,33 +105,31 @@ class Journal:
             if room <= 0:
                 return
             self._told[source] = (step, MAX_SAMPLES - room + 1)
-        self.write("sample", data)
+        self.tell("sample", data)
 
 
 _journal: ContextVar[Journal | None] = ContextVar("journal", default=None)
 
 
-def begin(write: EventWriter, job: JobNotifier | None = None) -> None:
+def begin(write: EventWriter, job: JobNotifier | None = None, mask: Redactor | None = None) -> None:
     """What is told from here on in this context, and in tasks begun in it, becomes events."""
-    _journal.set(Journal(write, job))
+    _journal.set(Journal(write, job, mask=mask))
 
 
-def event_writer() -> EventWriter | None:
-    """What writes the run's events; None outside of a run."""
-    journal = _journal.get()
-    return None if journal is None else journal.write
-
-
-def running_job() -> JobNotifier | None:
-    """The job of the run; None outside of one."""
-    journal = _journal.get()
-    return None if journal is None else journal.job
+def current() -> Journal:
+    """The journal of this context."""
+    return _journal.get() or Journal()
 
 
 @contextmanager
-def kept(write: EventWriter, job: JobNotifier | None = None) -> Iterator[None]:
-    """What is told inside becomes events."""
-    token = _journal.set(Journal(write, job))
+def kept(
+    write: EventWriter,
+    job: JobNotifier | None = None,
+    rows: PlannedRows | None = None,
+    mask: Redactor | None = None,
+) -> Iterator[None]:
+    """What is told inside becomes events; `rows`: where a dry run notes datasets; `mask`: for loggers."""
+    token = _journal.set(Journal(write, job, rows, mask))
     try:
         yield
     finally:
@@ -122,10 +144,7 @@ def phase(name: str) -> Iterator[None]:
     `optim_step` into "training" or "optimizer": it waits for the micro-batches before it, and the report sets the
     optimizer's own time apart by what the ranks measured.
     """
-    journal = _journal.get()
-    if journal is None:
-        yield
-        return
+    journal = current()
     journal.enter(name)
     try:
         yield
@@ -135,8 +154,8 @@ def phase(name: str) -> Iterator[None]:
 
 def samples_wanted(step: int, source: str = "training") -> int:
     """How many more samples of this step and source would be kept: 0 spares the work of preparing them."""
-    journal = _journal.get()
-    return 0 if journal is None else max(journal.room(source, step), 0)
+    journal = current()
+    return 0 if journal.write is None else max(journal.room(source, step), 0)
 
 
 def tell_sample(
@@ -154,9 +173,7 @@ def tell_sample(
     `step` is the optimizer step that it belongs to, from 1. `group` joins samples of one prompt. `grades` holds the
     value of each grader. Text past MAX_TEXT characters is cut.
     """
-    journal = _journal.get()
-    if journal is None:
-        return
+    journal = current()
     data: dict[str, Any] = {"step": step, "source": source}
     numbers = {"reward": reward, "advantage": advantage}
     data |= {name: _number(value) for name, value in numbers.items() if value is not None}
@@ -184,12 +201,10 @@ def tell_dropped(reasons: Mapping[str, int], *, last: str = "", taken: int | Non
 
     `taken` is how many samples the run has taken so far, dropped ones included.
     """
-    journal = _journal.get()
-    if journal is not None and reasons:
-        journal.write("samples.dropped", {"reasons": dict(reasons), "taken": taken, "last": last})
+    if reasons:
+        current().tell("samples.dropped", {"reasons": dict(reasons), "taken": taken, "last": last})
 
 
 def _number(value: float) -> float | str:
-    if not math.isfinite(value):
-        return str(value)
-    return float(f"{value:.6g}")
+    rounded: float | str = plain(float(f"{value:.6g}"))
+    return rounded

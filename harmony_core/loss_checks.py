@@ -8,7 +8,7 @@ from typing import Any
 from harmony_core.client import TrainingModel
 from harmony_core.client.custom_losses import Values, of_sample
 from harmony_core.errors import UsageError, VerificationError
-from harmony_core.threads import StringThread, TokenizedThread
+from harmony_core.text.threads import StringThread, TokenizedThread
 
 
 def check_loss(
@@ -28,7 +28,7 @@ def check_loss(
     every tp, so a loss that passes is the same on all of them.
     Raises VerificationError naming the cut that differs, or when there is no gradient or none that is finite.
     """
-    from harmony_core.engine.training.losses.checks import check_cuts
+    from harmony_core.engine.training.loss_evaluation import check_cuts
 
     if group < 1 or len(logprobs) < 2 * group or len(logprobs) % group:
         raise UsageError(f"{len(logprobs)} samples are not two groups of {group} or more", hint="give more samples")

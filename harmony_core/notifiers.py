@@ -12,17 +12,18 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 if TYPE_CHECKING:
-    from harmony_core.checkpoints import RunCheckpoints
+    from harmony_core.runs.checkpoints import RunCheckpoints
 
 logger = logging.getLogger(__name__)
 
 ProgressSink = Callable[[str, int, int], None]
 """Called with the stage's name, samples done, samples in all."""
+
+PROGRESS_SECONDS = 30.0
+"""Between two lines that say how far a stage is."""
 
 
 class EventWriter(Protocol):
@@ -45,26 +46,25 @@ def silenced(silent: bool = True) -> Iterator[None]:
         _silent.reset(token)
 
 
-def say(text: str) -> None:
-    """One line for people, on stderr."""
-    if _silent.get():
+def say(text: str, error: bool = False) -> None:
+    """One line for people, on stderr; an error also where others are silenced."""
+    if _silent.get() and not error:
         return
     # Looked up for each line: a progress bar, or a test, may have put its own stream in place.
     sys.stderr.write(f"{text}\n")
     sys.stderr.flush()
 
 
-@dataclass
 class PlainProgress:
-    """A sink of plain lines on stderr: when a stage begins and ends, and once in `interval` seconds between."""
+    """A sink of plain lines on stderr: when a stage begins and ends, and now and then between."""
 
-    interval: float = 30.0
-    _last: dict[str, float] = field(default_factory=dict, repr=False)
+    def __init__(self) -> None:
+        self._last: dict[str, float] = {}
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         """Write the line, or hold it back."""
         now = time.monotonic()
-        if stage in self._last and done < total and now - self._last[stage] < self.interval:
+        if stage in self._last and done < total and now - self._last[stage] < PROGRESS_SECONDS:
             return
         self._last[stage] = now
         say(f"{stage}: {done}/{total}")
@@ -217,16 +217,12 @@ class SimpleProgressNotifier:
         self._stage.report_progress(1, 0, self._link)
         return self
 
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, exc_type: object, *rest: object) -> None:
         if exc_type is None:
             self._stage.report_progress(1, 1, self._link)
 
     async def __aenter__(self) -> Self:
         return self.__enter__()
 
-    async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.__exit__(exc_type, exc, traceback)
+    async def __aexit__(self, *exc: object) -> None:
+        self.__exit__(*exc)

@@ -1,96 +1,332 @@
-"""Keeps secrets out of what a run writes: by the name of the value, by known shapes of tokens, by known values."""
+"""What a secret is, and how it is kept out of what a run writes and prints: values are masked before serialising.
+
+A text is a secret by its name (`is_secret_name`), by its shape, or because a variable or a field that is secret by name
+holds it. Known values of eight characters and more are masked wherever they stand, in their escaped spellings too;
+shorter ones only where they are all of a field's value. Keys of data and values that are no text are left alone.
+
+The shapes are those of gitleaks' rules (github.com/gitleaks/gitleaks, config/gitleaks.toml, read at b58d3f10 of
+2026-07-22), with open ends, so that a provider's next length is still found.
+"""
 
 from __future__ import annotations
 
+import json
+import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
+
+from harmony_core.plain_data import plain
 
 MASK = "********"
+_MASK = MASK.encode()
 
-_NAME = re.compile(
-    r"(?:^|[._-])(?:token|secret|password|passwd|credentials?|(?:api|access|secret|private)[_-]?key)$", re.IGNORECASE
+SHORT = 8
+"""Characters below which a known value is masked only where it stands alone."""
+
+_WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
+_SECRET = re.compile(
+    r"(?:secret|password|passwd|passphrase|pwd|pat|dsn|credential|authorization|cookie|jwt"
+    r"|(?:api|access|secret|private|auth)key|(?:auth|access)token)s?"
 )
-_SHAPES = re.compile(
-    r"\b(?:hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_[A-Za-z0-9_]{20,}"
-    r"|xox[abprs]-[A-Za-z0-9-]{10,}|AKIA[A-Z0-9]{16})"
+_KEY = re.compile(r".*\b(?:api|access|secret|private|auth) keys?\b.*")
+_TOKEN = re.compile(r"(?:.* )?token")
+_KEY_OF_OURS = re.compile(
+    r"(?:.* )?(?:(?:model|dataset|grader|judge)(?: key)?"  # and the tokens of tokenizers and model configurations:
+    r"|(?:eos|bos|pad|unk|sep|cls|mask|image|video|audio|vision|speech|special|stop|start|end|begin|sot|eot|eom|boi|eoi"
+    r"|boa|eoa|newline|prefix|suffix|middle|think|tool|next|first|last|new|per|max|min) token)"
 )
-_USERINFO = re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^\s/@:\"']+:[^\s/@\"']+@")
-_LINE = re.compile(
-    r"^(?P<name>[ \t]*(?:-[ \t]+)?[\"']?[\w.-]+[\"']?[ \t]*[:=][ \t]*)(?P<value>[^\s#].*)$", re.MULTILINE
+_PLACES = ("file", "dir", "path", "directory")
+_WORKING_DIRECTORY = ("PWD", "OLDPWD")
+_SWITCHES = ("", "0", "1", "true", "false", "yes", "no", "on", "off", "none", "null")
+
+_PREFIXES = (
+    "sk- ghp_ gho_ ghu_ ghs_ ghr_ github_pat_ glpat- gldt- glrt- glptt- glsoat- glc_ glsa_ xoxb- xoxp- "
+    "xoxa- xoxr- xoxs- xoxe- xapp- AKIA ASIA ABIA ACCA ABSK LTAI AIza ya29. GOCSPX- sk_live_ sk_test_ rk_live_ "
+    "rk_test_ "
+    "whsec_ npm_ pypi- SG. dop_v1_ doo_v1_ dor_v1_ dapi NRAK- shpat_ shpca_ shppa_ shpss_ lin_api_ ntn_ pplx- gsk_ "
+    "xai- r8_ nvapi- hvs. dp.pt. PMAK- pul- rubygems_ sntryu_ sntrys_ xkeysib- AGE-SECRET-KEY-1 eyJ"
 )
+_SHAPE = re.compile(
+    rb"(?:(?<![A-Za-z0-9])|(?<=\\[nrt]))(?:(?:hf_|api_org_)\w{16,}|(?:%s)(?=[\w.-]*\d)[\w.-]{12,})"
+    % "|".join(map(re.escape, _PREFIXES.split())).encode()
+)
+_SHORTEST = 15
+"""Characters of the shortest text that has one of these shapes."""
+_RUNS = bytes(97 if (chr(byte).isalnum() and byte < 128) or byte in b"_.-" else 32 for byte in range(256))
+"""Turns what a shape is made of into `a`, all else into blanks: finding the long runs is then one search."""
+_DIGIT = re.compile(rb"\d")
+_HOOK = re.compile(rb"(hooks\.slack\.com/services/)[\w/]+")
+_BEARER = re.compile(rb"((?:bearer|basic)\s+)(?=\S*\d|\S{16})[\w.~+/=-]{8,}", re.IGNORECASE)
+_URL_PASSWORD = re.compile(rb"(://)[^\s/:@\"'<>]*:([^\s/\"'<>]+)@")
+_PEM = re.compile(
+    rb"-----BEGIN[ A-Z0-9_-]{0,100}PRIVATE KEY(?: BLOCK)?-----.*?(?:-----END[ A-Z0-9_-]{0,100}-----|\Z)", re.DOTALL
+)
+_STEMS = b"secret passw passphrase pwd pat dsn credential authorization cookie jwt token key".split()
+_ASSIGNED = re.compile(
+    rb"(?:d|ord)?s?(?P<between>\\?[\"']?[ \t]{0,2}[:=][ \t]{0,2}\\?)"
+    rb"(?P<value>\"[^\"\n]{8,}\"|'[^'\n]{8,}'|[^\s\"',;&})\]]{8,})"
+)
+_NAME_BEFORE = re.compile(rb"[\w.-]*\Z")
 
 
 def is_secret_name(name: str) -> bool:
-    """`api_key`, `HF_TOKEN`, `db.password`; not `model_key`, not `tokens_to_generate`."""
-    return bool(_NAME.search(name))
+    """`api_key`, `HF_TOKEN`, `db.password`; not `model_key`, not `eos_token`, not `tokens_to_generate`."""
+    words = _words(name)
+    if not words or words[-1] in _PLACES or is_key_of_ours(name):
+        return False
+    joined = " ".join(words)
+    return any(map(_SECRET.fullmatch, words)) or bool(_KEY.fullmatch(joined) or _TOKEN.fullmatch(joined))
+
+
+def is_key_of_ours(name: str) -> bool:
+    """Whether a field names a model, a dataset or a grader, or holds a tokenizer's token: known values stay in it."""
+    return bool(_KEY_OF_OURS.fullmatch(" ".join(_words(name))))
+
+
+def _words(name: str) -> list[str]:
+    return [word.lower() for word in _WORDS.findall(name)]
 
 
 class Redactor:
-    """Masks secrets in text and data. Values shorter than 6 characters are never masked by value."""
+    """Masks secrets in text and in plain data. `values` are those that it knows."""
 
     def __init__(self, values: Iterable[str] = ()) -> None:
-        self._values = sorted({v for v in values if len(v) >= 6}, key=len, reverse=True)
+        self.values = frozenset(value for value in values if value.strip("*"))
+        spellings = {spelling for value in self.values for spelling in _spellings(value)}
+        known = sorted((s for s in spellings if len(s) >= SHORT), key=len, reverse=True)
+        self._known = [spelling.encode("utf-8", "surrogatepass") for spelling in known]
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str]) -> Redactor:
-        """Knows the values of the variables whose names say that they are secret."""
-        return cls(value for name, value in environ.items() if is_secret_name(name))
+        """Knows the values of the variables whose names say that they are secret, and passwords in URLs."""
+        found = {name: value for name, value in environ.items() if value.lower() not in _SWITCHES}
+        return cls(secret_values({n: v for n, v in found.items() if n not in _WORKING_DIRECTORY}))
 
     def knowing(self, data: Any) -> Redactor:
-        """One that also knows the secret-named text values in `data`."""
-        return Redactor([*self._values, *_secret_values(data)])
+        """One that also knows the secrets in `data`: text under secret names, and pydantic's secret values."""
+        return Redactor([*self.values, *secret_values(data)])
 
     def text(self, text: str) -> str:
-        """Mask known values, known shapes of tokens, and passwords in URLs."""
-        for value in self._values:
-            text = text.replace(value, MASK)
-        return _USERINFO.sub(rf"\g<1>{MASK}@", _SHAPES.sub(MASK, text))
+        """Mask known values, shapes, passwords in URLs, and what follows a secret name and `=` or `:`."""
+        if len(text) < SHORT:
+            return text
+        return self.raw(text.encode("utf-8", "surrogatepass")).decode("utf-8", "surrogatepass")
 
-    def data(self, data: Any) -> Any:
-        """The same for plain data; values under secret names too."""
-        if isinstance(data, dict):
-            return {k: MASK if _is_secret_entry(k, v) else self.data(v) for k, v in data.items()}
-        if isinstance(data, list | tuple):
-            return [self.data(item) for item in data]
-        return self.text(data) if isinstance(data, str) else data
+    def code(self, text: str) -> str:
+        """The same for a program's text, in which only what is quoted is a value."""
+        return self.raw(text.encode("utf-8", "surrogatepass"), code=True).decode("utf-8", "surrogatepass")
+
+    def raw(self, text: bytes, code: bool = False) -> bytes:
+        """The same for UTF-8. As few passes as may be: ranks can write tens of megabytes a second."""
+        for value in self._known:
+            text = text.replace(value, _MASK)
+        if b"PRIVATE KEY" in text:
+            text = _PEM.sub(_MASK, text)
+        lower = text.lower()
+        if b"bearer" in lower or b"basic" in lower:
+            text = _BEARER.sub(rb"\1" + _MASK, text)
+        if b"://" in text:
+            text = _URL_PASSWORD.sub(rb"\1" + _MASK + b"@", text)
+        if b"hooks.slack" in text:
+            text = _HOOK.sub(rb"\1" + _MASK, text)
+        return _replaced(text, [*_shaped(text), *_assigned(text, code)])
+
+    def data(self, data: Any, name: str = "", secret: bool = False) -> Any:
+        """Plain data with its secrets masked. `name`: the field that holds it; `secret`: it stands under a secret name.
+
+        What JSON does not hold becomes text.
+        """
+        if isinstance(data, Mapping):
+            return {
+                self._key(key): self.data(value, str(key), secret or is_secret_name(str(key)))
+                for key, value in data.items()
+            }
+        if isinstance(data, list | tuple | set | frozenset):
+            return [self.data(item, name, secret) for item in data]
+        if data is None or isinstance(data, bool | int | float):
+            return plain(data)
+        text = str(data)
+        if is_key_of_ours(name):
+            return Redactor().text(text)
+        if text and (secret or text in self.values):
+            return MASK
+        return self.text(text)
+
+    def _key(self, key: Any) -> Any:
+        """A key that no record of ours has: one of other characters than theirs."""
+        return key if not isinstance(key, str) or re.fullmatch(r"[a-z_./]*", key) else self.text(key)
 
     def argv(self, argv: Sequence[str]) -> list[str]:
         """The same for a command line: what follows `--api-key`, and what `--set api_key=` gives."""
         shown: list[str] = []
-        mask_next = False
+        behind = ""
         for word in argv:
             name, equals, value = word.partition("=")
             flag = name.lstrip("-")
-            if mask_next:
-                shown.append(MASK)
-            elif equals and value and is_secret_name(flag):
-                shown.append(f"{name}={MASK}")
+            if equals and re.fullmatch(r"[\w.-]+", flag) and not (is_secret_name(behind) or is_key_of_ours(behind)):
+                shown.append(f"{name}={self.data(value, flag, is_secret_name(flag))}")
             else:
-                shown.append(self.text(word))
-            mask_next = not equals and name.startswith("-") and is_secret_name(flag)
+                shown.append(self.data(word, behind, is_secret_name(behind)))
+            behind = flag if name.startswith("-") and not equals and not is_secret_name(behind) else ""
         return shown
 
-    def configuration(self, text: str) -> str:
-        """The same for the text of a file: also what follows a secret name on its line."""
 
-        def masked(match: re.Match[str]) -> str:
-            name = match["name"].strip(" \t-:=\"'")
-            return match["name"] + MASK if is_secret_name(name) else match[0]
+def _shaped(text: bytes) -> Iterator[tuple[int, int]]:
+    """Where something has the shape of a provider's key."""
+    runs, start = text.translate(_RUNS), 0
+    while (start := runs.find(b"a" * _SHORTEST, start)) >= 0:
+        end = runs.find(b" ", start)
+        end = len(runs) if end < 0 else end
+        run = text[start:end]
+        if (_DIGIT.search(run) and run.strip(b"0123456789.-")) or b"hf_" in run or b"api_org_" in run:
+            yield from (match.span() for match in _SHAPE.finditer(text, start, end))
+        start = end
 
-        return self.text(_LINE.sub(masked, text))
+
+def _assigned(text: bytes, code: bool) -> Iterator[tuple[int, int]]:
+    """Where a value follows a secret name."""
+    lower = text.lower()
+    for stem in _STEMS:
+        at = lower.find(stem)
+        while at >= 0:
+            match = _ASSIGNED.match(lower, at + len(stem))
+            if match is not None and not (code and match["value"][:1] not in b"\"'"):
+                before = _NAME_BEFORE.search(text, max(0, at - 64), at)
+                name = text[before.start() if before else at : match.start("between")].decode("utf-8", "replace")
+                start, end = match.span("value")
+                quoted = match["value"][:1] in (b'"', b"'")
+                # A bare `token:` often precedes a token of a text.
+                doubtful = name == "token" and not _DIGIT.search(match["value"])
+                if is_secret_name(name) and not doubtful and match["value"].strip(b"*\"'\\"):
+                    yield (start + quoted, end - quoted)
+            at = lower.find(stem, at + 1)
 
 
-def _is_secret_entry(key: object, value: object) -> bool:
-    return is_secret_name(str(key)) and isinstance(value, str) and bool(value)
+def _replaced(text: bytes, spans: list[tuple[int, int]]) -> bytes:
+    parts, last = [], 0
+    for start, end in sorted(spans):
+        if end > last:
+            parts += [text[last : max(start, last)], _MASK if start >= last else b""]
+            last = end
+    return b"".join([*parts, text[last:]]) if parts else text
 
 
-def _secret_values(data: Any, name: str = "") -> Iterable[str]:
-    if isinstance(data, dict):
+def secret_values(data: Any, secret: bool = False) -> Iterable[str]:
+    """The texts in plain data that are secret by their names, pydantic's secret values, and passwords in URLs."""
+    if isinstance(data, Mapping):
         for key, value in data.items():
-            yield from _secret_values(value, str(key))
-    elif isinstance(data, list | tuple):
+            inside = secret and not is_key_of_ours(str(key))
+            yield from secret_values(value, inside or is_secret_name(str(key)))
+    elif isinstance(data, list | tuple | set | frozenset):
         for item in data:
-            yield from _secret_values(item, name)
-    elif isinstance(data, str) and is_secret_name(name):
-        yield data
+            yield from secret_values(item, secret)
+    elif isinstance(data, str):
+        if secret:
+            yield data
+        passwords = _URL_PASSWORD.findall(data.encode("utf-8", "surrogatepass")) if "://" in data else []
+        yield from (password.decode("utf-8", "surrogatepass") for _, password in passwords)
+    elif callable(reveal := getattr(data, "get_secret_value", None)):
+        found = reveal()
+        yield found.decode("utf-8", "replace") if isinstance(found, bytes) else str(found)
+
+
+def _spellings(value: str) -> set[str]:
+    """How a text looks in JSON, in Python's `repr`, in a URL, and line by line."""
+    escaped = {
+        json.dumps(value)[1:-1],
+        json.dumps(value, ensure_ascii=False)[1:-1],
+        repr(value)[1:-1],
+        repr(value + '"')[1:-2],
+    }
+    lines = {line.strip() for line in value.splitlines() if len(line.strip()) >= 2 * SHORT and "-----" not in line}
+    return {value, quote(value, safe=""), quote(value)} | escaped | (lines if "\n" in value else set())
+
+
+MAX_LINE = 64 * 1024
+"""Bytes of a line, or of a key over several lines, that has no end yet, after which it is written as it is: a secret is
+masked within one piece."""
+
+
+class KeptPrints:
+    """Takes what one stream prints, from any thread. Before `begin` it is held in memory, after `end` passed over.
+
+    Lines are written when they are whole. A disk that takes no more loses what comes meanwhile: the file says how much
+    where it goes on, and `lost` counts the bytes.
+    """
+
+    def __init__(self) -> None:
+        self.lost = 0
+        self._gap = 0
+        self._lock = threading.Lock()
+        self._held = b""
+        self._descriptor: int | None = None
+        self._redactor = Redactor()
+        self._ended = False
+
+    def begin(self, target: Path | int, redactor: Redactor) -> None:
+        """Append to a file, or to a descriptor that is then ours, from now on, first what was printed so far."""
+        with self._lock:
+            self._redactor = redactor
+            try:
+                self._descriptor = target if isinstance(target, int) else _opened(target)
+            except OSError:
+                self._ended, self.lost = True, max(1, len(self._held))
+            self._write_lines()
+
+    def write(self, data: bytes) -> None:
+        """Keep what was printed. Never raises OSError."""
+        with self._lock:
+            if self._ended:
+                return
+            self._held += data
+            if self._descriptor is not None:
+                self._write_lines()
+
+    def end(self) -> None:
+        """Write an unfinished line, and nothing any more."""
+        with self._lock:
+            self._write_lines(last=True)
+            self._ended = True
+            if self._descriptor is not None:
+                os.close(self._descriptor)
+            self._descriptor = None
+
+    def _write_lines(self, last: bool = False) -> None:
+        whole = len(self._held) if last else _whole(self._held)
+        told, self._held = self._held[:whole], self._held[whole:]
+        if not told or self._descriptor is None:
+            return
+        text = self._redactor.raw(told)
+        try:
+            if self._gap:
+                _write(self._descriptor, f"\n[{self._gap} bytes could not be written here]\n".encode())
+                self._gap = 0
+            _write(self._descriptor, text)
+        except OSError:
+            self._gap += len(text)
+            self.lost += len(text)
+
+
+def _opened(path: Path) -> int:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+
+
+def _whole(held: bytes) -> int:
+    """How much can be masked and written: lines with an end, and no key of which the end is still to come."""
+    whole = max(held.rfind(b"\n"), held.rfind(b"\r")) + 1
+    begun = held.rfind(b"-----BEGIN", 0, whole)
+    if begun >= 0 and b"PRIVATE KEY" in held[begun : begun + 100] and held.find(b"-----END", begun, whole) < 0:
+        whole = held.rfind(b"\n", 0, begun) + 1
+    if whole == 0 and len(held) > MAX_LINE:
+        return (held.rfind(b" ") + 1) or len(held)
+    return whole
+
+
+def _write(descriptor: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(descriptor, data) :]

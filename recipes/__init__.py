@@ -1,1 +1,1 @@
-"""Recipes that come with the package; each is run by its name."""
+"""Built in: quickstart sft generate dpo reward_model grpo gspo ppo sft_then_grpo evaluate, each with its YAML."""

@@ -29,21 +29,21 @@ class Config(InputConfig):
         dataset_key="sort-letters-preferences-held-out"
     )
     """Pairs to compare ten times on the way, and at the end: none is trained."""
-    lr: float = Field(default=1e-3, gt=0)
+    lr: float = Field(default=1e-3, gt=0, le=100)
     """Highest learning rate."""
-    kl_beta: float = Field(default=0.1, gt=0)
+    kl_beta: float = Field(default=0.1, gt=0, le=100)
     """How dearly distance from the reference is paid: small values let the policy go far."""
-    epochs: float = Field(default=1, gt=0)
+    epochs: float = Field(default=1, gt=0, le=1e6)
     """Passes over the data."""
-    samples_per_batch: int = Field(default=64, ge=1)
+    samples_per_batch: int = Field(default=64, ge=1, le=10**9)
     """Pairs in one optimizer step."""
-    max_batch_size: int = Field(default=2048, ge=1)
-    """Tokens in one micro-batch, and so in the longest pair that is trained."""
+    max_batch_size: int = Field(default=2048, ge=1, le=10**9)
+    """Tokens in one micro-batch, and so in the longest thread of a pair that is trained."""
     save_as: str | None = "dpo"
     """Key under which the policy is saved; null saves nothing."""
     at_least: float = Field(default=0.0, ge=0, le=1)
     """Share of held-out pairs with a positive margin below which the run counts as failed."""
-    seed: int = 42
+    seed: int = Field(default=42, ge=0, lt=2**63)
     """Order of the data."""
 
 

@@ -18,15 +18,15 @@ class Config(InputConfig):
     """What to ask: the user's turn."""
     system: str | None = None
     """A system turn before it."""
-    temperature: float = Field(default=0.0, ge=0)
+    temperature: float = Field(default=0.0, ge=0, le=100)
     """0 takes the likeliest token each time; 1 draws from the model's own distribution."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Draw from the likeliest tokens that together have this probability."""
-    max_tokens: int | None = Field(default=None, ge=1)
+    max_tokens: int | None = Field(default=None, ge=1, le=10**9)
     """Most tokens of the answer; unset: the registry's tokens_to_generate."""
-    tp: int | None = Field(default=None, ge=1)
+    tp: int | None = Field(default=None, ge=1, le=1024)
     """Ranks that share one copy of the model; unset: the registry's setting, else 1."""
-    kv_cache_len: int | None = Field(default=None, ge=1)
+    kv_cache_len: int | None = Field(default=None, ge=1, le=10**9)
     """Tokens that prompt and answer may hold together; unset: the registry's setting."""
 
 

@@ -6,6 +6,8 @@ learns from a reward alone, the share of letters in their place. About two minut
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from pydantic import Field
 
 from adaptive_harmony import StringThread
@@ -25,31 +27,31 @@ class Config(InputConfig):
     """Prompts with their right answers, which only the grader sees."""
     held_out: Dataset = Dataset(dataset_key="sort-letters-held-out")
     """Rows to answer before, ten times on the way, and after: none is trained."""
-    warm_up_epochs: float = Field(default=2.2, ge=0)
+    warm_up_epochs: float = Field(default=2.2, ge=0, le=1e6)
     """Passes of supervised training before: a policy that is never rewarded learns nothing."""
-    steps: int = Field(default=120, ge=1)
+    steps: int = Field(default=120, ge=1, le=10**9)
     """Batches of completions, on each of which either model is trained once."""
-    samples_per_batch: int = Field(default=256, ge=1)
+    samples_per_batch: int = Field(default=256, ge=1, le=10**9)
     """Prompts in one batch, with one completion each."""
-    samples_per_mini_batch: int = Field(default=64, ge=1)
+    samples_per_mini_batch: int = Field(default=64, ge=1, le=10**9)
     """Completions of one optimizer step."""
-    lr: float = Field(default=1e-3, gt=0)
+    lr: float = Field(default=1e-3, gt=0, le=100)
     """The policy's highest learning rate; a tenth of it at the end."""
-    lr_value: float = Field(default=1e-3, gt=0)
+    lr_value: float = Field(default=1e-3, gt=0, le=100)
     """The same of the value model."""
     value_only_fraction: float = Field(default=0.05, ge=0, lt=1)
     """Share of the run in which the value model learns alone."""
-    kl_beta: float = Field(default=0.0, ge=0)
+    kl_beta: float = Field(default=0.0, ge=0, le=100)
     """Price of the divergence from the model as it was, in units of the reward; 0 needs no reference model."""
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0, le=100)
     """Of the completions that are trained."""
-    max_gen_len: int = Field(default=12, ge=1)
+    max_gen_len: int = Field(default=12, ge=1, le=10**9)
     """Most tokens of a completion."""
     save_as: str | None = "ppo"
     """Key under which the policy is saved; null saves nothing."""
     at_least: float = Field(default=0.0, ge=0, le=1)
     """Held-out accuracy below which the run counts as failed."""
-    seed: int = 42
+    seed: int = Field(default=42, ge=0, lt=2**63)
     """Order of the data."""
 
 
@@ -64,9 +66,12 @@ async def is_exact(thread: StringThread) -> float:
     return float(thread.completion() == thread.metadata["answer"])
 
 
-def questions(rows: list[StringThread]) -> list[StringThread]:
+def questions(rows: Sequence[StringThread]) -> list[StringThread]:
     """The rows' prompts, with the right answers in the metadata."""
-    return [StringThread(row.messages(), metadata={"answer": row.completion()}) for row in rows]
+    return [
+        StringThread(row.messages(), metadata={"answer": row.completion()}).with_template_kwargs(**row.template_kwargs)
+        for row in rows
+    ]
 
 
 @recipe_main
@@ -75,14 +80,11 @@ async def main(config: Config, ctx: RecipeContext) -> str:
     rows, held_out = await config.dataset.load(ctx), questions(await config.held_out.load(ctx))
     policy = (await config.model.spawn_train("policy", ctx, max_batch_size=2048)).max_gen_len(config.max_gen_len)
     logger = get_prod_logger(ctx)
-    if config.warm_up_epochs:
-        stage = ctx.job.stage_notifier("Warm-up")
-        await SFT(rows, policy, logger, stage, lr=3e-3, samples_per_batch=128, epochs=config.warm_up_epochs).run()
     exact = BaseGrader.from_function("exact", is_exact)
     accuracy = GraderEvalCallback(held_out, policy, exact, frequency=0.1, log_key="held_out")
-    before = (await accuracy.callback(0))["score_mean"]
+    # Made first: what does not fit in memory is refused before the warm-up.
     builder = await config.model.into_scoring_model().to_builder(ctx)
-    await PPO(
+    training = PPO(
         questions(rows),
         policy.temperature(config.temperature),
         await builder.spawn_train("value", 2048),
@@ -100,7 +102,12 @@ async def main(config: Config, ctx: RecipeContext) -> str:
         gae_lambda=1.0,  # what the value model does not know yet is no part of an advantage
         data_seed=config.seed,
         whiten_advantages=True,
-    ).run()
+    )
+    if config.warm_up_epochs:
+        stage = ctx.job.stage_notifier("Warm-up")
+        await SFT(rows, policy, logger, stage, lr=3e-3, samples_per_batch=128, epochs=config.warm_up_epochs).run()
+    before = (await accuracy.callback(0))["score_mean"]
+    await training.run()
     after = (await accuracy.callback(1))["score_mean"]
     if config.save_as is not None:
         print(f"saved as {await policy.save(config.save_as, ctx=ctx)}")

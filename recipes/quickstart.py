@@ -11,6 +11,7 @@ import json
 import random
 import shlex
 import sys
+from collections.abc import Sequence
 
 from pydantic import Field
 
@@ -31,11 +32,11 @@ class Config(InputConfig):
     """Rows of letters with their sorted form."""
     held_out: Dataset = Dataset(dataset_key="sort-letters-held-out")
     """Rows to score: none has the letters of a row of the dataset."""
-    lr: float = Field(default=3e-3, gt=0)
+    lr: float = Field(default=3e-3, gt=0, le=100)
     """Highest learning rate."""
-    epochs: float = Field(default=4, gt=0)
+    epochs: float = Field(default=4, gt=0, le=1e6)
     """Passes over the data."""
-    samples_per_batch: int = Field(default=128, ge=1)
+    samples_per_batch: int = Field(default=128, ge=1, le=10**9)
     """Rows in one optimizer step."""
     save_as: str = "quickstart"
     """Key under which the trained model is saved."""
@@ -45,7 +46,7 @@ class Config(InputConfig):
     """Train on the answers of other rows: there is nothing to learn then, and the accuracy stays near 0."""
     evaluate: Model | None = None
     """Train nothing: score this model on the held-out rows."""
-    seed: int = 42
+    seed: int = Field(default=42, ge=0, lt=2**63)
     """Order of the data."""
 
 
@@ -55,14 +56,14 @@ def report(ctx: RecipeContext, config: Config, accuracy: float) -> str:
     return f"held-out accuracy: {accuracy:.2f}"
 
 
-async def show_samples(when: str, model: InferenceModel, rows: list[StringThread]) -> None:
+async def show_samples(when: str, model: InferenceModel, rows: Sequence[StringThread]) -> None:
     """Print what the model makes of a few rows."""
     print(f"{when} training:")
     for row, answer in zip(rows, await async_map(model.generate, rows), strict=True):
         print(f"  {row.last_content()} -> {answer.last_content()!r}")
 
 
-async def score(reference: Model, rows: list[StringThread], ctx: RecipeContext) -> float:
+async def score(reference: Model, rows: Sequence[StringThread], ctx: RecipeContext) -> float:
     """The share of rows that the model answers exactly."""
     model = await reference.spawn_inference("trained", ctx, kv_cache_len=16_384)
     prompts = [StringThread(row.messages()) for row in rows]

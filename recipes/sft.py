@@ -13,7 +13,7 @@ from adaptive_harmony import StringThread
 from adaptive_harmony.common import SFT, GraderEvalCallback
 from adaptive_harmony.graders import BaseGrader
 from adaptive_harmony.metric_logger import get_prod_logger
-from adaptive_harmony.parameters import Dataset, Model, model_kinds
+from adaptive_harmony.parameters import Dataset, Model, dataset_kinds, model_kinds
 from adaptive_harmony.runtime import InputConfig, RecipeContext, recipe_main
 
 
@@ -22,23 +22,25 @@ class Config(InputConfig):
 
     model: Model[model_kinds.Trainable] = Model[model_kinds.Trainable](model_key="builtin:tiny-lm")
     """The model to train: a key of the registry."""
-    dataset: Dataset = Dataset(dataset_key="sort-letters")
-    """A JSONL file of conversations, or the name of a shipped dataset. Answers of the assistant are trained."""
-    held_out: Dataset | None = None
+    dataset: Dataset[dataset_kinds.Completion] = Dataset[dataset_kinds.Completion](dataset_key="sort-letters")
+    """A file of rows with answers, `hf:owner/name`, or a shipped dataset. Answers of the assistant are trained."""
+    held_out: Dataset[dataset_kinds.Completion] | None = None
     """Rows to answer before training, ten times on the way, and after: none is trained. Unset: nothing is measured."""
-    lr: float = Field(default=3e-3, gt=0)
+    lr: float = Field(default=3e-3, gt=0, le=100)
     """Highest learning rate: reached after a tenth of the run, down to a tenth of it at the end."""
-    epochs: float = Field(default=1, gt=0)
+    epochs: float = Field(default=1, gt=0, le=1e6)
     """Passes over the data."""
-    samples_per_batch: int = Field(default=64, ge=1)
+    samples_per_batch: int = Field(default=64, ge=1, le=10**9)
     """Conversations in one optimizer step."""
-    max_batch_size: int = Field(default=4096, ge=1)
+    max_batch_size: int = Field(default=4096, ge=1, le=10**9)
     """Tokens in one micro-batch, and so in the longest conversation that is trained."""
-    max_grad_norm: float = Field(default=1.0, gt=0)
+    max_growth: float = Field(default=4.0, ge=1, le=1e6)
+    """Times its tokens that a conversation may take where the chat template rewrites earlier turns, which splits it."""
+    max_grad_norm: float = Field(default=1.0, gt=0, le=1e9)
     """Gradients are scaled down to this norm."""
-    weight_decay: float = Field(default=0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0, le=100)
     """AdamW's weight decay, on matrices only."""
-    tp: int | None = Field(default=None, ge=1)
+    tp: int | None = Field(default=None, ge=1, le=1024)
     """Ranks that share one copy of the model; unset: the registry's setting, else 1."""
     adapter: bool = False
     """Train a LoRA adapter in place of the full weights."""
@@ -46,7 +48,7 @@ class Config(InputConfig):
     """Key under which the model is saved as a new version; null saves nothing."""
     at_least: float = Field(default=0.0, ge=0, le=1)
     """Held-out accuracy below which the run counts as failed."""
-    seed: int = 42
+    seed: int = Field(default=42, ge=0, lt=2**63)
     """Order of the data."""
 
 
@@ -64,7 +66,10 @@ async def main(config: Config, ctx: RecipeContext) -> dict[str, Any]:
         builder = builder.with_adapter()
     model = await builder.spawn_train("policy", config.max_batch_size)
     rows = await config.held_out.load(ctx) if config.held_out else []
-    questions = [StringThread(row.messages(), metadata={"answer": row.completion()}) for row in rows]
+    questions = [
+        StringThread(row.messages(), metadata={"answer": row.completion()}).with_template_kwargs(**row.template_kwargs)
+        for row in rows
+    ]
     exact = BaseGrader.from_function("exact", is_exact)
     accuracy = GraderEvalCallback(questions, model, exact, frequency=0.1, log_key="held_out")
     metrics = await SFT(
@@ -79,6 +84,7 @@ async def main(config: Config, ctx: RecipeContext) -> dict[str, Any]:
         epochs=config.epochs,
         weight_decay=config.weight_decay,
         data_seed=config.seed,
+        max_growth=config.max_growth,
     ).run()
     if rows:
         metrics["accuracy"] = (await accuracy.callback(1))["score_mean"]

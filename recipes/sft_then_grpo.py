@@ -6,6 +6,8 @@ the share of letters in their place, held near the model that was saved. About a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from pydantic import Field
 
 from adaptive_harmony import InferenceModel, StringThread
@@ -26,29 +28,29 @@ class Config(InputConfig):
     """Prompts with their right answers: examples in the first stage; in the second only the grader sees them."""
     held_out: Dataset = Dataset(dataset_key="sort-letters-held-out")
     """Rows to score after each stage: none is trained."""
-    sft_epochs: float = Field(default=3, gt=0)
+    sft_epochs: float = Field(default=3, gt=0, le=1e6)
     """First stage: passes over the dataset."""
-    sft_lr: float = Field(default=3e-3, gt=0)
+    sft_lr: float = Field(default=3e-3, gt=0, le=100)
     """First stage: highest learning rate; a tenth of it at the end."""
-    sft_samples_per_batch: int = Field(default=128, ge=1)
+    sft_samples_per_batch: int = Field(default=128, ge=1, le=10**9)
     """First stage: rows in one optimizer step."""
-    grpo_steps: int = Field(default=80, ge=1)
+    grpo_steps: int = Field(default=80, ge=1, le=10**9)
     """Second stage: batches of completions, each followed by an optimizer step."""
-    grpo_lr: float = Field(default=1e-3, gt=0)
+    grpo_lr: float = Field(default=1e-3, gt=0, le=100)
     """Second stage: highest learning rate; a tenth of it at the end."""
-    prompts_per_batch: int = Field(default=48, ge=1)
+    prompts_per_batch: int = Field(default=48, ge=1, le=10**9)
     """Second stage: prompts in one batch."""
-    completions_per_sample: int = Field(default=8, ge=2)
+    completions_per_sample: int = Field(default=8, ge=2, le=10**9)
     """Second stage: completions of one prompt, the group that each is compared with."""
-    kl_beta: float = Field(default=0.005, ge=0)
+    kl_beta: float = Field(default=0.005, ge=0, le=100)
     """Second stage: weight of the divergence from the first stage's model, the reference; 0 needs none."""
-    max_gen_len: int = Field(default=12, ge=1)
+    max_gen_len: int = Field(default=12, ge=1, le=10**9)
     """Second stage: most tokens of a completion."""
     save_as: str | None = "sft_then_grpo"
     """The model is saved as SAVE_AS/sft after the first stage and as SAVE_AS/grpo at the end; null saves nothing."""
     at_least: float = Field(default=0.0, ge=0, le=1)
     """Held-out accuracy below which the run counts as failed."""
-    seed: int = 42
+    seed: int = Field(default=42, ge=0, lt=2**63)
     """Order of the data."""
 
 
@@ -58,9 +60,14 @@ async def letters_in_place(thread: StringThread) -> float:
     return sum(a == b for a, b in zip(answer, found, strict=False)) / max(len(answer), len(found))
 
 
-async def accuracy(model: InferenceModel, rows: list[StringThread]) -> float:
+def question(row: StringThread) -> StringThread:
+    """A row without its answer, which goes to the metadata."""
+    return StringThread(row.messages(), {"answer": row.completion()}).with_template_kwargs(**row.template_kwargs)
+
+
+async def accuracy(model: InferenceModel, rows: Sequence[StringThread]) -> float:
     """The share of rows that the model answers exactly."""
-    answers = await async_map(model.temperature(0).generate, [StringThread(row.messages()) for row in rows])
+    answers = await async_map(model.temperature(0).generate, list(map(question, rows)))
     return sum(row.completion() == a.completion() for row, a in zip(rows, answers, strict=True)) / len(rows)
 
 
@@ -84,15 +91,10 @@ async def main(config: Config, ctx: RecipeContext) -> str:
         checkpoint_restore_data=ctx.checkpoint_restore_data,
         data_seed=config.seed,
     )
-    await sft.run()
-    after_sft = await accuracy(policy, held_out)
-    if config.save_as is not None:
-        await policy.save(f"{config.save_as}/sft", ctx=ctx)
-
-    # The reference is a copy of the policy as this stage begins, in a resumed run too.
+    # Made before the first stage runs, so that what does not fit is refused then. The reference is made as it begins.
     size = config.prompts_per_batch * config.completions_per_sample
     grpo = GRPO(
-        [StringThread(row.messages(), metadata={"answer": row.completion()}) for row in rows],
+        [*map(question, rows)],
         policy.max_gen_len(config.max_gen_len),
         BaseGrader.from_function("letters-in-place", letters_in_place),
         logger,
@@ -106,6 +108,10 @@ async def main(config: Config, ctx: RecipeContext) -> str:
         checkpoint_restore_data=ctx.checkpoint_restore_data,
         data_seed=config.seed,
     )
+    await sft.run()
+    after_sft = await accuracy(policy, held_out)
+    if config.save_as is not None:
+        await policy.save(f"{config.save_as}/sft", ctx=ctx)
     await grpo.run()
     after_grpo = await accuracy(policy, held_out)
     if config.save_as is not None:

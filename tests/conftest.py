@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -11,7 +12,10 @@ import pytest
 # thread, which only spins.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import small_models
 from engines import one_rank, two_ranks
+from harmony_core.home import Home
+from harmony_core.registry import Registry
 from leftovers import no_leftovers
 from ranks import rank_pool
 
@@ -23,3 +27,15 @@ def pytest_runtest_setup() -> None:
     """What a test draws does not depend on which others ran before it in this process."""
     if torch := sys.modules.get("torch"):
         torch.manual_seed(0)
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Registry:
+    """An empty one."""
+    return Registry(Home.open(tmp_path / "home"))
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A model's directory to add."""
+    return small_models.write_model(tmp_path / "source")

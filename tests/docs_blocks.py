@@ -7,6 +7,7 @@ A comment on the line before a fence says what is special about a block, several
     exit: N              each command of the session ends with N
     hub: ORG/NAME        a hub on this machine serves a small model under that name
     needs: PACKAGE       the session needs an optional package
+    shape: KIND          each line is a row of a dataset, of that kind
     elsewhere: FILE      the commands are run by that file
 """
 
@@ -22,7 +23,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 _BLOCK = re.compile(
     r"(?:^<!-- (?P<notes>[^\n]*?) -->\n)?^```(?P<kind>\w*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL
 )
-_NOTES = {"elsewhere", "exit", "file", "hub", "needs", "slow"}
+_NOTES = {"elsewhere", "exit", "file", "hub", "needs", "shape", "slow"}
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A real rank, torch and process group included, that serves only small answers. Run as `LaunchOptions.command`."""
+"""A real rank, torch and process group included, that serves only small answers. Run as `EngineOptions.command`."""
 
 from __future__ import annotations
 

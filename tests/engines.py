@@ -14,7 +14,8 @@ import pytest
 from harmony_core.client import EngineOptions, HarmonyClient
 from harmony_core.home import Home
 from harmony_core.registry import Registry
-from harmony_core.threads import StringThread
+from harmony_core.text.threads import StringThread
+from leftovers import until
 
 T = TypeVar("T")
 DEADLINE = 180.0
@@ -44,9 +45,7 @@ class LiveEngine:
 
     async def until(self, condition: Callable[[], bool], timeout: float = 30.0) -> None:
         """Wait for a condition, with a deadline."""
-        async with asyncio.timeout(timeout):
-            while not condition():
-                await asyncio.sleep(0.01)
+        await until(condition, timeout)
 
 
 def start_engine(home: Path, ranks: int, **options: Any) -> LiveEngine:

@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from harmony_core.client import TrainingModel
-from harmony_core.errors import PromptTooLong
-from harmony_core.fragments import Text
+from harmony_core.errors import NothingToTrain, PromptTooLong
 from harmony_core.graders import BaseGrader
-from harmony_core.threads import StringThread, Turn
-from harmony_core.token_threads import GenerationRecord, TokenizedThread, TokenTurn
+from harmony_core.text.fragments import Text
+from harmony_core.text.threads import StringThread, Turn
+from harmony_core.text.token_threads import GenerationRecord, TokenizedThread, TokenTurn
 
 
 def prompts(count: int, bad: frozenset[int] = frozenset(), **metadata: Any) -> list[StringThread]:
@@ -21,7 +21,8 @@ def prompts(count: int, bad: frozenset[int] = frozenset(), **metadata: Any) -> l
 
 
 class FakeModel:
-    """A policy and value model. Completions have 1 to 5 tokens; answers come in a random order.
+    """A policy and value model. Completions have 1 to 5 tokens, as far as `max_batch_size` leaves room behind a prompt
+    of 3; answers come in a random order.
 
     `steps` holds, for each optimizer step, the samples trained and the learning rate; `trained` every sample's question
     and the arguments it was trained with.
@@ -50,8 +51,19 @@ class FakeModel:
     def get_builder_args(self) -> dict[str, Any]:
         return {"path": "model_registry://fake", "max_batch_size": self.max_batch_size}
 
+    def max_seqlen(self, max_seqlen: int, setting: str) -> FakeModel:
+        self.max_batch_size = max_seqlen
+        return self
+
+    @property
+    def longest_completion(self) -> int:
+        return 5
+
     def get_optim_step(self) -> int:
         return self._version
+
+    def plan_clone(self) -> None:
+        pass
 
     async def clone_inf(self) -> FakeModel:
         self.clones.append(FakeModel())
@@ -77,15 +89,15 @@ class FakeModel:
         await self._later()
         if "long" in question:
             raise PromptTooLong(f"{question} is too long", tokens=99, limit=10)
-        length = 1 + number % 5
+        length = min(1 + number % 5, self.max_batch_size - 3)
+        logprobs = tuple(-0.1 * (i + 1) for i in range(length))
+        finish = "stop" if length < min(5, self.max_batch_size - 3) else "length"
+        record = GenerationRecord(logprobs, logprobs, (self._version,) * length, finish, "fake")
         turns = [
             TokenTurn("user", (Text(question),), 0.0, 0, 3),
-            TokenTurn("assistant", (Text("x" * length),), 1.0, 3, 3 + length),
+            TokenTurn("assistant", (Text("x" * length),), 1.0, 3, 3 + length, generation=record),
         ]
-        logprobs = tuple(-0.1 * (i + 1) for i in range(length))
-        finish = "stop" if length < 5 else "length"
-        record = GenerationRecord(logprobs, logprobs, (self._version,) * length, finish, "fake")
-        return TokenizedThread([7] * (3 + length), turns, thread.metadata, None, record)
+        return TokenizedThread([7] * (3 + length), turns, thread.metadata)
 
     async def detokenize_thread(self, thread: TokenizedThread) -> StringThread:
         await self._later()
@@ -108,6 +120,18 @@ class FakeModel:
 
     train_grpo = train_gspo = train_ppo = train_mse_per_token = _train
 
+    async def logprobs(self, thread: StringThread) -> float:
+        await self._later()
+        return -1.0
+
+    async def train_dpo(self, pos: StringThread, neg: StringThread, *arguments: float) -> None:
+        self.trained.append((pos.last_content(), (neg.last_content(), *arguments)))
+        self._pending += 1
+
+    async def train_language_modelling(self, thread: StringThread) -> None:
+        self.trained.append((thread.last_content(), ()))
+        self._pending += 1
+
     async def train_mse(self, thread: StringThread, target: float) -> None:
         self.trained.append((thread.last_content(), (target,)))
         self._pending += 1
@@ -117,7 +141,8 @@ class FakeModel:
         self._pending += 1
 
     async def optim_step(self, lr: float, wd: float, max_grad_norm: float, skip_nan: bool) -> dict[str, float]:
-        assert self._pending, "a step without a sample"
+        if not self._pending:
+            raise NothingToTrain("no sample was accepted")
         self.steps.append((self._pending, lr))
         self._pending = 0
         self._version += 1

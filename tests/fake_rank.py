@@ -2,6 +2,8 @@
 
     ok                 answer
     sleep:SECONDS      answer late, in phase "forward"
+    progress:SECONDS   answer late, in phase "forward", and make progress; progress:SECONDS:MORE hangs then
+    collective:SECONDS answer late, with a stack as of a rank that waits for another
     exit:STATUS        leave without a word
     signal:NAME        send itself a signal (SIGKILL, SIGSTOP, SIGTERM, SIGABRT)
     raise              answer with a ValueError; `typed`: with a SampleTooLong; `gloo`: with an echo of a dead peer
@@ -10,8 +12,9 @@
     garble             send bytes that are no frame
     hog:SECONDS        keep the interpreter busy
 
-`Score` answers with its targets. ADAPTIVE_FAKE, "RANK:WHAT" or "*:WHAT", spoils the start: late, raise, exit, mute,
-unready, or Hello with another version, protocol, world, rank, token, pid or torch.
+`Score` answers with its targets. ADAPTIVE_FAKE, "RANK:WHAT" or "*:WHAT", spoils the start: late (until there is the
+file ADAPTIVE_FAKE_GATE), raise, exit, mute, unready, or Hello with another version, protocol, world, rank, token, pid
+or torch.
 """
 
 from __future__ import annotations
@@ -42,6 +45,13 @@ WRONG_HELLO: dict[str, dict[str, Any]] = {
 }
 
 
+def collective(seconds: float) -> None:
+    time.sleep(seconds)
+
+
+collective.__code__ = collective.__code__.replace(co_filename="/torch/distributed/distributed_c10d.py")
+
+
 def act(channel: RankChannel, request: Incoming, name: str) -> None:
     what, _, argument = name.partition(":")
     if what in ("sleep", "hog"):
@@ -50,11 +60,21 @@ def act(channel: RankChannel, request: Incoming, name: str) -> None:
         while what == "hog" and time.monotonic() < end:
             sum(range(10_000))
         time.sleep(max(0.0, end - time.monotonic()))
+    elif what == "progress":
+        channel.phase = "forward"
+        some, _, more = argument.partition(":")
+        end = time.monotonic() + float(some)
+        while time.monotonic() < end:
+            time.sleep(0.1)
+            channel.progressed()
+        time.sleep(float(more or 0))
+    elif what == "collective":
+        channel.phase = "forward"
+        collective(float(argument))
     elif what == "exit":
         os._exit(int(argument))
     elif what == "signal":
         channel.phase = "forward"
-        time.sleep(1.2)  # so that a beat has told the phase
         os.kill(os.getpid(), signal.Signals[argument])
     elif what == "raise":
         raise ValueError("boom")
@@ -105,8 +125,8 @@ def main() -> None:
         spoiled = ""
     if spoiled == "exit":
         sys.exit(5)
-    if spoiled == "late":
-        time.sleep(1.0)
+    while spoiled == "late" and not os.path.exists(os.environ["ADAPTIVE_FAKE_GATE"]):
+        time.sleep(0.01)
     if spoiled == "mute":
         time.sleep(600)
     if spoiled in WRONG_HELLO:

@@ -1,4 +1,4 @@
-"""A hub on this machine: the endpoints of huggingface.co that its client asks when a model is fetched."""
+"""A hub on this machine: the endpoints of huggingface.co that its client asks when a repository is fetched."""
 
 from __future__ import annotations
 
@@ -45,6 +45,7 @@ class Hub:
         path = unquote(urlsplit(handler.path).path)
         self.requests.append(path)
         parts = path.strip("/").split("/")
+        parts = parts[1:] if parts[0] == "datasets" else parts
         name = "/".join(parts[2:4] if parts[0] == "api" else parts[:2])
         if not (self.root / name).is_dir():
             return self.refuse(handler, 404, "RepoNotFound")

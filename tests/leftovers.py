@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import secrets
 import shutil
@@ -12,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from harmony_core.rpc.platform import processes_with, state
+from harmony_core.launch.processes import processes_with
+from harmony_core.rpc.platform import state
 
 SESSION = "ADAPTIVE_TEST_SESSION"
 
@@ -37,6 +39,19 @@ def wait_until(done: Callable[[], bool], seconds: float) -> bool:
             return False
         time.sleep(0.02)
     return True
+
+
+async def until(done: Callable[[], bool], seconds: float = 60.0) -> None:
+    """Wait for a condition beside what the event loop has to do. Raises TimeoutError when it does not come true."""
+    async with asyncio.timeout(seconds):
+        while not done():
+            await asyncio.sleep(0.01)
+
+
+async def turns(count: int) -> None:
+    """Let the event loop go round so many times."""
+    for _ in range(count):
+        await asyncio.sleep(0)
 
 
 def sockets_under(directory: Path) -> list[str]:

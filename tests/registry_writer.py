@@ -17,6 +17,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy  # noqa: F401 - what a first save imports: a kill is to hit the save, not that
+
+import harmony_core.text.tokenizer_files  # noqa: F401
 from harmony_core.home import Home
 from harmony_core.registry import Registry
 from harmony_core.registry.manifest import NAME

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from harmony_core.engine.inference.draws import Draws, Setting
 from harmony_core.engine.inference.runner import Pending, Runner
+from harmony_core.engine.inference.sampling_parameters import SamplingParameters, Setting
 from harmony_core.engine.inference.scheduler import Scheduler
 from harmony_core.engine.inference.step import StepPlan, StepResult, int32
 from harmony_core.rpc.protocol import Generated, Sampling
@@ -49,7 +49,7 @@ class Book:
 
     def _draws(self, targets: list[int]) -> bytes:
         settings = [Setting.of(self.samplings[slot]) for slot in targets]
-        return Draws.pack(settings, self.random.random(len(targets)))
+        return SamplingParameters.pack(settings, self.random.random(len(targets)))
 
     def prefill(
         self, prompts: list[list[int]], sampling: Sampling = GREEDY, forks: int = 0

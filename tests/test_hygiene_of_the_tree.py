@@ -1,4 +1,4 @@
-"""What never stands in the tree: code that runs data, errors that are swallowed, traces of where it was written."""
+"""What never stands in the tree: code that runs data, swallowed errors, tests that sleep, traces of its writing."""
 
 from __future__ import annotations
 
@@ -17,21 +17,36 @@ PYTHON = [*SOURCES, *(file for folder in ("tests", "benchmarks") for file in sor
 
 SWALLOWED = {
     "cli/app.py": (1, "the edge of the process"),
-    "harmony_core/chat_template.py": (1, "a template is foreign code"),
+    "harmony_core/text/chat_template.py": (1, "a template is foreign code"),
     "harmony_core/engine/convert_gguf.py": (2, "the edge of a converting process, and a reader that checks little"),
-    "harmony_core/engine/host.py": (1, "the edge of a request: an exception is sent back as data"),
+    "harmony_core/engine/worker.py": (1, "the edge of a request: an exception is sent back as data"),
     "harmony_core/engine/process.py": (1, "the edge of a rank"),
-    "harmony_core/engine/training/losses/custom.py": (1, "a recipe's loss is foreign code: its failure says where"),
+    "harmony_core/engine/training/loss_evaluation.py": (1, "a recipe's loss is foreign code: its failure says where"),
     "harmony_core/graders/scoring.py": (1, "a grader is foreign code: its failure is its sample's, and counted"),
-    "harmony_core/loggers/composite.py": (1, "a second logger may be the client of any service, and ends nothing"),
-    "harmony_core/mapping.py": (2, "a failure of one item, by contract"),
-    "harmony_core/recipe.py": (1, "whatever the classes of a recipe raise while they are built"),
+    "harmony_core/runs/interruption.py": (1, "the edge of a thread without which no signal is heeded: it ends the run"),
+    "harmony_core/loggers/choose.py": (1, "a second logger may be the client of any service, and ends nothing"),
+    "harmony_core/algorithms/mapping.py": (2, "a failure of one item, by contract"),
+    "harmony_core/recipe/module.py": (1, "whatever the classes of a recipe raise while they are built"),
     "harmony_core/recipe_file.py": (1, "whatever a recipe's module raises while it is imported"),
-    "harmony_core/registry/content.py": (1, "tokenizers raises a bare Exception"),
-    "harmony_core/run.py": (1, "a report that cannot be made does not change how the run ended"),
-    "harmony_core/tokenizer_files.py": (1, "tokenizers raises a bare Exception"),
+    "harmony_core/runs/run.py": (1, "a report that cannot be made does not change how the run ended"),
+    "harmony_core/text/tokenizer_files.py": (1, "tokenizers raises a bare Exception"),
+    "harmony_core/text/tokenizer_trial.py": (1, "tokenizers raises a bare Exception"),
 }
 """Handlers of everything that do not raise again: how many in a file, and why."""
+
+SLEEPS = {
+    "tests/client/test_faults.py": (2, "a driver that computes without awaiting, and what waits for a line"),
+    "tests/echo_rank.py": (1, "a rank that hangs"),
+    "tests/fake_launcher.py": (1, "looks as often as torchrun does"),
+    "tests/fake_rank.py": (6, "a rank that is slow, or mute, or waits for another, or looks for a file"),
+    "tests/launch/test_hygiene.py": (1, "a driver that is held"),
+    "tests/launch/test_postmortem.py": (2, "the random moment of a kill, and a driver that is busy"),
+    "tests/launch/test_supervisor.py": (1, "a driver that blocks its own loop"),
+    "tests/leftovers.py": (2, "what waits for a condition"),
+    "tests/sockets.py": (1, "a flood with room to answer"),
+    "tests/recipes/two_stages.py": (1, "a recipe that is killed meanwhile"),
+}
+"""Sleeps outside of slow tests: how many in a file, and why. Nothing depends on how long they are."""
 
 FORBIDDEN_MODULES = {"cPickle", "cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"}
 FORBIDDEN_CALLS = {"__import__", "eval", "exec", "numpy.load", "np.load", "os.system", "torch.load", "yaml.load"}
@@ -83,14 +98,50 @@ def swallowing(tree: ast.AST) -> Iterator[int]:
             yield from (node.lineno for argument in node.args if ast.unparse(argument) in everything)
 
 
+def timing(tree: ast.AST) -> Iterator[int]:
+    """Lines, but for slow tests, that sleep or assert what a clock shows. `sleep(0)` only lets others go on."""
+    clocks = {"time.monotonic", "time.perf_counter", "time.process_time", "time.time"}
+    for node in ast.iter_child_nodes(tree):
+        decorators = getattr(node, "decorator_list", ())
+        if any(ast.unparse(decorator) == "pytest.mark.slow" for decorator in decorators):
+            continue
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("asyncio.sleep", "time.sleep"):
+            yield from () if ast.unparse(node.args[0]) == "0" else (node.lineno,)
+        if isinstance(node, ast.Assert):
+            calls = {ast.unparse(part.func) for part in ast.walk(node) if isinstance(part, ast.Call)}
+            yield from (node.lineno,) if calls & clocks else ()
+        yield from timing(node)
+
+
 def test_data_never_becomes_code() -> None:
     found = [f"{name_of(file)}:{line}" for file in PYTHON for line in dangerous(ast.parse(file.read_text("utf-8")))]
     assert found == []
 
 
+def test_transformers_is_told_to_run_no_code() -> None:
+    """Each call of ours that builds something from a directory or a config says so itself; the default may change."""
+    loading, silent = 0, []
+    for file in [file for file in SOURCES if "engine" in file.parts]:
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            called = ast.unparse(node.func).rpartition(".")[2] if isinstance(node, ast.Call) else ""
+            if called in ("from_pretrained", "from_config", "pipeline"):
+                loading += 1
+                assert isinstance(node, ast.Call)
+                if "trust_remote_code" not in {keyword.arg for keyword in node.keywords}:
+                    silent.append(f"{name_of(file)}:{node.lineno}")
+    assert loading == 3 and silent == []
+
+
 def test_errors_are_swallowed_only_at_listed_edges() -> None:
     found = Counter(name_of(file) for file in SOURCES for _ in swallowing(ast.parse(file.read_text("utf-8"))))
     assert dict(found) == {name: count for name, (count, _) in SWALLOWED.items()}
+
+
+def test_tests_wait_for_conditions() -> None:
+    tests = sorted((ROOT / "tests").rglob("*.py"))
+    found = Counter(name_of(file) for file in tests for _ in timing(ast.parse(file.read_text("utf-8"))))
+    expected = {name: count for name, (count, _) in SLEEPS.items()}
+    assert dict(found) == expected, {n: c for n, c in found.items() if expected.get(n) != c}
 
 
 def test_sources_keep_their_size() -> None:
@@ -163,6 +214,21 @@ def test_dangerous_code_would_be_seen(source: str) -> None:
 )
 def test_a_swallowed_error_would_be_seen(body: str, seen: bool) -> None:
     assert bool(list(swallowing(ast.parse(f"try:\n    f()\n{body}")))) is seen
+
+
+@pytest.mark.parametrize(
+    ("source", "seen"),
+    [
+        ("def test():\n    time.sleep(0.1)", True),
+        ("async def test():\n    await asyncio.sleep(seconds)", True),
+        ("async def test():\n    await asyncio.sleep(0)", False),
+        ("@pytest.mark.slow\ndef test():\n    time.sleep(1)", False),
+        ("def test():\n    assert time.monotonic() - before < 5", True),
+        ("def test():\n    deadline = time.monotonic() + 5", False),
+    ],
+)
+def test_a_test_that_sleeps_would_be_seen(source: str, seen: bool) -> None:
+    assert bool(list(timing(ast.parse(source)))) is seen
 
 
 @pytest.mark.parametrize(

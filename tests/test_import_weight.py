@@ -16,20 +16,19 @@ NOT_FOR_HELP = (*HEAVY, "asyncio", "jinja2", "msgspec", "numpy", "pydantic", "ri
 GROUPS = {
     "package": ("harmony_core",),
     "command line": tuple(
-        f"harmony_core.cli.{name}"
-        for name in ("app", "config", "doctor", "models", "progress", "recipes", "record", "report", "run", "runs")
+        f"harmony_core.cli.{name}" for name in ("app", "config", "doctor", "models", "recipes", "run", "runs")
     ),
     "config": ("harmony_core.config",),
     "registry": ("harmony_core.registry",),
-    "memory": ("harmony_core.memory",),
+    "memory": ("harmony_core.memory.plan",),
     "client": ("harmony_core.client", "harmony_core.client.spawning", "harmony_core.launch.supervisor"),
-    "context": ("harmony_core.context",),
-    "recipe": ("harmony_core.recipe", "harmony_core.execution"),
+    "context": ("harmony_core.recipe.context",),
+    "recipe": ("harmony_core.recipe.module", "harmony_core.recipe.execution"),
     "aliases": (
         *("adaptive_harmony", "adaptive_harmony.common", "adaptive_harmony.core.utils"),
         *("adaptive_harmony.metric_logger", "adaptive_harmony.parameters", "adaptive_harmony.runtime"),
     ),
-    "tokenization": ("harmony_core.datasets", "harmony_core.tokenization"),
+    "tokenization": ("harmony_core.data.datasets", "harmony_core.text.tokenization"),
 }
 
 _IMPORT = """

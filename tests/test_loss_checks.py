@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from harmony_core.client import get_client
-from harmony_core.errors import DataError, NotFoundError, UsageError, VerificationError
+from harmony_core.errors import DataError, LossFailed, NotFoundError, UsageError, VerificationError
 from harmony_core.loss_checks import check_loss
 
 LOGPROBS = [[-1.0, -0.5, -2.0], [-0.1], [-0.7, -0.9], [-3.0, -0.2, -0.4, -1.1], [-0.6, -0.8], [-1.5]]
@@ -103,8 +103,8 @@ def test_random_numbers_are_found_by_the_place_of_a_sample() -> None:
     [
         (lambda logprobs, samples: -logprobs.detach().sum(), VerificationError, "no gradient"),
         (lambda logprobs, samples: logprobs.sum() * float("nan"), VerificationError, "not finite"),
-        (lambda logprobs, samples: -logprobs, UsageError, r"returned a tensor \[13\]"),
-        (lambda logprobs, samples: -logprobs.sum().item(), UsageError, "returned 1"),
+        (lambda logprobs, samples: -logprobs, LossFailed, r"returned a tensor \[13\]"),
+        (lambda logprobs, samples: -logprobs.sum().item(), LossFailed, "returned 1"),
     ],
 )
 def test_what_is_no_loss_is_refused(loss: Callable[..., Any], error: type[Exception], message: str) -> None:

@@ -67,7 +67,7 @@ def test_plain_progress_writes_the_beginning_the_end_and_now_and_then(
 ) -> None:
     clock = iter([0, 10, 29, 31, 32, 33, 33])
     monkeypatch.setattr("harmony_core.notifiers.time.monotonic", lambda: next(clock))
-    job = StdoutJobNotifier(sink=PlainProgress(interval=30))
+    job = StdoutJobNotifier(sink=PlainProgress())
     stage = job.stage_notifier("S")
     for done in (0, 1, 2, 3, 4, 9):
         stage.report_progress(9, done)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
 import tomllib
 from fnmatch import fnmatch
-from importlib.metadata import distribution, entry_points
+from importlib.metadata import distribution, entry_points, version
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
-from packaging.version import Version
 
 import harmony_core
 from source_tree import FOLDERS, MOUNTED, ROOT
@@ -71,12 +72,14 @@ def test_the_command_is_the_mounted_folder() -> None:
 
 def test_only_two_names_are_importable(tmp_path: Path) -> None:
     code = (
-        "import importlib.util, json\n"
+        "import importlib.util, json, sys\n"
         "names = ['adaptive_harmony', 'harmony_core', 'harmony_core.cli', 'harmony_core.recipes',"
         " 'cli', 'recipes', 'tests', 'benchmarks', 'docs']\n"
-        "print(json.dumps([name for name in names if importlib.util.find_spec(name)]))"
+        "print(json.dumps([name for name in names if sys.argv[1] in str(importlib.util.find_spec(name))]))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(ROOT)], capture_output=True, text=True, cwd=tmp_path, timeout=60
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == ["adaptive_harmony", "harmony_core", "harmony_core.cli", "harmony_core.recipes"]
 
@@ -93,14 +96,56 @@ def test_one_version_everywhere() -> None:
     assert newest and newest[1] == harmony_core.__version__
 
 
-def test_constraints_lie_within_the_requirements() -> None:
+def locked(name: str) -> list[str]:
+    """The entries of a lock file, one string each with its hashes."""
+    text = (ROOT / "requirements" / name).read_text(encoding="utf-8").replace("\\\n", " ")
+    return [line for line in text.splitlines() if line and not line.startswith("#")]
+
+
+def versions(name: str) -> dict[str, str]:
+    """Version of each package of a lock file, on this Python."""
+    entries = [Requirement(line.split(" --hash")[0]) for line in locked(name)]
+    return {e.name: str(e.specifier)[2:] for e in entries if e.marker is None or e.marker.evaluate()}
+
+
+def required(*extras: str) -> list[Requirement]:
+    """What the project asks for with some of its extras, extras of its own followed."""
     project = PROJECT["project"]
-    extras = project["optional-dependencies"]
-    wanted = [*project["dependencies"], *extras["test"], *extras["peers"]]
-    needed = {r.name.lower(): r for r in map(Requirement, wanted)}
-    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    pins = [Requirement(line) for line in lines if line.strip() and not line.startswith(("#", "-"))]
-    assert "torch" in {pin.name for pin in pins}
-    for pin in pins:
-        (exact,) = pin.specifier
-        assert exact.operator == "==" and needed[pin.name].specifier.contains(Version(exact.version)), pin
+    wanted = [*project["dependencies"], *PROJECT["build-system"]["requires"]]
+    for extra in extras:
+        wanted += project["optional-dependencies"][extra]
+    found = [Requirement(line) for line in wanted]
+    own = [r for r in found if r.name == project["name"]]
+    return [r for r in found if r not in own] + [r for inner in own for r in required(*inner.extras)]
+
+
+@pytest.mark.parametrize(
+    ("name", "extras"),
+    [("run", ()), ("smollm2", ("smollm2",)), ("dev", ("dev",)), ("slow", ("dev", "peers", "smollm2"))],
+)
+def test_a_lock_has_what_the_project_asks_for(name: str, extras: tuple[str, ...]) -> None:
+    torch = (ROOT / "requirements" / "torch.txt").read_text(encoding="utf-8").splitlines()[-1].split("==")
+    pins = versions(f"{name}.txt") | {torch[0]: torch[1]}
+    for requirement in required(*extras):
+        pin = pins[requirement.name.lower().replace("_", "-")]
+        assert requirement.specifier.contains(pin), f"{requirement} is locked at {pin}: run make lock"
+
+
+@pytest.mark.parametrize("name", ["run.txt", "smollm2.txt", "dev.txt", "slow.txt"])
+def test_everything_locked_has_hashes(name: str) -> None:
+    for entry in locked(name):
+        assert re.match(r"[a-z0-9.-]+==[^ ]+( ; [^-]+)? +--hash=sha256:", entry), entry[:100]
+        assert not entry.startswith(("torch==", "nvidia-", "cuda-")), "the standard build of torch brings these"
+
+
+def test_the_locks_agree() -> None:
+    everything = versions("slow.txt")
+    for name in ("run.txt", "smollm2.txt", "dev.txt"):
+        assert versions(name).items() <= everything.items(), name
+
+
+def test_this_environment_is_the_locked_one() -> None:
+    """In CI only: elsewhere one may try other versions."""
+    if "CI" not in os.environ:
+        pytest.skip("only CI has to run the locked versions")
+    assert {name: version(name) for name in versions("dev.txt")} == versions("dev.txt")

@@ -157,6 +157,16 @@ adaptive_harmony.TrainingModel.train_mse_per_token: thread targets
 adaptive_harmony.TrainingModel.train_ranking: pos_thread neg_thread
 adaptive_harmony.TrainingModel.train_dpo: sample_pos sample_neg ref_logprobs_pos ref_logprobs_neg beta
 adaptive_harmony.TrainingModel.train_tangents: inp_tokens image_patches tangents tgt_tokens
+adaptive_harmony.common.DPO.process_sample: sample
+adaptive_harmony.common.RewardModelling.train_rm: sample
+adaptive_harmony.common.GRPO.gen_data: sample
+adaptive_harmony.common.GRPO.train_sample: sample
+adaptive_harmony.common.GRPO.get_train_batch_logs: data
+adaptive_harmony.common.GSPO.train_sample: sample
+adaptive_harmony.common.PPO.generate_sample: prompt
+adaptive_harmony.common.PPO.train_ppo: sample
+adaptive_harmony.common.PPO.train_value: sample
+adaptive_harmony.common.PPO.get_train_batch_logs: data
 adaptive_harmony.core.losses.train_grpo_tangents: model sample trajectory_logprobs ref_logprobs advantages clip_range
 adaptive_harmony.core.losses.train_dpo_tangents: model pos neg ref_logprobs_pos ref_logprobs_neg beta
 adaptive_harmony.core.rl_utils.gae_advantages: values rewards gae_lambda gae_gamma

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engines import LiveEngine, start_engine, stop_engine
-from harmony_core.threads import StringThread
+from harmony_core.text.threads import StringThread
 from source_tree import ROOT
 from test_end_to_end import adaptive, result
 

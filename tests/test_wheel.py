@@ -86,6 +86,7 @@ def test_what_the_wheel_holds(wheel: Path) -> None:
         assert f"harmony_core/recipes/{file.name}" in inside
     for file in (ROOT / "recipes" / "data").glob("*.jsonl"):
         assert f"harmony_core/recipes/data/{file.name}" in inside
+    assert {f"harmony_core/runs/report/page.{kind}" for kind in ("css", "html", "js")} <= inside
     assert {"harmony_core/py.typed", "adaptive_harmony/py.typed"} <= inside
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 

@@ -1,5 +1,5 @@
 """Group relative policy optimisation."""
 
-from harmony_core.algorithms.grpo import GRPO
+from harmony_core.algorithms.grpo import GRPO, Sample
 
-__all__ = ["GRPO"]
+__all__ = ["GRPO", "Sample"]

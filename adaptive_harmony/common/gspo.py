@@ -1,5 +1,5 @@
 """Group sequence policy optimisation."""
 
-from harmony_core.algorithms.gspo import GSPO
+from harmony_core.algorithms.grpo import GSPO
 
 __all__ = ["GSPO"]

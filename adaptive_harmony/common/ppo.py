@@ -1,5 +1,5 @@
 """Proximal policy optimisation."""
 
-from harmony_core.algorithms.ppo import PPO
+from harmony_core.algorithms.ppo import PPO, Sample
 
-__all__ = ["PPO"]
+__all__ = ["PPO", "Sample"]

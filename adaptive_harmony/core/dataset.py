@@ -1,5 +1,5 @@
 """Samples in a seeded random order."""
 
-from harmony_core.datasets import DataSet, convert_sample_dict, load_from_hf
+from harmony_core.data.datasets import DataSet, convert_sample_dict, load_from_hf
 
 __all__ = ["DataSet", "convert_sample_dict", "load_from_hf"]

@@ -1,5 +1,10 @@
 """Learning rates over a run."""
 
-from harmony_core.schedulers import CombinedSchedule, CosineScheduler, CosineSchedulerWithoutWarmup, Scheduler
+from harmony_core.algorithms.schedulers import (
+    CombinedSchedule,
+    CosineScheduler,
+    CosineSchedulerWithoutWarmup,
+    Scheduler,
+)
 
 __all__ = ["CombinedSchedule", "CosineScheduler", "CosineSchedulerWithoutWarmup", "Scheduler"]

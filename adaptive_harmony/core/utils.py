@@ -1,6 +1,6 @@
 """Concurrent maps, mini-batches, and small things done with threads."""
 
-from harmony_core.mapping import (
+from harmony_core.algorithms.mapping import (
     async_map,
     async_map_batch,
     async_map_fallible,
@@ -8,7 +8,7 @@ from harmony_core.mapping import (
     sample_data,
     weighted_mean,
 )
-from harmony_core.thread_tools import override_system_prompt, repeat_thread, stringify_thread
+from harmony_core.text.threads import override_system_prompt, repeat_thread, stringify_thread
 
 __all__ = [
     "async_map",

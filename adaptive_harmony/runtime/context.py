@@ -1,5 +1,5 @@
 """The context that a recipe is given."""
 
-from harmony_core.context import RecipeConfig, RecipeContext, RecipeContextManager
+from harmony_core.recipe.context import RecipeConfig, RecipeContext, RecipeContextManager
 
 __all__ = ["RecipeConfig", "RecipeContext", "RecipeContextManager"]

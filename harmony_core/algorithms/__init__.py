@@ -1,15 +1,15 @@
-"""Training classes: what to learn and from what. No tensors here."""
+"""Training classes: SFT, DPO, reward modelling, GRPO, GSPO, PPO; callbacks. No tensors."""
 
-from harmony_core.algorithms.callbacks import RecipeCallback, invoke_callbacks
-from harmony_core.algorithms.dpo import DPO
-from harmony_core.algorithms.evaluating import (
+from harmony_core.algorithms.callbacks import (
     CheckpointCallback,
     GenerateSamplesCallback,
     GraderEvalCallback,
+    RecipeCallback,
     ValidationLossCallback,
+    invoke_callbacks,
 )
-from harmony_core.algorithms.grpo import GRPO
-from harmony_core.algorithms.gspo import GSPO
+from harmony_core.algorithms.dpo import DPO
+from harmony_core.algorithms.grpo import GRPO, GSPO
 from harmony_core.algorithms.ppo import PPO
 from harmony_core.algorithms.reward_modelling import RewardModelling
 from harmony_core.algorithms.sft import SFT

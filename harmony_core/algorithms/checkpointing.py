@@ -27,11 +27,12 @@ from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from harmony_core.algorithms.callbacks import RecipeCallback
-from harmony_core.checkpoint_files import Checkpoint
-from harmony_core.checkpoints import LEAVE, RunCheckpoints, compare
+from harmony_core.data.files import Threads
 from harmony_core.errors import UsageError
 from harmony_core.notifiers import StageNotifier, say
-from harmony_core.threads import StringThread
+from harmony_core.runs.checkpoint_files import Checkpoint, taking_back
+from harmony_core.runs.checkpoints import LEAVE, RunCheckpoints, compare
+from harmony_core.text.threads import StringThread
 
 if TYPE_CHECKING:
     import numpy as np
@@ -136,7 +137,7 @@ class Checkpointing:
             try:
                 result = await train()
                 if not self._left:
-                    await self._uninterrupted(self._save(1.0, result))
+                    await self._save(1.0, result)
             except asyncio.CancelledError:
                 await self._save_what_was_reached()
                 raise
@@ -157,7 +158,7 @@ class Checkpointing:
         # Progress arrives as a quotient: what is missed by rounding alone counts as reached.
         due = completion < 1 and completion - self._last_saved >= self.frequency - 1e-9
         if due or self._left or run.stopping:
-            await self._uninterrupted(self._save(completion))
+            await self._save(completion)
         if run.stopping:
             raise asyncio.CancelledError
         if self._left:
@@ -210,21 +211,22 @@ class Checkpointing:
         assert self._run is not None
         where = self.stage.stage_name
         hint = "resume with what the run was started with, or start a new run"
-        compare(where, record["facts"], self._facts, hint)
-        if not self._run.allow_change:
-            compare(where, record["lesser_facts"], self._lesser_facts, "add --allow-change to go on nevertheless")
-        states = self._states()
-        for role, state in states.items():
-            await state.load(checkpoint.models(role), record["steps"][role])
-            state.set_request_numbers(record["request_numbers"])
-        if record["lesser_facts"]["callbacks"] == self._lesser_facts["callbacks"]:
-            for callback, last_call in zip(self._callbacks, record["callback_last_calls"], strict=True):
-                callback.last_call = last_call
-        for name, part in self._parts.items():
-            part.set_state(record["parts"][name])
-        for name, generator in self._generators.items():
-            _set_generator_state(generator, record["generators"][name])
-        self._last_saved = record["completion_percentage"]
+        with taking_back(checkpoint):
+            compare(where, record["facts"], self._facts, hint)
+            if not self._run.allow_change:
+                compare(where, record["lesser_facts"], self._lesser_facts, "add --allow-change to go on nevertheless")
+            states = self._states()
+            for role, state in states.items():
+                await state.load(checkpoint.models(role), record["steps"][role])
+                state.set_request_numbers(record["request_numbers"])
+            if record["lesser_facts"]["callbacks"] == self._lesser_facts["callbacks"]:
+                for callback, last_call in zip(self._callbacks, record["callback_last_calls"], strict=True):
+                    callback.last_call = last_call
+            for name, part in self._parts.items():
+                part.set_state(record["parts"][name])
+            for name, generator in self._generators.items():
+                _set_generator_state(generator, record["generators"][name])
+            self._last_saved = record["completion_percentage"]
 
     async def _skip(self, checkpoint: Checkpoint, record: dict[str, Any]) -> dict[str, float]:
         """A stage that had finished: its weights and the numbers that it returned."""
@@ -247,16 +249,23 @@ class Checkpointing:
             if result is not None:
                 run.finished.append({**boundary, "result": result})
             return
-        states = self._states()
+        states = list(self._states().values())
+
+        def write() -> Coroutine[Any, Any, None]:
+            return self._uninterrupted(self._write(completion, boundary, result))
+
+        await (states[0].when_there_is_room(states, write, patient=not run.stopping) if states else write())
+
+    async def _write(self, completion: float, boundary: dict[str, Any], result: dict[str, float] | None) -> None:
+        run, states = self._run, self._states()
+        assert run is not None
         with run.saving(), run.store.write(sum(state.expected_bytes for state in states.values())) as writing:
             for role, state in states.items():
                 await state.save(writing.models(role))
-            if result is None:
-                data: dict[str, Any] | None = boundary
-            else:
-                run.finished.append({**boundary, "result": result, "checkpoint": writing.name})
-                data = None
-            saved = await asyncio.to_thread(writing.commit, _as_stored(run.state(data)))
+            ended = [] if result is None else [{**boundary, "result": result, "checkpoint": writing.name}]
+            stored = _as_stored(run.state(None if ended else boundary, *ended))
+            saved = await asyncio.to_thread(writing.commit, stored)
+        run.finished += ended
         self._last_saved = completion
         self._saved_boundary = True
         step = max((step or 0 for step in boundary["steps"].values()), default=0)
@@ -271,7 +280,7 @@ class Checkpointing:
         if run is None or not run.stopping or not run.enabled or boundary is None or self._saved_boundary:
             return
         if all(state.step == boundary["steps"][role] for role, state in self._states().items()):
-            await self._uninterrupted(self._save(boundary["completion_percentage"]))
+            await self._save(boundary["completion_percentage"])
 
     @staticmethod
     async def _uninterrupted(save: Coroutine[Any, Any, None]) -> None:
@@ -287,7 +296,9 @@ class Checkpointing:
 
 
 def digest_of_samples(samples: Sequence[Any]) -> str:
-    """sha256 over all samples: threads, or tuples of them."""
+    """sha256 over all samples: threads, or tuples of them. Of a large dataset, over its rows as they were read."""
+    if isinstance(samples, Threads):
+        return samples.digest()
     digest = hashlib.sha256()
     for sample in samples:
         digest.update(_sample_bytes(sample) + b"\n")

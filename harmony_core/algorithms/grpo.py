@@ -1,69 +1,66 @@
-"""Group relative policy optimisation (arXiv 2402.03300): a completion is as good as it is better than its siblings."""
+"""Group relative policy optimisation (arXiv 2402.03300): a completion is as good as it is better than its siblings.
+
+GSPO (arXiv 2507.18071) is GRPO whose ratio, and so whose clipping, is a sequence's.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from harmony_core.algorithms.advantages import group_advantages
-from harmony_core.algorithms.arguments import check_loss_options, keeps_settings, stage_of
-from harmony_core.algorithms.callbacks import RecipeCallback
-from harmony_core.algorithms.feeding import BatchFeed, Unusable, settle
+from harmony_core.algorithms.batch_loader import BatchLoader
+from harmony_core.algorithms.callbacks import RecipeCallback, outcome_of
 from harmony_core.algorithms.loop import StepLoop
+from harmony_core.algorithms.mapping import async_map, get_minibatches
 from harmony_core.algorithms.rollout import (
-    Completion,
     Rollout,
     check_sizes,
     completion_metrics,
     prompts_of,
+    prompts_per_batch,
 )
+from harmony_core.algorithms.schedulers import CosineScheduler, Scheduler
 from harmony_core.algorithms.tangents import Metrics, Scored, grpo_tangents, push, score
+from harmony_core.algorithms.training import Training, check_loss_options, each, keeps_settings, means
+from harmony_core.config.argument_kinds import checked
 from harmony_core.errors import UsageError
 from harmony_core.graders import BaseGrader
 from harmony_core.journal import phase
-from harmony_core.loggers import Logger, logger_of_training
-from harmony_core.mapping import async_map, get_minibatches
+from harmony_core.loggers import Logger
 from harmony_core.notifiers import StageNotifier
-from harmony_core.schedulers import CosineScheduler, Scheduler
-from harmony_core.threads import StringThread
+from harmony_core.text.threads import StringThread, TokenizedThread
 
 if TYPE_CHECKING:
-    from harmony_core.client import InferenceModel, TrainingModel
+    from harmony_core.client import TrainingModel
 
 
-@dataclass(frozen=True)
+@dataclass
 class Sample:
-    """A completion and its advantage over the others of its prompt."""
+    """A completion and its advantage over the others of its prompt; lists have a number for each generated token."""
 
-    completion: Completion
+    sample: TokenizedThread
+    logprobs: list[float]
+    ref_logprobs: list[float]
     advantage: float
-
-    @property
-    def advantages(self) -> list[float]:
-        """The advantage, once for each generated token."""
-        return [self.advantage] * len(self.completion.logprobs)
+    score: float
+    kl_div: list[float]
+    gen_len: float
 
 
-@dataclass(frozen=True)
-class Direction:
-    """A sample's ascent direction."""
-
-    scored: Scored
-    tangents: list[float]
-    metrics: Metrics
-
-
-class GRPO:
+class GRPO(Training):
     """Trains a policy on its own scored completions; construct, then `await grpo.run()`.
 
     A batch is `samples_per_batch // completions_per_sample` prompts with `completions_per_sample` completions each. It
     is shuffled into mini-batches of `samples_per_mini_batch` completions, `mini_epochs_per_batch` times, each of which
     is one optimizer step. Give either `epochs` over the prompts or `max_num_grpo_steps` batches.
 
-    A prompt that is too long, or one of whose completions is too long, not graded or ignored by the grader, is dropped,
-    counted under `dropped/<reason>` and replaced by the next; more than half of a batch dropped raises TooManyFailures.
+    A completion is capped at what its prompt leaves of `max_batch_size`, and counts as truncated there. A prompt that
+    leaves no room, or one of whose completions is not graded or ignored by the grader, is dropped, counted under
+    `dropped/<reason>` and replaced by the next; `max_failure_rate` is as in `SFT`.
     Prompts whose completions have equal scores stay in (only the divergence from the reference trains them) and are
     counted in `percentage_no_advantages`. The policy's log-probs are the sampler's own. With `kl_beta=0` there is no
     reference model.
@@ -71,9 +68,10 @@ class GRPO:
     `loss_options` are further keyword arguments of `train_grpo`: asymmetric and dual clipping, other normalisations.
     With `use_tangents` the same gradient goes through `train_tangents`, and `policy/pg_clipfrac`,
     `policy/inner_kl_div` and `policy/Dkl` are measured at the price of a forward pass.
+
+    A subclass may override `gen_data`, `train_sample` and `get_train_batch_logs`.
     """
 
-    settings: dict[str, Any]
     _loss = "train_grpo"
 
     @keeps_settings
@@ -104,15 +102,16 @@ class GRPO:
         use_tangents: bool = False,
         *,
         loss_options: Mapping[str, Any] | None = None,
+        max_failure_rate: float = 0.5,
     ) -> None:
         if use_tangents and loss_options:
             raise UsageError("loss_options are those of the model's own loss", hint="leave use_tangents out")
-        check_sizes(samples_per_batch, completions_per_sample, samples_per_mini_batch, mini_epochs_per_batch)
+        prompts = prompts_per_batch(samples_per_batch, completions_per_sample)
+        check_sizes(samples_per_batch, samples_per_mini_batch, mini_epochs_per_batch)
         self.model = model
         self.grader = grader
-        self.logger = logger_of_training(logger)
-        self.stage_notifier = stage_of(stage_notifier, f"{type(self).__name__} Training")
-        self.lr_schedule: Scheduler = lr_scheduler or CosineScheduler(lr)
+        self._log_to(logger, stage_notifier, f"{type(self).__name__} Training")
+        self.lr_schedule = lr_scheduler or CosineScheduler(lr)
         self.completions_per_sample = completions_per_sample
         self.samples_per_mini_batch = samples_per_mini_batch
         self.mini_epochs_per_batch = mini_epochs_per_batch
@@ -125,100 +124,134 @@ class GRPO:
         self.use_tangents = use_tangents
         self.loss_options = dict(loss_options or {})
         check_loss_options(getattr(model, self._loss), self.loss_options)
-        prompts_per_batch = samples_per_batch // completions_per_sample
-        self.feed = BatchFeed(prompts_of(dataset), prompts_per_batch, epochs, data_seed, steps=max_num_grpo_steps)
-        self.reference: InferenceModel | None = None
-        models = {"policy": model}
-        logging = (callbacks, self.logger, self.stage_notifier)
-        saving = (checkpoint_frequency, checkpoint_restore_data)
-        self.loop = StepLoop(type(self).__name__, self.settings, models, dataset, self.feed, *logging, *saving)
-
-    @property
-    def training_completion_percentage(self) -> float:
-        """How much of the run is done, 0 to 1."""
-        return self.feed.completion
-
-    async def run(self) -> dict[str, float]:
-        """Train to the end, in a resumed run from the checkpoint. Returns the last step's numbers.
-
-        Raises TooManyFailures, and UsageError for a checkpoint of another training.
-        """
-        metrics = await self.loop.run(self._step, self._prepare)
-        if self.reference is not None:
-            await self.reference.dealloc()
-        return metrics
+        self.feed = BatchLoader(prompts_of(dataset), prompts, epochs, data_seed, max_failure_rate, max_num_grpo_steps)
+        if kl_beta:
+            model.plan_clone()
+        saving = checkpoint_frequency, checkpoint_restore_data
+        name, models = type(self).__name__, {"policy": model}
+        self.loop = StepLoop(self, name, models, dataset, callbacks, *saving, prompts=True)
 
     async def _prepare(self) -> None:
         self.reference = await self.model.clone_inf() if self.kl_beta else None
         self.rollout = Rollout(self.model, self.reference, self.grader)
 
     async def _step(self) -> dict[str, Any]:
-        batch = await self.feed.next_batch(self._roll_out)
-        metrics: dict[str, Any] = {f"dropped/{reason}": count for reason, count in batch.dropped.items()}
-        samples = [sample for group in batch.results for sample in group]
+        batch = await self.feed.next_batch(each(self.gen_data))
+        metrics = batch.metrics
+        groups = [group for group in batch.results if group]
+        samples = [sample for group in groups for sample in group]
         if not samples:
             return metrics
-        metrics |= self._describe(batch.results)
-        completions, advantages = [s.completion for s in samples], [s.advantage for s in samples]
-        await self.rollout.show(completions, advantages, self.loop.step, self.feed.completion)
+        metrics |= await outcome_of(self.get_train_batch_logs(groups)) or {}
+        metrics |= {f"rewards/{key}": value for key, value in self.grader.get_logs(clear=True).items()}
+        if self.loop.shows():
+            await self.rollout.show(samples, [s.advantage for s in samples], self.loop.step)
         # The seed says where the run stands, so that a resumed run shuffles as it would have.
         order = self.data_seed + self.feed.dataset.idx
-        batches = get_minibatches(samples, self.samples_per_mini_batch, self.mini_epochs_per_batch, order)
+        sizes = self.samples_per_mini_batch, self.mini_epochs_per_batch
+        batches = get_minibatches(samples, *sizes, order, join_last_one=True)
         for mini_batch in batches[:-1]:
             self.logger({**await self._train(mini_batch), "completion_percentage": self.feed.completion})
         return metrics | await self._train(batches[-1])
 
-    async def _roll_out(self, prompts: Sequence[StringThread]) -> list[list[Sample] | Unusable]:
-        return await settle(self._group, prompts)
+    async def gen_data(self, sample: StringThread) -> list[Sample]:
+        """One prompt's completions. An error of the data, such as PromptTooLong, drops the prompt."""
+        found = await self.rollout.group(sample, self.completions_per_sample)
+        advantages = group_advantages([c.score for c in found])
+        return [
+            Sample(c.sample, c.logprobs, c.ref_logprobs, advantage, c.score, c.kl_div, float(len(c.logprobs)))
+            for c, advantage in zip(found, advantages, strict=True)
+        ]
 
-    async def _group(self, prompt: StringThread) -> list[Sample]:
-        completions = await self.rollout.group(prompt, self.completions_per_sample)
-        return [*map(Sample, completions, group_advantages([c.score for c in completions]))]
-
-    def _describe(self, groups: Sequence[Sequence[Sample]]) -> dict[str, Any]:
-        samples = [sample for group in groups for sample in group]
+    def get_train_batch_logs(self, data: list[list[Sample]]) -> dict[str, Any]:
+        """What is logged of a batch, prompt by prompt, beside the grader's logs and the optimizer's numbers."""
+        samples = [sample for group in data for sample in group]
         return {
-            **completion_metrics([sample.completion for sample in samples], self.rollout.reference is not None),
+            **completion_metrics(samples, self.rollout.reference is not None),
             "advantages": fmean(sample.advantage for sample in samples),
-            "percentage_no_advantages": fmean(float(all(s.advantage == 0 for s in group)) for group in groups),
-            **{f"rewards/{key}": value for key, value in self.grader.get_logs(clear=True).items()},
+            "percentage_no_advantages": fmean(float(all(s.advantage == 0 for s in group)) for group in data),
         }
 
     async def _train(self, samples: Sequence[Sample]) -> dict[str, float]:
         """One optimizer step on a mini-batch."""
-        metrics: dict[str, float] = {}
         with phase("training"):
-            if self.use_tangents:
-                directions = await async_map(self._direction, samples)
-                await async_map(self._push, directions)
-                measured = [direction.metrics for direction in directions]
-                metrics = {f"policy/{name}": fmean(metric[name] for metric in measured) for name in measured[0]}
-            else:
-                await async_map(self._train_sample, samples)
-        with phase("optimizer"):
-            return metrics | await self.model.optim_step(
-                self.lr_schedule(self.feed.completion), self.weight_decay, self.max_grad_norm, self.skip_nan_gradients
-            )
+            measured = await async_map(lambda sample: outcome_of(self.train_sample(sample)), samples)
+        return means("policy", measured) | await self._optim_step()
 
-    async def _train_sample(self, sample: Sample) -> None:
-        completion, clip, beta = sample.completion, self.clip_range, self.kl_beta
+    async def train_sample(self, sample: Sample) -> Metrics:
+        """Train one completion. Returns numbers whose means over the mini-batch are logged as `policy/*`."""
+        if self.use_tangents:
+            return await self._in_turn(score(self.model, sample.sample), partial(self._push, sample))
         await self.model.train_grpo(
-            completion.thread,
-            completion.logprobs,
-            completion.ref_logprobs,
-            sample.advantages,
-            clip,
-            beta,
+            sample.sample,
+            sample.logprobs,
+            sample.ref_logprobs,
+            [sample.advantage] * len(sample.logprobs),
+            self.clip_range,
+            self.kl_beta,
             **self.loss_options,
         )
+        return {}
 
-    async def _direction(self, sample: Sample) -> Direction:
-        completion, clip, beta = sample.completion, self.clip_range, self.kl_beta
-        scored = await score(self.model, completion.thread)
+    async def _push(self, sample: Sample, scored: Scored) -> Metrics:
+        advantages, beta = [sample.advantage] * len(sample.logprobs), self.kl_beta
         tangents, metrics = grpo_tangents(
-            scored.logprobs, completion.logprobs, completion.ref_logprobs, sample.advantages, clip, beta
+            scored.logprobs, sample.logprobs, sample.ref_logprobs, advantages, self.clip_range, beta
         )
-        return Direction(scored, tangents, metrics)
+        await push(self.model, scored, tangents, len(tangents))
+        return metrics
 
-    async def _push(self, direction: Direction) -> None:
-        await push(self.model, direction.scored, direction.tangents, len(direction.tangents))
+
+class GSPO(GRPO):
+    """As `GRPO`, with `train_gspo`: the ratio is exp of the mean log-ratio of a completion's tokens.
+
+    It moves less than a token's, so the documented `clip_range` is small; it holds on both sides. `loss_options` are
+    further keyword arguments of `train_gspo`.
+    """
+
+    _loss = "train_gspo"
+
+    @checked
+    def __init__(
+        self,
+        dataset: Sequence[StringThread],
+        model: TrainingModel,
+        grader: BaseGrader[Any],
+        logger: Logger | None = None,
+        stage_notifier: StageNotifier | None = None,
+        callbacks: Sequence[RecipeCallback] = (),
+        max_num_gspo_steps: int | None = None,
+        epochs: float | None = None,
+        completions_per_sample: int = 8,
+        lr: float = 7.5e-7,
+        lr_scheduler: Scheduler | None = None,
+        samples_per_batch: int = 128,
+        samples_per_mini_batch: int = 128,
+        mini_epochs_per_batch: int = 1,
+        max_grad_norm: float = 1.0,
+        clip_range: float = 0.01,
+        kl_beta: float = 0.01,
+        weight_decay: float = 0.0,
+        checkpoint_restore_data: dict[str, Any] | None = None,
+        checkpoint_frequency: float = 0.2,
+        data_seed: int = 42,
+        *,
+        loss_options: Mapping[str, Any] | None = None,
+        max_failure_rate: float = 0.5,
+    ) -> None:
+        given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        super().__init__(max_num_grpo_steps=given.pop("max_num_gspo_steps"), **given)
+
+    async def train_sample(self, sample: Sample) -> Metrics:
+        """Train one completion. Returns numbers whose means over the mini-batch are logged as `policy/*`."""
+        await self.model.train_gspo(
+            sample.sample,
+            sample.logprobs,
+            sample.ref_logprobs,
+            [sample.advantage],
+            self.clip_range,
+            self.clip_range,
+            self.kl_beta,
+            **self.loss_options,
+        )
+        return {}

@@ -10,35 +10,43 @@ from dataclasses import dataclass, replace
 from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Any
 
-from harmony_core.algorithms.advantages import explained_variance
-from harmony_core.algorithms.arguments import check_loss_options, keeps_settings, stage_of
-from harmony_core.algorithms.callbacks import RecipeCallback
-from harmony_core.algorithms.feeding import BatchFeed, Unusable, settle
+from harmony_core.algorithms.advantages import discounted_cumulative_rewards, explained_variance, gae_advantages
+from harmony_core.algorithms.batch_loader import BatchLoader
+from harmony_core.algorithms.callbacks import RecipeCallback, outcome_of
 from harmony_core.algorithms.loop import StepLoop
-from harmony_core.algorithms.rollout import Completion, Rollout, check_sizes, completion_metrics, prompts_of
+from harmony_core.algorithms.mapping import async_map, get_minibatches
+from harmony_core.algorithms.rollout import Rollout, check_sizes, completion_metrics, prompts_of
+from harmony_core.algorithms.schedulers import CombinedSchedule, CosineScheduler, Scheduler
+from harmony_core.algorithms.training import Training, check_loss_options, each, keeps_settings, means, step_if_any
 from harmony_core.errors import UsageError
 from harmony_core.graders import BaseGrader
 from harmony_core.journal import phase
-from harmony_core.loggers import Logger, logger_of_training
-from harmony_core.mapping import async_map, get_minibatches
+from harmony_core.loggers import Logger
 from harmony_core.notifiers import StageNotifier
-from harmony_core.rl_utils import discounted_cumulative_rewards, gae_advantages
-from harmony_core.schedulers import CombinedSchedule, CosineScheduler, Scheduler
-from harmony_core.threads import StringThread
+from harmony_core.text.threads import StringThread, TokenizedThread
 
 if TYPE_CHECKING:
-    from harmony_core.client import InferenceModel, TrainingModel
+    from harmony_core.client import TrainingModel
 
 
-@dataclass(frozen=True)
+@dataclass
 class Sample:
-    """A completion with what the value model expected; lists have one number for each generated token."""
+    """A completion with what the value model expected; lists have one number for each generated token.
 
-    completion: Completion
-    values: list[float]
-    rewards: list[float]
+    `kl_pen` and `cumulative_reward` are sums over the tokens, of what is taken for the divergence and of what is left.
+    """
+
+    sample: TokenizedThread
+    string_sample: StringThread
+    logprobs: list[float]
+    ref_logprobs: list[float]
     advantages: list[float]
     returns: list[float]
+    score: float
+    kl_div: list[float]
+    values: list[float]
+    kl_pen: float
+    cumulative_reward: float
 
 
 def whitened(samples: Sequence[Sample]) -> list[Sample]:
@@ -48,7 +56,7 @@ def whitened(samples: Sequence[Sample]) -> list[Sample]:
     return [replace(s, advantages=[(a - mean) / (std + 1e-8) for a in s.advantages]) for s in samples]
 
 
-class PPO:
+class PPO(Training):
     """Trains a policy and a value model on scored completions; construct, then `await ppo.run()`.
 
     A batch is `samples_per_batch` prompts with one completion each. Advantages are generalised advantage estimates;
@@ -60,9 +68,9 @@ class PPO:
     Prompts are dropped, counted and replaced as in `GRPO`. Metrics of the value model's steps are logged as `value/*`.
     `loss_options` are further keyword arguments of `train_ppo`. With `whiten_advantages` the policy is trained on
     (A - mean) / (std + 1e-8) over a batch's tokens: values that are all too high or too low then cancel out.
-    """
 
-    settings: dict[str, Any]
+    A subclass may override `generate_sample`, `train_ppo`, `train_value` and `get_train_batch_logs`.
+    """
 
     @keeps_settings
     def __init__(
@@ -97,13 +105,13 @@ class PPO:
         *,
         loss_options: Mapping[str, Any] | None = None,
         whiten_advantages: bool = False,
+        max_failure_rate: float = 0.5,
     ) -> None:
         if not value_model.is_scalar():
             raise UsageError("PPO's value model needs a scalar head", hint="spawn it with into_scoring_model()")
-        check_sizes(samples_per_batch, 1, samples_per_mini_batch, mini_epochs_per_batch)
+        check_sizes(samples_per_batch, samples_per_mini_batch, mini_epochs_per_batch)
         self.model, self.value_model, self.grader = model, value_model, grader
-        self.logger = logger_of_training(logger)
-        self.stage_notifier = stage_of(stage_notifier, "PPO Training")
+        self._log_to(logger, stage_notifier, "PPO Training")
         waiting = CombinedSchedule(lambda _: 0.0, CosineScheduler(lr_policy), value_only_fraction)
         self.lr_schedule_policy: Scheduler = lr_scheduler_policy or waiting
         self.lr_schedule_value: Scheduler = lr_scheduler_value or CosineScheduler(lr_value)
@@ -115,32 +123,19 @@ class PPO:
         self.loss_options = dict(loss_options or {})
         self.whiten_advantages = whiten_advantages
         check_loss_options(model.train_ppo, self.loss_options)
-        self.feed = BatchFeed(prompts_of(dataset), samples_per_batch, epochs, data_seed, steps=max_num_ppo_steps)
-        self.reference: InferenceModel | None = None
+        self.feed = BatchLoader(
+            prompts_of(dataset), samples_per_batch, epochs, data_seed, max_failure_rate, max_num_ppo_steps
+        )
+        if kl_beta:
+            model.plan_clone()
         models = {"policy": model, "value": value_model}
-        logging = (callbacks, self.logger, self.stage_notifier)
-        saving = (checkpoint_frequency, checkpoint_restore_data)
-        self.loop = StepLoop("PPO", self.settings, models, dataset, self.feed, *logging, *saving)
-
-    @property
-    def training_completion_percentage(self) -> float:
-        """How much of the run is done, 0 to 1."""
-        return self.feed.completion
-
-    async def run(self) -> dict[str, float]:
-        """Train to the end, in a resumed run from the checkpoint. Returns the last step's numbers.
-
-        Raises TooManyFailures, and UsageError for a checkpoint of another training.
-        """
-        metrics = await self.loop.run(self._step, self._prepare)
-        if self.reference is not None:
-            await self.reference.dealloc()
-        return metrics
+        saving = checkpoint_frequency, checkpoint_restore_data
+        self.loop = StepLoop(self, "PPO", models, dataset, callbacks, *saving, prompts=True)
 
     async def _prepare(self) -> None:
         await self._check_tokenizers()
         self.reference = await self.model.clone_inf() if self.kl_beta else None
-        self.rollout = Rollout(self.model, self.reference, self.grader)
+        self.rollout = Rollout(self.model, self.reference, self.grader, self.value_model)
 
     async def _check_tokenizers(self) -> None:
         """The value model scores the policy's tokens, so both must give text the same ones."""
@@ -149,70 +144,83 @@ class PPO:
             raise UsageError("policy and value model have different tokenizers", hint="use two models of one family")
 
     async def _step(self) -> dict[str, Any]:
-        batch = await self.feed.next_batch(self._roll_out)
-        metrics: dict[str, Any] = {f"dropped/{reason}": count for reason, count in batch.dropped.items()}
-        if not batch.results:
+        batch = await self.feed.next_batch(each(self.generate_sample))
+        metrics = batch.metrics
+        samples = [sample for sample in batch.results if sample is not None]
+        if not samples:
             return metrics
-        metrics |= self._describe(batch.results)
-        completions, advantages = [s.completion for s in batch.results], [fmean(s.advantages) for s in batch.results]
-        await self.rollout.show(completions, advantages, self.loop.step, self.feed.completion)
+        metrics |= await outcome_of(self.get_train_batch_logs(samples)) or {}
+        metrics |= {f"rewards/{key}": value for key, value in self.grader.get_logs(clear=True).items()}
+        if self.loop.shows():
+            await self.rollout.show(samples, [fmean(s.advantages) for s in samples], self.loop.step)
         if self.lr_schedule_policy(self.feed.completion) > 0:
-            trained = whitened(batch.results) if self.whiten_advantages else batch.results
-            metrics |= await self._train(trained, self._train_policy, self._step_policy)
-        return metrics | await self._train(batch.results, self._train_value, self._step_value)
+            trained = whitened(samples) if self.whiten_advantages else samples
+            metrics |= await self._train(trained, "policy", self.train_ppo, self._step_policy)
+        return metrics | await self._train(samples, "value", self.train_value, self._step_value)
 
-    async def _roll_out(self, prompts: Sequence[StringThread]) -> list[Sample | Unusable]:
-        return await settle(self._sample, prompts)
-
-    async def _sample(self, prompt: StringThread) -> Sample:
-        (completion,) = await self.rollout.group(prompt, 1)
+    async def generate_sample(self, prompt: StringThread) -> Sample:
+        """One prompt's completion. An error of the data, such as PromptTooLong, drops the prompt."""
+        (drawn,) = await self.rollout.group(prompt, 1)
         with phase("values"):
-            values = await self.value_model.score(completion.thread)
-        rewards = [-self.kl_beta * divergence for divergence in completion.kl_div]
-        rewards[-1] += completion.score
-        advantages = gae_advantages(values, rewards, self.gae_lambda, self.gae_gamma)
-        return Sample(completion, values, rewards, advantages, discounted_cumulative_rewards(rewards, self.gae_gamma))
+            values = await self.value_model.score(drawn.sample)
+        rewards = [-self.kl_beta * divergence for divergence in drawn.kl_div]
+        rewards[-1] += drawn.score
+        return Sample(
+            drawn.sample,
+            drawn.string_sample,
+            drawn.logprobs,
+            drawn.ref_logprobs,
+            gae_advantages(values, rewards, self.gae_lambda, self.gae_gamma),
+            discounted_cumulative_rewards(rewards, self.gae_gamma),
+            drawn.score,
+            drawn.kl_div,
+            values,
+            self.kl_beta * sum(drawn.kl_div),
+            sum(rewards),
+        )
 
-    def _describe(self, samples: Sequence[Sample]) -> dict[str, Any]:
-        values = [value for sample in samples for value in sample.values]
-        returns = [target for sample in samples for target in sample.returns]
+    def get_train_batch_logs(self, data: list[Sample]) -> dict[str, Any]:
+        """What is logged of a batch beside the grader's logs and the optimizers' numbers."""
+        values = [value for sample in data for value in sample.values]
+        returns = [target for sample in data for target in sample.returns]
         return {
-            **completion_metrics([sample.completion for sample in samples], self.rollout.reference is not None),
-            "advantages": fmean(advantage for sample in samples for advantage in sample.advantages),
+            **completion_metrics(data, self.rollout.reference is not None),
+            "advantages": fmean(advantage for sample in data for advantage in sample.advantages),
             "returns": fmean(returns),
-            "kl_penalty": fmean(self.kl_beta * sum(sample.completion.kl_div) for sample in samples),
-            "cumulative_reward": fmean(sum(sample.rewards) for sample in samples),
+            "kl_penalty": fmean(sample.kl_pen for sample in data),
+            "cumulative_reward": fmean(sample.cumulative_reward for sample in data),
             "explained_variance": explained_variance(values, returns),
-            **{f"rewards/{key}": value for key, value in self.grader.get_logs(clear=True).items()},
         }
 
     async def _train(
         self,
         samples: Sequence[Sample],
-        train: Callable[[Sample], Awaitable[None]],
+        model: str,
+        train: Callable[[Sample], Any],
         take_step: Callable[[], Awaitable[dict[str, float]]],
     ) -> dict[str, float]:
         """All mini-batches of one of the models. Returns the last step's metrics; those before are logged."""
         # The seed says where the run stands, so that a resumed run shuffles as it would have.
         order = self.data_seed + self.feed.dataset.idx
         metrics: dict[str, float] = {}
-        for mini_batch in get_minibatches(samples, self.samples_per_mini_batch, self.mini_epochs_per_batch, order):
+        sizes = self.samples_per_mini_batch, self.mini_epochs_per_batch
+        for mini_batch in get_minibatches(samples, *sizes, order, join_last_one=True):
             if metrics:
                 self.logger({**metrics, "completion_percentage": self.feed.completion})
             with phase("training"):
-                await async_map(train, mini_batch)
+                measured = await async_map(lambda sample: outcome_of(train(sample)), mini_batch)
             with phase("optimizer"):
-                metrics = await take_step()
+                metrics = means(model, measured) | await step_if_any(take_step())
         return metrics
 
-    async def _train_policy(self, sample: Sample) -> None:
-        completion = sample.completion
-        await self.model.train_ppo(
-            completion.thread, completion.logprobs, sample.advantages, self.clip_range, **self.loss_options
-        )
+    async def train_ppo(self, sample: Sample) -> Any:
+        """Train the policy on one completion. The means of numbers that it returns are logged as `policy/*`."""
+        given = sample.sample, sample.logprobs, sample.advantages, self.clip_range
+        await self.model.train_ppo(*given, **self.loss_options)
 
-    async def _train_value(self, sample: Sample) -> None:
-        await self.value_model.train_mse_per_token(sample.completion.thread, sample.returns)
+    async def train_value(self, sample: Sample) -> Any:
+        """Train the value model on one completion. The means of numbers that it returns are logged as `value/*`."""
+        await self.value_model.train_mse_per_token(sample.sample, sample.returns)
 
     async def _step_policy(self) -> dict[str, float]:
         lr = self.lr_schedule_policy(self.feed.completion)

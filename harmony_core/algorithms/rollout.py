@@ -5,19 +5,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import chain, islice
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
+from harmony_core.algorithms.mapping import async_map
 from harmony_core.algorithms.showing import show_sample
 from harmony_core.algorithms.tangents import recorded_logprobs
-from harmony_core.errors import SampleTooLong, UsageError
+from harmony_core.errors import UsageError
 from harmony_core.graders import BaseGrader, score_or_refuse
 from harmony_core.journal import phase
-from harmony_core.mapping import async_map
-from harmony_core.thread_tools import repeat_thread
-from harmony_core.threads import StringThread, TokenizedThread
+from harmony_core.text.threads import StringThread, TokenizedThread, repeat_thread
 
 if TYPE_CHECKING:
     from harmony_core.client import InferenceModel, TrainingModel
@@ -28,7 +26,16 @@ SHOWN = 4
 """Completions of one step in the run's report."""
 
 
-@dataclass(frozen=True)
+class Drawn(Protocol):
+    """What a sample of reinforcement learning has in every training class."""
+
+    sample: TokenizedThread
+    score: float
+    logprobs: list[float]
+    ref_logprobs: list[float]
+
+
+@dataclass
 class Completion:
     """One scored completion; lists have one number for each generated token.
 
@@ -36,42 +43,43 @@ class Completion:
     numbers again where there is no reference model.
     """
 
-    thread: TokenizedThread
-    text: StringThread
+    sample: TokenizedThread
+    string_sample: StringThread
     score: float
     logprobs: list[float]
     ref_logprobs: list[float]
 
-    @cached_property
+    @property
     def kl_div(self) -> list[float]:
         """logprob - ref_logprob of each token."""
         return [now - ref for now, ref in zip(self.logprobs, self.ref_logprobs, strict=True)]
 
-    @property
-    def truncated(self) -> bool:
-        """Whether it ended for its length, not by itself."""
-        return self.thread.generation is not None and self.thread.generation.finish_reason == "length"
-
 
 class Rollout:
-    """Generates completions with a policy, and scores them with a grader and a reference model (None: without one)."""
+    """Generates completions with a policy, and scores them with a grader and a reference model (None: without one).
 
-    def __init__(self, policy: TrainingModel, reference: InferenceModel | None, grader: BaseGrader[Any]) -> None:
+    `others`: models that the completions train as well.
+    """
+
+    def __init__(
+        self, policy: TrainingModel, reference: InferenceModel | None, grader: BaseGrader[Any], *others: TrainingModel
+    ) -> None:
         self.policy = policy
         self.reference = reference
         self.grader = grader
-        self._limit = policy.get_builder_args().get("max_batch_size")
-        self._shown: set[int] = set()
+        self._longest, self._setting = longest_trained([policy, *others])
+        self._sampler = policy.max_seqlen(self._longest, self._setting)
+        self._told = False
 
     async def group(self, prompt: StringThread, count: int) -> list[Completion]:
         """`count` completions of one prompt. A failure of any of them is the prompt's.
 
-        Raises PromptTooLong, SampleTooLong, TokenizationError, GradeFailed, IgnoreGradeException.
+        A completion ends at the latest where its thread has as many tokens as are trained. Raises PromptTooLong where
+        the prompt leaves no room, TokenizationError, GradeFailed, IgnoreGradeException.
         """
         with phase("rollout"):
-            threads = await async_map(self.policy.generate_tokens, list(islice(repeat_thread(prompt), count)))
-        for thread in threads:
-            self._check_length(thread)
+            threads = await async_map(self._sampler.generate_tokens, list(islice(repeat_thread(prompt), count)))
+        self._tell_cap(threads[0])
         texts = await async_map(self.policy.detokenize_thread, threads)
         with phase("grading"):
             scores = await async_map(self._score, texts)
@@ -92,24 +100,21 @@ class Rollout:
             logprobs = await self.policy.logprobs_per_token(thread)
         return logprobs, logprobs if self.reference is None else await self.reference.logprobs_per_token(thread)
 
-    def _check_length(self, thread: TokenizedThread) -> None:
-        tokens = len(thread.token_ids)
-        if self._limit is not None and tokens > self._limit:
-            raise SampleTooLong(
-                f"a prompt and its completion have {tokens} tokens; the policy trains at most {self._limit}",
-                hint=f"spawn_train(..., max_batch_size={tokens}), or generate less (tokens_to_generate)",
-                tokens=tokens,
-                limit=self._limit,
+    def _tell_cap(self, thread: TokenizedThread) -> None:
+        """Say once that completions may be shorter than what is asked for."""
+        prompt, asked = len(thread.token_ids) - thread.len_last_turn(), self.policy.longest_completion
+        if not self._told and prompt + asked > self._longest:
+            self._told = True
+            log.warning(
+                "completions are capped at %s=%d tokens less their prompt's, here %d, where %d are asked for; "
+                "those that are cut count as truncated",
+                *(self._setting, self._longest, prompt, asked),
             )
 
-    async def show(self, completions: Sequence[Completion], advantages: Sequence[float], step: int, at: float) -> None:
-        """Put some completions into the run's report, once in each tenth of the run; `at` is how much of it is done."""
-        tenth = int(at * 10)
-        if tenth in self._shown:
-            return
-        self._shown.add(tenth)
+    async def show(self, completions: Sequence[Drawn], advantages: Sequence[float], step: int) -> None:
+        """Put some completions into the run's report."""
         for completion, advantage in list(zip(completions, advantages, strict=True))[:SHOWN]:
-            await show_sample(self.policy, completion.thread, step, reward=completion.score, advantage=advantage)
+            await show_sample(self.policy, completion.sample, step, reward=completion.score, advantage=advantage)
 
 
 def prompts_of(dataset: Sequence[StringThread]) -> list[StringThread]:
@@ -124,10 +129,10 @@ def prompt_of(thread: StringThread) -> StringThread:
     """The thread without a last assistant turn."""
     if thread.completion() is None:
         return thread
-    return StringThread.from_turns(thread.turns[:-1], thread.metadata, thread.uuid())
+    return StringThread.from_turns(thread.turns[:-1], thread.metadata, thread.uuid(), thread.template_kwargs)
 
 
-def completion_metrics(completions: Sequence[Completion], with_reference: bool) -> dict[str, float]:
+def completion_metrics(completions: Sequence[Drawn], with_reference: bool) -> dict[str, float]:
     """Means over tokens of log-probs and divergence, over completions of scores, lengths and truncation."""
     scores = [c.score for c in completions]
     mean = fmean(scores)
@@ -135,7 +140,7 @@ def completion_metrics(completions: Sequence[Completion], with_reference: bool) 
         "score_mean": mean,
         "score_std": fmean((score - mean) ** 2 for score in scores) ** 0.5,
         "generation_length": fmean(len(c.logprobs) for c in completions),
-        "percentage_truncated": fmean(float(c.truncated) for c in completions),
+        "percentage_truncated": fmean(float(_truncated(c.sample)) for c in completions),
         "logprobs": _mean(c.logprobs for c in completions),
     }
     if with_reference:
@@ -144,21 +149,55 @@ def completion_metrics(completions: Sequence[Completion], with_reference: bool) 
     return metrics
 
 
+def _truncated(sample: TokenizedThread) -> bool:
+    """Whether its completion ended for its length, not by itself."""
+    return sample.generation is not None and sample.generation.finish_reason == "length"
+
+
 def _mean(lists: Iterable[Sequence[float]]) -> float:
     """Of all numbers in them."""
     return fmean([*chain.from_iterable(lists)])
 
 
-def check_sizes(samples_per_batch: int, completions_per_sample: int, samples_per_mini_batch: int, passes: int) -> None:
+def longest_trained(models: Iterable[TrainingModel]) -> tuple[int, str]:
+    """The most tokens of a sequence that all of the models train, and the setting that says so."""
+    settings = [model.get_builder_args() for model in models]
+    return min((args[name], name) for args in settings for name in ("max_batch_size", "max_seqlen") if name in args)
+
+
+def check_sizes(samples_per_batch: int, samples_per_mini_batch: int, passes: int) -> None:
     """Raises UsageError for sizes of which no batch can be made."""
-    if completions_per_sample < 1:
-        raise UsageError(f"completions_per_sample must be at least 1, got {completions_per_sample}")
-    if samples_per_batch < completions_per_sample:
-        raise UsageError(
-            f"samples_per_batch ({samples_per_batch}) counts completions and holds not one prompt's "
-            f"{completions_per_sample} (completions_per_sample)"
-        )
+    if samples_per_batch < 1:
+        raise UsageError(f"samples_per_batch must be at least 1, got {samples_per_batch}")
     if samples_per_mini_batch < 1:
         raise UsageError(f"samples_per_mini_batch must be at least 1, got {samples_per_mini_batch}")
     if passes < 1:
         raise UsageError(f"mini_epochs_per_batch must be at least 1, got {passes}")
+
+
+def prompts_per_batch(samples_per_batch: int, completions_per_sample: int) -> int:
+    """How many whole groups of completions a batch has; says so when samples are left over.
+
+    Raises UsageError for groups of one, which have nothing to be compared with, and for a batch without a group.
+    """
+    if completions_per_sample < 2:
+        raise UsageError(
+            f"completions_per_sample must be at least 2, got {completions_per_sample}: "
+            "a completion is as good as it is better than the others of its prompt",
+            hint="give 2 or more, or train with PPO",
+        )
+    prompts, left = divmod(samples_per_batch, completions_per_sample)
+    if prompts == 0:
+        raise UsageError(
+            f"samples_per_batch ({samples_per_batch}) counts completions and holds not one prompt's "
+            f"{completions_per_sample} (completions_per_sample)",
+            hint=f"samples_per_batch={completions_per_sample}, or a multiple of it",
+        )
+    if left:
+        whole = prompts * completions_per_sample
+        log.warning(
+            "samples_per_batch=%d is no multiple of completions_per_sample=%d: a batch has %d; sizes that fit are %d "
+            "and %d",
+            *(samples_per_batch, completions_per_sample, whole, whole, whole + completions_per_sample),
+        )
+    return prompts

@@ -3,41 +3,47 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from harmony_core.algorithms.arguments import keeps_settings, stage_of
+from harmony_core.algorithms.batch_loader import BatchLoader, Unusable, settle, settle_rest
 from harmony_core.algorithms.callbacks import RecipeCallback
-from harmony_core.algorithms.feeding import BatchFeed, Unusable, settle
 from harmony_core.algorithms.loop import StepLoop
+from harmony_core.algorithms.schedulers import CosineScheduler, Scheduler
 from harmony_core.algorithms.showing import show_sample
-from harmony_core.algorithms.tangents import Metrics, Scored, push_weights, score
-from harmony_core.journal import phase
-from harmony_core.loggers import Logger, logger_of_training
+from harmony_core.algorithms.tangents import Metrics, push_weights, score
+from harmony_core.algorithms.training import Training, keeps_settings
+from harmony_core.loggers import Logger
 from harmony_core.notifiers import StageNotifier
-from harmony_core.schedulers import CosineScheduler, Scheduler
-from harmony_core.threads import StringThread
+from harmony_core.text.threads import StringThread
+from harmony_core.text.tokenization import MAX_GROWTH
 
 if TYPE_CHECKING:
     from harmony_core.client import TrainingModel
 
 log = logging.getLogger(__name__)
 
+_LOOKED_AT = 20_000
+"""Of a dataset, how many threads are looked at before the run."""
 
-class SFT:
+
+class SFT(Training):
     """Trains a model on the weighted turns of threads; construct, then `await sft.run()`.
 
     Each step takes `samples_per_batch` threads; the last one takes what is left of the run's
     `len(dataset) * epochs` and is a full step. A thread that is too long, has no weighted token or cannot be
-    tokenized is dropped, counted under `dropped/<reason>` and replaced by the next; more than half of a batch dropped
-    raises TooManyFailures. Step k of n runs at `lr_scheduler(k / n)`, so the last runs at the lowest rate.
+    tokenized is dropped, counted under `dropped/<reason>` and replaced by the next. Those that are too long never end
+    the run; of the last max(200, 4 batches) rows (or of all, where there are fewer) at most `max_failure_rate` may fail
+    otherwise. The first 200 are looked at before the first step. Step k of n runs at `lr_scheduler(k / n)`, so the last
+    runs at the lowest rate.
+
+    A thread that the model has to see in several parts (`train_language_modelling`) is one sample of the batch, and is
+    dropped where the parts have more than `max_growth` times its tokens.
 
     With `use_tangents` the same gradient goes through `train_tangents`, and `policy/loss` and `policy/num_tokens`
-    are measured before each step, at the price of a second forward pass.
+    are measured before each step, at the price of a second forward pass; threads in several parts are then dropped.
     """
-
-    settings: dict[str, Any]
 
     @keeps_settings
     def __init__(
@@ -58,47 +64,30 @@ class SFT:
         checkpoint_frequency: float = 0.2,
         data_seed: int = 42,
         use_tangents: bool = False,
+        *,
+        max_growth: float = MAX_GROWTH,
+        max_failure_rate: float = 0.5,
     ) -> None:
         self.model = model
-        self.logger = logger_of_training(logger)
-        self.stage_notifier = stage_of(stage_notifier, "SFT Training")
-        self.lr_schedule: Scheduler = lr_scheduler or CosineScheduler(lr)
+        self._log_to(logger, stage_notifier, "SFT Training")
+        self.lr_schedule = lr_scheduler or CosineScheduler(lr)
         self.max_grad_norm = max_grad_norm
         self.weight_decay = weight_decay
         self.skip_nan_gradients = skip_nan_gradients
         self.use_tangents = use_tangents
-        self._shown: set[int] = set()
-        self.feed = BatchFeed(dataset, samples_per_batch, epochs, data_seed)
-        models = {"policy": model}
-        logging = (callbacks, self.logger, self.stage_notifier)
-        saving = (checkpoint_frequency, checkpoint_restore_data)
-        self.loop = StepLoop("SFT", self.settings, models, dataset, self.feed, *logging, *saving)
-
-    @property
-    def training_completion_percentage(self) -> float:
-        """How much of the run is done, 0 to 1."""
-        return self.feed.completion
+        self.max_growth = max_growth
+        self.feed = BatchLoader(dataset, samples_per_batch, epochs, data_seed, max_failure_rate)
+        saving = checkpoint_frequency, checkpoint_restore_data
+        self.loop = StepLoop(self, "SFT", {"policy": model}, dataset, callbacks, *saving)
 
     async def run(self) -> dict[str, float]:
-        """Train to the end, in a resumed run from the checkpoint. Returns the last step's metrics.
-
-        Raises TooManyFailures, and UsageError for a checkpoint of another training.
-        """
+        """As `Training.run`; threads that are probably not weighted as they should be are told first."""
         _warn_about_weights(self.feed.dataset.threads)
-        return await self.loop.run(self._step)
+        return await super().run()
 
-    async def _step(self) -> dict[str, float]:
-        with phase("training"):
-            batch = await self.feed.next_batch(self._train_with_tangents if self.use_tangents else self._train)
-        metrics: dict[str, float] = {f"dropped/{reason}": count for reason, count in batch.dropped.items()}
-        # The end of the data may hold dropped samples only: there is no step to take then.
-        if batch.results:
-            lr = self.lr_schedule(self.feed.completion)
-            with phase("optimizer"):
-                metrics |= await self.model.optim_step(
-                    lr, self.weight_decay, self.max_grad_norm, self.skip_nan_gradients
-                )
-        measured = [result for result in batch.results if result]
+    async def _step(self) -> dict[str, Any]:
+        results, metrics = await self._train_next(self._train_with_tangents if self.use_tangents else self._train)
+        measured = [result for result in results if result]
         if measured:
             weight = sum(sample["num_tokens"] for sample in measured)
             metrics["policy/loss"] = -sum(sample["logprob"] for sample in measured) / weight
@@ -106,31 +95,32 @@ class SFT:
         return metrics
 
     async def _train(self, threads: Sequence[StringThread]) -> list[Unusable | None]:
-        outcomes = await settle(self.model.train_language_modelling, threads)
+        train: Callable[[StringThread], Awaitable[None]] = self.model.train_language_modelling
+        if self.max_growth != MAX_GROWTH:
+            train = partial(self.model.train_language_modelling, max_growth=self.max_growth)
+        outcomes = await settle(train, threads)
         await self._show(threads, outcomes)
         return outcomes
 
     async def _show(self, threads: Sequence[StringThread], outcomes: Sequence[object]) -> None:
         """Put two trained samples into the run's report, in each tenth of the run."""
-        tenth = int(self.feed.completion * 10)
-        if tenth in self._shown:
+        if not self.loop.shows():
             return
-        self._shown.add(tenth)
         trained = [thread for thread, x in zip(threads, outcomes, strict=True) if not isinstance(x, Unusable)]
         for thread in trained[:2]:
             await show_sample(self.model, thread, self.loop.step)
 
     async def _train_with_tangents(self, threads: Sequence[StringThread]) -> list[Metrics | Unusable]:
         scored = await settle(partial(score, self.model), threads)
-        sound = [(thread, x) for thread, x in zip(threads, scored, strict=True) if isinstance(x, Scored)]
-        measured = await settle(partial(push_weights, self.model), [x for _, x in sound])
-        await self._show([thread for thread, _ in sound], measured)
-        return [*measured, *(refused for refused in scored if not isinstance(refused, Scored))]
+        measured = await settle_rest(partial(push_weights, self.model), scored)
+        await self._show(threads, measured)
+        return measured
 
 
 def _warn_about_weights(threads: Sequence[StringThread]) -> None:
     """Say which threads are probably not meant as they are: trained user turns, no trained assistant turn."""
     user = without = 0
+    threads = threads[:_LOOKED_AT]
     for thread in threads:
         weighted = [
             turn.role for turn, weight in zip(thread.get_turns(), thread.get_turn_weights(), strict=True) if weight > 0

@@ -6,10 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from harmony_core.journal import Piece, samples_wanted, tell_sample
-from harmony_core.threads import StringThread, TokenizedThread
+from harmony_core.text.threads import StringThread, TokenizedThread
 
 if TYPE_CHECKING:
     from harmony_core.client import InferenceModel
+
+_CONTEXT = 8
+"""Tokens before a turn that are decoded with it."""
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
@@ -27,15 +30,14 @@ async def show_sample(
 ) -> None:
     """Put a sample of optimizer step `step` (from 1) into the run's report; nothing where none is wanted any more.
 
-    A StringThread is tokenized first, and raises as `tokenize_thread` does. Log-probs are shown where the thread has
-    those of its generation.
+    A StringThread is tokenized first, and shown in as many parts as it is trained in. Log-probs are shown where the
+    thread has those of its generation.
     """
     if not samples_wanted(step, source):
         return
-    if isinstance(thread, StringThread):
-        thread = await model.tokenize_thread(thread)
-    turns = await pieces_of(model, thread)
-    tell_sample(step, turns, source=source, reward=reward, advantage=advantage, group=group, grades=grades)
+    for part in await model.tokenize_parts(thread) if isinstance(thread, StringThread) else [thread]:
+        turns = await pieces_of(model, part)
+        tell_sample(step, turns, source=source, reward=reward, advantage=advantage, group=group, grades=grades)
 
 
 async def pieces_of(model: InferenceModel, thread: TokenizedThread) -> list[tuple[str, list[Piece]]]:
@@ -44,7 +46,8 @@ async def pieces_of(model: InferenceModel, thread: TokenizedThread) -> list[tupl
     shown = []
     for turn in thread.token_turns:
         if turn.weight:
-            texts = await token_texts(model, thread.token_ids[turn.start : turn.end])
+            before = thread.token_ids[max(turn.start - _CONTEXT, 0) : turn.start]
+            texts = await token_texts(model, thread.token_ids[turn.start : turn.end], before)
             pieces = [Piece(text, turn.weight, next(logprobs, None)) for text in texts]
         else:
             pieces = [Piece("".join(str(getattr(fragment, "text", "[image]")) for fragment in turn.fragments))]
@@ -52,14 +55,14 @@ async def pieces_of(model: InferenceModel, thread: TokenizedThread) -> list[tupl
     return shown
 
 
-async def token_texts(model: InferenceModel, ids: Sequence[int]) -> list[str]:
-    """The text of each token, so that they join to the text of all.
+async def token_texts(model: InferenceModel, ids: Sequence[int], behind: Sequence[int] = ()) -> list[str]:
+    """The text of each token `behind` some others, so that they join to the text of all.
 
     Of tokens that make one character together, the last has it and the others are empty. A token is decoded behind
     its predecessors, since some tokenizers leave out the space before the first one.
     """
     texts: list[str] = []
-    before: list[int] = []
+    before: list[int] = list(behind)
     pending: list[int] = []
     for token in ids:
         pending.append(token)

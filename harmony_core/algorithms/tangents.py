@@ -13,7 +13,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from harmony_core.errors import DataError, NothingToTrain
-from harmony_core.threads import StringThread, TokenizedThread
+from harmony_core.text.threads import StringThread, TokenizedThread
 
 if TYPE_CHECKING:
     from harmony_core.client import TrainingModel

@@ -1,11 +1,14 @@
-"""Packs samples into micro-batches in call order. Plain data: no tokens are looked at here."""
+"""Packs samples into micro-batches in call order. Plain data: no token is looked at."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
+from typing import NamedTuple
 
-from harmony_core.rpc.protocol import CustomLoss
+from harmony_core.rpc.protocol import CustomLoss, MicroBatch, pack_doubles, pack_floats, pack_ints
 
 WINDOW_BATCHES = 4
 """A window is cut once this many full micro-batches for each replica are pending: enough to pack well, early enough
@@ -20,6 +23,8 @@ class Loss:
     settings: tuple[tuple[str, float], ...] = ()
     group: int = 1
     custom: CustomLoss | None = None
+    dropout: bool = True
+    """Off where log-probs are compared with those of the sampler, which has none."""
 
 
 LINEAR = Loss()
@@ -57,7 +62,24 @@ class Sample:
 
 
 Group = list[Sample]
-"""Samples that belong together, such as a pair: never split."""
+"""Samples that belong together, such as a pair: in one micro-batch, or, where they do not fit, in one cut in parts."""
+
+
+class Accepted(NamedTuple):
+    """What one call gives: samples, and what they add to the step's denominator.
+
+    They belong together in one micro-batch, unless they may lie `apart`.
+    """
+
+    samples: Group
+    unit: str
+    amount: float
+    apart: bool = False
+
+    @property
+    def groups(self) -> list[Group]:
+        """The samples, by what must share a micro-batch."""
+        return [[sample] for sample in self.samples] if self.apart else [self.samples]
 
 
 @dataclass
@@ -98,7 +120,10 @@ def pack(lengths: Sequence[int], capacity: int, multiple_of: int = 1) -> list[li
 
 
 class SampleQueue:
-    """Samples waiting to be cut into micro-batches of at most `capacity` tokens, each of samples of one kind."""
+    """Samples waiting to be cut into micro-batches of at most `capacity` tokens, each of samples of one kind.
+
+    A group that has more is a micro-batch by itself, for `parts` to cut.
+    """
 
     def __init__(self, capacity: int, replicas: int) -> None:
         self._capacity = capacity
@@ -121,11 +146,49 @@ class SampleQueue:
             kinds.setdefault(group[0].kind, []).append(group)
         cut: list[list[Sample]] = []
         for groups in kinds.values():
-            bins = pack([_tokens(g) for g in groups], self._capacity, self._replicas)
-            cut += [[sample for i in members for sample in groups[i]] for members in bins]
+            small = [g for g in groups if _tokens(g) <= self._capacity]
+            bins = pack([_tokens(g) for g in small], self._capacity, self._replicas)
+            cut += [[sample for i in members for sample in small[i]] for members in bins]
+            cut += [g for g in groups if _tokens(g) > self._capacity]
         self._pending = []
         self._tokens = 0
         return cut
+
+
+def parts(batch: Sequence[Sample], capacity: int) -> list[int]:
+    """How many adjacent samples of a micro-batch make at most `capacity` tokens, part by part; [] when all do."""
+    sizes: list[int] = []
+    room = -1
+    for sample in batch:
+        if len(sample) > room:
+            sizes.append(0)
+            room = capacity
+        sizes[-1] += 1
+        room -= len(sample)
+    return sizes if len(sizes) > 1 else []
+
+
+def micro_batch(model: str, replica: int, batch: Sequence[Sample], capacity: int) -> MicroBatch:
+    """The message for samples of one kind."""
+    loss, sampler = batch[0].loss, b""
+    if not all(s.sampler_logprobs is None for s in batch):
+        sampler = pack_floats(chain.from_iterable(s.sampler_logprobs or [math.nan] * len(s) for s in batch))
+    return MicroBatch(
+        model=model,
+        replica=replica,
+        tokens=pack_ints(chain.from_iterable(s.tokens for s in batch)),
+        targets=pack_ints(chain.from_iterable(s.targets for s in batch)),
+        coefficients=pack_doubles(chain.from_iterable(s.coefficients for s in batch)),
+        lengths=pack_ints(map(len, batch)),
+        sampler_logprobs=sampler,
+        loss=loss.name,
+        custom=loss.custom,
+        settings=dict(loss.settings),
+        fields={name: pack_doubles(chain.from_iterable(s.fields[name] for s in batch)) for name in batch[0].fields},
+        group=loss.group,
+        parts=pack_ints(parts(batch, capacity)),
+        dropout=loss.dropout,
+    )
 
 
 def _tokens(group: Sequence[Sample]) -> int:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from msgspec import structs
 
-from harmony_core.client.numbers import whole
+from harmony_core.config.argument_kinds import checked, whole
 from harmony_core.errors import ModelRefused, UsageError
-from harmony_core.model_spec import check_tp
+from harmony_core.journal import current
+from harmony_core.model.spec import check_tp
 from harmony_core.rpc.protocol import LoraSettings
+from harmony_core.text.turns import TemplateKwargs
 
 if TYPE_CHECKING:
     from harmony_core.client.engine import Engine
@@ -35,6 +38,7 @@ class BuilderSettings:
     lora: LoraSettings = field(default_factory=LoraSettings)
     dtype: str = ""
     scalar: bool = False
+    template_kwargs: TemplateKwargs = field(default_factory=TemplateKwargs)
 
 
 class ModelBuilder:
@@ -63,6 +67,13 @@ class ModelBuilder:
     def tokens_to_generate(self, tokens: int) -> ModelBuilder:
         """Most new tokens of one request."""
         return self._with(tokens_to_generate=whole("tokens_to_generate", tokens, 1))
+
+    def chat_template_kwargs(self, kwargs: Mapping[str, Any]) -> ModelBuilder:
+        """Variables for the chat template, {"enable_thinking": False}: above the registry's, below a thread's own.
+
+        Raises DataError for a value that is not JSON; the spawn, UsageError for a name that the template does not read.
+        """
+        return self._with(template_kwargs=self._settings.template_kwargs | kwargs)
 
     def max_seqlen(self, max_seqlen: int) -> ModelBuilder:
         """Longest sequence, prompt and completion together; unset: what the model was made for."""
@@ -154,6 +165,7 @@ class ModelBuilder:
             "use_adapter": settings.use_adapter,
             "lora": structs.asdict(settings.lora),
             "scalar": self.resolved_scalar(),
+            "chat_template_kwargs": dict(self.resolved_template_kwargs()),
         }
 
     def resolved_tp(self) -> int:
@@ -164,10 +176,15 @@ class ModelBuilder:
         """The builder's cap, else the registry's, else 2048."""
         return self._settings.tokens_to_generate or self._version.defaults.tokens_to_generate or TOKENS_TO_GENERATE
 
+    def resolved_template_kwargs(self) -> TemplateKwargs:
+        """The registry's variables for the chat template, the builder's in their place where it has the same."""
+        return TemplateKwargs(self._version.defaults.chat_template_kwargs) | self._settings.template_kwargs
+
     def resolved_scalar(self) -> bool:
         """Whether a model spawned from it has a scalar head: asked for, or stored with one."""
         return self._settings.scalar or self._version.scalar
 
+    @checked
     async def spawn_inference(self, name: str) -> InferenceModel:
         """Make the model live for generation and scoring. Raises MemoryRefused, ConflictError, ModelRefused."""
         from harmony_core.client.inference_model import InferenceModel
@@ -175,6 +192,7 @@ class ModelBuilder:
 
         return InferenceModel(await spawn(self._engine, self._version, self, name, None))
 
+    @checked
     async def spawn_train(self, name: str, max_batch_size: int) -> TrainingModel:
         """Make the model live for training, too. `max_batch_size`: tokens in a micro-batch = longest sample.
 
@@ -186,7 +204,10 @@ class ModelBuilder:
         max_batch_size = whole("max_batch_size, a number of tokens,", max_batch_size, 2)
         if not self._version.trainable:
             raise ModelRefused(f"{self._version.ref} cannot be trained (kind {self._version.kind})")
-        return TrainingModel(await spawn(self._engine, self._version, self, name, max_batch_size))
+        model = TrainingModel(await spawn(self._engine, self._version, self, name, max_batch_size))
+        if (planned := current().rows) is not None and (gauge := model.row_gauge) is not None:
+            planned.models.append(gauge.rows)
+        return model
 
     @property
     def settings(self) -> BuilderSettings:

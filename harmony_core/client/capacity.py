@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import subprocess
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from harmony_core.errors import ResourceError, UsageError
 from harmony_core.launch.launcher import Launch, resolve
-from harmony_core.ledger import Ledger, host_capacity, parse_assume
-
-if TYPE_CHECKING:
-    from harmony_core.client.engine import EngineOptions
-
+from harmony_core.memory.ledger import Ledger, host_capacity, parse_assume
+from harmony_core.options import EngineOptions
 
 CUDA_BASELINE_BYTES = 1 << 30
 """What a rank takes of its device before its first model: context, libraries, communication buffers."""

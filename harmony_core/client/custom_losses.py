@@ -1,4 +1,4 @@
-"""From a function of the recipe's file to the name by which the ranks import it, and the samples that it is given."""
+"""Losses that a recipe brings: a function of its file, which the ranks import by its name, or tangents."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from harmony_core.client.batching import Loss
-from harmony_core.client.losses import Accepted, Given, per_sample, per_token, scored_tokens
+from harmony_core.client.batching import Accepted, Loss, Sample
+from harmony_core.client.losses import AnyThread, per_sample, per_token, scored_tokens
 from harmony_core.errors import DataError, UsageError
 from harmony_core.recipe_file import RecipeFile
 from harmony_core.rpc.protocol import CustomLoss
+
+if TYPE_CHECKING:
+    from harmony_core.client.live import LiveModel
 
 Values = Sequence[float | Sequence[float]]
 """Of each thread one number, or one for each weighted token."""
@@ -62,14 +65,16 @@ def takes_entropies(loss: Callable[..., Any]) -> bool:
 
 
 def groups(
-    threads: Sequence[Given],
-    entropies: bool,
-    source: CustomLoss,
+    live: LiveModel,
+    threads: Sequence[AnyThread],
+    function: Callable[..., Any],
     fields: Mapping[str, Values],
     group: int,
     denominator: float | None,
 ) -> list[Accepted]:
     """The samples of `TrainingModel.train_custom`."""
+    source = named(function, live.engine.options.recipe)
+    check_fields(function, fields)
     if group < 1 or not threads or len(threads) % group:
         raise UsageError(f"{len(threads)} threads do not make groups of {group}")
     if denominator is not None and not (math.isfinite(denominator) and denominator >= 0):
@@ -78,14 +83,15 @@ def groups(
         if isinstance(values, int | float) or len(values) != len(threads):
             found = "one number" if isinstance(values, int | float) else f"{len(values)} entries"
             raise DataError(f"{name}: {found} for {len(threads)} threads", hint=f"{name} takes one for each thread")
-    settings = (("entropies", 1.0),) if entropies else ()
+    settings = (("entropies", 1.0),) if takes_entropies(function) else ()
     loss = Loss("custom", settings, group, source)
     samples, counts = [], []
     for place, given in enumerate(threads):
-        mask = scored_tokens(given.thread)
+        thread = live.tokenized(given)
+        mask = scored_tokens(thread)
         counts.append(sum(mask))
         own = {name: of_sample(f"{name}[{place}]", values[place], int(counts[-1])) for name, values in fields.items()}
-        samples.append(given.sample(mask, loss, own))
+        samples.append(live.sample(thread, mask, loss, own))
     accepted = []
     for first in range(0, len(samples), group):
         members = samples[first : first + group]
@@ -94,6 +100,37 @@ def groups(
         else:
             accepted.append(Accepted(members, "given denominators", float(denominator)))
     return accepted
+
+
+def linear(
+    live: LiveModel,
+    inp_tokens: Sequence[int],
+    image_patches: Sequence[tuple[int, bytes]],
+    tangents: Sequence[float],
+    tgt_tokens: Sequence[int],
+    denominator: float | None,
+    sampler_logprobs: Sequence[float] | None,
+) -> Accepted:
+    """The sample of `TrainingModel.train_tangents`."""
+    if image_patches:
+        raise DataError("image patches given to a text model")
+    if not len(inp_tokens) == len(tangents) == len(tgt_tokens):
+        raise DataError(
+            f"inp_tokens, tangents and tgt_tokens must be of one length, not {len(inp_tokens)}, "
+            f"{len(tangents)} and {len(tgt_tokens)}"
+        )
+    tokens, targets = [int(t) for t in inp_tokens], [int(t) for t in tgt_tokens]
+    live.check_ids(tokens)
+    live.check_ids(targets)
+    if denominator is not None and not 0 <= denominator < math.inf:
+        raise DataError(f"denominator must be a finite number, 0 or more, not {denominator}")
+    recorded = None if sampler_logprobs is None else [float(x) for x in sampler_logprobs]
+    if recorded is not None and len(recorded) != len(tgt_tokens):
+        raise DataError(f"{len(recorded)} sampler_logprobs for {len(tgt_tokens)} tgt_tokens")
+    sample = Sample(tokens, targets, [float(t) for t in tangents], recorded)
+    if denominator is None:
+        return Accepted([sample], "tangents", float(sum(t != 0 for t in tangents)))
+    return Accepted([sample], "given denominators", float(denominator))
 
 
 def of_sample(name: str, value: float | Sequence[float], count: int) -> list[float]:

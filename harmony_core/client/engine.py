@@ -4,47 +4,34 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import weakref
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from harmony_core.client.capacity import Machine
 from harmony_core.errors import ConflictError, HarmonyError, InternalError
-from harmony_core.launch.launcher import LaunchOptions
+from harmony_core.launch import private_directory
 from harmony_core.launch.supervisor import RankHandle, Supervisor
-from harmony_core.recipe_file import RecipeFile
+from harmony_core.notifiers import say
+from harmony_core.options import EngineOptions
 from harmony_core.registry import ModelVersion, Registry
-from harmony_core.rpc.protocol import Cancel, Event, Message, Reblock
+from harmony_core.rpc.protocol import Cancel, Clone, Event, Load, Message, OptimStep, Reblock, Save, SetStep
+
+if TYPE_CHECKING:
+    from harmony_core.client.live import PlannedCopy
 
 Answer = TypeVar("Answer", bound=Message)
 EventSink = Callable[[str, dict[str, Any], int | None], None]
 
+FAILED = "engine.failed"
+"""The event of the failure that ends the engine."""
 
-@dataclass(frozen=True)
-class EngineOptions:
-    """How many ranks to start, where, and under which limits. `memory` in bytes; `log_dir` takes each rank's output.
-
-    `recipe`: the file whose functions the ranks may import as losses.
-    `deterministic`: a token's log-prob has the same bits from sampler and trainer; CPU and float32 only.
-    `resumed`: the run goes on from a checkpoint, and may save again what it had saved before.
-    """
-
-    log_dir: Path
-    run_id: str
-    num_processes: int | None = None
-    device: str = "auto"
-    accelerate_config: Path | None = None
-    memory: int | None = None
-    seed: int = 0
-    rehearse: bool = False
-    deterministic: bool = False
-    compile: bool = True
-    dry_run: bool = False
-    assume: str | None = None
-    recipe: RecipeFile | None = None
-    resumed: bool = False
+_CHANGES = (OptimStep, Load, SetStep)
+"""What changes a model that is saved."""
 
 
 class Request:
@@ -79,13 +66,16 @@ class Engine:
         self.names: set[str] = set()
         self.request_numbers: dict[str, int] = {}
         """Of each live model, the number of its next request that draws a seed."""
+        self.unsaved: set[object] = set()
+        """One entry for each model, live or freed, whose weights have changed since it was last saved."""
         self.tp_values: set[int] = set()
         self.planned: list[dict[str, Any]] = []
+        self.planned_copies: dict[str, PlannedCopy] = {}
+        """Of each live model, the copy whose memory is promised and that is not made yet."""
         self._held_versions = contextlib.ExitStack()
         self._held_references: set[str] = set()
         self.spawn_order = asyncio.Lock()
-        self._supervisor: Supervisor | None = None
-        self._starting: asyncio.Task[list[RankHandle]] | None = None
+        self._launching: asyncio.Task[Supervisor] | None = None
         self._ranks: list[RankHandle] = []
         self._block_size = 1
         self._next_seq = 0
@@ -93,6 +83,8 @@ class Engine:
         self._idle = asyncio.Event()
         self._idle.set()
         self._held: deque[Callable[[], None]] | None = None
+        self._unchanged: dict[str, deque[Callable[[], None] | asyncio.Future[None]]] = {}
+        """Of each model that is being saved, what waits for that: requests, and whoever is to save it next."""
         self._closed = False
 
     @property
@@ -111,41 +103,50 @@ class Engine:
         return self._closed
 
     def start(self) -> None:
-        """Begin to start the ranks; returns at once. Does nothing in a dry run."""
-        if not self.options.dry_run:
-            self._starting = asyncio.get_running_loop().create_task(self._start(), name="start-ranks")
-            # A failure is raised to whoever needs the ranks first; nobody may, and then it is not an error.
-            self._starting.add_done_callback(lambda task: None if task.cancelled() else task.exception())
+        """Begin to start the ranks; returns at once. Does nothing in a dry run.
 
-    async def _start(self) -> list[RankHandle]:
-        options = LaunchOptions(
-            log_dir=self.options.log_dir,
-            run_id=self.options.run_id,
-            deterministic=self.options.deterministic,
-            cache=self.registry.home.cache / "compiled",
-        )
-        self._supervisor = await Supervisor.start(options, self.machine.launch, self._on_event)
-        return await self._supervisor.ready()
+        They are stopped when nobody refers to this engine any more: what watches them does not.
+        """
+        if self.options.dry_run:
+            return
+        options = replace(self.options, cache=self.registry.home.cache / "compiled")
+        loop, write = asyncio.get_running_loop(), self.events
 
-    def _on_event(self, rank: int, event: Event) -> None:
-        self.events(event.type, event.data, rank)
+        def on_event(rank: int, event: Event) -> None:
+            write(event.type, event.data, rank)
+
+        self._launching = loop.create_task(Supervisor.start(options, self.machine.launch, on_event), name="start-ranks")
+        # A failure is told now, and raised to whoever needs the ranks; nobody may, and then it is not an error.
+        self._launching.add_done_callback(partial(_launched, write))
+        logs = self.options.log_dir if self.options.temporary_logs else None
+        weakref.finalize(self, _end_forgotten, loop, self._launching, self._held_versions, logs)
 
     async def ready(self) -> None:
         """Wait until every rank has reported. Raises RankDied or LauncherDied."""
-        if self._closed or self._starting is None:
+        if self._closed or self._launching is None:
             raise ConflictError("the client is closed", hint="spawn and use models before close()")
-        self._ranks = await asyncio.shield(self._starting)
+        supervisor = await asyncio.shield(self._launching)
+        self._ranks = await supervisor.ready()
 
     async def wait_failed(self) -> HarmonyError:
         """Return the failure of the engine, when there is one; wait forever otherwise."""
-        if self._starting is None:
+        if self._launching is None:
             await asyncio.get_running_loop().create_future()
         try:
             await self.ready()
         except HarmonyError as error:
             return error
-        assert self._supervisor is not None
-        return await asyncio.shield(self._supervisor.failure)
+        assert self._launching is not None
+        return await asyncio.shield(self._launching.result().failure)
+
+    def forget(self, name: str) -> None:
+        """Give back what is promised to a model, and to a copy of it that was not made."""
+        self.names.discard(name)
+        self.request_numbers.pop(name, None)
+        for promised in (name, part_of(name, "loaded weights"), part_of(name, "pool")):
+            self.ledger.release(promised)
+        if (copy := self.planned_copies.pop(name, None)) is not None:
+            self.forget(copy.name)
 
     def hold(self, version: ModelVersion) -> None:
         """Keep a version from being removed while this session lives."""
@@ -157,16 +158,47 @@ class Engine:
         """Stop the ranks; nothing of the run is left afterwards."""
         self._closed = True
         self._held_versions.close()
-        if self._starting is None:
-            return
-        if self._supervisor is None and not self._starting.done():
-            self._starting.cancel()
-            await asyncio.gather(self._starting, return_exceptions=True)
-        if self._supervisor is not None:
-            await self._supervisor.stop(grace)
-            await asyncio.gather(self._starting, return_exceptions=True)
+        if self._launching is not None:
+            await _stop(self._launching, grace)
 
-    def _in_order(self, send: Callable[[], None]) -> None:
+    @contextlib.asynccontextmanager
+    async def unchanged(self, model: str) -> AsyncIterator[None]:
+        """In here what would change a model's weights waits, with all that follows it; only its `Save` does not."""
+        if model in self._unchanged:
+            turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._unchanged[model].append(turn)
+            try:
+                await turn
+            except asyncio.CancelledError:
+                if not turn.cancelled():
+                    self._go_on(model)
+                raise
+        self._unchanged.setdefault(model, deque())
+        try:
+            yield
+        finally:
+            self._go_on(model)
+
+    def _go_on(self, model: str) -> None:
+        """Send what has waited, up to where the next one saves the model."""
+        waiting = self._unchanged[model]
+        while waiting:
+            following = waiting.popleft()
+            if not isinstance(following, asyncio.Future):
+                following()
+            elif not following.done():
+                following.set_result(None)
+                return
+        del self._unchanged[model]
+
+    def _in_order(self, message: Message, send: Callable[[], None]) -> None:
+        waiting = self._unchanged.get(getattr(message, "source" if isinstance(message, Clone) else "model", ""))
+        if waiting is None or isinstance(message, Save) or not (waiting or isinstance(message, _CHANGES)):
+            self._pass_on(send)
+        else:
+            waiting.append(partial(self._pass_on, send))
+
+    def _pass_on(self, send: Callable[[], None]) -> None:
         if self._held is not None:
             self._held.append(send)
         else:
@@ -175,7 +207,7 @@ class Engine:
     def post_replica(self, tp: int, replica: int, message: Message) -> Request:
         """Give a request to one replica of a model with `tp` its place in the order, now."""
         request = Request(_own_future())
-        self._in_order(lambda: self._send_replica(tp, replica, message, request))
+        self._in_order(message, lambda: self._send_replica(tp, replica, message, request))
         return request
 
     def _send_replica(self, tp: int, replica: int, message: Message, request: Request) -> None:
@@ -198,7 +230,7 @@ class Engine:
     def post_global(self, message: Message) -> asyncio.Future[list[Message]]:
         """Give a request to all ranks its place in the order, now. Resolves to the leaders' answers."""
         future: asyncio.Future[list[Message]] = _own_future()
-        self._in_order(lambda: self._send_global(message, future))
+        self._in_order(message, lambda: self._send_global(message, future))
         return future
 
     def _send_global(self, message: Message, future: asyncio.Future[list[Message]]) -> None:
@@ -228,6 +260,64 @@ class Engine:
             self._held = None
             while held:
                 held.popleft()()
+
+
+def part_of(name: str, part: str) -> str:
+    """The name under which more memory is promised to the model `name`."""
+    return f"{name}: {part}"
+
+
+def _launched(write: EventSink, launching: asyncio.Task[Supervisor]) -> None:
+    """Have the failure of the ranks told when it happens, whatever the recipe is doing then."""
+    if launching.cancelled():
+        return
+    error = launching.exception()
+    if error is None:
+        launching.result().failure.add_done_callback(lambda failure: _tell(write, failure.result()))
+    elif isinstance(error, HarmonyError):
+        _tell(write, error)
+
+
+def _tell(write: EventSink, error: HarmonyError) -> None:
+    said = error.message.partition("\n")[0]
+    write(FAILED, {"error": error.code, "message": said, "details": error.details}, error.details.get("rank"))
+    say(f"the engine has failed: {said}", error=True)
+
+
+async def _stop(launching: asyncio.Task[Supervisor], grace: float) -> None:
+    if not launching.done():
+        launching.cancel()
+        await asyncio.gather(launching, return_exceptions=True)
+    if not launching.cancelled() and launching.exception() is None:
+        await launching.result().stop(grace)
+
+
+def _end_forgotten(
+    loop: asyncio.AbstractEventLoop,
+    launching: asyncio.Task[Supervisor],
+    held: contextlib.ExitStack,
+    logs: Path | None,
+) -> None:
+    """Stop the ranks of an engine that nobody refers to, at the interpreter's end at the latest, and remove its logs.
+
+    May be called by the garbage collector, on any thread.
+    """
+
+    async def end() -> None:
+        await _stop(launching, 1.0)
+        if logs is not None:
+            private_directory.remove(logs)
+
+    held.close()
+    if loop.is_running():
+        asyncio.run_coroutine_threadsafe(end(), loop)
+        return
+    if not launching.done():
+        launching.cancel()
+    elif not launching.cancelled() and launching.exception() is None:
+        launching.result().kill()
+    if logs is not None:
+        private_directory.remove(logs)
 
 
 def _own_future() -> asyncio.Future[Any]:

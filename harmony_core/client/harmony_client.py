@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import atexit
 import contextlib
 import os
-import tempfile
 import uuid
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from harmony_core.client.builder import BuilderSettings, ModelBuilder
-from harmony_core.client.engine import Engine, EngineOptions, EventSink
+from harmony_core.client.engine import Engine, EventSink
 from harmony_core.client.storage import SCHEME
+from harmony_core.config.argument_kinds import checked
 from harmony_core.errors import HarmonyError, NotFoundError, UsageError
 from harmony_core.home import Home
+from harmony_core.launch import private_directory
+from harmony_core.options import EngineOptions
 from harmony_core.recipe_file import RecipeFile
 from harmony_core.registry import Registry
 
@@ -37,6 +39,7 @@ class HarmonyClient:
         engine.start()
         return cls(engine)
 
+    @checked
     def model(self, path: str, kv_cache_len: int | None = None, tokens_to_generate: int | None = None) -> ModelBuilder:
         """A builder for a registry key, `key@version`, or `model_registry://key`. Raises NotFoundError."""
         scheme, found, _ = path.partition("://")
@@ -68,6 +71,11 @@ class HarmonyClient:
         """Every spawn so far with its limits and bytes, as plain data."""
         return list(self._engine.planned)
 
+    @property
+    def unsaved(self) -> bool:
+        """Whether there are, or were, trained weights that are no version of the registry."""
+        return bool(self._engine.unsaved)
+
     def memory(self) -> dict[str, Any]:
         """What is promised and what is free, in bytes per rank."""
         return self._engine.ledger.snapshot()
@@ -75,6 +83,11 @@ class HarmonyClient:
     def session_id(self) -> str:
         """A unique id of this session."""
         return self._session_id
+
+    @property
+    def in_use(self) -> bool:
+        """Whether a model lives, or is being made: the recipe needs the ranks."""
+        return bool(self._engine.names) and not self._engine.closed
 
     async def wait_failed(self) -> HarmonyError:
         """Return the failure of the engine when there is one; until then, wait."""
@@ -103,6 +116,7 @@ class HarmonyClient:
         await self.aclose()
 
 
+@checked
 async def get_client(
     addr: str | None = None,
     num_gpus: int | None = None,
@@ -116,6 +130,9 @@ async def get_client(
     *,
     deterministic: bool = False,
     recipe: str | os.PathLike[str] | None = None,
+    hang_timeout: float = 600.0,
+    silence_timeout: float = 120.0,
+    save_wait: float | None = None,
 ) -> HarmonyClient:
     """A local engine with its own ranks, for notebooks and scripts: the client that a recipe has as `ctx.client`.
 
@@ -123,6 +140,12 @@ async def get_client(
     trained log-probs are equal bit for bit (CPU only; raises ResourceError elsewhere). `recipe`: the Python file whose
     functions `train_custom` takes as losses; raises NotFoundError if it is not there. The other arguments address a
     remote service and are taken for compatibility; an address is answered with one line that the engine runs here.
+
+    In seconds: a rank that makes no progress for `hang_timeout` (0: for ever) or gives no sign of life for
+    `silence_timeout` has failed, and every call raises that. A save that finds the disk full is tried again for
+    `save_wait`, unset for ten minutes, or not at all where CI is set. Raises UsageError for times out of bounds.
+
+    The ranks are stopped by `close`, or when the client, its builders and its models are no longer referred to.
     """
     from harmony_core.notifiers import say
 
@@ -132,21 +155,17 @@ async def get_client(
     if addr:
         say(f"{addr}: there is no remote service; the engine runs on this machine")
     home = Home.open()
-    log_dir = Path(tempfile.mkdtemp(prefix="adaptive-logs-"))
     run_id = job_id or f"session-{uuid.uuid4().hex[:12]}"
     options = EngineOptions(
-        log_dir=log_dir,
+        log_dir=Path(),
+        temporary_logs=True,
         run_id=run_id,
         num_processes=num_gpus or None,
         deterministic=deterministic,
         recipe=None if recipe is None else RecipeFile.of(Path(recipe)),
+        hang_timeout=hang_timeout,
+        silence_timeout=silence_timeout,
+        save_wait=save_wait,
     )
-    client = HarmonyClient.start(options, Registry(home), lambda kind, data, rank: None)
-    atexit.register(_remove_logs, log_dir)
-    return client
-
-
-def _remove_logs(directory: Path) -> None:
-    import shutil
-
-    shutil.rmtree(directory, ignore_errors=True)
+    options = replace(options, log_dir=private_directory.create())
+    return HarmonyClient.start(options, Registry(home), lambda kind, data, rank: None)

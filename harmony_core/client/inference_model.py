@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import copy
 from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Self, overload
 
+from harmony_core.client.limits import Limit, check_length, of_batch, of_context, of_pool
 from harmony_core.client.live import LiveModel
+from harmony_core.client.losses import AnyThread
+from harmony_core.config.argument_kinds import checked_class
 from harmony_core.errors import DataError, PromptTooLong, UsageError
 from harmony_core.rpc.protocol import (
     Generate,
@@ -22,7 +25,7 @@ from harmony_core.rpc.protocol import (
     unpack_floats,
     unpack_ints,
 )
-from harmony_core.threads import StringThread, TokenizedThread
+from harmony_core.text.threads import StringThread, TokenizedThread, check_last_turn
 
 SKIPPED = -1
 """A target that is not asked for."""
@@ -55,8 +58,10 @@ class SamplingSettings:
     top_p: float = 1.0
     max_gen_len: int | None = None
     min_gen_len: int = 0
+    limits: tuple[Limit, ...] = ()
 
 
+@checked_class
 class InferenceModel:
     """A live model. Setters return a copy of the handle that shares the model."""
 
@@ -70,7 +75,7 @@ class InferenceModel:
 
     def _with(self, **changes: Any) -> Self:
         other = copy.copy(self)
-        other._settings = SamplingSettings(**{**vars(self._settings), **changes})
+        other._settings = replace(self._settings, **changes)
         return other
 
     def temperature(self, temperature: float) -> Self:
@@ -97,6 +102,18 @@ class InferenceModel:
             raise UsageError(f"min_gen_len must be 0 or more, not {min_num_tokens}")
         return self._with(min_gen_len=int(min_num_tokens))
 
+    def max_seqlen(self, max_seqlen: int, setting: str = "max_seqlen") -> Self:
+        """A copy that generates at most up to so many tokens, the prompt's included; `setting`: what asks for that."""
+        if max_seqlen < 2:
+            raise UsageError(f"max_seqlen must be at least 2, not {max_seqlen}")
+        return self._with(limits=(*self._settings.limits, Limit(max_seqlen, setting, setting)))
+
+    @property
+    def longest_completion(self) -> int:
+        """The most new tokens that are asked for, whatever room the prompt leaves."""
+        cap = self._live.placement.tokens_to_generate
+        return min(self._settings.max_gen_len or cap, cap)
+
     def is_scalar(self) -> bool:
         """Whether the model has a scalar head in place of its language-model head."""
         return self._live.placement.scalar
@@ -111,45 +128,67 @@ class InferenceModel:
             "tokens_to_generate": live.placement.tokens_to_generate,
             "use_adapter": live.placement.lora,
             "max_batch_size": live.placement.max_batch_tokens,
+            "max_seqlen": live.placement.context,
             "scalar": live.placement.scalar,
         }
 
     @overload
     def generate(
-        self, thread: StringThread, response_model: None = None, return_timings: Literal[False] = False
+        self,
+        thread: AnyThread,
+        response_model: None = None,
+        return_timings: Literal[False] = False,
+        *,
+        continue_final: bool = False,
     ) -> Coroutine[Any, Any, StringThread]: ...
     @overload
     def generate(
-        self, thread: StringThread, response_model: None = None, *, return_timings: Literal[True]
+        self,
+        thread: AnyThread,
+        response_model: None = None,
+        *,
+        return_timings: Literal[True],
+        continue_final: bool = False,
     ) -> Coroutine[Any, Any, tuple[StringThread, Timings]]: ...
     def generate(
-        self, thread: StringThread, response_model: None = None, return_timings: bool = False
+        self,
+        thread: AnyThread,
+        response_model: None = None,
+        return_timings: bool = False,
+        *,
+        continue_final: bool = False,
     ) -> Coroutine[Any, Any, Any]:
         """A new thread: the input and one assistant turn.
 
+        What a model with this tokenizer drew before is continued as it was drawn. With `continue_final` the thread's
+        last turn, an assistant's that is not finished, goes on; without, such a thread is refused (DataError).
         The request takes its number, and with it its random seed, when this is called, not when it is awaited.
-        Raises PromptTooLong when no room is left to generate.
+        Raises PromptTooLong when no room is left to generate, TokenizationError for tokens that cannot be continued.
         """
         if response_model is not None:
             raise UsageError("structured output (response_model) is not supported", hint="parse the completion instead")
-        return self._generate(thread, self._live.next_request_seed(), return_timings)
+        return self._generate(thread, self._live.next_request_seed(), return_timings, continue_final)
 
-    async def _generate(self, thread: StringThread, seed: int, return_timings: bool) -> Any:
-        tokenized, timings = await self._complete(thread, seed)
+    async def _generate(self, thread: AnyThread, seed: int, return_timings: bool, continue_final: bool) -> Any:
+        tokenized, timings = await self._complete(thread, seed, continue_final)
         generated = self._live.tokenizer.detokenize(tokenized)
         return (generated, timings) if return_timings else generated
 
-    def generate_tokens(self, thread: StringThread) -> Coroutine[Any, Any, TokenizedThread]:
+    def generate_tokens(
+        self, thread: AnyThread, *, continue_final: bool = False
+    ) -> Coroutine[Any, Any, TokenizedThread]:
         """As `generate`, with the tokens as they were drawn, their log-probs and policy versions."""
-        return self._generate_tokens(thread, self._live.next_request_seed())
+        return self._generate_tokens(thread, self._live.next_request_seed(), continue_final)
 
-    async def _generate_tokens(self, thread: StringThread, seed: int) -> TokenizedThread:
-        return (await self._complete(thread, seed))[0]
+    async def _generate_tokens(self, thread: AnyThread, seed: int, continue_final: bool) -> TokenizedThread:
+        return (await self._complete(thread, seed, continue_final))[0]
 
-    async def _complete(self, thread: StringThread, seed: int) -> tuple[TokenizedThread, Timings]:
+    async def _complete(self, thread: AnyThread, seed: int, continue_final: bool) -> tuple[TokenizedThread, Timings]:
         live = self._live
-        prompt = live.tokenizer.prompt_ids(thread)
-        self._check_ids(prompt)
+        if not self.is_scalar():  # else it cannot generate at all
+            check_last_turn(thread, continue_final)
+        prompt = live.tokenizer.unfinished_ids(thread) if continue_final else live.tokenizer.prompt_ids(thread)
+        live.check_ids(prompt)
         answer = await self._request_generation(prompt, seed)
         completion = unpack_ints(answer.tokens)
         tokenized = live.tokenizer.with_completion(
@@ -161,6 +200,7 @@ class InferenceModel:
             versions=unpack_ints(answer.versions),
             finished=answer.finish_reason == "stop",
             model=live.name,
+            continued=continue_final,
         )
         rest = max(len(completion) - 1, 1)
         timings = Timings(answer.seconds_to_first, (answer.seconds - answer.seconds_to_first) / rest, len(completion))
@@ -173,22 +213,21 @@ class InferenceModel:
                 f"{live.name!r} has a scalar head: it scores and cannot generate",
                 hint="spawn a model with a vocabulary head to generate with",
             )
+        if not live.placement.kv_tokens:
+            from harmony_core.client.spawning import make_pool
+
+            await make_pool(live)
         live.require_ranks()
-        room = live.placement.context_tokens - len(prompt)
-        if room < 1 or not prompt:
-            raise PromptTooLong(
-                f"the prompt has {len(prompt)} tokens and {live.name!r} holds {live.placement.context_tokens} in all: "
-                "no room to generate",
-                hint="shorten the prompt, or spawn with a larger max_seqlen where the model allows it",
-                tokens=len(prompt),
-                limit=live.placement.context_tokens,
-            )
         settings = self._settings
-        cap = live.placement.tokens_to_generate
+        limits = [*of_context(live.placement), of_pool(live.placement), *settings.limits]
+        check_length(live, PromptTooLong, len(prompt), "the prompt has {} tokens and needs room for more", limits, 1)
+        if not prompt:
+            raise DataError("an empty prompt cannot be continued", hint="give at least one token")
+        room = min(limits).tokens - len(prompt)
         sampling = Sampling(
             temperature=settings.temperature,
             top_p=settings.top_p,
-            max_tokens=min(settings.max_gen_len or cap, cap, room),
+            max_tokens=min(self.longest_completion, room),
             min_tokens=settings.min_gen_len,
             seed=seed,
             stop_ids=tuple(sorted(live.tokenizer.stop_ids)),
@@ -207,25 +246,25 @@ class InferenceModel:
         return answer
 
     async def logprobs(self, thread: StringThread) -> float:
-        """Sum of the log-probs of the thread's weighted tokens, under the raw distribution."""
-        return sum(await self.logprobs_per_token(self._live.tokenizer.tokenize(thread)))
+        """Sum of the log-probs of the thread's weighted tokens, under the raw distribution.
+
+        Each weighted turn is read behind the prompt that the model would have been given for it, as
+        `train_language_modelling` trains it.
+        """
+        parts = await self.tokenize_parts(thread)
+        return sum(sum(found) for found in await asyncio.gather(*map(self.logprobs_per_token, parts)))
 
     async def logprobs_per_token(self, thread: TokenizedThread) -> list[float]:
         """One log-prob for each weighted token, in order, under the raw distribution."""
         self._require_head(scalar=False, method="logprobs")
-        tokens, weights = thread.token_ids, thread.token_weights
-        if len(tokens) < 2:
-            return []
-        targets = [t if w > 0 else SKIPPED for t, w in zip(tokens[1:], weights[1:], strict=True)]
-        values = await self._score(tokens[:-1], targets)
-        return [v for v, t in zip(values, targets, strict=True) if t != SKIPPED]
+        return await self._score_weighted(thread, thread.token_ids[1:])
 
     async def raw_logprobs(self, tokens: Sequence[int]) -> list[float]:
         """The log-prob of each token given those before it; the first is 0."""
         self._require_head(scalar=False, method="raw_logprobs")
         if not tokens:
             return []
-        return [0.0, *(await self._score(list(tokens[:-1]), list(tokens[1:])))]
+        return [0.0, *(await self._score(tokens, tokens[1:]))]
 
     async def score(self, thread: TokenizedThread) -> list[float]:
         """One value for each weighted token, in order: that of the state in which the token was chosen.
@@ -234,20 +273,17 @@ class InferenceModel:
         enter, as a baseline must not (Sutton and Barto, 2018, section 13.4). Raises UsageError without a scalar head.
         """
         self._require_head(scalar=True, method="score")
-        tokens, weights = thread.token_ids, thread.token_weights
-        asked = [0 if weight > 0 else SKIPPED for weight in weights[1:]]
-        values = await self._score(tokens[:-1], asked)
-        return [value for value, target in zip(values, asked, strict=True) if target != SKIPPED]
+        return await self._score_weighted(thread, [0] * (len(thread.token_ids) - 1))
 
-    async def score_last_token(self, thread: StringThread | TokenizedThread) -> float:
+    async def score_last_token(self, thread: AnyThread) -> float:
         """The value of the whole thread, read from the hidden state of its last token: what a reward model says.
 
-        The same as transformers' *ForSequenceClassification gives for the thread's tokens. Raises UsageError without a
+        The same as transformers' *ForSequenceClassification gives for the thread's tokens, which end with what the
+        template writes behind the last turn, also where the thread comes as drawn tokens. Raises UsageError without a
         scalar head, DataError for a thread without tokens.
         """
         self._require_head(scalar=True, method="score_last_token")
-        tokenized = thread if isinstance(thread, TokenizedThread) else self._live.tokenizer.tokenize(thread)
-        tokens = tokenized.token_ids
+        tokens = self._live.whole(thread).token_ids
         if not tokens:
             raise DataError("the thread has no tokens: there is nothing to score")
         return (await self._score(tokens, [SKIPPED] * (len(tokens) - 1) + [0]))[-1]
@@ -261,37 +297,40 @@ class InferenceModel:
                 hint="into_scoring_model() before the spawn",
             )
 
-    async def _score(self, tokens: list[int], targets: list[int]) -> list[float]:
-        live = self._live
+    async def _score_weighted(self, thread: TokenizedThread, targets: Sequence[int]) -> list[float]:
+        """`_score` of the targets that have a weight."""
+        asked = [t if w > 0 else SKIPPED for t, w in zip(targets, thread.token_weights[1:], strict=True)]
+        values = await self._score(thread.token_ids, asked)
+        return [v for v, t in zip(values, asked, strict=True) if t != SKIPPED]
+
+    async def _score(self, ids: Sequence[int], targets: Sequence[int]) -> list[float]:
+        """What the ranks give each target behind as many of the ids."""
+        live, tokens = self._live, ids[: len(targets)]
         live.require_ranks()
         if not tokens:
             return []
-        limit = min(live.placement.max_batch_tokens, live.placement.context_tokens)
-        if len(tokens) > limit:
-            raise PromptTooLong(
-                f"{len(tokens) + 1} tokens to score, {live.name!r} takes {limit} at once",
-                hint="shorten the thread, or spawn with a larger max_batch_size",
-                tokens=len(tokens) + 1,
-                limit=limit,
-            )
-        self._check_ids(tokens)
-        self._check_ids([t for t in targets if t != SKIPPED])
+        limits = [of_batch(live.placement), *of_context(live.placement)]
+        if len(tokens) > min(limits).tokens:
+            # The last token of a thread is a target only.
+            thread = len(tokens) + (not self.is_scalar())
+            check_length(live, PromptTooLong, thread, "the thread to score has {} tokens", limits)
+        live.check_ids(ids)
         replica = live.least_busy()
         message = Score(model=live.name, replica=replica, tokens=pack_ints(tokens), targets=pack_ints(targets))
         answer = await asyncio.shield(live.post(replica, message, len(tokens)).future)
         assert isinstance(answer, Scored)
         return unpack_floats(answer.logprobs)
 
-    def _check_ids(self, tokens: Sequence[int]) -> None:
-        size = self._live.version.spec.vocab_size
-        if not tokens or (min(tokens) >= 0 and max(tokens) < size):
-            return
-        position = next(i for i, token in enumerate(tokens) if not 0 <= token < size)
-        raise DataError(f"token {tokens[position]} at position {position} is outside the vocabulary of {size}")
-
     async def tokenize_thread(self, thread: StringThread) -> TokenizedThread:
         """The thread's tokens under the model's chat template, with a weight for each."""
         return self._live.tokenizer.tokenize(thread)
+
+    async def tokenize_parts(self, thread: StringThread) -> list[TokenizedThread]:
+        """As `tokenize_thread`, in several where only parts of the thread show each weighted turn behind its prompt.
+
+        The weights are final: an assistant turn that has none cannot be given one in a part.
+        """
+        return self._live.tokenizer.parts(thread)
 
     async def detokenize_thread(self, thread: TokenizedThread) -> StringThread:
         """The thread's text; turns, weights and metadata survive."""
@@ -317,7 +356,8 @@ class InferenceModel:
 
     async def raw_string_create(self, prompt: str) -> str:
         """Continue plain text, without a chat template."""
-        return self._live.tokenizer.decode(await self.raw_token_create(prompt))
+        tokenizer = self._live.tokenizer
+        return tokenizer.decode_behind(tokenizer.encode(prompt), await self.raw_token_create(prompt))
 
     async def raw_token_create(self, prompt: str) -> list[int]:
         """As `raw_string_create`, as token ids; a stop token at the end is left out."""

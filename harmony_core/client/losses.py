@@ -1,55 +1,206 @@
-"""From a thread and the numbers that a loss needs to the samples that the ranks get. Checks every argument."""
+"""The table of losses, and from the arguments of a call to the samples that the ranks get.
+
+A row of the table is the signature of a `TrainingModel.train_<name>` with a `Row` over it. The annotation of each
+argument says what it holds; it is checked by that and travels to the ranks under its own name, where the formula in
+`engine/training/losses.py` reads it. The documentation's table is made from the rows.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_type_hints
 
-from harmony_core.client.batching import Group, Loss, Sample
-from harmony_core.errors import DataError, NothingToTrain, UsageError
-from harmony_core.threads import TokenizedThread
+from harmony_core.client.batching import Accepted, Loss, Sample
+from harmony_core.client.limits import require_weight
+from harmony_core.errors import DataError, UsageError
+from harmony_core.text.threads import StringThread, TokenizedThread
 
-Normalise = str | float
-"""How a loss on tokens is averaged: "token", "sequence", or a number that divides each sample's sum."""
+if TYPE_CHECKING:
+    from harmony_core.client.live import LiveModel
+
+M = TypeVar("M", bound=Callable[..., Any])
+AnyThread = StringThread | TokenizedThread
+Fields = dict[str, list[float]]
+Settings = dict[str, float]
 
 
-class Accepted(NamedTuple):
-    """Samples that belong together, and what they add to the step's denominator."""
+@dataclass(frozen=True)
+class Numbers:
+    """One number for each weighted token, or for all that it is `of` together. `single`: not in a sequence."""
 
-    samples: Group
+    of: str = "weighted token"
+    single: bool = False
+
+    @property
+    def words(self) -> str:
+        """For the documentation."""
+        return f"one for each {self.of}"
+
+    def of_tokens(self, name: str, value: Any, count: int) -> list[float]:
+        """A number for each of the sample's `count` tokens. Raises DataError naming the argument."""
+        if self.single:
+            return [per_sample(name, value)] * count
+        return (
+            per_token(name, value, count) if self.of == "weighted token" else per_token(name, value, 1, self.of) * count
+        )
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A number above `least`, or at least that high where it is `included`."""
+
+    least: float = 0.0
+    included: bool = True
+
+    @property
+    def words(self) -> str:
+        """For the documentation."""
+        return f"{self.least:g} or more" if self.included else f"above {self.least:g}"
+
+    def checked(self, name: str, value: float) -> float:
+        """`value` as a float. Raises UsageError naming the argument unless it is finite and in the bounds."""
+        if not math.isfinite(value) or value < self.least or (value == self.least and not self.included):
+            comma = ", " if self.included else " "
+            raise UsageError(f"{name} must be a finite number{comma}{self.words}, not {value}")
+        return float(value)
+
+    def enter(self, settings: Settings, name: str, value: Any) -> None:
+        """Among the settings of a loss."""
+        settings[name] = self.checked(name, value)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of some names. The ranks get the name as a setting, and of the first, which is the plain loss, nothing."""
+
+    names: tuple[str, ...]
+
+    @property
+    def words(self) -> str:
+        """For the documentation."""
+        return " or ".join(f'"{name}"' for name in self.names)
+
+    def enter(self, settings: Settings, name: str, value: Any) -> None:
+        """Among the settings of a loss. Raises UsageError naming the argument."""
+        if value not in self.names:
+            raise UsageError(f"{name} must be {self.words}, not {value!r}")
+        settings |= {value: 1.0} if value != self.names[0] else {}
+
+
+class Average:
+    """How a loss on tokens is averaged. The ranks see the weights that follow."""
+
+    words = '"token", "sequence" or a number above 0'
+
+
+Kind = Numbers | Setting | Choice | Average
+PerToken = Annotated[Sequence[float], Numbers()]
+PerSequence = Annotated[Sequence[float], Numbers("sequence")]
+PerThread = Annotated[float, Numbers("thread", single=True)]
+NotNegative = Annotated[float, Setting()]
+AboveZero = Annotated[float, Setting(0.0, included=False)]
+AboveOne = Annotated[float, Setting(1.0, included=False)]
+Clipping = Annotated[str, Choice(("ppo", "cispo"))]
+Normalise = Annotated[str | float, Average()]
+
+Adjust = Callable[[TokenizedThread, Fields, Settings], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One loss, as the decorator of its `train_<name>`: the signature says the rest.
+
+    `unit`: what a step is divided by, unless `normalise` says otherwise. `of_values`: it needs a scalar head.
+    `on_last`: scored at the last token of the thread in place of its weighted ones. `of_sampled`: an adapter's dropout
+    is off, since the sampler has none. `adjust` has the last word on fields and settings.
+    `threads`: the arguments that are threads, which make one group; `kinds`: what each of the others holds.
+    """
+
     unit: str
-    amount: float
+    of_values: bool = False
+    on_last: bool = False
+    of_sampled: bool = False
+    adjust: Adjust | None = None
+    name: str = ""
+    threads: tuple[str, ...] = ()
+    kinds: Mapping[str, Kind] = field(default_factory=dict)
+
+    def __call__(self, method: M) -> M:
+        """Enter the method's signature into the table."""
+        hints, name = get_type_hints(method, include_extras=True), method.__name__.removeprefix("train_")
+        threads = tuple(argument for argument, hint in hints.items() if hint == AnyThread)
+        kinds = {argument: kind for argument, hint in hints.items() if (kind := _kind(hint)) is not None}
+        ROWS[name] = replace(self, name=name, threads=threads, kinds=kinds)
+        return method
+
+    def place(self, argument: str) -> tuple[int, str]:
+        """Of which thread an argument is, and its name as a field: in a pair, without the thread's ending."""
+        if len(self.threads) == 1:
+            return 0, argument
+        return int(argument.endswith("_neg")), argument.removesuffix("_pos").removesuffix("_neg")
 
 
-class Given(NamedTuple):
-    """A tokenized thread, and the sampler's log-probs of its targets where they can be compared with the trainer's."""
+ROWS: dict[str, Row] = {}
+"""The table of losses, by name."""
 
-    thread: TokenizedThread
-    recorded: list[float] | None
 
-    def sample(self, coefficients: list[float], loss: Loss, fields: dict[str, list[float]]) -> Sample:
-        """The thread as inputs and targets of a loss."""
-        tokens = self.thread.token_ids
-        return Sample(tokens[:-1], tokens[1:], coefficients, self.recorded, loss, fields)
+def _kind(hint: Any) -> Kind | None:
+    """What an annotation, also one of an optional argument, says beside the type."""
+    notes = (note for part in (hint, *get_args(hint)) for note in getattr(part, "__metadata__", ()))
+    return next((note for note in notes if isinstance(note, Kind)), None)
+
+
+def samples_of(live: LiveModel, row: Row, given: Mapping[str, Any]) -> Accepted:
+    """The samples of one call, with arguments by name."""
+    threads = [live.tokenized(live.whole(given[name]) if row.on_last else given[name]) for name in row.threads]
+    masks = [_last(thread) if row.on_last else scored_tokens(thread) for thread in threads]
+    counts = [int(sum(mask)) for mask in masks]
+    fields, settings = [Fields() for _ in threads], Settings()
+    unit, amount = row.unit, float(counts[0]) if row.unit == "weighted tokens" else 1.0
+    for name, kind in row.kinds.items():
+        value = given[name]
+        if value is None:
+            continue
+        if isinstance(kind, Numbers):
+            thread, field_name = row.place(name)
+            fields[thread][field_name] = kind.of_tokens(name, value, counts[thread])
+        elif isinstance(kind, Average):
+            masks[0], unit, amount = averaged(masks[0], value)
+        else:
+            kind.enter(settings, name, value)
+    if row.adjust is not None:
+        row.adjust(threads[0], fields[0], settings)
+    kept = Loss(row.name, tuple(settings.items()), len(threads), dropout=not row.of_sampled)
+    parts = zip(threads, masks, fields, strict=True)
+    if row.on_last:
+        # Nothing is predicted, so the targets can be any tokens.
+        samples = [Sample(t.token_ids, t.token_ids, w, loss=kept, fields=f, on_last=True) for t, w, f in parts]
+    else:
+        samples = [live.sample(t, w, kept, f) for t, w, f in parts]
+    return Accepted(samples, unit, amount)
 
 
 def scored_tokens(thread: TokenizedThread) -> list[float]:
     """1 for each target that is a weighted token, else 0. Raises NothingToTrain when there is none."""
     mask = [1.0 if weight > 0 else 0.0 for weight in thread.token_weights[1:]]
-    if not any(mask):
-        raise NothingToTrain(
-            "the sample has no weighted token",
-            hint="give an assistant turn a weight, as with_weight_last_assistant_turn() does",
-        )
+    require_weight(mask)
     return mask
+
+
+def _last(thread: TokenizedThread) -> list[float]:
+    """1 for the thread's last token."""
+    if not thread.token_ids:
+        raise DataError("the thread has no tokens: there is nothing to score")
+    return [0.0] * (len(thread.token_ids) - 1) + [1.0]
 
 
 def per_token(name: str, values: Sequence[float], count: int, of: str = "weighted tokens") -> list[float]:
     """`values` as floats. Raises DataError naming the argument unless there are `count`, all of them finite."""
-    if isinstance(values, int | float) or len(values) != count:
-        found = "one number" if isinstance(values, int | float) else f"{len(values)} values"
-        raise DataError(f"{name}: {found} for {count} {of}", hint=f"{name} takes one for each of them, in order")
+    if len(values) != count:
+        hint = f"{name} takes one for each of them, in order"
+        raise DataError(f"{name}: {len(values)} values for {count} {of}", hint=hint)
     floats = list(map(float, values))
     if not all(map(math.isfinite, floats)):
         place = next(place for place, value in enumerate(floats) if not math.isfinite(value))
@@ -64,14 +215,7 @@ def per_sample(name: str, value: float) -> float:
     return float(value)
 
 
-def setting(name: str, value: float, least: float = 0.0) -> float:
-    """`value` as a float. Raises UsageError naming the argument unless it is finite and at least `least`."""
-    if not math.isfinite(value) or value < least:
-        raise UsageError(f"{name} must be a finite number, {least:g} or more, not {value}")
-    return float(value)
-
-
-def averaged(mask: list[float], normalise: Normalise) -> tuple[list[float], str, float]:
+def averaged(mask: list[float], normalise: str | float) -> tuple[list[float], str, float]:
     """Each token's weight in the loss, and what the sample adds to the step's denominator, in which unit.
 
     "token": the mean over all tokens of the step (DAPO; Yu et al. 2025). "sequence": the mean over samples of each
@@ -84,120 +228,45 @@ def averaged(mask: list[float], normalise: Normalise) -> tuple[list[float], str,
     if normalise == "sequence":
         return [weight / count for weight in mask], "samples", 1.0
     if isinstance(normalise, str) or not (math.isfinite(normalise) and normalise > 0):
-        raise UsageError(f'normalise must be "token", "sequence" or a number above 0, not {normalise!r}')
+        raise UsageError(f"normalise must be {Average.words}, not {normalise!r}")
     return mask, "given lengths", float(normalise)
 
 
-def importance(
-    thread: TokenizedThread, trajectory: list[float], sampler_logprobs: Sequence[float] | None, cap: float
-) -> list[float]:
-    """min(trajectory / sampler, cap) of each token, in probabilities: what a token of a stale sampler counts.
+def importance(thread: TokenizedThread, fields: Fields, settings: Settings) -> None:
+    """With `importance_cap` each advantage times min(trajectory / sampler, cap): what a stale sampler's token counts.
 
-    Yao et al., "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training" (2025).
+    In probabilities; Yao et al., "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training" (2025).
     """
-    if cap <= 0 or not math.isfinite(cap):
-        raise UsageError(f"importance_cap must be a finite number above 0, not {cap}")
-    if sampler_logprobs is None:
-        sampler_logprobs = thread.logprobs
-        if sampler_logprobs is None:
+    if "cispo" in settings and "dual_clip" in settings:
+        raise UsageError('dual_clip has no meaning with clipping="cispo"', hint="leave it out")
+    cap, sampler = settings.pop("importance_cap", None), fields.pop("sampler_logprobs", None)
+    if cap is None:
+        if sampler is not None:
+            raise UsageError("sampler_logprobs has no meaning without importance_cap", hint="give importance_cap=2.0")
+        return
+    trajectory = fields["trajectory_logprobs"]
+    if sampler is None:
+        if thread.logprobs is None:
             raise UsageError(
                 "importance_cap needs the sampler's log-probs, and the thread's weighted tokens have no record of them",
                 hint="give sampler_logprobs=, or train the thread that generate_tokens returned",
             )
-    sampler = per_token("sampler_logprobs", sampler_logprobs, len(trajectory))
-    return [math.exp(min(t - s, math.log(cap))) for t, s in zip(trajectory, sampler, strict=True)]
+        sampler = per_token("sampler_logprobs", thread.logprobs, len(trajectory))
+    steps = zip(fields["advantages"], trajectory, sampler, strict=True)
+    fields["advantages"] = [a * math.exp(min(t - s, math.log(cap))) for a, t, s in steps]
 
 
-def grpo(
-    given: Given,
-    trajectory_logprobs: Sequence[float],
-    reference_logprobs: Sequence[float] | None,
-    advantages: Sequence[float],
-    clip_range: float,
-    kl_beta: float,
-    *,
-    clip_range_high: float | None,
-    dual_clip: float | None,
-    clipping: str,
-    importance_cap: float | None,
-    sampler_logprobs: Sequence[float] | None,
-    entropy_bonus: float | None,
-    normalise: Normalise,
-) -> Accepted:
-    """The sample of `TrainingModel.train_grpo`; without reference log-probs that of `train_ppo`."""
-    mask = scored_tokens(given.thread)
-    count = int(sum(mask))
-    trajectory = per_token("trajectory_logprobs", trajectory_logprobs, count)
-    fields = {"trajectory": trajectory, "advantages": per_token("advantages", advantages, count)}
-    settings = _clipping(("clip_range", clip_range), ("clip_range_high", clip_range_high), dual_clip)
-    if clipping not in ("ppo", "cispo"):
-        raise UsageError(f'clipping must be "ppo" or "cispo", not {clipping!r}')
-    if clipping == "cispo":
-        if dual_clip is not None:
-            raise UsageError('dual_clip has no meaning with clipping="cispo"', hint="leave it out")
-        settings["cispo"] = 1.0
-    if reference_logprobs is not None:
-        fields["reference"] = per_token("reference_logprobs", reference_logprobs, count)
-        settings["kl_beta"] = setting("kl_beta", kl_beta)
-    if importance_cap is not None:
-        counts = importance(given.thread, trajectory, sampler_logprobs, importance_cap)
-        fields["advantages"] = [a * c for a, c in zip(fields["advantages"], counts, strict=True)]
-    elif sampler_logprobs is not None:
-        raise UsageError("sampler_logprobs has no meaning without importance_cap", hint="give importance_cap=2.0")
-    if entropy_bonus is not None:
-        settings["entropy_bonus"] = setting("entropy_bonus", entropy_bonus)
-    weights, unit, amount = averaged(mask, normalise)
-    return Accepted([given.sample(weights, Loss("grpo", tuple(settings.items())), fields)], unit, amount)
-
-
-def gspo(
-    given: Given,
-    trajectory_logprobs: Sequence[float],
-    reference_logprobs: Sequence[float],
-    advantage: Sequence[float],
-    left_clip: float,
-    right_clip: float,
-    kl_beta: float,
-    *,
-    dual_clip: float | None,
-    entropy_bonus: float | None,
-    normalise: Normalise,
-) -> Accepted:
-    """The sample of `TrainingModel.train_gspo`."""
-    mask = scored_tokens(given.thread)
-    count = int(sum(mask))
-    fields = {
-        "trajectory": per_token("trajectory_logprobs", trajectory_logprobs, count),
-        "reference": per_token("reference_logprobs", reference_logprobs, count),
-        "advantages": per_token("advantage", advantage, 1, of="sequence") * count,
-    }
-    settings = _clipping(("left_clip", left_clip), ("right_clip", right_clip), dual_clip)
-    settings["kl_beta"] = setting("kl_beta", kl_beta)
-    if entropy_bonus is not None:
-        settings["entropy_bonus"] = setting("entropy_bonus", entropy_bonus)
-    weights, unit, amount = averaged(mask, normalise)
-    return Accepted([given.sample(weights, Loss("gspo", tuple(settings.items())), fields)], unit, amount)
-
-
-def _clipping(low: tuple[str, float], high: tuple[str, float | None], dual_clip: float | None) -> dict[str, float]:
-    """Settings from (name, value) of the two ranges around a ratio of 1; the upper one's default is the lower one."""
-    settings = {"clip_low": setting(*low)}
-    settings["clip_high"] = settings["clip_low"] if high[1] is None else setting(high[0], high[1])
-    if dual_clip is not None:
-        if not math.isfinite(dual_clip) or dual_clip <= 1:
-            raise UsageError(f"dual_clip must be a finite number above 1, not {dual_clip}")
-        settings["dual_clip"] = float(dual_clip)
-    return settings
-
-
-def dpo(pos: Given, neg: Given, ref_logprobs_pos: float, ref_logprobs_neg: float, beta: float) -> Accepted:
-    """The pair of `TrainingModel.train_dpo`."""
-    loss = Loss("dpo", (("beta", setting("beta", beta)),), group=2)
-    pair = []
-    for given, name, value in (
-        (pos, "ref_logprobs_pos", ref_logprobs_pos),
-        (neg, "ref_logprobs_neg", ref_logprobs_neg),
-    ):
-        mask = scored_tokens(given.thread)
-        pair.append(given.sample(mask, loss, {"reference": [per_sample(name, value)] * int(sum(mask))}))
-    return Accepted(pair, "pairs", 1.0)
+def check_head(name: str, scalar: bool, loss: str) -> None:
+    """Raise UsageError for a loss on values without a scalar head, or one on log-probs with it."""
+    of_values = loss in ROWS and ROWS[loss].of_values
+    if of_values and not scalar:
+        raise UsageError(
+            f"train_{loss} needs a scalar head, and {name!r} is a policy: it has a vocabulary head",
+            hint="into_scoring_model() before spawn_train",
+        )
+    if scalar and not of_values:
+        what = "train_language_modelling and train_tangents need" if loss == "linear" else f"train_{loss} needs"
+        known = ", ".join(sorted(f"train_{row.name}" for row in ROWS.values() if row.of_values))
+        raise UsageError(
+            f"{what} log-probs, and {name!r} has a scalar head: it gives none", hint=f"it is trained with {known}"
+        )

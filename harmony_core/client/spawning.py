@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,15 +13,21 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec import structs
 
-from harmony_core import memory
-from harmony_core.client.live import LiveModel, Placement
+from harmony_core.client.engine import part_of
+from harmony_core.client.limits import Placement
+from harmony_core.client.live import LiveModel, PlannedCopy
 from harmony_core.client.storage import source_of
 from harmony_core.errors import ConflictError, ModelRefused, UsageError
-from harmony_core.ledger import Plan
-from harmony_core.model_spec import check_tp
-from harmony_core.rpc.protocol import Clone, Dealloc, LoraSettings, Message, Spawn, Spawned
-from harmony_core.tokenization import ChatTokenizer
-from harmony_core.toolchain import missing_tool
+from harmony_core.memory import fit as memory_fit
+from harmony_core.memory import plan as memory
+from harmony_core.model.spec import check_tp
+from harmony_core.plain_files import read_json
+from harmony_core.rpc.platform import missing_tool
+from harmony_core.rpc.protocol import Clone, Dealloc, LoraSettings, MakePool, Message, Spawn, Spawned
+from harmony_core.text import tokenizer_files
+from harmony_core.text.tokenization import ChatTokenizer
+from harmony_core.text.tokenizer_files import TokenizerFiles
+from harmony_core.text.turns import TemplateKwargs
 
 if TYPE_CHECKING:
     from harmony_core.client.builder import ModelBuilder
@@ -36,21 +41,45 @@ PREFILL_TOKENS = 8192
 
 
 @lru_cache(maxsize=32)
-def load_tokenizer(directory: Path) -> ChatTokenizer:
-    """The tokenizer in a directory, read once."""
-    return ChatTokenizer.load(directory)
+def _read_tokenizer(directory: Path) -> TokenizerFiles:
+    return tokenizer_files.read(directory)
+
+
+@lru_cache(maxsize=32)
+def load_tokenizer(directory: Path, variables: TemplateKwargs) -> ChatTokenizer:
+    """The tokenizer in a directory, read once, and its chat template with these variables."""
+    return ChatTokenizer(_read_tokenizer(directory), variables)
 
 
 async def spawn(
     engine: Engine, version: ModelVersion, builder: ModelBuilder, name: str, max_batch_size: int | None
 ) -> LiveModel:
     """A live model named `name`; for training when `max_batch_size` is given."""
-    tp = builder.resolved_tp()
-    check_tp(version.spec, tp, engine.world_size)
-    _check_blocks(engine, version, tp)
+    check_tp(version.spec, builder.resolved_tp(), engine.world_size)
+    _check_blocks(engine, version, builder.resolved_tp())
     async with engine.spawn_order:
-        plan = _Planned(engine, version, builder, name, tp, max_batch_size)
-        return await plan.make_live()
+        placement = _place(engine, version, builder, name, max_batch_size)
+        shape, tokenizer = placement.shape, _tokenizer(version, builder.resolved_template_kwargs())
+        there = engine.ledger.holds(_shared_key(version, shape.tp, shape.dtype))
+
+        def ways_out(free: int, transient: int) -> list[str]:
+            return memory_fit.ways_out(
+                shape, free, engine.world_size, transient, base_live=there, beside=engine.tp_values
+            )
+
+        described = _described(engine, name, version, placement)
+        with _promised(engine, name, placement, ways_out):
+            if shape.train:
+                described["room_for_copy"] = _copy_fits(engine, placement)
+            engine.hold(version)
+            engine.events("spawn.planned", described, None)
+            if not engine.options.dry_run:
+                await engine.ready()
+                await engine.reblock(shape.tp)
+                await _run_spawn(engine, name, _message(engine, version, name, placement, tokenizer))
+        engine.tp_values.add(shape.tp)
+        engine.planned.append(described)
+        return LiveModel(engine, name, version, tokenizer, placement)
 
 
 def _check_blocks(engine: Engine, version: ModelVersion, tp: int) -> None:
@@ -71,162 +100,145 @@ def _check_mode(engine: Engine, dtype: str) -> None:
         )
 
 
-class _Planned:
-    """One spawn: its shape, its promise, and the message that carries it out."""
+def _place(
+    engine: Engine, version: ModelVersion, builder: ModelBuilder, name: str, max_batch_size: int | None
+) -> Placement:
+    """What is asked for, and where nothing is, what fits."""
+    if not name:
+        raise UsageError("a spawned model needs a name")
+    if name in engine.names:
+        raise ConflictError(f"a model named {name!r} is live already", hint="choose another name, or dealloc() it")
+    settings, spec, tp, scalar = builder.settings, version.spec, builder.resolved_tp(), builder.resolved_scalar()
+    dtype = settings.dtype or ("float32" if engine.machine.device == "cpu" else "bfloat16")
+    _check_mode(engine, dtype)
+    train, lora = max_batch_size is not None, stored_lora(version) if version.format == "peft" else None
+    if settings.use_adapter and version.format == "hf":
+        lora = structs.replace(settings.lora, seed=_seed(engine, name))
+    private = train and lora is None
+    weights_key = "" if private else _shared_key(version, tp, dtype)
+    # What does not generate needs no pages.
+    explicit_kv = 0 if scalar else settings.kv_cache_len or version.defaults.kv_cache_len
+    free, transient, context = engine.ledger.free, engine.ledger.transient, settings.max_seqlen or spec.max_positions
+    shape = memory.Shape(
+        spec=spec,
+        tp=tp,
+        train=train,
+        lora=lora,
+        max_batch_tokens=max_batch_size or min(PREFILL_TOKENS, spec.max_positions),
+        kv_tokens=1 if explicit_kv is None else explicit_kv,
+        device=engine.machine.device,
+        dtype=dtype,
+        compiled=engine.compiles and not missing_tool(),
+        checkpointed_layers=0,
+        scalar=scalar,
+        headless=spec.scalar or (scalar and private),
+        weights_shared=not private and engine.ledger.holds(weights_key),
+    )
+    shape = _checkpointed(shape, free, transient)
+    if train and not scalar:
+        # Where there is room for a reference, neither the pool nor activations that could be recomputed take it.
+        rest = free - memory.plan(memory.copy_of(shape)).resident
+        if memory_fit.could_fit(shape, rest, transient):
+            free, shape = rest, _checkpointed(shape, rest, transient)
+    if explicit_kv is None:
+        tokens = pool_that_fits(shape, free, transient, context)
+        shape = _checkpointed(replace(shape, kv_tokens=tokens), free, transient)
+    return Placement(
+        context=context,
+        explicit_kv=explicit_kv,
+        tokens_to_generate=builder.resolved_tokens_to_generate(),
+        shape=shape,
+        plan=memory.plan(shape),
+        weights_key=weights_key,
+    )
 
-    def __init__(
-        self,
-        engine: Engine,
-        version: ModelVersion,
-        builder: ModelBuilder,
-        name: str,
-        tp: int,
-        max_batch_size: int | None,
-    ) -> None:
-        if not name:
-            raise UsageError("a spawned model needs a name")
-        if name in engine.names:
-            raise ConflictError(f"a model named {name!r} is live already", hint="choose another name, or dealloc() it")
-        settings = builder.settings
-        self.engine, self.version, self.name, self.tp = engine, version, name, tp
-        self.builder = builder
-        self.seed = _hash(f"{engine.options.seed}/{name}")
-        self.train = max_batch_size is not None
-        self.scalar = builder.resolved_scalar()
-        new = settings.use_adapter and version.format == "hf"
-        self.new_lora = structs.replace(settings.lora, seed=self.seed) if new else None
-        self.lora = self.new_lora is not None or version.format == "peft"
-        self.private = self.train and not self.lora
-        self.dtype = settings.dtype or ("float32" if engine.machine.device == "cpu" else "bfloat16")
-        _check_mode(engine, self.dtype)
-        self.context = settings.max_seqlen or version.spec.max_positions
-        self.max_batch = max_batch_size or min(PREFILL_TOKENS, version.spec.max_positions)
-        source = source_of(version)
-        shared_key = f"{source.digest}/{tp}/{self.dtype}"
-        self.weights_key = "" if self.private else shared_key
-        self.base_live = engine.ledger.holds(shared_key)
-        self.source = source
-        # What does not generate needs no pages.
-        explicit_kv = 0 if self.scalar else settings.kv_cache_len or version.defaults.kv_cache_len
-        self.shape = self._shape(explicit_kv or 0)
-        if explicit_kv is None:
-            self.shape = self._shape(self._kv_that_fits())
-        self.kv_tokens = self.shape.kv_tokens
-        self.plan = memory.plan(self.shape)
 
-    def _shape(self, kv_tokens: int) -> memory.Shape:
-        lora = self.new_lora or (stored_lora(self.version) if self.lora else None)
-        shape = memory.Shape(
-            spec=self.version.spec,
-            tp=self.tp,
-            train=self.train,
-            lora=lora,
-            max_batch_tokens=self.max_batch,
-            kv_tokens=kv_tokens,
-            device=self.engine.machine.device,
-            dtype=self.dtype,
-            compiled=self.engine.compiles and not missing_tool(),
-            checkpointed_layers=0,
-            scalar=self.scalar,
-            headless=self.version.spec.scalar or (self.scalar and self.private),
-            weights_shared=not self.private and self.engine.ledger.holds(self.weights_key),
-        )
-        ledger = self.engine.ledger
-        return replace(shape, checkpointed_layers=memory.choose_checkpointing(shape, ledger.free, ledger.transient))
+def _checkpointed(shape: memory.Shape, free: int, transient: int) -> memory.Shape:
+    """The shape with as many layers checkpointed as it needs to fit."""
+    layers = memory_fit.choose_checkpointing(replace(shape, checkpointed_layers=0), free, transient)
+    return replace(shape, checkpointed_layers=layers)
 
-    def _kv_that_fits(self) -> int:
-        """Half of what is left beside everything else, at most the default; at least one context."""
-        ledger = self.engine.ledger
-        needed = memory.plan(self.shape).total
-        half = needed + max(ledger.free - needed, 0) // 2
-        return max(memory.default_kv_tokens(self.shape, half, ledger.transient), min(self.context, LEAST_KV_TOKENS))
 
-    async def make_live(self) -> LiveModel:
-        """Promise the memory, spawn on every rank, and hand out the record."""
-        engine = self.engine
-        tokenizer_dir = self.version.tokenizer_dir
-        tokenizer = load_tokenizer(tokenizer_dir) if tokenizer_dir is not None else None
-        described = self.described()
-        with _promised(engine, self.name, self.plan, self.weights_key, self._ways_out):
-            engine.hold(self.version)
-            engine.events("spawn.planned", described, None)
-            if not engine.options.dry_run:
-                await engine.ready()
-                await engine.reblock(self.tp)
-                await _run_spawn(engine, self.name, self._message())
-        engine.tp_values.add(self.tp)
-        engine.planned.append(described)
-        placement = Placement(
-            tp=self.tp,
-            train=self.train,
-            lora=self.lora,
-            max_batch_tokens=self.max_batch,
-            kv_tokens=self.kv_tokens,
-            context_tokens=self.context if self.scalar else min(self.context, self.kv_tokens),
-            tokens_to_generate=self.builder.resolved_tokens_to_generate(),
-            shape=self.shape,
-            plan=self.plan,
-            weights_key=self.weights_key,
-            scalar=self.scalar,
-        )
-        return LiveModel(engine, self.name, self.version, tokenizer, placement)
+def _shared_key(version: ModelVersion, tp: int, dtype: str) -> str:
+    return f"{version.weights_digest}/{tp}/{dtype}"
 
-    def _ways_out(self, free: int, transient: int) -> list[str]:
-        return memory.ways_out(self.shape, free, self.engine.world_size, transient, base_live=self.base_live)
 
-    def _message(self) -> Spawn:
-        return Spawn(
-            name=self.name,
-            source=self.source,
-            tp=self.tp,
-            train=self.train,
-            max_batch_tokens=self.max_batch,
-            kv_tokens=self.kv_tokens,
-            scalar=self.scalar,
-            lora=self.new_lora,
-            dtype=self.dtype,
-            checkpointed_layers=self.shape.checkpointed_layers,
-            promised_bytes=self.plan.total,
-            seed=self.seed,
-            rehearse=self.engine.options.rehearse or self.engine.machine.device == "cuda",
-            compile=self.engine.compiles,
-        )
+def _seed(engine: Engine, name: str) -> int:
+    """48 bits of a hash, the same on every machine."""
+    text = f"{engine.options.seed}/{name}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest(), "little")
 
-    def described(self) -> dict[str, Any]:
-        """The spawn as plain data, for events and the dry run's report. Bytes are per rank."""
-        return {
-            "name": self.name,
-            "model": self.version.ref,
-            "kind": "train" if self.train else "inference",
-            "adapter": self.lora,
-            "scalar": self.scalar,
-            "tp": self.tp,
-            "replicas": self.engine.world_size // self.tp,
-            "max_batch_size": self.max_batch,
-            "kv_cache_len": self.kv_tokens,
-            "tokens_to_generate": self.builder.resolved_tokens_to_generate(),
-            "checkpointed_layers": self.shape.checkpointed_layers,
-            "bytes": {**self.plan.parts(), "total": self.plan.total},
-        }
+
+def _tokenizer(version: ModelVersion, variables: TemplateKwargs) -> ChatTokenizer | None:
+    directory = version.tokenizer_dir
+    if directory is None and variables:
+        names = ", ".join(variables)
+        raise UsageError(f"{version.ref} has no tokenizer and so no chat template that could read {names}")
+    return load_tokenizer(directory, variables) if directory is not None else None
+
+
+def _message(
+    engine: Engine, version: ModelVersion, name: str, placement: Placement, tokenizer: ChatTokenizer | None
+) -> Spawn:
+    shape = placement.shape
+    return Spawn(
+        name=name,
+        source=source_of(version),
+        tp=shape.tp,
+        train=shape.train,
+        max_batch_tokens=shape.max_batch_tokens,
+        kv_tokens=shape.kv_tokens,
+        scalar=shape.scalar,
+        lora=shape.lora if version.format == "hf" else None,
+        dtype=shape.dtype,
+        checkpointed_layers=shape.checkpointed_layers,
+        promised_bytes=placement.plan.total,
+        seed=_seed(engine, name),
+        rehearse=engine.options.rehearse or shape.device == "cuda",
+        compile=engine.compiles,
+        tokenless=tokenizer.tokenless(shape.spec.vocab_size) if tokenizer and not shape.scalar else (),
+    )
+
+
+WaysOut = Callable[[int, int], list[str]]
 
 
 @contextmanager
-def _promised(
-    engine: Engine,
-    name: str,
-    plan: Plan,
-    weights_key: str,
-    ways_out: Callable[[int, int], list[str]] | None = None,
-) -> Iterator[None]:
+def _promised(engine: Engine, name: str, placement: Placement, ways_out: WaysOut) -> Iterator[None]:
     """The name and its memory are taken; both are given back when what follows fails. Raises MemoryRefused."""
-    engine.ledger.promise(name, plan, weights_key=weights_key, ways_out=ways_out)
+    engine.ledger.promise(name, placement.plan, weights_key=placement.weights_key, ways_out=ways_out)
     engine.names.add(name)
     try:
         yield
     except BaseException:
-        engine.names.discard(name)
-        engine.ledger.release(name)
+        engine.forget(name)
         raise
+
+
+def _described(engine: Engine, name: str, version: ModelVersion, placement: Placement) -> dict[str, Any]:
+    """A spawn as plain data, for events and the dry run's report. Bytes are per rank."""
+    shape, plan = placement.shape, placement.plan
+    return {
+        "name": name,
+        "model": version.ref,
+        "kind": "train" if shape.train else "inference",
+        "adapter": placement.lora,
+        "scalar": shape.scalar,
+        "tp": shape.tp,
+        "replicas": engine.world_size // shape.tp,
+        "max_batch_size": shape.max_batch_tokens,
+        "kv_cache_len": shape.kv_tokens,
+        "tokens_to_generate": placement.tokens_to_generate,
+        "checkpointed_layers": shape.checkpointed_layers,
+        "bytes": {**plan.parts(), "total": plan.total},
+    }
+
+
+def pool_that_fits(shape: memory.Shape, free: int, transient: int, context: int) -> int:
+    """Half of what is left beside everything else, at most the default; at least one context."""
+    needed = memory.plan(shape).total
+    half = needed + max(free - needed, 0) // 2
+    return max(memory_fit.default_kv_tokens(shape, half, transient), min(context, LEAST_KV_TOKENS))
 
 
 async def _run_spawn(engine: Engine, name: str, message: Message) -> None:
@@ -245,32 +257,95 @@ def _undo_spawn(engine: Engine, name: str, done: asyncio.Future[list[Message]]) 
         engine.post_global(Dealloc(model=name))
 
 
-def _hash(text: str) -> int:
-    """48 bits of a hash, the same on every machine."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest(), "little")
-
-
 def stored_lora(version: ModelVersion) -> LoraSettings:
     """The settings of a stored adapter, as far as its memory depends on them."""
-    config = json.loads((version.path / "adapter_config.json").read_text(encoding="utf-8"))
+    config = read_json(version.path / "adapter_config.json")
     targets = config["target_modules"]
     # A pattern may mean any of the modules that an adapter can have.
-    lora = LoraSettings(rank=config["r"])
+    lora = LoraSettings(rank=config["r"], dropout=float(config.get("lora_dropout") or 0.0))
     return lora if isinstance(targets, str) else structs.replace(lora, targets=tuple(targets))
+
+
+def plan_copy(live: LiveModel) -> PlannedCopy:
+    """Promise the memory of the next frozen copy of a live model, which only scores; once until it is made.
+
+    Raises MemoryRefused with changes of the model's own spawn that leave room.
+    """
+    engine, placement = live.engine, live.placement
+    live.require_live()
+    planned = engine.planned_copies.get(live.name)
+    if planned is not None:
+        return planned
+    number = 1
+    while f"{live.name}-clone-{number}" in engine.names:
+        number += 1
+    name, shape = f"{live.name}-clone-{number}", memory.copy_of(placement.shape)
+    copied = replace(placement, shape=shape, plan=memory.plan(shape), copied_from=(live.name, placement))
+    with _promised(engine, name, copied, lambda free, _: _with_copy(engine, copied, free)):
+        described = _described(engine, name, live.version, copied)
+        engine.events("spawn.planned", described, None)
+        engine.planned.append(described)
+        engine.planned_copies[live.name] = PlannedCopy(name, copied)
+        return engine.planned_copies[live.name]
 
 
 async def clone(live: LiveModel) -> LiveModel:
     """A frozen copy of a live model's trained state, promised and spawned like any other model."""
     engine = live.engine
     async with engine.spawn_order:
-        number = 1
-        while f"{live.name}-clone-{number}" in engine.names:
-            number += 1
-        name = f"{live.name}-clone-{number}"
-        live.require_live()
-        shape = replace(live.placement.shape, train=False, checkpointed_layers=0, weights_shared=False)
-        plan = memory.plan(shape)
-        with _promised(engine, name, plan, live.placement.weights_key):
+        planned = plan_copy(live)
+        del engine.planned_copies[live.name]
+        try:
             if not engine.options.dry_run:
-                await _run_spawn(engine, name, Clone(source=live.name, name=name, kv_tokens=live.placement.kv_tokens))
-        return live.copied(name, shape, plan)
+                await _run_spawn(engine, planned.name, Clone(source=live.name, name=planned.name))
+        except BaseException:
+            engine.forget(planned.name)
+            raise
+        return live.copied(planned.name, planned.placement)
+
+
+async def make_pool(live: LiveModel) -> None:
+    """Promise a copy that is asked to generate its pages: as many as its model has, if somebody said how many."""
+    engine = live.engine
+    async with engine.spawn_order:
+        live.require_live()
+        placement = live.placement
+        if placement.kv_tokens:
+            return
+        # With what the copy holds already, of which only the pool is new.
+        own, transient = placement.plan.resident, engine.ledger.transient
+        free = engine.ledger.free + own
+        tokens = placement.explicit_kv or pool_that_fits(placement.shape, free, transient, placement.context)
+        shape = replace(placement.shape, kv_tokens=tokens)
+        plan = memory.plan(shape)
+        added = replace(plan, weights=0, adapter=0)
+        grown = replace(placement, shape=shape, plan=plan)
+        pool = part_of(live.name, "pool")
+        engine.ledger.promise(pool, added, ways_out=lambda free, _: _with_copy(engine, grown, free + own))
+        try:
+            described = _described(engine, live.name, live.version, grown)
+            engine.events("pool.planned", described, None)
+            engine.planned[:] = [described if entry["name"] == live.name else entry for entry in engine.planned]
+            if not engine.options.dry_run:
+                await engine.run_global(MakePool(model=live.name, kv_tokens=tokens), Spawned)
+        except BaseException:
+            engine.ledger.release(pool)
+            raise
+        live.placement = grown
+
+
+def _copy_fits(engine: Engine, placement: Placement) -> bool:
+    return engine.ledger.fits(memory.plan(memory.copy_of(placement.shape)), placement.weights_key)
+
+
+def _with_copy(engine: Engine, copied: Placement, free: int) -> list[str]:
+    """What the model of a copy could have been spawned with, so that the copy, with pages or without, would fit."""
+    assert copied.copied_from is not None
+    name, source = copied.copied_from
+    if name not in engine.names:
+        return []
+    others = engine.ledger.transient_beside(name)
+    ways = memory_fit.ways_out_with_copy(
+        source.shape, free + source.plan.resident, others, generating=copied.shape.kv_tokens > 0
+    )
+    return [f"{way} for {name!r}" for way in ways]

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+import contextlib
+import errno
+import os
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from harmony_core.client.live import LiveModel
-from harmony_core.errors import ModelRefused
+from harmony_core.errors import ModelRefused, ResourceError
+from harmony_core.notifiers import say
 from harmony_core.registry import ModelVersion, slugify
 from harmony_core.rpc.protocol import Load, ModelSource, Nothing, Save
 
 SCHEME = "model_registry://"
+RETRY_SECONDS = 10.0
+SAVE_WAIT = 600.0
+"""Seconds that a save waits for room unless the run says how long; in CI nobody is there to make any."""
+
+Saved = TypeVar("Saved")
 
 
 def source_of(version: ModelVersion) -> ModelSource:
@@ -26,11 +35,15 @@ def source_of(version: ModelVersion) -> ModelSource:
 async def save_live(live: LiveModel, name: str, inference_only: bool) -> str:
     """Write, verify and publish; the exact reference of the new version."""
     live.require_ranks()
+    key, changes = slugify(name.removeprefix(SCHEME)), live.changes  # later ones wait, and are not saved
     # Shielded: a version that the ranks have written is published even if the caller is cancelled meanwhile.
-    return await asyncio.shield(asyncio.ensure_future(_save(live, slugify(name.removeprefix(SCHEME)), inference_only)))
+    return await ModelState.when_there_is_room(
+        [ModelState(live)], lambda: asyncio.shield(asyncio.ensure_future(_save(live, key, inference_only, changes)))
+    )
 
 
-async def _save(live: LiveModel, key: str, inference_only: bool) -> str:
+async def _save(live: LiveModel, key: str, inference_only: bool, changes: int) -> str:
+    live.require_live()
     registry = live.engine.registry
     with registry.stage(_expected_bytes(live, inference_only)) as staging:
         base = _base_of(live)
@@ -42,8 +55,10 @@ async def _save(live: LiveModel, key: str, inference_only: bool) -> str:
             base=base,
             run_id=live.engine.options.run_id,
             step=live.step,
-            resumed=live.engine.options.resumed,
+            resumed=live.engine.options.resumed is not None,
+            stop_ids=live.stop_ids,
         )
+    live.saved(changes)
     live.engine.events("model.saved", {"model": live.name, "ref": published.ref, "step": live.step}, None)
     return published.ref
 
@@ -55,8 +70,12 @@ def _base_of(live: LiveModel) -> ModelVersion | None:
 
 def _save_message(live: LiveModel, directory: Path, inference_only: bool) -> Save:
     base = _base_of(live)
+    # What other tools can open: our keys say nothing to them.
+    name, _, commit = base.source.removeprefix("hf:").partition("@") if base else ("", "", "")
+    if base and not base.source.startswith("hf:"):
+        name, commit = str(base.path), ""
     return Save(
-        model=live.name, directory=str(directory), inference_only=inference_only, base_ref=base.ref if base else ""
+        model=live.name, directory=str(directory), inference_only=inference_only, base=name, base_revision=commit
     )
 
 
@@ -162,5 +181,34 @@ class ModelState:
         adapter = files if live.placement.lora else ""
         weights, scalar = (source.weights, source.scalar) if adapter else (files, live.placement.scalar)
         message = ModelSource(weights=weights, digest=source.digest, adapter=adapter, scalar=scalar)
+        live.changed()
         await live.engine.run_global(Load(model=live.name, source=message), Nothing)
         live.step = step
+
+    @staticmethod
+    async def when_there_is_room(
+        states: Sequence[ModelState], attempt: Callable[[], Awaitable[Saved]], patient: bool = True
+    ) -> Saved:
+        """What `attempt` returns, which writes these models as they are now: what would change them waits meanwhile.
+
+        It finds the disk full: it is made again and again, as long as the run waits for room; once if not `patient`.
+        """
+        names, engine = sorted({state._live.name for state in states}), states[0]._live.engine
+        async with contextlib.AsyncExitStack() as stack:
+            for name in names:
+                await stack.enter_async_context(engine.unchanged(name))
+            wait = engine.options.save_wait
+            wait = (0.0 if os.environ.get("CI") else SAVE_WAIT) if wait is None else wait
+            deadline = asyncio.get_running_loop().time() + (wait if patient else 0.0)
+            while True:
+                try:
+                    return await attempt()
+                except ResourceError as error:
+                    left = deadline - asyncio.get_running_loop().time()
+                    if left <= 0 or error.details.get("errno") not in (errno.ENOSPC, errno.EDQUOT):
+                        raise
+                    models = ", ".join(names)
+                    say(f"{error.message}: free some space; the save of {models} is tried for another {left:.0f} s")
+                    engine.events("save.waits", {"model": models, "reason": error.message, "seconds": left}, None)
+                with contextlib.suppress(TimeoutError):
+                    raise await asyncio.wait_for(engine.wait_failed(), min(RETRY_SECONDS, left))

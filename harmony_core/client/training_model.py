@@ -3,26 +3,253 @@
 from __future__ import annotations
 
 import asyncio
-import math
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
+from harmony_core.client import custom_losses, losses
+from harmony_core.client.batching import LINEAR, Accepted
+from harmony_core.client.custom_losses import Values
 from harmony_core.client.inference_model import InferenceModel
-from harmony_core.client.losses import setting
-from harmony_core.client.numbers import whole
+from harmony_core.client.limits import RowGauge, check_growth, require_weight
+from harmony_core.client.losses import (
+    AboveOne,
+    AboveZero,
+    AnyThread,
+    Clipping,
+    Normalise,
+    NotNegative,
+    PerSequence,
+    PerThread,
+    PerToken,
+    Row,
+    Setting,
+)
 from harmony_core.client.storage import ModelState, save_live
-from harmony_core.client.value_training import ValueTaker
+from harmony_core.config.argument_kinds import checked_class, whole
 from harmony_core.errors import HarmonyError, UsageError
 from harmony_core.rpc.protocol import AbandonStep, Message, OptimStep, SetStep, StepMetrics
+from harmony_core.text.threads import TokenizedThread
+from harmony_core.text.tokenization import MAX_GROWTH
+
+Queued = Coroutine[Any, Any, None]
 
 
-class TrainingModel(ValueTaker):
+@checked_class
+class TrainingModel(InferenceModel):
     """A live model with gradients and an optimizer. It also generates and scores, from the same weights.
 
     `train_*` calls take their place in the step when they are called and resolve once the sample is validated and
-    queued; the ranks work meanwhile. Gradients add up un-normalised; `optim_step` divides once, by the total over
-    all samples and replicas, so that splitting, packing and data parallelism never change a step.
+    queued; the ranks work meanwhile, and a sample that is refused leaves no trace. Gradients add up un-normalised;
+    `optim_step` divides once, by the total over all samples and replicas, so that splitting, packing and data
+    parallelism never change a step. A call for another head than the model's raises UsageError.
     """
+
+    def train_language_modelling(self, thread: AnyThread, *, max_growth: float = MAX_GROWTH) -> Queued:
+        """Cross-entropy on the thread's weighted tokens, normalised by the sum of weights.
+
+        Where the chat template writes earlier turns otherwise once others follow, the thread is split: each weighted
+        turn is trained behind the prompt that the model would have been given for it. The parts are one sample with
+        the same sum of losses, all of them or none. `max_growth`: how many times the tokens of the longest part they
+        may have together.
+
+        Raises SampleTooLong (for the longest part), NothingToTrain, TokenizationError; the sample then leaves no trace.
+        """
+        live = self._live
+
+        def build() -> list[Accepted]:
+            parts = [thread] if isinstance(thread, TokenizedThread) else live.tokenizer.parts(thread)
+            check_growth(parts, max_growth)
+            total = require_weight(weight for part in parts for weight in part.token_weights[1:])
+            samples = [live.sample(live.tokenized(part), part.token_weights[1:], LINEAR, {}) for part in parts]
+            return [Accepted(samples, "weighted tokens", total, apart=True)]
+
+        return live.take(build)
+
+    def train_tangents(
+        self,
+        inp_tokens: Sequence[int],
+        image_patches: Sequence[tuple[int, bytes]],
+        tangents: Sequence[float],
+        tgt_tokens: Sequence[int],
+        denominator: float | None = None,
+        *,
+        sampler_logprobs: Sequence[float] | None = None,
+    ) -> Queued:
+        """Any loss through its ascent direction: tangents[t] = -dL/dlogprob(tgt_tokens[t] | inp_tokens[:t+1]).
+
+        The step divides by `denominator` summed over samples; its default is the number of non-zero tangents. A sample
+        whose tangents are all zero is a sample without a gradient, and so may be all samples of a step.
+        `sampler_logprobs`: the raw log-probs of tgt_tokens that were recorded when this model generated them, NaN
+        where there are none or the weights have changed since; the step's metrics compare them with the trainer's.
+        """
+        given = inp_tokens, image_patches, tangents, tgt_tokens, denominator, sampler_logprobs
+        return self._live.take(lambda: [custom_losses.linear(self._live, *given)])
+
+    def _train(self, name: str, arguments: Mapping[str, Any]) -> Queued:
+        """Queue a sample of a loss of the table."""
+        return self._live.take(lambda: [losses.samples_of(self._live, losses.ROWS[name], arguments)])
+
+    @Row(unit="weighted tokens", of_sampled=True, adjust=losses.importance)
+    def train_ppo(
+        self,
+        thread: AnyThread,
+        trajectory_logprobs: PerToken,
+        advantages: PerToken,
+        clip_range: NotNegative,
+        *,
+        clip_range_high: NotNegative | None = None,
+        dual_clip: AboveOne | None = None,
+        clipping: Clipping = "ppo",
+        importance_cap: AboveZero | None = None,
+        sampler_logprobs: PerToken | None = None,
+        entropy_bonus: NotNegative | None = None,
+        normalise: Normalise = "token",
+    ) -> Queued:
+        """PPO's clipped surrogate on the weighted tokens: `train_grpo` without a KL term."""
+        return self._train("ppo", locals())
+
+    @Row(unit="weighted tokens", of_sampled=True, adjust=losses.importance)
+    def train_grpo(
+        self,
+        thread: AnyThread,
+        trajectory_logprobs: PerToken,
+        reference_logprobs: PerToken,
+        advantages: PerToken,
+        clip_range: NotNegative,
+        kl_beta: NotNegative,
+        *,
+        clip_range_high: NotNegative | None = None,
+        dual_clip: AboveOne | None = None,
+        clipping: Clipping = "ppo",
+        importance_cap: AboveZero | None = None,
+        sampler_logprobs: PerToken | None = None,
+        entropy_bonus: NotNegative | None = None,
+        normalise: Normalise = "token",
+    ) -> Queued:
+        """GRPO: sum over weighted tokens of -min(r A, clip(r, 1 - clip_range, 1 + clip_range) A) + kl_beta * k3.
+
+        r = exp(logprob - trajectory), k3 = exp(reference - logprob) - (reference - logprob) - 1. Sequences hold one
+        number for each weighted token; a weight above 0 counts as 1. `clip_range_high`: another bound above.
+        `dual_clip` c: with A < 0 not below c A. `clipping="cispo"`: the clipped r is a constant weight of A * logprob.
+        `importance_cap`: each token's A times min(exp(trajectory - sampler), cap), the sampler's log-probs being
+        `sampler_logprobs` or the thread's record. `entropy_bonus` times the entropy is taken from each token's loss,
+        with its gradient over the whole vocabulary. `normalise`: "token" divides the step by its weighted tokens,
+        "sequence" takes each sample's mean and divides by samples, a number divides each sample's sum.
+        The step reports `pg_clipfrac`, `inner_kl_div` and `Dkl`, means over tokens. Raises DataError, UsageError and
+        what `train_language_modelling` does.
+        """
+        return self._train("grpo", locals())
+
+    @Row(unit="weighted tokens", of_sampled=True)
+    def train_gspo(
+        self,
+        thread: AnyThread,
+        trajectory_logprobs: PerToken,
+        reference_logprobs: PerToken,
+        advantage: PerSequence,
+        left_clip: NotNegative,
+        right_clip: NotNegative,
+        kl_beta: NotNegative,
+        *,
+        dual_clip: AboveOne | None = None,
+        entropy_bonus: NotNegative | None = None,
+        normalise: Normalise = "token",
+    ) -> Queued:
+        """GSPO: -T min(s A, clip(s, 1 - left_clip, 1 + right_clip) A) + kl_beta * sum of k3, of T weighted tokens.
+
+        s = exp(mean(logprob - trajectory)); `advantage` holds one number. With `normalise="sequence"` the loss is the
+        published one, the mean over samples without the factor T and with the mean of k3. See `train_grpo`.
+        """
+        return self._train("gspo", locals())
+
+    @Row(unit="pairs")
+    def train_dpo(
+        self,
+        sample_pos: AnyThread,
+        sample_neg: AnyThread,
+        ref_logprobs_pos: PerThread,
+        ref_logprobs_neg: PerThread,
+        beta: NotNegative,
+    ) -> Queued:
+        """DPO: -log sigmoid(beta * ((pos - ref_pos) - (neg - ref_neg))) of summed log-probs of weighted tokens.
+
+        A pair is one sample, normalised by the number of pairs; each of its sequences must fit `max_batch_size`.
+        The step reports `chosen_rewards`, `rejected_rewards`, `reward_accuracy` and `reward_margin`.
+        """
+        return self._train("dpo", locals())
+
+    @Row(unit="samples", of_values=True, on_last=True)
+    def train_mse(self, thread: AnyThread, target: PerThread) -> Queued:
+        """Half the squared error of `score_last_token(thread)`: 1/2 (v - target)^2, averaged over samples.
+
+        The step reports `mse`, the mean squared error itself.
+        """
+        return self._train("mse", locals())
+
+    @Row(unit="weighted tokens", of_values=True)
+    def train_mse_per_token(self, thread: AnyThread, targets: PerToken) -> Queued:
+        """Half the squared error of `score(thread)`, averaged over weighted tokens; one target for each of them.
+
+        The step reports `mse`, the mean squared error itself.
+        """
+        return self._train("mse_per_token", locals())
+
+    @Row(unit="weighted tokens", of_values=True)
+    def train_trust_region_mse(
+        self, thread: AnyThread, targets: PerToken, clip_center: PerToken, clip_range: NotNegative
+    ) -> Queued:
+        """PPO's value loss: 1/2 max((v - R)^2, (clip(v, c - e, c + e) - R)^2), averaged over weighted tokens.
+
+        `targets`: R; `clip_center`: c, the values of the weighted tokens before the first of these steps;
+        `clip_range`: e. The step reports `mse`, of the values as they are, and `value_clipfrac`, the part of the
+        tokens whose gradient is cut off.
+        """
+        return self._train("trust_region_mse", locals())
+
+    @Row(unit="pairs", of_values=True, on_last=True)
+    def train_ranking(self, pos_thread: AnyThread, neg_thread: AnyThread) -> Queued:
+        """-log sigmoid(s+ - s-) with s = `score_last_token`, averaged over pairs (Bradley and Terry, 1952).
+
+        A pair is one sample; each of its threads must fit `max_batch_size`. The step reports `reward_accuracy`
+        and `reward_margin`, the means of s+ > s- and of s+ - s-.
+        """
+        return self._train("ranking", locals())
+
+    def train_custom(
+        self,
+        threads: Sequence[AnyThread],
+        loss: Callable[..., Any],
+        *,
+        group: int = 1,
+        denominator: float | None = None,
+        **per_token: Values,
+    ) -> Queued:
+        """A loss of your own: a function at the top level of the recipe's file, which the ranks import by its name.
+
+        They call `loss(logprobs, samples, **fields)`: the log-probs of N weighted tokens, float64 `[N]` with gradient,
+        the slice of each sample, and each `per_token` argument as float64 `[N]`. A function with a parameter
+        `entropies` is also given the entropy of each token's distribution, in nats, `[N]` with gradient. It returns the
+        sum of the loss over samples, divided by nothing that depends on how many there are:
+        `harmony_core.loss_checks.check_loss` proves that.
+        `per_token` arguments hold, for each thread, one number or one for each weighted token. `group` adjacent
+        threads always come together, also those that do not fit `max_batch_size` together. Each group adds its weighted
+        tokens to the step's denominator, or `denominator`.
+
+        The function must be deterministic, and may call nothing of torch.distributed. What it raises on a rank fails
+        the step. Raises UsageError for a function that ranks cannot import, DataError for fields that do not fit.
+        """
+        return self._live.take(lambda: custom_losses.groups(self._live, threads, loss, per_token, group, denominator))
+
+    def cut_micro_batches(self) -> None:
+        """Send what is queued now, in micro-batches that need not be full. The step stays the same."""
+        self._live.require_ranks()
+        self._live.cut()
+
+    @property
+    def row_gauge(self) -> RowGauge | None:
+        """What tells how long rows are for this model; None without a tokenizer."""
+        live = self._live
+        return None if live.version.tokenizer_dir is None else RowGauge(live.tokenizer, live.placement)
 
     def optim_step(
         self,
@@ -77,14 +304,24 @@ class TrainingModel(ValueTaker):
         self._live.step = step
         self._live.engine.post_global(SetStep(model=self._live.name, step=step))
 
-    # --- other handles, storage -------------------------------------------------------------------------------
-
     def inf(self) -> InferenceModel:
         """A live view for sampling: the same weights, so it sees each optimizer step at once."""
         return InferenceModel(self._live, self._settings)
 
+    def plan_clone(self) -> None:
+        """Promise the memory of the next `clone_inf` now, so that what does not fit is refused before the training.
+
+        Raises MemoryRefused.
+        """
+        from harmony_core.client.spawning import plan_copy
+
+        plan_copy(self._live)
+
     async def clone_inf(self) -> InferenceModel:
-        """A frozen copy of the present weights (of A and B for an adapter), as a reference model."""
+        """A frozen copy of the present weights (of A and B for an adapter), as a reference model.
+
+        It has no page pool until its first `generate` asks for one. Raises MemoryRefused, as that does.
+        """
         from harmony_core.client.spawning import clone
 
         return InferenceModel(await clone(self._live), self._settings)
@@ -127,16 +364,14 @@ def _step_message(
         raise UsageError(f"max_grad_norm must be above 0, not {max_grad_norm}", hint="inf does not clip")
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise UsageError(f"betas must be two numbers, at least 0 and below 1, not {betas}")
-    if not 0 < eps < math.inf:
-        raise UsageError(f"eps must be a finite number above 0, not {eps}")
     return OptimStep(
         model=model,
-        lr=setting("lr", lr),
-        weight_decay=setting("wd", wd),
+        lr=Setting().checked("lr", lr),
+        weight_decay=Setting().checked("wd", wd),
         max_grad_norm=float(max_grad_norm),
         skip_nan=skip_nan,
         normalise=normalise,
         beta1=float(betas[0]),
         beta2=float(betas[1]),
-        eps=float(eps),
+        eps=Setting(0.0, included=False).checked("eps", eps),
     )

@@ -6,23 +6,16 @@ defaults are the schema's own and are filled in by validation. Maps merge, lists
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
-from harmony_core.config.problems import DEFAULT, Issue, Path, Source, dotted, holds
-from harmony_core.config.schema import Node, Schema, UnknownKey, is_open
-from harmony_core.config.values import from_text
-from harmony_core.config.yaml_source import YamlDocument, copied
+from harmony_core.config.problems import DEFAULT, Issue, Path, Source, dotted, holds, places
+from harmony_core.config.schema import Node, Schema, UnknownKey, from_text, is_open
+from harmony_core.config.yaml_source import YamlDocument
 
 ENV_PREFIX = "ADAPTIVE_CFG__"
-
-
-@dataclass(frozen=True)
-class FileLayer:
-    """A parsed YAML file."""
-
-    document: YamlDocument
 
 
 @dataclass(frozen=True)
@@ -43,7 +36,7 @@ class Assignment:
         return cls(names, value, source)
 
 
-Layer = FileLayer | Assignment
+Layer = YamlDocument | Assignment
 
 
 @dataclass
@@ -90,10 +83,9 @@ def resolve(schema: Schema, layers: Sequence[Layer]) -> Resolved:
     """Merge the layers. Unknown keys, at every level, and texts that cannot be read are in `errors`."""
     resolved = Resolved()
     for layer in layers:
-        if isinstance(layer, FileLayer):
-            document = layer.document
-            resolved.errors += document.issues
-            _merge(resolved, resolved.data, document.data, (), document)
+        if isinstance(layer, YamlDocument):
+            resolved.errors += layer.issues
+            _merge(resolved, resolved.data, layer.data, (), layer)
         else:
             _assign(resolved, schema, layer)
     _walk(resolved, schema, [schema.root], resolved.data, ())
@@ -109,20 +101,12 @@ def _merge(resolved: Resolved, into: dict[str, Any], data: dict[str, Any], path:
             _merge(resolved, current, value, place, document)
             continue
         _forget(resolved, place, current)
-        into[name] = copied(value)
-        resolved.sources.update({inner: document.sources[inner] for inner in _places(value, place)})
-
-
-def _places(value: Any, path: Path) -> Iterator[Path]:
-    """The path of the value and of everything in it."""
-    yield path
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, inner in items:
-        yield from _places(inner, (*path, key))
+        into[name] = deepcopy(value)
+        resolved.sources.update({inner: document.sources[inner] for inner, _ in places(value, place)})
 
 
 def _forget(resolved: Resolved, place: Path, value: Any) -> None:
-    for inner in _places(value, place):
+    for inner, _ in places(value, place):
         resolved.sources.pop(inner, None)
 
 
@@ -217,7 +201,7 @@ def _fill(resolved: Resolved, schema: Schema, nodes: list[Node], value: dict[str
         default = node.get("default")
         for name, inner in default.items() if isinstance(default, dict) else ():
             if name not in value and not blocks[0]["properties"].get(name, {}).get("writeOnly"):  # a masked secret
-                value[name] = copied(inner)
+                value[name] = deepcopy(inner)
                 resolved.sources[(*path, name)] = DEFAULT
 
 
@@ -239,3 +223,9 @@ def _unknown_key(unknown: UnknownKey, source: Source | None, schema: Schema | No
         elif 0 < len(unknown.options) <= 12:
             message += f"; here may stand: {', '.join(unknown.options)}"
     return Issue(message, source, dotted((*unknown.parent, unknown.name)), "unknown_key", suggestions)
+
+
+def sources_of(data: Mapping[str, Any], resolved: Resolved) -> dict[str, str]:
+    """Where each leaf came from, by dotted name."""
+    leaves = (path for path, value in places(data) if not (value and isinstance(value, Mapping | list)))
+    return {dotted(path): str(resolved.source_at(path)) for path in leaves}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,6 +22,14 @@ def holds(node: Any, key: str | int) -> bool:
     if isinstance(node, list):
         return isinstance(key, int) and 0 <= key < len(node)
     return isinstance(node, dict) and key in node
+
+
+def places(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """Every place in plain data with what stands there: the whole first, blocks before their contents."""
+    yield path, value
+    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield from places(inner, (*path, key))
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A recipe's JSON schema, read as a list of parameters and as a guide from dotted names to what may stand there."""
+"""A recipe's JSON schema: a list of parameters, what may stand at a dotted name, and what a text means there."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from harmony_core.config.problems import Path, dotted
+from harmony_core.config.yaml_source import parse_value, plain_scalar
 from harmony_core.errors import nearest
 
 MAX_DEPTH = 6
@@ -15,6 +16,16 @@ MAX_DEPTH = 6
 Node = dict[str, Any]
 
 _NAMES = {"integer": "int", "number": "float", "string": "str", "boolean": "bool", "null": "null"}
+_KINDS: dict[type, str] = {
+    type(None): "null",
+    bool: "boolean",
+    int: "integer",
+    float: "number",
+    str: "string",
+    list: "array",
+    dict: "object",
+}
+_NULLS = ("null", "~", "None")
 _BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 
 
@@ -127,9 +138,7 @@ class Schema:
             required=required,
             default=raw.get("default"),
             choices=tuple(choices),
-            bounds=", ".join(
-                f"{sign} {branch[key]}" for branch in branches for key, sign in _BOUNDS.items() if key in branch
-            ),
+            bounds=bounds_of(branches),
             is_bool={b.get("type") for b in branches} == {"boolean"},
             is_tag=len(branches) == 1 and "const" in branches[0],
             variant=variant,
@@ -187,8 +196,63 @@ class Schema:
         return [branch for option in options for branch in self.narrowed(option, value)] if options else [whole]
 
 
+def bounds_of(branches: list[Node]) -> str:
+    """The allowed range in words, or nothing."""
+    found = [(sign, branch[key]) for branch in branches for key, sign in _BOUNDS.items() if key in branch]
+    return ", ".join(f"{sign} {value:g}" if isinstance(value, float) else f"{sign} {value}" for sign, value in found)
+
+
 def is_open(branch: Node) -> bool:
     """Whether a branch says nothing about what stands below it."""
     if "properties" in branch or "enum" in branch or "const" in branch:
         return False
     return (branch.get("type") == "object" and "additionalProperties" not in branch) or "type" not in branch
+
+
+def kinds_of(branches: list[Node]) -> set[str]:
+    """JSON types that may stand here; `any` where a branch does not say."""
+    found: set[str] = set()
+    for branch in branches:
+        if "type" in branch:
+            found.add(branch["type"])
+        elif "const" in branch or "enum" in branch:
+            found |= {_KINDS[type(choice)] for choice in branch.get("enum", [branch.get("const")])}
+        else:
+            found.add("any")
+    return found
+
+
+def from_text(text: str, branches: list[Node], schema: Schema) -> Any:
+    """The value that `text` means for these branches.
+
+    Where only text fits, it is taken as typed: `on` and `007` stay text. Everything else is read as YAML; text that
+    fits nothing else is text where text is allowed; a list may be written with commas. Raises ValueError.
+    """
+    kinds = kinds_of(branches)
+    if text in _NULLS and "null" in kinds:
+        return None
+    if kinds <= {"string", "null"}:
+        return text
+    value = _as_yaml(text, "string" in kinds)
+    kind = _KINDS[type(value)]
+    if kind in kinds or "any" in kinds or (kind == "integer" and "number" in kinds):
+        return value
+    if "string" in kinds:
+        return text
+    if "array" in kinds and kind not in ("object", "array"):
+        items = [branch.get("items") or {} for branch in branches if branch.get("type") == "array"]
+        inner = [branch for item in items for branch in schema.branches(item)]
+        return [from_text(part.strip(), inner, schema) for part in text.split(",")] if text.strip() else []
+    return value
+
+
+def _as_yaml(text: str, text_allowed: bool) -> Any:
+    if not text.lstrip().startswith(("{", "[", '"', "'")) and "\n" not in text:
+        # A colon or a leading @ in plain text is no syntax here.
+        return plain_scalar(text.strip())
+    try:
+        return parse_value(text)
+    except ValueError:
+        if text_allowed:
+            return text
+        raise

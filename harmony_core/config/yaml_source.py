@@ -8,6 +8,8 @@ directly, and nothing is ever constructed from a tag. Scalars are YAML 1.2: `1e-
 from __future__ import annotations
 
 import re
+import textwrap
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from typing import Any, NoReturn
@@ -81,10 +83,8 @@ def load_yaml(raw: bytes | str, name: str) -> YamlDocument:
     if text is not None:
         try:
             builder.read(text)
-        except yaml.MarkedYAMLError as error:
-            builder.syntax_error(error)
-        except yaml.reader.ReaderError as error:
-            builder.unreadable(text, error)
+        except (yaml.MarkedYAMLError, yaml.reader.ReaderError) as error:
+            builder.syntax_error(text, error)
         except _TooMuch:
             pass  # the issue is recorded; the rest of the text is not looked at
     return builder.document
@@ -92,14 +92,10 @@ def load_yaml(raw: bytes | str, name: str) -> YamlDocument:
 
 def parse_value(text: str) -> Any:
     """One value as on a command line. Raises ValueError with the reason."""
-    document = load_yaml(f"value: {text}" if "\n" not in text else "value:\n" + _indented(text), "")
+    document = load_yaml(f"value: {text}" if "\n" not in text else "value:\n" + textwrap.indent(text, "  "), "")
     if document.issues or set(document.data) != {"value"}:
         raise ValueError(document.issues[0].message if document.issues else "not one YAML value")
     return document.data["value"]
-
-
-def _indented(text: str) -> str:
-    return "\n".join(f"  {line}" for line in text.splitlines())
 
 
 class _TooMuch(Exception):
@@ -133,9 +129,7 @@ class _Builder:
         try:
             return raw.decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            line = raw.count(b"\n", 0, error.start) + 1
-            column = error.start - raw.rfind(b"\n", 0, error.start)
-            self._issue("not UTF-8", Source("file", self.document.name, line, column))
+            self._issue("not UTF-8", self._at(raw.decode("latin-1"), error.start))
             return None
 
     def read(self, text: str) -> None:
@@ -158,17 +152,19 @@ class _Builder:
         elif value is not None:
             self._issue("the top level must be a map of keys to values", sources.get(()))
 
-    def syntax_error(self, error: yaml.MarkedYAMLError) -> None:
+    def syntax_error(self, text: str, error: yaml.MarkedYAMLError | yaml.reader.ReaderError) -> None:
         """The parser's own complaint, at its place."""
-        mark = error.problem_mark or error.context_mark
-        at = Source("file", self.document.name, mark.line + 1, mark.column + 1) if mark else None
-        self._issue(f"not valid YAML: {', '.join(filter(None, (error.context, error.problem)))}", at)
+        if isinstance(error, yaml.MarkedYAMLError):
+            mark = error.problem_mark or error.context_mark
+            at = Source("file", self.document.name, mark.line + 1, mark.column + 1) if mark else None
+            self._issue(f"not valid YAML: {', '.join(filter(None, (error.context, error.problem)))}", at)
+        else:
+            position = error.position if isinstance(error.position, int) else 0
+            self._issue("a control character, which YAML does not allow", self._at(text, position))
 
-    def unreadable(self, text: str, error: yaml.reader.ReaderError) -> None:
-        """A character that YAML does not allow."""
-        before = text[: error.position] if isinstance(error.position, int) else ""
-        at = Source("file", self.document.name, before.count("\n") + 1, len(before) - before.rfind("\n"))
-        self._issue("a control character, which YAML does not allow", at)
+    def _at(self, text: str, position: int) -> Source:
+        line, column = text.count("\n", 0, position) + 1, position - text.rfind("\n", 0, position)
+        return Source("file", self.document.name, line, column)
 
     def _value(self, node: yaml.Node, path: Path, key: Any, sources: dict[Path, Source]) -> Any:
         """The value of a node; what an alias names is met, and built, once more."""
@@ -249,8 +245,18 @@ class _Builder:
         self.document.issues.append(Issue(message, source, dotted(path), type))
 
 
-def copied(value: Any) -> Any:
-    """Maps and lists anew, so that nothing is shared."""
-    if isinstance(value, dict):
-        return {k: copied(v) for k, v in value.items()}
-    return [copied(v) for v in value] if isinstance(value, list) else value
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that would be read back as something else; `1e-5` is a number here and not in YAML 1.1."""
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    quoted = '"' if not isinstance(plain_scalar(text), str) else "|" if "\n" in text else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=quoted)
+
+
+_Dumper.add_representer(str, _text)
+
+
+def as_yaml(data: Mapping[str, Any]) -> str:
+    """YAML in the order of the fields."""
+    return yaml.dump(dict(data), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10_000)

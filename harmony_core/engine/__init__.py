@@ -1,1 +1,1 @@
-"""One engine process: hosts the shard of every spawned model."""
+"""One rank: takes instructions, executes them on the shards of the spawned models, answers."""

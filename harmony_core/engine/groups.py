@@ -6,14 +6,17 @@ own backend. Groups are created by all ranks in the same order, so only while a 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
+from harmony_core.engine.doors import closing_doors
 from harmony_core.engine.models.parallel import TensorParallel
 from harmony_core.engine.topology import COLLECTIVE_TIMEOUT, IDLE_TIMEOUT
+from harmony_core.rpc import progress
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -32,6 +35,7 @@ def exchange(payload: bytes, group: ProcessGroup | None, size: int) -> list[byte
     mine[: len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8) if payload else mine[:0]
     everyone = [torch.empty(longest, dtype=torch.uint8) for _ in range(size)]
     dist.all_gather(everyone, mine, group=group)
+    progress.made()
     return [t[: int(n)].numpy().tobytes() for t, n in zip(everyone, lengths, strict=True)]
 
 
@@ -78,7 +82,8 @@ class Groups:
     def _new(self, ranks: list[int], backend: str, timeout: timedelta) -> ProcessGroup | None:
         if len(ranks) == 1:
             return None
-        group = dist.new_group(ranks, backend=backend, timeout=timeout)
+        with closing_doors() if backend == "gloo" else nullcontext():
+            group = dist.new_group(ranks, backend=backend, timeout=timeout)
         return group if self.rank in ranks else None
 
     def agree(self, payload: bytes) -> list[bytes]:

@@ -6,8 +6,17 @@ import queue
 from typing import TYPE_CHECKING
 
 from harmony_core.engine.inference.step import Finished
-from harmony_core.engine.instructions import GenerateWork, GlobalWork, Outcome, ScoreWork, TrainWork
-from harmony_core.engine.order import ModelQueue, Order, ReplicaQueue, Step
+from harmony_core.engine.order import (
+    GenerateWork,
+    GlobalWork,
+    ModelQueue,
+    Order,
+    Outcome,
+    ReplicaQueue,
+    ScoreWork,
+    Step,
+    TrainWork,
+)
 from harmony_core.errors import ConflictError, HarmonyError, InternalError
 from harmony_core.rpc.protocol import Cancel, Generate, MicroBatch, Score, Scored, Shutdown, unpack_ints
 from harmony_core.rpc.wire import error_of

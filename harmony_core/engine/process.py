@@ -19,16 +19,25 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
 from harmony_core import __version__
-from harmony_core.engine.topology import COLLECTIVE_TIMEOUT, Topology
+from harmony_core.engine.topology import COLLECTIVE_TIMEOUT, OPTIONS, Topology
+from harmony_core.options import INIT_TIMEOUT
+from harmony_core.rpc import progress
 from harmony_core.rpc.platform import die_with_parent
 from harmony_core.rpc.protocol import PROTOCOL_VERSION, Hello
-from harmony_core.rpc.rank_channel import DRIVER_GONE, IDLE, RankChannel
+from harmony_core.rpc.rank_channel import DRIVER_GONE, IDLE, READER, WRITER, RankChannel
+
+if TYPE_CHECKING:
+    from torch.distributed import Store  # type: ignore[attr-defined]
 
 __all__ = ["Topology", "begin", "live", "run_rank"]
 
@@ -44,15 +53,15 @@ LIBRARIES = ("torch", "torch.distributed", "transformers.modeling_utils", "trans
 def begin() -> RankChannel:
     """A process becomes a rank: everything that needs no torch. Its environment comes from the launcher."""
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    _redirect_output(Path(os.environ["ADAPTIVE_RANK_LOG_DIR"]) / f"rank-{rank}.log")
-    sys.stderr.write(f"rank {rank} of {world_size}, pid {os.getpid()}\n")
+    socket_path = os.environ["ADAPTIVE_RANK_SOCKET"]
+    told = f"rank {rank} of {world_size}, pid {os.getpid()}\n"
+    _redirect_output(Path(socket_path).with_name(f"rank-{rank}.out"), told)
     if not die_with_parent(int(os.environ["ADAPTIVE_LAUNCHER_PID"])):
         os._exit(DRIVER_GONE)
+    threading.excepthook = _thread_failed
     faulthandler.enable(all_threads=True)
     faulthandler.register(signal.SIGUSR2, all_threads=True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in the terminal is the driver's business
-    socket_path = os.environ["ADAPTIVE_RANK_SOCKET"]
-    device = os.environ["ADAPTIVE_RANK_DEVICE"]
     hello = Hello(
         token=os.environ.pop("ADAPTIVE_RANK_TOKEN"),
         protocol=PROTOCOL_VERSION,
@@ -60,7 +69,7 @@ def begin() -> RankChannel:
         rank=rank,
         world_size=world_size,
         pid=os.getpid(),
-        device=f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" else device,
+        device=f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if OPTIONS.device == "cuda" else OPTIONS.device,
         torch=_torch_version(),
     )
     try:
@@ -71,13 +80,24 @@ def begin() -> RankChannel:
         os._exit(DRIVER_GONE)
 
 
-def _redirect_output(path: Path) -> None:
-    """Send this process's output, that of native code included, to a file that only the user can read."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+def _redirect_output(pipe: Path, told: str) -> None:
+    """Send this process's output, that of native code included, to the reader that keeps it; `told` comes first."""
+    try:
+        descriptor = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)  # fails where nobody reads
+    except OSError:
+        os._exit(DRIVER_GONE)
+    os.set_blocking(descriptor, True)
+    os.write(descriptor, told.encode())  # before the launcher's pipe is let go: so the reader knows that we began
     for standard in (1, 2):
         os.dup2(descriptor, standard)
     os.close(descriptor)
+
+
+def _thread_failed(failed: threading.ExceptHookArgs) -> None:
+    """A rank whose reader or writer is gone would hang: it ends. Other threads are the recipe's."""
+    traceback.print_exception(failed.exc_value)
+    if failed.thread is not None and failed.thread.name in (READER, WRITER):
+        _leave(1)
 
 
 def _sweep(socket_path: str) -> None:
@@ -131,6 +151,8 @@ class _Stopwatch:
 
 def _serve(channel: RankChannel, load: Callable[[], Serve], libraries: Sequence[str], watch: _Stopwatch) -> None:
     channel.phase = "importing"
+    progress.report_to(channel.progressed)
+    sys.meta_path.insert(0, cast("Any", SimpleNamespace(find_spec=progress.made)))  # finds nothing: each import is told
     gc.disable()
     for name in libraries:
         importlib.import_module(name)
@@ -141,7 +163,7 @@ def _serve(channel: RankChannel, load: Callable[[], Serve], libraries: Sequence[
     topology = _topology(channel.rank)
     watch.lap("engine")
     channel.phase = "rendezvous"
-    _init_distributed(topology)
+    _store = _init_distributed(topology, channel)
     watch.lap("rendezvous")
     channel.phase = IDLE
     seconds = {name: round(value, 4) for name, value in watch.seconds.items()}
@@ -161,53 +183,48 @@ def _topology(rank: int) -> Topology:
     import torch
 
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    world_size, promised = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ["ADAPTIVE_RANK_WORLD_SIZE"])
-    if world_size != promised:
-        raise RuntimeError(f"{promised} ranks were promised, the launcher started {world_size}")
-    if os.environ["ADAPTIVE_RANK_DEVICE"] == "cuda":
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size != OPTIONS.num_processes:
+        raise RuntimeError(f"{OPTIONS.num_processes} ranks were promised, the launcher started {world_size}")
+    if OPTIONS.device == "cuda":
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
     torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
-    deterministic = os.environ.get("ADAPTIVE_RANK_DETERMINISTIC") == "1"
-    return Topology(rank=rank, world_size=world_size, device=device, deterministic=deterministic)
+    return Topology(rank=rank, world_size=world_size, device=device, deterministic=OPTIONS.deterministic)
 
 
-def _init_distributed(topology: Topology) -> None:
-    """The default group: gloo for CPU tensors and, on CUDA devices, nccl for theirs."""
+def _init_distributed(topology: Topology, channel: RankChannel) -> Store:
+    """The default group, for the device's tensors; what else travels has gloo groups of its own (`engine.groups`).
+
+    Returns the store over which ranks find each other. torch does not keep it alive: the caller does.
+    """
     import torch.distributed as dist
 
-    # Documented names that torch.distributed re-exports without saying so to type checkers.
-    from torch.distributed import HashStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+    from harmony_core.engine.doors import closing_doors
+    from harmony_core.engine.store import ChannelStore
 
-    store: Store
-    if topology.world_size == 1:
-        store = HashStore()
-    else:
-        # The launcher holds the store. Its time limit is the rendezvous's; groups made on it have their own.
-        store = TCPStore(
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            topology.world_size,
-            is_master=False,
-            timeout=timedelta(seconds=float(os.environ["ADAPTIVE_RANK_INIT_TIMEOUT"])),
-        )
+    # Documented names that torch.distributed re-exports without saying so to type checkers.
+    patience = timedelta(seconds=INIT_TIMEOUT)
+    store: Store = dist.HashStore() if topology.world_size == 1 else ChannelStore(channel, patience)  # type: ignore[attr-defined]
     cuda = topology.device.type == "cuda"
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if cuda else "gloo",
-        store=PrefixStore("harmony", store),
-        rank=topology.rank,
-        world_size=topology.world_size,
-        timeout=COLLECTIVE_TIMEOUT,
-        device_id=topology.device if cuda else None,
-    )
+    with contextlib.nullcontext() if cuda else closing_doors():
+        dist.init_process_group(
+            "nccl" if cuda else "gloo",
+            store=dist.PrefixStore("harmony", store),  # type: ignore[attr-defined]
+            rank=topology.rank,
+            world_size=topology.world_size,
+            timeout=COLLECTIVE_TIMEOUT,
+            device_id=topology.device if cuda else None,
+        )
+    return store
 
 
 def _load_engine() -> Serve:
-    from harmony_core.engine.host import Host
+    from harmony_core.engine.worker import Worker
 
-    return lambda channel, topology: Host(channel, topology).serve()
+    return lambda channel, topology: Worker(channel, topology).serve()
 
 
 if __name__ == "__main__":

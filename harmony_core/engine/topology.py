@@ -6,11 +6,16 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+from harmony_core.options import RunOptions
+
 if TYPE_CHECKING:
     import torch
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-"""For collectives whose members are all under way: torch gives up on one that takes longer."""
+OPTIONS = RunOptions.of_rank()
+
+COLLECTIVE_TIMEOUT = timedelta(seconds=3 * OPTIONS.hang_timeout or 365 * 86400)
+"""For collectives whose members are all under way: torch gives up on one that takes longer. The driver does so sooner,
+and says who is waited for."""
 
 IDLE_TIMEOUT = timedelta(days=365)
 """For gloo groups on which ranks wait for the next announcement, which comes when the recipe wants it."""

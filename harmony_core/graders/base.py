@@ -12,9 +12,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Generic, TypedDict, TypeVar
 
+from harmony_core.config.argument_kinds import checked
 from harmony_core.graders.grade import Grade
-from harmony_core.logging_table import Table
-from harmony_core.threads import StringThread
+from harmony_core.loggers.table import Table
+from harmony_core.text.threads import StringThread
 
 LogT = TypeVar("LogT")
 
@@ -99,6 +100,7 @@ class BaseGrader(ABC, Generic[LogT]):
         return tables
 
     @classmethod
+    @checked
     def from_function(
         cls, grader_key: str, async_fn: Callable[[StringThread], Awaitable[float] | float]
     ) -> BaseGrader[dict[str, Any]]:

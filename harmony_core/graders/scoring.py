@@ -6,9 +6,9 @@ import math
 from typing import Any
 
 from harmony_core.errors import EngineError, GradeFailed, IgnoreGradeException
-from harmony_core.frames import place_of, summary
 from harmony_core.graders.base import BaseGrader
-from harmony_core.threads import StringThread
+from harmony_core.rpc.tracebacks import place_of, summary
+from harmony_core.text.threads import StringThread
 
 
 async def score_or_refuse(grader: BaseGrader[Any], sample: StringThread) -> float:

@@ -1,1 +1,1 @@
-"""Starting the ranks and knowing whether they live."""
+"""Starts the ranks, watches them, and ends what is left of them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,41 +11,16 @@ from pathlib import Path
 
 from harmony_core.errors import ConfigError, ResourceError
 from harmony_core.launch.accelerate_config import AccelerateSettings, read_accelerate_config
-from harmony_core.launch.devices import visible_devices
+from harmony_core.options import VARIABLE, EngineOptions
 from harmony_core.rpc.platform import loopback_interface
 
-RANK_COMMAND = [sys.executable, "-P", "-m", "harmony_core.engine.process"]
+_ACCELERATE = "accelerate.commands.launch"
 
 _INHERITED_NO_MORE = ("ACCELERATE_", "FSDP_", "PET_", "TORCHELASTIC_", "ADAPTIVE_RANK_")
 _TORCHRUN = {
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE"),
     *("ROLE_RANK", "ROLE_NAME", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
 }
-
-
-@dataclass
-class LaunchOptions:
-    """How to start the ranks, and how long to bear with them. Times are in seconds."""
-
-    log_dir: Path
-    """Takes `rank-N.log` and `launcher.log`; made if it is missing."""
-    run_id: str
-    deterministic: bool = False
-    """One thread in each rank, and arithmetic that does not depend on what is computed together."""
-    cache: Path | None = None
-    """Where the code that ranks compile is kept over runs; None: where torch puts it."""
-    env: dict[str, str] = field(default_factory=dict)
-    """Added last to the ranks' environment."""
-    init_timeout: float = 300.0
-    """For all ranks to be ready."""
-    hang_timeout: float | None = None
-    """The longest that one phase of a rank may take; None: for ever."""
-    silence_timeout: float = 120.0
-    """A rank that has not even beaten for so long is stuck (the hang timeout, when that is shorter)."""
-    command: list[str] | None = None
-    """What runs as each rank; None: the engine."""
-    launcher: list[str] | None = None
-    """What starts the ranks, given `command` as its arguments; None: `accelerate launch`."""
 
 
 @dataclass(frozen=True)
@@ -85,21 +61,20 @@ def resolve(num_processes: int | None, device: str, accelerate_config: Path | No
     return Launch("cuda", count or found, settings, devices[: count or found])
 
 
-def launch_command(options: LaunchOptions, launch: Launch, directory: Path) -> list[str]:
+def launch_command(options: EngineOptions, launch: Launch, directory: Path) -> list[str]:
     """The command line of the launcher; writes its configuration file into `directory`."""
-    ranks = options.command or RANK_COMMAND
-    if options.launcher is not None:
-        return [*options.launcher, *ranks]
+    if options.launcher:
+        return [*options.launcher, *options.command]
     config = directory / "accelerate.yaml"
     config.write_text(_config_file(launch), encoding="utf-8")
     return [
-        *(sys.executable, "-P", "-m", "accelerate.commands.launch"),
+        *(sys.executable, "-P", "-m", "harmony_core.launch.rendezvous" if launch.world_size > 1 else _ACCELERATE),
         *("--config_file", str(config)),
         *("--num_processes", str(launch.world_size), "--num_machines", "1", "--machine_rank", "0"),
-        *("--main_process_port", "0", "--max_restarts", "0", "--rdzv_backend", "static"),
+        *("--main_process_port", "0", "--max_restarts", "0", "--rdzv_backend", "in_process"),
         *("--mixed_precision", "no", "--dynamo_backend", "no"),
         *("--log_dir", str(directory / "elastic")),
-        *("--no_python", *ranks),
+        *("--no_python", *options.command),
     ]
 
 
@@ -110,12 +85,12 @@ def _config_file(launch: Launch) -> str:
         "compute_environment: LOCAL_MACHINE\n"
         f"distributed_type: '{kind}'\n"
         f"num_processes: {launch.world_size}\n"
-        "num_machines: 1\nmachine_rank: 0\nmain_process_port: 0\nrdzv_backend: static\n"
+        "num_machines: 1\nmachine_rank: 0\nmain_process_port: 0\nrdzv_backend: in_process\n"
         "mixed_precision: 'no'\nuse_cpu: false\ndebug: false\n"
     )
 
 
-def launch_environment(options: LaunchOptions, launch: Launch, environ: Mapping[str, str]) -> dict[str, str]:
+def launch_environment(options: EngineOptions, launch: Launch, environ: Mapping[str, str]) -> dict[str, str]:
     """The launcher's and the ranks' environment, made from the caller's."""
     env = {
         name: value
@@ -126,8 +101,7 @@ def launch_environment(options: LaunchOptions, launch: Launch, environ: Mapping[
     env["CUDA_VISIBLE_DEVICES"] = ",".join(launch.devices)
     for name, value in (_preferred(launch) | _compiling(options, launch)).items():
         env.setdefault(name, value)
-    env |= _fixed(options, launch)
-    return env | options.env
+    return env | _fixed(options, launch)
 
 
 def _preferred(launch: Launch) -> dict[str, str]:
@@ -148,7 +122,7 @@ def _preferred(launch: Launch) -> dict[str, str]:
     return preferred
 
 
-def _compiling(options: LaunchOptions, launch: Launch) -> dict[str, str]:
+def _compiling(options: EngineOptions, launch: Launch) -> dict[str, str]:
     """How compiled layers and kernels are made, and kept for the next run."""
     threads = {"TORCHINDUCTOR_COMPILE_THREADS": str(max(1, min(8, available_cores() // launch.world_size)))}
     if options.cache is None:
@@ -159,19 +133,18 @@ def _compiling(options: LaunchOptions, launch: Launch) -> dict[str, str]:
     }
 
 
-def _fixed(options: LaunchOptions, launch: Launch) -> dict[str, str]:
+def _fixed(options: EngineOptions, launch: Launch) -> dict[str, str]:
     return {
         "PYTHONFAULTHANDLER": "1",
         "PYTHONUNBUFFERED": "1",
         "NCCL_NVLS_ENABLE": "0",  # no NVLink multicast
+        "NCCL_RAS_ENABLE": "0",  # it listens, and answers anyone
+        "TORCH_GLOO_LAZY_INIT": "0",  # ranks connect while a group is made: afterwards its port takes nothing
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
         "ADAPTIVE_RUN_ID": options.run_id,
-        "ADAPTIVE_RANK_WORLD_SIZE": str(launch.world_size),
-        "ADAPTIVE_RANK_DEVICE": launch.device,
-        "ADAPTIVE_RANK_LOG_DIR": str(options.log_dir.absolute()),
-        "ADAPTIVE_RANK_INIT_TIMEOUT": str(options.init_timeout),
-        **({"ADAPTIVE_RANK_DETERMINISTIC": "1", "OMP_NUM_THREADS": "1"} if options.deterministic else {}),
+        VARIABLE: options.for_ranks(launch.device, launch.world_size),
+        **({"OMP_NUM_THREADS": "1"} if options.deterministic else {}),
     }
 
 
@@ -180,3 +153,27 @@ def available_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def installed_devices() -> int:
+    """CUDA devices of this machine, as the driver's own tool lists them; 0 without one."""
+    try:
+        shown = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return 0
+    return sum(line.startswith("GPU ") for line in shown.splitlines())
+
+
+def visible_devices(environ: Mapping[str, str] = os.environ) -> list[str]:
+    """Identifiers of the CUDA devices that a process with this environment sees, in its order."""
+    chosen = environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is None:
+        return [str(index) for index in range(installed_devices())]
+    seen: list[str] = []
+    installed = installed_devices()
+    for name in (part.strip() for part in chosen.split(",")):
+        # The CUDA driver stops at the first name that is none.
+        if not name or name.startswith("-") or (name.isdigit() and int(name) >= installed):
+            break
+        seen.append(name)
+    return seen if installed else []

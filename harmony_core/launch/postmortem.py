@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import re
 import signal
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
+from harmony_core import plain_files
 from harmony_core.errors import HarmonyError, RankError
+from harmony_core.launch.processes import ProcessHandle
 from harmony_core.rpc import platform
-from harmony_core.rpc.platform import ProcessHandle
-from harmony_core.rpc.rank_channel import DRIVER_GONE
 
 LOG_LINES = 50
 _SHOWN_LINES = 12
-_TAIL_BYTES = 1 << 16
 _CONFIRM_SECONDS = 2.0
 _REPORT_SECONDS = 2.0
 
@@ -25,6 +25,8 @@ _PEER_FAILED = re.compile(
     r"gloo|nccl|process ?group|connection (closed|reset|refused)|broken pipe|peer|tcpstore|rendezvous", re.IGNORECASE
 )
 _ELASTIC_STATUS = re.compile(r"\(exitcode: (-?\d+)\) local_rank: (\d+) \(pid: (\d+)\)")
+_ELASTIC_EACH = re.compile(r"exitcode\s*: (-?\d+) \(pid: (\d+)\)")
+_ELASTIC_ENDS = re.compile(r"Sending process (\d+) closing signal")
 _CHILD_SIGNAL = re.compile(r"died with <Signals\.(SIG[A-Z0-9]+)")
 _LAUNCHER_SIGNAL = re.compile(r"SignalException: Process \d+ got signal: (\d+)")
 _CHILD_STATUS = re.compile(r"returned non-zero exit status (\d+)")
@@ -34,12 +36,10 @@ def last_lines(path: Path, count: int = LOG_LINES) -> list[str]:
     """The last lines of a log that hold anything, terminal control characters taken out; empty without a file."""
     try:
         with path.open("rb") as file:
-            size = file.seek(0, 2)
-            file.seek(max(0, size - _TAIL_BYTES))
-            text = file.read().decode("utf-8", "replace")
+            text = plain_files.last_lines(file)
     except OSError:
         return []
-    lines = (_CONTROL.sub("", line).rstrip()[:2000] for line in text.splitlines())
+    lines = (_CONTROL.sub("", line).rstrip()[:2000] for line in text)
     return list(deque((line for line in lines if line), maxlen=count))
 
 
@@ -58,6 +58,12 @@ def first_traceback(lines: list[str]) -> list[str]:
                 if not lines[end].startswith(" "):
                     return lines[start : end + 1]
     return []
+
+
+def stack(dump: str) -> list[str]:
+    """The frames of a process's main thread, innermost first, from what faulthandler wrote on a signal."""
+    found = dump.rpartition("Current thread ")[2].splitlines()[1:]
+    return list(itertools.takewhile(lambda line: line.startswith("File "), map(str.strip, found)))
 
 
 def excerpt(path: Path) -> list[str]:
@@ -96,22 +102,31 @@ class Reported:
 
 
 def reported_failure(launcher_log: Path) -> Reported | None:
-    """What torchrun wrote about the rank that failed first; on one machine its local rank is its rank."""
-    found = _ELASTIC_STATUS.search("\n".join(last_lines(launcher_log, 400)))
-    return Reported(rank=int(found[2]), pid=int(found[3]), status=int(found[1])) if found else None
+    """What torchrun wrote about the rank that failed first, or accelerate about its only one, whose pid it omits (0).
+
+    On one machine torchrun's local rank is the rank.
+    """
+    text = "\n".join(last_lines(launcher_log, 400))
+    if found := _ELASTIC_STATUS.search(text):
+        return Reported(rank=int(found[2]), pid=int(found[3]), status=int(found[1]))
+    if found := _CHILD_SIGNAL.search(text):
+        return Reported(rank=0, pid=0, status=-int(signal.Signals[found[1]]))
+    found = _CHILD_STATUS.search(text)
+    return Reported(rank=0, pid=0, status=int(found[1])) if found else None
+
+
+def ended_by_launcher(pid: int, launcher_log: Path) -> bool:
+    """Whether the launcher was shutting down and ended process `pid`: it says so first, and only of what still runs."""
+    return str(pid) in _ELASTIC_ENDS.findall("\n".join(last_lines(launcher_log, 400)))
 
 
 def reported_status(pid: int, launcher_log: Path) -> int | None:
-    """What the launcher's log says of process `pid` (torchrun), or of its only child (one rank)."""
+    """What the launcher's log says of process `pid`."""
     first = reported_failure(launcher_log)
-    if first is not None:
-        return first.status if first.pid == pid else -signal.SIGTERM  # torchrun then ends the others
-    text = "\n".join(last_lines(launcher_log, 400))
-    if found := _CHILD_SIGNAL.search(text):
-        return -int(signal.Signals[found[1]])
-    if found := _CHILD_STATUS.search(text):
-        return int(found[1])
-    return None
+    if first is None or first.pid in (pid, 0):
+        return None if first is None else first.status
+    statuses = {int(p): int(s) for s, p in _ELASTIC_EACH.findall("\n".join(last_lines(launcher_log, 400)))}
+    return statuses.get(pid, -signal.SIGTERM if ended_by_launcher(pid, launcher_log) else None)
 
 
 def launcher_signal(code: int | None, launcher_log: Path) -> int:
@@ -148,6 +163,16 @@ def is_collateral_error(error: HarmonyError) -> bool:
     )
 
 
-def is_collateral_status(status: int | None) -> bool:
-    """Whether a rank ended because it was told to."""
-    return status in (-signal.SIGTERM, DRIVER_GONE)
+async def follows_from(process: ProcessHandle, status: int | None, launcher_log: Path) -> str:
+    """Of what a rank's end that came without a word is a consequence; "" when nothing speaks for one.
+
+    A rank that ends by a signal of its own makes the launcher report it; one that the launcher ends, it named before.
+    """
+    if status not in (None, -signal.SIGTERM):
+        return ""
+    deadline = asyncio.get_running_loop().time() + _REPORT_SECONDS
+    while not ended_by_launcher(process.pid, launcher_log):
+        if reported_status(process.pid, launcher_log) is not None or asyncio.get_running_loop().time() > deadline:
+            return ""
+        await asyncio.sleep(0.02)
+    return "the launcher was shutting down and ended it"

@@ -1,7 +1,8 @@
 """The short-lived directory of a launch: socket, launcher's configuration, torch elastic's files.
 
 It lies outside the run directory because a socket's path may not exceed about 100 bytes. It is removed as soon as all
-ranks are connected; what a killed driver left behind, the next launch sweeps.
+ranks are connected, and where the process is ended at once; what a killed driver left behind, the next launch sweeps.
+An engine without a run has one for its logs, too.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from harmony_core.rpc.platform import start_time
 _PREFIX = "adaptive-"
 _OWNER = "owner"
 _LONGEST_BASE = 64
+_own: set[Path] = set()
 
 
 def create() -> Path:
@@ -24,6 +26,7 @@ def create() -> Path:
     base = _base()
     _sweep(base)
     directory = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))
+    _own.add(directory)
     (directory / _OWNER).write_text(f"{os.getpid()} {start_time(os.getpid())}")
     return directory
 
@@ -31,6 +34,13 @@ def create() -> Path:
 def remove(directory: Path) -> None:
     """Remove it; that it is gone already is no error."""
     shutil.rmtree(directory, ignore_errors=True)
+    _own.discard(directory)
+
+
+def remove_own() -> None:
+    """Remove what this process has made: for the end of a process that cleans up no further."""
+    for directory in list(_own):
+        remove(directory)
 
 
 def _base() -> Path:

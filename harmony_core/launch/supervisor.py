@@ -10,7 +10,6 @@ import asyncio
 import hmac
 import math
 import os
-import re
 import secrets
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -19,27 +18,28 @@ from typing import Any
 from harmony_core import __version__
 from harmony_core.errors import EngineError, HarmonyError, LauncherDied, RankDied, RankError, ResourceError
 from harmony_core.launch import postmortem, private_directory
-from harmony_core.launch.launcher import Launch, LaunchOptions
+from harmony_core.launch.launcher import Launch
 from harmony_core.launch.liveness import TICK_SECONDS, Watch
 from harmony_core.launch.processes import LaunchedProcesses, wait_for
 from harmony_core.launch.rank_handle import RankHandle
+from harmony_core.options import INIT_TIMEOUT, EngineOptions
 from harmony_core.rpc import platform
 from harmony_core.rpc.connection import Connection, Listener
+from harmony_core.rpc.phase_note import PhaseNote
 from harmony_core.rpc.protocol import PROTOCOL_VERSION, Beat, Event, Hello, Message, Shutdown
+from harmony_core.rpc.store import Answer, RankStore
 
 __all__ = ["RankHandle", "Supervisor"]
 
 READY_EVENT = "rank_ready"
 _SETTLE_SECONDS = 2.0
 _POLL_SECONDS = 0.05
-_MAX_STARTS = 3
-_PORT_TAKEN = re.compile(r"EADDRINUSE|address already in use", re.IGNORECASE)
 
 
 class Supervisor(Listener):
     """One launch. `failure` resolves to the first failure, whatever it was; `on_event` gets the ranks' events."""
 
-    def __init__(self, options: LaunchOptions, launch: Launch, on_event: Callable[[int, Event], None]) -> None:
+    def __init__(self, options: EngineOptions, launch: Launch, on_event: Callable[[int, Event], None]) -> None:
         loop = asyncio.get_running_loop()
         self.options = options
         self.failure: asyncio.Future[HarmonyError] = loop.create_future()
@@ -50,6 +50,7 @@ class Supervisor(Listener):
         self._server: asyncio.Server | None = None
         self._processes = LaunchedProcesses(options, launch)
         self._handles: dict[int, RankHandle] = {}
+        self._store = RankStore()
         self._all_ready: asyncio.Future[None] = loop.create_future()
         self._stopping = False
         self._stop: asyncio.Task[None] | None = None
@@ -57,9 +58,11 @@ class Supervisor(Listener):
         self._tasks: set[asyncio.Task[None]] = set()
         self._watch = Watch(options, self._handles, self._log_of)
         self._oom_kills = platform.oom_kills()
+        self._ended: list[RankHandle] = []
+        """Ranks whose end was seen, in that order."""
 
     @classmethod
-    async def start(cls, options: LaunchOptions, launch: Launch, on_event: Callable[[int, Event], None]) -> Supervisor:
+    async def start(cls, options: EngineOptions, launch: Launch, on_event: Callable[[int, Event], None]) -> Supervisor:
         """Start the launcher and return; call on the main thread, with whose end the kernel ends the ranks."""
         self = cls(options, launch, on_event)
         try:
@@ -69,9 +72,12 @@ class Supervisor(Listener):
             self._server = await loop.create_unix_server(lambda: Connection(self), str(path), start_serving=False)
             os.chmod(path, 0o600)
             await self._server.start_serving()
-            self._spawn()
-        except BaseException:
+            environment = {"ADAPTIVE_RANK_SOCKET": str(path), "ADAPTIVE_RANK_TOKEN": self._token}
+            self._processes.spawn(self._directory, environment)
+        except BaseException as error:
             await self.stop(0)
+            if isinstance(error, OSError):
+                raise ResourceError(f"cannot start the ranks: {error}") from error
             raise
         for work in (self._watch_launcher(), self._watch_start(), self._watch_ranks()):
             self._background(work)
@@ -87,11 +93,6 @@ class Supervisor(Listener):
         await asyncio.shield(self._all_ready)
         return [self._handles[rank] for rank in range(self.world_size)]
 
-    def _spawn(self) -> None:
-        socket_path = str(self._directory / "s")
-        environment = {"ADAPTIVE_RANK_SOCKET": socket_path, "ADAPTIVE_RANK_TOKEN": self._token}
-        self._processes.spawn(self._directory, environment)
-
     def hello(self, connection: Connection, message: Hello) -> None:
         """A process says that it is a rank of ours; believe it if it knows the token."""
         if not hmac.compare_digest(message.token.encode(), self._token.encode()):
@@ -105,7 +106,8 @@ class Supervisor(Listener):
             return
         connection.accept()
         connection.hold_error = self._hold_error
-        self._handles[message.rank] = RankHandle(connection, message, asyncio.get_running_loop().time())
+        note = PhaseNote(self._directory / "s", message.rank)
+        self._handles[message.rank] = RankHandle(connection, message, note, asyncio.get_running_loop().time())
 
     def _misfit(self, connection: Connection, hello: Hello) -> str:
         if hello.protocol != PROTOCOL_VERSION or hello.version != __version__:
@@ -131,6 +133,10 @@ class Supervisor(Listener):
                 self._check_ready()
             self._on_event(handle.rank, message)
 
+    def asked(self, connection: Connection, message: Message, answer: Answer) -> None:
+        """A rank uses the store over which ranks find each other."""
+        self._store.ask(message, answer)
+
     def _check_ready(self) -> None:
         complete = len(self._handles) == self.world_size and all(h.ready for h in self._handles.values())
         if complete and not self._all_ready.done():
@@ -144,17 +150,13 @@ class Supervisor(Listener):
         private_directory.remove(self._directory)
 
     async def _watch_start(self) -> None:
-        await asyncio.wait([self._all_ready], timeout=self.options.init_timeout)
-        if not self._all_ready.done():
-            handles = {rank: self._handles.get(rank) for rank in range(self.world_size)}
-            states = [
-                f"rank {rank} {handle.where() if handle else 'was not heard of'}"
-                for rank, handle in handles.items()
-                if handle is None or not handle.ready
-            ]
-            lines = postmortem.last_lines(self._processes.log)
-            text = f"not all ranks were ready within {self.options.init_timeout:g} s: " + "; ".join(states)
-            self._fail(LauncherDied(text + postmortem.shown(self._processes.log, lines), log=lines))
+        await asyncio.wait([self._all_ready], timeout=INIT_TIMEOUT)
+        late = [handle for _, handle in sorted(self._watch.ranks.items()) if not handle.ready]
+        if not self._all_ready.done() and late:
+            text = f"not all ranks were ready within {INIT_TIMEOUT:g} s: "
+            error = await self._watch.diagnose(late, text)
+            if error is not None and not self._stopping and not self._all_ready.done():
+                self._fail(error)
 
     def fatal(self, connection: Connection, error: HarmonyError) -> None:
         """A rank reports that it cannot go on."""
@@ -174,20 +176,32 @@ class Supervisor(Listener):
         self._incident(handle)
 
     def _incident(self, handle: RankHandle) -> None:
-        if not (self._stopping or self.failure.done()):
-            self._background(self._diagnose(handle))
-
-    async def _diagnose(self, handle: RankHandle) -> None:
-        """Find out why, and whether it was the first. An echo of another rank's failure gives that one time to show."""
-        if handle.error is None:
-            handle.status = await postmortem.exit_status(handle.process, self._processes.log)
-            collateral = postmortem.is_collateral_status(handle.status)
-        else:
-            collateral = postmortem.is_collateral_error(handle.error)
-        if collateral:
-            await asyncio.wait([self.failure], timeout=_SETTLE_SECONDS)
-        if self._stopping or self.failure.done() or self._died_unheard_of():
+        if self._stopping or self.failure.done() or handle in self._ended:
             return
+        self._ended.append(handle)
+        if len(self._ended) == 1:
+            self._background(self._judge())
+
+    async def _judge(self) -> None:
+        """Find the rank that ended first, by itself; the others are taken in the order in which their end was seen.
+
+        An end that follows from another rank's gives that one time to show.
+        """
+        loop = asyncio.get_running_loop()
+        judged, deadline = 0, math.inf
+        while loop.time() < deadline:
+            if judged == len(self._ended):
+                await asyncio.sleep(_POLL_SECONDS)
+            else:
+                handle = self._ended[judged]
+                handle.follows = await self._cause(handle)
+                if not handle.follows:
+                    break
+                judged, deadline = judged + 1, loop.time() + _SETTLE_SECONDS
+            if self._stopping or self.failure.done() or self._died_unheard_of():
+                return
+        else:
+            handle = self._ended[0]
         if platform.is_ending(self._processes.launcher_pid):
             await wait_for(self._processes.launcher_gone, _SETTLE_SECONDS)
         signalled = postmortem.launcher_signal(self._processes.launcher_status(), self._processes.log)
@@ -196,6 +210,15 @@ class Supervisor(Listener):
         else:
             self._fail(self._describe(handle))
 
+    async def _cause(self, handle: RankHandle) -> str:
+        """Of what the end of a rank is a consequence; "" when it ended by itself."""
+        await self._processes.written(self._log_of(handle.rank))
+        if handle.error is not None:
+            return "its connection to another rank broke" if postmortem.is_collateral_error(handle.error) else ""
+        await self._processes.written(self._processes.log)
+        handle.status = await postmortem.exit_status(handle.process, self._processes.log)
+        return await postmortem.follows_from(handle.process, handle.status, self._processes.log)
+
     def _died_unheard_of(self) -> bool:
         """Fail for a rank that the launcher reports dead and that never connected, if there is one."""
         reported = postmortem.reported_failure(self._processes.log)
@@ -203,7 +226,7 @@ class Supervisor(Listener):
             return False
         lines = postmortem.excerpt(self._processes.log)
         words = self._in_words(reported.status)
-        text = f"rank {reported.rank} (pid {reported.pid}) died before it reached the driver: {words}"
+        text = f"rank {reported.rank} (pid {reported.pid or 'unknown'}) died before it reached the driver: {words}"
         where: dict[str, Any] = {"rank": reported.rank, "pid": reported.pid, "status": reported.status}
         shown = postmortem.shown(self._processes.log, lines)
         self._fail(RankDied(text + shown, cause=words, phase="starting", log=lines, **where))
@@ -221,9 +244,13 @@ class Supervisor(Listener):
             if isinstance(error, EngineError):
                 error.details = where | error.details
                 error.hint = error.hint or f"the whole output of rank {handle.rank} is in {log}"
+                if handle.follows:
+                    error.message += f" ({handle.follows}; what came before is not known)"
             return error
         alive = handle.process.alive()
         cause = "closed its connection, and runs on" if alive else self._in_words(handle.status)
+        if handle.follows:
+            cause += f" ({handle.follows}; what came before is not known)"
         text = f"rank {handle.rank} (pid {handle.pid}) died {handle.where()}: {cause}"
         return RankDied(text + postmortem.shown(log, lines), cause=cause, status=handle.status, **where)
 
@@ -254,25 +281,27 @@ class Supervisor(Listener):
 
     async def _watch_launcher(self) -> None:
         """The fallback: a launcher that ends before its ranks are known, or without them."""
-        starts = 1
         while not self.failure.done():
             await asyncio.sleep(_POLL_SECONDS)
             status = self._processes.launcher_status()
             if status is None:
+                if self._processes.reader_died():
+                    self._fail(LauncherDied("the process that keeps the ranks' output has ended"))
                 continue
-            log = "\n".join(postmortem.last_lines(self._processes.log))
-            if not self._handles and starts < _MAX_STARTS and _PORT_TAKEN.search(log):
-                starts += 1
-                self._spawn()
-                continue
+            await self._processes.written(self._processes.log)
             if self._handles:  # a rank that ends just before it, or with it, is the better news and comes soon
-                await asyncio.wait([self.failure], timeout=0.2 if status < 0 else 2 * _SETTLE_SECONDS)
+                await wait_for(lambda: bool(self._ended), 0.2 if status < 0 else 2 * _SETTLE_SECONDS)
+            if self._ended:
+                await asyncio.wait([self.failure], timeout=5 * _SETTLE_SECONDS)
             if not self._died_unheard_of():
                 self._launcher_died(status)
 
     async def _watch_ranks(self) -> None:
         while not self.failure.done():
             await asyncio.sleep(TICK_SECONDS)
+            if len(self._handles) < self.world_size:
+                processes = await asyncio.to_thread(self._processes.of_ranks)
+                self._watch.look(processes, self._processes.launcher_pid)
             for rank, silent in self._watch.newly_silent():
                 self._on_event(rank, Event(type="rank_silent", data={"seconds": silent}))
             stuck = self._watch.stuck()
@@ -309,9 +338,14 @@ class Supervisor(Listener):
             await self._end_processes()
         finally:
             for handle in self._handles.values():
-                handle.connection.close()
-                handle.process.close()
+                handle.close()
             self._close_door()
+
+    def kill(self) -> None:
+        """End everything at once, where no event loop runs any more that `stop` could use."""
+        self._stopping = True
+        self._processes.kill()
+        self._close_door()
 
     async def _end_processes(self) -> None:
         await self._processes.end(handle.process for handle in self._handles.values())

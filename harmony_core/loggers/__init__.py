@@ -1,14 +1,9 @@
-"""Metric loggers behind one interface."""
+"""Metric loggers: stderr, JSON lines, TensorBoard, W&B, MLflow."""
 
 from harmony_core.loggers.base import Logger, Metrics
-from harmony_core.loggers.choose import get_prod_logger, logger_of_training
-from harmony_core.loggers.composite import CompositeLogger
-from harmony_core.loggers.events import EventLogger
-from harmony_core.loggers.jsonl import JSONLLogger
-from harmony_core.loggers.mlflow import MLFlowLogger
-from harmony_core.loggers.stdout import StdoutLogger
-from harmony_core.loggers.tensorboard import TBMetricsLogger
-from harmony_core.loggers.wandb import WandbLogger
+from harmony_core.loggers.choose import CompositeLogger, get_prod_logger, logger_of_training
+from harmony_core.loggers.local import EventLogger, JSONLLogger, StdoutLogger
+from harmony_core.loggers.services import MLFlowLogger, TBMetricsLogger, WandbLogger
 
 __all__ = [
     "CompositeLogger",

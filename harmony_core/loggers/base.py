@@ -1,11 +1,13 @@
-"""What a training class hands its metrics to."""
+"""What a training class hands its metrics to, and what a metric's value looks like where not everything can be kept."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
-from harmony_core.logging_table import Table
+from harmony_core.journal import current
+from harmony_core.loggers.table import Table
+from harmony_core.plain_data import plain, unwrapped
 
 Metrics: TypeAlias = Mapping[str, "str | int | float | Table"]
 
@@ -58,3 +60,17 @@ class Logger:
 
     def close(self) -> None:
         """Write what is still held back."""
+
+
+def masked(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Metrics or a configuration as they may leave the machine: what JSON holds, a table as headers and rows."""
+    found = {name: value.as_data() if isinstance(value, Table) else plain(value) for name, value in values.items()}
+    shown = current().mask.data(found)
+    assert isinstance(shown, dict)
+    return shown
+
+
+def number_of(value: object) -> float | None:
+    """A number, numpy's and torch's scalars included; None for anything else."""
+    found = unwrapped(value)
+    return float(found) if isinstance(found, int | float) else None

@@ -1,7 +1,7 @@
-"""Models and their versions on this machine."""
+"""Models on this machine: immutable versions, imports, checks."""
 
 from harmony_core.registry.keys import slugify
-from harmony_core.registry.staging import Staging
+from harmony_core.registry.publish import Staging
 from harmony_core.registry.store import Registry
 from harmony_core.registry.versions import Defaults, ModelEntry, ModelVersion
 

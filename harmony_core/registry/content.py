@@ -1,34 +1,40 @@
-"""Deciding whether a directory is a model that may be published, and which of its files belong to it."""
+"""Whether a directory is a model that may be published, which of its files belong to it, and what others read of it."""
 
 from __future__ import annotations
 
-import shutil
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from harmony_core.errors import ModelRefused
-from harmony_core.model_spec import ModelSpec, refuse_code
+from harmony_core.errors import ModelRefused, TokenizationError
+from harmony_core.model.spec import ModelSpec
+from harmony_core.model.weight_files import TOKENIZER_FILES, model_names, read_headers, same_values
+from harmony_core.plain_files import damaged, exists, place_file, read_json, refuse_code, write_json
 from harmony_core.registry.adapters import check_adapter, find_base
 from harmony_core.registry.manifest import list_files
 from harmony_core.registry.versions import ModelVersion
-from harmony_core.weight_files import ADAPTER, INDEX, damaged, read_json, weight_names
 
 if TYPE_CHECKING:
     from harmony_core.registry.store import Registry
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
-"""What goes with a model besides its config and its weights."""
+    from harmony_core.text.chat_template import ChatTemplate
 
 SLOW_TOKENIZERS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt")
 """Files of tokenizers from which a tokenizer.json has to be made first."""
+
+SLOW_NEEDS = "; for that transformers needs: pip install sentencepiece protobuf tiktoken"
+"""Said of those named *.model."""
+
+_QUESTION = {"role": "user", "content": "Hello"}
+_TRIALS = (([_QUESTION], True), ([_QUESTION, {"role": "assistant", "content": "Hi"}], False))
+_ANOTHER = "take another template: --chat-template FILE"
+_PLAIN = "PreTrainedTokenizerFast"
+"""The class that takes tokenizer.json as it is, under a name that every version of transformers knows."""
+_KNOWN = frozenset(
+    f"{name}Tokenizer{fast}"
+    for name in ("CodeLlama", "Cohere", "GPT2", "GPTNeoX", "Gemma", "Llama", "Qwen2", "T5")
+    for fast in ("", "Fast")
+) | {_PLAIN}
 
 
 @dataclass(frozen=True)
@@ -49,56 +55,58 @@ def inspect(directory: Path, registry: Registry, base: ModelVersion | str | None
 
     `in_place`: it is somebody else's directory, of which only a model's own files count.
     """
-    adapter = (directory / "adapter_config.json").is_file()
+    adapter = exists(directory / "adapter_config.json")
     belongs: ModelVersion | None = None
     own_head = False
     if adapter:
         belongs = find_base(registry, directory, base)
         own_head = check_adapter(directory, belongs)
         spec = belongs.spec
-    elif (directory / "config.json").is_file():
+    elif exists(directory / "config.json"):
         spec = ModelSpec.read(directory)
+        _refuse_two_heads(directory, spec)
     else:
         raise damaged(directory, "holds neither config.json nor adapter_config.json")
-    files = model_files(directory) if in_place else list_files(directory)
+    files = [directory / name for name in model_names(directory)] if in_place else list_files(directory)
     for path in files:
         if path.suffix == ".json" and path.name != "tokenizer.json":
             refuse_code(path, read_json(path))
-    notes = () if adapter and not _has_tokenizer(directory) else check_tokenizer(directory, spec.vocab_size)
+    raw = adapter and not exists(directory / "tokenizer.json")
+    notes = () if raw else _check_tokenizer(directory, spec.vocab_size)
     return Content(directory, "peft" if adapter else "hf", files, belongs, notes, spec.scalar or own_head)
 
 
-def model_files(directory: Path) -> list[Path]:
-    """The files of somebody's directory that make up the model; everything else in it is left alone."""
-    if (directory / "adapter_config.json").is_file():
-        names = ["adapter_config.json", ADAPTER]
-    else:
-        names = ["config.json", *weight_names(directory), *([INDEX] if (directory / INDEX).exists() else [])]
-    return [directory / name for name in (*names, *TOKENIZER_FILES) if (directory / name).exists()]
+def _refuse_two_heads(directory: Path, spec: ModelSpec) -> None:
+    """Raise ModelRefused for tied embeddings whose file has another head beside them."""
+    tensors = read_headers(directory) if spec.tied and not spec.scalar else {}
+    head = tensors.get("lm_head.weight")
+    if head and not same_values(directory, head, tensors["model.embed_tokens.weight"]):
+        raise ModelRefused(
+            f"{directory / head.file}: 'lm_head.weight' is not the embedding, and by tie_word_embeddings in "
+            "config.json it is; transformers 5 takes the one, others the other",
+            hint='put "tie_word_embeddings": false there if this head is the trained one, else remove it from the file',
+        )
 
 
-def _has_tokenizer(directory: Path) -> bool:
-    return (directory / "tokenizer.json").is_file()
-
-
-def check_tokenizer(directory: Path, vocab_size: int) -> tuple[str, ...]:
+def _check_tokenizer(directory: Path, vocab_size: int) -> tuple[str, ...]:
     """What the tokenizer lacks, in words. Raises for one that cannot be used, or does not belong to the model."""
     path = directory / "tokenizer.json"
-    if not path.is_file():
+    if not exists(path):
         slow = next((name for name in SLOW_TOKENIZERS if (directory / name).is_file()), None)
         if slow:
             raise ModelRefused(
                 f"{directory / slow}: a tokenizer without tokenizer.json",
-                hint=f"AutoTokenizer.from_pretrained({str(directory)!r}).save_pretrained({str(directory)!r}) makes one",
+                hint=f"AutoTokenizer.from_pretrained({str(directory)!r}).save_pretrained({str(directory)!r}) makes one"
+                + SLOW_NEEDS * slow.endswith(".model"),
             )
         return ("no tokenizer: it serves calls with raw tokens only",)
-    from tokenizers import Tokenizer
+    from harmony_core.text.tokenizer_files import load_tokenizer
 
     try:
-        tokenizer = Tokenizer.from_file(str(path))
-        vocabulary = tokenizer.get_vocab(with_added_tokens=True)
-    except Exception as error:  # the library raises nothing narrower
-        raise damaged(path, f"not a tokenizer ({error})") from error
+        tokenizer = load_tokenizer(path)
+    except TokenizationError as error:
+        raise damaged(path, error.message) from error
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     beyond = {name: number for name, number in vocabulary.items() if number >= vocab_size}
     added = tokenizer.get_added_tokens_decoder()
     if any(number not in added for number in beyond.values()):
@@ -115,20 +123,106 @@ def check_tokenizer(directory: Path, vocab_size: int) -> tuple[str, ...]:
 
 def has_template(directory: Path) -> bool:
     """Whether the directory holds a chat template."""
-    if (directory / "chat_template.jinja").is_file():
+    if exists(directory / "chat_template.jinja"):
         return True
     config = directory / "tokenizer_config.json"
-    return config.is_file() and bool(read_json(config).get("chat_template"))
+    return exists(config) and bool(read_json(config).get("chat_template"))
 
 
 def take_tokenizer(parent: ModelVersion, directory: Path) -> None:
-    """Give a directory of full weights its parent's tokenizer and generation config, where it has none of its own."""
-    if (directory / "adapter_config.json").exists():
-        return
-    source = parent.tokenizer_dir
-    own = _has_tokenizer(directory)
+    """Give a directory its parent's tokenizer and generation config, where it has none of its own."""
+    source = None if exists(directory / "tokenizer.json") else parent.tokenizer_dir
+    if source and (directory / "adapter_config.json").exists() and _has_more(source, parent.spec.vocab_size):
+        # Beside an adapter peft reads it as a wish for more rows, which it would make up.
+        source = None
     for name in TOKENIZER_FILES:
-        generation = name == "generation_config.json"
-        origin = (parent.weights_dir if generation else source) if generation or not own else None
-        if origin and (origin / name).is_file() and not (directory / name).exists():
-            shutil.copyfile(origin / name, directory / name)
+        origins = (parent.path, parent.weights_dir) if name == "generation_config.json" else (source,)
+        origin = next((folder / name for folder in origins if folder and exists(folder / name)), None)
+        if origin and not (directory / name).exists():
+            (directory / name).parent.mkdir(exist_ok=True)
+            place_file(origin, directory / name, share=False)
+
+
+def _has_more(directory: Path, vocab_size: int) -> bool:
+    from harmony_core.text.tokenizer_files import load_tokenizer
+
+    tokenizer = load_tokenizer(directory / "tokenizer.json")
+    return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0) >= vocab_size
+
+
+def check_chat(directory: Path, vocab_size: int) -> None:
+    """Raise TokenizationError for a template that cannot be compiled or that lacks a filter, a test or a name, and for
+    an end token that is none. A directory without tokenizer has nothing to check.
+    """
+    if not exists(directory / "tokenizer.json"):
+        return
+    from harmony_core.text import tokenizer_files
+
+    try:
+        files = tokenizer_files.read(directory)
+        if files.template is not None:
+            for template in files.template.choices:
+                _check_template(template)
+    except TokenizationError as error:
+        error.hint = error.hint or _ANOTHER
+        raise
+    for token in sorted(files.stop_ids):
+        if token >= vocab_size or files.tokenizer.id_to_token(token) is None:
+            raise TokenizationError(
+                f"{directory}: eos_token_id {token} is no token: the tokenizer has {files.tokenizer.get_vocab_size()} "
+                f"and the model {vocab_size}",
+                hint="correct eos_token_id in generation_config.json or config.json",
+            )
+
+
+def _check_template(template: ChatTemplate) -> None:
+    if missing := template.missing():
+        raise TokenizationError(f"{template.origin}: chat template: it uses {', '.join(missing)}, which does not exist")
+    for messages, add_generation_prompt in _TRIALS:
+        try:
+            template.render(messages, add_generation_prompt)
+        except TokenizationError as error:
+            if not error.details["refused"]:  # a template may refuse a conversation, and not fail on a plain one
+                raise
+
+
+def complete(directory: Path, config: Path, stop_ids: AbstractSet[int]) -> None:
+    """Edit the tokenizer's and the generation's settings in `directory`; `config`: the model's directory.
+
+    Raises VerificationError for a file that is no JSON object.
+    """
+    if exists(directory / "tokenizer.json"):
+        path = directory / "tokenizer_config.json"
+        settings = read_json(path) if exists(path) else {}
+        known = _readable_tokenizer(settings)
+        if known != settings:
+            write_json(path, known)
+    path = directory / "generation_config.json"
+    if exists(path):
+        settings = read_json(path)
+    else:
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        stored = read_json(config / "config.json")
+        settings = {name: stored[name] for name in names if stored.get(name) is not None}
+    ends = settings.get("eos_token_id")
+    ids = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if not stop_ids <= set(ids):
+        ids = [*ids, *sorted(stop_ids - set(ids))]
+        settings["eos_token_id"] = ids if len(ids) > 1 else ids[0]
+        # Marked as made from config.json, which names one token, it would be made again.
+        settings.pop("_from_model_config", None)
+    elif exists(path):
+        return
+    write_json(path, settings)
+
+
+def _readable_tokenizer(settings: dict[str, Any]) -> dict[str, Any]:
+    known = dict(settings)
+    if known.get("tokenizer_class") not in _KNOWN:
+        known["tokenizer_class"] = _PLAIN
+    extra = known.get("extra_special_tokens")
+    if isinstance(extra, list):
+        # transformers 4 has tokens with a name under this one, and these under the other.
+        del known["extra_special_tokens"]
+        known["additional_special_tokens"] = [*known.get("additional_special_tokens", ()), *extra]
+    return known

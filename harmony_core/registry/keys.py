@@ -49,19 +49,17 @@ def key_problem(key: str) -> str:
     return next((problem for segment in segments if (problem := _segment_problem(segment))), "")
 
 
-def check_key(key: str) -> str:
-    """The key itself. Raises UsageError, with the rule and a key that would do, when it is none."""
+def check_key(key: str) -> None:
+    """Raise UsageError, with the rule and a key that would do, for what is no key."""
     problem = key_problem(key)
     if problem:
         raise UsageError(f"{key[:100]!r} cannot be a model key: {problem}", hint=f"for example {slugify(key)!r}")
-    return key
 
 
-def check_alias(alias: str) -> str:
-    """The alias itself. Raises UsageError when it is none; an alias starts with a letter, so it is no number."""
+def check_alias(alias: str) -> None:
+    """Raise UsageError for what is no alias; an alias starts with a letter, so it is no number."""
     if not _ALIAS.fullmatch(alias):
         raise UsageError(f"{alias[:100]!r} cannot be an alias: a-z first, then a-z, 0-9, '.', '_' and '-'")
-    return alias
 
 
 def parse_reference(text: str) -> Reference:

@@ -7,17 +7,22 @@ from __future__ import annotations
 
 import hashlib
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
 
 from harmony_core.errors import VerificationError
-from harmony_core.home import Home
-from harmony_core.registry.files import SMALL_BYTES, file_hash
-from harmony_core.weight_files import PICKLE_SUFFIXES, damaged
+from harmony_core.model.weight_files import PICKLE_SUFFIXES, model_names
+from harmony_core.plain_files import MIB, damaged, file_hash, read_struct
+from harmony_core.registry.keys import BUILTIN
 
 NAME = "manifest.json"
 FORMAT = 1
+OPTIMIZER = "optimizer.safetensors"
+"""What a save may leave beside the weights."""
+SMALL_BYTES = MIB
+"""Up to here a file is hashed whenever it is looked at."""
 CONFIGS = {"hf": "config.json", "peft": "adapter_config.json"}
 
 
@@ -71,21 +76,23 @@ def list_files(directory: Path) -> list[Path]:
     return sorted(path for path in found if path != directory / NAME)
 
 
-def record_files(directory: Path, paths: list[Path], home: Home | None = None) -> tuple[FileRecord, ...]:
-    """Size and hash of each file."""
-    return tuple(
-        FileRecord(path.relative_to(directory).as_posix(), path.stat().st_size, file_hash(path, home)) for path in paths
-    )
+def record_files(directory: Path, paths: list[Path]) -> tuple[FileRecord, ...]:
+    """Size and hash of each file. Some are read at once: one thread hashes more slowly than most disks read."""
+    with ThreadPoolExecutor(8) as pool:
+        hashes = pool.map(file_hash, paths)
+        return tuple(
+            FileRecord(path.relative_to(directory).as_posix(), path.stat().st_size, digest)
+            for path, digest in zip(paths, hashes, strict=True)
+        )
 
 
 def digest_of(format: str, files: tuple[FileRecord, ...]) -> str:
-    """sha256 over the hashes of the config and the top-level weights: equal digests load to equal models."""
-    weights = "adapter_model" if format == "peft" else "model"
+    """sha256 over the hashes of the config and the weights: equal digests load to equal models."""
     parts = [
         f"{record.path} {record.sha256}\n"
         for record in sorted(files, key=lambda record: record.path)
         if record.path == CONFIGS[format]
-        or ("/" not in record.path and record.path.startswith(weights) and record.path.endswith(".safetensors"))
+        or ("/" not in record.path and record.path.endswith(".safetensors") and record.path != OPTIMIZER)
     ]
     return hashlib.sha256("".join(parts).encode()).hexdigest()
 
@@ -93,12 +100,7 @@ def digest_of(format: str, files: tuple[FileRecord, ...]) -> str:
 def read_manifest(directory: Path, key: str) -> Manifest:
     """The manifest of a version directory of `key`. Raises VerificationError."""
     path = directory / NAME
-    try:
-        manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
-    except OSError as error:
-        raise damaged(path, error.strerror or str(error)) from error
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise damaged(path, f"not a manifest ({error})") from error
+    manifest = read_struct(path, Manifest, "a manifest")
     if manifest.manifest != FORMAT:
         raise damaged(path, f"written by a newer version (format {manifest.manifest})")
     if manifest.key != key:
@@ -110,25 +112,48 @@ def read_manifest(directory: Path, key: str) -> Manifest:
     for record in manifest.files:
         if record.path.startswith("/") or ".." in Path(record.path).parts:
             raise damaged(path, f"file name {record.path[:100]!r} leads elsewhere")
+    if manifest.location and not _was_added(manifest):
+        raise damaged(path, f"its location {manifest.location[:200]!r} is not what was added ({manifest.source[:200]})")
     return manifest
 
 
-def check_files(directory: Path, manifest: Manifest, full: bool, home: Home | None = None) -> None:
-    """Compare the files with the record: sizes, and hashes of small files; with `full`, every hash."""
+def _was_added(manifest: Manifest) -> bool:
+    """Whether the location of a version that was left in place is that of its source, and no link on the way is new."""
+    name = Path(manifest.location).name
+    if os.path.realpath(manifest.location) != manifest.location:
+        return False
+    if manifest.source.startswith("hf:"):
+        return name == manifest.source.rpartition("@")[2]
+    if manifest.source.startswith(BUILTIN):
+        return name.rpartition("-")[0] == manifest.source.removeprefix(BUILTIN)
+    return manifest.location == manifest.source
+
+
+def check_files(directory: Path, manifest: Manifest, full: bool = False, trusted: int = -1) -> None:
+    """Compare the files with the record: sizes, and hashes of small files; with `full`, every hash.
+
+    What would be read of the directory must be recorded; with `full` every file of one that is the registry's own. A
+    large file that was last written at `trusted` (in nanoseconds since 1970) or before is not hashed.
+    """
+    own = [] if manifest.location else list_files(directory)
     for record in manifest.files:
         path = directory / record.path
         try:
-            size = path.stat().st_size
-            due = size == record.size and (full or size <= SMALL_BYTES)
-            found = file_hash(path, home) if due else record.sha256
+            state = path.stat()
         except OSError as error:
             raise damaged(path, error.strerror or str(error)) from error
-        if size != record.size:
-            raise damaged(path, f"{size} bytes, and {record.size} were recorded")
-        if found != record.sha256:
+        if state.st_size != record.size:
+            raise damaged(path, f"{state.st_size} bytes, and {record.size} were recorded")
+        hashed = state.st_size <= SMALL_BYTES or (full and state.st_mtime_ns > trusted)
+        if hashed and (found := file_hash(path)) != record.sha256:
             raise VerificationError(
                 f"{path}: its content differs from what was recorded (sha256 {found[:12]}, not {record.sha256[:12]})",
                 hint="add the model again, or restore the file",
                 path=str(path),
                 reason="content",
             )
+    names = [path.relative_to(directory).as_posix() for path in own if full]
+    spare = sorted({*names, *model_names(directory)} - {record.path for record in manifest.files})
+    if spare:
+        more = f" ({', '.join(spare[1:9])} neither)" if spare[1:] else ""
+        raise damaged(directory / spare[0], f"is not in {NAME}{more}: remove it, or add the model again with it")

@@ -6,17 +6,17 @@ import builtins
 import contextlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 from harmony_core.errors import HarmonyError, NotFoundError, UsageError, VerificationError, did_you_mean
 from harmony_core.home import Home
-from harmony_core.model_spec import ModelSpec, model_tp
+from harmony_core.model.spec import ModelSpec, model_tp
+from harmony_core.plain_files import refuse_links
 from harmony_core.registry import manifest as manifests
-from harmony_core.registry.builtin import NAMES, resolve_builtin
-from harmony_core.registry.entry import Entry, apply_setting, edit_entry, read_entry
-from harmony_core.registry.files import refuse_links
-from harmony_core.registry.importing import ImportOptions, import_model
+from harmony_core.registry.builtin import DEFAULTS, NAMES, builtin_directory, write_builtin
 from harmony_core.registry.keys import (
     BUILTIN,
     SCHEME,
@@ -26,9 +26,18 @@ from harmony_core.registry.keys import (
     parse_reference,
     source_hint,
 )
-from harmony_core.registry.removal import in_use, remove
-from harmony_core.registry.staging import Staging
-from harmony_core.registry.versions import DEFAULT_NAMES, Defaults, ModelEntry, ModelVersion
+from harmony_core.registry.publish import Staging, in_use, remove, stage
+from harmony_core.registry.sources import ImportOptions, import_model
+from harmony_core.registry.versions import (
+    DEFAULT_NAMES,
+    Defaults,
+    Entry,
+    ModelEntry,
+    ModelVersion,
+    apply_setting,
+    edited_entry,
+    read_entry,
+)
 
 _VERSION_DIRECTORY = re.compile(r"v(\d{6,9})", re.ASCII)
 
@@ -47,20 +56,32 @@ class Registry:
         """
         plain = ref.removeprefix(SCHEME)
         if plain.startswith(BUILTIN):
-            return resolve_builtin(self.home, plain.removeprefix(BUILTIN))
+            return self._builtin(plain)
         try:
             reference = parse_reference(ref)
         except NotFoundError as error:
             error.hint = error.hint or did_you_mean(plain.lower(), self.names())
             raise
         number = self.number(reference)
+        directory = self.directory(reference.key, number)
+        refuse_links(self.home.models, directory)
         try:
-            return self._load(reference.key, number)
+            return self._load(f"{reference.key}@{number}", directory, read_entry(self.home, reference.key), number)
         except VerificationError as error:
             others = [f"{reference.key}@{n}" for n in self.versions(reference.key) if n != number]
             if not error.hint and others:
                 error.hint = f"other versions: {', '.join(others[-5:])}"
             raise
+
+    def _builtin(self, key: str) -> ModelVersion:
+        """A generated model, written first if it is missing or damaged."""
+        directory = builtin_directory(self.home, key.removeprefix(BUILTIN))
+        entry = Entry(key=key, defaults=DEFAULTS)
+        try:
+            return self._load(key, directory, entry, 1)
+        except VerificationError:
+            write_builtin(self.home, directory, key)
+        return self._load(key, directory, entry, 1)
 
     def number(self, reference: Reference) -> int:
         """The version number that a reference means. Raises NotFoundError."""
@@ -83,18 +104,15 @@ class Registry:
             raise NotFoundError(f"{key!r} has no version {number}", hint=f"versions: {versions}", ref=str(reference))
         return number
 
-    def _load(self, key: str, number: int) -> ModelVersion:
-        directory = self.directory(key, number)
-        refuse_links(self.home.models, directory)
-        record = manifests.read_manifest(directory, key)
+    def _load(self, ref: str, directory: Path, entry: Entry, number: int) -> ModelVersion:
+        record = manifests.read_manifest(directory, entry.key)
         path = Path(record.location) if record.location else directory
-        manifests.check_files(path, record, full=False)
-        base = self._base(f"{key}@{number}", record)
-        entry = read_entry(self.home, key)
+        manifests.check_files(path, record)
+        base = self._base(ref, record)
         return ModelVersion(
-            key=key,
+            key=entry.key,
             version=number,
-            ref=f"{key}@{number}",
+            ref=ref,
             path=path,
             format=record.format,
             kind=record.kind,
@@ -166,9 +184,13 @@ class Registry:
             problem = error.message
         return ModelEntry(key, tuple(self.versions(key)), dict(entry.aliases), entry.description, newest, problem)
 
-    def stage(self, expected_bytes: int = 0) -> Staging:
-        """Begin writing a version. Raises ResourceError when `expected_bytes` do not fit on the disk."""
-        return Staging(self, expected_bytes)
+    def stage(self, expected_bytes: int = 0) -> AbstractContextManager[Staging]:
+        """Write a version: `with registry.stage() as staging`, fill `staging.directory`, then `staging.publish`.
+
+        What was not published at the end of the block is removed. Raises ResourceError when `expected_bytes` do not fit
+        on the disk.
+        """
+        return stage(self, expected_bytes)
 
     def add(
         self,
@@ -201,32 +223,27 @@ class Registry:
             yield
 
     def verify(self, ref: str, quick: bool = False) -> ModelVersion:
-        """Read and hash every file of a version; with `quick`, files unchanged since they were last hashed are trusted.
+        """Read and hash every file of a version; with `quick`, large files unchanged since it was added are trusted.
 
         Raises VerificationError naming the first file that differs.
         """
         version = self.resolve(ref)
         record_at = version.path if version.key.startswith(BUILTIN) else self.directory(version.key, version.version)
         record = manifests.read_manifest(record_at, version.key)
-        manifests.check_files(version.path, record, full=True, home=self.home if quick else None)
+        trusted = (record_at / manifests.NAME).stat().st_mtime_ns if quick else -1
+        manifests.check_files(version.path, record, full=True, trusted=trusted)
         return version
 
     def set_alias(self, key: str, alias: str, version: int | None) -> Entry:
         """Point an alias at a version of a key; None removes it. Raises UsageError or NotFoundError."""
         check_alias(alias)
         self.number(Reference(key, version=version))
-        if version is None and alias not in read_entry(self.home, key).aliases:
-            raise NotFoundError(
-                f"{key!r} has no alias {alias!r}", hint=did_you_mean(alias, read_entry(self.home, key).aliases)
-            )
-
-        def change(entry: Entry) -> None:
-            if version is None:
-                entry.aliases.pop(alias, None)
-            else:
+        with edited_entry(self.home, key) as entry:
+            if version is not None:
                 entry.aliases[alias] = version
-
-        return edit_entry(self.home, key, change)
+            elif entry.aliases.pop(alias, None) is None:
+                raise NotFoundError(f"{key!r} has no alias {alias!r}", hint=did_you_mean(alias, entry.aliases))
+        return entry
 
     def imported_from(self, name: str) -> ModelVersion | None:
         """The newest full model that came from a hub id or a path, or lies at that path; None when there is none."""
@@ -238,11 +255,11 @@ class Registry:
         number = _VERSION_DIRECTORY.fullmatch(path.name)
         if number and path.is_relative_to(self.home.models):
             return self.resolve(f"{path.parent.relative_to(self.home.models)}@{int(number[1])}")
-        generated = (resolve_builtin(self.home, known) for known in NAMES)
+        generated = (self._builtin(BUILTIN + known) for known in NAMES)
         return next((version for version in generated if version.path == path), None)
 
     def set_defaults(self, key: str, values: dict[str, object]) -> ModelVersion:
-        """Edit a key's inference defaults (`tp`, `kv_cache_len`, `tokens_to_generate`), description, trainability.
+        """Edit a key's inference defaults (`tp`, `kv_cache_len`, ...), description, trainability.
 
         None takes a value back. Nothing is changed unless everything can be. Returns the newest version.
         """
@@ -252,7 +269,9 @@ class Registry:
                 f"{version.key} is generated and keeps no settings", hint=f"adaptive models add KEY {version.key}"
             )
 
-        def change(entry: Entry) -> None:
+        if (given := values.get("chat_template_kwargs")) and isinstance(given, Mapping):
+            _check_variables(version, given)
+        with edited_entry(self.home, version.key) as entry:
             for name, value in values.items():
                 apply_setting(entry, name, value)
             tp = entry.defaults.get("tp")
@@ -261,19 +280,28 @@ class Registry:
                 raise UsageError(
                     f"tp={tp} does not divide {key!r} ({version.spec.num_heads} heads)", hint=f"tp may be {allowed}"
                 )
-
-        edit_entry(self.home, version.key, change)
         return self.resolve(version.key)
+
+
+def _check_variables(version: ModelVersion, given: Mapping[str, Any]) -> None:
+    """Raise UsageError for variables that the chat template does not read."""
+    from harmony_core.text import tokenizer_files
+    from harmony_core.text.tokenization import ChatTokenizer
+
+    if version.tokenizer_dir is None:
+        raise UsageError(f"{version.ref} has no tokenizer, and so no chat template that could read {', '.join(given)}")
+    ChatTokenizer(tokenizer_files.read(version.tokenizer_dir), given)
 
 
 def _defaults(entry: Entry, base: ModelVersion | None) -> Defaults:
     """A key's own defaults; an adapter takes from its base what it does not set."""
-    values: dict[str, int] = {}
+    values: dict[str, Any] = {}
     sources: dict[str, str] = {}
+    origin = entry.key if entry.key.startswith(BUILTIN) else f"stored with {entry.key}"
     for name in DEFAULT_NAMES:
         inherited = getattr(base.defaults, name) if base else None
         if name in entry.defaults:
-            values[name], sources[name] = entry.defaults[name], f"stored with {entry.key}"
+            values[name], sources[name] = entry.defaults[name], origin
         elif base and inherited is not None:
             values[name], sources[name] = inherited, base.defaults.sources.get(name, base.ref)
     return Defaults(**values, sources=sources)

@@ -1,1 +1,1 @@
-"""Frames between the driver and its ranks."""
+"""The messages between the driver and its ranks, and their bytes."""

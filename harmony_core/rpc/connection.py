@@ -11,6 +11,7 @@ from typing import cast
 from harmony_core.errors import HarmonyError
 from harmony_core.rpc import platform
 from harmony_core.rpc.protocol import METHODS, Hello, Message
+from harmony_core.rpc.store import ASKED, Answer
 from harmony_core.rpc.wire import (
     MAX_BODY_BYTES,
     MAX_HELLO_BYTES,
@@ -35,6 +36,9 @@ class Listener:
 
     def event(self, connection: Connection, message: Message) -> None:
         """A Beat or an Event."""
+
+    def asked(self, connection: Connection, message: Message, answer: Answer) -> None:
+        """The rank asks something of the table `ASKED`. A HarmonyError that this raises is its answer."""
 
     def fatal(self, connection: Connection, error: HarmonyError) -> None:
         """The rank cannot go on: an `err` frame that answers no call."""
@@ -145,8 +149,16 @@ class Connection(asyncio.Protocol):
             self._error(header.id, error_of(cast("Failure", body)))
         elif header.kind == "ok":
             self._answer(header.id, header.method, body)
+        elif header.kind == "call" and type(body) in ASKED:
+            self._asked(header.id, header.method, body)
         else:
             raise WireError(f"a rank sent a {header.kind}")
+
+    def _asked(self, call: int, method: str, body: Message) -> None:
+        try:
+            self.listener.asked(self, body, lambda answer: self._write(encode("ok", answer, id=call, method=method)))
+        except HarmonyError as error:
+            self._write(encode("err", failure_of(error, -1), id=call))
 
     def _answer(self, call: int, method: str, body: Message) -> None:
         asked, future = self._pending.pop(call, (method, None))

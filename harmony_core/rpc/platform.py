@@ -1,17 +1,20 @@
-"""Every call that only Linux has: death signals, peer credentials, process handles, /proc.
+"""What depends on the machine: every call that only Linux has, and the tools for making code at run time.
 
-Elsewhere each of them does nothing or answers "unknown"; nothing else in the project asks which system it runs on.
+Death signals, peer credentials and /proc do nothing or answer "unknown" elsewhere; nothing else in the
+project asks which system it runs on.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
-import select
+import shutil
 import signal
 import socket
 import struct
 import sys
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ _M_MMAP_THRESHOLD = -3
 _PR_SET_PDEATHSIG = 1
 _PF_EXITING = 0x4
 _PROC = Path("/proc")
+_SO_ATTACH_FILTER = 26
 
 
 def die_with_parent(parent: int, signal_number: int = signal.SIGKILL) -> bool:
@@ -43,54 +47,6 @@ def peer(sock: socket.socket) -> tuple[int, int] | None:
     credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     pid, uid, _ = struct.unpack("3i", credentials)
     return pid, uid
-
-
-class ProcessHandle:
-    """One process, held so that its number cannot come to mean another one (a pidfd, where there is one)."""
-
-    def __init__(self, pid: int) -> None:
-        self.pid = pid
-        self._descriptor = -1
-        self._gone = False
-        if LINUX:
-            try:
-                self._descriptor = os.pidfd_open(pid)
-            except OSError:
-                self._gone = True
-
-    def alive(self) -> bool:
-        """Whether it still runs; a zombie does not."""
-        if self._gone:
-            return False
-        if self._descriptor >= 0:
-            poll = select.poll()
-            poll.register(self._descriptor, select.POLLIN)
-            self._gone = bool(poll.poll(0))
-        else:
-            try:
-                os.kill(self.pid, 0)
-            except OSError:
-                self._gone = True
-        return not self._gone
-
-    def send(self, signal_number: int) -> None:
-        """Signal it if it still runs."""
-        if not self.alive():
-            return
-        try:
-            if self._descriptor >= 0:
-                signal.pidfd_send_signal(self._descriptor, signal_number)
-            else:
-                os.kill(self.pid, signal_number)
-        except ProcessLookupError:
-            self._gone = True
-
-    def close(self) -> None:
-        """Let go of the handle; the process is not touched."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
-            self._gone = True
 
 
 def _stat_fields(pid: int) -> list[str]:
@@ -127,22 +83,6 @@ def zombie_status(pid: int) -> int | None:
     return os.waitstatus_to_exitcode(int(fields[49]))
 
 
-def processes_with(variable: str, value: str) -> Iterator[int]:
-    """Pids whose starting environment holds `variable=value`: those that were started by whoever made it up."""
-    if not LINUX:
-        return
-    wanted = f"{variable}={value}".encode()
-    for entry in _PROC.iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            environment = (entry / "environ").read_bytes()
-        except OSError:
-            continue
-        if wanted in environment.split(b"\0"):
-            yield int(entry.name)
-
-
 def oom_kills() -> int:
     """How many processes the kernel has killed for want of memory since it started; 0 where it does not say."""
     try:
@@ -157,6 +97,47 @@ def oom_kills() -> int:
 def loopback_interface() -> str:
     """The name of the loopback interface when it is the usual one, else ""."""
     return "lo" if Path("/sys/class/net/lo").exists() else ""
+
+
+def _sockets() -> Iterator[tuple[int, str]]:
+    """Descriptor and inode of each socket of this process."""
+    descriptors = _PROC / "self/fd"
+    for entry in descriptors.iterdir() if descriptors.exists() else ():
+        with contextlib.suppress(OSError):
+            kind, _, inode = os.readlink(entry).partition(":")
+            if kind == "socket":
+                yield int(entry.name), inode.strip("[]")
+
+
+def listening_sockets() -> set[int]:
+    """Descriptors of this process's TCP sockets that take connections."""
+    found = set()
+    for descriptor, _ in _sockets():
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as sock:
+            if sock.family != socket.AF_UNIX and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                found.add(descriptor)
+    return found
+
+
+def drop_connections(descriptor: int) -> None:
+    """Make the kernel drop whatever comes to a listening socket; its owner sees no difference."""
+    nothing = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))  # a filter's "return 0 bytes"
+    # A sandbox that knows no filters has a network of its own.
+    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HP", 1, ctypes.addressof(nothing)))
+
+
+def foreign_peers() -> list[int]:
+    """Other users' ids at the local ends of this process's TCP connections."""
+    mapped = "0000000000000000FFFF0000"  # an IPv4 address as an IPv6 one
+    tables = (_PROC / "self/net/tcp", _PROC / "self/net/tcp6")
+    lines = [line.split() for table in tables if table.exists() for line in table.read_text().splitlines()[1:]]
+    rows = [(row[1].removeprefix(mapped), row[2].removeprefix(mapped), int(row[7]), row[9]) for row in lines]
+    # What its listener has not accepted yet has no inode, and no owner that means anything.
+    owner = {(local, remote): uid for local, remote, uid, inode in rows if inode != "0"}
+    ours = {inode for _, inode in _sockets()}
+    found = {owner.get((remote, local), os.geteuid()) for local, remote, _, inode in rows if inode in ours}
+    return sorted(found - {os.geteuid()})
 
 
 def processor_vendor() -> str:
@@ -179,3 +160,25 @@ def trim_heap() -> None:
     """Give the pages of the heap that hold nothing back to the system."""
     if hasattr(_libc, "malloc_trim"):
         _libc.malloc_trim(0)
+
+
+def find_compiler() -> str | None:
+    """The C compiler that Triton and inductor would find; None when there is none."""
+    for name in (os.environ.get("CC", ""), "gcc", "cc", "clang"):
+        found = shutil.which(name.split()[0]) if name.strip() else None
+        if found is not None:
+            return found
+    return None
+
+
+def find_headers() -> Path | None:
+    """Python.h, which the code that launches kernels is compiled with; None when it is not installed."""
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    return header if header.is_file() else None
+
+
+def missing_tool() -> str:
+    """What is missing for compiling layers, in words: a C compiler, Python's headers; "" when nothing is."""
+    if find_compiler() is None:
+        return "no C compiler"
+    return "" if find_headers() is not None else "no Python.h"

@@ -38,6 +38,7 @@ class Beat(Message):
 
     phase: str
     seconds: float
+    """Since the phase began or, later, since it last made progress."""
     step: int
 
 
@@ -60,6 +61,10 @@ class LoraSettings(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, fro
     dropout: float = 0.0
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     seed: int = 0
+
+
+Ranges = tuple[tuple[int, int], ...]
+"""Ranges of ids: the first, and the one behind the last."""
 
 
 class ModelSource(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, frozen=True):
@@ -102,6 +107,8 @@ class Spawn(Message):
     """A full rehearsal: worst-case micro-batch, all pages. Else a short one."""
     compile: bool = False
     """Compile its layers, where this machine can."""
+    tokenless: Ranges = ()
+    """Ids that no token has: they are never drawn."""
 
 
 class Spawned(Message):
@@ -118,10 +125,16 @@ class Spawned(Message):
 
 
 class Clone(Message):
-    """A frozen copy of a live model's trained state under a new name."""
+    """A frozen copy of a live model's trained state under a new name. It has no page pool: it scores only."""
 
     source: str
     name: str
+
+
+class MakePool(Message):
+    """Give a model without a page pool one of `kv_tokens` tokens on each replica: from now on it generates."""
+
+    model: str
     kv_tokens: int
 
 
@@ -172,8 +185,9 @@ class Save(Message):
     model: str
     directory: str
     inference_only: bool
-    base_ref: str = ""
-    """What a saved adapter names as its base."""
+    base: str = ""
+    """What a saved adapter names as its base: a path, or a hub id with `base_revision`, its commit."""
+    base_revision: str = ""
 
 
 class Load(Message):
@@ -287,6 +301,8 @@ class MicroBatch(Message):
     distribution), to be compared with; NaN where there is none.
     loss: a name in the ranks' table of losses, or "custom". settings: its hyper-parameters. fields: float64, one for
     each scored position, in order. group: so many adjacent samples belong together, 2 for pairs.
+    parts: int32, or empty: one group whose samples do not fit together, and how many of them go through the model at
+    once; each part has at most `max_batch_tokens`. dropout: whether an adapter's is on.
     """
 
     model: str
@@ -301,14 +317,16 @@ class MicroBatch(Message):
     settings: dict[str, float] = {}
     fields: dict[str, bytes] = {}
     group: int = 1
+    parts: bytes = b""
+    dropout: bool = True
 
 
 class MicroBatchDone(Message):
-    """What came back from one forward and backward pass."""
+    """What came back from the forward and backward passes, of which one has the tokens of a part."""
 
     numerator: float
     """The loss, summed."""
-    tokens: int
+    tokens: list[int]
     samples: int
     seconds: float
 
@@ -316,6 +334,7 @@ class MicroBatchDone(Message):
 GLOBAL: dict[type[Message], type[Message]] = {
     Spawn: Spawned,
     Clone: Spawned,
+    MakePool: Spawned,
     OptimStep: StepMetrics,
     AbandonStep: Nothing,
     Save: Nothing,

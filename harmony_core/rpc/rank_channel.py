@@ -7,6 +7,7 @@ thread takes from `inbox` and answers. When the driver goes away the process end
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import queue
 import socket
@@ -18,7 +19,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from harmony_core.rpc.phase_note import PhaseNote
 from harmony_core.rpc.protocol import METHODS, Beat, Event, Hello, Message
+from harmony_core.rpc.store import StoreValues
 from harmony_core.rpc.wire import Failure, FrameDecoder, WireError, encode, error_of, failure_of
 
 BEAT_SECONDS = 1.0
@@ -38,11 +41,18 @@ class Incoming:
     seq: int | None
 
 
+READER, WRITER = "rank-reader", "rank-writer"
+"""Names of the two threads."""
+
+
 class RankChannel:
     """Requests in, answers and events out. Every method may be called from any thread."""
 
-    def __init__(self, sock: socket.socket, rank: int, on_driver_gone: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, sock: socket.socket, rank: int, note: PhaseNote, on_driver_gone: Callable[[], None] = lambda: None
+    ) -> None:
         self.rank = rank
+        self._note = note
         self.inbox: queue.SimpleQueue[Incoming] = queue.SimpleQueue()
         self.step = 0
         """Counts the engine's progress; shown in beats."""
@@ -50,6 +60,8 @@ class RankChannel:
         self._on_driver_gone = on_driver_gone
         self._phase = ("starting", time.monotonic())
         self._methods: dict[int, str] = {}
+        self._calls = itertools.count(1)
+        self._asked: dict[int, queue.SimpleQueue[Message]] = {}
         self._lock = threading.Lock()
         self._outbox: deque[bytes] = deque()
         self._wake = threading.Event()
@@ -62,10 +74,10 @@ class RankChannel:
         """Connect to the driver's socket, say who we are, and start the two threads. Raises OSError."""
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         sock.connect(path)
-        channel = cls(sock, hello.rank, on_driver_gone)
+        channel = cls(sock, hello.rank, PhaseNote(path, hello.rank), on_driver_gone)
         sock.sendall(encode("event", hello))
-        threading.Thread(target=channel._read, name="rank-reader", daemon=True).start()
-        threading.Thread(target=channel._write, name="rank-writer", daemon=True).start()
+        threading.Thread(target=channel._read, name=READER, daemon=True).start()
+        threading.Thread(target=channel._write, name=WRITER, daemon=True).start()
         return channel
 
     @property
@@ -76,6 +88,11 @@ class RankChannel:
     @phase.setter
     def phase(self, name: str) -> None:
         self._phase = (name, time.monotonic())
+        self._note.write(name)
+
+    def progressed(self) -> None:
+        """A piece of the phase is done: what counts as a hang begins anew."""
+        self._phase = (self._phase[0], time.monotonic())
 
     def reply(self, id: int, message: Message) -> None:
         """Answer call `id`."""
@@ -87,6 +104,25 @@ class RankChannel:
         """Answer call `id` with an exception, which the driver raises to the caller."""
         self._methods.pop(id, None)
         self._send(encode("err", failure_of(error, self.rank), id=id))
+
+    def ask(self, message: Message, timeout: float) -> list[bytes] | None:
+        """Ask the driver something of the table `ASKED`, and wait for the values; `timeout` is in seconds.
+
+        Raises TimeoutError, or the error that the driver answers with.
+        """
+        call, answers = next(self._calls), queue.SimpleQueue[Message]()
+        self._asked[call] = answers
+        try:
+            self._send(encode("call", message, id=call))
+            answer = answers.get(timeout=timeout)
+        except queue.Empty:
+            raise TimeoutError(f"the driver has not answered in {timeout:g} s: {str(message)[:200]}") from None
+        finally:
+            del self._asked[call]
+        if isinstance(answer, Failure):
+            raise error_of(answer)
+        assert isinstance(answer, StoreValues)
+        return answer.values
 
     def event(self, type: str, data: dict[str, Any]) -> None:
         """Report something for `events.jsonl`."""
@@ -160,6 +196,10 @@ class RankChannel:
             self._leave(f"the driver sent {error}")
 
     def _take(self, kind: str, id: int, seq: int | None, message: Message) -> None:
+        if kind in ("ok", "err") and id:
+            if answers := self._asked.get(id):  # else it comes too late
+                answers.put(message)
+            return
         if isinstance(message, Failure):
             self._leave(f"the driver refuses this rank: {error_of(message)}")
         if kind not in ("call", "cast") or type(message).__name__ not in METHODS:

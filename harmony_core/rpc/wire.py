@@ -17,6 +17,7 @@ import msgspec
 
 from harmony_core.errors import EngineError, HarmonyError, RankError, all_errors
 from harmony_core.rpc.protocol import METHODS, PROTOCOL_VERSION, Beat, Event, Hello, Message
+from harmony_core.rpc.store import ASKED, StoreValues
 
 Kind = Literal["call", "ok", "err", "event", "cast"]
 
@@ -65,6 +66,8 @@ _decoders: dict[tuple[str, str], msgspec.msgpack.Decoder[Any]] = {
     **{("call", name): msgspec.msgpack.Decoder(request) for name, (request, _) in METHODS.items()},
     **{("cast", name): msgspec.msgpack.Decoder(request) for name, (request, _) in METHODS.items()},
     **{("ok", name): msgspec.msgpack.Decoder(answer) for name, (_, answer) in METHODS.items()},
+    **{("call", asked.__name__): msgspec.msgpack.Decoder(asked) for asked in ASKED},
+    **{("ok", asked.__name__): msgspec.msgpack.Decoder(StoreValues) for asked in ASKED},
     **{("event", name): msgspec.msgpack.Decoder(event) for name, event in _EVENTS.items()},
 }
 _failure_decoder = msgspec.msgpack.Decoder(Failure)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from harmony_core.algorithms.advantages import explained_variance, group_advantages
-from harmony_core.rl_utils import gae_advantages
+from harmony_core.algorithms.advantages import explained_variance, gae_advantages, group_advantages
 
 
 def test_group_advantages() -> None:

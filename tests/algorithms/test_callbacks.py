@@ -8,6 +8,7 @@ import pytest
 
 from harmony_core.algorithms.callbacks import RecipeCallback, invoke_callbacks
 from harmony_core.errors import UsageError
+from harmony_core.request_seeds import request_seed
 
 
 class Recorder(RecipeCallback):
@@ -90,3 +91,55 @@ def test_a_restored_callback_goes_on_where_it_was() -> None:
     callback = Recorder(0.25)
     callback.last_call = 0.5
     assert calls(callback, [0.6, 0.75, 1.0]) == [0.75, 1.0]
+
+
+class Asking(RecipeCallback):
+    """Notes the seeds of two requests."""
+
+    def __init__(self, numbers: dict[str, int]) -> None:
+        super().__init__(0.5)
+        self.numbers = numbers
+        self.seeds: list[int] = []
+
+    def ask(self) -> None:
+        self.seeds += [request_seed(1, "policy", self.numbers) for _ in range(2)]
+
+    async def callback(self, current_percentage: float) -> dict[str, Any]:
+        self.ask()
+        return {}
+
+
+class Overriding(Asking):
+    async def maybe_call(self, current_percentage: float) -> dict[str, Any]:
+        self.ask()
+        return await super().maybe_call(current_percentage)
+
+
+class Plain(Asking):
+    """Not a coroutine function, and a part of what it overrides."""
+
+    def callback(self, current_percentage: float) -> Any:
+        self.ask()
+        return super().callback(current_percentage)
+
+
+def test_a_callbacks_requests_have_seeds_of_their_own() -> None:
+    """However it is called: training's next request has the seed that it would have had."""
+    numbers: dict[str, int] = {}
+    training = {request_seed(1, "policy", {"policy": number}) for number in range(20)}
+    asking = [Asking(numbers), Asking(numbers), Overriding(numbers), Plain(numbers)]
+
+    async def run() -> None:
+        for fraction in (0.0, 0.5, 1.0):
+            await invoke_callbacks(asking, fraction)
+        await asking[0].maybe_call(0.0)
+        for callback in asking:
+            await callback.callback(0.25)
+
+    asyncio.run(run())
+    assert numbers == {}
+    assert request_seed(1, "policy", numbers) == request_seed(1, "policy", {})
+    seeds = [seed for callback in asking for seed in callback.seeds]
+    assert not training & set(seeds)
+    in_the_run = [seed for callback in asking for seed in callback.seeds[:6]]
+    assert len(set(in_the_run)) == len(in_the_run), "those of every callback and every call are others"

@@ -18,14 +18,14 @@ import pytest
 from engines import LiveEngine, pair
 from harmony_core.algorithms import SFT, RecipeCallback
 from harmony_core.algorithms.checkpointing import Checkpointing, digest_of_samples
-from harmony_core.checkpoint_files import CheckpointStore
-from harmony_core.checkpoints import RunCheckpoints
 from harmony_core.client import TrainingModel
-from harmony_core.datasets import DataSet
-from harmony_core.errors import UsageError
+from harmony_core.data.datasets import DataSet
+from harmony_core.errors import UsageError, VerificationError
 from harmony_core.loggers import Logger, Metrics
 from harmony_core.notifiers import StdoutJobNotifier
-from harmony_core.threads import StringThread
+from harmony_core.runs.checkpoint_files import CheckpointStore
+from harmony_core.runs.checkpoints import RunCheckpoints
+from harmony_core.text.threads import StringThread
 
 FACTS = {"ranks": 1, "device": "cpu", "seed": 0, "deterministic": False}
 STEPS = 40
@@ -39,27 +39,34 @@ class Killed(Exception):
 
 
 class Notes(Logger):
-    """Keeps the metrics of each step by its number, and may end the process at one."""
+    """Keeps the metrics of each step by its number, and may end the process at one.
 
-    def __init__(self, kept: dict[int, dict[str, Any]], at_step: Callable[[int], None]) -> None:
+    With them the seed that a request of training would have had there, as one has in reinforcement learning.
+    """
+
+    def __init__(
+        self, kept: dict[int, dict[str, Any]], at_step: Callable[[int], None], seed: Callable[[], int]
+    ) -> None:
         super().__init__()
         self.kept = kept
         self.at_step = at_step
+        self.seed = seed
 
     def record(self, step: int, metrics: Metrics) -> None:
         self.kept[step] = {name: value for name, value in metrics.items() if name != "seconds"}
+        self.kept[step]["seed"] = self.seed()
         self.at_step(step)
 
 
 class Samples(RecipeCallback):
-    """Samples at temperature 1: its text depends on how many requests there were before."""
+    """Samples at temperature 1, from seeds that belong to the part of the run that is done."""
 
     def __init__(self, model: TrainingModel) -> None:
         super().__init__(frequency=0.3)
         self.model = model.temperature(1.0).max_gen_len(8)
 
     async def callback(self, current_percentage: float) -> dict[str, Any]:
-        return {"said": (await self.model.generate(pair("say 1", ""))).last_content()}
+        return {"said": (await self.model.generate(StringThread([("user", "say 1")]))).last_content()}
 
 
 def dataset() -> list[StringThread]:
@@ -105,7 +112,7 @@ class Story:
             sft = SFT(
                 settings.pop("dataset", dataset()),
                 model,
-                Notes(self.metrics, at_step),
+                Notes(self.metrics, at_step, model._live.next_request_seed),
                 job.stage_notifier("SFT"),
                 settings.pop("callbacks", [Samples(model)]),
                 **settings,
@@ -279,6 +286,13 @@ def test_each_part_of_a_checkpoint_is_needed(
     assert again.ended() != calm
 
 
+@pytest.mark.parametrize(("name", "value"), [("steps", {}), ("parts", {}), ("callback_last_calls", [])])
+def test_a_state_that_lacks_a_part_is_named_as_damaged(again: Story, name: str, value: object) -> None:
+    tampered(again, lambda directory, data: data.update({name: value}))
+    with pytest.raises(VerificationError, match=r"state\.json: cannot be taken back \((Key|Value)Error: "):
+        again.play(resume=True)
+
+
 def test_the_position_in_the_schedule_is_needed(again: Story, calm: dict[str, Any]) -> None:
     def begun_anew(sft: SFT) -> None:
         schedule = sft.lr_schedule
@@ -362,7 +376,7 @@ def test_of_two_stages_the_finished_one_is_skipped_and_its_weights_are_kept(
             found: dict[str, Any] = {}
             for number in (1, 2):
                 stop = story.stop(end[1]) if end is not None and end[0] == number else lambda step: None
-                logger = Notes(story.metrics.setdefault(number, {}), stop)
+                logger = Notes(story.metrics.setdefault(number, {}), stop, model._live.next_request_seed)
                 stage = job.stage_notifier(f"stage {number}")
                 sft = SFT(dataset()[: 10 * BATCH], model, logger, stage, lr=1e-3 * number, samples_per_batch=BATCH)
                 found[f"result {number}"] = {k: v for k, v in (await sft.run()).items() if k != "seconds"}

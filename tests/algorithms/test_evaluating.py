@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from statistics import fmean, pstdev
 from typing import Any
@@ -11,14 +12,17 @@ import pytest
 from engines import LiveEngine, pair
 from fake_policy import length_grader
 from harmony_core.algorithms import (
+    GRPO,
     CheckpointCallback,
     GenerateSamplesCallback,
     GraderEvalCallback,
+    RecipeCallback,
     ValidationLossCallback,
 )
 from harmony_core.client import TrainingModel
 from harmony_core.errors import DataError, IgnoreGradeException
-from harmony_core.threads import StringThread
+from harmony_core.graders import BaseGrader
+from harmony_core.text.threads import StringThread
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +76,11 @@ def test_validation_loss_is_the_mean_over_samples(one_rank: LiveEngine, model: T
 
 
 def test_grades_are_logged_and_failures_counted(one_rank: LiveEngine, model: TrainingModel) -> None:
+    seen: dict[str, str] = {}
+
     def judge(thread: StringThread) -> None:
         question = thread.messages()[0][1]
+        seen[question] = thread.last_content()
         if question == "ignored":
             raise IgnoreGradeException
         assert question != "failing"
@@ -84,6 +91,7 @@ def test_grades_are_logged_and_failures_counted(one_rank: LiveEngine, model: Tra
     callback = GraderEvalCallback([*prompts, LONG], model, grader, 0.5)
     logs = one_rank.run(callback.maybe_call(0.0))
     answers = one_rank.run(generated(model, prompts[:2]))
+    assert [seen["one"], seen["two"]] == [answer for answer, _ in answers], "greedy"
     lengths = [float(len(answer)) for answer, _ in answers]
     assert logs["validation/rewards/score/mean"] == fmean(lengths) == logs["validation/score_mean"]
     assert logs["validation/rewards/score/count"] == 2, "what was logged before is not counted"
@@ -93,8 +101,9 @@ def test_grades_are_logged_and_failures_counted(one_rank: LiveEngine, model: Tra
     for reason in ("grade_ignored", "grade_failed", "prompt_too_long"):
         assert logs[f"validation/dropped/{reason}"] == 1
     assert grader.get_logs() == {}
-    again = one_rank.run(callback.maybe_call(1.0))
-    assert again["validation/score_mean"] == logs["validation/score_mean"], "greedy"
+    warm = GraderEvalCallback(prompts[:2], model, grader, 0.5, temperature=1.0)
+    one_rank.run(warm.maybe_call(0.0))
+    assert [seen["one"], seen["two"]] != [answer for answer, _ in answers]
 
 
 async def generated(model: TrainingModel, prompts: list[StringThread]) -> list[tuple[str, int]]:
@@ -114,3 +123,65 @@ def test_checkpoints_are_saved_between_the_ends(one_rank: LiveEngine, model: Tra
 
     assert one_rank.run(run()) == [{}, {}, {"checkpoint": "runs/eval-0.25@1"}, {}, {}]
     assert one_rank.registry.resolve("runs/eval-0.25").ref == "runs/eval-0.25@1"
+
+
+class Looking(RecipeCallback):
+    """A callback of a recipe's own: it samples, scores, grades with the policy, and does not wait for all of it."""
+
+    def __init__(self, model: TrainingModel) -> None:
+        super().__init__(0.5)
+        self.model = model
+        self.seen: list[str] = []
+
+    async def callback(self, current_percentage: float) -> dict[str, Any]:
+        prompt = StringThread([("user", "look")])
+        background = asyncio.ensure_future(self.model.generate(prompt))
+        answers = await asyncio.gather(*(self.model.generate(prompt) for _ in range(2)))
+        self.seen += [thread.last_content() for thread in answers]
+        await self.model.logprobs(answers[0])
+        await self.model.raw_string_create("zz")
+        await background
+        return {"looked": 1}
+
+
+def test_who_looks_does_not_change_what_is_trained(one_rank: LiveEngine) -> None:
+    """The same completions in each step, and the same policy at the end, whoever has looked in between."""
+    prompts = [StringThread([("user", word)]) for word in ("zebra", "lion", "otter", "crow")]
+
+    async def run(watch: str) -> tuple[list[str], float, list[str]]:
+        builder = one_rank.client.model("builtin:tiny-lm", kv_cache_len=2048, tokens_to_generate=6)
+        policy = await builder.spawn_train("watched", max_batch_size=256)
+        seen: list[str] = []
+
+        def score(thread: StringThread) -> float:
+            seen.append(thread.last_content())
+            return float(len(thread.last_content()) % 5)
+
+        async def judged(thread: StringThread) -> float:
+            return float(len((await policy.generate(thread.user("good?"))).last_content()))
+
+        own = Looking(policy)
+        judge = BaseGrader.from_function("judge", judged)
+        looks: dict[str, list[RecipeCallback]] = {
+            "nobody": [],
+            "samples": [GenerateSamplesCallback(prompts, policy.inf(), 0.5)],
+            "grades": [GraderEvalCallback(prompts, policy, judge, 0.5), own],
+            "by hand": [],
+        }
+        if watch == "by hand":
+            await own.callback(0.0)
+        callbacks = looks[watch]
+        sizes: dict[str, Any] = {"completions_per_sample": 2, "samples_per_batch": 8, "lr": 1e-3, "kl_beta": 0.0}
+        grader = BaseGrader.from_function("score", score)
+        await GRPO(prompts, policy, grader, callbacks=callbacks, max_num_grpo_steps=2, **sizes).run()
+        after = await policy.logprobs(pair("zebra", "aberz"))
+        await policy.dealloc()
+        return sorted(seen[:8]) + sorted(seen[8:]), after, own.seen
+
+    found = {watch: one_rank.run(run(watch)) for watch in ("nobody", "samples", "grades", "by hand")}
+    drawn, after, _ = found["nobody"]
+    for watch, (completions, logprob, _) in found.items():
+        assert completions == drawn and logprob == pytest.approx(after, abs=1e-4), watch
+    looked = found["grades"][2]
+    assert len(looked) == 6 and len(set(looked)) == 6 and not set(looked) & set(drawn), "seeds of each look's own"
+    assert found["by hand"][2] != looked[:2]

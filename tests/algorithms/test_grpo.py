@@ -11,7 +11,7 @@ from harmony_core.algorithms import GRPO, GSPO
 from harmony_core.errors import UsageError
 from harmony_core.graders import BaseGrader
 from harmony_core.loggers import EventLogger
-from harmony_core.threads import StringThread
+from harmony_core.text.threads import StringThread
 
 PROMPTS = [StringThread([("user", f"say {i}")]) for i in range(8)]
 SIZES: dict[str, Any] = {"completions_per_sample": 8, "samples_per_batch": 32, "samples_per_mini_batch": 32, "lr": 1e-2}
@@ -32,6 +32,7 @@ async def trained(
     model = await builder.spawn_train(name, max_batch_size=512)
     try:
         await cls(PROMPTS, model, BaseGrader.from_function("digits", digits), logger, **{**SIZES, **options}).run()
+        assert f"{name}-clone-1" not in engine.client.memory()["models"], "the reference is freed at the end"
     finally:
         await model.dealloc()
     return metrics
@@ -83,8 +84,8 @@ def test_gspo_raises_the_reward_over_several_steps_a_batch(one_rank: LiveEngine)
     assert batches[-1]["score_mean"] > batches[0]["score_mean"] + 0.2
 
 
-def test_completions_that_cannot_be_trained_are_dropped_and_counted(one_rank: LiveEngine) -> None:
-    """Prompts of 22 to 43 tokens and up to eight more, where the policy trains at most 40 at once."""
+def test_completions_are_cut_where_training_ends_and_prompts_without_room_dropped(one_rank: LiveEngine) -> None:
+    """Prompts of 20, 23, ..., 41 tokens and up to eight more, where the policy trains at most 40 at once."""
 
     async def run() -> tuple[list[dict[str, Any]], int]:
         metrics: list[dict[str, Any]] = []
@@ -100,9 +101,9 @@ def test_completions_that_cannot_be_trained_are_dropped_and_counted(one_rank: Li
         return metrics, len(dataset)
 
     (step,), prompts = one_rank.run(run())
-    dropped = step["dropped/sample_too_long"]
-    assert 1 <= dropped <= 4
-    assert step["num_samples"] == 2 * (prompts - dropped)
+    assert step["dropped/prompt_too_long"] == 1, "that of 41 tokens"
+    assert step["num_samples"] == 2 * (prompts - 1)
+    assert step["percentage_truncated"] > 0
     assert step["percentage_no_advantages"] == 1.0, "the grader finds all alike"
     assert step["grad_norm"] == 0.0
 

@@ -10,10 +10,10 @@ import pytest
 
 from fake_policy import FakeModel, length_grader, prompts
 from harmony_core.algorithms import PPO
+from harmony_core.algorithms.advantages import discounted_cumulative_rewards, gae_advantages
+from harmony_core.algorithms.schedulers import CosineScheduler
 from harmony_core.errors import UsageError
 from harmony_core.loggers import EventLogger
-from harmony_core.rl_utils import discounted_cumulative_rewards, gae_advantages
-from harmony_core.schedulers import CosineScheduler
 
 
 class Run:
@@ -36,6 +36,8 @@ def test_rewards_advantages_and_returns() -> None:
     run = Run(max_num_ppo_steps=1, value_only_fraction=0.0, kl_beta=0.3, gae_lambda=0.5, gae_gamma=0.9, clip_range=0.2)
     run.go()
     assert len(run.policy.trained) == len(run.value.trained) == 8
+    assert [clone.freed for clone in run.policy.clones] == [True], "the reference is freed at the end"
+    assert not run.policy.freed and not run.value.freed
     for (_, (logprobs, advantages, clip)), (_, (returns,)) in zip(run.policy.trained, run.value.trained, strict=True):
         count = len(logprobs)
         # The fake's reference gives -0.5 everywhere; the score is the completion's length, on its last token.
@@ -88,6 +90,12 @@ def test_mini_batches_of_both_models() -> None:
     assert "score_mean" in run.metrics[6] and len(run.metrics) == 14
 
 
+def test_no_mini_batch_has_a_single_completion() -> None:
+    run = Run(max_num_ppo_steps=1, value_only_fraction=0.0, samples_per_mini_batch=7)
+    run.go()
+    assert [size for size, _ in run.policy.steps] == [size for size, _ in run.value.steps] == [8]
+
+
 def test_dropped_prompts_are_replaced() -> None:
     run = Run(dataset=prompts(10, frozenset({3})), epochs=1)
     run.go()
@@ -98,6 +106,8 @@ def test_dropped_prompts_are_replaced() -> None:
 def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(UsageError, match="into_scoring_model"):
         Run(value=FakeModel(scalar=False), epochs=1)
+    with pytest.raises(UsageError, match="samples_per_batch must be at least 1, got 0"):
+        Run(epochs=1, samples_per_batch=0)
     with pytest.raises(UsageError, match="not that of a resumed run"):
         Run(epochs=1, checkpoint_restore_data={})
 

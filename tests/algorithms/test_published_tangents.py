@@ -9,6 +9,7 @@ import pytest
 from engines import LiveEngine, pair
 from harmony_core.algorithms.tangents import train_dpo_tangents, train_grpo_tangents, train_sft_tangents
 from harmony_core.errors import NothingToTrain
+from harmony_core.text.threads import StringThread
 
 
 async def compared(engine: LiveEngine) -> list[tuple[dict[str, float], dict[str, float], dict[str, float]]]:
@@ -26,7 +27,7 @@ async def compared(engine: LiveEngine) -> list[tuple[dict[str, float], dict[str,
     await model.train_language_modelling(thread)
     found.append((metrics, tangents, await step()))
 
-    completion = await model.generate_tokens(pair("q", "a"))
+    completion = await model.generate_tokens(StringThread([("user", "q")]))
     then = [x - 0.3 for x in await model.logprobs_per_token(completion)]
     ref = [x + 0.2 for x in then]
     arguments = completion, then, ref, [1.5] * len(then), 0.1, 0.04

@@ -18,16 +18,15 @@ import pytest
 
 from engines import LiveEngine, pair, start_engine, stop_engine
 from harmony_core.algorithms import DPO, GRPO, GSPO, PPO, SFT, RecipeCallback, RewardModelling
-from harmony_core.checkpoint_files import CheckpointStore
-from harmony_core.checkpoints import RunCheckpoints
-from harmony_core.client import TrainingModel
-from harmony_core.client import live as live_module
+from harmony_core.client import TrainingModel, batching
 from harmony_core.errors import EngineError, UsageError
 from harmony_core.graders import BaseGrader
 from harmony_core.loggers import Logger, Metrics
 from harmony_core.notifiers import StageNotifier, StdoutJobNotifier
 from harmony_core.rpc.protocol import pack_doubles
-from harmony_core.threads import StringThread
+from harmony_core.runs.checkpoint_files import CheckpointStore
+from harmony_core.runs.checkpoints import RunCheckpoints
+from harmony_core.text.threads import StringThread
 
 FACTS = {"ranks": 1, "device": "cpu", "seed": 0, "deterministic": False}
 PAIRS = [
@@ -229,7 +228,7 @@ class Poison:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, at_step: int) -> None:
         self.at_step = at_step
         self.armed = self.used = False
-        monkeypatch.setattr(live_module, "pack_doubles", self.pack)
+        monkeypatch.setattr(batching, "pack_doubles", self.pack)
 
     def logged(self, step: int) -> None:
         self.armed = step == self.at_step

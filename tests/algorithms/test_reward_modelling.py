@@ -10,10 +10,10 @@ import pytest
 from engines import pair
 from fake_policy import FakeModel
 from harmony_core.algorithms import RewardModelling
-from harmony_core.datasets import DataSet
+from harmony_core.data.datasets import DataSet
 from harmony_core.errors import DataError, UsageError
 from harmony_core.loggers import EventLogger
-from harmony_core.threads import StringThread
+from harmony_core.text.threads import StringThread
 
 
 def rated(text: str, metadata: Any) -> StringThread:

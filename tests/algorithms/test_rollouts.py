@@ -10,12 +10,13 @@ import pytest
 
 from fake_policy import FakeModel, length_grader, prompts, questions
 from harmony_core.algorithms import GRPO, GSPO
-from harmony_core.datasets import DataSet
+from harmony_core.algorithms.schedulers import CosineScheduler
+from harmony_core.data.datasets import DataSet
 from harmony_core.errors import DataError, IgnoreGradeException, RankDied, TooManyFailures, UsageError
+from harmony_core.graders import BaseGrader
 from harmony_core.journal import kept
 from harmony_core.loggers import EventLogger, StdoutLogger
-from harmony_core.schedulers import CosineScheduler
-from harmony_core.threads import StringThread
+from harmony_core.text.threads import StringThread
 
 SMALL: dict[str, Any] = {"completions_per_sample": 4, "samples_per_batch": 16, "samples_per_mini_batch": 16}
 
@@ -159,13 +160,17 @@ def test_prompts_that_fail_are_dropped_counted_and_replaced(caplog: pytest.LogCa
     assert "dropped 3 of 16 samples" in caplog.text
 
 
-def test_a_completion_that_cannot_be_trained_drops_its_prompt() -> None:
-    # Number 4, 9, 14, ... has 5 tokens and with its prompt 8: one in five of them, so one in each group or so.
-    run = Run(prompts(12), model=FakeModel(max_batch_size=7), epochs=1, completions_per_sample=1, samples_per_batch=12)
+def test_completions_are_capped_at_what_is_trained_and_none_is_dropped(caplog: pytest.LogCaptureFixture) -> None:
+    run = Run(prompts(12), model=FakeModel(max_batch_size=7), epochs=1)
     run.go()
-    assert run.metrics[0]["dropped/sample_too_long"] == 2
-    assert [size for size, _ in run.model.steps] == [10]
+    assert [size for size, _ in run.model.steps] == [16] * 3
     assert max(len(logprobs) for _, (logprobs, *_) in run.model.trained) == 4
+    # Of five completions one wants to be longer, and one ends there by itself.
+    assert run.metrics[0]["percentage_truncated"] == 6 / 16
+    assert len([r for r in caplog.records if "capped at max_batch_size=7" in r.getMessage()]) == 1
+    caplog.clear()
+    Run(prompts(4), model=FakeModel(max_batch_size=8), epochs=1).go()
+    assert "capped" not in caplog.text
 
 
 def test_dropped_prompts_never_cost_a_step_when_steps_are_counted() -> None:
@@ -176,10 +181,24 @@ def test_dropped_prompts_never_cost_a_step_when_steps_are_counted() -> None:
     assert run.metrics[-1]["completion_percentage"] == 1.0
 
 
-def test_more_than_half_of_a_batch_dropped_ends_the_run() -> None:
-    run = Run(prompts(16, frozenset(range(12))), epochs=1)
-    with pytest.raises(TooManyFailures, match="dropped in a batch of 4: 3 prompt_too_long"):
+def test_prompts_that_are_too_long_never_end_the_run() -> None:
+    run = Run(prompts(16, frozenset(range(14))), max_num_grpo_steps=3)
+    run.go()
+    assert [size for size, _ in run.model.steps] == [16] * 3
+    run = Run(prompts(16, frozenset(range(16))), max_num_grpo_steps=3)
+    with pytest.raises(DataError, match=r"a whole pass .* nothing: 16 prompt_too_long"):
         run.go()
+
+
+def test_a_grader_that_fails_ends_the_run_by_its_rate() -> None:
+    def judge(thread: StringThread) -> None:
+        if int(thread.messages()[0][1].split("-")[1]) < 9:
+            raise KeyError("no answer")
+
+    options: dict[str, Any] = {"grader": length_grader(judge), "max_num_grpo_steps": 3}
+    with pytest.raises(TooManyFailures, match=r"9 of the last \d+ rows failed.*: 9 grade_failed"):
+        Run(prompts(16), **options).go()
+    Run(prompts(16), max_failure_rate=9 / 16, **options).go()
 
 
 def test_an_engine_error_in_a_grader_ends_the_run() -> None:
@@ -194,11 +213,11 @@ def test_equal_scores_are_trained_and_counted() -> None:
     run = Run(prompts(4), max_num_grpo_steps=1, completions_per_sample=5, samples_per_batch=15)
     run.go()
     assert run.metrics[0]["percentage_no_advantages"] == 0.0
-    # With one completion a group every score is its group's mean.
-    run = Run(prompts(4), max_num_grpo_steps=1, completions_per_sample=1, samples_per_batch=4)
+    grader: Any = BaseGrader.from_function("same", lambda thread: 2.0)
+    run = Run(prompts(4), max_num_grpo_steps=1, grader=grader)
     run.go()
     assert run.metrics[0]["percentage_no_advantages"] == 1.0
-    assert run.model.steps[0][0] == 4
+    assert run.model.steps[0][0] == 16
     assert all(set(advantages) == {0.0} for _, (_, _, advantages, _, _) in run.model.trained)
 
 
@@ -230,7 +249,10 @@ def test_each_completion_has_metadata_of_its_own() -> None:
         ({}, "either a number of epochs or a number of steps"),
         ({"epochs": 1, "max_num_grpo_steps": 2}, "either a number of epochs or a number of steps"),
         ({"max_num_grpo_steps": 0}, "steps must be at least 1"),
-        ({"epochs": 1, "completions_per_sample": 0}, "completions_per_sample"),
+        ({"epochs": 1, "completions_per_sample": 0}, "completions_per_sample must be at least 2, got 0"),
+        ({"epochs": 1, "completions_per_sample": 1}, "completions_per_sample must be at least 2, got 1"),
+        ({"epochs": 1, "samples_per_batch": 3}, r"samples_per_batch \(3\) .* holds not one prompt's 4"),
+        ({"epochs": 1, "samples_per_batch": 0}, "holds not one prompt's 4"),
         ({"epochs": 1, "completions_per_sample": 17}, "holds not one prompt's 17"),
         ({"epochs": 1, "samples_per_mini_batch": 0}, "samples_per_mini_batch"),
         ({"epochs": 1, "mini_epochs_per_batch": 0}, "mini_epochs_per_batch"),
@@ -243,6 +265,29 @@ def test_each_completion_has_metadata_of_its_own() -> None:
 def test_what_cannot_be_is_refused_at_construction(options: dict[str, Any], complaint: str) -> None:
     with pytest.raises(UsageError, match=complaint):
         Run(prompts(4), **options)
+
+
+@pytest.mark.parametrize("cls", [GRPO, GSPO])
+def test_a_batch_holds_whole_groups_and_says_which_sizes_do(cls: type[GRPO], caplog: pytest.LogCaptureFixture) -> None:
+    steps = "max_num_gspo_steps" if cls is GSPO else "max_num_grpo_steps"
+    run = Run(prompts(4), cls, samples_per_batch=11, **{steps: 2})
+    run.go()
+    assert [size for size, _ in run.model.steps] == [8, 8]
+    (told,) = [record.message for record in caplog.records if "samples_per_batch" in record.message]
+    assert "samples_per_batch=11" in told and "completions_per_sample=4" in told and told.endswith("are 8 and 12")
+    caplog.clear()
+    for fits in (8, 12):
+        Run(prompts(4), cls, samples_per_batch=fits, **{steps: 1}).go()
+    assert "samples_per_batch" not in caplog.text
+    with pytest.raises(UsageError, match="completions_per_sample must be at least 2"):
+        Run(prompts(4), cls, completions_per_sample=1, **{steps: 1})
+
+
+def test_no_mini_batch_has_a_single_completion() -> None:
+    run = Run(prompts(4), max_num_grpo_steps=1, samples_per_mini_batch=5, mini_epochs_per_batch=2)
+    run.go()
+    assert [size for size, _ in run.model.steps] == [5, 5, 6] * 2
+    assert set(Counter(questions(run.model.trained)).values()) == {8}
 
 
 def test_no_prompts_are_refused() -> None:

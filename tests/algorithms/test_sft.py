@@ -9,9 +9,10 @@ import pytest
 from engines import LiveEngine, pair
 from harmony_core.algorithms import SFT
 from harmony_core.client import TrainingModel
+from harmony_core.errors import TooManyFailures
 from harmony_core.journal import kept
 from harmony_core.loggers import EventLogger
-from harmony_core.threads import StringThread
+from harmony_core.text.threads import StringThread
 
 TOO_LONG = {False: "sample_too_long", True: "prompt_too_long"}
 """With tangents a sample is scored before it is trained."""
@@ -93,3 +94,28 @@ def test_a_run_is_told_what_is_trained_dropped_and_how_long_it_takes(one_rank: L
         *letters, end = answer["pieces"]
         assert "".join(text for text, _ in letters) in texts and all(weight == 1 for _, weight in letters)
         assert end[0].startswith("<|")
+
+
+def test_one_row_in_five_too_long_costs_no_step(one_rank: LiveEngine) -> None:
+    rows = [pair("say", "ab" if i % 5 else "x" * 300) for i in range(20)]
+    metrics = one_rank.run(trained(one_rank, "fifth", rows, samples_per_batch=1, epochs=2))
+    assert len([step for step in metrics if "loss" in step]) == 32
+    assert sum(step.get("dropped/sample_too_long", 0) for step in metrics) == 8
+
+
+def test_rows_that_will_be_refused_end_a_run_before_its_first_step(one_rank: LiveEngine) -> None:
+    rows = [pair("say", "ab") if i < 4 else StringThread([("user", "say")]) for i in range(10)]
+    rows[4:] = [thread.with_weight_all_assistant_turns() for thread in rows[4:]]
+
+    async def work() -> int:
+        model = await spawned(one_rank, "unfit")
+        with pytest.raises(TooManyFailures, match=r"6 of the first 10 rows failed, .*: 6 nothing_to_train") as ended:
+            await SFT(rows, model, samples_per_batch=2).run()
+        assert "give an assistant turn a weight" in ended.value.hint
+        steps = model.get_optim_step()
+        await SFT(rows, model, samples_per_batch=2, max_failure_rate=0.6).run()
+        assert model.get_optim_step() == 2
+        await model.dealloc()
+        return steps
+
+    assert one_rank.run(work()) == 0

@@ -9,14 +9,15 @@ from typing import Any, cast
 import pytest
 
 from harmony_core.algorithms import SFT, RecipeCallback
+from harmony_core.algorithms.schedulers import CosineScheduler
 from harmony_core.client import TrainingModel
-from harmony_core.datasets import DataSet
-from harmony_core.errors import DataError, RankDied, SampleTooLong, TooManyFailures, UsageError
+from harmony_core.data.datasets import DataSet
+from harmony_core.errors import DataError, RankDied, SampleTooLong, TokenizationError, TooManyFailures, UsageError
 from harmony_core.journal import kept
 from harmony_core.loggers import EventLogger, StdoutLogger
 from harmony_core.notifiers import JobNotifier, StdoutJobNotifier
-from harmony_core.schedulers import CosineScheduler
-from harmony_core.threads import StringThread
+from harmony_core.text.threads import StringThread
+from leftovers import turns
 
 
 class Recorder:
@@ -29,15 +30,24 @@ class Recorder:
         self._random = random.Random(0)
         self._pending = 0
 
+    def get_builder_args(self) -> dict[str, Any]:
+        return {}
+
+    def get_optim_step(self) -> int:
+        return len(self.steps)
+
     async def train_language_modelling(self, thread: StringThread) -> None:
         text = thread.last_content()
+        if "bad" in text:
+            self.refused.append(text)
+            raise TokenizationError(f"{text} cannot be told", hint="another template")
         if "long" in text:
             self.refused.append(text)
-            await asyncio.sleep(self._random.random() / 1000)
+            await turns(self._random.randrange(10))
             raise SampleTooLong("the sample has 99 tokens; 10 are allowed", tokens=99, limit=10)
         self.trained.append(text)
         self._pending += 1
-        await asyncio.sleep(self._random.random() / 1000)
+        await turns(self._random.randrange(10))
 
     async def optim_step(self, lr: float, wd: float, max_grad_norm: float, skip_nan: bool) -> dict[str, float]:
         assert self._pending, "a step without a sample"
@@ -116,23 +126,92 @@ def test_replacements_are_the_same_in_every_run() -> None:
     assert orders[0] == orders[1]
 
 
-def test_more_than_half_of_a_batch_dropped_ends_the_run() -> None:
-    run = Run(texts(40, set(range(32))), samples_per_batch=8)
-    with pytest.raises(TooManyFailures, match=r"samples dropped in a batch of 8: \d sample_too_long; the last: .* 99"):
+def test_too_long_never_ends_a_run_and_more_than_half_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    for size in (1, 8, 64):
+        caplog.clear()
+        run = Run(texts(300, {i for i in range(300) if i % 5}), samples_per_batch=size, epochs=2)
         run.go()
-    assert not run.model.steps
+        assert len(run.model.trained) == 120 and run.sft.feed.dropped == {"sample_too_long": 480}
+        (warning,) = (r.getMessage() for r in caplog.records if "more than half" in r.getMessage())
+        assert "50 % 99, 90 % 99, 99 % 99, longest 99" in warning and "max_batch_size=99 would keep 99 %" in warning
+    caplog.clear()
+    Run(texts(300, {i for i in range(300) if i % 5 == 0}), samples_per_batch=1).go()
+    assert "more than half" not in caplog.text
 
 
-def test_half_of_a_batch_is_still_taken() -> None:
-    run = Run(texts(4, {0, 1}), samples_per_batch=4)
+@pytest.mark.parametrize("options", [{}, {"epochs": 3}, {"epochs": 0.5}, {"samples_per_batch": 1, "epochs": 9}])
+def test_a_pass_that_yields_nothing_ends_the_run(options: dict[str, Any]) -> None:
+    run = Run(texts(12, set(range(12))), **{"samples_per_batch": 5, **options})
+    message = r"(6|12|15) sample_too_long.* max_batch_size=99 would keep 99 %; the last: .* 99"
+    with pytest.raises(DataError, match=message) as ended:
+        run.go()
+    assert not isinstance(ended.value, TooManyFailures) and not run.model.steps
+    # A pass, and what was tried at once with its end.
+    expected = {0.5: 6, 3: 15}.get(options.get("epochs", 1), 12)
+    assert len(run.model.refused) == expected
+
+
+def bad(count: int, which: range | set[int]) -> list[str]:
+    return [f"{'bad' if i in which else 'short'}-{i}" for i in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "which", "rate", "ends"),
+    [
+        (10, range(5), 0.5, False),
+        (10, range(6), 0.5, True),
+        (10, range(6), 0.6, False),
+        (10, range(1), 0.0, True),
+        (10, range(9), 1.0, False),
+        (10, range(10), 1.0, True),
+        (1, range(1), 0.5, True),
+        (300, range(150), 0.5, False),
+        (300, range(300), 0.5, True),
+    ],
+)
+def test_other_failures_are_limited_by_a_rate(rows: int, which: range, rate: float, ends: bool) -> None:
+    for size in (1, 4, 400):
+        run = Run(bad(rows, which), samples_per_batch=size, epochs=3, max_failure_rate=rate)
+        if rows == 300 and not ends:
+            run = Run(bad(rows, which[:120]), samples_per_batch=size, max_failure_rate=rate)
+        if not ends:
+            run.go()
+            assert len(run.model.trained) + run.sft.feed.dropped.total() == run.sft.feed.total
+            continue
+        with pytest.raises(DataError, match=r"tokenization_error.*cannot be told") as ended:
+            run.go()
+        assert ended.value.hint == "another template" and ended.value.exit_code == 2
+        if rate < 1:
+            assert isinstance(ended.value, TooManyFailures) and f"max_failure_rate={rate:g}" in ended.value.message
+        if rows == len(which):
+            assert not run.model.steps and len(run.model.refused) <= 101 + size
+
+
+def test_rows_that_are_too_long_do_not_hide_others_that_fail() -> None:
+    mixed = [f"{('long', 'bad', 'short')[i % 3]}-{i}" for i in range(30)]
+    run = Run(mixed, samples_per_batch=4, max_failure_rate=0.3)
+    with pytest.raises(TooManyFailures, match=r"10 of the last \d+ rows failed"):
+        run.go()
+    run = Run(mixed, samples_per_batch=4, max_failure_rate=0.4)
     run.go()
-    assert run.model.steps[0][0] == 2
+    assert run.sft.feed.dropped == {"sample_too_long": 10, "tokenization_error": 10}
 
 
-def test_a_dataset_smaller_than_a_batch_is_judged_by_its_own_size() -> None:
-    run = Run(texts(10, set(range(6))), samples_per_batch=512)
-    with pytest.raises(TooManyFailures, match="6 samples dropped in a batch of 10"):
-        run.go()
+def test_a_failure_rate_outlives_a_resumption() -> None:
+    first = Run(bad(400, range(0)), samples_per_batch=50).sft.feed
+    second = Run(bad(400, range(0)), samples_per_batch=50).sft.feed
+
+    async def half(items: Any) -> Any:
+        return [TokenizationError("no") if i % 2 else None for i, _ in enumerate(items)]
+
+    async def none(items: Any) -> Any:
+        return [TokenizationError("no") for _ in items]
+
+    asyncio.run(first.next_batch(half))
+    second.set_state(first.get_state())
+    with pytest.raises(TooManyFailures) as ended:
+        asyncio.run(second.next_batch(none))
+    assert ended.value.details["rows"] > 100
 
 
 def test_an_end_of_dropped_samples_takes_no_step() -> None:
@@ -180,15 +259,6 @@ def test_a_callback_of_an_earlier_stage_runs_again() -> None:
         assert [metrics["at"] for metrics in run.metrics if "at" in metrics] == [0.0, 0.5, 1.0]
 
 
-def test_a_batch_of_one_sample_may_replace_it() -> None:
-    run = Run(texts(10, {2, 7}), samples_per_batch=1)
-    run.go()
-    assert [size for size, _ in run.model.steps] == [1] * 8
-    for few in (1, 2):
-        with pytest.raises(TooManyFailures, match=f"{few} samples dropped in a batch of 1"):
-            Run(texts(few, set(range(few))), samples_per_batch=1).go()
-
-
 def test_weights_that_are_probably_not_meant_are_named(caplog: pytest.LogCaptureFixture) -> None:
     model = Recorder()
     threads = [StringThread([("user", "q")]), StringThread([("user", "q"), ("assistant", "a")])]
@@ -202,7 +272,8 @@ def test_what_cannot_be_is_refused_at_construction() -> None:
     thread = StringThread([("user", "q"), ("assistant", "a")])
     with pytest.raises(DataError, match="empty"):
         SFT([], model)
-    for options in ({"samples_per_batch": 0}, {"epochs": 0}, {"checkpoint_restore_data": {"step": 1}}):
+    rates = [{"max_failure_rate": rate} for rate in (-0.1, 1.1, float("nan"))]
+    for options in ({"samples_per_batch": 0}, {"epochs": 0}, {"checkpoint_restore_data": {"step": 1}}, *rates):
         with pytest.raises(UsageError, match=next(iter(options))):
             SFT([thread], model, **cast(Any, options))
 

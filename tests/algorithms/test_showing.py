@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from harmony_core.algorithms.showing import pieces_of, show_sample, token_texts
-from harmony_core.fragments import Text
 from harmony_core.journal import Piece, kept
-from harmony_core.threads import TokenizedThread
-from harmony_core.token_threads import GenerationRecord, TokenTurn
+from harmony_core.text.fragments import Text
+from harmony_core.text.threads import TokenizedThread
+from harmony_core.text.token_threads import GenerationRecord, TokenTurn
 
 
 class Bytes:
@@ -35,9 +35,9 @@ def test_a_cut_character_stays_visible() -> None:
 
 
 def test_the_generated_turn_is_told_by_token() -> None:
-    turns = [TokenTurn("user", (Text("hi"),), 0.0, 0, 2), TokenTurn("assistant", (Text("ok"),), 1.0, 2, 4)]
     record = GenerationRecord((-0.5, -0.25), (-0.5, -0.25), (0, 0), "stop", "policy")
-    thread = TokenizedThread(list(b"hiok"), turns, generation=record)
+    said = TokenTurn("assistant", (Text("ok"),), 1.0, 2, 4, generation=record)
+    thread = TokenizedThread(list(b"hiok"), [TokenTurn("user", (Text("hi"),), 0.0, 0, 2), said])
     pieces: list[Any] = asyncio.run(pieces_of(Bytes(), thread))  # type: ignore[arg-type]
     assert pieces == [("user", [Piece("hi")]), ("assistant", [Piece("o", 1.0, -0.5), Piece("k", 1.0, -0.25)])]
     events: list[dict[str, Any]] = []

@@ -12,7 +12,7 @@ from harmony_core.algorithms import PPO, RewardModelling
 from harmony_core.client import ModelBuilder, TrainingModel
 from harmony_core.graders import BaseGrader
 from harmony_core.loggers import EventLogger
-from harmony_core.threads import StringThread
+from harmony_core.text.threads import StringThread
 
 
 def recorded() -> tuple[list[dict[str, Any]], EventLogger]:

@@ -19,9 +19,9 @@ RECIPE = """\
     from __future__ import annotations
     from typing import Literal
     from pydantic import BaseModel, Field
-    from harmony_core.context import RecipeContext
-    from harmony_core.parameters import Dataset, Model, model_kinds
-    from harmony_core.recipe import InputConfig, recipe_main
+    from harmony_core.recipe.context import RecipeContext
+    from harmony_core.config.parameters import Dataset, Model, model_kinds
+    from harmony_core.recipe.module import InputConfig, recipe_main
 
     class Lora(BaseModel):
         r: int = Field(16, ge=1)

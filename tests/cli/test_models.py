@@ -92,6 +92,18 @@ def test_show_names_every_default_and_its_source(run: Run, source: Path) -> None
     assert {entry["source"] for entry in defaults.values()} == {"library default"}
 
 
+def test_template_variables_are_set_as_json(run: Run, source: Path, tmp_path: Path) -> None:
+    (tmp_path / "t.jinja").write_text("{{ enable_thinking }}{{ messages[0].content }}")
+    assert run("add", "small", str(source), "--chat-template", str(tmp_path / "t.jinja"))[0] == 0
+    assert run("set", "small", 'chat_template_kwargs={"enable_thinking": false}')[0] == 0
+    shown = " ".join(run("show", "small")[1].split())
+    assert 'chat_template_kwargs {"enable_thinking": false} (stored with small)' in shown
+    code, _, err = run("set", "small", 'chat_template_kwargs={"enable_thinkin": false}')
+    assert code == 2 and "did you mean enable_thinking?" in err
+    run("set", "small", "--unset", "chat_template_kwargs")
+    assert "chat_template_kwargs" not in run("show", "small")[1]
+
+
 @pytest.mark.parametrize(
     ("words", "code", "hint"),
     [
@@ -104,6 +116,8 @@ def test_show_names_every_default_and_its_source(run: Run, source: Path) -> None
         (("set", "small", "tp"), 2, "NAME=VALUE"),
         (("set", "small"), 2, "nothing to set"),
         (("set", "small", "--unset", "tpp"), 2, "did you mean tp?"),
+        (("set", "small", "chat_template_kwargs=false"), 2, "must be a JSON object"),
+        (("set", "small", "chat_template_kwargs={'a': 1}"), 2, "must be a JSON object"),
         (("add", "Bad Key", "builtin:tiny-lm"), 2, "for example 'bad-key'"),
         (("add", "x", "/nowhere"), 3, "does not exist"),
         (("add", "x", "builtin:tiny-lm", "--set", "tpp=1"), 2, "did you mean tp?"),

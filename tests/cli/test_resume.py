@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from harmony_core.cli.resume import Resumption, find_resumable, with_resume
+from harmony_core.cli.resume import find_resumable, with_resume
 
-from harmony_core.checkpoint_files import Checkpoint, CheckpointStore
-from harmony_core.checkpoints import RunCheckpoints
 from harmony_core.errors import ConflictError, NotFoundError, UsageError
-from harmony_core.execution import RunOptions
 from harmony_core.home import Home
-from harmony_core.ledger import parse_size
-from harmony_core.run import Run, RunRecord, find_run
+from harmony_core.options import RunOptions
+from harmony_core.redaction import MASK
+from harmony_core.runs.checkpoint_files import CheckpointStore
+from harmony_core.runs.checkpoints import RunCheckpoints
+from harmony_core.runs.records import find_run
+from harmony_core.runs.run import Run
 
+MODEL = '{"%s": {"ref": "m@1", "digest": "", "path": ""}}'
 FACTS = {"ranks": 1, "device": "cpu", "seed": 0, "deterministic": False}
 STAGE = {"name": "Training", "recipe_type": "SFT"}
 
@@ -139,6 +142,16 @@ def test_a_damaged_checkpoint_is_told_of(adaptive: Any, resumable: Path) -> None
     assert done.code == 7 and "warning: checkpoint-000001 is damaged" in done.err and "is whole" in done.err
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [("[", "not JSON"), ('{"model": {"ref": 1}}', "another type"), (MODEL % "x.y", "'x.y', which checkpoint-000001")],
+)
+def test_a_damaged_record_of_the_models_is_named(adaptive: Any, resumable: Path, text: str, told: str) -> None:
+    (resumable / "models.json").write_text(text)
+    done = adaptive("run", "--resume")
+    assert done.code == 7 and f"run {resumable.name}: models.json: " in done.errors[0] and told in done.errors[0]
+
+
 def test_a_checkpoint_that_nobody_takes_is_an_error(adaptive: Any, resumable: Path) -> None:
     done = adaptive("run", "hello.py", "--resume")
     assert done.code == 2 and "no training class took it" in done.err
@@ -147,27 +160,50 @@ def test_a_checkpoint_that_nobody_takes_is_an_error(adaptive: Any, resumable: Pa
     assert {"run.resume", "resumed"} <= {event["type"] for event in events}
 
 
-def test_a_resumed_run_has_the_runners_values_that_it_was_started_with(home: Home) -> None:
-    none: dict[str, Any] = dict.fromkeys(("num_processes", "seed", "accelerate_config", "memory", "keep_checkpoints"))
-    given = none | {"device": "auto", "rehearse": False, "deterministic": False, "no_compile": False}
+def test_a_resumed_run_has_the_runners_values_that_it_was_started_with() -> None:
     started = RunOptions(
         num_processes=2, device="cpu", memory=1 << 30, seed=7, deterministic=True, compile=False, keep_checkpoints=5
     )
-
-    def values(given: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
-        record = RunRecord("id", Path(), "stopped", {"options": saved})
-        return Resumption(record, Checkpoint(Path(), {}), False).values(given)
-
-    found = values(given, started.as_data())
-    assert (found["num_processes"], found["device"], found["seed"], found["keep_checkpoints"]) == (2, "cpu", 7, 5)
-    assert parse_size(found["memory"]) == 1 << 30
-    assert found["deterministic"] and found["no_compile"] and not found["rehearse"]
-    assert values(given | {"memory": "2GiB"}, started.as_data())["memory"] == "2GiB"
-    with_file = started.as_data() | {"accelerate_config": "file.yaml"}
-    assert values(given, with_file)["accelerate_config"] == Path("file.yaml")
-    assert values(given, with_file)["num_processes"] is None
+    kept = json.loads(json.dumps(started.kept()))
+    assert RunOptions(timeout=5.0).resuming(kept) == replace(started, timeout=5.0)
+    assert RunOptions(memory=2 << 30).resuming(kept).memory == 2 << 30
+    found = RunOptions().resuming(kept | {"accelerate_config": "file.yaml"})
+    assert (found.accelerate_config, found.num_processes) == (Path("file.yaml"), None)
+    assert RunOptions().resuming({}) == RunOptions()
 
 
 def test_the_flag_needs_a_run_to_change(adaptive: Any) -> None:
     assert adaptive("run", "hello.py", "--allow-change").code == 2
     assert adaptive("run", "hello.py", "--resume").code == 3
+
+
+KEYED = """
+from harmony_core.recipe.context import RecipeContext
+from harmony_core.options import RunOptions
+from harmony_core.recipe.module import InputConfig, recipe_main
+
+class Config(InputConfig):
+    api_key: str | None = None
+    urls: list[str] = []
+    hub: dict[str, str] = {}
+    note: str = "as before"
+
+@recipe_main
+async def main(config: Config, ctx: RecipeContext):
+    return [config.api_key, config.urls, config.hub, config.note]
+"""
+
+
+def test_secrets_that_were_masked_are_asked_for_by_name(adaptive: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("keyed.py").write_text(KEYED)
+    kept = {"api_key": MASK, "urls": ["a", f"x://{MASK}@h"], "hub": {"token": MASK, "user": "me"}, "note": "kept"}
+    run = stopped(Home.open(), f"{Path('keyed.py').absolute()}:main", config=kept)
+    monkeypatch.setenv("ADAPTIVE_CFG__API_KEY", "secret-anew")
+    done = adaptive("run", "--resume", run, "--dry-run")
+    assert done.code == 2
+    assert done.errors == [f"run {run} does not keep secrets: it needs its urls, hub.token again"]
+    assert "ADAPTIVE_CFG__URLS=... ADAPTIVE_CFG__HUB__TOKEN=..." in done.err
+    given = ["--set", "hub.token=t", "--urls", "[a, x://pw@h]"]
+    assert adaptive("run", "--resume", run, "--dry-run", *given).code == 0
+    done = adaptive("run", "--resume", run, "--dry-run", *given, "--note", "other")
+    assert done.code == 2 and "note" in done.errors[0] and "secret-anew" not in done.err

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from harmony_core.home import Home
-from harmony_core.recipe import RUNNER_FLAGS
-from harmony_core.run import find_run, list_runs
+from harmony_core.options import RUNNER_FLAGS
+from harmony_core.runs.records import find_run, list_runs
 
 
 def test_help_of_the_runner_and_of_a_recipe(adaptive: Any) -> None:
@@ -103,8 +103,8 @@ def test_a_run_and_what_it_leaves(adaptive: Any) -> None:
 
 def test_json_is_one_object_and_prints_go_to_stderr(adaptive: Any) -> None:
     Path("loud.py").write_text(
-        "import os, subprocess\nfrom harmony_core.context import RecipeContext\n"
-        "from harmony_core.recipe import recipe_main\nprint('at import')\n"
+        "import os, subprocess\nfrom harmony_core.recipe.context import RecipeContext\n"
+        "from harmony_core.recipe.module import recipe_main\nprint('at import')\n"
         "@recipe_main\nasync def main(ctx: RecipeContext):\n"
         "    os.write(1, b'raw\\n')\n    subprocess.run(['echo', 'from a child'])\n    return float('inf')\n"
     )
@@ -151,7 +151,8 @@ def test_quiet_says_only_what_is_wrong(adaptive: Any) -> None:
 
 def test_secrets_given_as_flags_are_not_kept(adaptive: Any) -> None:
     Path("secret.py").write_text(
-        "from harmony_core.context import RecipeContext\nfrom harmony_core.recipe import InputConfig, recipe_main\n"
+        "from harmony_core.recipe.context import RecipeContext\n"
+        "from harmony_core.recipe.module import InputConfig, recipe_main\n"
         "class Config(InputConfig):\n    api_key: str = ''\n"
         "@recipe_main\nasync def main(config: Config, ctx: RecipeContext):\n    raise ValueError(config.api_key)\n"
     )
@@ -184,7 +185,7 @@ def test_recipes_list_show_copy(adaptive: Any) -> None:
 
 def test_doctor(adaptive: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     # Asking torch itself takes seconds in a process of its own.
-    monkeypatch.setattr("harmony_core.doctor._torch", list)
+    monkeypatch.setattr("harmony_core.cli.doctor._torch", list)
     done = adaptive("doctor", "--json")
     checks = {check["name"]: check["status"] for check in done.json["checks"]}
     assert {"python", "packages", "adaptive_harmony", "home", "locks", "/dev/shm", "compiler", "headers"} <= set(checks)
@@ -193,3 +194,12 @@ def test_doctor(adaptive: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     done = adaptive("doctor")
     assert done.code == 4
     assert "fail  home" in done.out
+
+
+def test_doctor_says_where_a_run_listens(adaptive: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("harmony_core.cli.doctor._torch", list)
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    for interface, status, words in (("", "ok", "the loopback interface"), ("eth7", "warn", "NCCL_SOCKET_IFNAME=eth7")):
+        monkeypatch.setenv("NCCL_SOCKET_IFNAME", interface)
+        [check] = [check for check in adaptive("doctor", "--json").json["checks"] if check["name"] == "network"]
+        assert (check["status"], f"a run listens on {words}:" in check["detail"]) == (status, True)

@@ -13,7 +13,8 @@ BAD_YAML = [
     ("lr: 1\nlr: 2", ["c.yaml:2:1: lr: duplicate key"]),
     ("lr: [1", ["not valid YAML"]),
     ("note: !!python/object/apply:os.system ['touch canary']", ["c.yaml:1:7: note: the tag"]),
-    ("note: " + "[" * 100_000, ["c.yaml:1:70: nested deeper than 64 levels"]),
+    ("note: " + "[" * 200, ["c.yaml:1:70: nested deeper than 64 levels"]),
+    ("note: " + "[" * 100_000, ["c.yaml:1:", " nest"]),  # our limit or the parser's, whichever is met first
     ("- 1", ["c.yaml:1:1: the top level must be a map"]),
     ("lora: {r: 0}", ["c.yaml:1:11: lora.r: Input should be greater than or equal to 1"]),
 ]
@@ -42,10 +43,15 @@ def test_yaml(adaptive: Any, text: str, expected: list[str]) -> None:
         (["run", "hello.py", "--set", "lorra.r=1"], 2, ["--set lorra.r: lorra: unknown key (did you mean lora"]),
         (["run", "hello.py", "--set", "lr"], 2, ["--set lr: write it as KEY=VALUE"]),
         (["run", "hello.py", "--num-processes", "x"], 2, ["'--num-processes'"]),
-        (["run", "hello.py", "--num-processes", "0"], 2, ["'--num-processes'"]),
+        (["run", "hello.py", "--num-processes", "0"], 2, ["--num-processes: 0 (allowed: 1 to 1024)"]),
         (["run", "hello.py", "--device", "tpu"], 2, ["'--device'"]),
         (["run", "hello.py", "--memory", "lots"], 2, ["lots"]),
         (["run", "hello.py", "--timeout", "soon"], 2, ["soon"]),
+        (["run", "hello.py", "--timeout", "0"], 2, ["--timeout: not a time: '0' (allowed: 0.001 s to 3650d)"]),
+        (["run", "hello.py", "--timeout", "9" * 20], 2, ["(allowed: 0.001 s to 3650d)"]),
+        (["run", "hello.py", "--hang-timeout", "never"], 2, ["--hang-timeout: not a time: 'never'"]),
+        (["run", "hello.py", "--silence-timeout", "1"], 2, ["--silence-timeout: not a time: '1' (allowed: 2 s"]),
+        (["run", "hello.py", "--fault-grace", "-1"], 2, ["--fault-grace: not a time: '-1'"]),
         (["run", "hello.py", "--assume", "8x80GiB"], 2, ["--assume"]),
         (["run", "hello.py", "--dry-run", "--assume", "1x80GiB", "--deterministic"], 4, ["for ranks on CPU"]),
         (["run", "hello.py", "extra"], 2, ["extra"]),
@@ -103,7 +109,6 @@ def test_recipes_that_are_none(adaptive: Any, text: str, code: int, expected: st
 
 def test_a_bug_of_ours_is_70_with_a_log(adaptive: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr("harmony_core.run.list_runs", lambda home: 1 / 0)
     monkeypatch.setattr("harmony_core.cli.runs.list_runs", lambda home: 1 / 0)
     done = adaptive("runs", "list")
     assert done.code == 70
@@ -111,3 +116,13 @@ def test_a_bug_of_ours_is_70_with_a_log(adaptive: Any, monkeypatch: pytest.Monke
     (log,) = tmp_path.glob("adaptive-bug-*.log")
     assert str(log) in done.err
     assert "ZeroDivisionError" in log.read_text()
+
+
+@pytest.mark.parametrize(
+    "words", [["run"], ["datasets", "inspect", "--model", "builtin:tiny-lm"], ["models", "add", "m"]]
+)
+@pytest.mark.parametrize("name", ["x" * 5000, "~nobody-of-this-name/x", "~80GiB"])
+def test_a_name_that_can_be_no_file_is_not_there(adaptive: Any, words: list[str], name: str) -> None:
+    done = adaptive(*words, name)
+    assert done.code == 3
+    assert name[:20] in done.errors[0]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 
 import pytest
 
-from harmony_core.client.batching import WINDOW_BATCHES, Loss, Sample, SampleQueue, pack
+from harmony_core.client.batching import WINDOW_BATCHES, Loss, Sample, SampleQueue, pack, parts
 
 
 def sample(length: int) -> Sample:
@@ -62,7 +63,7 @@ def test_groups_stay_together_and_kinds_apart(seed: int) -> None:
     for _ in range(60):
         loss = draw.choice(kinds)
         fields = {"a": [0.0]} if loss.name == "grpo" and draw.random() < 0.5 else {}
-        lengths = [draw.randint(1, 20) for _ in range(loss.group)]
+        lengths = [draw.randint(1, 40 if loss.group > 1 else 20) for _ in range(loss.group)]
         group = [Sample([0] * n, [0] * n, [1.0] * n, None, loss, fields) for n in lengths]
         given.append(group)
         cut += queue.add(*group)
@@ -70,7 +71,21 @@ def test_groups_stay_together_and_kinds_apart(seed: int) -> None:
     assert sorted(id(s) for batch in cut for s in batch) == sorted(id(s) for group in given for s in group)
     partner = {id(one): id(two) for one, two in (group for group in given if len(group) == 2)}
     for batch in cut:
-        assert sum(map(len, batch)) <= 40
+        sizes = parts(batch, 40)
+        assert bool(sizes) == (sum(map(len, batch)) > 40) and sum(sizes) == (len(batch) if sizes else 0)
+        assert not sizes or len(batch) == batch[0].loss.group, "only a group that does not fit is cut"
         assert len({sample.kind for sample in batch}) == 1
         if batch[0].loss.group == 2:
             assert [partner[id(s)] for s in batch[::2]] == [id(s) for s in batch[1::2]]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_parts_are_within_capacity_and_in_order(seed: int) -> None:
+    draw = random.Random(seed)
+    group = [sample(draw.randint(1, 30)) for _ in range(draw.randint(2, 12))]
+    sizes = parts(group, 30) or [len(group)]
+    ends = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
+    tokens = [sum(map(len, group[start:end])) for start, end in pairwise(ends)]
+    assert ends[-1] == len(group) and min(sizes) >= 1
+    assert max(tokens) <= 30
+    assert all(a + len(group[end]) > 30 for a, end in zip(tokens, ends[1:-1], strict=False)), "as few as may be"

@@ -16,10 +16,10 @@ import pytest
 
 from engines import LiveEngine, pairs
 from harmony_core.client import TrainingModel
-from harmony_core.errors import DataError, NothingToTrain, StepFailed, UsageError, VerificationError
+from harmony_core.errors import DataError, LossFailed, NothingToTrain, StepFailed, UsageError, VerificationError
 from harmony_core.loss_checks import check_loss_on_ranks
 from harmony_core.recipe_file import RecipeFile, import_file
-from harmony_core.threads import TokenizedThread
+from harmony_core.text.threads import TokenizedThread
 
 SOURCE = Path(__file__).parent / "custom_recipe.py"
 
@@ -100,8 +100,9 @@ def test_the_check_compares_layouts_ranks_and_tp(
         for model in models:
             await model.dealloc()
 
-    one_rank.run(work(one_rank, [(256, 1), (64, 1)]))
-    two_ranks.run(work(two_ranks, [(256, 1), (256, 2)]))
+    # Of 34 tokens, one thread fits and no pair.
+    one_rank.run(work(one_rank, [(256, 1), (64, 1), (34, 1)]))
+    two_ranks.run(work(two_ranks, [(256, 1), (256, 2), (34, 2)]))
 
 
 def test_only_functions_that_ranks_can_find_are_taken(one_rank: LiveEngine, recipe: types.ModuleType) -> None:
@@ -152,7 +153,7 @@ def test_what_a_loss_raises_fails_the_step(one_rank: LiveEngine, recipe: types.M
         model = await spawn(one_rank, "failing")
         threads, _, _ = await numbers(model)
         await model.train_custom(threads, recipe.broken)
-        with pytest.raises(StepFailed, match=r"ZeroDivisionError: of the recipe \(.*custom_recipe.py:\d+\)"):
+        with pytest.raises(LossFailed, match=r"ZeroDivisionError: of the recipe \(.*custom_recipe.py:\d+\)"):
             await model.optim_step(0.0, 0.0, 1.0)
         # The ranks refuse a file that is not the one that the driver loaded.
         changed = Path(str(recipe.__file__))

@@ -12,14 +12,15 @@ from harmony_core.client import EngineOptions
 from harmony_core.client.capacity import Machine
 from harmony_core.errors import ModelRefused, ResourceError
 from harmony_core.launch.accelerate_config import AccelerateSettings
-from harmony_core.launch.launcher import Launch, LaunchOptions, launch_environment
-from harmony_core.threads import StringThread, TokenizedThread
+from harmony_core.launch.launcher import Launch, launch_environment
+from harmony_core.options import RunOptions
+from harmony_core.text.threads import StringThread, TokenizedThread
 
 TINY = "builtin:tiny-lm"
 
 
 def test_it_is_refused_on_cuda(tmp_path: Path) -> None:
-    options = EngineOptions(tmp_path, "run", assume="1x80GiB", deterministic=True)
+    options = EngineOptions(log_dir=tmp_path, run_id="run", assume="1x80GiB", deterministic=True)
     with pytest.raises(ResourceError, match="for ranks on CPU") as caught:
         Machine.find(options)
     assert caught.value.exit_code == 4
@@ -40,9 +41,9 @@ def test_it_is_refused_for_other_types(tmp_path: Path, dtype: str) -> None:
 
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_the_ranks_hear_of_it(tmp_path: Path, deterministic: bool) -> None:
-    options = LaunchOptions(log_dir=tmp_path, run_id="run", deterministic=deterministic)
+    options = EngineOptions(log_dir=tmp_path, run_id="run", deterministic=deterministic)
     env = launch_environment(options, Launch("cpu", 1, AccelerateSettings()), {"OMP_NUM_THREADS": "4"})
-    assert env.get("ADAPTIVE_RANK_DETERMINISTIC") == ("1" if deterministic else None)
+    assert RunOptions.of_rank(env).deterministic == deterministic
     assert env["OMP_NUM_THREADS"] == ("1" if deterministic else "4")
 
 

@@ -10,13 +10,23 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import tokenizer_directories
 from engines import LiveEngine, pair
 from harmony_core.client import InferenceModel
 from harmony_core.client.engine import Request
-from harmony_core.errors import ConflictError, DataError, ModelRefused, NotFoundError, PromptTooLong, UsageError
+from harmony_core.errors import (
+    ConflictError,
+    DataError,
+    EngineError,
+    ModelRefused,
+    NotFoundError,
+    PromptTooLong,
+    UsageError,
+)
 from harmony_core.rpc.protocol import Generate, Message
-from harmony_core.threads import StringThread
-from tiny_models import golden
+from harmony_core.text.threads import StringThread
+from leftovers import until
+from tiny_models import build, golden
 
 TINY = "builtin:tiny-lm"
 
@@ -98,6 +108,38 @@ def test_sampler_logprobs_equal_scored_ones(one_rank: LiveEngine, two_ranks: Liv
     engine.run(work())
 
 
+@pytest.mark.parametrize("tp", [1, 2])
+def test_ids_without_a_token_are_never_drawn(
+    one_rank: LiveEngine, two_ranks: LiveEngine, tmp_path: Path, tp: int
+) -> None:
+    engine = one_rank if tp == 1 else two_ranks
+    tokenizer = tokenizer_directories.byte_level()
+    known = tokenizer.get_vocab_size()
+    # A quarter of what would be drawn.
+    end = tokenizer.token_to_id("<|im_end|>")
+    source = build(tmp_path / "padded", vocab=known + known // 3, eos_token_id=end, bos_token_id=None)
+    tokenizer_directories.write(source, tokenizer_directories.CHATML, {"eos_token": "<|im_end|>"}, tokenizer)
+    engine.registry.add("padded", str(source))
+
+    async def work() -> None:
+        model = await engine.client.model("padded", kv_cache_len=2048).tp(tp).spawn_train("padded", 256)
+        clone = await model.clone_inf()
+        for drawer in (model.temperature(0), model, model.top_p(0.9), clone.temperature(2.0)):
+            drawn = drawer.max_gen_len(40)
+            threads = await asyncio.gather(*(drawn.generate_tokens(question(str(i))) for i in range(4)))
+            for thread in threads:
+                assert max(thread.token_ids) < known
+                scored = await model.logprobs_per_token(thread)
+                assert scored == pytest.approx(thread.logprobs, abs=1e-4)
+                gained = [p - r for p, r in zip(thread.sampled_logprobs or [], scored, strict=True)]
+                assert drawer is not model or min(gained) > 0.01
+        await model.dealloc()
+        await clone.dealloc()
+
+    engine.run(work())
+
+
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("count", [1000, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_requests_with_random_cancels_leave_the_pool_empty(one_rank: LiveEngine, count: int) -> None:
     async def work() -> None:
@@ -107,8 +149,8 @@ def test_requests_with_random_cancels_leave_the_pool_empty(one_rank: LiveEngine,
             asyncio.ensure_future(model.max_gen_len(1 + i % 12).generate(question(f"{i % 700}" * (1 + i % 7))))
             for i in range(count)
         ]
-        for _ in range(20):
-            await asyncio.sleep(count / 100_000)
+        for part in range(1, 21):
+            await until(lambda part=part: sum(task.done() for task in tasks) >= part * count // 25)
             under_way = [task for task in tasks if not task.done()]
             for task in draw.sample(under_way, min(count // 50, len(under_way))):
                 task.cancel()
@@ -122,7 +164,7 @@ def test_requests_with_random_cancels_leave_the_pool_empty(one_rank: LiveEngine,
         assert thread.len_last_turn() > 400
         await model.dealloc()
 
-    one_rank.run(work())
+    one_rank.run(work(), timeout=800.0)
 
 
 def test_what_exceeds_the_cap_waits_in_order_and_draws_the_same(
@@ -183,6 +225,50 @@ def test_limits_of_length(one_rank: LiveEngine) -> None:
         await model.dealloc()
         with pytest.raises(ConflictError, match="dealloc"):
             await model.generate(question("hi"))
+
+    one_rank.run(work())
+
+
+def test_a_completion_may_end_after_the_least_number_of_tokens_and_not_before(one_rank: LiveEngine) -> None:
+    async def work() -> None:
+        model = await spawn(one_rank, "least")
+        ask = model.temperature(50).min_gen_len(3).max_gen_len(4)  # all tokens are about as likely
+        threads = await asyncio.gather(*(ask.generate_tokens(question(f"{i}")) for i in range(600)))
+        drawn = [len(t.generation.tokens) for t in threads if t.generation and t.generation.finish_reason == "stop"]
+        assert set(drawn) == {4}, "three, and then it may stop"
+        await model.dealloc()
+
+    one_rank.run(work())
+
+
+def test_a_second_turn_goes_on_from_the_tokens_that_were_drawn(one_rank: LiveEngine) -> None:
+    async def work() -> None:
+        model = (await spawn(one_rank, "turns")).temperature(0).max_gen_len(6)
+        cut = await model.generate_tokens(question("tell me"))
+        assert cut.generation is not None and cut.generation.finish_reason == "length"
+        for begun in (cut, await model.detokenize_thread(cut), question("q").assistant("a text")):
+            for ask in (model.generate, model.generate_tokens):
+                with pytest.raises(DataError, match="ends with an assistant turn") as caught:
+                    await ask(begun)
+                assert "continue_final=True" in caught.value.hint
+        whole = await model.max_gen_len(12).generate_tokens(question("tell me"))
+        for begun in (cut, await model.detokenize_thread(cut)):
+            on = await model.generate_tokens(begun, continue_final=True)
+            assert on.token_ids == whole.token_ids and on.logprobs == pytest.approx(whole.logprobs, abs=1e-5)
+            assert (await model.generate(begun, continue_final=True)).completion() == (
+                await model.detokenize_thread(whole)
+            ).completion()
+        scored = await model.logprobs_per_token(on)
+        assert on.logprobs == pytest.approx(scored, abs=1e-4), "the numbers stand at their tokens"
+        for next_turn in (cut.user("and?"), (await model.detokenize_thread(cut)).user("and?")):
+            second = await model.generate_tokens(next_turn)
+            assert second.token_ids[: len(cut.token_ids)] == cut.token_ids
+            assert second.get_turns()[1].content == cut.last_content()
+            assert second.logprobs == pytest.approx(await model.logprobs_per_token(second), abs=1e-4)
+        for thread, reason in ((question("q"), "not the assistant's"), (StringThread(), "not the assistant's")):
+            with pytest.raises(DataError, match=reason):
+                await model.generate(thread, continue_final=True)
+        await model.dealloc()
 
     one_rank.run(work())
 
@@ -249,3 +335,36 @@ def test_a_model_that_nobody_holds_is_freed(one_rank: LiveEngine) -> None:
         await (await spawn(one_rank, "forgotten")).dealloc()
 
     one_rank.run(work())
+
+
+def test_requests_go_to_the_replica_with_the_fewest_outstanding_tokens(
+    two_ranks: LiveEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def work() -> None:
+        model = await spawn(two_ranks, "spread")
+        sent: list[tuple[int, Request]] = []  # the test answers
+        calls: list[asyncio.Future[StringThread]] = []
+
+        def held(tp: int, replica: int, message: Message) -> Request:
+            sent.append((replica, Request(asyncio.get_running_loop().create_future())))
+            return sent[-1][1]
+
+        async def ask(length: int) -> int:
+            calls.append(asyncio.ensure_future(model.max_gen_len(length).generate(question("x"))))
+            await until(lambda: len(sent) == len(calls))
+            return sent[-1][0]
+
+        with monkeypatch.context() as patch:
+            patch.setattr(model._live.engine, "post_replica", held)
+            busy = await ask(300)
+            assert [await ask(2) for _ in range(4)] == [1 - busy] * 4
+            sent[0][1].future.set_exception(EngineError("it is over"))
+            await asyncio.wait(calls[:1])
+            assert await ask(2) == busy
+            for _, request in sent[1:]:
+                request.future.set_exception(EngineError("it is over"))
+            await asyncio.wait(calls)
+        assert all(isinstance(call.exception(), EngineError) for call in calls)
+        await model.dealloc()
+
+    two_ranks.run(work())

@@ -12,7 +12,7 @@ import pytest
 from engines import LiveEngine, pair, pairs
 from harmony_core.client import TrainingModel
 from harmony_core.errors import DataError, NothingToTrain, SampleTooLong, UsageError
-from harmony_core.threads import StringThread, TokenizedThread
+from harmony_core.text.threads import StringThread, TokenizedThread
 
 TINY = "builtin:tiny-lm"
 BETA = 0.04
@@ -126,6 +126,70 @@ def test_a_step_is_the_same_however_it_is_laid_out(one_rank: LiveEngine, two_ran
                 # The gradient's norm has the rounding of the backward pass: 0.8e-6 for language modelling too.
                 tolerance = 2e-6 if key == "grad_norm" else 1e-6
                 assert found[name][key] == pytest.approx(metrics[key], rel=tolerance, abs=1e-6), (name, layout, key)
+
+
+def test_each_half_of_a_pair_fits_by_itself(one_rank: LiveEngine, two_ranks: LiveEngine) -> None:
+    """Two micro-batches, each within the limit; a pair is one sample, in the step as in the events."""
+
+    async def joint() -> tuple[list[Rollout], dict[str, float]]:
+        model = await spawn(one_rank, "joint", 512)
+        data = await rollouts(model)
+        found = await still(model, dpo(model, data))
+        await model.dealloc()
+        return data, found
+
+    data, expected = one_rank.run(joint())
+    longest = max(len(r.thread.token_ids) for r in data)
+
+    async def halves(engine: LiveEngine, tp: int) -> dict[str, float]:
+        model = await spawn(engine, "halves", longest, tp)
+        since = len(engine.events)
+        found = await still(model, dpo(model, data))
+        await model.statistics()
+        seen = [event for event, rank in engine.seen("micro_batch", since, model="halves") if rank == 0 or tp == 1]
+        assert len(seen) == 6 and sum(event["samples"] for event in seen) == 3
+        assert max(event["tokens"] for event in seen) <= longest
+        assert sum(event["tokens"] for event in seen) == sum(len(r.thread.token_ids) - 1 for r in data)
+        await model.dealloc()
+        return found
+
+    for engine, tp in ((one_rank, 1), (two_ranks, 1), (two_ranks, 2)):
+        found = engine.run(halves(engine, tp))
+        for key in expected.keys() - {"seconds", "step"}:
+            tolerance = 2e-6 if key == "grad_norm" else 1e-6
+            assert found[key] == pytest.approx(expected[key], rel=tolerance, abs=1e-6), (key, tp)
+
+
+@pytest.mark.parametrize("denominator", [None, 0.0])
+def test_a_step_of_zero_tangents_is_one_of_zero_advantages(one_rank: LiveEngine, denominator: float | None) -> None:
+    """Its gradient is zero, and Adam goes on with its moments: the weights move alike."""
+
+    async def step(name: str, tangents: bool) -> tuple[dict[str, float], list[float]]:
+        model = await spawn(one_rank, name, 256)
+        (r,) = await rollouts(model, 1)
+        await model.train_language_modelling(r.thread)
+        await model.optim_step(1e-2, 0.1, 1.0)
+        tokens, images, weights = await model.serialize_tokenized_thread(r.thread)
+        zeros = [0.0] * len(r.logprobs)
+        if tangents:
+            await model.train_tangents(tokens[:-1], images, [0.0] * (len(tokens) - 1), tokens[1:], denominator)
+        else:
+            await model.train_grpo(r.thread, r.logprobs, r.logprobs, zeros, 0.1, 0.0)
+        found = await model.optim_step(1e-2, 0.1, 1.0)
+        after = await model.logprobs_per_token(r.thread)
+        # A sample without a gradient adds nothing to a step of others.
+        await model.train_tangents(tokens[:-1], images, [0.0] * (len(tokens) - 1), tokens[1:], 0.0)
+        with pytest.raises(NothingToTrain, match="denominator of 0"):
+            await model.train_tangents(tokens[:-1], images, weights[1:], tokens[1:], 0.0)
+            await model.optim_step(1e-2, 0.1, 1.0)
+        await model.dealloc()
+        return found, after
+
+    zero, moved = one_rank.run(step("zero tangents", True))
+    native, expected = one_rank.run(step("zero advantages", False))
+    assert moved == expected
+    for name in ("loss", "grad_norm", "num_samples", "step", "skipped"):
+        assert zero[name] == native[name], name
 
 
 def test_metrics_are_means_of_their_own_counts(one_rank: LiveEngine) -> None:
@@ -255,12 +319,50 @@ def test_the_samplers_logprobs_are_the_trainers(one_rank: LiveEngine) -> None:
     one_rank.run(work())
 
 
-def test_a_ratio_with_the_trainers_own_logprobs_is_one(one_rank: LiveEngine) -> None:
-    """Exactly, for every loss with a ratio: a clip of 0 takes nothing away, and the loss is minus the advantages."""
+def test_dropout_is_left_out_of_a_ratio_and_said_once(one_rank: LiveEngine, caplog: pytest.LogCaptureFixture) -> None:
+    """With it the policy's own samples were clipped in the first step, before anything has moved."""
 
     async def work() -> None:
-        model = await spawn(one_rank, "ratio", 256)
-        data = await rollouts(model)
+        builder = one_rank.client.model(TINY, kv_cache_len=1024).with_adapter(rank=4, dropout=0.3)
+        model = await builder.spawn_train("dropping", 256)
+        # B begins at zero, and what is dropped before it would not show.
+        for _ in range(3):
+            await still(model, [model.train_language_modelling(thread) for thread in pairs(4)])
+            await model.train_language_modelling(pair("a", "b"))
+            await model.optim_step(5e-2, 0.0, 1.0)
+        assert "dropout" not in caplog.text
+        threads = [await model.max_gen_len(8).generate_tokens(StringThread([("user", f"say {i}")])) for i in range(6)]
+        for loss in ("grpo", "ppo", "gspo"):
+            calls = []
+            for number, thread in enumerate(threads):
+                record = thread.logprobs
+                assert record is not None
+                sign = [(-1.0) ** number]
+                if loss == "gspo":
+                    calls.append(model.train_gspo(thread, record, record, sign, 0.01, 0.01, 0.0))
+                elif loss == "ppo":
+                    calls.append(model.train_ppo(thread, record, sign * len(record), 0.01))
+                else:
+                    calls.append(model.train_grpo(thread, record, record, sign * len(record), 0.01, 0.0))
+            found = await still(model, calls)
+            assert found["pg_clipfrac"] == 0.0 and found["inner_kl_div"] < 1e-8 and found["grad_norm"] > 0.01, loss
+        assert caplog.text.count("leave out the dropout of 0.3 of 'dropping'") == 1
+        await model.dealloc()
+
+    one_rank.run(work())
+
+
+def test_a_ratio_with_the_trainers_own_logprobs_is_one(one_rank: LiveEngine) -> None:
+    """Exactly where both have the same pass: a clip of 0 takes nothing away, and the loss is minus the advantages.
+
+    What shares a pass changes the rounding of fp32, so each thread has its own pass, scored and trained.
+    """
+
+    async def work() -> None:
+        model = await spawn(one_rank, "ratio", 32)
+        threads = [await model.tokenize_thread(t) for t in pairs(6)]
+        assert all(16 < len(t.token_ids) <= 32 for t in threads), [len(t.token_ids) for t in threads]
+        data = [Rollout(t, await model.logprobs_per_token(t), i) for i, t in enumerate(threads)]
         for r in data:
             await model.train_ppo(r.thread, r.logprobs, r.advantages, 0.0)
         token = await still(model, [])
@@ -307,7 +409,6 @@ def test_arguments_are_checked_by_name(one_rank: LiveEngine) -> None:
         good, nan = [0.0] * n, [0.0] * (n - 1) + [math.nan]
         refused: list[tuple[type[Exception], str, Coroutine[Any, Any, None]]] = [
             (DataError, f"advantages: 1 values for {n} weighted tokens", model.train_ppo(r.thread, good, [1.0], 0.1)),
-            (DataError, "advantages: one number", model.train_ppo(r.thread, good, 1.0, 0.1)),  # type: ignore[arg-type]
             (DataError, rf"trajectory_logprobs\[{n - 1}\] is nan", model.train_ppo(r.thread, nan, good, 0.1)),
             (DataError, "reference_logprobs", model.train_grpo(r.thread, good, nan, good, 0.1, 0.1)),
             (DataError, "advantage: 2 values for 1 sequence", model.train_gspo(r.thread, good, good, [1, 2], 1, 1, 0)),
@@ -323,7 +424,7 @@ def test_arguments_are_checked_by_name(one_rank: LiveEngine) -> None:
             (UsageError, "clipping must", model.train_ppo(r.thread, good, good, 0.1, clipping="none")),
             (UsageError, "importance_cap needs", model.train_ppo(r.thread, good, good, 0.1, importance_cap=2.0)),
             (UsageError, "without importance_cap", model.train_ppo(r.thread, good, good, 0.1, sampler_logprobs=good)),
-            (SampleTooLong, "2 sequences together", model.train_dpo(long := pair("x" * 20, "y" * 20), long, 0, 0, 1)),
+            (SampleTooLong, "longest of 2 sequences has", model.train_dpo(r.thread, pair("x" * 60, "y"), 0, 0, 1)),
             (
                 NothingToTrain,
                 "no weighted",

@@ -11,11 +11,14 @@ import psutil
 import pytest
 
 from engines import LiveEngine, pair, start_engine, stop_engine
-from harmony_core.client import ModelBuilder, TrainingModel
+from harmony_core.algorithms import DPO, GRPO
+from harmony_core.client import DryRunEnded, ModelBuilder, TrainingModel
 from harmony_core.errors import MemoryRefused, SampleTooLong
-from harmony_core.threads import StringThread
+from harmony_core.graders import BaseGrader
+from harmony_core.text.threads import StringThread
 
 TINY = "builtin:tiny-lm"
+GRADER = BaseGrader.from_function("length", lambda thread: float(len(thread.last_content())))
 LIMIT = 40 << 20
 """Enough to serve the builtin model or to train an adapter of it, too little for its full training at 4,096 tokens."""
 
@@ -122,3 +125,127 @@ def test_an_unset_pool_leaves_room_for_others(tmp_path: Path) -> None:
     engine = start_engine(tmp_path, 1, memory=64 << 20, dry_run=True)
     engine.run(work(engine))
     stop_engine(engine)
+
+
+def ways_of(refused: MemoryRefused) -> dict[str, int]:
+    return {name: int(value) for name, value in re.findall(r"(\w+)=(\d+) for 'policy'", refused.hint)}
+
+
+@pytest.mark.parametrize("generates", [False, True])
+def test_every_way_out_of_a_copy_that_does_not_fit_makes_room_for_it(tmp_path: Path, generates: bool) -> None:
+    """A dry run plans copies and their pools as a run does, and refuses them as it would."""
+
+    async def copied(engine: LiveEngine, adapter: bool = False, max_batch_size: int = 512, **settings: int) -> None:
+        spawned = engine.client.model(TINY, **{"kv_cache_len": 16_000, **settings}).with_adapter(adapter)
+        policy = await spawned.spawn_train("policy", max_batch_size)
+        try:
+            copy = await policy.clone_inf()
+            try:
+                if generates:
+                    await copy.generate(StringThread([("user", "hello")]))
+            except DryRunEnded:
+                pass
+            finally:
+                await copy.dealloc()
+        finally:
+            await policy.dealloc()
+
+    async def refusal(engine: LiveEngine) -> MemoryRefused | None:
+        try:
+            await copied(engine)
+        except MemoryRefused as refused:
+            return refused
+        return None
+
+    def tried(limit: int) -> tuple[LiveEngine, MemoryRefused | None]:
+        engine = start_engine(tmp_path, 1, memory=limit, dry_run=True)
+        return engine, engine.run(refusal(engine))
+
+    # One byte too little for all of it: the model and its pool fit, and the copy or its pool does not.
+    least, enough = 1 << 20, 256 << 20
+    while enough - least > 1:
+        engine, refused = tried((least + enough) // 2)
+        least, enough = ((least + enough) // 2, enough) if refused else (least, (least + enough) // 2)
+        stop_engine(engine)
+    engine, refused = tried(least)
+    assert refused is not None and refused.message.startswith("'policy-clone-1") and "does not fit" in refused.message
+    assert "kv_cache_len" in ways_of(refused)
+    for name, value in ways_of(refused).items():
+        engine.run(copied(engine, **{name: value}))
+    if "with_adapter()" in refused.hint:
+        engine.run(copied(engine, adapter=True))
+    stop_engine(engine)
+
+
+def test_a_copy_scores_without_pages_and_gets_them_to_generate(one_rank: LiveEngine) -> None:
+    async def work(adapter: bool) -> None:
+        begin = len(one_rank.events)
+        policy = await one_rank.client.model(TINY, kv_cache_len=512).with_adapter(adapter).spawn_train("policy", 256)
+        sample, prompt = pair("ab", "ba"), StringThread([("user", "ab")])
+        copy = (await policy.clone_inf()).temperature(0).max_gen_len(6)
+        planned = one_rank.seen("spawn.planned", begin)[-1][0]
+        assert (
+            planned["name"] == "policy-clone-1" == one_rank.client.planned[-1]["name"] and planned["kv_cache_len"] == 0
+        )
+        (held, _), *_ = one_rank.seen("spawn", begin, model="policy-clone-1")
+        assert held["kv_bytes"] == 0 and held["parameter_bytes"] > 0
+        assert await copy.logprobs(sample) == await policy.logprobs(sample)
+        models = one_rank.client.memory()["models"]
+        assert models["policy-clone-1"]["kv"] == 0 and (models["policy-clone-1"]["weights"] == 0) == adapter
+        # Eight at once ask for one pool.
+        threads = await asyncio.gather(*(copy.generate(prompt) for _ in range(8)))
+        assert {t.completion() for t in threads} == {
+            (await policy.temperature(0).max_gen_len(6).generate(prompt)).completion()
+        }
+        assert copy.get_builder_args()["kv_cache_len"] == 512
+        assert len(one_rank.seen("pool.planned", begin)) == 1
+        # It outlives the model that it is a copy of, and all of it is given back.
+        await policy.dealloc()
+        assert (await copy.generate(prompt)).completion() == threads[0].completion()
+        await copy.dealloc()
+        assert one_rank.client.memory()["models"] == {}
+
+    for adapter in (False, True):
+        one_rank.run(work(adapter))
+
+
+def test_a_training_class_promises_its_reference_when_it_is_made(tmp_path: Path) -> None:
+    async def work(engine: LiveEngine) -> None:
+        policy = await engine.client.model(TINY, kv_cache_len=16).spawn_train("policy", 256)
+        training = GRPO([pair("a", "b")], policy, GRADER, max_num_grpo_steps=1, kl_beta=0.1)
+        again = DPO([(pair("a", "b"), pair("a", "c"))], policy)
+        assert [planned["name"] for planned in engine.client.planned] == ["policy", "policy-clone-1"]
+        assert set(engine.client.memory()["models"]) == {"policy", "policy-clone-1"}
+        for made in (training, again):
+            with pytest.raises(DryRunEnded):
+                await made.run()
+        await policy.dealloc()
+
+    engine = start_engine(tmp_path, 1, dry_run=True)
+    engine.run(work(engine))
+    stop_engine(engine)
+
+
+def test_nothing_that_could_be_made_smaller_takes_the_room_of_a_copy(tmp_path: Path) -> None:
+    """Neither the pool that nobody sized nor activations that can be recomputed, at any limit that holds both."""
+
+    async def room(engine: LiveEngine, limit: int) -> bool | None:
+        try:
+            policy = await engine.client.model(TINY).spawn_train("policy", 1024)
+        except MemoryRefused:
+            return None
+        told = bool(engine.client.planned[-1]["room_for_copy"])
+        try:
+            await policy.clone_inf()
+            assert told
+        except MemoryRefused:
+            assert not told
+        return told
+
+    found = []
+    for limit in range(20, 120, 4):
+        engine = start_engine(tmp_path, 1, memory=limit << 20, dry_run=True)
+        found.append(engine.run(room(engine, limit)))
+        stop_engine(engine)
+    fits = [answer for answer in found if answer is not None]
+    assert fits == sorted(fits) and fits.count(False) <= 2 and fits[-1]

@@ -16,7 +16,7 @@ from engines import LiveEngine, pair
 from harmony_core.client import InferenceModel, ModelBuilder, TrainingModel
 from harmony_core.errors import DataError, ModelRefused, SampleTooLong, UsageError
 from harmony_core.registry import ModelVersion
-from harmony_core.threads import StringThread, TokenizedThread
+from harmony_core.text.threads import StringThread, TokenizedThread
 
 TINY = "builtin:tiny-lm"
 THREAD = pair("say 9", "bb9")
@@ -105,6 +105,40 @@ def test_a_loaded_model_goes_on_as_if_it_had_never_stopped(one_rank: LiveEngine,
             assert {**metrics, "seconds": 0} == {**after, "seconds": 0}
         assert after["step"] == 3
         for live in (model, other):
+            await live.dealloc()
+
+    one_rank.run(work())
+
+
+def test_text_and_drawn_tokens_are_scored_at_the_same_token(one_rank: LiveEngine) -> None:
+    async def work() -> None:
+        policy = await one_rank.client.model(TINY, kv_cache_len=512).spawn_inference("policy")
+        critic = await trained(one_rank, "critic", adapter=True)
+        reasons = set()
+        for length in (1, 40):
+            drawn = await policy.max_gen_len(length).generate_tokens(StringThread([("user", "hi")]))
+            finished = drawn.generation is not None and drawn.generation.finish_reason
+            reasons.add(finished)
+            text = await policy.detokenize_thread(drawn)
+            assert text.generation is not None and text.generation.finish_reason == finished
+            score = await critic.score_last_token(text)
+            assert await critic.score_last_token(drawn) == score
+            assert (
+                await critic.score_last_token(drawn.user("q")) == await critic.score_last_token(text.user("q")) != score
+            )
+            assert len(await critic.score(drawn)) == drawn.len_last_turn()
+        other = await policy.generate_tokens(StringThread([("user", "other")]))
+        kinds: list[list[StringThread | TokenizedThread]] = [
+            [drawn, other],
+            [text, await policy.detokenize_thread(other)],
+        ]
+        losses = []
+        for pos, neg in kinds:
+            await critic.train_ranking(pos, neg)
+            await critic.train_mse(pos, 0.5)
+            losses.append((await critic.optim_step(1e-9, 0.0, 1.0, normalise="sum"))["loss"])
+        assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+        for live in (policy, critic):
             await live.dealloc()
 
     one_rank.run(work())
@@ -250,6 +284,8 @@ def test_the_step_does_not_depend_on_ranks_or_order(one_rank: LiveEngine, two_ra
     expected = one_rank.run(curve(one_rank))
     others = [one_rank.run(curve(one_rank, order=-1, batch=96))]
     others += [two_ranks.run(curve(two_ranks, tp=tp, batch=128)) for tp in (1, 2)]
+    # Each thread fits, and hardly a pair.
+    others.append(two_ranks.run(curve(two_ranks, tp=2, batch=40)))
     for other in others:
         for step, (ours, theirs) in enumerate(zip(expected, other, strict=True)):
             # The first step is one of equal weights; later ones differ by what Adam makes of rounding.
@@ -284,8 +320,8 @@ def test_what_the_head_cannot_do_is_refused_by_name(one_rank: LiveEngine) -> Non
             await critic.train_mse_per_token(tokenized, [1.0])
         with pytest.raises(DataError, match="target is nan"):
             await critic.train_mse(THREAD, float("nan"))
-        with pytest.raises(SampleTooLong, match="together"):
-            await critic.train_ranking(pair("say", "x" * 12), pair("say", "y" * 12))
+        with pytest.raises(SampleTooLong, match="longest of 2 sequences"):
+            await critic.train_ranking(pair("say", "x" * 12), pair("say", "y" * 40))
         assert not policy.is_scalar() and critic.is_scalar()
         stored = await critic.save("only-scores")
         with pytest.raises(ModelRefused, match="scalar head, the model a vocabulary head"):

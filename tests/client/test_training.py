@@ -14,8 +14,17 @@ from engines import LiveEngine, pair, pairs
 from harmony_core.client import TrainingModel
 from harmony_core.client.batching import Sample
 from harmony_core.client.live import MAX_UNANSWERED, LiveModel
-from harmony_core.errors import DataError, EngineError, NothingToTrain, SampleTooLong, StepFailed, UsageError
-from harmony_core.threads import StringThread
+from harmony_core.errors import (
+    DataError,
+    EngineError,
+    NothingToTrain,
+    SampleTooLong,
+    StepFailed,
+    TokenizationError,
+    UsageError,
+)
+from harmony_core.text.threads import StringThread
+from leftovers import turns
 
 TINY = "builtin:tiny-lm"
 
@@ -54,7 +63,7 @@ def test_a_sample_waits_only_for_what_was_sent_before_it() -> None:
         await asyncio.sleep(0)
         sent.extend(SimpleNamespace(future=future) for future in futures[MAX_UNANSWERED + 3 :])
         for place in range(3):
-            await asyncio.sleep(0.01)
+            await turns(5)
             assert not waiting.done(), place
             futures[place].set_result(None)
         await asyncio.wait_for(waiting, 10)
@@ -333,7 +342,7 @@ def test_a_failure_after_acceptance_surfaces_at_the_step(
         before = await model.logprobs(thread)
         await model.train_language_modelling(thread)
         # What the handles would have refused: a token that the ranks cannot look up.
-        model._live.accept([Sample([5, 10_000], [6, 7], [1.0, 1.0])], "weighted tokens", 2.0)
+        model._live.accept([[Sample([5, 10_000], [6, 7], [1.0, 1.0])]], "weighted tokens", 2.0)
         with pytest.raises(StepFailed):
             await model.optim_step(1e-3, 0.0, 1.0)
         assert await model.logprobs(thread) == before
@@ -403,3 +412,79 @@ def test_models_of_different_width_work_side_by_side(two_ranks: LiveEngine) -> N
             await model.dealloc()
 
     two_ranks.run(work())
+
+
+FORGETFUL = (
+    "{%- for m in messages -%}{%- set past = m.role == 'assistant' and not loop.last -%}"
+    "{{- '<|im_start|>' ~ ('past' if past else m.role) ~ '\n' ~ m.content ~ '<|im_end|>\n' -}}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"
+)
+"""Writes an answer under another header once others follow, so that several cannot be shown in one sequence."""
+
+
+@pytest.fixture(scope="module")
+def forgetful(one_rank: LiveEngine, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The key of the tiny model with that template."""
+    template = tmp_path_factory.mktemp("template") / "forgetful.jinja"
+    template.write_text(FORGETFUL)
+    one_rank.registry.add("forgetful", str(one_rank.registry.resolve(TINY).path), chat_template=template)
+    return "forgetful"
+
+
+def talk(turns: int) -> StringThread:
+    """A conversation of so many questions and answers, every answer weighted."""
+    pairs = [(("user", f"say {i}"), ("assistant", "ab"[i % 2] * 3 + str(i))) for i in range(turns)]
+    return StringThread([turn for pair in pairs for turn in pair]).with_weight_all_assistant_turns()
+
+
+def test_a_thread_that_a_template_rewrites_is_one_sample_in_parts(one_rank: LiveEngine, forgetful: str) -> None:
+    async def work() -> None:
+        model = await one_rank.client.model(forgetful, kv_cache_len=2048).spawn_train("parts", 256)
+        thread = talk(3)
+        alone = [StringThread.from_turns(thread.turns[:end]).with_weight_last_assistant_turn() for end in (2, 4, 6)]
+        parts = await model.tokenize_parts(thread)
+        assert {tuple(part.token_ids) for part in parts} == {
+            tuple((await model.tokenize_thread(each)).token_ids) for each in alone
+        }
+        expected = [await model.logprobs(each) for each in alone]
+        assert await model.logprobs(thread) == pytest.approx(sum(expected), abs=1e-5)
+        whole = await train(model, [thread], lr=0.0)
+        apart = await train(model, alone, lr=0.0)
+        assert whole["num_samples"] == 1 and apart["num_samples"] == 3
+        assert whole["num_tokens"] == apart["num_tokens"]
+        for name in ("loss", "grad_norm"):
+            assert whole[name] == pytest.approx(apart[name], rel=1e-5)
+        for refused in (model.tokenize_thread(thread), model.train_dpo(thread, alone[0], 0.0, 0.0, 0.1)):
+            with pytest.raises(TokenizationError, match=r"turn 1 \(assistant\) cannot be trained") as refusal:
+                await refused
+            assert "train_language_modelling and logprobs split" in refusal.value.hint
+        await model.dealloc()
+
+    one_rank.run(work())
+
+
+def test_parts_are_taken_all_or_none_and_grow_no_more_than_asked(one_rank: LiveEngine, forgetful: str) -> None:
+    async def work() -> None:
+        thread = talk(8)
+        builder = one_rank.client.model(forgetful, kv_cache_len=2048)
+        model = await builder.spawn_train("grown", 512)
+        lengths = [len(part.token_ids) for part in await model.tokenize_parts(thread)]
+        factor = sum(lengths) / max(lengths)
+        assert len(lengths) == 8 and factor > 4
+        with pytest.raises(TokenizationError, match=f"in 8 parts .* takes {factor:.3g} times its tokens") as refusal:
+            await model.train_language_modelling(thread)
+        assert refusal.value.hint.startswith("max_growth=5,")
+        with pytest.raises(NothingToTrain):
+            await model.optim_step(0.0, 0.0, 1.0)
+        await model.train_language_modelling(thread, max_growth=5)
+        assert (await model.optim_step(0.0, 0.0, 1.0))["num_samples"] == 1
+        await model.dealloc()
+        small = await builder.spawn_train("small", max(lengths) - 1)
+        with pytest.raises(SampleTooLong) as long:
+            await small.train_language_modelling(thread, max_growth=5)
+        assert long.value.details["tokens"] == max(lengths)
+        with pytest.raises(NothingToTrain):
+            await small.optim_step(0.0, 0.0, 1.0)
+        await small.dealloc()
+
+    one_rank.run(work())

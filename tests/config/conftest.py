@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, Field
 
-from harmony_core.config import Assignment, FileLayer, Resolved, Schema, Source, load_yaml, resolve, validate
+from harmony_core.config import Assignment, Resolved, Schema, Source, load_yaml, resolve, validate
 from harmony_core.errors import ConfigError
-from harmony_core.recipe import InputConfig
+from harmony_core.recipe.module import InputConfig
 
 
 class Schedule(StrEnum):
@@ -74,7 +74,7 @@ class Configuring:
 def _layer(layer: Any, number: int) -> Any:
     if isinstance(layer, str) and layer.startswith("--"):
         return Assignment.parse(layer[2:], Source("flag", layer.partition("=")[0]))
-    return FileLayer(load_yaml(layer, f"{number}.yaml")) if isinstance(layer, str) else layer
+    return load_yaml(layer, f"{number}.yaml") if isinstance(layer, str) else layer
 
 
 @pytest.fixture

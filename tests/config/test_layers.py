@@ -106,8 +106,8 @@ def test_an_assignment_needs_a_key_and_a_value() -> None:
 
 
 def test_a_document_is_not_changed_by_the_layers_above_it(configure: Any) -> None:
-    from harmony_core.config import FileLayer, load_yaml
+    from harmony_core.config import load_yaml
 
     document = load_yaml("model: m\nlora: {r: 2}\nitems: [{path: a}]", "f.yaml")
-    configure.resolve(FileLayer(document), "--lora.r=9", "--items.0.path=z", "--items.1.path=z")
+    configure.resolve(document, "--lora.r=9", "--items.0.path=z", "--items.1.path=z")
     assert document.data == {"model": "m", "lora": {"r": 2}, "items": [{"path": "a"}]}

@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel, Field
 
-from harmony_core.config import Assignment, FileLayer, Layer, Resolved, Schema, Source, load_yaml, resolve, validate
-from harmony_core.config.names import settle_names
+from harmony_core.config import Assignment, Layer, Resolved, Schema, Source, load_yaml, resolve, settle_names, validate
+from harmony_core.config.parameters import Dataset, Model, model_kinds
 from harmony_core.errors import ModelRefused, NotFoundError
 from harmony_core.home import Home
-from harmony_core.parameters import Dataset, Model, model_kinds
-from harmony_core.recipe import InputConfig
+from harmony_core.recipe.module import InputConfig
 from harmony_core.registry import Registry
 
 
@@ -46,7 +45,7 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def _settled(folders: Path, registry: Registry, yaml: str, *flags: str) -> tuple[Config, dict[str, dict[str, str]]]:
     schema = Schema(Config.model_json_schema())
-    layers: list[Layer] = [FileLayer(load_yaml(yaml, "../yaml/c.yaml"))]
+    layers: list[Layer] = [load_yaml(yaml, "../yaml/c.yaml")]
     layers += [Assignment.parse(flag, Source("flag", f"--{flag.partition('=')[0]}")) for flag in flags]
     resolved: Resolved = resolve(schema, layers)
     return settle_names(validate(Config, resolved, schema), resolved, registry, folders / "recipe")

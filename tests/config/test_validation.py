@@ -68,9 +68,10 @@ def test_all_at_once_in_reading_order(configure: Any) -> None:
     text = "modl: m\nlr: -1\nlora:\n  rr: 3\n  r: abc\nmixed: {a: 1}\nseeds: 5\nweights: {a: x}\nsteps: null\nlr: 3\n"
     assert configure.issues(text, "--stepz=5", "--lora.alpha=x", "--weights.b=") == [
         "0.yaml:1:1: modl: unknown key (did you mean model?)",
-        "0.yaml:2:5: lr: Input should be greater than 0, got -1",
+        "0.yaml:2:5: lr: Input should be greater than 0, got -1 (allowed: > 0)",
         "0.yaml:4:3: lora.rr: unknown key (did you mean r?)",
-        "0.yaml:5:6: lora.r: Input should be a valid integer, unable to parse string as an integer, got 'abc'",
+        "0.yaml:5:6: lora.r: Input should be a valid integer, unable to parse string as an integer, got 'abc'"
+        " (allowed: >= 1)",
         "0.yaml:6:8: mixed: Input should be int|list[str]",
         "0.yaml:7:8: seeds: Input should be a valid list, got 5",
         "0.yaml:8:14: weights.a: Input should be a valid number, unable to parse string as a number, got 'x'",
@@ -109,7 +110,7 @@ def test_tags_of_unions(configure: Any) -> None:
 
 def test_errors_of_a_flag_are_not_blamed_on_the_file(configure: Any) -> None:
     (issue,) = configure.issues("model: m\nlora: {r: 1}", "--lora.r=0")
-    assert issue == "--lora.r: Input should be greater than or equal to 1, got 0"
+    assert issue == "--lora.r: Input should be greater than or equal to 1, got 0 (allowed: >= 1)"
 
 
 def test_garbled_text_is_an_error_or_a_configuration(configure: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pytest
@@ -117,11 +116,9 @@ def test_several_problems_are_reported_together() -> None:
     ],
     ids=["brackets", "closed", "maps", "dashes", "lines", "questions", "anchors", "tags", "named", "bomb", "aliases"],
 )
+@pytest.mark.timeout(60, method="signal")  # quadratic work would take minutes
 def test_hostile_text_is_refused_quickly(text: str) -> None:
-    start = time.process_time()
     document = load_yaml(text, "f.yaml")
-    # Of the processor: other programs do not count. Quadratic work would take minutes.
-    assert time.process_time() - start < 10
     if "&a0 x" not in text:
         assert len(document.issues) >= 1
     assert all(len(str(issue)) < 400 for issue in document.issues)

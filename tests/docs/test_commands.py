@@ -39,8 +39,8 @@ def as_typed(command: str) -> tuple[list[str], dict[str, str]]:
         name, _, variables[name] = words.pop(0).partition("=")
     program, *rest = words
     if program == "make":
-        done = [flag for file in ("bin/adaptive", ".dev") for flag in ("-o", f"{sys.prefix}/{file}")]
-        return ["make", "-C", str(ROOT), "--no-print-directory", *done, f"VENV={sys.prefix}", "INSTALL=true", *rest], (
+        done = [flag for file in ("bin/adaptive", ".dev", ".slow") for flag in ("-o", f"{sys.prefix}/{file}")]
+        return ["make", "-C", str(ROOT), "--no-print-directory", *done, f"VENV={sys.prefix}", "PIP=true", *rest], (
             variables
         )
     if program == "python":

@@ -7,14 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from harmony_core import ledger, memory
-from harmony_core.checkpoints import PATIENCE_SECONDS
 from harmony_core.client import builder, capacity, spawning
 from harmony_core.config import yaml_source
 from harmony_core.errors import all_errors
-from harmony_core.interruption import GRACE_SECONDS
-from harmony_core.model_families import FAMILIES
-from harmony_core.recipe import RUNNER_FLAGS, built_in_recipes
+from harmony_core.memory import fit as memory_fit
+from harmony_core.memory import ledger
+from harmony_core.model.families import FAMILIES
+from harmony_core.options import RUNNER_FLAGS
+from harmony_core.recipe.module import built_in_recipes
+from harmony_core.runs.checkpoints import PATIENCE_SECONDS
+from harmony_core.runs.interruption import GRACE_SECONDS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
@@ -51,7 +53,7 @@ def test_the_readme_lists_every_flag_of_the_runner() -> None:
 def test_the_readme_lists_every_exit_code() -> None:
     rows = [line for line in README.splitlines() if re.match(r"\| \d+ \|", line)]
     listed = {int(cell) for row in rows for cell in row.split("|") if cell.strip().isdigit()}
-    assert listed == {0, 130, 143} | {error.exit_code for error in all_errors().values()}
+    assert listed == {0, 8, 129, 130, 143} | {error.exit_code for error in all_errors().values()}
 
 
 def test_the_models_that_are_taken_are_listed() -> None:
@@ -87,15 +89,32 @@ def test_files_that_pages_name_are_there() -> None:
             assert (ROOT / name).is_file() or (ROOT / "harmony_core" / name).is_file(), f"{page.name}: {name}"
 
 
+NO_PROMISE = ("A way around one of these", "A text is a secret", "|", "Not masked:")
+"""What a paragraph begins with that introduces others, is a table, or says what is not done."""
+
+
+def test_each_promise_of_the_security_page_names_a_test_that_exists() -> None:
+    page = (ROOT / "docs" / "security.md").read_text("utf-8")
+    sources = [file.read_text("utf-8") for file in (ROOT / "tests").rglob("test_*.py")]
+    defined = {name for source in sources for name in re.findall(r"^(?:async )?def (test_\w+)", source, re.MULTILINE)}
+    named = r"`(tests/[\w/.]+|test_\w+)`"
+    assert [name for name in re.findall(named, page) if name not in defined and not (ROOT / name).exists()] == []
+    for title in ("What we guarantee", "Network", "Secrets", "Files"):
+        section = page.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+        statements = [text.strip() for text in re.split(r"\n\n|\n(?=- )", section)]
+        silent = [text for text in statements if not text.startswith(NO_PROMISE) and not re.search(named, text)]
+        assert silent == []
+
+
 @pytest.mark.parametrize(
     ("page", "statement"),
     [
-        ("memory", f"up to {memory.DEFAULT_KV_TOKENS:,} tokens"),
-        ("memory", f"the largest multiple of {memory.BATCH_STEP} that fits"),
+        ("memory", f"up to {memory_fit.DEFAULT_KV_TOKENS:,} tokens"),
+        ("memory", f"the largest multiple of {memory_fit.BATCH_STEP} that fits"),
         ("memory", f"not made smaller than {spawning.LEAST_KV_TOKENS:,} tokens"),
         ("memory", f"{ledger.RANK_BASELINE_BYTES >> 20} MiB are set aside"),
         ("memory", f"less {capacity.CUDA_BASELINE_BYTES >> 30} GiB for a process"),
-        ("compatibility", f"at most {memory.DEFAULT_KV_TOKENS:,}"),
+        ("compatibility", f"at most {memory_fit.DEFAULT_KV_TOKENS:,}"),
         ("configuration", f"more than {yaml_source.MAX_DEPTH} levels, {yaml_source.MAX_ALIASES} aliases"),
         ("configuration", f"{yaml_source.MAX_VALUES:,} values"),
         ("command_line", f"then has {GRACE_SECONDS:.0f} s to finish"),

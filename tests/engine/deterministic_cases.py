@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from engine.inference.generation_cases import add_adapter
-from harmony_core.engine.inference.generator import Generator
+from generator import Generator
 from harmony_core.engine.models.context import ForwardContext, PackedAttention, forward_context
 from harmony_core.engine.models.heads import linear_logprob_loss
 from harmony_core.engine.models.loading import load_model

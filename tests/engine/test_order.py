@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from harmony_core.engine.inference.scheduler import Scheduler
-from harmony_core.engine.instructions import GenerateWork, GlobalWork, ScoreWork, TrainWork
-from harmony_core.engine.order import ModelQueue, Order, ReplicaQueue
+from harmony_core.engine.order import GenerateWork, GlobalWork, ModelQueue, Order, ReplicaQueue, ScoreWork, TrainWork
 from harmony_core.rpc.protocol import Message, MicroBatch, OptimStep, Reblock, Sampling, Score, pack_doubles, pack_ints
 
 

@@ -15,7 +15,7 @@ from engines import LiveEngine, pair, pairs
 from harmony_core.engine.models.context import ForwardContext, PackedAttention, forward_context
 from harmony_core.engine.models.loading import load_model
 from harmony_core.engine.models.parallel import TensorParallel
-from harmony_core.threads import StringThread
+from harmony_core.text.threads import StringThread
 from tiny_models import FAMILIES, build, random_tokens, reference
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

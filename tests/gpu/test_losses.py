@@ -11,12 +11,12 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
-from engine.training.losses.test_table import BATCHES
+from engine.training.test_loss_evaluation import BATCHES
 from harmony_core.engine.models.heads import linear_logprob_loss, token_logprobs, token_logprobs_and_entropies
 from harmony_core.engine.models.loading import load_model
 from harmony_core.engine.models.parallel import TensorParallel
-from harmony_core.engine.training.losses.table import evaluate_all
-from harmony_core.engine.training.losses.terms import Scored
+from harmony_core.engine.training.loss_evaluation import evaluate
+from harmony_core.engine.training.losses import Scored
 from tiny_models import build
 
 pytestmark = pytest.mark.gpu
@@ -38,8 +38,8 @@ def there(scored: Scored) -> Scored:
 @pytest.mark.parametrize("name", BATCHES)
 def test_losses_are_those_of_the_cpu(name: str) -> None:
     loss, scored = BATCHES[name]
-    total, directions, sums = evaluate_all(loss, scored)
-    found, others, metrics = evaluate_all(loss, there(scored))
+    total, directions, sums = evaluate(loss, scored)
+    found, others, metrics = evaluate(loss, there(scored))
     assert found == pytest.approx(total, rel=1e-12)
     for mine, other in zip(others, directions, strict=True):
         torch.testing.assert_close(mine.cpu(), other, rtol=1e-12, atol=1e-14)

@@ -12,9 +12,9 @@ from harmony_core.engine.models.adapters import add_lora
 from harmony_core.engine.models.context import ForwardContext, PackedAttention, forward_context
 from harmony_core.engine.models.heads import linear_logprob_loss, token_logprobs
 from harmony_core.engine.models.loading import load_model
+from harmony_core.engine.models.matmul import add_matmul, wide_matmul
 from harmony_core.engine.models.model import CausalLM
 from harmony_core.engine.models.parallel import TensorParallel
-from harmony_core.engine.models.products import add_product, wide_product
 from harmony_core.engine.training.gradients import FlatGradients
 from harmony_core.engine.training.optimizer import AdamW
 from harmony_core.engine.training.trainer import Trainer
@@ -42,7 +42,7 @@ def gradients(model: CausalLM, adapter: str | None, recomputed: int, seed: int =
     ids = torch.tensor([t for s in random_tokens(list(LENGTHS)) for t in s], device=DEVICE)
     positions = torch.cat([torch.arange(length, device=DEVICE) for length in LENGTHS])
     weights = torch.randn(len(ids), model.hidden_size, generator=torch.Generator().manual_seed(1)).to(DEVICE)
-    with forward_context(ForwardContext(PackedAttention(LENGTHS), adapter, seed)):
+    with forward_context(ForwardContext(PackedAttention(LENGTHS), adapter, seed, dropout=True)):
         hidden = model.hidden_states(ids, positions)
         (hidden.float() * weights).sum().backward()
     found = {name: p.grad for name, p in parameters.items() if p.grad is not None}
@@ -158,11 +158,11 @@ def test_products_with_float32_sums(shape: tuple[int, int, int]) -> None:
     a, b = (torch.randn(size, device=DEVICE).bfloat16() for size in ((m, k), (k, n)))
     exact = a.double() @ b.double()
     out = torch.full((m, n), torch.nan, device=DEVICE)
-    assert wide_product(a, b, out=out) is out
+    assert wide_matmul(a, b, out=out) is out
     assert relative(out, exact) < 1e-5
     total = torch.randn(m, n, device=DEVICE)
     expected = total.double() + exact
-    add_product(total, a, b)
+    add_matmul(total, a, b)
     assert relative(total, expected) < 1e-5
 
 

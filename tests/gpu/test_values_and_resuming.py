@@ -12,7 +12,7 @@ import torch
 
 from engines import LiveEngine, pair, pairs
 from harmony_core.client import TrainingModel
-from harmony_core.threads import StringThread
+from harmony_core.text.threads import StringThread
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

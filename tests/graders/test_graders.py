@@ -8,7 +8,7 @@ import pytest
 
 from harmony_core.errors import DataError, GradeFailed, RankDied
 from harmony_core.graders import BaseGrader, Grade, IgnoreGradeException, score_or_refuse
-from harmony_core.threads import StringThread
+from harmony_core.text.threads import StringThread
 
 
 def thread(answer: str) -> StringThread:

@@ -1,6 +1,7 @@
 """A driver in a process of its own: starts ranks, writes their pids to a file as JSON, waits for a failure, tells it.
 
-Arguments: file for the pids, log directory, run id, number of ranks, "fake" or "echo".
+Arguments: file for the pids, log directory, run id, number of ranks, "fake" or "echo". At SIGUSR1 it makes the file of
+the pids with ".alive" behind its name, to show that it runs.
 """
 
 from __future__ import annotations
@@ -8,18 +9,20 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
-from harmony_core.launch.launcher import Launch, LaunchOptions
+from harmony_core.launch.launcher import Launch
 from harmony_core.launch.supervisor import Supervisor
+from harmony_core.options import EngineOptions
 
 TESTS = Path(__file__).parents[1]
 
 
 async def main() -> None:
     report, logs, run_id, count, kind = sys.argv[1:]
-    options = LaunchOptions(
+    options = EngineOptions(
         log_dir=Path(logs),
         run_id=run_id,
         command=[sys.executable, "-P", str(TESTS / f"{kind}_rank.py")],
@@ -29,6 +32,7 @@ async def main() -> None:
     ranks = await supervisor.ready()
     pids = {"driver": os.getpid(), "launcher": supervisor._processes.launcher_pid}
     pids |= {f"rank{rank.rank}": rank.pid for rank in ranks}
+    asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, Path(report + ".alive").touch)
     Path(report + ".tmp").write_text(json.dumps(pids))
     os.replace(report + ".tmp", report)
     failure = await supervisor.failure

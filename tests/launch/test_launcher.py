@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
 from harmony_core.errors import ConfigError, NotFoundError, ResourceError
-from harmony_core.launch import devices, launcher
-from harmony_core.launch.accelerate_config import AccelerateSettings, read_accelerate_config
-from harmony_core.launch.launcher import Launch, LaunchOptions, launch_command, launch_environment, resolve
+from harmony_core.launch import launcher
+from harmony_core.launch.accelerate_config import VARIABLES, AccelerateSettings, read_accelerate_config
+from harmony_core.launch.launcher import Launch, launch_command, launch_environment, resolve
+from harmony_core.options import VARIABLE, EngineOptions, RunOptions
 
 SAVED_BY_ACCELERATE = """\
 compute_environment: LOCAL_MACHINE
@@ -41,12 +46,12 @@ def write(tmp_path: Path, text: str) -> Path:
 
 
 def gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    monkeypatch.setattr(devices, "installed_devices", lambda: count)
+    monkeypatch.setattr(launcher, "installed_devices", lambda: count)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 
-def options(tmp_path: Path, **more: object) -> LaunchOptions:
-    return LaunchOptions(log_dir=tmp_path / "logs", run_id="run", **more)  # type: ignore[arg-type]
+def options(tmp_path: Path, **more: object) -> EngineOptions:
+    return EngineOptions(log_dir=tmp_path / "logs", run_id="run", **more)  # type: ignore[arg-type]
 
 
 def test_the_file_that_accelerate_itself_saves_is_taken(tmp_path: Path):
@@ -166,13 +171,21 @@ def test_the_environment_of_the_ranks(tmp_path: Path, monkeypatch: pytest.Monkey
         "CUDA_VISIBLE_DEVICES": "0",
         "WANDB": "1",
     }
-    env = launch_environment(options(tmp_path, env={"MINE": "1"}), Launch("cpu", 2, AccelerateSettings()), caller)
+    env = launch_environment(options(tmp_path, rehearse=True), Launch("cpu", 2, AccelerateSettings()), caller)
     assert env["OMP_NUM_THREADS"] == "3" and env["CUDA_VISIBLE_DEVICES"] == ""
     assert env["MALLOC_ARENA_MAX"] == "1" and int(env["MALLOC_MMAP_THRESHOLD_"]) > 0
-    assert env["PYTHONFAULTHANDLER"] == env["PYTHONUNBUFFERED"] == env["HF_HUB_OFFLINE"] == env["MINE"] == "1"
+    assert env["PYTHONFAULTHANDLER"] == env["PYTHONUNBUFFERED"] == env["HF_HUB_OFFLINE"] == "1"
     assert env["NCCL_NVLS_ENABLE"] == "0" and env["TOKENIZERS_PARALLELISM"] == "false"
     assert env["PATH"] == "/bin" and env["WANDB"] == "1"
-    assert env["ADAPTIVE_RUN_ID"] == "run" and env["ADAPTIVE_RANK_WORLD_SIZE"] == "2"
+    assert env["ADAPTIVE_RUN_ID"] == "run"
+    found = RunOptions.of_rank(env)
+    assert (found.device, found.num_processes, found.rehearse) == ("cpu", 2, True)
+    # Later than the driver, who can say for whom the others wait; with no hang timeout as good as never.
+    seconds = "from harmony_core.engine.topology import COLLECTIVE_TIMEOUT as t; print(t.total_seconds())"
+    for hang_timeout, least in ((600.0, 1800), (0.0, 1e7)):
+        told = {VARIABLE: options(tmp_path, hang_timeout=hang_timeout).for_ranks("cpu", 2)}
+        shown = subprocess.run([sys.executable, "-c", seconds], env=os.environ | told, capture_output=True, check=True)
+        assert float(shown.stdout) >= least
     if os.path.exists("/sys/class/net/lo"):
         assert env["GLOO_SOCKET_IFNAME"] == "lo"
     gone = {"RANK", "MASTER_PORT", "PET_NPROC_PER_NODE", "FSDP_VERSION", "ACCELERATE_USE_FSDP", "TORCHELASTIC_RUN_ID"}
@@ -194,3 +207,82 @@ def test_what_the_user_set_stays(tmp_path: Path):
     settings = AccelerateSettings(environment={"MALLOC_ARENA_MAX": "2"})
     env = launch_environment(options(tmp_path), Launch("cpu", 2, settings), caller)
     assert (env["OMP_NUM_THREADS"], env["GLOO_SOCKET_IFNAME"], env["MALLOC_ARENA_MAX"]) == ("5", "eth7", "2")
+
+
+NAMES_OF_PLACES = re.compile(
+    r"PLUGIN|_FILE|FILE_|_DIR|DIR_|PATH|PRELOAD|HOME|LIB|_SO$|CONF|LOGS|_TRACE$|DUMP|PIPE|CACHE|CXX|_CC$|CMD|HOOK|MODULE|"
+    r"TOPO|GRAPH|TUNER|PROFIL|STARTUP|INSPECT|BACKEND|COMM_ID|ADDR|HOST|PROXY|TOKEN|KEY"
+)
+KNOWN = set(
+    re.findall(
+        r"\w+",
+        """
+        LD_PRELOAD LD_LIBRARY_PATH LD_AUDIT DYLD_INSERT_LIBRARIES PATH HOME PYTHONPATH PYTHONHOME PYTHONSTARTUP
+        PYTHONUSERBASE PYTHONBREAKPOINT PYTHONPLATLIBDIR PYTHONPYCACHEPREFIX PYTHONWARNINGS PYTHONINSPECT
+        BASH_ENV ENV IFS TMPDIR GCONV_PATH NCCL_NET_PLUGIN NCCL_TUNER_PLUGIN NCCL_PROFILER_PLUGIN
+        NCCL_ENV_PLUGIN NCCL_NET NCCL_CONF_FILE NCCL_TOPO_FILE NCCL_TOPO_DUMP_FILE NCCL_GRAPH_FILE
+        NCCL_GRAPH_DUMP_FILE NCCL_DEBUG_FILE NCCL_TUNER_CONFIG_FILE NCCL_COMM_ID NCCL_RAS_ADDR NCCL_HOSTID
+        NCCL_COLLNET_ENABLE TORCH_NCCL_DEBUG_INFO_TEMP_FILE TORCH_NCCL_DEBUG_INFO_PIPE_FILE TORCH_HOME
+        TORCH_LOGS TORCH_LOGS_OUT TORCH_TRACE TORCH_EXTENSIONS_DIR TORCH_DEVICE_BACKEND_AUTOLOAD
+        TORCH_COMPILE_DEBUG TORCHINDUCTOR_CACHE_DIR TORCHINDUCTOR_CUTLASS_DIR TRITON_CACHE_DIR TRITON_DUMP_DIR
+        TRITON_PTXAS_PATH TRITON_LIBCUDA_PATH TRITON_PLUGIN_DIRS TRITON_OVERRIDE_DIR CC CXX CUDA_HOME CUDA_PATH
+        CUDA_CACHE_PATH CUDA_INJECTION64_PATH NVTX_INJECTION64_PATH HF_HOME HF_HUB_CACHE HF_TOKEN HF_ENDPOINT
+        HF_MODULES_CACHE TRANSFORMERS_CACHE ACCELERATE_CONFIG UCX_MODULE_DIR FI_PROVIDER_PATH
+        OMPI_MCA_mca_component_path KINETO_CONFIG KINETO_USE_DAEMON OMP_TOOL_LIBRARIES KMP_AFFINITY
+        OMP_DISPLAY_ENV OPENSSL_CONF SSL_CERT_FILE HTTPS_PROXY MASTER_ADDR WORLD_SIZE MALLOC_CONF SITECUSTOMIZE
+        """,
+    )
+)
+
+
+def known_to_the_libraries() -> set[str]:
+    """Names of variables that stand in the sources of torch and accelerate."""
+    found = set()
+    for package in ("torch", "accelerate"):
+        spec = importlib.util.find_spec(package)
+        assert spec and spec.submodule_search_locations
+        for file in Path(spec.submodule_search_locations[0]).rglob("*.py"):
+            if "environ" in (text := file.read_text("utf-8", errors="replace")) or "getenv" in text:
+                found |= set(re.findall(r"[\"']([A-Z][A-Z0-9]+_[A-Z0-9_]{2,})[\"']", text))
+    return found
+
+
+def test_no_variable_that_names_a_plugin_a_file_or_a_folder_is_taken(tmp_path: Path):
+    libraries = known_to_the_libraries()
+    assert len(libraries) > 200
+    for name in {*KNOWN, *(name for name in libraries if NAMES_OF_PLACES.search(name))}:
+        assert name not in VARIABLES
+    assert not [name for name in VARIABLES if NAMES_OF_PLACES.search(name)]
+    text = "environment:\n" + "".join(f"  {name}: 1\n" for name in sorted(KNOWN))
+    with pytest.raises(ConfigError) as error:
+        read_accelerate_config(write(tmp_path, text))
+    assert len(error.value.issues) == len(KNOWN)
+    assert all(
+        f"'{name}' may not be set" in issue for name, issue in zip(sorted(KNOWN), error.value.issues, strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "good", "bad"),
+    [
+        ("OMP_NUM_THREADS", ["4", "'8'"], ["/lib/x.so", "4;ls", "''", "[1]", "a"]),
+        ("NCCL_SOCKET_IFNAME", ["eth0", "'^lo,docker0'", "'=eth1'"], ["../x", "'a b'", "/dev/x"]),
+        ("NCCL_IB_HCA", ["'mlx5_0:1,mlx5_1'"], ["/x"]),
+        ("NCCL_DEBUG", ["INFO"], ["/tmp/x", "'INFO /x'", "{a: 1}"]),
+    ],
+)
+def test_a_variable_has_the_values_of_its_kind(tmp_path: Path, name: str, good: list[str], bad: list[str]):
+    for value in good:
+        settings = read_accelerate_config(write(tmp_path, f"environment: {{{name}: {value}}}"))
+        assert settings.environment == {name: value.strip("'")}
+    for value in bad:
+        with pytest.raises(ConfigError, match=f"{name}' must be"):
+            read_accelerate_config(write(tmp_path, f"environment: {{{name}: {value}}}"))
+
+
+def test_devices_may_be_named_by_their_variable(tmp_path: Path):
+    text = "environment: {CUDA_VISIBLE_DEVICES: '1,GPU-3af'}\n"
+    assert read_accelerate_config(write(tmp_path, text)) == AccelerateSettings(gpu_ids="1,GPU-3af")
+    assert read_accelerate_config(write(tmp_path, text + "gpu_ids: all")) == AccelerateSettings()
+    with pytest.raises(ConfigError, match="gpu_ids"):
+        read_accelerate_config(write(tmp_path, "gpu_ids: ../x"))

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from harmony_core.context import RecipeContext
 from harmony_core.errors import ResourceError, UsageError
 from harmony_core.home import Home
 from harmony_core.loggers import (
@@ -16,12 +15,12 @@ from harmony_core.loggers import (
     Logger,
     Metrics,
     StdoutLogger,
-    TBMetricsLogger,
     get_prod_logger,
 )
-from harmony_core.logging_table import Table
+from harmony_core.loggers.table import Table
 from harmony_core.notifiers import StdoutJobNotifier
-from harmony_core.run import Run
+from harmony_core.recipe.context import RecipeContext
+from harmony_core.runs.run import Run
 
 
 class Memory(Logger):
@@ -131,7 +130,7 @@ def test_a_service_that_is_down_takes_a_tenth_of_the_run(monkeypatch: pytest.Mon
             raise ConnectionError
 
     now, service = 1000.0, Down()
-    monkeypatch.setattr("harmony_core.loggers.composite.monotonic", lambda: now)
+    monkeypatch.setattr("harmony_core.loggers.choose.monotonic", lambda: now)
     logger = CompositeLogger(Memory(), service)
     for _ in range(220):
         logger({"a": 1})
@@ -231,15 +230,24 @@ def test_what_a_context_logs_with_is_closed_when_its_run_ends(
 def test_the_service_that_is_set_up_comes_second(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    class Fake(Memory):
+        def __init__(self, *given: str) -> None:
+            super().__init__()
+            self.given = given
+
+        training_monitoring_link = property(lambda self: self.given[2])  # type: ignore[assignment]
+
+    monkeypatch.setattr("harmony_core.loggers.choose.TBMetricsLogger", Fake)
+    monkeypatch.setattr("harmony_core.loggers.choose.is_installed", lambda package: True)
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path))
     monkeypatch.setenv("TENSORBOARD_MONITORING_LINK", "http://localhost:6006")
     logger = get_prod_logger()
     assert isinstance(logger, CompositeLogger)
     assert isinstance(logger.main_logger, StdoutLogger)
-    assert isinstance(logger.second_logger, TBMetricsLogger)
+    assert isinstance(logger.second_logger, Fake)
+    assert logger.second_logger.given == ("run", str(tmp_path), "http://localhost:6006")
     assert logger.training_monitoring_link == "http://localhost:6006"
     assert caplog.messages == []
-    logger.close()
 
 
 def test_the_order_of_services(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -263,7 +271,7 @@ def test_a_service_without_its_package_is_told(
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
     monkeypatch.setattr("harmony_core.loggers.choose.is_installed", lambda package: False)
-    monkeypatch.setattr("harmony_core.loggers.wandb.is_installed", lambda package: False)
+    monkeypatch.setattr("harmony_core.loggers.services.is_installed", lambda package: False)
     assert isinstance(get_prod_logger(), StdoutLogger)
     assert caplog.messages == ['WANDB_API_KEY is set and wandb is not installed: pip install "harmony-core[wandb]"']
 

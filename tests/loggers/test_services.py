@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from harmony_core.errors import ResourceError
-from harmony_core.loggers import MLFlowLogger, WandbLogger
-from harmony_core.logging_table import Table
+from harmony_core.loggers import MLFlowLogger, TBMetricsLogger, WandbLogger
+from harmony_core.loggers.table import Table
 from installed import needs
 
 TABLE = Table(["prompt", "score"]).add_row(["a", 0.5])
@@ -126,12 +126,14 @@ def test_mlflow_continues_its_run(mlflow_calls: list[Any]) -> None:
     assert named(mlflow_calls, "log_batch") == [("r1",), ("r1",)]
 
 
-@pytest.mark.parametrize("package", ["wandb", "mlflow"])
+@pytest.mark.parametrize("package", ["wandb", "mlflow", "tensorboard"])
 def test_a_missing_package_names_the_extra(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
-    make = {"wandb": lambda: WandbLogger("p", "n"), "mlflow": lambda: MLFlowLogger("p", "n", "file:x")}[package]
+    loggers = {"wandb": WandbLogger, "mlflow": MLFlowLogger, "tensorboard": TBMetricsLogger}
     with pytest.raises(ResourceError, match=f"needs the package {package}") as caught:
-        make()
+        loggers[package]("p", "n", "file:x")
     assert caught.value.hint == f'pip install "harmony-core[{package}]"'
 
 

@@ -18,8 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engines import LiveEngine, pair
 from harmony_core.client import TrainingModel
-from harmony_core.registry.builtin import resolve_builtin
-from harmony_core.threads import StringThread, TokenizedThread
+from harmony_core.text.threads import StringThread, TokenizedThread
 from installed import needs
 from tiny_models import build
 
@@ -52,7 +51,7 @@ CLOSE = {"rel": 1e-5, "abs": 1e-6}
 @pytest.fixture(scope="module")
 def keys(one_rank: LiveEngine, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A random policy and another model to be its reference, known to the registry: directory by key."""
-    tokenizer = resolve_builtin(one_rank.registry.home, "tiny-lm").path
+    tokenizer = one_rank.registry.resolve("builtin:tiny-lm").path
     found = {}
     for seed, key in enumerate(("trl-policy", "trl-reference")):
         directory = build(

@@ -6,7 +6,7 @@ import json
 import runpy
 from pathlib import Path
 
-from harmony_core.parameters import shipped_data
+from harmony_core.config.parameters import shipped_data
 
 SCRIPT = Path(__file__).parents[2] / "recipes" / "data" / "make.py"
 NAMES = ("sort-letters", "sort-letters-held-out")

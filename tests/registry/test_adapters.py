@@ -47,6 +47,28 @@ def test_the_base_may_be_named_by_where_it_came_from(registry: Registry, tmp_pat
     assert version.base and version.base.ref == "base@1"
 
 
+def test_a_base_from_the_hub_is_of_the_commit_that_is_named(registry: Registry, tmp_path: Path) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    with registry.stage() as staging:
+        small_models.write_model(staging.directory)
+        staging.publish("hub", source=f"hf:org/name@{commit}")
+    same = small_models.write_adapter(tmp_path / "a", base="org/name", revision=commit)
+    assert (found := registry.add("lora", str(same)).base) and found.ref == "hub@1"
+    other = small_models.write_adapter(tmp_path / "b", base="org/name", revision="f" * 40)
+    with pytest.raises(NotFoundError, match=r"org/name@f{40}"):
+        registry.add("lora", str(other))
+
+
+def test_an_adapter_of_another_home_finds_a_base_with_the_same_bytes(registry: Registry, tmp_path: Path) -> None:
+    source = small_models.write_adapter(tmp_path / "a", base="/nowhere/base")
+    record = {"ref": "base@1", "digest": registry.resolve("base").digest}
+    small_models.write_json(source / "manifest.json", {"base": record | {"digest": "0" * 64}})
+    with pytest.raises(NotFoundError, match="/nowhere/base"):
+        registry.add("lora", str(source))
+    small_models.write_json(source / "manifest.json", {"base": record})
+    assert (found := registry.add("lora", str(source)).base) and found.ref == "base@1"
+
+
 def test_a_base_that_is_not_there(registry: Registry, tmp_path: Path) -> None:
     with pytest.raises(NotFoundError) as caught:
         registry.add("lora", str(small_models.write_adapter(tmp_path / "a", base="meta/Llama-3")))
@@ -122,6 +144,12 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], type[HarmonyError], str]] = 
     ({}, {"base_model__model__lm_head__lora_A__weight": (2, 8)}, ModelRefused, "not a LoRA half"),
     ({}, {"model__embed_tokens__weight": (12, 8)}, ModelRefused, "not a LoRA half"),
     ({"auto_map": {"A": "b.C"}}, {}, VerificationError, "never run"),
+    ({"something_new": 1}, {}, ModelRefused, "something_new"),
+    ({"init_lora_weights": "pissa_niter_4"}, {}, ModelRefused, "belongs to a base changed with it"),
+    ({"target_modules": ["q_proj"]}, {}, ModelRefused, "leave out"),
+    ({"layers_to_transform": 0}, {}, ModelRefused, "leave out"),
+    ({"exclude_modules": ["q_proj"]}, {}, ModelRefused, "leave out"),
+    ({"layers_pattern": "h"}, {}, ModelRefused, "layers_pattern"),
 ]
 
 

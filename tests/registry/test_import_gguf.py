@@ -1,67 +1,17 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
-from typing import Any
 
-import gguf
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+import small_gguf
 import small_models
 from harmony_core.errors import HarmonyError, ModelRefused, NotFoundError, ResourceError, UsageError, VerificationError
 from harmony_core.registry import Registry
-
-NAMES = {
-    "model.embed_tokens.weight": "token_embd.weight",
-    "model.norm.weight": "output_norm.weight",
-    "lm_head.weight": "output.weight",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-
-
-def renamed(name: str) -> str:
-    for ours, theirs in NAMES.items():
-        name = name.replace(ours, theirs)
-    return name.replace("model.layers.", "blk.")
-
-
-def write_gguf(path: Path, tensors: dict[str, np.ndarray], architecture: str = "llama") -> None:
-    """A GGUF file of the small model, with a byte-level tokenizer of twelve tokens and a chat template."""
-    writer: Any = gguf.GGUFWriter(path, architecture)
-    writer.add_context_length(64)
-    writer.add_embedding_length(8)
-    writer.add_block_count(2)
-    writer.add_feed_forward_length(16)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_key_length(2)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(12)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(["<|endoftext|>", *"abcdefghij", "ab"])
-    writer.add_token_types([3, *[1] * 11])
-    writer.add_token_merges(["a b"])
-    for add in (writer.add_bos_token_id, writer.add_eos_token_id, writer.add_unk_token_id):
-        add(0)
-    writer.add_chat_template("{{ messages[0].content }}<|endoftext|>")
-    for name, tensor in tensors.items():
-        writer.add_tensor(renamed(name), tensor)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def numbers(tmp_path: Path, exact_in_bfloat16: bool) -> dict[str, np.ndarray]:
@@ -75,7 +25,7 @@ def numbers(tmp_path: Path, exact_in_bfloat16: bool) -> dict[str, np.ndarray]:
 @pytest.mark.slow
 def test_a_file_becomes_a_version_with_tokenizer_and_template(registry: Registry, tmp_path: Path) -> None:
     tensors = numbers(tmp_path, exact_in_bfloat16=False)
-    write_gguf(tmp_path / "small.gguf", tensors)
+    small_gguf.write(tmp_path / "small.gguf", tensors)
     version = registry.add("small", str(tmp_path / "small.gguf"))
     assert version.source == f"gguf:{tmp_path / 'small.gguf'}"
     assert (version.spec.model_type, version.spec.stored_dtype, version.spec.tied) == ("llama", "float32", False)
@@ -90,23 +40,29 @@ def test_a_file_becomes_a_version_with_tokenizer_and_template(registry: Registry
 
 @pytest.mark.slow
 def test_weights_that_bfloat16_holds_exactly_are_stored_so(registry: Registry, tmp_path: Path) -> None:
-    write_gguf(tmp_path / "small.gguf", numbers(tmp_path, exact_in_bfloat16=True))
+    small_gguf.write(tmp_path / "small.gguf", numbers(tmp_path, exact_in_bfloat16=True))
     assert registry.add("small", f"gguf:{tmp_path / 'small.gguf'}").spec.stored_dtype == "bfloat16"
 
 
 def test_what_cannot_be_converted_is_refused(registry: Registry, tmp_path: Path) -> None:
     tensors = numbers(tmp_path, exact_in_bfloat16=False)
-    write_gguf(tmp_path / "other.gguf", tensors, architecture="mamba")
-    write_gguf(tmp_path / "whole.gguf", tensors)
+    small_gguf.write(tmp_path / "other.gguf", tensors, architecture="mamba")
+    small_gguf.write(tmp_path / "whole.gguf", tensors)
     whole = (tmp_path / "whole.gguf").read_bytes()
     (tmp_path / "short.gguf").write_bytes(whole[: len(whole) - 100])
     (tmp_path / "head.gguf").write_bytes(whole[:200])
+    small_gguf.write(tmp_path / "vocabulary.gguf", {})
+    small_gguf.write(tmp_path / "scaled.gguf", tensors | {"rope_freqs.weight": np.ones(1, dtype=np.float32)})
+    small_gguf.write(tmp_path / "wordless.gguf", tensors, tokens=())
     (tmp_path / "not.gguf").write_bytes(b"PK\x03\x04" + bytes(500))
     cases: list[tuple[str, type[HarmonyError], str]] = [
         ("other", ModelRefused, "supported there: llama, qwen2, qwen3"),
         ("short", VerificationError, "short.gguf"),
         ("head", VerificationError, "head.gguf"),
         ("not", VerificationError, "not a GGUF file"),
+        ("vocabulary", ModelRefused, "holds a vocabulary only, no weights"),
+        ("wordless", ModelRefused, "has no vocabulary"),
+        ("scaled", ModelRefused, "rope_freqs.weight: neither scaled rotation"),
     ]
     for name, error, words in cases:
         with pytest.raises(error) as caught:
@@ -116,6 +72,41 @@ def test_what_cannot_be_converted_is_refused(registry: Registry, tmp_path: Path)
         registry.add("m", str(tmp_path / "whole.gguf"), reference=True)
     assert registry.list() == []
     assert not list(registry.home.staging.iterdir())
+
+
+SPELLED = ("<|endoftext|>", *"abcdefghi", "<\uff5cend\uff5c>", "ab")
+"""One special token is written in characters that a byte-level vocabulary has no words for."""
+
+
+@pytest.mark.slow
+def test_special_tokens_that_would_not_keep_their_ids_are_refused(registry: Registry, tmp_path: Path) -> None:
+    tensors = numbers(tmp_path, exact_in_bfloat16=False)
+    small_gguf.write(tmp_path / "end.gguf", tensors, tokens=SPELLED, control=SPELLED[10:11], end=SPELLED[10])
+    with pytest.raises(ModelRefused, match=r"vocabulary of 12: '<.end.>' as 12"):
+        registry.add("m", str(tmp_path / "end.gguf"))
+    template = "{{ messages[0].content }}" + SPELLED[10]
+    small_gguf.write(tmp_path / "used.gguf", tensors, tokens=SPELLED, control=SPELLED[10:11], template=template)
+    with pytest.raises(ModelRefused, match=r"'<.end.>' in pieces"):
+        registry.add("m", str(tmp_path / "used.gguf"))
+    small_gguf.write(tmp_path / "unsaid.gguf", tensors, special=())
+    version = registry.add("m", str(tmp_path / "unsaid.gguf"))
+    for name in ("config.json", "generation_config.json"):
+        # Not the ids of the class's defaults, which here are letters.
+        settings = json.loads((version.path / name).read_text())
+        assert settings.get("bos_token_id") is None and settings.get("eos_token_id") in (None, 0)
+
+
+@pytest.mark.slow
+def test_the_cause_of_a_failed_conversion_is_told(registry: Registry, tmp_path: Path) -> None:
+    tensors = numbers(tmp_path, exact_in_bfloat16=False)
+    up = "model.layers.1.mlp.up_proj.weight"
+    small_gguf.write(tmp_path / "narrow.gguf", tensors | {up: tensors[up][:, :4].copy()})
+    with pytest.raises(ModelRefused, match=r"up_proj.weight \| MISMATCH"):
+        registry.add("m", str(tmp_path / "narrow.gguf"))
+    # transformers makes such a tensor up.
+    small_gguf.write(tmp_path / "holes.gguf", {name: tensor for name, tensor in tensors.items() if name != up})
+    with pytest.raises(ModelRefused, match=r"lacks model\.layers\.1\.mlp\.up_proj\.weight"):
+        registry.add("m", str(tmp_path / "holes.gguf"))
 
 
 def test_the_missing_package_is_named(registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,3 +134,17 @@ def test_a_package_is_searched_without_importing_it(
     (package / "b.gguf").unlink()
     with pytest.raises(VerificationError, match=r"a\.gguf: not a GGUF file"):
         registry.add("m", "package:carries_models")
+
+
+@pytest.mark.slow
+def test_what_lies_beside_a_file_is_not_seen(registry: Registry, tmp_path: Path) -> None:
+    """transformers would read the settings there, and run the code that they name, at a yes on standard input."""
+    small_gguf.write(tmp_path / "small.gguf", numbers(tmp_path, exact_in_bfloat16=False))
+    auto_map = {"auto_map": {"AutoTokenizer": ["evil.T", "evil.T"], "AutoConfig": "evil.C"}, "tokenizer_class": "T"}
+    for name in ("tokenizer_config.json", "config.json", "generation_config.json"):
+        small_models.write_json(tmp_path / name, auto_map)
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    version = registry.add("m", str(tmp_path / "small.gguf"))
+    assert not (tmp_path / "ran").exists()
+    assert "evil" not in (version.path / "tokenizer_config.json").read_text()
+    assert not (version.path / "input").exists()

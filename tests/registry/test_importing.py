@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import small_models
 from harmony_core.errors import HarmonyError, ModelRefused, NotFoundError, UsageError, VerificationError
@@ -102,8 +103,10 @@ def test_a_chat_template_can_be_given_and_is_brought_to_its_place(registry: Regi
         (tmp_path / "bad.jinja").write_bytes(content)
         with pytest.raises(error, match="chat template"):
             registry.add("m", str(source), chat_template=tmp_path / "bad.jinja")
-    with pytest.raises(NotFoundError, match="chat template"):
-        registry.add("m", str(source), chat_template=tmp_path / "none.jinja")
+    (tmp_path / "loop.jinja").symlink_to("loop.jinja")
+    for name in ("none.jinja", "loop.jinja"):
+        with pytest.raises(NotFoundError, match="chat template"):
+            registry.add("m", str(source), chat_template=tmp_path / name)
     with pytest.raises(UsageError):
         registry.add("m", str(source), chat_template=tmp_path / "mine.jinja", reference=True)
 
@@ -119,7 +122,7 @@ REFUSED: list[tuple[Any, type[HarmonyError], str]] = [
     (lambda d: (d / "model.safetensors").write_bytes(b"PK\x03\x04" + bytes(99)), VerificationError, "pickled"),
     (lambda d: (d / "config.json").write_text("{"), VerificationError, r"config\.json: not valid JSON"),
     (lambda d: (d / "config.json").unlink(), VerificationError, "neither config"),
-    (lambda d: (d / "tokenizer.json").rename(d / "tokenizer.model"), ModelRefused, "without tokenizer.json"),
+    (lambda d: (d / "tokenizer.json").rename(d / "tokenizer.model"), ModelRefused, "pip install sentencepiece"),
     (lambda d: (d / "tokenizer.json").rename(d / "vocab.json"), ModelRefused, "without tokenizer.json"),
     (lambda d: (d / "tokenizer.json").write_text('{"version": "1.0"}'), VerificationError, "not a tokenizer"),
     (
@@ -193,14 +196,46 @@ def test_a_builtin_model_can_be_stored_with_its_settings(registry: Registry) -> 
     assert version.source == "builtin:tiny-lm"
 
 
-def test_links_in_the_source_are_followed_to_plain_files(registry: Registry, source: Path, tmp_path: Path) -> None:
-    linked = tmp_path / "linked"
-    linked.mkdir()
-    for path in source.iterdir():
-        (linked / path.name).symlink_to(path)
-    version = registry.add("m", str(linked))
+def test_links_within_the_source_are_copied_as_files(registry: Registry, source: Path) -> None:
+    (source / "files").mkdir()
+    for path in [path for path in source.iterdir() if path.is_file()]:
+        path.rename(source / "files" / path.name)
+        path.symlink_to(f"files/{path.name}")
+    version = registry.add("m", str(source))
     assert not any(path.is_symlink() for path in version.path.iterdir())
-    assert version.digest == registry.add("n", str(source)).digest
+    assert version.digest == registry.add("n", str(source), reference=True).digest
+    registry.verify("m"), registry.verify("n")
+
+
+@pytest.mark.parametrize("reference", [False, True])
+@pytest.mark.parametrize("name", ["added_tokens.json", "chat_template.jinja", "config.json", "model.safetensors"])
+def test_nothing_outside_the_source_is_read(
+    registry: Registry, source: Path, tmp_path: Path, name: str, reference: bool
+) -> None:
+    outside = tmp_path / "outside"
+    if (source / name).exists():
+        (source / name).rename(outside)
+    else:
+        outside.write_text("{}")
+    (source / name).symlink_to(outside)
+    with pytest.raises(HarmonyError, match=f"{name}: a link that leads out of its directory") as caught:
+        registry.add("m", str(source), reference=reference)
+    assert caught.value.exit_code in (2, 7)
+    assert registry.list() == [] and not list(registry.home.staging.iterdir())
+
+
+@pytest.mark.parametrize("reference", [False, True])
+@pytest.mark.parametrize(
+    "name", ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
+)
+def test_a_pipe_among_the_files_is_refused_and_not_waited_for(
+    registry: Registry, source: Path, name: str, reference: bool
+) -> None:
+    (source / name).unlink(missing_ok=True)
+    os.mkfifo(source / name)
+    with pytest.raises(HarmonyError, match=f"{name}: neither a plain file") as caught:
+        registry.add("m", str(source), reference=reference)
+    assert caught.value.exit_code in (2, 7)
 
 
 def test_importing_loads_neither_torch_nor_transformers(tmp_path: Path, source: Path) -> None:
@@ -227,3 +262,19 @@ def test_across_filesystems_it_is_a_copy(registry: Registry) -> None:
             pytest.skip("one filesystem only")
         version = registry.add("m", str(source))
     assert registry.verify("m").ref == version.ref
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_tied_model_with_another_head_in_its_file_is_refused(registry: Registry, tmp_path: Path, shards: int) -> None:
+    source = small_models.write_model(tmp_path / "source", tied=False, shards=shards)
+    settings = json.loads((source / "config.json").read_text())
+    registry.add("untied", str(source))
+    small_models.write_json(source / "config.json", settings | {"tie_word_embeddings": True})
+    with pytest.raises(ModelRefused, match=r"'lm_head\.weight' is not the embedding.*tie_word_embeddings"):
+        registry.add("tied", str(source))
+    files = {path: load_file(path) for path in source.glob("*.safetensors")}
+    embedding = next(t["model.embed_tokens.weight"] for t in files.values() if "model.embed_tokens.weight" in t)
+    for path, tensors in files.items():
+        if "lm_head.weight" in tensors:
+            save_file(tensors | {"lm_head.weight": embedding}, path)
+    assert registry.add("tied", str(source)).spec.tied

@@ -137,7 +137,7 @@ BAD = [*DOTS, *SLASHES, *CODED, *UNICODE, *CONTROL, *SYSTEMS, *LAYOUT, *SHELL, *
 
 def test_good_keys_are_taken_as_they_are() -> None:
     for key in GOOD:
-        assert check_key(key) == key
+        check_key(key)
         assert slugify(key) == key
         assert parse_reference(key) == Reference(key)
 
@@ -197,7 +197,7 @@ def test_references() -> None:
 
 
 def test_an_alias_is_never_a_number() -> None:
-    assert check_alias("best-so.far_1") == "best-so.far_1"
+    check_alias("best-so.far_1")
     for alias in ("1", "1a", "", "A", "a/b", "..", "a b", "a" * 65):
         with pytest.raises(UsageError):
             check_alias(alias)

@@ -20,7 +20,7 @@ from harmony_core.errors import (
 )
 from harmony_core.home import Home
 from harmony_core.registry import ModelVersion, Registry
-from harmony_core.registry.files import SMALL_BYTES, file_hash
+from harmony_core.registry.manifest import SMALL_BYTES
 
 
 def publish(registry: Registry, key: str, seed: int = 0, **options: Any) -> ModelVersion:
@@ -30,7 +30,7 @@ def publish(registry: Registry, key: str, seed: int = 0, **options: Any) -> Mode
 
 
 def test_a_saved_version_is_whole_and_named_exactly(registry: Registry) -> None:
-    first = publish(registry, "team/tiny", run_id="run-1", step=40, parent="builtin:tiny-lm")
+    first = publish(registry, "team/tiny", run_id="run-1", step=40, parent=registry.resolve("builtin:tiny-lm"))
     second = publish(registry, "team/tiny", seed=1)
     assert (first.ref, second.ref) == ("team/tiny@1", "team/tiny@2")
     assert first.digest != second.digest
@@ -48,11 +48,11 @@ def test_equal_bytes_have_equal_digests(registry: Registry) -> None:
 
 
 def test_a_save_without_tokenizer_takes_its_parents(registry: Registry) -> None:
-    parent = publish(registry, "parent")
-    registry.set_defaults("parent", {"tokens_to_generate": 33, "tp": 2})
+    publish(registry, "parent")
+    parent = registry.set_defaults("parent", {"tokens_to_generate": 33, "tp": 2})
     with registry.stage() as staging:
         small_models.write_model(staging.directory, with_tokenizer=False)
-        child = staging.publish("child", parent="parent")
+        child = staging.publish("child", parent=parent)
     assert child.tokenizer_dir == child.path
     assert (child.path / "tokenizer.json").read_bytes() == (parent.path / "tokenizer.json").read_bytes()
     assert (child.path / "tokenizer_config.json").is_file()
@@ -63,7 +63,7 @@ def test_a_save_without_tokenizer_takes_its_parents(registry: Registry) -> None:
 def test_a_later_save_leaves_the_settings_alone(registry: Registry) -> None:
     publish(registry, "a")
     registry.set_defaults("a", {"tp": 4})
-    assert publish(registry, "a", parent="builtin:tiny-lm").defaults.effective() == {
+    assert publish(registry, "a", parent=registry.resolve("builtin:tiny-lm")).defaults.effective() == {
         "tp": (4, "stored with a"),
         "kv_cache_len": (None, "library default"),
         "tokens_to_generate": (2048, "library default"),
@@ -260,20 +260,20 @@ def test_links_are_neither_read_nor_deleted(registry: Registry, tmp_path: Path) 
     assert [entry.key for entry in registry.list()] == ["a"]
 
 
-def test_hashes_are_remembered_by_inode_time_and_size(registry: Registry, tmp_path: Path) -> None:
-    path, times = tmp_path / "file", (10**18, 10**18)
-    path.write_bytes(b"1" * (SMALL_BYTES + 1))
-    os.utime(path, ns=times)
-    first = file_hash(path, registry.home)
-    path.write_bytes(b"2" * (SMALL_BYTES + 1))
-    os.utime(path, ns=times)
-    assert file_hash(path, registry.home) == first  # what a memory of that kind cannot see
-    assert file_hash(path) != first
+def test_quick_trusts_large_files_unchanged_since_they_were_added(registry: Registry) -> None:
+    path = registry.add("m", "builtin:tiny-lm").path / "model.safetensors"
+    assert path.stat().st_size > SMALL_BYTES
+    written = path.stat().st_mtime_ns
+    with path.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x55")
+    os.utime(path, ns=(written, written))
+    assert registry.verify("m", quick=True).ref == "m@1"  # what times cannot show
+    with pytest.raises(VerificationError, match="content differs"):
+        registry.verify("m")
     os.utime(path)
-    assert file_hash(path, registry.home) == file_hash(path)
-    for spoiled in ("", "[]", '{"identity": 3}'):
-        next((registry.home.cache / "hashes").iterdir()).write_text(spoiled)
-        assert file_hash(path, registry.home) == file_hash(path)
+    with pytest.raises(VerificationError, match="content differs"):
+        registry.verify("m", quick=True)
 
 
 # --- settings and aliases
@@ -368,6 +368,73 @@ def test_a_version_in_use_stays(registry: Registry, tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_said_before_writing(registry: Registry) -> None:
-    with pytest.raises(ResourceError, match=r"GiB free, and .* GiB are needed"):
-        registry.stage(expected_bytes=2**60)
+    reason = r"a model needs .* GiB, and the disk of .* has .* GiB free"
+    with pytest.raises(ResourceError, match=reason), registry.stage(expected_bytes=2**60):
+        pass
     assert not list(registry.home.staging.iterdir())
+
+
+PLANTED: list[tuple[Any, bool]] = [
+    (lambda d: (d / "notes.txt").write_text("x"), False),
+    (lambda d: (d / "added_tokens.json").write_text("{}"), True),
+    (lambda d: (d / "chat_template.jinja").write_text("other"), True),
+    (lambda d: (d / "model-00001-of-00002.safetensors").write_bytes(b"x"), True),
+    (lambda d: (d / "model.safetensors.index.json").write_text('{"weight_map": {"a": "x.safetensors"}}'), True),
+    (lambda d: (d / "adapter_config.json").write_text("{}"), True),
+    (lambda d: (d / "notes.txt").symlink_to("/etc/passwd"), True),
+    (lambda d: (d / "special_tokens_map.json").symlink_to("tokenizer_config.json"), True),
+]
+
+
+@pytest.mark.parametrize(("plant", "is_read"), PLANTED, ids=range(len(PLANTED)))
+def test_a_file_that_was_not_recorded_is_found(registry: Registry, source: Path, plant: Any, is_read: bool) -> None:
+    """`verify` names every one; one that would be read, or a link, is refused wherever the version is used."""
+    version = registry.add("m", str(source))
+    plant(version.path)
+    with pytest.raises(VerificationError) as caught:
+        registry.verify("m")
+    assert str(version.path) in caught.value.message
+    if is_read:
+        with pytest.raises(VerificationError):
+            registry.resolve("m")
+    else:
+        assert registry.resolve("m").digest == version.digest
+
+
+def test_a_file_that_was_not_recorded_is_found_where_a_version_was_left(registry: Registry, source: Path) -> None:
+    registry.add("m", str(source), reference=True)
+    (source / "notes.txt").write_text("their own")
+    registry.verify("m")
+    for name in ("added_tokens.json", "chat_template.jinja"):
+        (source / name).write_text("{}")
+    with pytest.raises(VerificationError, match=r"added_tokens\.json: is not in manifest\.json \(chat_template\.jinja"):
+        registry.resolve("m")
+
+
+def test_the_location_is_what_was_added(registry: Registry, source: Path, tmp_path: Path) -> None:
+    registry.add("m", str(source), reference=True)
+    record = registry.directory("m", 1) / "manifest.json"
+    written = json.loads(record.read_text())
+    twin = tmp_path / "twin"
+    shutil.copytree(source, twin)
+    (tmp_path / "link").symlink_to(source)
+    for elsewhere in (twin, tmp_path / "link", Path("../source"), source / ".." / "source"):
+        record.write_text(json.dumps(written | {"location": str(elsewhere)}))
+        with pytest.raises(VerificationError, match="is not what was added"):
+            registry.resolve("m")
+    record.write_text(json.dumps(written))
+    source.rename(tmp_path / "moved")
+    source.symlink_to(tmp_path / "moved")
+    with pytest.raises(VerificationError, match="is not what was added"):
+        registry.resolve("m")
+
+
+def test_the_digest_is_of_all_weights_whatever_their_names(registry: Registry, tmp_path: Path) -> None:
+    digests = set()
+    for seed in (1, 2):
+        source = small_models.write_model(tmp_path / str(seed), seed=seed)
+        (source / "model.safetensors").rename(source / "other.safetensors")
+        places = dict.fromkeys(small_models.shapes(), "other.safetensors")
+        small_models.write_json(source / "model.safetensors.index.json", {"weight_map": places})
+        digests.add(registry.add("m", str(source)).digest)
+    assert len(digests) == 2

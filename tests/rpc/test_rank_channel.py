@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -52,10 +53,11 @@ class Driver:
 
 @pytest.fixture
 def ends(no_leftovers: Path) -> Iterator[tuple[Driver, RankChannel]]:
-    driver = Driver(no_leftovers)
-    channel = Channel.connect(driver.path, HELLO)
-    driver.accept()
-    Path(driver.path).unlink()
+    # As the real driver does: a directory for the socket and the note, removed as soon as the rank is connected.
+    with tempfile.TemporaryDirectory(dir=no_leftovers) as directory:
+        driver = Driver(Path(directory))
+        channel = Channel.connect(driver.path, HELLO)
+        driver.accept()
     driver.listener.close()
     yield driver, channel
     driver.socket.close()
@@ -64,6 +66,7 @@ def ends(no_leftovers: Path) -> Iterator[tuple[Driver, RankChannel]]:
             thread.join(5)
             assert not thread.is_alive()
     channel._socket.close()
+    channel._note.close()
 
 
 def test_hello_first_then_a_beat_with_the_phase(ends: tuple[Driver, RankChannel]):
@@ -100,19 +103,18 @@ def test_an_answer_of_the_wrong_type_is_our_bug(ends: tuple[Driver, RankChannel]
         channel.reply(5, Scored(logprobs=b""))
 
 
+@pytest.mark.timeout(60, method="signal")  # what would wait for the driver, waits for ever
 def test_a_driver_that_does_not_read_does_not_hold_the_engine_up(ends: tuple[Driver, RankChannel]):
     """Answers of 64 MiB wait in the rank; all arrive whole, though other threads send in between."""
     driver, channel = ends
     for id in range(1, 65):
         driver.call(Score(model="m", replica=0, tokens=b"", targets=b""), id)
         channel.inbox.get(timeout=5)
-    before = time.monotonic()
     talker = threading.Thread(target=lambda: [channel.event("e", {"i": i}) for i in range(200)])
     talker.start()
     for id in range(1, 65):
         channel.reply(id, Scored(logprobs=bytes([id]) * (1 << 20)))
-    talker.join()
-    assert time.monotonic() - before < 2
+    talker.join()  # nobody has read so far
     answers: list[Frame] = []
     events: list[int] = []
     while len(answers) < 64 or len(events) < 200:

@@ -2,20 +2,61 @@
 
 Requests with the same tokens to read that wait when one of them is read to its end join it: they share its full
 pages, its last page is copied for each, and all of them draw from the one row. Those that come later wait until its
-pages are known, and share them. No torch.
+pages are known, and share them. A request that waits holds no pages. No torch.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
 from harmony_core.engine.inference.blocks import PagePool, pages_for
-from harmony_core.engine.inference.planning import Reading
+from harmony_core.engine.inference.planning import Prefill
 from harmony_core.engine.inference.sequence import Sequence
 from harmony_core.engine.inference.slots import Integers, SlotTable
-from harmony_core.engine.inference.waiting import Waiting
+
+
+class Waiting:
+    """A queue that also knows which of its requests have the same tokens to read."""
+
+    def __init__(self) -> None:
+        self._order: OrderedDict[int, Sequence] = OrderedDict()
+        self._alike: dict[bytes, dict[int, Sequence]] = {}
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __contains__(self, id: int) -> bool:
+        return id in self._order
+
+    def add(self, sequence: Sequence, front: bool = False) -> None:
+        """Queue a request, behind all others or before them."""
+        self._order[sequence.id] = sequence
+        if front:
+            self._order.move_to_end(sequence.id, last=False)
+        self._alike.setdefault(sequence.tokens, {})[sequence.id] = sequence
+
+    def remove(self, id: int) -> Sequence | None:
+        """Take a request out; None when it is not here."""
+        sequence = self._order.pop(id, None)
+        if sequence is not None:
+            alike = self._alike[sequence.tokens]
+            del alike[id]
+            if not alike:
+                del self._alike[sequence.tokens]
+        return sequence
+
+    def first(self, count: int) -> list[Sequence]:
+        """Up to `count` requests, next first."""
+        return list(islice(self._order.values(), count))
+
+    def alike(self, tokens: bytes, count: int) -> list[Sequence]:
+        """Up to `count` requests with these tokens to read, first come first."""
+        return list(islice(self._alike.get(tokens, {}).values(), count))
+
 
 WORTH_A_STEP = 1024
 """Tokens to read that are worth a step of their own."""
@@ -65,10 +106,10 @@ class Admission:
             return False
         return sum(sequence.length for sequence in self.waiting.first(newcomers)) < WORTH_A_STEP
 
-    def rows(self, weights: int) -> list[Reading]:
+    def rows(self, weights: int) -> list[Prefill]:
         """Rows of the next prefill step; none when nothing can be read now. `weights`: those it will run with."""
         table = self._table
-        rows: list[Reading] = []
+        rows: list[Prefill] = []
         budget = self._prefill_tokens
         self._reserved = table.reserve()
         for sequence in list(self._begun):
@@ -76,7 +117,7 @@ class Admission:
             count = self._portion(sequence.length - start, budget)
             if not count:
                 return rows
-            rows.append(self._row(Reading(sequence, start, start + count)))
+            rows.append(self._row(Prefill(sequence, start, start + count)))
             budget -= count
         if not table.num_vacant:
             return rows
@@ -111,7 +152,7 @@ class Admission:
             return missing
         return budget if 2 * budget >= self._prefill_tokens else 0
 
-    def _admit(self, sequence: Sequence, budget: int, weights: int) -> Reading | None:
+    def _admit(self, sequence: Sequence, budget: int, weights: int) -> Prefill | None:
         pool, size = self._pool, self._pool.page_size
         # The last token is always read: what follows it is drawn from its output.
         hits, node = pool.prefixes.match(sequence.tokens, (sequence.length - 1) // size)
@@ -120,7 +161,7 @@ class Admission:
         if not count or not self._fits(sequence, pages_for(sequence.length, size) - len(hits), pool.count_kept(hits)):
             return None
         shared: Integers = np.array(hits, dtype=np.int32)
-        row = Reading(sequence, start, start + count)
+        row = Prefill(sequence, start, start + count)
         row.new_pages.append(self._enter(sequence, shared, weights))
         self._table.context[sequence.slot] = start
         self._table.node[sequence.slot] = node
@@ -130,7 +171,7 @@ class Admission:
         self._statistics.prefix_hit_tokens += start
         return row
 
-    def _row(self, row: Reading) -> Reading:
+    def _row(self, row: Prefill) -> Prefill:
         sequence = row.sequence
         self._statistics.read_tokens += row.stop - row.start
         if row.complete:
@@ -141,7 +182,7 @@ class Admission:
                 self.known(sequence)  # there will be nothing to share
         return row
 
-    def _join(self, row: Reading) -> None:
+    def _join(self, row: Prefill) -> None:
         leader, size = row.sequence, self._pool.page_size
         full, rest = divmod(leader.length, size)
         shared = self._table.pages[leader.slot, :full]

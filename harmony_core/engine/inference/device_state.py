@@ -15,29 +15,34 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from harmony_core.engine.inference.draws import FILTERED, GREEDY
 from harmony_core.engine.inference.kv_cache import KVCache
-from harmony_core.engine.inference.sampler import Settings, draw, put
+from harmony_core.engine.inference.sampler import Settings, draw, hide, put, with_lost
+from harmony_core.engine.inference.sampling_parameters import FILTERED, GREEDY
 from harmony_core.engine.inference.staging import ROW_BYTES, Padding, Rows, Staging
-from harmony_core.engine.kernels import DECODE_SPLIT
 from harmony_core.engine.models.context import DecodeAttention, ForwardContext, forward_context
 from harmony_core.engine.models.model import CausalLM
-
-_SHARING = 8
-"""How often each page of the pool may count in one decode step; beyond that it runs without the static tensors."""
+from harmony_core.memory.sizes import DECODE_SPLIT, PAGE_SHARING
 
 
 def most_splits(kv_tokens: int, rows: int, longest: int) -> int:
     """Splits of contexts, of at most `longest` tokens each, that a decode step has room for beside rows of padding."""
-    return min(rows * (longest // DECODE_SPLIT + 1), rows + _SHARING * kv_tokens // DECODE_SPLIT + 1)
+    return min(rows * (longest // DECODE_SPLIT + 1), rows + PAGE_SHARING * kv_tokens // DECODE_SPLIT + 1)
 
 
 class DeviceState:
     """Tables, last tokens, logits and drawn tokens of at most `rows` sequences, beside a cache with one spare page."""
 
-    def __init__(self, model: CausalLM, cache: KVCache, rows: int, longest: int, adapter: str | None) -> None:
+    def __init__(
+        self,
+        model: CausalLM,
+        cache: KVCache,
+        rows: int,
+        longest: int,
+        adapter: str | None,
+        tokenless: Tensor | None = None,
+    ) -> None:
         device = model.device
-        self._cache, self._adapter, self._device = cache, adapter, device
+        self._cache, self._adapter, self._device, self._tokenless = cache, adapter, device, tokenless
         self._max_rows = rows
         self._longest = longest
         spare = cache.slots // cache.page_size
@@ -113,6 +118,16 @@ class DeviceState:
 
     def draw(self, n: int, tail: int) -> None:
         """Draw a token for each of n rows from its logits; `tail` is the dearest kind among them."""
+        logits, outputs = self.logits[:n], self._drawn(n)
+        if self._tokenless is None:
+            self._draw(n, tail)
+            return
+        lost = hide(logits, self._tokenless)
+        self._draw(n, tail)
+        chosen = logits.gather(1, outputs[0].long()[:, None])[:, 0]
+        outputs[1] = with_lost(outputs[1], chosen, lost)
+
+    def _draw(self, n: int, tail: int) -> None:
         rows, logits, outputs = self.rows(n), self.logits[:n], self._drawn(n)
         if logits.is_cuda and logits.dtype == torch.float32:
             from harmony_core.engine.kernels.sampling import draw_tokens

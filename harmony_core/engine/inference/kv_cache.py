@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from harmony_core.engine.inference.blocks import PAGE_SIZE, pages_for
+from harmony_core.engine.inference.blocks import pages_for
 from harmony_core.errors import ResourceError
+from harmony_core.memory.sizes import PAGE_SIZE
 
 _COPIED_AT_ONCE = 16
 """Pages on their way at a time."""

@@ -7,15 +7,15 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from harmony_core.engine.inference.draws import Draws, uniforms
-from harmony_core.engine.inference.prefixes import TOKEN_BYTES
+from harmony_core.engine.inference.blocks import TOKEN_BYTES
+from harmony_core.engine.inference.sampling_parameters import SamplingParameters, uniforms
 from harmony_core.engine.inference.sequence import Sequence
 from harmony_core.engine.inference.slots import Integers, SlotTable
 from harmony_core.engine.inference.step import StepPlan
 
 
 @dataclass
-class Reading:
+class Prefill:
     """A row of a prefill step: tokens `start` to `stop` of a sequence.
 
     `joined` are sequences with the same tokens, which take theirs from the pages that this one writes.
@@ -46,7 +46,7 @@ class InFlight:
     contexts: Integers
     """`[N]`, context of each draw."""
     weights: int
-    readings: list[Reading]
+    prefills: list[Prefill]
     """Rows of a prefill step; none for a decode step."""
 
 
@@ -67,7 +67,7 @@ def plan_decode(
         copies=b"",
         sampled=np.arange(len(slots), dtype=np.int32).tobytes(),
         targets=packed,
-        draws=Draws.pack(table.settings[slots], uniforms(table.stream[slots], contexts)),
+        draws=SamplingParameters.pack(table.settings[slots], uniforms(table.stream[slots], contexts)),
         suppressed=_suppressed(table, targets, contexts),
         version=version,
     )
@@ -75,7 +75,7 @@ def plan_decode(
     return InFlight(plan, targets, tickets, targets, tickets, contexts, weights, [])
 
 
-def plan_reading(table: SlotTable, rows: list[Reading], version: int, weights: int) -> InFlight:
+def plan_prefill(table: SlotTable, rows: list[Prefill], version: int, weights: int) -> InFlight:
     """Read the tokens of `rows`; draw for those that are complete, and for those that joined them."""
     drawn = [(place, s.slot) for place, row in enumerate(rows) if row.complete for s in (row.sequence, *row.joined)]
     sampled, targets = _pairs(drawn).T
@@ -99,7 +99,7 @@ def plan_reading(table: SlotTable, rows: list[Reading], version: int, weights: i
         copies=_pairs([copy for row in rows for copy in row.copies]).tobytes(),
         sampled=sampled.tobytes(),
         targets=targets.tobytes(),
-        draws=Draws.pack(table.settings[targets], uniforms(table.stream[targets], contexts)),
+        draws=SamplingParameters.pack(table.settings[targets], uniforms(table.stream[targets], contexts)),
         suppressed=_suppressed(table, targets, contexts),
         version=version,
     )

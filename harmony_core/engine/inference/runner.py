@@ -16,21 +16,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from harmony_core.engine.inference.blocks import MAX_RUNNING, PAGE_SIZE, pages_for
+from harmony_core.engine.inference.blocks import pages_for
 from harmony_core.engine.inference.device_state import DeviceState
-from harmony_core.engine.inference.draws import FILTERED, GREEDY, PLAIN, Draws
 from harmony_core.engine.inference.graphs import DecodeGraphs, Notify, buckets_up_to
 from harmony_core.engine.inference.kv_cache import KVCache
-from harmony_core.engine.inference.layout import Layout
-from harmony_core.engine.inference.sampler import put, sample
-from harmony_core.engine.inference.sampling_alone import sample_alone
+from harmony_core.engine.inference.sampler import put, sample, sample_alone
+from harmony_core.engine.inference.sampling_parameters import FILTERED, GREEDY, PLAIN, SamplingParameters
 from harmony_core.engine.inference.staging import Staging
-from harmony_core.engine.inference.step import StepPlan, StepResult, float64, int32
+from harmony_core.engine.inference.step import Layout, StepPlan, StepResult, float64, int32
 from harmony_core.engine.models.context import ForwardContext, PagedAttention, forward_context
 from harmony_core.engine.models.model import CausalLM
+from harmony_core.memory.sizes import LOGITS_AT_ONCE, MAX_RUNNING, PAGE_SIZE
+from harmony_core.rpc.protocol import Ranges
 
-_LOGITS_AT_ONCE = 4 * 1024 * 1024
-"""Most logits in memory at a time; more rows than that are drawn in groups."""
 _STATISTICS = (
     "prefill_seconds",
     "decode_seconds",
@@ -68,7 +66,7 @@ class Runner:
 
     On a device decode steps work on tensors that never move, replayed as CUDA graphs, and a launch does not wait.
     `static` has them on CPU too, without graphs; `buckets` are the numbers of rows that a decode step is filled up to.
-    `notify` is told what graphs were recorded, and when that failed.
+    `notify` is told what graphs were recorded, and when that failed. `tokenless` ids are never drawn.
     """
 
     def __init__(
@@ -83,9 +81,13 @@ class Runner:
         graphs: bool = True,
         buckets: Sequence[int] | None = None,
         notify: Notify = lambda _what, _fields: None,
+        tokenless: Ranges = (),
     ) -> None:
         self.model = model
         self.adapter = adapter
+        self.tokenless = tokenless
+        hidden = [id for start, stop in tokenless for id in range(start, stop)]
+        self._tokenless = put(np.array(hidden, dtype=np.int64), model.device) if hidden else None
         on_device = model.device.type == "cuda"
         static = on_device if static is None else static
         self.cache = KVCache(
@@ -100,7 +102,7 @@ class Runner:
         )
         longest = pages_for(min(kv_tokens, model.max_positions), page_size)
         self._table: NDArray[np.int32] = np.zeros((max_running, longest), dtype=np.int32)
-        self._state = DeviceState(model, self.cache, max_running, longest, adapter) if static else None
+        self._state = DeviceState(model, self.cache, max_running, longest, adapter, self._tokenless) if static else None
         self._graphs = DecodeGraphs(model.device, notify) if on_device and static and graphs else None
         # One compilation serves any number of rows but one, which is not worth another: it reads as many weights.
         least = 2 if on_device and model.compiled else 1
@@ -298,17 +300,17 @@ class Runner:
         )
 
     def _sample(self, hidden: Tensor, plan: StepPlan) -> StepResult:
-        draws = Draws.unpack(plan.draws)
+        draws = SamplingParameters.unpack(plan.draws)
         parts = []
-        step = max(1, _LOGITS_AT_ONCE // self.model.vocab_size)
+        step = max(1, LOGITS_AT_ONCE // self.model.vocab_size)
         for start in range(0, len(draws), step):
             stop = min(start + step, len(draws))
             suppressed = {row - start: ids for row, ids in plan.suppressed.items() if start <= row < stop}
             rows = draws.rows(slice(start, stop))
             if self.model.deterministic:
-                parts.append(sample_alone(self.model, hidden[start:stop], rows, suppressed))
+                parts.append(sample_alone(self.model, hidden[start:stop], rows, suppressed, self._tokenless))
             else:
-                parts.append(sample(self.model.logits(hidden[start:stop]), rows, suppressed))
+                parts.append(sample(self.model.logits(hidden[start:stop]), rows, suppressed, self._tokenless))
         if not parts:
             return StepResult(b"", b"", b"")
         tokens = torch.cat([part.tokens for part in parts])

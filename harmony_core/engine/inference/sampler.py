@@ -15,7 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from harmony_core.engine.inference.draws import FILTERED, GREEDY, PLAIN, Draws
+from harmony_core.engine.inference.sampling_parameters import FILTERED, GREEDY, PLAIN, SamplingParameters
+from harmony_core.engine.models.heads import token_logprobs
+from harmony_core.engine.models.model import CausalLM
 
 BLOCK = 256
 """Ids whose probabilities are summed before any of them is looked at."""
@@ -43,14 +45,14 @@ class Settings:
     uniform: Tensor
 
     @staticmethod
-    def of(draws: Draws, device: torch.device) -> Settings:
+    def of(draws: SamplingParameters, device: torch.device) -> Settings:
         """What a step plan says, on `device`."""
         values = (draws.temperature, draws.top_k, draws.top_p, draws.min_p, draws.uniform)
         return Settings(*put(np.stack(values), device)[:, :, None].unbind(0))
 
     @staticmethod
     def on_device(draws: Tensor) -> Settings:
-        """From the rows of `Draws`, `[6, N]`."""
+        """From the rows of `SamplingParameters`, `[6, N]`."""
         return Settings(*draws[1:, :, None].unbind(0))
 
     def rows(self, which: Tensor) -> Settings:
@@ -66,13 +68,40 @@ def put(array: NDArray[Any], device: torch.device) -> Tensor:
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
-def sample(logits: Tensor, draws: Draws, suppressed: dict[int, list[int]] | None = None) -> Sampled:
+def sample(
+    logits: Tensor,
+    draws: SamplingParameters,
+    suppressed: dict[int, list[int]] | None = None,
+    tokenless: Tensor | None = None,
+) -> Sampled:
     """Draw one token for each row of `logits` `[N, V]`, float32 or float64.
 
     Settings apply in the order temperature, top-k, top-p, min-p. Temperature 0 takes the lowest of the most likely
-    ids, whose log-prob in the distribution drawn from is 0. `suppressed` names ids that a row must not draw; the raw
-    log-prob ignores that.
+    ids, whose log-prob in the distribution drawn from is 0. `suppressed` names ids that a row must not draw,
+    `tokenless` `[K]` those that no row must, which are taken out of `logits` in place; raw log-probs ignore both.
     """
+    lost = None if tokenless is None else hide(logits, tokenless)
+    drawn = _sample(logits, draws, suppressed)
+    if lost is None:
+        return drawn
+    chosen = logits.gather(-1, drawn.tokens[:, None])[:, 0]
+    return Sampled(drawn.tokens, with_lost(drawn.logprobs, chosen, lost), drawn.sampled_logprobs)
+
+
+def hide(logits: Tensor, ids: Tensor) -> Tensor:
+    """Take `ids` `[K]` out of `logits` `[N, V]`, in place. The log of the mass that they had, `[N]` float64."""
+    lost = logits.index_select(-1, ids).logsumexp(-1).double()
+    logits.index_fill_(-1, ids, float("-inf"))
+    return lost
+
+
+def with_lost(logprobs: Tensor, chosen: Tensor, lost: Tensor) -> Tensor:
+    """Log-probs `[N]` in the whole distribution, from those in what `hide` left; `chosen`: the tokens' logits."""
+    chosen = chosen.double()
+    return (chosen - torch.logaddexp(chosen - logprobs, lost)).to(logprobs.dtype)
+
+
+def _sample(logits: Tensor, draws: SamplingParameters, suppressed: dict[int, list[int]] | None) -> Sampled:
     allowed = _suppress(logits, suppressed) if suppressed else logits
     settings = Settings.of(draws, logits.device)
     # One working copy serves every pass: fresh memory costs more than arithmetic here.
@@ -94,7 +123,9 @@ def sample(logits: Tensor, draws: Draws, suppressed: dict[int, list[int]] | None
     return Sampled(tokens, _raw(logits, tokens, work), processed)
 
 
-def _of_one_kind(kind: int, logits: Tensor, settings: Settings, draws: Draws, work: Tensor) -> tuple[Tensor, Tensor]:
+def _of_one_kind(
+    kind: int, logits: Tensor, settings: Settings, draws: SamplingParameters, work: Tensor
+) -> tuple[Tensor, Tensor]:
     """`_greedy` or `_draw` without the passes that these rows, known to the host as `draws`, do not need."""
     if kind == GREEDY:
         return _greedy(logits)
@@ -126,7 +157,7 @@ def _suppress(logits: Tensor, suppressed: dict[int, list[int]]) -> Tensor:
     return masked
 
 
-def keep(scaled: Tensor, draws: Draws) -> Tensor:
+def keep(scaled: Tensor, draws: SamplingParameters) -> Tensor:
     """Which ids top-k, top-p and min-p leave, `[N, V]` bool, for logits already divided by the temperature.
 
     Each is a floor under the logits, so ids with equal logits are kept or dropped together.
@@ -222,3 +253,27 @@ def _descending(values: Tensor) -> Tensor:
         # numpy sorts with vector instructions, tens of times as fast as torch does here.
         return torch.from_numpy(np.sort(-values.numpy(), axis=-1)).neg_()
     return values.sort(dim=-1, descending=True).values
+
+
+def sample_alone(
+    model: CausalLM,
+    hidden: Tensor,
+    draws: SamplingParameters,
+    suppressed: dict[int, list[int]],
+    tokenless: Tensor | None = None,
+) -> Sampled:
+    """As `sample(model.logits(hidden), ...)`, with bits that depend on a row's own `hidden` only; `hidden` `[N, d]`."""
+    logits = model.logits(hidden)
+    rows = [
+        sample(
+            logits[i : i + 1], draws.rows(slice(i, i + 1)), {0: suppressed[i]} if i in suppressed else None, tokenless
+        )
+        for i in range(len(draws))
+    ]
+    tokens = torch.cat([row.tokens for row in rows])
+    logprobs = token_logprobs(model, hidden, tokens)
+    raw = (draws.kind == PLAIN) & (draws.temperature == 1) & (tokenless is None)
+    raw[list(suppressed)] = False
+    processed = torch.cat([row.sampled_logprobs for row in rows])
+    # Drawn from the raw distribution itself: one number, not two that differ in the last bit.
+    return Sampled(tokens, logprobs, torch.where(torch.from_numpy(np.asarray(raw)), logprobs, processed))

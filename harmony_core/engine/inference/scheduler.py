@@ -22,14 +22,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harmony_core.engine.inference.admission import Admission, Statistics
-from harmony_core.engine.inference.blocks import MAX_RUNNING, PAGE_SIZE, PagePool, pages_for
-from harmony_core.engine.inference.planning import InFlight, Reading, plan_decode, plan_reading
-from harmony_core.engine.inference.prefixes import ROOT, TOKEN_BYTES
+from harmony_core.engine.inference.blocks import ROOT, TOKEN_BYTES, PagePool, pages_for
+from harmony_core.engine.inference.planning import InFlight, Prefill, plan_decode, plan_prefill
 from harmony_core.engine.inference.sequence import Sequence, check_sampling
 from harmony_core.engine.inference.slots import SlotTable
 from harmony_core.engine.inference.step import Finished, StepPlan, StepResult, float64, int32
-from harmony_core.engine.kernels import DECODE_SPLIT
 from harmony_core.errors import DataError, EngineError, HarmonyError, PromptTooLong
+from harmony_core.memory.sizes import DECODE_SPLIT, MAX_RUNNING, PAGE_SIZE
 from harmony_core.rpc.protocol import Sampling
 
 READS_IN_A_ROW = 4
@@ -168,8 +167,8 @@ class Scheduler:
             finished.append(Finished(sequence.id, None, _not_a_number(sequence.id, int(flight.contexts[place]))))
             self._leave(sequence)
         alive &= sound
-        if flight.readings:
-            self._finish_reading(flight)
+        if flight.prefills:
+            self._finish_prefill(flight)
         elif flight.weights == self._weights:
             self._share_decoded(flight)
         slots, contexts = flight.targets, flight.contexts
@@ -223,14 +222,14 @@ class Scheduler:
             self._known_version = version
             self.flush_prefixes()
 
-    def _read(self, rows: list[Reading]) -> StepPlan:
+    def _read(self, rows: list[Prefill]) -> StepPlan:
         self._reads += 1
         self._decodes = 0
         self._statistics.prefill_steps += 1
         for row in rows:
             for sequence in (row.sequence, *row.joined):
                 self._running[sequence.id] = sequence
-        return self._launched(plan_reading(self._table, rows, self._known_version, self._weights))
+        return self._launched(plan_prefill(self._table, rows, self._known_version, self._weights))
 
     def _decode(self, ready: NDArray[np.int64]) -> StepPlan | None:
         table = self._table
@@ -279,10 +278,10 @@ class Scheduler:
         self._admission.waiting.add(newest, front=True)
         self._statistics.preemptions += 1
 
-    def _finish_reading(self, flight: InFlight) -> None:
+    def _finish_prefill(self, flight: InFlight) -> None:
         """Note who has a first token, and which full pages can be shared from now on."""
         now = time.perf_counter()
-        for row in flight.readings:
+        for row in flight.prefills:
             owners = [sequence for sequence in (row.sequence, *row.joined) if sequence.slot >= 0]
             if flight.weights == self._weights:
                 self._share_read(row, owners)
@@ -291,7 +290,7 @@ class Scheduler:
                 for sequence in owners:
                     sequence.first = sequence.first or now
 
-    def _share_read(self, row: Reading, owners: list[Sequence]) -> None:
+    def _share_read(self, row: Prefill, owners: list[Sequence]) -> None:
         if not owners or self._table.weights[owners[0].slot] != self._weights:
             return
         owner, width = owners[0], self.pool.page_size * TOKEN_BYTES

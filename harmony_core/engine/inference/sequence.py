@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from harmony_core.engine.inference.draws import Setting, stream
-from harmony_core.engine.inference.prefixes import TOKEN_BYTES
+from harmony_core.engine.inference.blocks import TOKEN_BYTES
+from harmony_core.engine.inference.sampling_parameters import Setting, stream
 from harmony_core.errors import DataError
 from harmony_core.rpc.protocol import Generated, Sampling
 

@@ -1,7 +1,8 @@
 """What the leader of a replica decides for one step, and what comes back. Plain data, no torch.
 
 Every running sequence has a slot: its row of the tables that each rank keeps, pages and last drawn token. A plan says
-only what changes in them, so a rank executes plans in the order they were made, each exactly once.
+only what changes in them, so a rank executes plans in the order they were made, each exactly once. `Layout` says where
+the tokens of a step are, for all steps but a device's decode steps.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class StepPlan(msgspec.Struct, frozen=True):
     targets: bytes
     """int32 `[N]`, the slot that each drawn token belongs to."""
     draws: bytes
-    """`Draws.pack` of the N draws."""
+    """`SamplingParameters.pack` of the N draws."""
     suppressed: dict[int, list[int]]
     """Place in `sampled` -> token ids that must not be drawn there."""
     version: int
@@ -85,3 +86,30 @@ def int32(data: bytes) -> NDArray[np.int32]:
 def float64(data: bytes) -> NDArray[np.float64]:
     """A field of a result as numbers, read-only."""
     return np.frombuffer(data, dtype=np.float64)
+
+
+class Layout:
+    """Where a plan's tokens are: positions and write slots `[T]`, and the last token of each sequence in the row."""
+
+    def __init__(self, plan: StepPlan, table: NDArray[np.int32], page_size: int) -> None:
+        self.page_size = page_size
+        self.slots = int32(plan.slots).astype(np.int64)
+        self.lengths = int32(plan.lengths).astype(np.int64)
+        self.contexts = int32(plan.contexts).astype(np.int64)
+        most = -(-int(self.contexts.max()) // page_size)
+        self.table = table[self.slots, :most].astype(np.int64)
+        self.ends = np.cumsum(self.lengths) - 1
+        row = np.arange(len(self.lengths))
+        self.positions = self.contexts - 1
+        if self.lengths.max() > 1:
+            row = np.repeat(row, self.lengths)
+            # The last token of each sequence has this position and this place in the row; the others go up to it.
+            self.positions = np.arange(len(row)) + (self.contexts - self.ends - 1)[row]
+        self.write_slots = self.table[row, self.positions // page_size] * page_size + self.positions % page_size
+
+    def read_slots(self) -> NDArray[np.int64] | None:
+        """`[B, longest context]`, or None for whole prompts, which have no past. Padding names a slot of the pool."""
+        if (self.lengths == self.contexts).all():
+            return None
+        slots = self.table[:, :, None] * self.page_size + np.arange(self.page_size)
+        return slots.reshape(len(slots), -1)[:, : self.contexts.max()]

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from harmony_core.engine.models.checkpoint_reader import CheckpointReader
 from harmony_core.engine.models.context import current_context
 from harmony_core.engine.models.parallel import (
     ColumnParallelLinear,
@@ -33,8 +34,9 @@ from harmony_core.engine.models.parallel import (
     shard_of,
 )
 from harmony_core.engine.models.scalar import SCORE, new_head
-from harmony_core.engine.models.stored import StoredWeights, read_json
 from harmony_core.errors import ConflictError, ModelRefused, VerificationError, did_you_mean
+from harmony_core.model.weight_files import ADAPTER_SETTINGS, check_adapter_config
+from harmony_core.plain_files import read_json
 from harmony_core.rpc.protocol import LoraSettings
 
 if TYPE_CHECKING:
@@ -42,22 +44,6 @@ if TYPE_CHECKING:
 
 PREFIX = "base_model.model."
 """What peft puts before a module's name in its files."""
-
-READ_SETTINGS = frozenset({"r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "peft_type", "task_type"})
-HARMLESS_SETTINGS = frozenset(
-    {
-        "auto_mapping",
-        "peft_version",
-        "base_model_name_or_path",
-        "revision",
-        "inference_mode",
-        "init_lora_weights",
-        "fan_in_fan_out",
-        "megatron_core",
-        "loftq_config",
-        "runtime_config",
-    }
-)
 
 
 @dataclass(frozen=True)
@@ -98,7 +84,7 @@ def add_lora(model: CausalLM, name: str, settings: LoraSettings) -> None:
 
 def load_adapter(model: CausalLM, name: str, directory: Path) -> None:
     """Add the peft adapter stored in `directory`. Raises `ModelRefused` naming the first setting we do not run."""
-    with StoredWeights(directory, "adapter_model") as stored:
+    with CheckpointReader(directory, "adapter_model") as stored:
         settings = read_settings(model, directory, stored)
         _attach(model, name, settings, lambda key, shard, shape: _read(stored, key, shard, shape, model.dtype))
         if PREFIX + SCORE in stored.names:
@@ -112,7 +98,7 @@ def load_adapter(model: CausalLM, name: str, directory: Path) -> None:
 def load_into_adapter(model: CausalLM, name: str, directory: Path) -> None:
     """Overwrite a live adapter's values with stored ones, which must have its rank, scale and layers."""
     info = model.adapters[name]
-    with StoredWeights(directory, "adapter_model") as stored:
+    with CheckpointReader(directory, "adapter_model") as stored:
         found = read_settings(model, directory, stored)
         if (found.rank, found.alpha) != (info.settings.rank, info.settings.alpha):
             raise ModelRefused(
@@ -161,32 +147,28 @@ def remove_adapter(model: CausalLM, name: str) -> None:
             setattr(model.module.get_submodule(parent), leaf, layer.base_layer)
 
 
-def settings_as_stored(info: AdapterInfo, base_ref: str) -> dict[str, Any]:
-    """The content of `adapter_config.json` for an adapter on `base_ref`: what every version of peft reads."""
+def settings_as_stored(info: AdapterInfo, base: str, revision: str = "") -> dict[str, Any]:
+    """The content of `adapter_config.json`, as every version of peft reads it; `base` is a path or a hub id."""
     more: dict[str, Any] = {"task_type": "CAUSAL_LM"}
     if SCORE in info.parameters:
         more = {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
-    config = _lora_config(info.settings, base_model_name_or_path=base_ref, inference_mode=True, **more)
+    if revision:
+        more["revision"] = revision
+    config = _lora_config(info.settings, base_model_name_or_path=base, inference_mode=True, **more)
     raw: dict[str, Any] = config.to_dict()
     # Defaults are left out: each version of peft has settings of its own that the others do not know.
-    kept = READ_SETTINGS | {"base_model_name_or_path", "inference_mode", "peft_version", *more}
+    kept = ADAPTER_SETTINGS | {"base_model_name_or_path", "inference_mode", "peft_version", *more}
     return {key: sorted(value) if isinstance(value, set) else value for key, value in raw.items() if key in kept}
 
 
-def read_settings(model: CausalLM, directory: Path, stored: StoredWeights) -> LoraSettings:
+def read_settings(model: CausalLM, directory: Path, stored: CheckpointReader) -> LoraSettings:
     """The settings of a stored adapter; anything that we would have to ignore is refused."""
-    from peft import LoraConfig
-
     path = directory / "adapter_config.json"
     raw = read_json(path)
-    if raw.get("peft_type") != "LORA":
-        raise ModelRefused(f"{path}: peft_type {raw.get('peft_type')!r} is not supported", hint="LORA is")
-    defaults: dict[str, Any] = LoraConfig().to_dict()  # type: ignore[no-untyped-call]
-    for key, value in raw.items():
-        if key == "modules_to_save" and PREFIX + SCORE in stored.names:
-            continue  # what else is saved whole is seen in the file
-        if key not in READ_SETTINGS | HARMLESS_SETTINGS and value and value != defaults.get(key):
-            raise ModelRefused(f"{path}: {key}={value!r} is not supported")
+    check_adapter_config(path, raw)
+    if raw.get("modules_to_save") and PREFIX + SCORE not in stored.names:
+        # With a head there, what else is saved whole is seen in the file.
+        raise ModelRefused(f"{path}: modules_to_save={raw['modules_to_save']!r} is not supported")
     try:
         rank, alpha, dropout = int(raw["r"]), float(raw["lora_alpha"]), float(raw.get("lora_dropout") or 0.0)
     except (KeyError, TypeError, ValueError) as error:
@@ -297,17 +279,18 @@ def _adapted(kind: Any) -> Any:
 def _forward(layer: Any, x: Tensor, *_: Any, **__: Any) -> Tensor:
     """`base(x) + scaling * B(A(x))` with the context's adapter, in place of peft's own.
 
-    It runs compiled too, and what it reads is then checked before each call: of the context the adapter's name only,
-    which changes seldom.
+    It runs compiled too, and what it reads is then checked before each call: of the context the adapter's name and
+    whether it drops, which change seldom.
     """
     result: Tensor = layer.base_layer(x)
-    adapter = current_context().adapter
+    context = current_context()
+    adapter = context.adapter
     if adapter is None or adapter not in layer.harmony_keys:
         return result
     key = layer.harmony_keys[adapter]
     a, b = layer.lora_A[key].weight, layer.lora_B[key].weight
     dropout = layer.lora_dropout[key]
-    if isinstance(dropout, nn.Dropout) and dropout.p and torch.is_grad_enabled() and a.requires_grad:
+    if isinstance(dropout, nn.Dropout) and dropout.p and context.dropout and a.requires_grad:
         x = _drop(layer, x, dropout.p)
     low = layer.harmony_matmul(x, a)
     if isinstance(layer.base_layer, ColumnParallelLinear):
@@ -353,7 +336,9 @@ def _hash(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8], "little") >> 1
 
 
-def _read(stored: StoredWeights, name: str, shard: Shard | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def _read(
+    stored: CheckpointReader, name: str, shard: Shard | None, shape: tuple[int, ...], dtype: torch.dtype
+) -> Tensor:
     if PREFIX + name not in stored.names:
         raise VerificationError(f"{stored.directory}: {PREFIX + name} is missing")
     return stored.read(PREFIX + name, shard, shape, dtype)

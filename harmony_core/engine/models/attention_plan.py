@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from harmony_core.engine.models.context import PackedAttention, PagedAttention
+from harmony_core.memory.sizes import PADDING_SHARE
 
-PADDING_SHARE = 0.2
-"""Padded tokens allowed in a group, as a share of its real ones."""
 PADDING_TOKENS = 64
 """Padded tokens always allowed in a group: below this an extra call costs more than it saves."""
 PADDING_CONTEXT = 256

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
 from harmony_core.engine.models import attention
+from harmony_core.rpc import progress
 
 RECOMPILE_LIMIT = 4096
 """Variants of one function that are compiled before the rest runs uncompiled, without a word. Each layer is four
@@ -47,8 +48,14 @@ class LayerCall:
         module = self._module()
         if self.recomputed and torch.is_grad_enabled():
             # Nothing draws from torch's random state: dropout draws from the context's seed.
-            return checkpoint(self._run, module, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-        return self._run(module, *args, **kwargs)
+            made = checkpoint(self._run, module, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        else:
+            made = self._run(module, *args, **kwargs)
+        progress.made()
+        if isinstance(made, torch.Tensor) and made.requires_grad:
+            # The backward pass has come to this layer.
+            made.register_hook(progress.made)  # type: ignore[no-untyped-call]
+        return made
 
 
 def prepare_compiling() -> None:

@@ -65,12 +65,14 @@ class ForwardContext:
     """One forward pass. `adapter` None runs the base weights alone.
 
     `seed` is what an adapter's dropout draws from: the same on all tensor-parallel ranks of a replica, another one for
-    each micro-batch. `prepared` is the attention function's own: what it computes once for all layers.
+    each micro-batch; `dropout` says whether a trained adapter draws at all. `prepared` is the attention function's own:
+    what it computes once for all layers.
     """
 
     attention: PackedAttention | PagedAttention | DecodeAttention
     adapter: str | None = None
     seed: int = 0
+    dropout: bool = False
     prepared: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
 

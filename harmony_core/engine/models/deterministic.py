@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from harmony_core.engine.models.matmul import plain_matmul
 from harmony_core.engine.models.model import CausalLM
-from harmony_core.engine.models.products import plain_product
 from harmony_core.errors import ResourceError
 
 TILE = 16
@@ -91,8 +91,8 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         return (
-            plain_product(grads[0], weight) if ctx.needs_input_grad[0] else None,
-            plain_product(grads[0].t(), x) if ctx.needs_input_grad[1] else None,
+            plain_matmul(grads[0], weight) if ctx.needs_input_grad[0] else None,
+            plain_matmul(grads[0].t(), x) if ctx.needs_input_grad[1] else None,
         )
 
 
@@ -107,7 +107,7 @@ def _by_tiles(x: Tensor, weight: Tensor) -> Tensor:
         tile, place = x[start : start + TILE], output[start : start + TILE]
         # The head's rows are padded with whole tiles of zeros; the product of those is known.
         if start < count - TILE or tile.any():
-            plain_product(tile, columns, out=place)
+            plain_matmul(tile, columns, out=place)
         else:
             place.zero_()
     return output[:count, :width]

@@ -1,22 +1,160 @@
 """From hidden states to log-probs of given tokens, without ever holding `[tokens, vocabulary]`.
 
 The head runs over chunks of rows; each tensor-parallel rank scores its own slice of the vocabulary, and two small
-reductions per chunk make the softmax whole. N rows, d hidden, V vocabulary.
+reductions per chunk make the softmax whole. The gradient with respect to the logits comes with it where it is asked
+for. Scorers do this in plain torch, or by two kernels. N rows, d hidden, V vocabulary (in a scorer the local columns).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from harmony_core.engine.models.head_scorers import HostScorer, Scorer, make_scorer
+from harmony_core.engine.models.matmul import add_matmul, plain_matmul, wide, wide_matmul
 from harmony_core.engine.models.model import CausalLM
 from harmony_core.engine.models.parallel import all_reduce
-from harmony_core.engine.models.products import add_product, plain_product, wide
-from harmony_core.errors import DataError
+from harmony_core.memory.sizes import HEAD_DEVICE_BYTES, HEAD_HOST_BYTES, HEAD_TILES
+from harmony_core.rpc import progress
+
+
+class HostScorer:
+    """In plain torch operations, on any device. The gradient takes the place of the logits."""
+
+    tiles = 1
+    entropies: Tensor
+    """Of the tile scored last, `[n]`, where they are asked for."""
+
+    def __init__(self, model: CausalLM, rows: int, entropies: bool = False) -> None:
+        """`entropies`: score them too, which takes a second matrix as large as the logits."""
+        self.model, self.weight = model, model.head_weight
+        self.rows = rows
+        self._with_entropies = entropies
+
+    @staticmethod
+    def rows_for(model: CausalLM, matrices: int = 1) -> int:
+        """Rows of a tile of which there are `matrices`; the same number on every tensor-parallel rank."""
+        rows = HEAD_HOST_BYTES // (4 * _widest(model) * matrices)
+        return max(1, rows // model.row_multiple) * model.row_multiple
+
+    def score(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """`[n, d]`, `[n]` -> log-probs `[n]`."""
+        model = self.model
+        logits = wide_matmul(hidden, self.weight.t()) if hidden.is_cuda else model.matmul(hidden, self.weight)
+        logits = logits.to(wide(logits.dtype))
+        top = all_reduce(logits.amax(-1), model.tp, dist.ReduceOp.MAX)
+        local = targets - model.vocab_start
+        self._mine = (local >= 0) & (local < self.weight.shape[0])
+        self._columns = local.clamp(0, self.weight.shape[0] - 1)
+        picked = logits.gather(1, self._columns[:, None])[:, 0]
+        picked = torch.where(self._mine, picked - top, 0.0)
+        self._values = logits.sub_(top[:, None]).exp_()
+        terms = [self._values.sum(-1), picked]
+        if self._with_entropies:
+            # x log x, and 0 where x, an exponential, has become 0.
+            self._products = torch.xlogy(self._values, self._values)
+            terms.append(self._products.sum(-1))
+        sums = all_reduce(torch.stack(terms), model.tp)
+        self._total = sums[0]
+        if self._with_entropies:
+            self.entropies = self._total.log() - sums[2] / self._total
+        return sums[1] - self._total.log()
+
+    def add_gradient(self, coefficients: Tensor, entropy: Tensor | None = None) -> None:
+        """Of the tile scored last: d(-sum(c * logprob)) / d(logits) = `c * (softmax - onehot)`.
+
+        `entropy`: coefficients e; then also d(-sum(e * H)) / d(logits) = `e * softmax * (log softmax + H)`.
+        """
+        if entropy is None:
+            self._values.mul_((coefficients / self._total)[:, None])
+        else:
+            scaled = entropy / self._total
+            shift = scaled * (self.entropies - self._total.log())
+            self._values.mul_((coefficients / self._total + shift)[:, None]).add_(self._products.mul_(scaled[:, None]))
+            del self._products
+        self._values.scatter_add_(1, self._columns[:, None], torch.where(self._mine, -coefficients, 0.0)[:, None])
+
+    def drop(self) -> None:
+        """Forget what a gradient with entropies would need of the tile scored last."""
+        del self._values, self._products
+
+    def take(self) -> Tensor:
+        """The gradients added since the last call, `[N, V]`."""
+        values = self._values
+        # The next tile must not find this one's still there.
+        del self._values
+        return values
+
+
+class DeviceScorer:
+    """By the kernels of `kernels.softmax`: float32 logits, gradients in the model's type, both in fixed buffers."""
+
+    tiles = HEAD_TILES
+
+    def __init__(self, model: CausalLM, rows: int, gradients: int = 0) -> None:
+        """`rows` of a tile; room for the gradients of so many rows."""
+        from harmony_core.engine.kernels import softmax
+
+        self.model, self.weight, self.rows = model, model.head_weight, rows
+        self._kernels = softmax
+        width = self.weight.shape[0]
+        self._logits = self.weight.new_empty((rows, width), dtype=torch.float32)
+        self._gradients = self.weight.new_empty((gradients, width))
+        self._statistics = self.weight.new_empty((3, rows), dtype=torch.float32)
+        self._filled = 0
+
+    @staticmethod
+    def rows_for(model: CausalLM) -> int:
+        """Rows of a tile; the same number on every tensor-parallel rank."""
+        row = (4 + HEAD_TILES * model.dtype.itemsize) * _widest(model)
+        return max(1, HEAD_DEVICE_BYTES // row // 128) * 128
+
+    def score(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """`[n, d]`, `[n]` -> log-probs `[n]`."""
+        tp, count = self.model.tp, len(targets)
+        self._tile = wide_matmul(hidden, self.weight.t(), out=self._logits[:count])
+        self._columns = targets - self.model.vocab_start
+        local_top, total, picked = (row[:count] for row in self._statistics)
+        self._kernels.softmax_statistics(self._tile, self._columns, local_top, total, picked)
+        self._top = all_reduce(local_top.clone(), tp, dist.ReduceOp.MAX)
+        mine = (self._columns >= 0) & (self._columns < self.weight.shape[0])
+        sums = torch.stack([total * (local_top - self._top).exp(), torch.where(mine, picked - self._top, 0.0)])
+        all_reduce(sums, tp)
+        self._total = sums[0]
+        return sums[1] - self._total.log()
+
+    def add_gradient(self, coefficients: Tensor) -> None:
+        """Of the tile scored last: d(-sum(c * logprob)) / d(logits) = `c * (softmax - onehot)`."""
+        count = len(coefficients)
+        out = self._gradients[self._filled : self._filled + count]
+        scales = coefficients / self._total
+        self._kernels.softmax_gradient(self._tile, self._columns, self._top, scales, coefficients, out)
+        self._filled += count
+
+    def take(self) -> Tensor:
+        """The gradients added since the last call, `[N, V]`; the next tile overwrites them."""
+        filled, self._filled = self._filled, 0
+        return self._gradients[:filled]
+
+
+Scorer = HostScorer | DeviceScorer
+
+
+def make_scorer(model: CausalLM, count: int, rows: int | None, gradients: bool) -> Scorer:
+    """What scores `count` rows of this model, `rows` at a time or as many as the budget allows."""
+    if model.device.type == "cuda" and model.dtype != torch.float64:
+        rows = min(rows or DeviceScorer.rows_for(model), max(1, count))
+        return DeviceScorer(model, rows, min(count, HEAD_TILES * rows) if gradients else 0)
+    return HostScorer(model, rows or HostScorer.rows_for(model))
+
+
+def _widest(model: CausalLM) -> int:
+    """Columns of the rank that has most."""
+    return -(-model.vocab_size // model.tp.size)
 
 
 @torch.no_grad()
@@ -25,7 +163,6 @@ def token_logprobs(model: CausalLM, hidden: Tensor, targets: Tensor, chunk: int 
 
     The same on every tensor-parallel rank, which must all call it with the same N.
     """
-    _check_targets(model, targets)
     count = len(targets)
     hidden, targets = pad_rows(model, hidden, targets)
     logprobs = hidden.new_empty(targets.shape, dtype=wide(hidden.dtype))
@@ -40,7 +177,6 @@ def token_logprobs_and_entropies(
     model: CausalLM, hidden: Tensor, targets: Tensor, chunk: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """`token_logprobs`, and the entropy of each row's distribution over the whole vocabulary, in nats, `[N]`."""
-    _check_targets(model, targets)
     count = len(targets)
     hidden, targets = pad_rows(model, hidden, targets)
     found = hidden.new_empty((2, *targets.shape), dtype=wide(hidden.dtype))
@@ -72,7 +208,6 @@ def linear_logprob_loss(
 
     `entropy`, `[N]`: also `-sum(entropy * H)` with the entropy H of each row's distribution.
     """
-    _check_targets(model, targets)
     count = len(targets)
     hidden, targets, coefficients = pad_rows(model, hidden, targets, coefficients)
     padded = None if entropy is None else pad_rows(model, entropy)[0]
@@ -125,9 +260,9 @@ class _LinearLogprobLoss(torch.autograd.Function):
                 loss -= (entropy[rows] * scorer.entropies).sum()
             gradient = scorer.take()
             if weight_grad is not None:
-                add_product(weight_grad, gradient.t(), hidden[group].to(gradient.dtype))
+                add_matmul(weight_grad, gradient.t(), hidden[group].to(gradient.dtype))
             if hidden_grad is not None:
-                plain_product(gradient.to(weight.dtype), weight, out=hidden_grad[group])
+                plain_matmul(gradient.to(weight.dtype), weight, out=hidden_grad[group])
             del gradient
         if hidden_grad is not None:
             # Each rank saw its own slice of the vocabulary.
@@ -153,12 +288,7 @@ def _entropy_scorer(model: CausalLM, chunk: int | None) -> HostScorer:
     return HostScorer(model, chunk or HostScorer.rows_for(model, matrices=2), entropies=True)
 
 
-def _chunks(start: int, stop: int, size: int) -> list[slice]:
-    return [slice(first, min(first + size, stop)) for first in range(start, stop, size)]
-
-
-def _check_targets(model: CausalLM, targets: Tensor) -> None:
-    if targets.device.type == "cpu" and targets.numel():
-        low, high = (int(bound) for bound in torch.aminmax(targets))
-        if low < 0 or high >= model.vocab_size:
-            raise DataError(f"target id {low if low < 0 else high} is outside the vocabulary of {model.vocab_size}")
+def _chunks(start: int, stop: int, size: int) -> Iterator[slice]:
+    for first in range(start, stop, size):
+        yield slice(first, min(first + size, stop))
+        progress.made()

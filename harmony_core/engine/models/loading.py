@@ -13,17 +13,18 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from harmony_core.engine.models import attention, linear_cpu
+from harmony_core.engine.models import attention, matmul_cpu
+from harmony_core.engine.models.checkpoint_reader import CheckpointReader
 from harmony_core.engine.models.deterministic import make_deterministic
-from harmony_core.engine.models.joined import join_layers
+from harmony_core.engine.models.fused_linear import fuse_layers
 from harmony_core.engine.models.model import CausalLM
 from harmony_core.engine.models.parallel import Shard, TensorParallel, full_shape, set_shard, shard_of
 from harmony_core.engine.models.scalar import SCORE, put_scalar_head
 from harmony_core.engine.models.sharding import shard_modules
-from harmony_core.engine.models.stored import StoredWeights, read_json
 from harmony_core.errors import ModelRefused, VerificationError
+from harmony_core.plain_files import read_json, refuse_code
 
 HEAD = "lm_head.weight"
 """The stored name of a vocabulary head that is not tied."""
@@ -51,7 +52,7 @@ def load_model(
     if deterministic:
         tp = replace(tp, ordered=True)
     module, summed = empty_module(config, tp, dtype, scalar=scalar)
-    with StoredWeights(directory) as stored:
+    with CheckpointReader(directory) as stored:
         needed = dict(module.named_parameters())
         new_head = scalar and SCORE not in stored.names
         if new_head:
@@ -64,7 +65,7 @@ def load_model(
             return stored.read(name, shard, shape, dtype)
 
         fill(module, config, device, read)
-    model = CausalLM(module, config, tp, device, dtype, summed)
+    model = CausalLM(module, config, tp, device, dtype, summed, read_json(directory / "config.json"))
     _choose_products(model, deterministic)
     return model
 
@@ -74,7 +75,7 @@ def copy_model(model: CausalLM) -> CausalLM:
     module, summed = empty_module(model.config, model.tp, model.dtype, scalar=not model.has_vocabulary_head)
     source = model.base_parameters
     fill(module, model.config, model.device, lambda name, shard, shape: source[name].detach().clone())
-    copied = CausalLM(module, model.config, model.tp, model.device, model.dtype, summed)
+    copied = CausalLM(module, model.config, model.tp, model.device, model.dtype, summed, model.stored_config)
     _choose_products(copied, model.deterministic)
     return copied
 
@@ -82,20 +83,20 @@ def copy_model(model: CausalLM) -> CausalLM:
 def _choose_products(model: CausalLM, deterministic: bool) -> None:
     if deterministic:
         make_deterministic(model)
-    elif linear_cpu.applies(model.device, model.dtype):
-        model.use_product(linear_cpu.linear)
+    elif matmul_cpu.applies(model.device, model.dtype):
+        model.use_product(matmul_cpu.linear)
 
 
 def read_config(directory: Path) -> Any:
     """The transformers config of a model directory, never running code from it."""
     path = directory / "config.json"
     raw = read_json(path)
-    if "auto_map" in raw:
-        raise ModelRefused(f"{path}: auto_map asks for code from the model's directory, which is never run")
+    refuse_code(path, raw)
     if raw.get("quantization_config"):
         raise ModelRefused(f"{path}: quantised weights are not supported", hint="store the model unquantised")
     try:
-        return AutoConfig.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+        # From what was read here, so that no other file of the directory is looked at.
+        return CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
     except (ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         raise ModelRefused(f"{path}: transformers cannot read it: {error}") from None
 
@@ -136,7 +137,7 @@ def fill(module: nn.Module, config: Any, device: torch.device, read: Reader) -> 
         setattr(module.get_submodule(owner), leaf, parameter)
         if device.type == "cuda":
             # At once: the memory of one layer's single matrices then serves the next layer's.
-            join_layers(module, name)
+            fuse_layers(module, name)
     _tie(module, config)
     for name, owner_module in module.named_modules():
         empty_buffers = [key for key, buffer in owner_module.named_buffers(recurse=False) if buffer.is_meta]
@@ -144,7 +145,7 @@ def fill(module: nn.Module, config: Any, device: torch.device, read: Reader) -> 
             _rebuild_buffers(owner_module, name, empty_buffers, config, device)
 
 
-def check_names(needed: Collection[str], aliases: frozenset[str], stored: StoredWeights) -> None:
+def check_names(needed: Collection[str], aliases: frozenset[str], stored: CheckpointReader) -> None:
     """Refuse files that lack a tensor the model needs, or hold one that would be silently ignored."""
     missing = sorted(set(needed) - stored.names)
     if missing:

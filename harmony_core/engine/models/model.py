@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from harmony_core.engine.models.compiling import LayerCall, prepare_compiling
 from harmony_core.engine.models.context import current_context
+from harmony_core.engine.models.matmul import wide, wide_matmul
 from harmony_core.engine.models.parallel import (
     Product,
     Shard,
@@ -22,7 +23,6 @@ from harmony_core.engine.models.parallel import (
     shard_of,
     sum_gradient,
 )
-from harmony_core.engine.models.products import wide, wide_product
 from harmony_core.errors import DataError
 
 if TYPE_CHECKING:
@@ -43,8 +43,11 @@ class CausalLM:
         device: torch.device,
         dtype: torch.dtype,
         summed_gradients: frozenset[str],
+        stored_config: dict[str, Any] | None = None,
     ) -> None:
         self.module, self.config, self.tp, self.device, self.dtype = module, config, tp, device, dtype
+        self.stored_config: dict[str, Any] = config.to_dict() if stored_config is None else stored_config
+        """config.json as it was read: a saved model keeps what it says."""
         self.adapters: dict[str, AdapterInfo] = {}
         self.matmul: Product = F.linear
         """How every weight matrix is applied: (rows, weight, bias) -> rows."""
@@ -127,7 +130,7 @@ class CausalLM:
         float32, or float64 in a float64 model; never rounded to half precision on CUDA. `out`: where to put them.
         """
         if hidden.is_cuda and hidden.dtype != wide(hidden.dtype):
-            local = wide_product(hidden, self.head_weight.t(), out if self.tp.size == 1 else None)
+            local = wide_matmul(hidden, self.head_weight.t(), out if self.tp.size == 1 else None)
         else:
             local = self.matmul(hidden, self.head_weight)
             local = local.to(wide(local.dtype))
@@ -188,7 +191,7 @@ class CausalLM:
         """Run each decoder layer and the final norm through torch.compile from now on; again is fine.
 
         The first pass of each kind (with gradients, without, an adapter's first) takes as long as compiling one layer:
-        layers share it, and so does every number of tokens but one. It needs a compiler: see `toolchain`.
+        layers share it, and so does every number of tokens but one. It needs a compiler: see `rpc.platform`.
         """
         if self._backend is None:
             prepare_compiling()

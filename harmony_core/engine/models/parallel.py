@@ -17,6 +17,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from harmony_core.rpc import progress
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
@@ -108,6 +110,7 @@ def all_reduce(tensor: Tensor, tp: TensorParallel, op: Any = dist.ReduceOp.SUM) 
             tensor.add_(part)
     else:
         dist.all_reduce(tensor, op, group=tp.group)
+    progress.made()
     return tensor
 
 
@@ -128,6 +131,7 @@ def gather_full(tensor: Tensor, shard: Shard | None, tp: TensorParallel) -> Tens
         pieces = [padded] * tp.size
     else:
         dist.all_gather(pieces, padded, group=tp.group)
+        progress.made()
     base, extra = divmod(shard.full, tp.size)
     full = torch.cat([p[: base + (rank < extra)] for rank, p in enumerate(pieces)])
     return full.movedim(0, shard.dim)

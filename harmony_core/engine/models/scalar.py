@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
-from harmony_core.engine.models.products import wide
+from harmony_core.engine.models.matmul import wide
 
 if TYPE_CHECKING:
     from harmony_core.engine.models.model import CausalLM

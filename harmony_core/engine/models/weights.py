@@ -6,20 +6,22 @@ Writing is not atomic and nothing is fsynced here: the caller hands in a staging
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from harmony_core.engine.models.adapters import PREFIX, load_into_adapter, settings_as_stored
+from harmony_core.engine.models.checkpoint_reader import CheckpointReader
 from harmony_core.engine.models.loading import check_names, tied_names
 from harmony_core.engine.models.model import CausalLM
 from harmony_core.engine.models.parallel import full_shape, gather_full, shard_of
 from harmony_core.engine.models.scalar import architecture_with_score
-from harmony_core.engine.models.stored import StoredWeights
+from harmony_core.engine.models.stored_config import both_forms
+from harmony_core.rpc import progress
 
 FILE_BYTES = 4 << 30
 """One file's worth of tensors is what the writing rank holds at a time."""
@@ -36,10 +38,17 @@ def save_model(model: CausalLM, directory: Path, write: bool) -> str | None:
         for i in range(1, len(files) + 1)
     ]
     bad: str | None = None
+    failure: Exception | None = None
     for name, group in zip(names, files, strict=True):
         parameters = {key: model.base_parameters[key] for key in group}
-        found = _gather_and_write(model, parameters, "", directory / name, write)
-        bad = bad or found
+        try:
+            found = _gather_and_write(model, parameters, "", directory / name, write)
+        except (OSError, SafetensorError) as error:  # told when the other ranks wait for nothing more
+            failure, write = error, False
+        else:
+            bad = bad or found
+    if failure is not None:
+        raise failure
     if not write:
         return None
     if len(files) > 1:
@@ -49,21 +58,22 @@ def save_model(model: CausalLM, directory: Path, write: bool) -> str | None:
             "weight_map": places,
         }
         _write_json(directory / "model.safetensors.index.json", index)
-    config = copy.deepcopy(model.config)
-    config.dtype = model.dtype
-    config.architectures = [type(model.module).__name__]
+    config = both_forms(model.stored_config, model.config, str(model.dtype).removeprefix("torch."))
+    config["architectures"] = [type(model.module).__name__]
     if not model.has_vocabulary_head:
-        config.architectures, config.num_labels = [architecture_with_score(config)], 1
-    config.save_pretrained(directory)
+        config["architectures"] = [architecture_with_score(model.config)]
+        config |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+        config.pop("num_labels", None)
+    _write_json(directory / "config.json", config)
     return bad
 
 
-def save_adapter(model: CausalLM, name: str, directory: Path, base_ref: str, write: bool) -> str | None:
-    """One adapter as a peft adapter directory that names `base_ref` as its base. Returns what `save_model` does."""
+def save_adapter(model: CausalLM, name: str, directory: Path, base: str, write: bool, revision: str = "") -> str | None:
+    """One adapter as a peft adapter directory that names `base` as its base. Returns what `save_model` does."""
     info = model.adapters[name]
     bad = _gather_and_write(model, info.parameters, PREFIX, directory / "adapter_model.safetensors", write)
     if write:
-        _write_json(directory / "adapter_config.json", settings_as_stored(info, base_ref))
+        _write_json(directory / "adapter_config.json", settings_as_stored(info, base, revision))
     return bad
 
 
@@ -75,7 +85,7 @@ def load_into(model: CausalLM, directory: Path, adapter: str | None = None) -> N
     if adapter is not None:
         load_into_adapter(model, adapter, directory)
         return
-    with StoredWeights(directory) as stored, torch.no_grad():
+    with CheckpointReader(directory) as stored, torch.no_grad():
         check_names(model.base_parameters, tied_names(model.module), stored)
         for name, parameter in model.base_parameters.items():
             stored.check(name, full_shape(parameter))
@@ -93,8 +103,10 @@ def _gather_and_write(
         if write:
             tensors[prefix + name] = full.cpu().contiguous()
             bad = bad or (None if full.isfinite().all() else name)
+        progress.made()
     if write:
         save_file(tensors, path, metadata={"format": "pt"})
+        progress.made()
     return bad
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from harmony_core.engine.models.parallel import TensorParallel, shard_of
 from harmony_core.errors import InternalError
+from harmony_core.rpc import progress
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -104,6 +105,7 @@ class FlatGradients:
         if group is not None and dist.get_world_size(group) > 1:
             for bucket in torch.split(self.buffer, BUCKET_ELEMENTS):
                 dist.all_reduce(bucket, group=group)
+                progress.made()
         replicated = self.buffer[self.first_replicated :]
         if not self.tp.silent and replicated.numel():
             # Equal up to rounding already; equal bits keep the copies from drifting apart over many steps.

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from harmony_core.engine.training.losses.terms import Scored
-from harmony_core.errors import DataError, InternalError
+from harmony_core.engine.training.losses import Scored
+from harmony_core.errors import InternalError
 from harmony_core.rpc.protocol import CustomLoss, MicroBatch
 
 
@@ -40,14 +40,45 @@ class PackedBatch:
     """`[N]` float64 by name: what the loss is given of each scored position."""
     group: int = 1
     """So many adjacent samples belong together."""
+    parts: tuple[int, ...] = ()
+    """How many adjacent samples go through the model at once; (): all of them."""
+    dropout: bool = True
+
+    def cut(self) -> list[PackedBatch]:
+        """The parts, each a batch of its own."""
+        found: list[PackedBatch] = []
+        sample = token = row = 0
+        for size in self.parts or (len(self.lengths),):
+            lengths, counts = self.lengths[sample : sample + size], self.counts[sample : sample + size]
+            tokens, rows = slice(token, token + sum(lengths)), slice(row, row + sum(counts))
+            sampled = None
+            if self.sampled is not None:
+                inside = (self.sampled[0] >= rows.start) & (self.sampled[0] < rows.stop)
+                sampled = (self.sampled[0][inside] - rows.start, self.sampled[1][inside])
+            part = replace(
+                self,
+                tokens=self.tokens[tokens],
+                positions=self.positions[tokens],
+                rows=None if self.rows is None else self.rows[rows] - token,
+                targets=self.targets[rows],
+                coefficients=self.coefficients[rows],
+                lengths=lengths,
+                counts=counts,
+                sampled=sampled,
+                fields={name: values[rows] for name, values in self.fields.items()},
+                parts=(),
+            )
+            found.append(part)
+            sample, token, row = sample + size, tokens.stop, rows.stop
+        return found
 
     def given(self, values: Tensor, entropies: Tensor | None = None) -> Scored:
         """What the loss is given, with the log-probs or values `[N]` of the scored positions."""
         return Scored(values, self.coefficients, self.counts, self.fields, self.settings, self.group, entropies)
 
 
-def unpack(batch: MicroBatch, vocab_size: int, device: torch.device) -> PackedBatch:
-    """Tensors on `device`. Raises DataError for a token outside the vocabulary."""
+def unpack(batch: MicroBatch, device: torch.device) -> PackedBatch:
+    """Tensors on `device`. The driver has checked that all tokens are in the vocabulary."""
     try:
         tokens, targets, lengths = (
             np.frombuffer(field, "<i4").astype(np.int64) for field in (batch.tokens, batch.targets, batch.lengths)
@@ -61,10 +92,6 @@ def unpack(batch: MicroBatch, vocab_size: int, device: torch.device) -> PackedBa
             f" and lengths that sum to {lengths.sum()}"
         )
     (scored,) = np.nonzero(coefficients)
-    for what, ids in (("token", tokens), ("target", targets[scored])):
-        if ids.size and (ids.min() < 0 or ids.max() >= vocab_size):
-            worst = int(ids.min() if ids.min() < 0 else ids.max())
-            raise DataError(f"{what} {worst} is outside the vocabulary of {vocab_size}", value=worst, limit=vocab_size)
     positions = np.arange(tokens.size) - np.repeat(np.cumsum(lengths) - lengths, lengths)
 
     sampler = np.frombuffer(batch.sampler_logprobs, "<f4").astype(np.float64)
@@ -76,6 +103,9 @@ def unpack(batch: MicroBatch, vocab_size: int, device: torch.device) -> PackedBa
             raise InternalError(f"a micro-batch of {scored.size} scored tokens and {values.size} values of {name!r}")
     if batch.group < 1 or lengths.size % batch.group:
         raise InternalError(f"a micro-batch of {lengths.size} samples in groups of {batch.group}")
+    parts = np.frombuffer(batch.parts, "<i4")
+    if parts.size and (parts.min() < 1 or parts.sum() != lengths.size):
+        raise InternalError(f"a micro-batch of {lengths.size} samples in parts of {parts.tolist()}")
     each = np.diff(np.searchsorted(scored, np.concatenate([[0], np.cumsum(lengths)])))
     (known,) = np.nonzero(np.isfinite(sampler[scored])) if sampler.size else (np.empty(0, np.int64),)
 
@@ -98,4 +128,6 @@ def unpack(batch: MicroBatch, vocab_size: int, device: torch.device) -> PackedBa
         settings=batch.settings,
         fields={name: there(values) for name, values in fields.items()},
         group=batch.group,
+        parts=tuple(parts.tolist()),
+        dropout=batch.dropout,
     )

@@ -19,6 +19,7 @@ from harmony_core.engine.models.parallel import gather_full, shard_of
 from harmony_core.engine.training.gradients import Slot
 from harmony_core.engine.training.optimizer import AdamW
 from harmony_core.errors import VerificationError
+from harmony_core.rpc import progress
 
 FILE = "optimizer.safetensors"
 _DTYPES = {torch.float32: "F32", torch.float64: "F64"}
@@ -27,14 +28,16 @@ _DTYPES = {torch.float32: "F32", torch.float64: "F64"}
 def save(optimizer: AdamW, directory: Path, write: bool) -> None:
     """Write the state; every rank of one replica takes part in the gathering, the one with `write` writes."""
     entries = _entries(optimizer)
-    if not write:
-        for _, slot, buffer in entries:
+    left = iter(entries)
+    try:
+        if write:
+            with open(directory / FILE, "wb") as file:
+                file.write(_header(optimizer, entries))
+                for _, slot, buffer in left:
+                    _write(file, _full(optimizer, slot, buffer))
+    finally:  # the other ranks gather whatever becomes of the file
+        for _, slot, buffer in left:
             _full(optimizer, slot, buffer)
-        return
-    with open(directory / FILE, "wb") as file:
-        file.write(_header(optimizer, entries))
-        for _, slot, buffer in entries:
-            _write(file, _full(optimizer, slot, buffer))
 
 
 def load(optimizer: AdamW, directory: Path) -> None:
@@ -52,6 +55,7 @@ def load(optimizer: AdamW, directory: Path) -> None:
                     index = (slice(None),) * shard.dim + (slice(shard.start, shard.stop),)
                     value = file.get_slice(name)[index]
                 slot.of(buffer).copy_(value)
+                progress.made()
     except (SafetensorError, FileNotFoundError) as error:
         raise VerificationError(f"{path} cannot be read: {error}", file=str(path)) from error
     optimizer.step_count = step
@@ -94,6 +98,7 @@ def _header(optimizer: AdamW, entries: list[tuple[str, Slot, Tensor]]) -> bytes:
 def _write(file: BinaryIO, tensor: Tensor) -> None:
     for piece in torch.split(tensor.detach().reshape(-1), 1 << 22):
         file.write(piece.cpu().numpy().tobytes())
+        progress.made()
 
 
 def _check(file: Any, optimizer: AdamW, entries: list[tuple[str, Slot, Tensor]], path: Path) -> int:

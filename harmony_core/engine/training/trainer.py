@@ -23,12 +23,11 @@ from harmony_core.engine.models.heads import linear_logprob_loss, token_logprobs
 from harmony_core.engine.models.model import CausalLM
 from harmony_core.engine.models.scalar import scores
 from harmony_core.engine.training import state_files
-from harmony_core.engine.training.agreement import Agreement, metrics
 from harmony_core.engine.training.gradients import FlatGradients
-from harmony_core.engine.training.heap import LARGE_BYTES, kept_while_it_runs
-from harmony_core.engine.training.losses.metrics import MetricSums, means
-from harmony_core.engine.training.losses.table import evaluate, evaluate_all
-from harmony_core.engine.training.losses.terms import wants_entropies
+from harmony_core.engine.training.logprob_gap import LogprobGap, metrics
+from harmony_core.engine.training.loss_evaluation import MetricSums, evaluate, means
+from harmony_core.engine.training.losses import wants_entropies
+from harmony_core.engine.training.malloc_tuning import LARGE_BYTES, kept_while_it_runs
 from harmony_core.engine.training.optimizer import AdamW
 from harmony_core.engine.training.packing import PackedBatch, unpack
 from harmony_core.errors import EngineError, NothingToTrain, StepFailed, UsageError
@@ -65,8 +64,8 @@ class Trainer:
         # The head's gradient is as large as the embedding: it is added where it belongs, without a copy of it.
         self._head_gradient = self.gradients.of(model.head_weight) if score is None else None
         # A trained adapter's dropout is not the sampler's: there would be nothing to learn from a difference.
-        self._comparable = adapter is None or not model.adapters[adapter].settings.dropout
-        self._agreement = Agreement(model.device)
+        self._drops = adapter is not None and bool(model.adapters[adapter].settings.dropout)
+        self._agreement = LogprobGap(model.device)
         self._metrics = MetricSums(model.device)
         self._failed = False
         self._reset_counts()
@@ -104,16 +103,21 @@ class Trainer:
         """
         started = time.perf_counter()
         self._failed = True
-        packed = unpack(batch, self.model.vocab_size, self.model.device)
-        numerator = self._forward_backward(packed, self._dropout_seed(batch))
+        packed = unpack(batch, self.model.device)
+        parts = packed.cut() if packed.parts else [packed]
+        seeds = [self._dropout_seed(batch, number) for number in range(len(parts))]
+        if len(parts) == 1:
+            numerator = self._forward_backward(packed, seeds[0])
+        else:
+            numerator = self._in_parts(packed, parts, seeds)
         self._failed = False
-        self._micro_batches += 1
+        self._micro_batches += len(parts)
         self._numerator += numerator
         self._weighted += packed.targets.numel()
         self._samples += len(packed.lengths) // packed.group
         return MicroBatchDone(
             numerator=numerator,
-            tokens=packed.tokens.numel(),
+            tokens=[part.tokens.numel() for part in parts],
             samples=len(packed.lengths) // packed.group,
             seconds=time.perf_counter() - started,
         )
@@ -194,7 +198,7 @@ class Trainer:
             coefficients=torch.ones(max_batch_tokens, dtype=torch.float64, device=device),
             lengths=(max_batch_tokens,),
             loss="linear" if self.score is None else "mse_per_token",
-            fields={"target": torch.zeros(max_batch_tokens, dtype=torch.float64, device=device)},
+            fields={"targets": torch.zeros(max_batch_tokens, dtype=torch.float64, device=device)},
         )
         try:
             with torch.random.fork_rng([device] if device.type == "cuda" else []), self.model.tp.without_collectives():
@@ -206,11 +210,46 @@ class Trainer:
             else:
                 self.gradients.buffer.copy_(kept)
 
-    def _forward_backward(self, packed: PackedBatch, seed: int) -> float:
+    def _in_parts(self, packed: PackedBatch, parts: list[PackedBatch], seeds: list[int]) -> float:
+        """`_forward_backward` of samples that belong together and of which only some fit into the memory at once.
+
+        Their log-probs or values are taken part by part; the loss of all of them is the same as together. Then each
+        part runs again, with the gradient that the loss has there: the same one, since dropout draws the same.
+        """
+        found = [self._values_of(part, seed) for part, seed in zip(parts, seeds, strict=True)]
+        numerator, directions, sums = evaluate(
+            packed.loss, packed.given(*map(torch.cat, zip(*found, strict=True))), packed.custom
+        )
+        self._metrics.add(sums)
+        ends = [sum(part.counts) for part in parts]
+        for part, seed, *known in zip(parts, seeds, *(torch.split(d, ends) for d in directions), strict=True):
+            self._forward_backward(part, seed, known)
+        return numerator
+
+    @torch.no_grad()
+    def _values_of(self, packed: PackedBatch, seed: int) -> list[Tensor]:
+        """Log-probs, with entropies where the loss asks for them, or values `[N]`."""
+        with forward_context(self._context(packed, seed)):
+            hidden = self.model.hidden_states(packed.tokens, packed.positions)
+            scored = hidden if packed.rows is None else hidden.index_select(0, packed.rows)
+            return self._head_of(scored, packed)
+
+    def _context(self, packed: PackedBatch, seed: int) -> ForwardContext:
+        return ForwardContext(PackedAttention(packed.lengths), self.adapter, seed, packed.dropout)
+
+    def _head_of(self, scored: Tensor, packed: PackedBatch) -> list[Tensor]:
+        if self.score is not None:
+            return [scores(self.model, scored, self.score)]
+        if wants_entropies(packed.settings):
+            return [*token_logprobs_and_entropies(self.model, scored, packed.targets)]
+        return [token_logprobs(self.model, scored, packed.targets)]
+
+    def _forward_backward(self, packed: PackedBatch, seed: int, known: list[Tensor] | None = None) -> float:
         """Adds the gradient of the micro-batch's loss; returns that loss, in float64.
 
         A loss that is not linear takes two passes over the head: log-probs, from which follows the loss's gradient
-        with respect to them, and then the linear loss that has this gradient.
+        with respect to them, and then the linear loss that has this gradient. `known`: that gradient, where it follows
+        from more than this micro-batch; the loss is then the caller's.
         """
         if not packed.targets.numel():
             return 0.0
@@ -218,15 +257,16 @@ class Trainer:
         large = packed.tokens.numel() * self.model.hidden_size * self.model.dtype.itemsize >= LARGE_BYTES
         keep = large and self.adapter is None and self.model.device.type == "cpu"
         # Checkpointed layers run again in the backward pass and need the context there too.
-        context = ForwardContext(PackedAttention(packed.lengths), self.adapter, seed)
-        with kept_while_it_runs(keep) as give_back, forward_context(context):
+        with kept_while_it_runs(keep) as give_back, forward_context(self._context(packed, seed)):
             hidden = self.model.hidden_states(packed.tokens, packed.positions)
             give_back()
             scored = hidden if packed.rows is None else hidden.index_select(0, packed.rows)
             if self.score is not None:
-                return self._train_values(scored, self.score, packed)
+                return self._train_values(scored, self.score, packed, known)
             numerator, directions = None, [packed.coefficients]
-            if packed.loss != "linear":
+            if known is not None:
+                numerator, directions = 0.0, known
+            elif packed.loss != "linear":
                 numerator, directions = self._first_pass(scored, packed)
             loss, logprobs = linear_logprob_loss(
                 self.model,
@@ -240,34 +280,36 @@ class Trainer:
             del hidden, scored
             give_back()
             loss.backward()  # type: ignore[no-untyped-call]
-        if packed.sampled is not None and self._comparable:
+        if packed.sampled is not None and not (packed.dropout and self._drops):
             self._agreement.add(logprobs, *packed.sampled)
         return -float((packed.coefficients * logprobs.double()).sum().item()) if numerator is None else numerator
 
     def _first_pass(self, scored: Tensor, packed: PackedBatch) -> tuple[float, list[Tensor]]:
         """A loss at the present log-probs, and the coefficients of the linear loss that has its gradient."""
-        if wants_entropies(packed.settings):
-            given = packed.given(*token_logprobs_and_entropies(self.model, scored, packed.targets))
-        else:
-            given = packed.given(token_logprobs(self.model, scored, packed.targets))
-        numerator, directions, sums = evaluate_all(packed.loss, given, packed.custom)
+        given = packed.given(*self._head_of(scored, packed))
+        numerator, directions, sums = evaluate(packed.loss, given, packed.custom)
         self._metrics.add(sums)
         return numerator, directions
 
-    def _train_values(self, hidden: Tensor, head: nn.Parameter, packed: PackedBatch) -> float:
+    def _train_values(
+        self, hidden: Tensor, head: nn.Parameter, packed: PackedBatch, known: list[Tensor] | None
+    ) -> float:
         """As `_forward_backward`, from the hidden states of the scored positions, through the scalar head.
 
         Every tensor-parallel rank holds all of them and the whole head, so all compute the same gradients.
         """
         values = scores(self.model, hidden, head)
-        numerator, direction, sums = evaluate(packed.loss, packed.given(values))
-        self._metrics.add(sums)
+        if known is not None:
+            numerator, direction = 0.0, known[0]
+        else:
+            numerator, (direction,), sums = evaluate(packed.loss, packed.given(values))
+            self._metrics.add(sums)
         values.backward(-direction.to(values.dtype))  # type: ignore[no-untyped-call]
         return numerator
 
-    def _dropout_seed(self, batch: MicroBatch) -> int:
-        """Alike on the tensor-parallel ranks of a replica, another one for every micro-batch."""
-        text = f"{self.seed}/{self.step}/{batch.replica}/{self._micro_batches}"
+    def _dropout_seed(self, batch: MicroBatch, part: int) -> int:
+        """Alike on the tensor-parallel ranks of a replica, another one for every micro-batch and part of one."""
+        text = f"{self.seed}/{self.step}/{batch.replica}/{self._micro_batches + part}"
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little")
 
     def _reset_counts(self) -> None:

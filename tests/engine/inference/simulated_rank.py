@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from harmony_core.engine.inference.draws import Draws, stream, uniforms
+from harmony_core.engine.inference.sampling_parameters import SamplingParameters, stream, uniforms
 from harmony_core.engine.inference.scheduler import Scheduler
 from harmony_core.engine.inference.step import Finished, StepPlan, StepResult, int32
 from harmony_core.rpc.protocol import Sampling
@@ -84,7 +84,7 @@ class SimulatedRank:
         return self._tokens[pages].reshape(-1)[:context].tobytes()
 
     def _draw(self, plan: StepPlan, seen: list[bytes], contexts: np.ndarray) -> StepResult:
-        draws = Draws.unpack(plan.draws)
+        draws = SamplingParameters.unpack(plan.draws)
         rows = int32(plan.sampled)
         drawn = [
             next_token(zlib.crc32(seen[row]), uniform, plan.suppressed.get(place, ()))

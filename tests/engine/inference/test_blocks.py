@@ -1,8 +1,7 @@
 import numpy as np
 import pytest
 
-from harmony_core.engine.inference.blocks import PagePool, pages_for
-from harmony_core.engine.inference.prefixes import ROOT, PrefixIndex
+from harmony_core.engine.inference.blocks import ROOT, PagePool, PrefixIndex, pages_for
 
 
 def tokens(*numbers: int) -> bytes:

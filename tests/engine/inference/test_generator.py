@@ -11,7 +11,7 @@ from torch import Tensor
 
 import tiny_models
 from engine.inference.generation_cases import LORA, add_adapter
-from harmony_core.engine.inference.generator import Generator
+from generator import Generator
 from harmony_core.engine.inference.step import Finished, int32
 from harmony_core.engine.models.context import ForwardContext, PackedAttention, forward_context
 from harmony_core.engine.models.heads import linear_logprob_loss, token_logprobs
@@ -365,7 +365,7 @@ def test_more_rows_than_fit_one_group_of_logits_draw_the_same(load: Loader, monk
         return [tokens_of(answer) for _, answer in sorted(answers(generator).items())]
 
     whole = run()
-    monkeypatch.setattr("harmony_core.engine.inference.runner._LOGITS_AT_ONCE", 3 * model.vocab_size)
+    monkeypatch.setattr("harmony_core.engine.inference.runner.LOGITS_AT_ONCE", 3 * model.vocab_size)
     assert run() == whole
 
 

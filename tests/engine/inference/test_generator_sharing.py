@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import tiny_models
-from harmony_core.engine.inference.generator import Generator
+from generator import Generator
 from harmony_core.engine.inference.runner import Pending, Runner
 from harmony_core.engine.inference.step import StepPlan
 from harmony_core.engine.models.loading import load_model

@@ -10,8 +10,6 @@ import pytest
 import torch
 
 import tiny_models
-from harmony_core import memory
-from harmony_core.engine.inference.blocks import MAX_RUNNING
 from harmony_core.engine.inference.graphs import buckets_up_to
 from harmony_core.engine.inference.runner import Runner
 from harmony_core.engine.inference.scheduler import Scheduler
@@ -19,7 +17,9 @@ from harmony_core.engine.inference.step import StepPlan, StepResult, float64
 from harmony_core.engine.models.loading import load_model
 from harmony_core.engine.models.model import CausalLM
 from harmony_core.engine.models.parallel import TensorParallel
-from harmony_core.model_spec import ModelSpec
+from harmony_core.memory import plan as memory
+from harmony_core.memory.sizes import MAX_RUNNING
+from harmony_core.model.spec import ModelSpec
 from harmony_core.rpc.protocol import Sampling, unpack_floats
 from step_plans import GREEDY, Book, ragged_requests, serve, tokens_of
 
@@ -149,6 +149,19 @@ def test_suppressed_ids_and_mixed_settings(model: CausalLM) -> None:
     banned = {row: list(range(40)) for row in (0, 1, 4)}
     drawn = tokens_of(compare(runners, book.decode(slots, banned)))
     assert all(drawn[row] >= 40 for row in banned)
+
+
+def test_ids_without_a_token_are_drawn_by_no_kind_of_step(model: CausalLM) -> None:
+    hidden, slots, book = ((0, 20), (50, 67)), [], Book()
+    plain, static = (Runner(model, 4096, max_running=64, static=way, tokenless=hidden) for way in (False, True))
+    for i, sampling in enumerate(SETTINGS):
+        plan, targets = book.prefill(tiny_models.random_tokens([4 + i], seed=i), sampling)
+        compare((plain, static), plan)
+        slots += targets
+    for step in range(8):
+        banned = {row: list(range(20, 40)) for row in (0, 1, 4)} if step % 2 else {}
+        drawn = tokens_of(compare((plain, static), book.decode(slots, banned)))
+        assert all(20 <= token < 50 for token in drawn) and all(drawn[row] >= 40 for row in banned)
 
 
 def test_a_decode_step_that_is_none_of_the_usual_runs_all_the_same(model: CausalLM) -> None:

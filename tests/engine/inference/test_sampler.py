@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from harmony_core.engine.inference.draws import Draws, Setting, stream, uniforms
 from harmony_core.engine.inference.sampler import Sampled, keep, sample
+from harmony_core.engine.inference.sampling_parameters import SamplingParameters, Setting, stream, uniforms
 from harmony_core.rpc.protocol import Sampling
 
 Settings = tuple[float, int, float, float]
@@ -19,15 +19,15 @@ Settings = tuple[float, int, float, float]
 PLAIN: Settings = (1.0, 0, 1.0, 0.0)
 
 
-def draws_of(settings: Sequence[Settings], seeds: Sequence[int] | None = None, position: int = 0) -> Draws:
+def draws_of(settings: Sequence[Settings], seeds: Sequence[int] | None = None, position: int = 0) -> SamplingParameters:
     keys = [stream(seed) for seed in (range(len(settings)) if seeds is None else seeds)]
     numbers = uniforms(keys, [position] * len(settings))
     return draws_with(settings, numbers)
 
 
-def draws_with(settings: Sequence[Settings], numbers: NDArray[np.float64]) -> Draws:
+def draws_with(settings: Sequence[Settings], numbers: NDArray[np.float64]) -> SamplingParameters:
     samplings = [Sampling(temperature=t, top_k=k, top_p=p, min_p=m) for t, k, p, m in settings]
-    return Draws.unpack(Draws.pack([Setting.of(sampling) for sampling in samplings], numbers))
+    return SamplingParameters.unpack(SamplingParameters.pack([Setting.of(sampling) for sampling in samplings], numbers))
 
 
 def random_logits(rows: int, vocab: int, seed: int = 0, spread: float = 3.0) -> Tensor:
@@ -181,6 +181,23 @@ def test_suppressed_ids_are_not_drawn_and_the_raw_log_prob_ignores_that() -> Non
     torch.testing.assert_close(drawn.logprobs, raw)
     assert (drawn.logprobs < -5).all() and (drawn.sampled_logprobs > -15).all()
     assert (sample(logits, draws_of(settings), {5: [2, 4]}).tokens[:5] == 2).all()
+
+
+@pytest.mark.parametrize("hidden", [range(1900, 2000), (0, 7, 1999), (3,)])
+def test_ids_without_a_token_are_not_drawn_and_the_raw_log_prob_counts_them(hidden: Sequence[int]) -> None:
+    settings: list[Settings] = [PLAIN, (0.0, 0, 1.0, 0.0), (0.6, 0, 1.0, 0.0), *SETTINGS] * 8
+    logits, ids = random_logits(len(settings), 2000), torch.tensor(list(hidden))
+    logits[:, ids[0]] += 20
+    masked = logits.index_fill(-1, ids, float("-inf"))
+    held = {row: [5] for row in range(0, len(settings), 3)}
+    drawn = sample(logits.clone(), draws_of(settings), held, ids)
+    assert not torch.isin(drawn.tokens, ids).any()
+    plain = sample(masked, draws_of(settings), held)
+    assert torch.equal(drawn.tokens, plain.tokens) and torch.equal(drawn.sampled_logprobs, plain.sampled_logprobs)
+    raw = logits.double().log_softmax(-1).gather(-1, drawn.tokens[:, None])[:, 0]
+    torch.testing.assert_close(drawn.logprobs.double(), raw, atol=1e-5, rtol=1e-6)
+    only = sample(logits.clone(), draws_of([PLAIN] * len(logits)), None, ids)
+    assert ((only.sampled_logprobs - only.logprobs) > 1).float().mean() > 0.9
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -216,6 +216,18 @@ def test_pages_are_taken_as_a_sequence_grows() -> None:
     assert loop.scheduler.pool.touched == 4
 
 
+def test_when_pages_run_out_the_newest_gives_its_own_back_and_goes_on_later() -> None:
+    loop = Loop(scheduler(kv_tokens=36))
+    sampling = {id: Sampling(max_tokens=16, min_tokens=16, seed=id) for id in (1, 2, 3)}
+    for id in sampling:
+        loop.scheduler.submit(id, prompt(id, 4), sampling[id])
+    while not loop.scheduler.statistics["preemptions"]:
+        loop.turn()
+    assert sorted(loop.scheduler.running_slots().values()) == [1, 2]
+    done = loop.drain()
+    assert {id: tokens_of(done[id]) for id in done} == {id: expected(prompt(id, 4), sampling[id]) for id in sampling}
+
+
 def test_prompts_go_before_decoding_and_under_the_budget() -> None:
     loop = Loop(scheduler(prefill_tokens=10))
     for id, length in enumerate((4, 5, 7, 10, 6, 1)):

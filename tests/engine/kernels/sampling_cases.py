@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from harmony_core.engine.inference.draws import FILTERED, GREEDY, PLAIN, Draws, Setting
-from harmony_core.engine.inference.sampler import sample
+from harmony_core.engine.inference.sampler import hide, sample, with_lost
+from harmony_core.engine.inference.sampling_parameters import FILTERED, GREEDY, PLAIN, SamplingParameters, Setting
 from harmony_core.rpc.protocol import Sampling
 
 KINDS: dict[int, list[Sampling]] = {
@@ -32,7 +32,7 @@ KINDS: dict[int, list[Sampling]] = {
 }
 
 
-def kernel_draw(logits: Tensor, draws: Draws, tail: int) -> tuple[Tensor, Tensor]:
+def kernel_draw(logits: Tensor, draws: SamplingParameters, tail: int) -> tuple[Tensor, Tensor]:
     """Outputs `[3, N]` and the last tokens of the slots, both poisoned before."""
     from harmony_core.engine.kernels.sampling import draw_tokens
 
@@ -50,8 +50,8 @@ def settings_up_to(tail: int) -> list[Sampling]:
     return [sampling for kind, group in KINDS.items() if kind <= tail for sampling in group]
 
 
-def draws_of(samplings: list[Sampling], numbers: np.ndarray[Any, Any]) -> Draws:
-    return Draws.unpack(Draws.pack([Setting.of(sampling) for sampling in samplings], numbers))
+def draws_of(samplings: list[Sampling], numbers: np.ndarray[Any, Any]) -> SamplingParameters:
+    return SamplingParameters.unpack(SamplingParameters.pack([Setting.of(sampling) for sampling in samplings], numbers))
 
 
 def check(vocab: int, tail: int, device: torch.device, repeats: int = 1) -> None:
@@ -89,11 +89,31 @@ def check_no_distribution(vocab: int, device: torch.device) -> None:
         assert outputs[:, :rows].isfinite().all()
 
 
+def check_tokenless(vocab: int, tail: int, device: torch.device) -> None:
+    samplings = settings_up_to(tail)
+    rows = len(samplings)
+    draws = draws_of(samplings, np.random.default_rng(tail).random(rows))
+    logits = torch.randn(rows, vocab, generator=torch.Generator().manual_seed(vocab)) * 3
+    hidden = torch.tensor([3, *range(vocab - 40, vocab)])
+    logits[:, hidden] += 9
+    expected = sample(logits.clone(), draws, None, hidden)
+    logits, hidden = logits.to(device), hidden.to(device)
+    lost = hide(logits, hidden)
+    outputs, last = kernel_draw(logits, draws, tail)
+    tokens = outputs[0].long()
+    assert tokens.tolist() == expected.tokens.tolist() == last.tolist()
+    raw = with_lost(outputs[1], logits.cpu().gather(1, tokens[:, None])[:, 0], lost.cpu())
+    torch.testing.assert_close(raw, expected.logprobs.double(), atol=2e-5, rtol=1e-6)
+    torch.testing.assert_close(outputs[2], expected.sampled_logprobs.double(), atol=2e-5, rtol=1e-6)
+
+
 CHECKS = {
     "a draw, greedy": lambda device: check(5000, GREEDY, device),
     "a draw, plain": lambda device: check(9001, PLAIN, device),
     "a draw, filtered": lambda device: check(4500, FILTERED, device),
     "a draw from a small vocabulary": lambda device: check(67, FILTERED, device),
     "a draw from whole chunks": lambda device: check(8192, PLAIN, device),
+    "a draw without the ids that no token has, greedy": lambda device: check_tokenless(5000, GREEDY, device),
+    "a draw without the ids that no token has": lambda device: check_tokenless(4500, FILTERED, device),
     "a draw from rows that are no distribution": lambda device: check_no_distribution(300, device),
 }

@@ -10,8 +10,7 @@ import torch
 
 import tiny_models
 from harmony_core.engine.models import heads
-from harmony_core.engine.models.head_scorers import DeviceScorer
-from harmony_core.engine.models.heads import linear_logprob_loss, token_logprobs
+from harmony_core.engine.models.heads import DeviceScorer, linear_logprob_loss, token_logprobs
 from harmony_core.engine.models.loading import load_model
 from harmony_core.engine.models.parallel import TensorParallel
 

@@ -34,8 +34,9 @@ def model(directory: Path) -> CausalLM:
     return load_model(directory, TensorParallel.single(), torch.device("cpu"), torch.float32)
 
 
-def hidden(model: CausalLM, adapter: str | None, seed: int = 0) -> torch.Tensor:
-    with forward_context(ForwardContext(PackedAttention((len(TOKENS),)), adapter, seed)):
+def hidden(model: CausalLM, adapter: str | None, seed: int | None = None) -> torch.Tensor:
+    layout = PackedAttention((len(TOKENS),))
+    with forward_context(ForwardContext(layout, adapter, seed or 0, dropout=seed is not None)):
         return model.hidden_states(TOKENS, torch.arange(len(TOKENS)))
 
 
@@ -129,8 +130,9 @@ def test_dropout_draws_from_the_seed_and_only_in_training(model: CausalLM) -> No
     first = hidden(model, "one", seed=1)
     assert torch.equal(first, hidden(model, "one", seed=1))
     assert not torch.equal(first, hidden(model, "one", seed=2))
+    assert torch.equal(frozen, hidden(model, "one")), "only where it is asked for"
     with torch.no_grad():
-        assert torch.equal(frozen, hidden(model, "one", seed=1))
+        assert torch.equal(first, hidden(model, "one", seed=1)), "the same without gradients"
 
 
 def test_recomputed_layers_drop_the_same(model: CausalLM) -> None:
@@ -140,7 +142,7 @@ def test_recomputed_layers_drop_the_same(model: CausalLM) -> None:
     gradients = []
     for count in (0, 2):
         model.set_checkpointed_layers(count)
-        with forward_context(ForwardContext(PackedAttention((len(TOKENS),)), "one", seed=9)):
+        with forward_context(ForwardContext(PackedAttention((len(TOKENS),)), "one", seed=9, dropout=True)):
             model.hidden_states(TOKENS, torch.arange(len(TOKENS))).square().sum().backward()
         gradients.append([p.grad.clone() for p in parameters.values() if p.grad is not None])
         for parameter in parameters.values():
@@ -207,7 +209,7 @@ def test_rank_stabilised_scaling_is_converted(model: CausalLM, tmp_path: Path) -
         ({"use_dora": True}, ModelRefused, "use_dora=True"),
         ({"modules_to_save": ["lm_head"]}, ModelRefused, "modules_to_save"),
         ({"rank_pattern": {"q_proj": 8}}, ModelRefused, "rank_pattern"),
-        ({"bias": "all"}, ModelRefused, "bias='all'"),
+        ({"bias": "all"}, ModelRefused, "bias=all"),
         ({"peft_type": "IA3"}, ModelRefused, "IA3"),
         ({"something_new": 3}, ModelRefused, "something_new=3"),
         ({"r": 5}, VerificationError, r"lora_A.weight has shape \[4, 32\], the model needs \[5, 32\]"),

@@ -41,7 +41,7 @@ def load(directory: Path) -> CausalLM:
 def run(model: CausalLM, lengths: tuple[int, ...], adapter: str | None = None, seed: int = 0) -> torch.Tensor:
     ids = torch.tensor([t for s in tiny_models.random_tokens(list(lengths), seed=sum(lengths)) for t in s])
     positions = torch.cat([torch.arange(length) for length in lengths])
-    with forward_context(ForwardContext(PackedAttention(lengths), adapter, seed)):
+    with forward_context(ForwardContext(PackedAttention(lengths), adapter, seed, dropout=True)):
         hidden = model.hidden_states(ids, positions)
         if hidden.requires_grad:
             hidden.square().sum().backward()
@@ -101,6 +101,7 @@ def test_compiled_layers_compute_the_same(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 def test_generated_code_computes_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))

@@ -136,12 +136,13 @@ def escaping_index(directory: Path) -> None:
 
 
 REFUSED: list[tuple[Any, type[HarmonyError], str]] = [
-    (truncate, VerificationError, "model.safetensors is damaged"),
-    (only_pickle, VerificationError, "pytorch_model.bin, which is never read"),
-    (escaping_index, VerificationError, "not a safetensors file of this directory"),
-    (lambda d: (d / "config.json").unlink(), VerificationError, "config.json is missing"),
-    (lambda d: (d / "config.json").write_text("[" * 100_000), VerificationError, "config.json cannot be read"),
-    (lambda d: edit_config(d, auto_map={"AutoModel": "x.Y"}), ModelRefused, "never run"),
+    (truncate, VerificationError, "truncated"),
+    (only_pickle, VerificationError, r"never read \(pytorch_model\.bin\)"),
+    (escaping_index, VerificationError, "not to a safetensors file here"),
+    (lambda d: (d / "config.json").unlink(), VerificationError, "config.json: No such file"),
+    (lambda d: (d / "config.json").write_text("[" * 100_000), VerificationError, "config.json: not valid JSON"),
+    (lambda d: edit_config(d, auto_map={"AutoModel": "x.Y"}), VerificationError, "never run"),
+    (lambda d: edit_config(d, inner={"auto_map": {"AutoModel": "x.Y"}}), VerificationError, "never run"),
     (lambda d: edit_config(d, quantization_config={"quant_method": "gptq"}), ModelRefused, "quantised"),
     (lambda d: edit_config(d, model_type="made-up"), ModelRefused, "made-up"),
     (lambda d: edit_config(d, vocab_size=68), VerificationError, r"embed_tokens.weight has shape \[67, 32\]"),
@@ -150,8 +151,8 @@ REFUSED: list[tuple[Any, type[HarmonyError], str]] = [
     (lambda d: with_layers(d, 1), VerificationError, r"11 tensors are not part .* first is model\.layers\.1\."),
     (
         lambda d: edit_weights(d, **{"model.norm.weight": torch.zeros(32, dtype=torch.int8)}),
-        ModelRefused,
-        "model.norm.weight is stored as I8",
+        VerificationError,
+        "'model.norm.weight' has type I8",
     ),
     (lambda d: edit_weights(d, **{"model.norm.weight": None}), VerificationError, "the first is model.norm.weight"),
 ]
@@ -164,6 +165,25 @@ def test_a_directory_that_cannot_be_trusted_is_refused(
     damage(directory)
     with pytest.raises(error, match=message):
         load(directory)
+
+
+def test_a_link_out_of_the_directory_is_not_followed(directory: Path, tmp_path: Path) -> None:
+    for name in ("model.safetensors", "config.json"):
+        outside = tmp_path / name
+        (directory / name).rename(outside)
+        (directory / name).symlink_to(outside)
+        with pytest.raises(VerificationError, match=f"{name}: a link that leads out of its directory"):
+            load(directory)
+        (directory / name).unlink()
+        outside.rename(directory / name)
+    load(directory)
+
+
+def test_a_config_is_read_alone(directory: Path) -> None:
+    """transformers would look for code, and for an adapter, beside it."""
+    (directory / "configuration_x.py").write_text("raise SystemExit")
+    (directory / "generation_config.json").write_text("{")
+    assert load(directory).num_layers == 2
 
 
 def test_a_second_copy_of_a_tied_head_is_accepted(directory: Path) -> None:

@@ -14,16 +14,18 @@ from engine.training.trainer_cases import Sample, gradients, make_trainer, micro
 from harmony_core.engine.models.parallel import TensorParallel
 from harmony_core.engine.training.trainer import Trainer
 from harmony_core.recipe_file import RecipeFile
-from harmony_core.rpc.protocol import CustomLoss, MicroBatch, pack_doubles
+from harmony_core.rpc.protocol import CustomLoss, MicroBatch, pack_doubles, pack_ints
 from ranks import Group
 
 RECIPE = Path(__file__).parents[2] / "client" / "custom_recipe.py"
 
+CLIP = {"clip_range": 0.1, "clip_range_high": 0.2}
 SETTINGS: dict[str, dict[str, float]] = {
     "linear": {},
-    "grpo": {"clip_low": 0.1, "clip_high": 0.2, "kl_beta": 0.04},
-    "gspo": {"clip_low": 0.1, "clip_high": 0.2, "kl_beta": 0.04},
-    "entropy bonus": {"clip_low": 0.1, "clip_high": 0.2, "kl_beta": 0.04, "entropy_bonus": 0.3},
+    "grpo": {**CLIP, "kl_beta": 0.04},
+    "ppo": CLIP,
+    "gspo": {"left_clip": 0.1, "right_clip": 0.2, "kl_beta": 0.04},
+    "entropy bonus": {**CLIP, "kl_beta": 0.04, "entropy_bonus": 0.3},
     "custom": {},
     "dpo": {"beta": 0.1},
 }
@@ -45,17 +47,19 @@ def loss_batch(loss: str, everything: list[Sample], chosen: list[int]) -> MicroB
     name = "grpo" if loss == "entropy bonus" else loss
     batch.loss, batch.settings, batch.group = name, SETTINGS[loss], 2 if loss == "dpo" else 1
     if loss == "dpo":
-        batch.fields = {"reference": pack_doubles(-4.2 * len(everything[s][0]) + s for s, _ in numbers)}
+        batch.fields = {"ref_logprobs": pack_doubles(-4.2 * len(everything[s][0]) + s for s, _ in numbers)}
         return batch
     batch.fields = {
-        "trajectory": pack_doubles(-4.2 + 0.3 * math.sin(7 * s + t) for s, t in numbers),
-        "reference": pack_doubles(-4.2 + 0.2 * math.cos(5 * s + t) for s, t in numbers),
-        "advantages": pack_doubles((-1) ** s * (0.5 + 0.1 * s) for s, _ in numbers),
+        "trajectory_logprobs": pack_doubles(-4.2 + 0.3 * math.sin(7 * s + t) for s, t in numbers),
+        "reference_logprobs": pack_doubles(-4.2 + 0.2 * math.cos(5 * s + t) for s, t in numbers),
+        "advantage" if loss == "gspo" else "advantages": pack_doubles((-1) ** s * (0.5 + 0.1 * s) for s, _ in numbers),
     }
     if loss == "custom":
         file = RecipeFile.of(RECIPE)
         batch.custom = CustomLoss(path=str(file.path), sha256=file.sha256, function="ppo")
-        del batch.fields["reference"]
+        batch.fields = {"trajectory": batch.fields["trajectory_logprobs"], "advantages": batch.fields["advantages"]}
+    if loss == "ppo":
+        del batch.fields["reference_logprobs"]
     return batch
 
 
@@ -66,28 +70,37 @@ def largest_error(found: dict[str, torch.Tensor], expected: dict[str, torch.Tens
 
 
 def against_one_micro_batch(
-    group: Group, directory: str, dtype: str, tp: int, cuts: list[list[int]]
+    group: Group,
+    directory: str,
+    dtype: str,
+    tp: int,
+    cuts: list[list[int]],
+    losses: tuple[str, ...] = LOSSES,
+    lora: bool = False,
+    parts: bool = False,
 ) -> dict[str, dict[str, float]]:
     """Of each loss, the errors of gradient and metrics of a step that is cut and spread over ranks.
 
     Micro-batch i is replica i's, modulo their number. What is expected is the step of one rank with one micro-batch.
-    The gradient is compared as one vector, relative to its length.
+    The gradient is compared as one vector, relative to its length. With `parts` each sample goes alone through the
+    model.
     """
     place, replicas, replica = group.grid(tp)
     found = {}
-    for loss in LOSSES:
-        spread = _trainer(directory, loss, dtype, place, replicas)
-        alone = _trainer(directory, loss, dtype)
-        mine = [cut for index, cut in enumerate(cuts) if index % (group.size // tp) == replica]
-        for trainer, batches in ((spread, mine), (alone, [list(range(8))])):
-            for cut in batches:
-                trainer.accumulate(_batch(loss, cut))
+    for loss in losses:
+        spread = _trainer(directory, loss, dtype, lora, place, replicas)
+        alone = _trainer(directory, loss, dtype, lora)
+        mine = [_batch(loss, c, parts) for i, c in enumerate(cuts) if i % (group.size // tp) == replica]
+        for trainer, batches in ((spread, mine), (alone, [_batch(loss, list(range(8)))])):
+            for batch in batches:
+                trainer.accumulate(batch)
         spread.gradients.reduce(replicas)
-        wanted, got = (torch.cat([g.flatten() for g in gradients(t).values()]) for t in (alone, spread))
+        wanted, got = (torch.cat([g.flatten() for _, g in sorted(gradients(t).items())]) for t in (alone, spread))
         error = float((got - wanted).norm() / wanted.norm())
         spread.abandon()
-        for cut in mine:
-            spread.accumulate(_batch(loss, cut))
+        for batch in mine:
+            done = spread.accumulate(batch)
+            assert not parts or (len(done.tokens) > 1 and max(done.tokens) < sum(done.tokens))
         metrics, expected = (trainer.optim_step(optim_step(7.0)) for trainer in (spread, alone))
         assert metrics.keys() == expected.keys() and expected["grad_norm"] > 1e-3
         errors = {k: abs(metrics[k] - v) / max(abs(v), 1.0) for k, v in expected.items() if k != "seconds"}
@@ -97,13 +110,20 @@ def against_one_micro_batch(
 
 
 def _trainer(
-    directory: str, loss: str, dtype: str, tp: TensorParallel | None = None, replicas: ProcessGroup | None = None
+    directory: str,
+    loss: str,
+    dtype: str,
+    lora: bool,
+    tp: TensorParallel | None = None,
+    replicas: ProcessGroup | None = None,
 ) -> Trainer:
     make = value_cases.make_critic if loss in value_cases.LOSSES else make_trainer
-    return make(Path(directory), dtype, tp=tp, dp_group=replicas)
+    return make(Path(directory), dtype, lora, tp=tp, dp_group=replicas)
 
 
-def _batch(loss: str, chosen: list[int]) -> MicroBatch:
-    if loss in value_cases.LOSSES:
-        return value_cases.value_batch(loss, chosen)
-    return loss_batch(loss, samples(8), chosen)
+def _batch(loss: str, chosen: list[int], parts: bool = False) -> MicroBatch:
+    of_values = loss in value_cases.LOSSES
+    batch = value_cases.value_batch(loss, chosen) if of_values else loss_batch(loss, samples(8), chosen)
+    if parts:
+        batch.parts = pack_ints([1] * len(chosen))
+    return batch

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from harmony_core.memory import Shape
+    from harmony_core.memory.plan import Shape
 
 
 def resident() -> tuple[int, int]:
@@ -35,8 +35,8 @@ def main(directory: Path, warm_up: Path, settings: dict[str, Any]) -> dict[str, 
     """
     import torch
 
-    from harmony_core.memory import Shape, plan
-    from harmony_core.model_spec import ModelSpec
+    from harmony_core.memory.plan import Shape, plan
+    from harmony_core.model.spec import ModelSpec
     from harmony_core.rpc.protocol import LoraSettings
 
     torch.set_num_threads(1)
@@ -77,7 +77,7 @@ def train(directory: Path, shape: Shape) -> int:
     from harmony_core.engine.models.parallel import TensorParallel
     from harmony_core.engine.models.scalar import head_of
     from harmony_core.engine.training.trainer import Trainer
-    from harmony_core.memory import kv_token_bytes
+    from harmony_core.memory.plan import kv_token_bytes
     from harmony_core.rpc.protocol import MicroBatch, OptimStep, pack_doubles, pack_ints
 
     tokens = shape.max_batch_tokens
@@ -93,7 +93,7 @@ def train(directory: Path, shape: Shape) -> int:
     lengths = pack_ints(lengths_of(tokens, tokens // 3))
     batch = MicroBatch(model="policy", replica=0, tokens=ids, targets=ids, coefficients=weights, lengths=lengths)
     if shape.scalar:
-        batch.loss, batch.fields = "mse_per_token", {"target": pack_doubles(1.0 for i in range(tokens) if i % 64)}
+        batch.loss, batch.fields = "mse_per_token", {"targets": pack_doubles(1.0 for i in range(tokens) if i % 64)}
     trainer.accumulate(batch)
     trainer.optim_step(
         OptimStep(model="policy", lr=1e-4, weight_decay=0.01, max_grad_norm=1.0, skip_nan=False, denominator=tokens)
@@ -106,7 +106,8 @@ def serve(directory: Path, shape: Shape) -> int:
     """Load, fill the pool with as many prompts as it takes, a few tokens each; what was resident before the prompts."""
     import torch
 
-    from harmony_core.engine.inference.generator import Generator
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+    from generator import Generator
     from harmony_core.engine.models.loading import load_model
     from harmony_core.engine.models.parallel import TensorParallel
     from harmony_core.rpc.protocol import Sampling

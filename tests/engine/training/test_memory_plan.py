@@ -9,16 +9,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from harmony_core.engine.inference.sampler import sample
+from harmony_core.engine.inference.sampling_parameters import SamplingParameters, Setting
 from harmony_core.engine.models.adapters import add_lora
 from harmony_core.engine.models.loading import load_model
 from harmony_core.engine.models.parallel import TensorParallel
 from harmony_core.engine.training.trainer import Trainer
-from harmony_core.memory import Shape, adapter_elements, plan, weight_elements
-from harmony_core.model_spec import ModelSpec
-from harmony_core.rpc.protocol import LoraSettings
+from harmony_core.memory.plan import Shape, adapter_elements, plan, weight_elements
+from harmony_core.memory.sizes import LOGITS_AT_ONCE
+from harmony_core.model.spec import ModelSpec
+from harmony_core.rpc.platform import trim_heap
+from harmony_core.rpc.protocol import LoraSettings, Sampling
 from tiny_models import FAMILIES, build
 
 PROBE = Path(__file__).with_name("memory_probe.py")
@@ -69,6 +74,33 @@ def test_gradients_and_optimizer_are_what_the_trainer_holds(tmp_path: Path, dtyp
     trainer, planned = Trainer(model, None), plan(shape)
     assert planned.weights == model.parameter_bytes()
     assert (planned.gradients, planned.optimizer) == (trainer.gradient_bytes, trainer.state_bytes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_sampler_takes_what_is_promised(tmp_path: Path, dtype: torch.dtype) -> None:
+    """As many rows as it takes at once, some greedy and one with an id that it must not draw, the others with top-p."""
+    vocabulary = 32_768
+    spec = ModelSpec.read(build(tmp_path, vocab=vocabulary))
+    promised = plan(Shape(spec, 1, False, None, 16, 16, dtype=str(dtype).removeprefix("torch."))).workspace
+    rows = LOGITS_AT_ONCE // vocabulary
+    settings = [Setting.of(Sampling(temperature=float(row > 0), top_p=0.9)) for row in range(rows)]
+    draws = SamplingParameters.unpack(SamplingParameters.pack(settings, np.full(rows, 0.5)))
+
+    def draw() -> None:
+        sample(torch.zeros(rows, vocabulary, dtype=dtype), draws, {0: [1]})
+
+    draw()  # the code of torch's kernels is there before memory is measured
+    trim_heap()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    draw()
+    assert 0.5 <= (_status("VmHWM") - before) / promised <= 1.15
+
+
+def _status(field: str) -> int:
+    """Bytes of this process: VmRSS now, VmHWM at most since the last reset."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
 def _measure(directory: Path, warm_up: Path, settings: dict[str, Any]) -> dict[str, Any]:

@@ -116,7 +116,7 @@ def test_tokens_without_weight_give_no_gradient(llama: Path) -> None:
     shorter.accumulate(micro_batch([(ids[:3], [0.0, 1.0, 1.0])]))
     assert difference(gradients(trainer), gradients(shorter)) < 1e-12
     done = trainer.accumulate(micro_batch([(ids, [0.0] * 7)]))
-    assert (done.numerator, done.tokens, done.samples) == (0.0, 6, 1)
+    assert (done.numerator, done.tokens, done.samples) == (0.0, [6], 1)
     assert difference(gradients(trainer), gradients(shorter)) < 1e-12
 
 
@@ -212,7 +212,7 @@ def test_a_failed_micro_batch_spoils_the_step_until_it_is_abandoned(llama: Path)
     trainer.accumulate(micro_batch(samples(2)))
     broken = micro_batch(samples(1))
     broken.tokens = pack_ints([67] * (len(broken.tokens) // 4))
-    with pytest.raises(DataError, match="token 67 is outside the vocabulary of 67"):
+    with pytest.raises(DataError, match="token id 67 is outside the vocabulary of 67"):
         trainer.accumulate(broken)
     with pytest.raises(StepFailed):
         trainer.optim_step(optim_step(1.0))

@@ -1,0 +1,382 @@
+"""What a recipe's configuration may name: models, datasets, graders. Each is written as a plain string.
+
+A parameter knows its name and how to check that the name means something (`check`); it opens nothing by itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
+from typing_extensions import TypeVar
+
+from harmony_core.config.argument_kinds import checked
+from harmony_core.data import kinds as dataset_kinds
+from harmony_core.data.columns import check_columns
+from harmony_core.data.datasets import load_threads
+from harmony_core.data.files import paths_of
+from harmony_core.data.hub import check_hub_name, is_hub_name
+from harmony_core.errors import HarmonyError, ModelRefused, NotFoundError, UsageError, did_you_mean
+from harmony_core.journal import current
+from harmony_core.model import kinds as model_kinds
+from harmony_core.plain_files import expanded
+
+if TYPE_CHECKING:
+    from harmony_core.client import InferenceModel, ModelBuilder, TrainingModel
+    from harmony_core.recipe.context import RecipeContext
+    from harmony_core.registry import ModelVersion, Registry
+    from harmony_core.text.threads import StringThread
+
+__all__ = ["Dataset", "Grader", "Model", "Parameter", "dataset_kinds", "model_kinds", "shipped_data"]
+
+ModelKindT = TypeVar("ModelKindT", bound=model_kinds.ModelKind, default=model_kinds.Inferable)
+DatasetKindT = TypeVar("DatasetKindT", bound=dataset_kinds.DatasetKind, default=dataset_kinds.DatasetKind)
+KindT = TypeVar("KindT")
+
+
+class Parameter(BaseModel):
+    """A name in a recipe's configuration: validates from a bare string or from an object; immutable and hashable."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    key_field: ClassVar[str]
+    """The field that a bare string fills."""
+
+    def __init__(self, name: str | os.PathLike[str] | None = None, /, **fields: Any) -> None:
+        """`Dataset("rows.jsonl")` means what `rows.jsonl` does in a YAML file or a flag. Raises UsageError."""
+        if name is not None:
+            if not isinstance(name, str | os.PathLike):
+                raise UsageError(f"a {type(self).__name__} is named by a string, not by {name!r}")
+            fields[self.key_field] = os.fspath(name)
+        super().__init__(**fields)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def validate_from_json(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """Take a string, an object, or a parameter that was written without its kind."""
+        if isinstance(data, cls):
+            return data
+        if isinstance(data, Parameter) and issubclass(cls, type(data)):
+            converted: Self = data._as(cls)
+            return converted
+        if isinstance(data, str | os.PathLike):
+            return handler(cls._fields_from_string(os.fspath(data)))
+        if not isinstance(data, Mapping):
+            raise ValueError(f"expected a name as a string, got {type(data).__name__}")
+        if isinstance(data.get(cls.key_field), str):
+            data = {**cls._fields_from_string(data[cls.key_field]), **data}
+        return handler(data)
+
+    @classmethod
+    def _fields_from_string(cls, text: str) -> dict[str, Any]:
+        return {cls.key_field: text}
+
+    def _as(self, cls: type[Any]) -> Any:
+        """The same parameter as an instance of a subclass."""
+        return cls(**{name: getattr(self, name) for name in type(self).model_fields})
+
+    def check(self, registry: Registry) -> Any:
+        """Raise unless the name means something that can be used as asked; nothing is started or loaded."""
+        raise NotImplementedError
+
+    def __hash__(self) -> int:
+        return hash(getattr(self, self.key_field))
+
+
+class _KeyOnly(Parameter):
+    """A parameter that is nothing but its key: serialises to it, and is described as a string."""
+
+    schema_format: ClassVar[str]
+
+    @model_serializer
+    def serialize_model(self) -> str:
+        """The bare key."""
+        return str(getattr(self, self.key_field))
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return {"type": "string", "format": cls.schema_format, "minLength": 1} | cls._schema_extra()
+
+    @classmethod
+    def _schema_extra(cls) -> dict[str, Any]:
+        return {}
+
+
+def _kind_of(cls: type[BaseModel], base: type[KindT]) -> type[KindT]:
+    """The type argument that a generic parameter was given, or `base` when there is none."""
+    for ancestor in cls.__mro__:
+        metadata = ancestor.__dict__.get("__pydantic_generic_metadata__") or {}
+        for argument in metadata.get("args", ()):
+            if isinstance(argument, type) and issubclass(argument, base):
+                return argument
+    return base
+
+
+class Model(_KeyOnly, Generic[ModelKindT]):
+    """A model of the registry by its key. The builder's setters may be called on it; `to_builder` replays them."""
+
+    key_field: ClassVar[str] = "model_key"
+    schema_format: ClassVar[str] = "model-key"
+
+    model_key: str = Field(min_length=1)
+
+    _calls: tuple[tuple[str, tuple[Any, ...], dict[str, Any]], ...] = PrivateAttr(default=())
+
+    @classmethod
+    def kind(cls) -> type[model_kinds.ModelKind]:
+        """What the recipe needs of the model: `Model[model_kinds.Trainable].kind() is model_kinds.Trainable`."""
+        return _kind_of(cls, model_kinds.ModelKind)
+
+    @classmethod
+    def _schema_extra(cls) -> dict[str, Any]:
+        return {"kind": cls.kind().kind}
+
+    def _as(self, cls: type[Any]) -> Any:
+        model = super()._as(cls)
+        model._calls = self._calls
+        return model
+
+    def check(self, registry: Registry) -> ModelVersion:
+        """The version that the key means.
+
+        Raises NotFoundError for an unknown key, ModelRefused for a kind that cannot be trained where that is asked.
+        """
+        version = registry.resolve(self.model_key)
+        if issubclass(self.kind(), model_kinds.Trainable) and not version.trainable:
+            raise ModelRefused(
+                f"'{self.model_key}' is of kind {version.kind} and cannot be trained",
+                hint="`adaptive models list` shows the models that can",
+            )
+        return version
+
+    def _recorded(self, name: str, *args: Any, **kwargs: Any) -> Self:
+        copy = self.model_copy()
+        copy._calls = (*self._calls, (name, args, kwargs))
+        return copy
+
+    def tp(self, tp: int) -> Self:
+        """Tensor-parallel degree. Wins over the registry's and over `to_builder`'s."""
+        return self._recorded("tp", tp)
+
+    def with_adapter(self, use_adapter: bool = True, **settings: Any) -> Self:
+        """Train a LoRA adapter (or, with False, the full weights). Settings as of the builder's method."""
+        return self._recorded("with_adapter", use_adapter, **settings)
+
+    def with_draft(self, draft_model_path: str, num_draft_steps: int | None = None) -> Self:
+        """Sample with a draft model."""
+        return self._recorded("with_draft", draft_model_path, num_draft_steps)
+
+    def into_scoring_model(self) -> Self:
+        """Replace the language-model head by a scalar one."""
+        return self._recorded("into_scoring_model")
+
+    def extra_params(self, **params: Any) -> Self:
+        """Parameters for an external provider."""
+        return self._recorded("extra_params", **params)
+
+    def tools(self, tools: list[str]) -> Self:
+        """Tools by URI."""
+        return self._recorded("tools", tools)
+
+    def api_key(self, api_key: str) -> Self:
+        """An external provider's key."""
+        return self._recorded("api_key", api_key)
+
+    @checked
+    async def to_builder(
+        self,
+        ctx: RecipeContext,
+        kv_cache_len: int | None = None,
+        tokens_to_generate: int | None = None,
+        tp: int | None = None,
+        extra_params: dict[str, Any] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> ModelBuilder:
+        """A builder with the registry's inference defaults, overridden by the arguments, then by recorded calls."""
+        builder = ctx.client.model(self.model_key, kv_cache_len=kv_cache_len, tokens_to_generate=tokens_to_generate)
+        if tp is not None:
+            builder = builder.tp(tp)
+        if extra_params:
+            builder = builder.extra_params(**extra_params)
+        if chat_template_kwargs:
+            builder = builder.chat_template_kwargs(chat_template_kwargs)
+        for name, args, kwargs in self._calls:
+            builder = getattr(builder, name)(*args, **kwargs)
+        return builder
+
+    @checked
+    async def spawn_inference(
+        self,
+        name: str,
+        ctx: RecipeContext,
+        kv_cache_len: int | None = None,
+        tokens_to_generate: int | None = None,
+        tp: int | None = None,
+        extra_params: dict[str, Any] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> InferenceModel:
+        """`to_builder` and `spawn_inference` in one; an error is noted with the key."""
+        try:
+            builder = await self.to_builder(
+                ctx, kv_cache_len, tokens_to_generate, tp, extra_params, chat_template_kwargs
+            )
+            return await builder.spawn_inference(name)
+        except HarmonyError as error:
+            error.add_note(f"while spawning model '{self.model_key}' for inference as '{name}'")
+            raise
+
+    @checked
+    async def spawn_train(
+        self,
+        name: str,
+        ctx: RecipeContext,
+        max_batch_size: int,
+        tp: int | None = None,
+        extra_params: dict[str, Any] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> TrainingModel:
+        """`to_builder` and `spawn_train` in one; `max_batch_size` in tokens; an error is noted with the key."""
+        try:
+            builder = await self.to_builder(
+                ctx, tp=tp, extra_params=extra_params, chat_template_kwargs=chat_template_kwargs
+            )
+            return await builder.spawn_train(name, max_batch_size)
+        except HarmonyError as error:
+            error.add_note(f"while spawning model '{self.model_key}' for training as '{name}'")
+            raise
+
+
+class Grader(_KeyOnly):
+    """A grader by the key under which a control plane keeps it."""
+
+    key_field: ClassVar[str] = "grader_key"
+    schema_format: ClassVar[str] = "grader-key"
+
+    grader_key: str = Field(min_length=1)
+
+    def check(self, registry: Registry) -> None:
+        """Always refused: a key means something only to a control plane."""
+        raise UsageError(
+            f"grader '{self.grader_key}' cannot be loaded: graders are kept by a control plane, and there is none",
+            hint="build the grader in the recipe",
+        )
+
+    async def load(
+        self, ctx: RecipeContext, tp: int | None = None, kv_cache_len: int | None = None, max_tokens: int | None = None
+    ) -> Any:
+        """Raises UsageError, as `check` does."""
+        self.check(ctx.registry)
+
+
+class Dataset(Parameter, Generic[DatasetKindT]):
+    """Rows of files, of the hub (`hf:owner/name`), or a dataset that comes with the package.
+
+    A string with a suffix or a slash is a file, a directory, or with `*` several files; anything else the name of a
+    shipped dataset: in a YAML file, a flag or a default. Written as an object it takes further fields,
+    `{dataset_key: rows.csv, columns: {user: ask}}`.
+    """
+
+    key_field: ClassVar[str] = "dataset_key"
+
+    dataset_key: str = Field(min_length=1)
+    """The name, or the file as it was written."""
+    feedback_key: str | None = None
+    """Which of a row's feedback values becomes `metadata["res"]`."""
+    local_file_path: str | None = None
+    """The file, where it is one."""
+    columns: dict[str, str | None] = Field(default_factory=dict)
+    """Which column holds what (`user: question`), or that a column of this name is nothing special (`tools: null`)."""
+    roles: dict[str, str] = Field(default_factory=dict)
+    """What further names of roles mean (`narrator: user`)."""
+    max_refused: int = Field(default=0, ge=0)
+    """Bad rows that are left out with a warning; more are an error."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _find_file(cls, data: Any) -> Any:
+        """A key that reads like a file is one, also where the dataset is written as an object."""
+        if isinstance(data, Mapping) and isinstance(key := data.get("dataset_key"), str):
+            is_file = not is_hub_name(key) and ("/" in key or Path(key).suffix != "")
+            return {"local_file_path": key if is_file else None} | dict(data)
+        return data
+
+    @model_serializer(mode="wrap")
+    def _documented(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """The documented fields; ours where they are set."""
+        ours = {"columns", "roles", "max_refused"}
+        return {name: value for name, value in handler(self).items() if value or name not in ours}
+
+    @classmethod
+    def kind(cls) -> type[dataset_kinds.DatasetKind]:
+        """The kind of row that the recipe needs."""
+        return _kind_of(cls, dataset_kinds.DatasetKind)
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        # The object is left open here, so that it does not become six flags beside the one that people use.
+        text = {"type": "string", "format": "dataset-key", "kind": cls.kind().kind or "all", "minLength": 1}
+        return {"anyOf": [text, {"type": "object", "title": "Dataset", "description": cls.__doc__}]}
+
+    def with_base(self, directory: Path) -> Self:
+        """The same dataset with a relative file meant from `directory`."""
+        if self.local_file_path is None:
+            return self
+        return self.model_copy(update={"local_file_path": str(directory / expanded(self.local_file_path))})
+
+    def path(self) -> Path:
+        """The file or directory to read. Raises NotFoundError with the nearest names."""
+        if self.local_file_path is not None:
+            file = expanded(self.local_file_path)
+            paths_of(file)
+            return file
+        shipped = shipped_data()
+        if self.dataset_key in shipped:
+            return shipped[self.dataset_key]
+        hint = did_you_mean(self.dataset_key, shipped)
+        raise NotFoundError(
+            f"there is no dataset named '{self.dataset_key}'",
+            hint=f"{hint}{'; ' if hint else ''}a file is written with its suffix or a slash",
+        )
+
+    def check(self, registry: Registry) -> Path | str:
+        """The file, or the hub's name. Raises NotFoundError, UsageError, ResourceError; the network is not asked."""
+        check_columns(self.columns)
+        if is_hub_name(self.dataset_key):
+            return str(check_hub_name(self.dataset_key)[0])
+        return self.path()
+
+    async def load(self, ctx: RecipeContext | None = None) -> Sequence[StringThread]:
+        """Every row as a thread: a list, or of a large dataset a sequence that reads a thread when it is asked for.
+
+        Raises NotFoundError, ResourceError, or DataError as `path:number: reason`.
+        """
+        source = self.dataset_key if is_hub_name(self.dataset_key) else self.path()
+        settings = (self.kind().kind, self.feedback_key, self.columns, self.roles, self.max_refused)
+        rows = await asyncio.to_thread(load_threads, source, *settings)
+        if (planned := current().rows) is not None:
+            planned.loaded.append((self.dataset_key, rows))
+        return rows
+
+
+def shipped_data() -> dict[str, Path]:
+    """The datasets that come with the package, by name."""
+    spec = importlib.util.find_spec("harmony_core.recipes")
+    folders = list(spec.submodule_search_locations or ()) if spec else []
+    return {file.stem: file for folder in folders for file in sorted(Path(folder, "data").glob("*.jsonl"))}

@@ -1,0 +1,1 @@
+"""Datasets: the shapes in which people keep conversations, read and checked."""

@@ -1,0 +1,253 @@
+"""A row's columns: by which names what is looked for, and what is left over."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any, NoReturn
+
+from harmony_core.data.kinds import Format
+from harmony_core.data.messages import ANSWER_NAMES, MEDIA_NAMES, USER_NAMES, from_json, kind_of, text_of
+from harmony_core.errors import DataError, UsageError, did_you_mean
+
+Line = dict[str, Any]
+
+FIELDS: dict[str, tuple[str, ...]] = {
+    "messages": ("input", "messages", "conversations", "conversation", "dialogue", "dialog", "chat", "prompt"),
+    "user": USER_NAMES,
+    "context": ("context", "input"),
+    "history": ("history",),
+    "assistant": ANSWER_NAMES,
+    "reasoning": ("reasoning_content", "thinking"),
+    "system": ("system", "system_prompt"),
+    "text": ("text",),
+    "chosen": ("chosen", "preferred_completion", "good_completion"),
+    "rejected": ("rejected", "other_completion", "bad_completion"),
+    "label": ("label", "kto_tag"),
+    "feedbacks": ("feedbacks", "metrics"),
+    "weight": ("weight", "loss_weight", "train"),
+    "tools": ("tools", "functions"),
+    "template_kwargs": ("chat_template_kwargs",),
+    "media": MEDIA_NAMES,
+    "metadata": ("metadata",),
+}
+"""What a row may hold, and the columns in which it is looked for, first name first. The keys of `columns`."""
+
+Plan = dict[str, tuple[tuple[str, str], ...]]
+"""For each of `FIELDS` the usual names that a row's columns have, with the columns; a mapped one under the field's."""
+
+_MAX_PLANS = 1000
+_PLATFORM = {"id", "created_at", "model_id", "external_data", "labels"}
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How rows are read: the kind that all must have, what columns and roles mean, which value is the feedback."""
+
+    kind: Format | None = None
+    feedback_key: str | None = None
+    columns: Mapping[str, str | None] = field(default_factory=dict)
+    roles: Mapping[str, str] = field(default_factory=dict)
+    _plans: dict[tuple[str, ...], Plan] = field(default_factory=dict, repr=False, compare=False)
+
+    def plan(self, line: Line) -> Plan:
+        """The columns of a row in which each thing may be. Raises DataError for one that `columns` names in vain."""
+        names = tuple(line)
+        if names not in self._plans:
+            if len(self._plans) > _MAX_PLANS:
+                self._plans.clear()
+            self._plans[names] = self._made(names)
+        return self._plans[names]
+
+    def _made(self, names: tuple[str, ...]) -> Plan:
+        mapped = [name for name in self.columns.values() if name is not None]
+        for what, wanted in self.columns.items():
+            if wanted is not None and wanted not in names:
+                raise DataError(f"has no column '{wanted}' for '{what}'; {did_you_mean(wanted, names)}")
+        by_known = {name.lower(): name for name in names} | {name: name for name in names}
+        plan: Plan = {}
+        for what, usual in FIELDS.items():
+            if what in self.columns:
+                chosen = self.columns[what]
+                plan[what] = () if chosen is None else ((what, chosen),)
+            else:
+                found = [(known, by_known[known]) for known in usual if known in by_known]
+                plan[what] = tuple((known, name) for known, name in found if name not in mapped)
+        return plan
+
+
+def check_columns(columns: Mapping[str, str | None]) -> None:
+    """Raises UsageError for a key that is none of `FIELDS`."""
+    for name in columns.keys() - FIELDS.keys():
+        raise UsageError(f"columns: there is no '{name}'", hint=f"there is: {', '.join(FIELDS)}")
+
+
+class Row:
+    """Looks up columns, by the reading's `columns` or by their usual names, and remembers which were taken."""
+
+    def __init__(self, line: Line, reading: Reading) -> None:
+        self.line = line
+        self.reading = reading
+        self.plan = reading.plan(line)
+        self.taken: set[str] = set()
+
+    def name(self, what: str, among: tuple[str, ...] | None = None) -> str | None:
+        """The first column that holds something and is not null; `among` usual names only, or the one mapped to it."""
+        for known, name in self.plan[what]:
+            if self.line[name] is not None and (among is None or known in among or known == what):
+                return name
+        return None
+
+    def get(self, what: str) -> Any:
+        """The value, or None."""
+        name = self.name(what)
+        return None if name is None else self.line[name]
+
+    def take(self, name: str) -> Any:
+        """A column's value, which is then no metadata. Text that is JSON of messages is read."""
+        self.taken.add(name)
+        return unpacked(self.line[name], name)
+
+    def text(self, what: str) -> str:
+        """The text of a column, taken; "" where there is none. Raises DataError for anything else."""
+        name = self.name(what)
+        return "" if name is None else text_of(self.take(name), name)
+
+    def object(self, what: str) -> Line:
+        """The object of a column, {} where there is none. Raises DataError for anything else."""
+        name = self.name(what)
+        return {} if name is None else as_object(self.line[name], name)
+
+    def metadata(self) -> Line:
+        """What was not taken, under its names; the column `metadata` is spread. Raises DataError for a name twice."""
+        name = self.name("metadata")
+        own = self.line[name] if name is not None else None
+        if name is None or not isinstance(own, dict):
+            return {column: value for column, value in self.line.items() if column not in self.taken}
+        if own.keys() <= _PLATFORM and {"id", "created_at"} <= own.keys():
+            labels = {"labels": own["labels"]} if own.get("labels") else {}
+            own = as_object(own.get("external_data"), "metadata.external_data") | labels
+        rest = {c: value for c, value in self.line.items() if c not in self.taken and c != name}
+        twice = [c for c in rest.keys() & own.keys() if rest[c] != own[c]]
+        if twice:
+            raise DataError(f"'{min(twice)}' is a column and stands in '{name}' with another value: rename one")
+        return own | rest
+
+
+def unpacked(value: Any, name: str, sure: bool = False) -> Any:
+    """A list or object that stands in the column as JSON text, as CSV files have it, if it is one of messages.
+
+    `sure`: it is, whatever it looks like. Raises DataError for what Python prints in place of JSON.
+    """
+    if not isinstance(value, str) or value[:1] not in ("[", "{"):
+        return value
+    head = value[:200]
+    if not sure and not any(key in head for key in ('"role"', '"from"', "'role'", "'from'")):
+        return value
+    found = from_json(value, value)
+    if found is value and ("{'" in head or "['" in head):
+        raise DataError(f"'{name}' is a list as Python prints it: write it as JSON (json.dumps)")
+    return found
+
+
+def as_object(value: Any, name: str) -> Line:
+    """An object, also one that stands there as JSON text; {} for null. Raises DataError."""
+    if isinstance(value, str) and value[:1] == "{":
+        value = from_json(value, value)
+    if value is not None and not isinstance(value, dict):
+        raise DataError(f"'{name}' must be an object, not {kind_of(value)}")
+    return value or {}
+
+
+def scalar(value: Any) -> Any:
+    """A number or a boolean also where a CSV file has its text."""
+    if not isinstance(value, str) or len(value) > 30:
+        return value
+    text = value.strip().lower()
+    if text in ("true", "false"):
+        return text == "true"
+    try:
+        return float(text) if text[:1] in "+-.0123456789" else value
+    except ValueError:
+        return value
+
+
+_BETTER = "write the better one as 'chosen' and the other as 'rejected'"
+_ROWS = "write one of them as 'completion', or the best as 'chosen' and another as 'rejected'"
+_FOREIGN: tuple[tuple[tuple[str, ...], str, str], ...] = (
+    (
+        ("message_id", "parent_id"),
+        "messages of a tree (OpenAssistant)",
+        "write each path from the root as 'messages'",
+    ),
+    (("choices",), "multiple choice", "write the choices into the question, and the right one as 'answer'"),
+    (("options",), "multiple choice", "write the options into the question, and the right one as 'answer'"),
+    (("input_ids",), "token ids", "write the text that they stand for"),
+    (("response_j", "response_k"), "two responses", "use columns: {chosen: response_j, rejected: response_k}"),
+    (("response_0", "response_1"), "two responses and a verdict", _BETTER),
+    (("response1", "response2"), "two responses and a verdict", _BETTER),
+    (("response_a", "response_b"), "two responses and a verdict", _BETTER),
+    (("answer_0", "answer_1"), "two answers and a verdict", _BETTER),
+    (("conversation_a", "conversation_b"), "two conversations and a verdict", _BETTER),
+    (("human_ref_A", "human_ref_B"), "two answers and their votes (SHP)", _BETTER),
+    (("summaries", "choice"), "two summaries and a verdict", _BETTER),
+    (("completions",), "several completions of a prompt", _ROWS),
+    (("responses",), "several responses to a prompt", _ROWS),
+    (("generations",), "several generations for a prompt", _ROWS),
+    (("answers",), "several answers, or places of an answer", "write the one that is right as 'answer'"),
+    (("chat",), "a transcript in one text (Glaive)", "split it into 'messages'"),
+)
+"""Columns by which a format is known, its name, and its conversion. The first four also have columns that are read."""
+
+
+def refuse_foreign(line: Mapping[str, Any], answered: bool = False) -> None:
+    """Raises DataError for a row of a format that is not read; `answered`: though it seems to have an answer."""
+    for columns, what, how in _FOREIGN[:4] if answered else _FOREIGN:
+        if all(column in line for column in columns) and any(line[column] is not None for column in columns):
+            raise DataError(f"holds {what} ({', '.join(columns)}): {how}")
+
+
+def refuse_unanswered(line: Mapping[str, Any], pair: bool) -> NoReturn:
+    """Raises DataError for a row without an answer to learn."""
+    if pair:
+        raise DataError(
+            "holds a pair (chosen, rejected), which only Dataset[dataset_kinds.Preference] reads; to learn one: "
+            "columns: {assistant: chosen}, or {messages: chosen} where it is a whole conversation"
+        )
+    refuse_foreign(line)
+    names = ("completion", "response", "answer", "output")
+    if empty := next((name for name in names if line.get(name) in ("", [])), None):
+        raise DataError(f"its '{empty}' is empty: there is no answer to learn")
+    raise DataError(
+        f"has no 'completion' and its last message is not the assistant's{_suggestion(line, names)}{_example(line)}"
+    )
+
+
+def refuse_unknown(line: Mapping[str, Any]) -> NoReturn:
+    """Raises DataError for a row of no known shape."""
+    if not line:
+        raise DataError("has no columns")
+    if "chosen" in line:
+        raise DataError("has 'chosen' and 'rejected', and no prompt: texts need a column 'prompt'")
+    refuse_foreign(line)
+    wanted = ("messages", "conversations", "prompt", "question", "instruction", "text", "chosen", "input")
+    names = ", ".join(name[:40] for name in [*line][:12]) + (", ..." if len(line) > 12 else "")
+    raise DataError(f"has no shape that is read; its columns: {names}{_suggestion(line, wanted)}{_example(line)}")
+
+
+def _suggestion(line: Iterable[str], wanted: tuple[str, ...]) -> str:
+    """Names a column that looks like a misspelt one of those that are wanted."""
+    for name in line:
+        meant = get_close_matches(name, wanted, 1, 0.8) if name not in wanted and len(name) <= 40 else []
+        if meant:
+            return f" ('{name}': did you mean {meant[0]}?)"
+    return ""
+
+
+def _example(line: Mapping[str, Any]) -> str:
+    """How `columns` may be written for this row."""
+    texts = [name for name, value in line.items() if isinstance(value, str) and len(name) <= 40]
+    if len(texts) < 2:
+        return ""
+    return f"; say which column holds what, as in columns: {{user: {texts[0]}, assistant: {texts[1]}}}"

@@ -1,0 +1,289 @@
+"""Datasets: files of rows as threads, and the shuffled iterator that training takes samples from."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from array import array
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar
+
+import msgspec
+
+from harmony_core.data import files as dataset_files
+from harmony_core.data.columns import Line, Reading, check_columns
+from harmony_core.data.files import RowFile, Threads, as_lines, open_rows, paths_of
+from harmony_core.data.hub import hub_rows, is_hub_name
+from harmony_core.data.kinds import Format
+from harmony_core.data.messages import kind_of, read_messages
+from harmony_core.data.shapes import read_row, thread_of
+from harmony_core.errors import DataError
+from harmony_core.text.row_lengths import Drops
+from harmony_core.text.threads import StringThread
+
+log = logging.getLogger(__name__)
+
+MAX_REPORTED = 20
+HELD_ROWS = 50_000
+"""A dataset of more rows, or more than `HELD_BYTES` of text, is not held in memory."""
+HELD_BYTES = 64 * 1024 * 1024
+
+T = TypeVar("T")
+
+
+def load_threads(
+    source: Path | str,
+    kind: Format | None = None,
+    feedback_key: str | None = None,
+    columns: Mapping[str, str | None] | None = None,
+    roles: Mapping[str, str] | None = None,
+    max_refused: int = 0,
+) -> Sequence[StringThread]:
+    """Every row of a file, of a directory's files, or of a dataset of the hub (`hf:...`) as a thread.
+
+    All rows are read once, and must be of the first one's shape and kind. Gives a list, or for a large dataset a
+    sequence that reads a thread when it is asked for. Raises DataError with one `path:number: reason` for each bad row
+    (the first 20) when there are more than `max_refused`, which are left out else; NotFoundError, ResourceError.
+    """
+    reading = Reading(kind, feedback_key, columns or {}, roles or {})
+    check_columns(reading.columns)
+    loading = _Loading(reading, max_refused)
+    if is_hub_name(source):
+        loading.add(as_lines(str(source), hub_rows(str(source))))
+    else:
+        all(loading.add(open_rows(path)) for path in paths_of(Path(source)))
+    problems = "\n".join(loading.problems)
+    if loading.refused > max_refused:
+        raise DataError(problems, path=str(source))
+    if problems:
+        log.warning("%d rows are left out (max_refused is %d):\n%s", loading.refused, max_refused, problems)
+    if not loading.offsets:
+        raise DataError(f"{source}: has no line with a sample", path=str(source))
+    return loading.threads if loading.threads is not None else loading.large()
+
+
+class _Loading:
+    """Reads every row once: what the first one decides, where each lies, and the threads while they are few."""
+
+    def __init__(self, reading: Reading, max_refused: int) -> None:
+        self._reading = reading
+        self._most_shown = max(max_refused + 1, MAX_REPORTED)
+        self._first: tuple[int, str, Format] | None = None
+        self._is_plain: Callable[[bytes], bool] | None = None
+        self._files: list[RowFile] = []
+        self._starts: list[int] = []
+        self._digest, self._bytes = hashlib.sha256(repr(reading).encode()), 0
+        self.offsets = array("q")
+        self.threads: list[StringThread] | None = []
+        self.problems: list[str] = []
+        self.refused = 0
+
+    def add(self, file: RowFile) -> bool:
+        """Read a file's rows; whether to go on."""
+        self._files.append(file)
+        self._starts.append(len(self.offsets))
+        for number, offset, data in file:
+            try:
+                thread = self._read(number, data)
+            except DataError as error:
+                self.refused += 1
+                self.problems.append(f"{file.origin}:{number}: {error.message}")
+                if self.refused == self._most_shown:
+                    self.problems.append(f"{file.origin}: not read further")
+                    return False
+                continue
+            self.offsets.append(offset)
+            self._digest.update(data)
+            self._bytes += len(data)
+            if self.threads is not None and thread is not None:
+                self.threads.append(thread)
+            if len(self.offsets) > HELD_ROWS or self._bytes > HELD_BYTES:
+                self.threads = None
+        return True
+
+    def large(self) -> Threads:
+        """The threads of the files, read when they are asked for."""
+        return Threads(self._files, self._starts, self.offsets, self._again, self._digest.hexdigest())
+
+    def _again(self, data: bytes) -> StringThread:
+        return read_row(_parse(data), self._reading).thread
+
+    def _read(self, number: int, data: bytes) -> StringThread | None:
+        """The row's thread; None where none is held and its like have shown that it can be read."""
+        if len(data) > dataset_files.MAX_LINE_BYTES:
+            raise DataError(f"longer than {dataset_files.MAX_LINE_BYTES} bytes; not read further")
+        if self.threads is None and self._is_plain is not None and self._is_plain(data):
+            return None
+        line = _parse(data)
+        thread, shape, kind = read_row(line, self._reading)
+        if self._first is None:
+            self._first = number, shape, kind
+            self._is_plain = _plain_rows(line, shape, kind, self._reading)
+        first, first_shape, first_kind = self._first
+        if shape != first_shape:
+            raise DataError(f"has the shape {shape}, row {first} the shape {first_shape}")
+        # A completion that also has feedbacks serves as one.
+        if kind != first_kind and (first_kind, kind) != ("completions", "feedbacks"):
+            raise DataError(f"has the fields of {kind}, row {first} those of {first_kind}")
+        return thread
+
+
+def _parse(data: bytes) -> Line:
+    try:
+        line = msgspec.json.decode(data.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"not UTF-8: byte 0x{data[error.start]:02x} at {error.start + 1}") from None
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise DataError(f"not JSON: {str(error).removeprefix('JSON is malformed: ')}") from None
+    if not isinstance(line, dict):
+        raise DataError(f"must be one JSON object, not {kind_of(line)}")
+    return line
+
+
+class _Message(msgspec.Struct, forbid_unknown_fields=True):
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class _Shared(msgspec.Struct, forbid_unknown_fields=True):
+    role: Literal["system", "human", "user", "gpt", "assistant"] = msgspec.field(name="from")
+    content: str = msgspec.field(name="value")
+
+
+_SHAPES: dict[str, Any] = {"messages": list[_Message], "ShareGPT": list[_Shared]}
+_LAST = {"completions": ("assistant", "gpt"), "prompts": ("user", "human")}
+
+
+def _plain_rows(line: Line, shape: str, kind: Format, reading: Reading) -> Callable[[bytes], bool] | None:
+    """A function that says of a row's JSON whether the row is surely read, with the shape and kind that this row has.
+
+    Most rows of a large file are lists of plain messages: these are checked while they are decoded. It may say no to
+    rows that are read, too. None if that depends on more than the messages: on another column, or a feedback's value.
+    """
+    plan = reading.plan(line)
+    if shape not in _SHAPES or len(plan["messages"]) != 1 or sum(map(len, plan.values())) != 1 or reading.roles:
+        return None
+    if reading.feedback_key is not None or (reading.kind or "completions") != kind or kind not in _LAST:
+        return None
+    ((_, column),) = plan["messages"]
+    others = {f"column_{i}": name for i, name in enumerate(line) if name != column}
+    fields: list[Any] = [("messages", _SHAPES[shape]), *((field, Any, None) for field in others)]
+    try:
+        row = msgspec.defstruct("Row", fields, rename={"messages": column} | others, forbid_unknown_fields=True)
+    except ValueError:  # a column whose name msgspec takes for no field: one with quotes or control characters
+        return None
+    decode: Callable[[bytes], Any] = msgspec.json.Decoder(row).decode
+    last = _LAST[kind]
+
+    def is_plain(data: bytes) -> bool:
+        try:
+            messages = decode(data).messages
+        except (msgspec.DecodeError, RecursionError):
+            return False
+        if not messages or messages[-1].role not in last:
+            return False
+        return not any("<" in message.content for message in messages)  # markers of pictures begin with it
+
+    return is_plain
+
+
+class DataSet(Generic[T]):
+    """An iterator over samples in a seeded random order, shuffled from the first pass on.
+
+    `idx` counts the samples handed out. With `allow_looping` every further pass is another permutation of the same
+    generator. A sample whose metadata is a dict gets its count as `metadata["sample_index"]`.
+    """
+
+    def __init__(self, threads: Sequence[T], allow_looping: bool = False, seed: int = 42) -> None:
+        import numpy as np  # 0.1 s, which a command that only reads configuration does not pay
+
+        self.threads = threads
+        self.allow_looping = allow_looping
+        self.seed = seed
+        self.idx = 0
+        self.drops = Drops()
+        """What became of the samples, as far as those who train on them say so."""
+        self.rng = np.random.default_rng(seed)
+        self.access_indices: list[int] = self.rng.permutation(len(threads)).tolist()
+
+    def __iter__(self) -> DataSet[T]:
+        return self
+
+    def __len__(self) -> int:
+        return len(self.threads)
+
+    def __getitem__(self, x: Any) -> Any:
+        return self.threads[x]
+
+    def __next__(self) -> T:
+        if self.idx >= len(self.access_indices):
+            if not self.allow_looping or not self.threads:
+                raise StopIteration
+            self._shuffle_again()
+        sample = self.threads[self.access_indices[self.idx]]
+        metadata = getattr(sample, "metadata", None)
+        if isinstance(metadata, dict):
+            dict.__setitem__(metadata, "sample_index", self.idx)  # not a change that a large dataset must keep
+        self.idx += 1
+        return sample
+
+    def completion_percentage(self) -> float:
+        """Samples handed out over samples there are: above 1 after the first pass."""
+        return self.idx / len(self.threads) if self.threads else 1.0
+
+    def reset(self) -> None:
+        """Begin again with the first sample of the first pass."""
+        self.idx = 0
+
+    def get_state(self) -> dict[str, int]:
+        """Where the iterator stands, as plain numbers for a checkpoint."""
+        passes = len(self.access_indices) // max(len(self.threads), 1)
+        return {"idx": self.idx, "seed": self.seed, "length": len(self.threads), "passes": passes}
+
+    def set_state(self, state: Mapping[str, int]) -> None:
+        """Continue where `get_state` was called. Raises DataError for the state of another dataset."""
+        if state["length"] != len(self.threads):
+            raise DataError(f"the state is of {state['length']} samples, the dataset has {len(self.threads)}")
+        fresh = DataSet(self.threads, self.allow_looping, state["seed"])
+        for _ in range(1, state["passes"]):
+            fresh._shuffle_again()
+        self.seed, self.rng, self.access_indices, self.idx = fresh.seed, fresh.rng, fresh.access_indices, state["idx"]
+
+    def _shuffle_again(self) -> None:
+        self.access_indices += self.rng.permutation(len(self.threads)).tolist()
+
+
+def convert_sample_dict(
+    turns_key: str | None = "messages",
+    role_key: str = "role",
+    content_key: str = "content",
+    trim_final_assistant_turns: bool = False,
+) -> Callable[[Any], StringThread]:
+    """A function from a sample (a dict, or with `turns_key=None` its list of turns) to a thread.
+
+    The thread has the constructor's weights and the sample's other fields as metadata. Raises DataError.
+    """
+
+    def convert(sample: Any) -> StringThread:
+        try:
+            raw = sample if turns_key is None else sample[turns_key]
+            turns = [
+                {"role": turn[role_key], "content": turn[content_key]}
+                | {name: value for name, value in turn.items() if name not in (role_key, content_key)}
+                for turn in raw
+            ]
+        except (KeyError, TypeError, IndexError, AttributeError) as error:
+            raise DataError(f"a sample has no turns of the expected shape: {error!r}") from None
+        said = read_messages(turns, turns_key or "turns", {})
+        while trim_final_assistant_turns and said and said[-1].turn.role == "assistant":
+            said.pop()
+        rest = {} if turns_key is None else {key: value for key, value in sample.items() if key != turns_key}
+        return thread_of(said, 1.0, rest)
+
+    return convert
+
+
+def load_from_hf(repo: str, split: str, convert_sample_fn: Callable[..., StringThread]) -> list[StringThread]:
+    """Every sample of a split of a Hugging Face dataset. Raises ResourceError without the `datasets` package."""
+    return [convert_sample_fn(sample) for _, sample in hub_rows(f"hf:{repo}:{split}")]

@@ -1,0 +1,386 @@
+"""The models that live on one rank: weights shared between spawns, adapters, trainers and page pools."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from harmony_core.engine.inference.runner import Runner
+from harmony_core.engine.models import adapters, weights
+from harmony_core.engine.models.compiling import COMPILE_ERRORS
+from harmony_core.engine.models.loading import load_model
+from harmony_core.engine.models.model import CausalLM
+from harmony_core.engine.models.parallel import TensorParallel
+from harmony_core.engine.models.scalar import SCORE, head_of
+from harmony_core.engine.training import state_files
+from harmony_core.engine.training.trainer import Trainer
+from harmony_core.errors import ConflictError, EngineError, MemoryRefused, ModelRefused, ResourceError, storage_error
+from harmony_core.rpc.platform import missing_tool
+from harmony_core.rpc.protocol import Clone, Load, MakePool, Ranges, Save, Spawn, Spawned
+from harmony_core.rpc.wire import Failure
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+Announce = Callable[[str, dict[str, Any]], None]
+
+SHORT_REHEARSAL_TOKENS = 64
+"""Enough to run every operation of a micro-batch once, and to fail early where one cannot run."""
+
+
+@dataclass
+class BaseWeights:
+    """Weights and how many spawns use them. `key` None: private, may be changed in place."""
+
+    model: CausalLM
+    key: tuple[str, int, torch.dtype] | None
+    users: int = 1
+    checkpointed_layers: int = 0
+    """The most that one of its trainers asked for."""
+
+
+@dataclass
+class SpawnedModel:
+    """One spawn on this rank. `poison` is the first failure of a sample that was accepted since the last step."""
+
+    name: str
+    base: BaseWeights
+    adapter: str | None
+    trainer: Trainer | None
+    runner: Runner | None
+    """None where there is a scalar head, and in a copy that was not asked to generate yet."""
+    kv_tokens: int
+    max_batch_tokens: int
+    frozen_version: int = 0
+    score: nn.Parameter | None = None
+    """The scalar head, `[1, d]`; None for a model with a vocabulary head."""
+    tokenless: Ranges = ()
+    """Ids that are no token of the tokenizer, and are never drawn."""
+    poison: Failure | None = None
+
+    @property
+    def model(self) -> CausalLM:
+        """The module and its place in the tensor-parallel group."""
+        return self.base.model
+
+    def version(self) -> int:
+        """Optimizer steps that the weights have seen."""
+        return self.trainer.step if self.trainer else self.frozen_version
+
+    def statistics(self) -> dict[str, float]:
+        """Totals of what the runner has done, and this rank's device memory in bytes; peaks since the last call."""
+        values = dict(self.runner.statistics) if self.runner else {}
+        device = self.model.device
+        if device.type == "cuda":
+            values["memory_allocated"] = torch.cuda.memory_allocated(device)
+            values["memory_reserved"] = torch.cuda.memory_reserved(device)
+            values["memory_peak_allocated"] = torch.cuda.max_memory_allocated(device)
+            values["memory_peak_reserved"] = torch.cuda.max_memory_reserved(device)
+            torch.cuda.reset_peak_memory_stats(device)
+        return values
+
+    def spawned(self) -> Spawned:
+        """What this rank holds for it."""
+        base_bytes = self.model.parameter_bytes()
+        return Spawned(
+            parameter_bytes=self.model.parameter_bytes(self.adapter),
+            shared_bytes=base_bytes if self.base.users > 1 else 0,
+            gradient_bytes=self.trainer.gradient_bytes if self.trainer else 0,
+            optimizer_bytes=self.trainer.state_bytes if self.trainer else 0,
+            kv_bytes=self.runner.cache.bytes if self.runner else 0,
+            num_parameters=self.model.num_parameters(),
+            trainable_parameters=self.trainer.num_trainable if self.trainer else 0,
+        )
+
+
+class ModelTable:
+    """Every spawn on this rank by name."""
+
+    def __init__(
+        self, device: torch.device, deterministic: bool = False, announce: Announce = lambda _what, _fields: None
+    ) -> None:
+        """`announce` is told what takes long, or is not as it should be: an event's type and fields."""
+        self.device = device
+        self._announce = announce
+        self._deterministic = deterministic
+        self._models: dict[str, SpawnedModel] = {}
+        self._shared: dict[tuple[str, int, torch.dtype], BaseWeights] = {}
+        self._adapters = 0
+
+    def get(self, name: str) -> SpawnedModel:
+        """A live model. Raises ConflictError when there is none of that name."""
+        model = self._models.get(name)
+        if model is None:
+            raise ConflictError(f"no model named {name!r} is live on this rank")
+        return model
+
+    def spawn(self, request: Spawn, tp: TensorParallel, replicas: ProcessGroup | None) -> SpawnedModel:
+        """Build a spawn and rehearse it. On an error everything it took is given back.
+
+        Raises MemoryRefused when the device turns out to be fuller than was promised.
+        """
+        with _refused(f"{request.name!r} was promised {request.promised_bytes} bytes", request.name):
+            return self._spawn(request, tp, replicas)
+
+    def _spawn(self, request: Spawn, tp: TensorParallel, replicas: ProcessGroup | None) -> SpawnedModel:
+        full_training = request.train and request.lora is None and not request.source.adapter
+        base = self._take_weights(request, tp, private=full_training)
+        adapter: str | None = None
+        trainer: Trainer | None = None
+        built = False
+        try:
+            adapter = self._make_adapter(base.model, request)
+            score = head_of(base.model, adapter) if request.scalar else None
+            if request.compile:
+                self._compile(base.model, request.name)
+            if request.train:
+                base.checkpointed_layers = max(base.checkpointed_layers, request.checkpointed_layers)
+                base.model.set_checkpointed_layers(base.checkpointed_layers)
+                trainer = Trainer(base.model, adapter, dp_group=replicas, seed=request.seed, score=score)
+            kv_tokens, tokenless = request.kv_tokens, request.tokenless
+            runner = self._runner(base.model, adapter, score, kv_tokens, tokenless)
+            made = (request.name, base, adapter, trainer, runner, kv_tokens, request.max_batch_tokens)
+            hosted = SpawnedModel(*made, score=score, tokenless=tokenless)
+            if trainer is not None:
+                short = min(SHORT_REHEARSAL_TOKENS, request.max_batch_tokens)
+                trainer.rehearse(request.max_batch_tokens if request.rehearse else short)
+            if runner is not None:
+                runner.prepare()
+            self._models[request.name] = hosted
+            built = True
+            return hosted
+        finally:
+            if not built:
+                if trainer is not None:
+                    trainer.close()
+                self._give_back(base, adapter)
+
+    def _take_weights(self, request: Spawn, tp: TensorParallel, private: bool) -> BaseWeights:
+        dtype = _dtype(request.dtype, self.device)
+        key = (request.source.digest, tp.size, dtype)
+        if not private and key in self._shared:
+            self._shared[key].users += 1
+            return self._shared[key]
+        # Shared weights keep their vocabulary head, which other spawns of them need.
+        scalar = request.source.scalar or (private and request.scalar)
+        directory = Path(request.source.weights)
+        model = load_model(directory, tp, self.device, dtype, deterministic=self._deterministic, scalar=scalar)
+        base = BaseWeights(model, None if private else key)
+        if not private:
+            self._shared[key] = base
+        return base
+
+    def _compile(self, model: CausalLM, name: str) -> None:
+        """From now on; the code is made when a pass first needs it, in the rehearsal for instance."""
+        if model.compiled or self._deterministic:
+            return
+        missing = missing_tool()
+        if missing:
+            self._announce("not_compiled", {"model": name, "reason": f"this machine has {missing}"})
+            return
+        self._announce("compiling", {"model": name})
+        model.compile()
+
+    def _make_adapter(self, model: CausalLM, request: Spawn) -> str | None:
+        if request.lora is None and not request.source.adapter:
+            return None
+        name = self._new_adapter_name()
+        if request.lora is not None:
+            adapters.add_lora(model, name, request.lora)
+        else:
+            adapters.load_adapter(model, name, Path(request.source.adapter))
+        if request.scalar and SCORE not in model.adapters[name].parameters:
+            adapters.add_score(model, name)
+        return name
+
+    def _runner(
+        self,
+        model: CausalLM,
+        adapter: str | None,
+        score: nn.Parameter | None,
+        kv_tokens: int,
+        tokenless: Ranges,
+    ) -> Runner | None:
+        if score is not None:
+            return None
+        return Runner(model, kv_tokens, adapter=adapter, notify=self._announce, tokenless=tokenless)
+
+    def _new_adapter_name(self) -> str:
+        """A name of our own: a spawn's may hold characters that a module's may not."""
+        self._adapters += 1
+        return f"adapter_{self._adapters}"
+
+    def _give_back(self, base: BaseWeights, adapter: str | None) -> None:
+        base.users -= 1
+        if base.users == 0 and base.key is not None:
+            del self._shared[base.key]
+        elif base.users and adapter is not None and adapter in base.model.adapters:
+            adapters.remove_adapter(base.model, adapter)
+
+    def clone(self, request: Clone) -> SpawnedModel:
+        """A frozen copy of a model's trained state: A and B of an adapter, else the weights. It has no pages.
+
+        On an error everything it took is given back. Raises MemoryRefused as `spawn` does.
+        """
+        source = self.get(request.source)
+        with _refused(f"{request.name!r} was promised a copy of {request.source!r}", request.name):
+            base, adapter, built = source.base, None, False
+            if base.key is None:
+                base = BaseWeights(source.model.copy_weights(), None)
+            else:
+                base.users += 1
+            try:
+                if source.adapter is not None:
+                    adapter = self._new_adapter_name()
+                    adapters.copy_adapter(source.model, source.adapter, adapter)
+                score = None if source.score is None else head_of(base.model, adapter)
+                built = True
+            finally:
+                if not built:
+                    self._give_back(base, adapter)
+        batch, version = source.max_batch_tokens, source.version()
+        made = (request.name, base, adapter, None, None, 0, batch, version, score)
+        hosted = SpawnedModel(*made, source.tokenless)
+        self._models[request.name] = hosted
+        return hosted
+
+    def make_pool(self, request: MakePool) -> SpawnedModel:
+        """Give a model its pages, from when on it generates. Raises MemoryRefused as `spawn` does."""
+        hosted = self.get(request.model)
+        with _refused(f"the pool of {request.model!r} was promised its memory", request.model):
+            tokens, tokenless = request.kv_tokens, hosted.tokenless
+            runner = self._runner(hosted.model, hosted.adapter, hosted.score, tokens, tokenless)
+            assert runner is not None, "no model with a scalar head asks for pages"
+            hosted.runner, hosted.kv_tokens = runner, tokens
+            runner.prepare()
+        return hosted
+
+    def drop_pool(self, name: str) -> None:
+        """Take a model's pages away again."""
+        hosted = self.get(name)
+        if hosted.runner is not None:
+            hosted.runner.close()
+        hosted.runner, hosted.kv_tokens = None, 0
+
+    def dealloc(self, name: str) -> None:
+        """Free a model; one that is not here is fine."""
+        hosted = self._models.pop(name, None)
+        if hosted is not None:
+            if hosted.trainer is not None:
+                hosted.trainer.close()
+            if hosted.runner is not None:
+                hosted.runner.close()
+            base, adapter = hosted.base, hosted.adapter
+            del hosted
+            self._give_back(base, adapter)
+            # Adapters, and some layers, refer to themselves: without a collection their weights would stay.
+            del base
+            gc.collect()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def save(self, request: Save, write: bool) -> None:
+        """Gather over the tensor-parallel ranks and, where `write`, store.
+
+        Raises EngineError for weights with a NaN or an infinity, which nobody can use, and ResourceError.
+        """
+        hosted = self.get(request.model)
+        bad: str | None = None
+        failures: list[Exception] = []
+        for part in (self._save_weights, self._save_optimizer):
+            try:
+                bad = part(hosted, request, write and not failures) or bad
+            except (OSError, SafetensorError) as error:  # told when the other ranks wait for nothing more
+                failures.append(error)
+        if failures:
+            raise storage_error(f"cannot save {request.model!r} to {request.directory}", _as_os_error(failures[0]))
+        if bad is not None:
+            raise EngineError(
+                f"{request.model!r} is not saved: {bad} holds NaN or infinite values",
+                hint="look at the last steps; an earlier checkpoint may be good",
+                tensor=bad,
+            )
+
+    def _save_weights(self, hosted: SpawnedModel, request: Save, write: bool) -> str | None:
+        directory = Path(request.directory)
+        if hosted.adapter is None:
+            return weights.save_model(hosted.model, directory, write=write)
+        base, revision = request.base, request.base_revision
+        return weights.save_adapter(hosted.model, hosted.adapter, directory, base, write=write, revision=revision)
+
+    def _save_optimizer(self, hosted: SpawnedModel, request: Save, write: bool) -> None:
+        if not request.inference_only and hosted.trainer is not None:
+            hosted.trainer.save_optimizer(Path(request.directory), write=write)
+
+    def load(self, request: Load) -> None:
+        """Replace weights in place, and the optimizer's state where the source has one.
+
+        Shared base weights are immutable: a model that uses them gets a private copy first.
+        """
+        hosted = self.get(request.model)
+        if hosted.adapter is None and hosted.base.key is not None:
+            self._make_private(hosted)
+        directory = Path(request.source.adapter or request.source.weights)
+        weights.load_into(hosted.model, directory, adapter=hosted.adapter)
+        if hosted.runner is not None:
+            hosted.runner.weights_changed()
+        if hosted.trainer is not None:
+            hosted.trainer.weights_changed()
+            if (directory / state_files.FILE).is_file():
+                hosted.trainer.load_optimizer(directory)
+
+    def _make_private(self, hosted: SpawnedModel) -> None:
+        copy = BaseWeights(hosted.model.copy_weights(), None)
+        self._give_back(hosted.base, None)
+        hosted.base = copy
+        # The pages stay: sequences under way keep their keys and values.
+        if hosted.runner is not None:
+            hosted.runner.rebind(copy.model)
+        if hosted.score is not None:
+            hosted.score = head_of(copy.model, hosted.adapter)
+
+
+@contextmanager
+def _refused(promised: str, name: str) -> Iterator[None]:
+    """Say in our own words what the device or the compiler refuses."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise MemoryRefused(
+            f"{promised}, and the device ran out: {error}",
+            hint="another process uses this device, or the plan is too low: try --memory with less, or a smaller "
+            "max_batch_size",
+        ) from error
+    except COMPILE_ERRORS as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ResourceError(
+            f"the layers of {name!r} could not be compiled: {reason}",
+            hint="run with --no-compile; this rank's log has the whole error",
+        ) from error
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    known = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+    if not name:
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if name not in known:
+        raise ModelRefused(f"dtype {name!r} is not one of {', '.join(known)}")
+    return known[name]
+
+
+def _as_os_error(error: Exception) -> OSError:
+    """What the system said; safetensors only quotes it."""
+    if isinstance(error, OSError):
+        return error
+    number = re.search(r"os error (\d+)", str(error))
+    return OSError(int(number[1]) if number else errno.EIO, str(error))

@@ -1,0 +1,213 @@
+"""From scored tokens to a loss, its ascent direction and its metrics, summed over a step; also a recipe's own loss.
+
+`check_cuts` says whether that is the same loss however its samples are cut into micro-batches and ordered in them.
+"""
+
+from __future__ import annotations
+
+import inspect
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harmony_core.engine.training.losses import LOSSES, METRICS, LossFunction, Scored, Sums
+from harmony_core.errors import InternalError, LossFailed, RecipeLoadError, UsageError, VerificationError
+from harmony_core.recipe_file import RecipeFile, import_file, where_raised
+from harmony_core.rpc.protocol import CustomLoss
+
+CUSTOM = "custom"
+
+Cut = list[list[int]]
+"""Micro-batches of sample numbers."""
+
+
+def evaluate(loss: str, scored: Scored, source: CustomLoss | None = None) -> tuple[float, list[Tensor], Sums]:
+    """The sum of a loss, its ascent directions, and its metrics. `scored.values` need no gradient.
+
+    The directions: -dL/dvalues `[N]` and, where there are entropies, -dL/dentropies `[N]`. `source`: where the loss
+    "custom" is.
+    """
+    function = LOSSES.get(loss) if source is None else partial(call, load(source))
+    if function is None or (source is None) == (loss == CUSTOM):
+        raise InternalError(f"a micro-batch with the loss {loss!r}")
+    if not all(scored.counts):
+        raise InternalError(f"a sample without a scored token in a micro-batch with the loss {loss!r}")
+    return ascent(function, scored)
+
+
+def ascent(function: LossFunction, scored: Scored) -> tuple[float, list[Tensor], Sums]:
+    """What `evaluate` returns, of a function."""
+    given = [scored.values] if scored.entropies is None else [scored.values, scored.entropies]
+    with torch.enable_grad():
+        leaves = [tensor.detach().double().requires_grad_(True) for tensor in given]
+        total, sums = function(replace(scored, values=leaves[0], entropies=leaves[1] if len(leaves) > 1 else None))
+        # A loss of the recipe's own may have no term with a gradient in this micro-batch.
+        found = torch.autograd.grad(total, leaves, allow_unused=True) if total.requires_grad else [None] * len(leaves)
+    pairs = zip(found, leaves, strict=True)
+    return float(total.item()), [torch.zeros_like(leaf) if g is None else -g for g, leaf in pairs], sums
+
+
+@lru_cache(maxsize=32)
+def load(source: CustomLoss) -> Callable[..., Any]:
+    """A function of the recipe's file, imported by its name.
+
+    Raises LossFailed for a file that fails here, UsageError for one that the driver did not load.
+    """
+    path = Path(source.path)
+    if RecipeFile.of(path).sha256 != source.sha256:
+        raise UsageError(
+            f"{path} has changed since the run loaded it: the ranks would compute another {source.function}",
+            hint="start the run again",
+        )
+    try:
+        function: Callable[..., Any] = getattr(import_file(path, importable_folder=True), source.function)
+    except RecipeLoadError as error:
+        raise LossFailed(f"the loss {source.function} cannot be imported: {error.message}", hint=error.hint) from error
+    return function
+
+
+def call(function: Callable[..., Any], scored: Scored) -> tuple[Tensor, Sums]:
+    """A recipe's function's sum of the loss. Raises LossFailed for what it raises, and for what is not one number.
+
+    Random numbers that it draws are the same on all tensor-parallel ranks, and leave ours as they were.
+    """
+    name = getattr(function, "__name__", repr(function))
+    device = scored.values.device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        more = {} if scored.entropies is None else {"entropies": scored.entropies}
+        try:
+            total = function(scored.values, scored.slices, **more, **scored.fields)
+        except Exception as error:
+            place = where_raised(error, Path(inspect.getfile(function)))
+            raise LossFailed(f"the loss {name} raised {type(error).__name__}: {error} ({place})") from error
+    if not isinstance(total, Tensor) or total.numel() != 1 or not total.is_floating_point():
+        found = f"a tensor {list(total.shape)} of {total.dtype}" if isinstance(total, Tensor) else repr(total)
+        raise LossFailed(f"the loss {name} returned {found}", hint="return the sum of the loss, a tensor of one number")
+    return total.reshape(()), {}
+
+
+class MetricSums:
+    """Sum and count of every metric of a step's micro-batches, on the device, so that none of them waits for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.sums = torch.zeros(2 * len(METRICS), dtype=torch.float64, device=device)
+
+    def add(self, sums: Sums) -> None:
+        """What one micro-batch adds."""
+        for name, (total, count) in sums.items():
+            place = 2 * METRICS.index(name)
+            self.sums[place] += total
+            self.sums[place + 1] += count
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.sums.zero_()
+
+
+def means(sums: Sequence[float]) -> dict[str, float]:
+    """From `MetricSums.sums`: what a step reports; nothing of metrics that no loss gave."""
+    pairs = zip(METRICS, sums[::2], sums[1::2], strict=True)
+    return {name: total / count for name, total, count in pairs if count}
+
+
+def check_cuts(
+    loss: Callable[..., Any],
+    logprobs: Sequence[Sequence[float]],
+    entropies: Sequence[Sequence[float]] | None,
+    fields: Mapping[str, Sequence[Sequence[float]]],
+    group: int,
+    tolerance: float,
+) -> None:
+    """Compare value and gradient of the loss over many cuts and orders. Raises VerificationError."""
+    name = getattr(loss, "__name__", repr(loss))
+    whole = _scored(logprobs, entropies, fields, group)
+    count = len(logprobs)
+    expected, direction = _over(loss, whole, [list(range(count))])
+    if not torch.isfinite(direction).all() or not abs(expected) < float("inf"):
+        raise VerificationError(f"the loss {name} is {expected}, or its gradient is not finite")
+    if not direction.any():
+        raise VerificationError(
+            f"the loss {name} has no gradient at these log-probs",
+            hint="it may use logprobs.detach() or numbers taken out with item()",
+        )
+    scale = max(1.0, abs(expected)), max(1e-12, float(direction.abs().max()))
+    for how, cut in _cuts(count, group):
+        found, gradient = _over(loss, whole, cut)
+        errors = abs(found - expected) / scale[0], float((gradient - direction).abs().max()) / scale[1]
+        if not max(errors) <= tolerance:
+            raise VerificationError(
+                f"the loss {name} depends on how samples are batched: {found:.12g} {how}, {expected:.12g} in one "
+                f"micro-batch; its gradient differs by {errors[1]:.2g} of its largest value",
+                hint="return a sum over samples: no mean() or count of the micro-batch, no place of a sample in it; "
+                "what divides the step is denominator=",
+                layout=how,
+            )
+
+
+def _cuts(count: int, group: int) -> list[tuple[str, Cut]]:
+    groups = [list(range(first, first + group)) for first in range(0, count, group)]
+    flat = [i for members in groups[::-1] for i in members]
+    cuts: list[tuple[str, Cut]] = [
+        ("once more", [list(range(count))]),
+        ("in micro-batches of one", groups),
+        ("backwards", [flat]),
+    ]
+    draw = random.Random(0)
+    for _ in range(6):
+        shuffled = draw.sample(groups, len(groups))
+        parts: Cut = [[] for _ in range(draw.randint(1, len(groups)))]
+        for members in shuffled:
+            draw.choice(parts).extend(members)
+        cuts.append((f"in {len(parts)} parts, shuffled", [part for part in parts if part]))
+    return cuts
+
+
+def _scored(
+    logprobs: Sequence[Sequence[float]],
+    entropies: Sequence[Sequence[float]] | None,
+    fields: Mapping[str, Sequence[Sequence[float]]],
+    group: int,
+) -> list[Scored]:
+    """Each sample by itself."""
+
+    def tensor(values: Sequence[float]) -> Tensor:
+        return torch.tensor(list(values), dtype=torch.float64)
+
+    return [
+        Scored(
+            tensor(row),
+            torch.ones(len(row), dtype=torch.float64),
+            (len(row),),
+            {name: tensor(values[place]) for name, values in fields.items()},
+            group=group,
+            entropies=None if entropies is None else tensor(entropies[place]),
+        )
+        for place, row in enumerate(logprobs)
+    ]
+
+
+def _over(loss: Callable[..., Any], samples: list[Scored], cut: Cut) -> tuple[float, Tensor]:
+    """The loss of all micro-batches of a cut, and the gradient in the order of the samples."""
+    total, parts, entropies = 0.0, dict[int, Tensor](), samples[0].entropies is not None
+    for members in cut:
+        chosen = [samples[i] for i in members]
+        batch = replace(
+            chosen[0],
+            values=torch.cat([s.values for s in chosen]),
+            weights=torch.cat([s.weights for s in chosen]),
+            counts=tuple(s.counts[0] for s in chosen),
+            fields={name: torch.cat([s.fields[name] for s in chosen]) for name in chosen[0].fields},
+            entropies=torch.cat([s.entropies for s in chosen if s.entropies is not None]) if entropies else None,
+        )
+        value, directions, _ = ascent(partial(call, loss), batch)
+        total += value
+        # One row for the log-probs, one for the entropies where the loss takes them.
+        parts |= dict(zip(members, torch.split(torch.stack(directions), list(batch.counts), dim=1), strict=True))
+    return total, torch.cat([parts[i] for i in range(len(samples))], dim=1)

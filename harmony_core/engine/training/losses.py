@@ -1,0 +1,229 @@
+"""Every loss of ours as a formula over the scored tokens of a micro-batch; everything is float64.
+
+A loss is written as a sum: over tokens, samples or groups of samples, each term weighted and none of them divided by
+how many there are. The step divides once, by a denominator that the driver counts, so no loss can tell how samples
+were cut and packed. `Scored.fields` and `Scored.settings` have the names that the arguments of `TrainingModel.train_*`
+have; an option that was left out is not there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+METRICS = (
+    "Dkl",
+    "chosen_rewards",
+    "entropy",
+    "inner_kl_div",
+    "mse",
+    "pg_clipfrac",
+    "rejected_rewards",
+    "reward_accuracy",
+    "reward_margin",
+    "value_clipfrac",
+)
+"""Every name that a loss of ours may report: ranks add them up by their places in this list."""
+
+Sums = dict[str, tuple[Tensor, float]]
+"""Metrics by name: the sum over tokens, samples or groups, and how many of them there are."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """N scored tokens of the S samples of one micro-batch.
+
+    values: `[N]`, their log-probs or values, requiring grad. weights: `[N]`, of each in the loss, not 0. counts: how
+    many of the N each sample has. fields: `[N]` by name, settings: numbers by name; both are of the loss.
+    `group` adjacent samples belong together. entropies: `[N]`, in nats, of the distributions that the log-probs are
+    of, requiring grad, where the settings ask for them (`wants_entropies`).
+    """
+
+    values: Tensor
+    weights: Tensor
+    counts: tuple[int, ...]
+    fields: Mapping[str, Tensor] = field(default_factory=dict)
+    settings: Mapping[str, float] = field(default_factory=dict)
+    group: int = 1
+    entropies: Tensor | None = None
+
+    @property
+    def slices(self) -> list[slice]:
+        """Where each sample lies in the N."""
+        ends = list(accumulate(self.counts))
+        return [slice(end - count, end) for end, count in zip(ends, self.counts, strict=True)]
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """`[S]` long: `counts` on the device."""
+        return torch.tensor(self.counts, device=self.values.device)
+
+    def per_sample(self, tokens: Tensor) -> Tensor:
+        """`[N]` -> `[S]`: sums."""
+        return torch.segment_reduce(tokens, "sum", lengths=self.lengths, initial=0.0)
+
+    def first(self, tokens: Tensor) -> Tensor:
+        """`[N]` -> `[S]`: a field that repeats a sample's number, once for each sample."""
+        return tokens[self.lengths.cumsum(0) - self.lengths]
+
+
+LossFunction = Callable[[Scored], tuple[Tensor, Sums]]
+"""The sum of the loss as a scalar with gradient, and metrics without."""
+
+LOSSES: dict[str, LossFunction] = {}
+"""The closed table of what a micro-batch may name, beside "linear" and a function of the recipe's file."""
+
+
+def formula(*names: str) -> Callable[[LossFunction], LossFunction]:
+    """Enter a function into the table, as the formula of `TrainingModel.train_<name>`."""
+
+    def enter(function: LossFunction) -> LossFunction:
+        LOSSES.update(dict.fromkeys(names, function))
+        return function
+
+    return enter
+
+
+def wants_entropies(settings: Mapping[str, float]) -> bool:
+    """Whether a loss with these settings is given entropies; a custom loss says so by "entropies"."""
+    return "entropy_bonus" in settings or "entropies" in settings
+
+
+@formula("grpo", "ppo")
+def grpo(scored: Scored) -> tuple[Tensor, Sums]:
+    """Minus the clipped surrogate of each token, plus beta times the k3 estimate of KL(policy || reference).
+
+    Schulman et al., "Proximal Policy Optimization Algorithms" (2017), eq. 7; Shao et al., "DeepSeekMath" (2024),
+    eqs. 3 and 4. Without a reference it is PPO's.
+    """
+    logprobs, settings = scored.values, scored.settings
+    bounds = settings["clip_range"], settings.get("clip_range_high", settings["clip_range"])
+    step = logprobs - scored.fields["trajectory_logprobs"]
+    surrogate, clipped = _surrogate(step.exp(), scored.fields["advantages"], bounds, settings, logprobs)
+    regulariser, sums = _regulariser(scored, step)
+    sums["pg_clipfrac"] = clipped.sum(), float(len(clipped))
+    return -(scored.weights * surrogate).sum() + regulariser, sums
+
+
+@formula("gspo")
+def gspo(scored: Scored) -> tuple[Tensor, Sums]:
+    """One ratio for each sequence, exp(mean of its tokens' differences); its term counts as its tokens' weights do.
+
+    Zheng et al., "Group Sequence Policy Optimization" (2025), eqs. 5 to 7: weights that add up to 1 in a sequence
+    give the loss as published, weights of 1 the published one times the length.
+    """
+    step, settings = scored.values - scored.fields["trajectory_logprobs"], scored.settings
+    ratio = (scored.per_sample(step) / scored.lengths).exp()
+    bounds = settings["left_clip"], settings["right_clip"]
+    surrogate, clipped = _surrogate(ratio, scored.first(scored.fields["advantage"]), bounds, settings)
+    regulariser, sums = _regulariser(scored, step)
+    sums["pg_clipfrac"] = clipped.sum(), float(len(clipped))
+    return -(scored.per_sample(scored.weights) * surrogate).sum() + regulariser, sums
+
+
+def _surrogate(
+    ratio: Tensor,
+    advantages: Tensor,
+    bounds: tuple[float, float],
+    settings: Mapping[str, float],
+    logprobs: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """What is to be maximised, and where the clipping took the gradient away (or, with "cispo", bounded it).
+
+    `bounds`: how far a ratio may be below and above 1.
+    "dual_clip" c: with a negative advantage A not below c * A (Ye et al., "Mastering Complex Control in MOBA Games"
+    (2020), eq. 5). "cispo": the clipped ratio is a constant weight of A * logprob, so that every token keeps a
+    gradient (MiniMax, "MiniMax-M1" (2025), eqs. 4 and 5).
+    """
+    low, high = 1 - bounds[0], 1 + bounds[1]
+    clipped = ((ratio > high) & (advantages > 0)) | ((ratio < low) & (advantages < 0))
+    bounded = ratio.clamp(low, high)
+    if "cispo" in settings and logprobs is not None:
+        return bounded.detach() * advantages * logprobs, clipped
+    surrogate = torch.minimum(ratio * advantages, bounded * advantages)
+    if "dual_clip" in settings:
+        floor = settings["dual_clip"] * advantages
+        below = (advantages < 0) & (surrogate < floor)
+        surrogate, clipped = torch.where(below, floor, surrogate), clipped | below
+    return surrogate, clipped
+
+
+def _regulariser(scored: Scored, step: Tensor) -> tuple[Tensor, Sums]:
+    """The KL term where there is a reference, minus the entropy bonus, and their metrics; `step` in log-probs."""
+    count, total = float(len(scored.values)), step.new_zeros(())
+    sums: Sums = {"inner_kl_div": (0.5 * step.detach().square().sum(), count)}
+    if "reference_logprobs" in scored.fields:
+        each = k3(scored.values, scored.fields["reference_logprobs"])
+        sums["Dkl"] = each.detach().sum(), count
+        total = total + scored.settings["kl_beta"] * (scored.weights * each).sum()
+    if scored.entropies is not None:
+        sums["entropy"] = scored.entropies.detach().sum(), count
+        total = total - scored.settings["entropy_bonus"] * (scored.weights * scored.entropies).sum()
+    return total, sums
+
+
+def k3(logprobs: Tensor, reference: Tensor) -> Tensor:
+    """Schulman's third estimate of KL(policy || reference), of tokens that the policy drew: never negative."""
+    difference = reference - logprobs
+    return torch.expm1(difference) - difference
+
+
+@formula("dpo")
+def dpo(scored: Scored) -> tuple[Tensor, Sums]:
+    """-log sigmoid(beta * margin) of each pair, with log-probs summed over a sample; the preferred one comes first.
+
+    Rafailov et al., "Direct Preference Optimization" (2023), eq. 7. "ref_logprobs": the frozen policy's sum of
+    log-probs, repeated for each token of a sample.
+    """
+    rewards = scored.settings["beta"] * (scored.per_sample(scored.values) - scored.first(scored.fields["ref_logprobs"]))
+    chosen, rejected = rewards.view(-1, 2).unbind(1)
+    margin = chosen - rejected
+    known, count = margin.detach(), float(len(margin))
+    return -F.logsigmoid(margin).sum(), {
+        "chosen_rewards": (chosen.detach().sum(), count),
+        "rejected_rewards": (rejected.detach().sum(), count),
+        "reward_accuracy": ((known > 0).sum(), count),
+        "reward_margin": (known.sum(), count),
+    }
+
+
+@formula("mse", "mse_per_token")
+def squared_error(scored: Scored) -> tuple[Tensor, Sums]:
+    """Half the squared error of each value against its target, the only field: 1/2 (v - R)^2, with gradient v - R."""
+    (target,) = scored.fields.values()
+    error = (scored.values - target).square()
+    return 0.5 * (scored.weights * error).sum(), {"mse": (error.detach().sum(), float(len(error)))}
+
+
+@formula("trust_region_mse")
+def trust_region_squared_error(scored: Scored) -> tuple[Tensor, Sums]:
+    """1/2 max((v - R)^2, (clip(v, c - e, c + e) - R)^2): nothing is gained by leaving e around the earlier value c.
+
+    The value loss of PPO implementations (Engstrom et al., "Implementation Matters in Deep Policy Gradients", 2020,
+    section 3). Without a limit it is `squared_error`.
+    """
+    values, target, center = scored.values, scored.fields["targets"], scored.fields["clip_center"]
+    near = center + (values - center).clamp(-scored.settings["clip_range"], scored.settings["clip_range"])
+    error, clipped = (values - target).square(), (near - target).square()
+    loss = 0.5 * (scored.weights * torch.maximum(error, clipped)).sum()
+    count = float(len(error))
+    return loss, {"mse": (error.detach().sum(), count), "value_clipfrac": ((clipped > error).sum(), count)}
+
+
+@formula("ranking")
+def ranking(scored: Scored) -> tuple[Tensor, Sums]:
+    """-log sigmoid(v+ - v-) of each pair: adjacent samples, the preferred one first, with one value each.
+
+    Bradley and Terry (1952), as in Ouyang et al., "Training language models to follow instructions" (2022), eq. 1.
+    """
+    preferred, other = scored.values[0::2], scored.values[1::2]
+    margin = preferred - other
+    loss = -(scored.weights[0::2] * F.logsigmoid(margin)).sum()
+    count, margin = float(len(margin)), margin.detach()
+    return loss, {"reward_accuracy": ((margin > 0).sum(), count), "reward_margin": (margin.sum(), count)}

@@ -1,0 +1,364 @@
+"""The engine thread of one rank: take an instruction, execute it, answer. It issues every collective of the rank.
+
+A leader makes its instructions from requests; the other ranks of its block get them from it and execute them as they
+are. Nothing else decides anything, so all ranks of a block enter the same collectives in the same order.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import msgspec
+
+from harmony_core.engine.groups import Block, Groups
+from harmony_core.engine.inference.runner import Pending
+from harmony_core.engine.inference.scheduler import Scheduler
+from harmony_core.engine.leader import Leader
+from harmony_core.engine.model_table import ModelTable, SpawnedModel
+from harmony_core.engine.order import (
+    GenerateWork,
+    GlobalWork,
+    Instruction,
+    ModelQueue,
+    Outcome,
+    ReplicaQueue,
+    ScoreWork,
+    Settle,
+    Step,
+    TrainWork,
+    decode_instruction,
+    decode_outcome,
+    encode_instruction,
+    encode_outcome,
+)
+from harmony_core.engine.scoring import score
+from harmony_core.errors import InternalError, LossFailed, StepFailed
+from harmony_core.rpc import progress
+from harmony_core.rpc.protocol import (
+    AbandonStep,
+    Clone,
+    Dealloc,
+    Inspect,
+    Inspected,
+    Load,
+    MakePool,
+    Message,
+    Nothing,
+    OptimStep,
+    Reblock,
+    Save,
+    SetStep,
+    Shutdown,
+    Spawn,
+    StepMetrics,
+)
+from harmony_core.rpc.rank_channel import IDLE
+from harmony_core.rpc.wire import Failure, error_of, failure_of
+
+if TYPE_CHECKING:
+    from harmony_core.engine.topology import Topology
+    from harmony_core.rpc.rank_channel import RankChannel
+
+
+Result = TypeVar("Result")
+Launched = Pending | Failure | None
+"""What became of launching a step: under way, failed, or none of this rank's business."""
+
+
+class Worker:
+    """Serves one rank until the driver says to stop."""
+
+    def __init__(self, channel: RankChannel, topology: Topology) -> None:
+        self._channel = channel
+        progress.report_to(channel.progressed)
+        self._topology = topology
+        backend = "gloo" if topology.device.type == "cpu" else "nccl"
+        self._groups = Groups(topology.rank, topology.world_size, backend)
+        self._models = ModelTable(topology.device, topology.deterministic, self._announce)
+        self._tp: dict[str, int] = {}
+        self._block: Block = self._groups.block(1)
+        self._leader: Leader | None = Leader(channel)
+        self._running = True
+        # Generation steps whose tokens nobody has read yet, oldest first.
+        self._under_way: deque[tuple[GenerateWork, Step | None, Launched]] = deque()
+
+    def serve(self) -> None:
+        """Execute instructions until `Shutdown`."""
+        while self._running:
+            if self._leader is not None:
+                step = self._leader.next_step(wait=not self._under_way)
+                instruction = step.instruction if step is not None else Settle()
+                self._block.announce(encode_instruction(instruction) if self._block.size > 1 else b"")
+                self._execute(instruction, step)
+            else:
+                self._execute(decode_instruction(self._block.listen()), None)
+
+    def _execute(self, instruction: Instruction, step: Step | None) -> None:
+        name = instruction.method if isinstance(instruction, GlobalWork) else type(instruction).__name__
+        self._channel.phase = name
+        if isinstance(instruction, GenerateWork):
+            self._generate(instruction, step)
+        elif isinstance(instruction, Settle):
+            self._settle()
+        else:
+            while self._under_way:
+                self._settle()
+            if isinstance(instruction, GlobalWork):
+                self._execute_global(instruction.message(), step)
+            else:
+                self._finish(instruction, step, self._guarded(instruction))
+        self._channel.step += 1
+        self._channel.phase = IDLE
+
+    def _generate(self, instruction: GenerateWork, step: Step | None) -> None:
+        """Launch a step; take the tokens of those before it once more are under way than the device needs.
+
+        All ranks of a block go by the same instructions, so they settle the same step at the same time.
+        """
+        hosted = self._models.get(instruction.model)
+        plan = instruction.plans.get(self._topology.rank // self._tp[instruction.model])
+        runner = hosted.runner
+        assert runner is not None, "no model without pages has a scheduler"
+        launched = None if plan is None else self._tried(lambda: runner.launch(plan))
+        self._under_way.append((instruction, step, launched))
+        while len(self._under_way) > runner.depth:
+            self._settle()
+
+    def _settle(self) -> None:
+        instruction, step, launched = self._under_way.popleft()
+        runner = self._models.get(instruction.model).runner
+        assert runner is not None
+        result = self._tried(lambda: runner.collect(launched)) if isinstance(launched, Pending) else launched
+        outcome = Outcome(failure=result) if isinstance(result, Failure) else Outcome(generated=result)
+        self._finish(instruction, step, outcome)
+
+    def _tried(self, work: Callable[[], Result]) -> Result | Failure:
+        """What `work` returns. What goes wrong in it belongs to a request, not to the rank: it comes back as data."""
+        try:
+            return work()
+        except Exception as error:
+            return failure_of(error, self._topology.rank)
+
+    def _finish(self, instruction: TrainWork | ScoreWork | GenerateWork, step: Step | None, outcome: Outcome) -> None:
+        """Gather what the ranks of the block made of an instruction; the leader answers."""
+        outcomes = [outcome]
+        if self._block.size > 1:
+            outcomes = [decode_outcome(o) for o in self._block.exchange(encode_outcome(outcome))]
+        if step is None or self._leader is None:
+            return
+        tp = self._tp[instruction.model]
+        first = self._block.first
+        parts = {r: outcomes[r * tp - first : (r + 1) * tp - first] for r in _replicas(instruction)}
+        self._leader.answer(step, parts)
+
+    def _guarded(self, instruction: TrainWork | ScoreWork) -> Outcome:
+        """Run this rank's part; a failed sample spoils its step."""
+        outcome = self._tried(lambda: self._run(instruction))
+        if not isinstance(outcome, Failure):
+            return outcome
+        if isinstance(instruction, TrainWork):
+            hosted = self._models.get(instruction.model)
+            hosted.poison = hosted.poison or outcome
+        return Outcome(failure=outcome)
+
+    def _run(self, instruction: TrainWork | ScoreWork) -> Outcome:
+        hosted = self._models.get(instruction.model)
+        replica = self._topology.rank // self._tp[instruction.model]
+        if isinstance(instruction, ScoreWork):
+            requests = instruction.requests.get(replica)
+            return Outcome(
+                scores=None if requests is None else score(hosted.model, hosted.adapter, requests, hosted.score)
+            )
+        batch = instruction.batches.get(replica)
+        if batch is None:
+            return Outcome()
+        assert hosted.trainer is not None
+        done = hosted.trainer.accumulate(batch)
+        # A group that was cut counts, and took its time, with its last part.
+        for left, tokens in zip(reversed(range(len(done.tokens))), done.tokens, strict=True):
+            counts = {"tokens": tokens, "samples": 0 if left else done.samples, "seconds": 0 if left else done.seconds}
+            self._channel.event("micro_batch", {"model": hosted.name, "replica": replica, **counts})
+        return Outcome(trained=done)
+
+    def _execute_global(self, message: Message, step: Step | None) -> None:
+        if isinstance(message, Shutdown):
+            self._running = False
+            self._reply(step, Nothing())
+            return
+        if isinstance(message, Reblock):
+            self._reblock(message, step)
+            return
+        if isinstance(message, OptimStep):
+            self._agree_on_poison(message, step)
+            return
+        answer, failure = self._attempt(message)
+        failures = self._agree(failure)
+        if failures:
+            self._undo(message)
+            self._fail(step, failures[0])
+            return
+        self._registered(message)
+        self._reply(step, answer)
+
+    def _attempt(self, message: Message) -> tuple[Message, Failure | None]:
+        answer = self._tried(lambda: self._run_global(message))
+        return (Nothing(), answer) if isinstance(answer, Failure) else (answer, None)
+
+    def _run_global(self, message: Message) -> Message:
+        if isinstance(message, Spawn):
+            tp, replicas = self._groups.parallel(message.tp)
+            return self._announced(self._models.spawn(message, tp, replicas))
+        if isinstance(message, Clone):
+            return self._announced(self._models.clone(message))
+        if isinstance(message, MakePool):
+            return self._announced(self._models.make_pool(message))
+        if isinstance(message, Save):
+            if self._topology.rank < self._tp[message.model]:
+                self._models.save(message, write=self._topology.rank == 0)
+        elif isinstance(message, Load):
+            if self._leader is not None:
+                self._leader.order.forget_prefixes(message.model)
+            self._models.load(message)
+        elif isinstance(message, SetStep):
+            trainer = self._models.get(message.model).trainer
+            assert trainer is not None
+            trainer.step = message.step
+        elif isinstance(message, Inspect):
+            return Inspected(values=self._inspect(message.model))
+        elif isinstance(message, AbandonStep):
+            self._abandon(self._models.get(message.model))
+        elif isinstance(message, Dealloc):
+            self._models.dealloc(message.model)
+        else:
+            raise InternalError(f"no way to execute a {type(message).__name__}")
+        return Nothing()
+
+    def _inspect(self, model: str) -> dict[str, float]:
+        """What this rank's part of a model has done, and this rank's memory."""
+        values = self._models.get(model).statistics()
+        queue = self._leader.order.model(model) if self._leader is not None else None
+        for replica in queue.replicas.values() if queue is not None else ():
+            if replica.scheduler is not None:
+                for name, count in replica.scheduler.statistics.items():
+                    values[name] = values.get(name, 0.0) + count
+        return values
+
+    def _announce(self, what: str, fields: dict[str, Any]) -> None:
+        self._channel.phase = what
+        self._channel.event(what, fields)
+
+    def _announced(self, hosted: SpawnedModel) -> Message:
+        spawned = hosted.spawned()
+        self._channel.event("spawn", {"model": hosted.name, **msgspec.to_builtins(spawned)})
+        return spawned
+
+    def _agree(self, failure: Failure | None) -> list[Failure]:
+        """The failures on all ranks, lowest rank first."""
+        payloads = self._groups.agree(msgspec.msgpack.encode(failure) if failure else b"")
+        return [msgspec.msgpack.decode(p, type=Failure) for p in payloads if p]
+
+    def _undo(self, message: Message) -> None:
+        """Another rank, or this one, could not spawn: nobody keeps it."""
+        if isinstance(message, Spawn | Clone):
+            self._models.dealloc(message.name)
+        elif isinstance(message, MakePool):
+            self._models.drop_pool(message.model)
+
+    def _registered(self, message: Message) -> None:
+        """Note who serves a model from now on, or that nobody does."""
+        if isinstance(message, Spawn | Clone):
+            tp = message.tp if isinstance(message, Spawn) else self._tp[message.source]
+            self._tp[message.name] = tp
+            if self._leader is not None:
+                self._leader.order.add_model(self._queue(message.name, tp))
+        elif isinstance(message, MakePool):
+            queue = self._leader.order.model(message.model) if self._leader is not None else None
+            for replica in queue.replicas.values() if queue is not None else ():
+                replica.scheduler = self._scheduler(self._models.get(message.model))
+        elif isinstance(message, Dealloc):
+            self._tp.pop(message.model, None)
+            if self._leader is not None:
+                self._leader.forget(message.model)
+
+    def _queue(self, name: str, tp: int) -> ModelQueue:
+        hosted = self._models.get(name)
+        first, stop = self._block.first, self._block.first + self._block.size
+        replicas = {replica: ReplicaQueue(self._scheduler(hosted)) for replica in range(first // tp, stop // tp)}
+        return ModelQueue(name, hosted.max_batch_tokens, replicas)
+
+    def _scheduler(self, hosted: SpawnedModel) -> Scheduler | None:
+        name = hosted.name
+        if hosted.runner is None:
+            return None
+        return Scheduler(
+            kv_tokens=hosted.kv_tokens,
+            max_positions=hosted.model.max_positions,
+            vocab_size=hosted.model.vocab_size,
+            # By name: a model that is given up must not live on, with its memory, in what knows its version.
+            version=lambda: self._models.get(name).version(),
+            prefill_tokens=hosted.max_batch_tokens,
+            max_splits=hosted.runner.max_splits,
+        )
+
+    def _reblock(self, message: Reblock, step: Step | None) -> None:
+        """Regroup; the old leaders answer, and the new ones go on from the same place in the driver's sequence."""
+        block = self._groups.block(message.size)
+        seqs = self._groups.agree(b"%d" % (self._leader.order.next_seq if self._leader is not None else -1))
+        self._reply(step, Nothing())
+        self._block = block
+        if not block.is_leader:
+            self._leader = None
+            return
+        assert self._leader is not None, "blocks only grow, so a leader was one before"
+        self._leader.order.continue_from(max(int(s) for s in seqs))
+        for name, tp in self._tp.items():
+            self._leader.order.remove_model(name)
+            self._leader.order.add_model(self._queue(name, tp))
+
+    def _agree_on_poison(self, message: OptimStep, step: Step | None) -> None:
+        """A step whose samples failed anywhere is taken nowhere."""
+        hosted = self._models.get(message.model)
+        failures = self._agree(hosted.poison)
+        if failures:
+            self._abandon(hosted)
+            first = error_of(failures[0])
+            kind = LossFailed if isinstance(first, LossFailed) else StepFailed
+            reason = kind(f"a sample of this step failed: {first.message}", hint=first.hint, **first.details)
+            self._fail(step, failure_of(reason, self._topology.rank))
+            return
+        metrics = self._tried(lambda: self._take_step(hosted, message))
+        if isinstance(metrics, Failure):
+            self._fail(step, metrics)
+        else:
+            self._reply(step, metrics)
+
+    def _take_step(self, hosted: SpawnedModel, message: OptimStep) -> StepMetrics:
+        assert hosted.trainer is not None
+        values = hosted.trainer.optim_step(message)
+        if hosted.runner is not None:
+            hosted.runner.weights_changed()
+        return StepMetrics(values=values)
+
+    def _abandon(self, hosted: SpawnedModel) -> None:
+        hosted.poison = None
+        if hosted.trainer is not None:
+            hosted.trainer.abandon()
+
+    def _reply(self, step: Step | None, answer: Message) -> None:
+        if step is not None:
+            self._channel.reply(step.calls[0][0], answer)
+
+    def _fail(self, step: Step | None, failure: Failure) -> None:
+        if step is not None:
+            self._channel.fail(step.calls[0][0], error_of(failure))
+
+
+def _replicas(instruction: TrainWork | ScoreWork | GenerateWork) -> list[int]:
+    """The replicas of the block that have a part in an instruction."""
+    if isinstance(instruction, TrainWork):
+        return list(instruction.batches)
+    if isinstance(instruction, ScoreWork):
+        return list(instruction.requests)
+    return list(instruction.plans)

@@ -1,0 +1,1 @@
+"""What a model's directory holds, as the registry, the memory plan and the ranks read it."""

@@ -1,0 +1,120 @@
+"""How a run is set up: one record, from the command line or a session, through one variable, to the ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harmony_core.errors import UsageError
+from harmony_core.memory.sizes import LEAST_SECONDS, MAX_SECONDS
+
+if TYPE_CHECKING:
+    from harmony_core.recipe_file import RecipeFile
+    from harmony_core.runs.checkpoint_files import Checkpoint
+
+VARIABLE = "ADAPTIVE_RANK_OPTIONS"
+"""The environment variable in which ranks find the flags."""
+
+INIT_TIMEOUT = 300.0
+"""Seconds for all ranks to be ready."""
+
+_KEPT = (
+    *("num_processes", "device", "accelerate_config", "memory", "seed"),
+    *("rehearse", "deterministic", "compile", "keep_checkpoints"),
+)
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """The runner's flags, parsed. `memory` in bytes, times in seconds. A new flag is a field here and in `cli.run`."""
+
+    num_processes: int | None = None
+    device: str = "auto"
+    accelerate_config: Path | None = None
+    memory: int | None = None
+    seed: int = 0
+    timeout: float | None = None
+    hang_timeout: float = 600.0
+    """The longest that a rank may go without progress in its work; 0: for ever."""
+    silence_timeout: float = 120.0
+    """A rank that has not even beaten for so long is stuck (the hang timeout, when that is shorter)."""
+    fault_grace: float = 60.0
+    """Seconds that a recipe which holds models has to end by itself when the engine has failed."""
+    rehearse: bool = False
+    deterministic: bool = False
+    """A token's log-prob has the same bits from sampler and trainer; CPU and float32 only, one thread in each rank."""
+    compile: bool = True
+    dry_run: bool = False
+    assume: str | None = None
+    keep_checkpoints: int | None = None
+    """How many checkpoints stay. None: two, and none when the run has ended well and what it trained is saved."""
+    save_wait: float | None = None
+    """Seconds for which a save that finds the disk full is tried again. None: 600, and 0 where CI is set."""
+    allow_change: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in LEAST_SECONDS.items():
+            value = getattr(self, name)
+            if value is not None and not least <= value <= MAX_SECONDS:
+                raise UsageError(f"{name}: {value} (allowed: {least:g} to {MAX_SECONDS} seconds)")
+
+    def kept(self) -> dict[str, Any]:
+        """What a resumed run is started with again, as JSON holds it."""
+        file = None if self.accelerate_config is None else str(self.accelerate_config)
+        return {name: getattr(self, name) for name in _KEPT} | {"accelerate_config": file}
+
+    def resuming(self, kept: Mapping[str, Any]) -> RunOptions:
+        """These options; where one was not given, that with which the run was started."""
+        again = {name: kept[name] for name in _KEPT if kept.get(name) is not None and self._is_default(name)}
+        if kept.get("accelerate_config"):
+            again.pop("num_processes", None)  # it is in the file
+        if "accelerate_config" in again:
+            again["accelerate_config"] = Path(again["accelerate_config"])
+        return replace(self, **again)
+
+    def _is_default(self, name: str) -> bool:
+        return bool(getattr(self, name) == getattr(RunOptions, name))
+
+    def for_ranks(self, device: str, world_size: int) -> str:
+        """The value of `VARIABLE`: the flags, with the device and the number of ranks that they have come to."""
+        flags = {flag.name: getattr(self, flag.name) for flag in fields(RunOptions)}
+        return json.dumps(flags | {"device": device, "num_processes": world_size, "accelerate_config": None})
+
+    @classmethod
+    def of_rank(cls, environ: Mapping[str, str] = os.environ) -> RunOptions:
+        """The flags as a rank is given them; outside of one the defaults."""
+        return cls(**json.loads(environ.get(VARIABLE, "{}")))
+
+
+RUNNER_FLAGS = {flag.name for flag in fields(RunOptions)} - {"compile"} | {
+    *("config", "help", "json", "no_compile", "quiet", "resume", "set")
+}
+"""Flags of `adaptive run` itself. A recipe's field may not have one of these names, except `seed`, which both take."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions(RunOptions):
+    """The flags and what they are about: one run, or one session."""
+
+    log_dir: Path
+    """Takes `rank-N.log` and `launcher.log`; made if it is missing."""
+    run_id: str
+    recipe: RecipeFile | None = None
+    """The file whose functions the ranks may import as losses."""
+    resumed: Checkpoint | None = None
+    """What the run continues from; it may save again what it had saved before."""
+    temporary_logs: bool = False
+    """Whether `log_dir` is removed with the engine."""
+    secrets: frozenset[str] = frozenset()
+    """Values to mask in what the ranks write, beside those of the environment."""
+    cache: Path | None = None
+    """Where the code that ranks compile is kept over runs; None: where torch puts it."""
+    command: Sequence[str] = (sys.executable, "-P", "-m", "harmony_core.engine.process")
+    """What runs as each rank."""
+    launcher: Sequence[str] = ()
+    """What starts the ranks, given `command` as its arguments; empty: `accelerate launch`."""

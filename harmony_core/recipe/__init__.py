@@ -1,0 +1,1 @@
+"""A recipe, what it is given, and how it is run."""

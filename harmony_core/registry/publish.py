@@ -1,0 +1,345 @@
+"""Writing a version: everything into a private directory first, then one rename. And removing versions.
+
+A version becomes visible whole or not at all. Two writers of one key get two numbers, because renaming onto an
+existing version fails. What a killed writer leaves is swept by the next one, once its owner is known to be dead. All
+this is correct also where locks are not. A version that something still needs is not removed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import socket
+import stat
+import time
+import uuid
+from collections.abc import Iterator
+from collections.abc import Set as AbstractSet
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from harmony_core import __version__
+from harmony_core.errors import (
+    ConflictError,
+    NotFoundError,
+    ResourceError,
+    UsageError,
+    VerificationError,
+    storing,
+)
+from harmony_core.home import Home
+from harmony_core.plain_files import check_space, discard, fsync_path, refuse_links, try_lock, write_json
+from harmony_core.registry import manifest as manifests
+from harmony_core.registry.content import complete, inspect, take_tokenizer
+from harmony_core.registry.keys import BUILTIN, SCHEME, Reference, check_key, parse_reference
+from harmony_core.registry.versions import (
+    DEFAULT_NAMES,
+    ENTRY_NAME,
+    SCALAR,
+    Entry,
+    ModelVersion,
+    entry_lock,
+    read_entry,
+    write_entry,
+)
+from harmony_core.rpc.platform import start_time
+
+if TYPE_CHECKING:
+    from harmony_core.registry.store import Registry
+
+_FOREIGN_SECONDS = 24 * 3600
+
+
+@contextlib.contextmanager
+def stage(registry: Registry, expected_bytes: int = 0) -> Iterator[Staging]:
+    """See `Registry.stage`."""
+    home = registry.home
+    hint = "adaptive models list shows what can go; ADAPTIVE_HOME may name another disk"
+    check_space(home.path, expected_bytes, "a model", hint)
+    sweep(home)
+    directory = home.staging / f"{_owner(os.getpid())}~{uuid.uuid4().hex}"
+    with storing("cannot write a model"):
+        directory.mkdir()
+    try:
+        with _opened(directory) as descriptor:
+            try_lock(descriptor)
+            yield Staging(registry, directory)
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+class Staging:
+    """A directory to write one version into: fill `directory`, then publish it."""
+
+    def __init__(self, registry: Registry, directory: Path) -> None:
+        self._registry = registry
+        self._home = registry.home
+        self.directory = directory
+
+    def publish(
+        self,
+        key: str,
+        *,
+        parent: ModelVersion | None = None,
+        base: ModelVersion | str | None = None,
+        run_id: str = "",
+        step: int | None = None,
+        source: str = "",
+        notes: tuple[str, ...] = (),
+        location: Path | None = None,
+        resumed: bool = False,
+        stop_ids: AbstractSet[int] | None = None,
+    ) -> ModelVersion:
+        """Check, record and publish the directory as the next version of `key`; returns it resolved.
+
+        `parent` gives the tokenizer, where none was written, and a new key's inference defaults. `base` is what an
+        adapter belongs to; unset, the name in its adapter_config.json is looked up. With `location` the files stay
+        there and only the record is stored. With `resumed` a version that run `run_id` has published with the same
+        bytes is returned instead. `stop_ids`, the tokens that end a turn, are for files of our own making, which are
+        then completed for other libraries. Raises ModelRefused, VerificationError, or ResourceError (disk).
+        """
+        check_key(key)
+        registry = self._registry
+        if parent and not location:
+            take_tokenizer(parent, self.directory)
+        if stop_ids is not None:
+            complete(self.directory, parent.weights_dir if parent else self.directory, stop_ids)
+        content = inspect(location or self.directory, registry, base, in_place=location is not None)
+        with storing(f"cannot store {key!r}"):
+            files = manifests.record_files(content.directory, content.files)
+            published = self._published(key, run_id, files) if resumed else None
+            if published is not None:
+                return published
+            record = manifests.Manifest(
+                key=key,
+                format=content.format,
+                kind=SCALAR if content.scalar else "lm",
+                digest=manifests.digest_of(content.format, files),
+                files=files,
+                base=manifests.BaseRecord(content.base.ref, content.base.digest) if content.base else None,
+                location=str(location.resolve()) if location else "",
+                source=source,
+                parent=parent.ref if parent else "",
+                run_id=run_id,
+                step=step,
+                notes=(*notes, *content.notes),
+                created=datetime.now(UTC).isoformat(timespec="seconds"),
+                harmony_core=__version__,
+            )
+            if not location:
+                self._make_durable(content.files)
+            write_json(self.directory / manifests.NAME, msgspec.to_builtins(record))
+            number = self._rename(key)
+            self._describe(key, None if content.base else parent)
+        return registry.resolve(f"{key}@{number}")
+
+    def _published(self, key: str, run_id: str, files: tuple[manifests.FileRecord, ...]) -> ModelVersion | None:
+        """The version that a run has made of these files already; one that is damaged counts for nothing."""
+        for number in self._registry.versions(key):
+            with contextlib.suppress(VerificationError, NotFoundError):
+                record = manifests.read_manifest(self._registry.directory(key, number), key)
+                if record.run_id == run_id and record.files == files:
+                    return self._registry.resolve(f"{key}@{number}")
+        return None
+
+    def _make_durable(self, files: list[Path]) -> None:
+        """On the disk, and with the permissions that the umask gives: some libraries write for the owner alone."""
+        mode = stat.S_IMODE(self.directory.stat().st_mode) & 0o666
+        for path in files:
+            state = path.stat()
+            if state.st_nlink == 1 and stat.S_IMODE(state.st_mode) != mode:  # a shared file keeps its owner's
+                path.chmod(mode)
+        for path in {*files, *(path.parent for path in files)}:
+            fsync_path(path)
+
+    def _rename(self, key: str) -> int:
+        """Become the next version. Another writer may take the number, or remove the key, between any two lines."""
+        models, parent = self._home.models, self._home.models / key
+        for _ in range(10_000):
+            refuse_links(models, parent)
+            parent.mkdir(parents=True, exist_ok=True)
+            number = max([*self._registry.versions(key), self._last_version(key)]) + 1
+            try:
+                os.rename(self.directory, parent / f"v{number:06d}")
+            except OSError as error:
+                if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOENT) and self.directory.is_dir():
+                    continue
+                raise
+            while parent != models.parent:
+                fsync_path(parent)
+                parent = parent.parent
+            return number
+        raise ResourceError(f"cannot store {key!r}: another process keeps changing it")
+
+    def _last_version(self, key: str) -> int:
+        try:
+            return read_entry(self._home, key).last_version
+        except VerificationError:
+            return 0  # a damaged model.json must not cost a trained model
+
+    def _describe(self, key: str, parent: ModelVersion | None) -> None:
+        """A new key begins with its parent's settings; an adapter has its base's anyway, as they are at the time."""
+        with entry_lock(self._home, key):
+            if (self._home.models / key / ENTRY_NAME).exists():
+                return
+            known = {name: getattr(parent.defaults, name) for name in DEFAULT_NAMES} if parent else {}
+            defaults = {name: value for name, value in known.items() if value is not None}
+            write_entry(self._home, key, Entry(key=key, defaults=defaults))
+
+
+def _owner(pid: int) -> str:
+    """Host, process namespace, process and its start time: names one process, also after its number is used again."""
+    host = "".join(c if c.isalnum() or c in "-." else "-" for c in socket.gethostname())
+    space = Path("/proc/self/ns/pid")
+    return f"{host}~{space.stat().st_ino if space.exists() else 0}~{pid}~{start_time(pid)}"
+
+
+def sweep(home: Home) -> list[str]:
+    """Remove what dead writers left in staging, and what is left in the trash. Returns the names removed."""
+    removed = []
+    for path in home.staging.iterdir():
+        if _abandoned(path):
+            with contextlib.suppress(OSError):
+                discard(home, path)
+                removed.append(path.name)
+    for path in home.trash.iterdir():
+        shutil.rmtree(path, ignore_errors=True)
+    return removed
+
+
+def _abandoned(path: Path) -> bool:
+    """Whether the writer is gone. Its lock must be free, and its process dead or, when not of this machine, old."""
+    with contextlib.suppress(OSError), _opened(path) as descriptor:
+        if not try_lock(descriptor):
+            return False
+        owner, _, _ = path.name.rpartition("~")
+        pid = owner.split("~")[2] if owner.count("~") == 3 else ""
+        if pid.isascii() and pid.isdigit() and owner.split("~")[:2] == _owner(0).split("~")[:2]:
+            return _owner(int(pid)) != owner
+        return time.time() - path.stat().st_mtime > _FOREIGN_SECONDS
+    return False
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    """A descriptor to lock a file or a directory by. Raises OSError for a link."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def in_use(manifest: Path) -> Iterator[None]:
+    """Say with a shared lock on its manifest that a version is being used. Nothing happens on a disk without locks."""
+    with _opened(manifest) as descriptor:
+        try_lock(descriptor, shared=True)
+        yield
+
+
+def _users(manifest: Path) -> str:
+    """Who uses a version, in words; "" for nobody."""
+    with contextlib.suppress(OSError), _opened(manifest) as descriptor:
+        if not try_lock(descriptor):
+            return f"a running process{_pids(os.fstat(descriptor).st_ino)}"
+    return ""
+
+
+def _pids(inode: int) -> str:
+    """Processes with a lock on an inode, from /proc/locks: `1: FLOCK ADVISORY READ 1234 08:01:5678 0 EOF`."""
+    with contextlib.suppress(OSError):
+        lines = [line.split() for line in Path("/proc/locks").read_text(encoding="ascii").splitlines()]
+        found = [line[4] for line in lines if len(line) > 5 and line[5].rpartition(":")[2] == str(inode)]
+        if found:
+            return f" (pid {', '.join(found)})"
+    return ""
+
+
+def remove(registry: Registry, ref: str, every: bool) -> list[str]:
+    """Remove one version, or with `every` all versions of a key; returns the references removed.
+
+    Raises ConflictError naming what still refers to one of them.
+    """
+    if ref.removeprefix(SCHEME).startswith(BUILTIN):
+        raise UsageError(f"{ref!r} is generated, not stored: there is nothing to remove")
+    reference = parse_reference(ref)
+    refuse_links(registry.home.models, registry.home.models / reference.key)
+    numbers = _chosen(registry, reference, every)
+    doomed = {f"{reference.key}@{number}" for number in numbers}
+    _refuse_when_needed(registry, reference.key, numbers, doomed)
+    with storing(f"cannot remove {ref!r}"), entry_lock(registry.home, reference.key):
+        for number in numbers:
+            directory = registry.directory(reference.key, number)
+            refuse_links(registry.home.models, directory)
+            with contextlib.suppress(FileNotFoundError):
+                discard(registry.home, directory)
+        _tidy(registry, reference.key, max(numbers))
+    return [f"{reference.key}@{number}" for number in numbers]
+
+
+def _chosen(registry: Registry, reference: Reference, every: bool) -> list[int]:
+    known = registry.versions(reference.key)
+    if not known or reference.version is not None or reference.alias is not None:
+        return [registry.number(reference)]
+    if len(known) > 1 and not every:
+        raise ConflictError(
+            f"{reference.key!r} has {len(known)} versions ({', '.join(map(str, known))})",
+            hint=f"name one, such as {reference.key}@{known[0]}, or pass --all",
+        )
+    return known
+
+
+def _refuse_when_needed(registry: Registry, key: str, numbers: list[int], doomed: set[str]) -> None:
+    adapters = [name for name, base in _adapters(registry) if base in doomed and name not in doomed]
+    if adapters:
+        raise ConflictError(
+            f"{', '.join(sorted(doomed))}: still the base of {', '.join(adapters)}", hint="remove the adapter first"
+        )
+    for number in numbers:
+        user = _users(registry.directory(key, number) / manifests.NAME)
+        if user:
+            raise ConflictError(f"{key}@{number} is used by {user}", hint="wait for it to end, or stop it")
+    left = set(registry.versions(key)) - set(numbers)
+    with contextlib.suppress(VerificationError):
+        aliases = [name for name, number in read_entry(registry.home, key).aliases.items() if number in numbers]
+        if left and aliases:
+            raise ConflictError(
+                f"{', '.join(sorted(doomed))}: has the alias {aliases[0]!r}",
+                hint=f"move it first: adaptive models alias {key} {aliases[0]}={max(left)}",
+            )
+
+
+def _adapters(registry: Registry) -> Iterator[tuple[str, str]]:
+    """(adapter, its base) for every stored adapter that can be read."""
+    for key in registry.names():
+        for number in registry.versions(key):
+            with contextlib.suppress(VerificationError, NotFoundError):
+                record = manifests.read_manifest(registry.directory(key, number), key)
+                if record.base:
+                    yield f"{key}@{number}", record.base.ref
+
+
+def _tidy(registry: Registry, key: str, highest: int) -> None:
+    """Remember the numbers that were given, or, with nothing left, take the key's directories away."""
+    directory = registry.home.models / key
+    if registry.versions(key):
+        try:
+            entry = read_entry(registry.home, key)
+        except VerificationError:
+            entry = Entry(key=key)
+        entry.last_version = max(entry.last_version, highest)
+        write_entry(registry.home, key, entry)
+        return
+    (directory / ENTRY_NAME).unlink(missing_ok=True)
+    while directory != registry.home.models:
+        try:
+            directory.rmdir()
+        except OSError:
+            return  # another key lives below, or another process just wrote here
+        directory = directory.parent

@@ -1,0 +1,328 @@
+"""Where models come from: a directory, the Hugging Face hub, a GGUF file, a builtin one; each ends in one import.
+
+Only `hf:` touches the network. A branch or tag is pinned to its commit first, and only safetensors, config and
+tokenizer files are fetched, into the hub's own cache, from which the import shares them. A GGUF file is converted once,
+in a process of its own, so that the caller loads no torch and gets its memory back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from harmony_core import confined
+from harmony_core.errors import (
+    ModelRefused,
+    NotFoundError,
+    ResourceError,
+    UsageError,
+    VerificationError,
+    storage_error,
+    storing,
+)
+from harmony_core.model.spec import ModelSpec, read_config
+from harmony_core.model.weight_files import PICKLE_SUFFIXES, TEMPLATES, TOKENIZER_FILES
+from harmony_core.plain_files import MIB, exists, expanded, place_file, read_json, read_plain
+from harmony_core.registry.content import SLOW_NEEDS, SLOW_TOKENIZERS, check_chat, has_template, inspect
+from harmony_core.registry.keys import BUILTIN, check_key, source_hint
+from harmony_core.registry.publish import Staging
+from harmony_core.registry.versions import ModelVersion
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+    from harmony_core.registry.store import Registry
+
+
+@dataclass(frozen=True)
+class ImportOptions:
+    """How to bring a model in."""
+
+    reference: bool = False
+    """Leave the files where they are."""
+    base: str | None = None
+    """What an adapter belongs to."""
+    chat_template: Path | None = None
+    """A file that replaces the chat template."""
+
+
+def import_model(registry: Registry, key: str, source: str, options: ImportOptions) -> ModelVersion:
+    """Import from any kind of source; see `Registry.add`."""
+    check_key(key)
+    if options.reference and options.chat_template:
+        raise UsageError("--reference leaves a model as it is, so it cannot be given a chat template")
+    if source.startswith(BUILTIN):
+        version = registry.resolve(source)
+        return import_directory(registry, key, version.path, options, source=source, parent=version)
+    if source.startswith("hf:"):
+        return import_hub(registry, key, source, options)
+    if source.startswith(("gguf:", "package:")) or source.endswith(".gguf"):
+        return import_gguf(registry, key, source, options)
+    directory = expanded(source)
+    if not source or not directory.is_dir():
+        hub = "" if source.startswith(("/", ".", "~")) else source_hint(source)
+        what = "is a file, not a model directory" if directory.is_file() else "does not exist"
+        raise NotFoundError(f"{source!r} {what}", hint=hub or "a source is a directory, hf:org/name, or a .gguf file")
+    return import_directory(registry, key, directory.resolve(), options, source=str(directory.resolve()))
+
+
+def import_directory(
+    registry: Registry,
+    key: str,
+    directory: Path,
+    options: ImportOptions,
+    *,
+    source: str,
+    parent: ModelVersion | None = None,
+) -> ModelVersion:
+    """Import a Hugging Face directory or a peft adapter; only the files that make up the model are taken.
+
+    Config and weights are checked before a byte is copied.
+    """
+    if parent is None:
+        _try_tokenizer(directory)
+    checked = inspect(directory, registry, options.base, in_place=True)
+    with registry.stage(_bytes_to_copy(registry, checked.files)) as staging:
+        if options.reference:
+            _check_chat(directory, checked.base)
+            return staging.publish(key, base=checked.base, source=source, location=directory)
+        with storing(f"cannot import {directory}"):
+            for path in checked.files:
+                target = staging.directory / path.relative_to(directory)
+                target.parent.mkdir(exist_ok=True)
+                place_file(path, target, share=path.suffix == ".safetensors")
+        return finish_import(staging, key, directory, options, source=source, base=checked.base, parent=parent)
+
+
+def finish_import(
+    staging: Staging,
+    key: str,
+    directory: Path,
+    options: ImportOptions,
+    *,
+    source: str,
+    base: ModelVersion | None = None,
+    parent: ModelVersion | None = None,
+    converted: bool = False,
+) -> ModelVersion:
+    """Publish what was brought into `staging` from `directory`, with its chat template in its place."""
+    with storing(f"cannot import {directory}"):
+        _write_template(directory, staging, options)
+    if converted:
+        _try_tokenizer(staging.directory)
+    _check_chat(staging.directory, base)
+    stop_ids = None
+    if converted:
+        from harmony_core.text.tokenization import ChatTokenizer
+
+        stop_ids = ChatTokenizer.load(staging.directory).stop_ids
+    return staging.publish(key, base=base, source=source, parent=parent, notes=_left_out(directory), stop_ids=stop_ids)
+
+
+def _try_tokenizer(directory: Path) -> None:
+    from harmony_core.text import tokenizer_trial
+
+    tokenizer_trial.check(directory)
+
+
+def _check_chat(directory: Path, base: ModelVersion | None) -> None:
+    check_chat(directory, base.spec.vocab_size if base else ModelSpec.read(directory).vocab_size)
+
+
+def _bytes_to_copy(registry: Registry, files: list[Path]) -> int:
+    """Size of the files on other disks than the home's; those on its own are shared with the source."""
+    here = registry.home.staging.stat().st_dev
+    states = [path.stat() for path in files]
+    return sum(state.st_size for state in states if state.st_dev != here)
+
+
+def _left_out(directory: Path) -> tuple[str, ...]:
+    """Files that a user may miss, because other tools would have read or run them."""
+    names = [path.name for path in sorted(directory.iterdir()) if path.suffix in PICKLE_SUFFIXES | {".py"}]
+    return (f"left out: {', '.join(names[:8])}",) if names else ()
+
+
+def _write_template(directory: Path, staging: Staging, options: ImportOptions) -> None:
+    """Bring the chat template into a place where tokenizers look for it: an option's, else a processor's file."""
+    target = staging.directory / "chat_template.jinja"
+    processor = directory / "chat_template.json"
+    if options.chat_template:
+        target.write_text(read_template(options.chat_template), encoding="utf-8")
+        (staging.directory / TEMPLATES["tool_use"]).unlink(missing_ok=True)
+    elif exists(processor) and not has_template(staging.directory):
+        template = read_json(processor).get("chat_template")
+        if isinstance(template, str):
+            target.write_text(template, encoding="utf-8")
+
+
+def read_template(path: Path) -> str:
+    """A chat template from a file. Raises NotFoundError or ModelRefused."""
+    try:
+        data = read_plain(Path(os.path.realpath(path)), MIB)
+    except VerificationError as error:
+        kind = NotFoundError if isinstance(error.__cause__, OSError) else ModelRefused
+        raise kind(f"chat template {path}: {error.details['reason']}") from error
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ModelRefused(f"chat template {path}: not UTF-8") from error
+    if not text.strip():
+        raise ModelRefused(f"chat template {path}: empty")
+    return text
+
+
+_SOURCE = re.compile(
+    r"hf:([A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95})(?:@([A-Za-z0-9._/-]{1,200}))?"
+)
+_PATTERNS = (
+    "config.json",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "model-*-of-*.safetensors",
+    "chat_template.json",
+    *TOKENIZER_FILES,
+)
+
+
+def import_hub(registry: Registry, key: str, source: str, options: ImportOptions) -> ModelVersion:
+    """Import `hf:org/name[@revision]`; a model that would be refused is refused before its weights are fetched.
+
+    Raises NotFoundError, ResourceError (network, offline), or a refusal.
+    """
+    from huggingface_hub import HfApi, constants
+
+    match = _SOURCE.fullmatch(source)
+    if not match:
+        raise UsageError(f"{source[:200]!r} is not a hub id", hint="hf:org/name or hf:org/name@revision")
+    name, revision = match[1], match[2]
+    api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
+    with hub_errors(name, revision):
+        if constants.is_offline_mode():
+            directory = Path(api.snapshot_download(name, revision=revision, local_files_only=True))
+        else:
+            info = api.model_info(name, revision=revision)
+            names = [sibling.rfilename for sibling in info.siblings or ()]
+            _refuse_early(api, name, str(info.sha), names)
+            # By branch rather than by commit: so the cache learns what the branch means, for when there is no network.
+            directory = Path(api.snapshot_download(name, revision=revision, allow_patterns=list(_PATTERNS)))
+    return import_directory(registry, key, directory, options, source=f"hf:{name}@{directory.name}")
+
+
+def _refuse_early(api: HfApi, name: str, commit: str, names: list[str]) -> None:
+    """Look at the list of files and at the config before anything large is fetched."""
+    pickled = [file for file in names if Path(file).suffix in PICKLE_SUFFIXES]
+    if not any(file.endswith(".safetensors") and "/" not in file for file in names):
+        reason = f"only pickled weights, which are never read ({pickled[0]})" if pickled else "no safetensors weights"
+        raise VerificationError(f"hf:{name}: {reason}", hint="another repository may hold it converted")
+    slow = [file for file in names if file in SLOW_TOKENIZERS]
+    if slow and "tokenizer.json" not in names:
+        raise VerificationError(
+            f"hf:{name}: a tokenizer without tokenizer.json ({slow[0]})",
+            hint="save it once with transformers (AutoTokenizer...save_pretrained), and add that directory"
+            + SLOW_NEEDS * slow[0].endswith(".model"),
+        )
+    if "adapter_config.json" in names:
+        return
+    if "config.json" not in names:
+        raise VerificationError(f"hf:{name}: holds neither config.json nor adapter_config.json")
+    read_config(Path(api.hf_hub_download(name, "config.json", revision=commit)).parent)
+
+
+@contextlib.contextmanager
+def hub_errors(name: str, revision: str | None, what: str = "model") -> Iterator[None]:
+    """Turn the client's exceptions into ours; `what` is the repository's kind."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        raise ResourceError(
+            f"hf:{name} is gated", hint=f"accept its terms at the hub's page of {name}, then log in: hf auth login"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise NotFoundError(
+            f"the hub has no {what} {name!r}, or it is private", hint="check the name; for a private one: hf auth login"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise NotFoundError(f"hf:{name} has no revision {revision!r}") from error
+    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as error:
+        raise ResourceError(
+            f"hf:{name} cannot be fetched: {_first_line(error)}",
+            hint="without a network, name a directory of files"
+            + (": adaptive models add KEY DIRECTORY" if what == "model" else ""),
+        ) from error
+    # The client's HTTP library, whose name depends on the client's version.
+    except errors.HTTPError as error:  # type: ignore[attr-defined]
+        raise ResourceError(f"hf:{name} cannot be fetched: {_first_line(error)}", hint="try again later") from error
+    except OSError as error:
+        raise storage_error(f"cannot fetch hf:{name}", error) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
+
+
+CONVERTER = "harmony_core.engine.convert_gguf"
+NAME = "model.gguf"
+_GROWTH = 8  # a 4-bit file becomes float32 at worst
+_MEMORY = 3 << 30
+_SECONDS, _RATE = 120, 5_000_000
+"""To load the libraries, and then the bytes of a file in a second, at the least."""
+
+
+def import_gguf(registry: Registry, key: str, source: str, options: ImportOptions) -> ModelVersion:
+    """Import `gguf:PATH`, `PATH.gguf`, or `package:NAME`, the one .gguf file of an installed Python package."""
+    if options.reference:
+        raise UsageError("a GGUF file is converted, so it cannot be left where it is", hint="leave out --reference")
+    path = _in_package(source.removeprefix("package:")) if source.startswith("package:") else _at(source)
+    if importlib.util.find_spec("gguf") is None:
+        raise ResourceError(f"reading {path.name} needs the package gguf", hint="pip install harmony-core[gguf]")
+    with registry.stage(path.stat().st_size * _GROWTH) as staging:
+        _convert(path, staging.directory)
+        named = source if source.startswith("package:") else f"gguf:{path}"
+        return finish_import(staging, key, staging.directory, options, source=named, converted=True)
+
+
+def _at(source: str) -> Path:
+    path = expanded(source.removeprefix("gguf:"))
+    if not path.is_file():
+        raise NotFoundError(f"there is no file {str(path)!r}")
+    return path.resolve()
+
+
+def _in_package(name: str) -> Path:
+    """The .gguf file that a package carries, found without importing it."""
+    top = name.replace("-", "_")
+    spec = importlib.util.find_spec(top) if top.isidentifier() else None
+    roots = list(spec.submodule_search_locations or ()) if spec else []
+    if not roots:
+        raise NotFoundError(f"there is no installed Python package {name[:100]!r}", hint=f"pip install {name[:100]}")
+    found = sorted(path for root in roots for path in Path(root).rglob("*.gguf"))
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found) or "none"
+        raise NotFoundError(f"the package {name!r} should carry one .gguf file: {names}", hint="gguf:PATH names one")
+    return found[0].resolve()
+
+
+def _convert(path: Path, directory: Path) -> None:
+    """Run the converter. It finds the file in a directory of its own, and nothing beside it."""
+    private = directory / "input"
+    with storing(f"cannot convert {path}"):
+        private.mkdir(mode=0o700)
+        (private / NAME).symlink_to(path)
+        size = path.stat().st_size
+        seconds = _SECONDS + size // _RATE
+        limits = confined.Limits(
+            memory=_MEMORY + 4 * _GROWTH * size, work=seconds * (os.cpu_count() or 1), seconds=seconds
+        )
+        confined.run(CONVERTER, [str(private / NAME), str(directory), str(path)], limits, path, "converting it")
+        shutil.rmtree(private)

@@ -1,0 +1,1 @@
+"""A run's directory: its record, checkpoints, signals, result and report."""

@@ -1,0 +1,298 @@
+"""Checkpoints on disk: directories that are there whole or not at all, with a hash of every file.
+
+    checkpoints/checkpoint-000004/  manifest.json  state.json  models/<role>/*.safetensors, *.json
+    checkpoints/.writing-<id>/      what is being written, or was when its process was killed
+    checkpoints/.damaged-<name>/    what was found not to be what had been written
+
+Only the process that holds the run's lock writes here. Nothing is ever pickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypedDict
+
+import msgspec
+
+from harmony_core import __version__
+from harmony_core.errors import HarmonyError, NotFoundError, ResourceError, VerificationError, storage_error
+from harmony_core.model.weight_files import PICKLE_SUFFIXES
+from harmony_core.plain_files import (
+    check_kind,
+    check_space,
+    damaged,
+    file_hash,
+    fsync_path,
+    read_json,
+    size_of,
+    write_json,
+)
+
+MANIFEST = "manifest.json"
+STATE = "state.json"
+FORMAT = 1
+_NAME = re.compile(r"checkpoint-(\d{6,})")
+Name = Annotated[str, msgspec.Meta(pattern=rf"^{_NAME.pattern}\Z")]
+
+
+class _Stage(TypedDict, total=False):
+    name: str
+    recipe_type: str
+    completion_percentage: Annotated[float, msgspec.Meta(ge=0)]
+    facts: dict[str, Any]
+    lesser_facts: dict[str, Any]
+    steps: dict[str, int | None]
+    request_numbers: dict[str, int]
+    callback_last_calls: list[float]
+    parts: dict[str, Any]
+    generators: dict[str, Any]
+    result: dict[str, float]
+    checkpoint: Name
+
+
+class _State(TypedDict, total=False):
+    needs: list[Name]
+    finished_stages: list[_Stage]
+    run: dict[str, Any]
+    config: dict[str, Any]
+    data: _Stage | None
+
+
+class _File(TypedDict):
+    path: str
+    size: int
+    sha256: str
+
+
+class _Manifest(TypedDict):
+    manifest: Literal[1]
+    files: list[_File]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One whole checkpoint. `state` is what was saved beside the models' files."""
+
+    directory: Path
+    state: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The directory's name, `checkpoint-000004`."""
+        return self.directory.name
+
+    def models(self, role: str) -> Path:
+        """Where the files of one model are."""
+        return self.directory / "models" / role
+
+
+@contextlib.contextmanager
+def taking_back(checkpoint: Checkpoint) -> Iterator[None]:
+    """Raise VerificationError in here where a part of the state is missing, or another than what takes it back."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError) as error:
+        reason = f"cannot be taken back ({type(error).__name__}: {error})"
+        raise damaged(checkpoint.directory / STATE, reason) from error
+
+
+class CheckpointStore:
+    """The checkpoints of one run. The newest `keep` stay, and those that they name in `needs`."""
+
+    def __init__(self, directory: Path, keep: int = 2) -> None:
+        self.directory = directory
+        self.keep = keep
+
+    def names(self) -> list[str]:
+        """Of all checkpoints, the newest first; whether they are whole is not looked at."""
+        if not self.directory.is_dir():
+            return []
+        found = [path.name for path in self.directory.iterdir() if _NAME.fullmatch(path.name)]
+        return sorted(found, key=_number, reverse=True)
+
+    def newest_readable(self) -> tuple[str, dict[str, Any]] | None:
+        """The newest checkpoint that has a state to read, by its name; its files are not looked at."""
+        for name in self.names():
+            with contextlib.suppress(VerificationError):
+                return name, _state_of(self.directory / name)
+        return None
+
+    def read(self, name: str) -> Checkpoint:
+        """A checkpoint after comparing every file with its hash, and those that it needs. Raises VerificationError."""
+        found = _verified(self.directory / name)
+        for needed in found.state.get("needs", []):
+            if needed != name:
+                _verified(self.directory / needed)
+        return found
+
+    def newest_whole(self, tell: Callable[[str], None]) -> Checkpoint:
+        """The newest checkpoint that is whole; `tell` hears of each newer one and what is wrong with it.
+
+        Raises NotFoundError when there is none, VerificationError when none is whole.
+        """
+        problems: list[HarmonyError] = []
+        for name in self.names():
+            try:
+                found = self.read(name)
+            except VerificationError as error:
+                tell(f"warning: {name} is damaged and is not used: {error.message}")
+                problems.append(error)
+                continue
+            if problems:
+                tell(f"warning: falling back to {name}, an older checkpoint: the steps after it are trained again")
+            return found
+        if problems:
+            raise VerificationError(
+                f"no checkpoint in {self.directory} is whole: {problems[0].message}", hint="start the run anew"
+            )
+        raise NotFoundError(f"there is no checkpoint in {self.directory}", hint="start the run anew")
+
+    def prepare(self, chosen: Checkpoint | None) -> None:
+        """Before a run writes: what a killed writer left goes, and what is newer than `chosen` is put aside."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for path in self.directory.glob(".writing-*"):
+            shutil.rmtree(path, ignore_errors=True)
+        for name in self.names():
+            if chosen is not None and _number(name) > _number(chosen.name):
+                os.rename(self.directory / name, self.directory / f".damaged-{name}-{uuid.uuid4().hex[:8]}")
+
+    def write(self, expected_bytes: int = 0) -> Writing:
+        """A checkpoint to be filled: `with store.write() as writing`, fill `writing.models(role)`, commit.
+
+        Raises ResourceError when the disk has no room for `expected_bytes`.
+        """
+        return Writing(self, expected_bytes)
+
+    def prune(self) -> list[str]:
+        """Remove what is older than the newest `keep` and not needed by them. Returns the names removed."""
+        names = self.names()
+        kept = set(names[: max(self.keep, 1)])
+        for name in list(kept):
+            with contextlib.suppress(VerificationError):
+                kept.update(_state_of(self.directory / name).get("needs", []))
+        removed = [name for name in names if name not in kept]
+        for name in removed:
+            self._remove(name)
+        return removed
+
+    def clear(self) -> int:
+        """Remove all checkpoints, what was put aside and what a killed writer left. Returns the bytes freed."""
+        before = size_of(self.directory)
+        for path in self.directory.iterdir():
+            if path.is_dir():
+                self._remove(path.name)
+        return before - size_of(self.directory)
+
+    def _remove(self, name: str) -> None:
+        """Out of sight in one step, then for good."""
+        grave = self.directory / f".writing-{uuid.uuid4().hex}"
+        os.rename(self.directory / name, grave)
+        shutil.rmtree(grave, ignore_errors=True)
+
+
+class Writing:
+    """A checkpoint under way; leaving the block without `commit` removes it."""
+
+    def __init__(self, store: CheckpointStore, expected_bytes: int) -> None:
+        self._store = store
+        self.name = f"checkpoint-{max(map(_number, store.names()), default=0) + 1:06d}"
+        self.directory = store.directory / f".writing-{uuid.uuid4().hex}"
+        try:
+            self.directory.mkdir(parents=True)
+            check_space(
+                store.directory,
+                expected_bytes,
+                "a checkpoint",
+                "free some space, set ADAPTIVE_HOME to another disk, or run with --keep-checkpoints 0",
+            )
+        except (OSError, ResourceError) as error:
+            shutil.rmtree(self.directory, ignore_errors=True)
+            if isinstance(error, OSError):
+                raise storage_error("cannot write a checkpoint", error) from error
+            raise
+
+    def __enter__(self) -> Writing:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def models(self, role: str) -> Path:
+        """A directory for the files of one model."""
+        path = self.directory / "models" / role
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def commit(self, state: Mapping[str, Any]) -> Checkpoint:
+        """Hash and sync everything, then appear under the next number. Raises ResourceError for a failing disk."""
+        try:
+            (self.directory / STATE).write_text(json.dumps(dict(state), indent=1) + "\n", encoding="utf-8")
+            files = sorted(path for path in self.directory.rglob("*") if path.is_file())
+            assert not any(path.suffix in PICKLE_SUFFIXES for path in files), "a checkpoint holds no pickle"
+            record = {
+                "manifest": FORMAT,
+                "created": datetime.now(UTC).isoformat(timespec="seconds"),
+                "harmony_core": __version__,
+                "files": [
+                    {
+                        "path": path.relative_to(self.directory).as_posix(),
+                        "size": path.stat().st_size,
+                        "sha256": file_hash(path),
+                    }
+                    for path in files
+                ],
+            }
+            for path in {*files, *(path.parent for path in files)}:
+                fsync_path(path)
+            write_json(self.directory / MANIFEST, record)
+            target = self._store.directory / self.name
+            os.rename(self.directory, target)
+            fsync_path(self._store.directory)
+        except OSError as error:
+            raise storage_error("cannot write a checkpoint", error) from error
+        self._store.prune()
+        return Checkpoint(target, dict(state))
+
+
+def _number(name: str) -> int:
+    match = _NAME.fullmatch(name)
+    assert match is not None, name
+    return int(match[1])
+
+
+def _verified(directory: Path) -> Checkpoint:
+    """Raises VerificationError for anything that is not as it was written."""
+    record = read_json(directory / MANIFEST)
+    check_kind(directory / MANIFEST, record, _Manifest)
+    listed = set()
+    for entry in record["files"]:
+        name = entry["path"]
+        path = directory / name
+        try:
+            if name.startswith("/") or ".." in Path(name).parts or path.is_symlink():
+                raise damaged(directory / MANIFEST, f"file name {name[:100]!r} leads elsewhere")
+            whole = path.stat().st_size == entry["size"] and file_hash(path) == entry["sha256"]
+        except (OSError, ValueError) as error:
+            raise damaged(path, str(getattr(error, "strerror", "") or error)) from error
+        if not whole:
+            raise damaged(path, "its bytes are not those that were written")
+        listed.add(name)
+    if STATE not in listed:
+        raise damaged(directory / MANIFEST, f"does not list {STATE}")
+    return Checkpoint(directory, _state_of(directory))
+
+
+def _state_of(directory: Path) -> dict[str, Any]:
+    """What was saved beside the models' files. Raises VerificationError where a part of it is of another type."""
+    state = read_json(directory / STATE)
+    check_kind(directory / STATE, state, _State)
+    return state

@@ -1,0 +1,183 @@
+"""Runs as their directories tell of them: which there are, which one is meant, and which files of one are damaged."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Annotated, Any, Literal, Required, TypedDict
+
+import msgspec
+
+from harmony_core.errors import NotFoundError, UsageError, VerificationError, did_you_mean
+from harmony_core.home import Home
+from harmony_core.plain_files import check_kind, damaged, exists, is_locked, open_plain, read_plain
+
+DAMAGED = "damaged"
+FILES = ("result.json", "argv.json", "versions.json", "models.json", "sources.json")
+"""What is checked beside `run.json` and, where they are read, the events."""
+MAX_JSON_BYTES = 128 * 1024 * 1024
+"""Of one file, and of one line of events."""
+
+Count = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class _Options(TypedDict, total=False):
+    """What a resumed run takes over."""
+
+    num_processes: Count | None
+    device: Literal["auto", "cpu", "cuda"]
+    memory: Count | None
+    compile: bool
+    seed: Count
+    rehearse: bool
+    deterministic: bool
+    keep_checkpoints: Count | None
+    accelerate_config: str | None
+
+
+class _Run(TypedDict, total=False):
+    status: Required[str]
+    name: str
+    cwd: str
+    recipe: str
+    recipe_sha256: str
+    options: _Options
+    resumed: Count
+    started: str
+    ended: str
+    exit: int | None
+
+
+class _Error(TypedDict, total=False):
+    lines: list[str]
+
+
+class _Result(TypedDict, total=False):
+    models: list[dict[str, Any]]
+    errors: list[_Error]
+
+
+class _Model(TypedDict):
+    ref: str
+    digest: str
+    path: str
+
+
+_KINDS: dict[str, Any] = {
+    "run.json": _Run,
+    "result.json": _Result,
+    "argv.json": list[str],
+    "versions.json": dict[str, str | None],
+    "models.json": dict[str, _Model],
+    "sources.json": dict[str, str],
+}
+"""What each file holds, as far as it is read; of a file of lines each line is an object."""
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run as its directory tells it."""
+
+    id: str
+    directory: Path
+    status: str
+    """running, succeeded, failed, stopped, or crashed: recorded as running while nobody holds its lock.
+
+    Or damaged: there is a `run.json` that cannot be read.
+    """
+    data: dict[str, Any]
+    problem: str = ""
+    """What is wrong with `run.json`."""
+
+    def require(self, *names: str) -> None:
+        """Check files of the run; one that is missing is no damage. Raises VerificationError with what is damaged."""
+        there = [path for name in names if exists(path := self.directory / name)]
+        found = [problem for problem in (self.problem, *(_loaded(path)[1] for path in there)) if problem]
+        if found:
+            raise VerificationError(
+                "\n".join(f"run {self.id}: {problem}" for problem in found),
+                hint=f"adaptive runs rm --force {self.id} removes it; adaptive runs list shows the others",
+                files=[problem.partition(":")[0] for problem in found],
+            )
+
+    def read(self, name: str) -> Any:
+        """What a file of the run holds, {} for one that is missing. Raises VerificationError when it is damaged."""
+        self.require(name)
+        return _loaded(self.directory / name)[0] or {}
+
+
+def list_runs(home: Home) -> list[RunRecord]:
+    """All runs, the newest first. A directory without a record is left out."""
+    if not home.runs.is_dir():
+        return []
+    records = [_read(directory) for directory in sorted(home.runs.iterdir(), reverse=True)]
+    return [record for record in records if record is not None]
+
+
+def find_run(home: Home, reference: str) -> RunRecord:
+    """A run by its id, by a prefix or part of it that only one run has, or `last`; it may be damaged.
+
+    Raises NotFoundError, UsageError.
+    """
+    if not reference:
+        raise UsageError("the name of a run is empty", hint="an id, a part of one, or last; adaptive runs list")
+    records = list_runs(home)
+    if reference == "last" and records:
+        return records[0]
+    found = [r for r in records if r.id == reference] or [r for r in records if reference in r.id]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise NotFoundError(f"{len(found)} runs match '{reference}'", hint=", ".join(r.id for r in found[:5]))
+    raise NotFoundError(f"there is no run '{reference}'", hint=did_you_mean(reference, [r.id for r in records[:50]]))
+
+
+def _read(directory: Path) -> RunRecord | None:
+    path = directory / "run.json"
+    if not path.is_file():
+        return None
+    found, problem = _loaded(path)
+    data = found or {}
+    status = DAMAGED if problem else str(data["status"])
+    if status == "running" and not is_locked(directory / "lock"):
+        status = "crashed"
+    return RunRecord(directory.name, directory, status, data, problem)
+
+
+def _loaded(path: Path) -> tuple[Any, str]:
+    """What a JSON file holds, and what is wrong with it.
+
+    Of a file of lines only the second; that its last line was cut off is not wrong.
+    """
+    try:
+        if path.suffix != ".jsonl":
+            return _parsed(path, read_plain(path, MAX_JSON_BYTES)), ""
+        with open_plain(path) as file:
+            for number, line in enumerate(lines_of(file), 1):
+                if _is_whole(line):
+                    _parsed(path, line, f"line {number}: ")
+        return None, ""
+    except VerificationError as error:
+        return None, f"{path.name}: {error.details['reason']}"
+
+
+def lines_of(file: IO[bytes]) -> Iterator[bytes]:
+    """The lines of a file, and of one that is longer than any is no more than its beginning."""
+    line = b"\n"
+    while line.endswith(b"\n") and (line := file.readline(MAX_JSON_BYTES)):
+        yield line
+
+
+def _is_whole(line: bytes) -> bool:
+    return line.endswith(b"\n") or len(line) == MAX_JSON_BYTES
+
+
+def _parsed(path: Path, text: bytes, where: str = "") -> Any:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        raise damaged(path, f"{where}not JSON" + ("" if text.strip() else ", it is empty")) from None
+    check_kind(path, found, _KINDS.get(path.name, dict), where)
+    return found

@@ -1,0 +1,312 @@
+"""A run's directory as the data of its report. Reads `events.jsonl` once, line by line, in bounded memory."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from harmony_core.errors import VerificationError
+from harmony_core.plain_files import decode_json, last_lines, open_plain, read_plain
+from harmony_core.runs.records import MAX_JSON_BYTES, lines_of
+from harmony_core.runs.report.figures import Curve, Interval
+
+MAX_CURVES = 200
+MAX_STAGES = 20
+LONGEST = 1e10
+"""Seconds: what is longer is no time."""
+MAX_SAMPLES = 60
+MAX_TABLES = 12
+LOG_LINES = 40
+LOG_LINE_LENGTH = 500
+_LOG_TAIL = 64 * 1024
+
+_KEPT = {"spawn.planned": "planned", "spawn": "held", "rank_ready": "ranks", "gate": "gates", "model.saved": "saved"}
+"""Events that are kept as they are, by where they are kept."""
+
+_BARE = (b'"type": "micro_batch"', b'"type": "progress"')
+"""Events that are many and not needed: not parsed."""
+
+
+@dataclass
+class Stage:
+    """What one training class logged, or all of a run that has none."""
+
+    name: str
+    config: dict[str, Any] = field(default_factory=dict)
+    curves: dict[str, Curve] = field(default_factory=dict)
+    tables: dict[str, tuple[int, dict[str, Any]]] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)
+    last_step: float = -math.inf
+    intervals: list[Interval] = field(default_factory=list)
+    optimizer_steps: int = 0
+    optimizer_seconds: float = 0.0
+    """As the ranks measured them."""
+
+
+@dataclass
+class RunData:
+    """Everything that the report shows. No text is escaped."""
+
+    run: dict[str, Any] = field(default_factory=dict)
+    result: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, Any] = field(default_factory=dict)
+    models: dict[str, Any] = field(default_factory=dict)
+    argv: list[str] = field(default_factory=list)
+    logs: dict[str, list[str]] = field(default_factory=dict)
+    stages: list[Stage] = field(default_factory=list)
+    steps: dict[str, Curve] = field(default_factory=dict)
+    """Metrics of `optim_step` by model, for runs that log none."""
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    samples_seen: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    dropped_last: dict[str, str] = field(default_factory=dict)
+    taken: int | None = None
+    planned: list[dict[str, Any]] = field(default_factory=list)
+    held: list[dict[str, Any]] = field(default_factory=list)
+    ranks: list[dict[str, Any]] = field(default_factory=list)
+    gates: list[dict[str, Any]] = field(default_factory=list)
+    saved: list[dict[str, Any]] = field(default_factory=list)
+    curves_left_out: int = 0
+    damaged_lines: int = 0
+    began: float | None = None
+    ended: float | None = None
+
+    @property
+    def status(self) -> str:
+        """How the run stands."""
+        return str(self.run.get("status", "unknown"))
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Of all stages."""
+        return sum(stage.optimizer_steps for stage in self.stages)
+
+    @property
+    def labels(self) -> list[str]:
+        """A name for each stage that no other has."""
+        names = [stage.name for stage in self.stages]
+        return [name if names.count(name) == 1 else f"{name} {place}" for place, name in enumerate(names, 1)]
+
+
+def read_run(directory: Path, status: str | None = None) -> RunData:
+    """Read what there is; files that are missing or damaged leave their part empty. `status` overrides the record."""
+    data = RunData()
+    for name in ("run", "result", "sources", "versions", "models", "argv"):
+        found = _json(directory / f"{name}.json")
+        if isinstance(found, type(getattr(data, name))):
+            setattr(data, name, found)
+    if status is not None:
+        data.run["status"] = status
+    for file in [*sorted((directory / "logs").glob("*.log"))][:64]:
+        if lines := _tail(file):
+            data.logs[file.name] = lines
+    reader = _Reader(data)
+    for event in _events(directory / "events.jsonl", data):
+        reader.take(event)
+    reader.finish()
+    return data
+
+
+def _json(path: Path) -> Any:
+    try:
+        return decode_json(path, read_plain(path, MAX_JSON_BYTES))
+    except VerificationError:
+        return None
+
+
+def _tail(path: Path) -> list[str]:
+    try:
+        with open_plain(path) as file:
+            lines = last_lines(file, _LOG_TAIL)[-LOG_LINES:]
+    except VerificationError:
+        return []
+    return [line if len(line) <= LOG_LINE_LENGTH else f"{line[:LOG_LINE_LENGTH]} ..." for line in lines]
+
+
+def _events(path: Path, data: RunData) -> Iterator[dict[str, Any]]:
+    try:
+        file = open_plain(path)
+    except VerificationError:
+        return
+    with file:
+        for line in lines_of(file):
+            if any(mark in line[:200] for mark in _BARE):
+                continue
+            try:
+                event = json.loads(line)
+                event["seconds"] = datetime.fromisoformat(event["ts"]).timestamp()
+                valid = isinstance(event["type"], str) and isinstance(event["data"], dict)
+            except (ValueError, KeyError, TypeError, RecursionError):
+                valid = False
+            if valid:
+                yield event
+            else:
+                data.damaged_lines += 1
+
+
+class _Reader:
+    """Sorts events into the data."""
+
+    def __init__(self, data: RunData) -> None:
+        self.data = data
+        self._config: dict[str, Any] | None = None
+        self._seconds = 0.0
+        """From the first event to the present one."""
+        self._resumed_at = 0.0
+        self._phases_end = 0.0
+
+    def take(self, event: dict[str, Any]) -> None:
+        """Take one event; of an unknown type only its time."""
+        data = self.data
+        data.ended = event["seconds"]
+        data.began = data.ended if data.began is None else data.began
+        self._seconds = float(event["seconds"] - data.began)
+        if name := _KEPT.get(event["type"]):
+            getattr(data, name).append({**event["data"], "rank": str(event.get("rank"))})
+        try:
+            self._sort(event["type"], event["data"])
+        except (AttributeError, TypeError, ValueError, OverflowError):  # not of the shape that its type has
+            data.damaged_lines += 1
+
+    def _sort(self, type: str, found: dict[str, Any]) -> None:
+        match type:
+            case "run.start":  # a second one in a file: a journal of its own begins to count at 0 again
+                self._resumed_at = self._phases_end
+            case "run.end" if self.data.status in ("running", "unknown"):
+                self.data.run["status"] = str(found.get("status"))
+            case "config.resolved":
+                self.data.config.update(found.get("config") or {})
+            case "metrics.config":
+                self._config = found
+            case "metrics":
+                self._metrics(found)
+            case "optim_step":
+                self._optim_step(found)
+            case "phase":
+                self._phase(found)
+            case "sample":
+                self._sample(found)
+            case "samples.dropped":
+                self._dropped(found)
+
+    def _begun(self) -> Stage:
+        """The present stage. Another config begins a new one: what follows it belongs there."""
+        stages, config = self.data.stages, self._config
+        self._config = None
+        if not stages or (config is not None and config != stages[-1].config and len(stages) < MAX_STAGES):
+            self._append(config or {})
+        return stages[-1]
+
+    def _append(self, config: dict[str, Any]) -> Stage:
+        count = len(self.data.stages)
+        name = str(config.get("algorithm") or (f"stage {count + 1}" if count else "run"))
+        self.data.stages.append(Stage(name, config))
+        return self.data.stages[-1]
+
+    def _stage(self, step: float) -> Stage:
+        """The stage that a step belongs to: of several that log in turns the one that it continues.
+
+        A new one begins after another config, and when the steps begin anew.
+        """
+        stage = self._begun()
+        if stage.last_step > step or (stage.last_step + 1 < step and stage.last_step >= 0):
+            found = [other for other in reversed(self.data.stages) if other.last_step + 1 == step]
+            if found:
+                stage = found[0]
+            elif stage.last_step > step and len(self.data.stages) < MAX_STAGES:
+                stage = self._append(stage.config)
+        stage.last_step = step
+        return stage
+
+    def _metrics(self, found: dict[str, Any]) -> None:
+        step, metrics = found.get("step"), found.get("metrics")
+        if not isinstance(step, int | float) or not isinstance(metrics, dict):
+            return
+        stage = self._stage(step)
+        for name, value in metrics.items():
+            number = _number(value)
+            if number is not None:
+                self._add(stage.curves, name, step, number)
+            elif isinstance(value, dict) and isinstance(value.get("rows"), list):
+                if name in stage.tables or len(stage.tables) < MAX_TABLES:
+                    stage.tables[name] = (int(step), value)
+            elif value is not None:
+                stage.texts[name] = str(value)
+
+    def _add(self, curves: dict[str, Curve], name: str, step: float, value: float) -> None:
+        if name not in curves and sum(len(stage.curves) for stage in self.data.stages) >= MAX_CURVES:
+            self.data.curves_left_out += 1
+            return
+        curves.setdefault(name, Curve()).add(step, self._seconds, value)
+
+    def _optim_step(self, found: dict[str, Any]) -> None:
+        stage = self._begun()
+        stage.optimizer_steps += 1
+        stage.optimizer_seconds += _number(found.get("seconds")) or 0.0
+        step = _number(found.get("step"))
+        for name, value in found.items():
+            number = _number(value)
+            if number is not None and name != "step" and len(self.data.steps) < MAX_CURVES:
+                curve = self.data.steps.setdefault(f"{found.get('model')}/{name}", Curve())
+                curve.add(curve.values + 1 if step is None else step, self._seconds, number)
+
+    def _phase(self, found: dict[str, Any]) -> None:
+        start, seconds = _number(found.get("start")), _number(found.get("seconds"))
+        if start is None or seconds is None or not (0 <= start < LONGEST and 0 <= seconds < LONGEST):
+            raise ValueError("no times")
+        start += self._resumed_at
+        self._phases_end = max(self._phases_end, start + seconds)
+        self._begun().intervals.append(Interval(str(found.get("name")), start, start + seconds))
+
+    def _sample(self, found: dict[str, Any]) -> None:
+        if not isinstance(found.get("turns"), list) or not isinstance(found.get("step"), int):
+            raise ValueError("no sample")
+        self.data.samples_seen += 1
+        stage = self._begun()
+        self.data.samples.append({**found, "stage": self.data.stages.index(stage)})
+        if len(self.data.samples) > 2 * MAX_SAMPLES:
+            self.data.samples = thinned(self.data.samples, MAX_SAMPLES)
+
+    def _dropped(self, found: dict[str, Any]) -> None:
+        for reason, count in (found.get("reasons") or {}).items():
+            self.data.dropped[reason] += int(count)
+            self.data.dropped_last[reason] = str(found.get("last", ""))
+        if isinstance(found.get("taken"), int):
+            self.data.taken = found["taken"]
+
+    def finish(self) -> None:
+        """What can only be said at the end."""
+        data = self.data
+        data.samples = thinned(data.samples, MAX_SAMPLES)
+        if not any(stage.curves for stage in data.stages) and data.steps:
+            self._begun().curves = data.steps
+
+
+def thinned(samples: list[dict[str, Any]], limit: int) -> list[dict[str, Any]]:
+    """At most `limit` samples, whole steps left out evenly; the first and the last step stay."""
+    while len(samples) > limit:
+        steps = sorted({_place(sample) for sample in samples})
+        if len(steps) <= 2:
+            return samples[: limit // 2] + samples[-(limit - limit // 2) :]
+        gone = set(steps[1:-1:2])
+        samples = [sample for sample in samples if _place(sample) not in gone]
+    return samples
+
+
+def _place(sample: dict[str, Any]) -> tuple[int, int]:
+    return int(sample.get("stage", 0)), int(sample["step"])
+
+
+def _number(value: object) -> float | None:
+    """A number, or the text of one that JSON cannot hold; None for anything else."""
+    if isinstance(value, int | float):
+        return float(value)
+    return float(value) if value in ("nan", "inf", "-inf") and isinstance(value, str) else None

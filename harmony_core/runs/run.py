@@ -1,0 +1,270 @@
+"""One run's directory: what is needed to see and repeat it, and its event log.
+
+    runs/<id>/  run.json  lock  argv.json  config.yaml  sources.json  inputs/  versions.json  models.json
+                events.jsonl  logs/  checkpoints/  result.json  report.html
+
+A resumed run continues in its directory: events are appended, ranks write to `logs/resumed-N/`. A run is alive while
+its `lock` is held; the kernel releases it with the process, so no run needs to be unlocked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import logging
+import os
+import platform
+import re
+import secrets
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import IO, Any
+
+from harmony_core.errors import ConflictError, ResourceError, storing
+from harmony_core.home import Home
+from harmony_core.plain_data import plain
+from harmony_core.plain_files import try_lock, write_text
+from harmony_core.redaction import Redactor
+from harmony_core.runs.records import RunRecord
+
+log = logging.getLogger(__name__)
+
+PACKAGES = ("harmony-core", "torch", "transformers", "accelerate", "peft", "pydantic", "tokenizers", "safetensors")
+
+_OURS = ("ok", "exit", "code", "status", "run", "resume", "planned_until")
+"""Fields of a result that no text of the user's is in."""
+
+EventListener = Callable[[dict[str, Any]], None]
+
+
+class EventLog:
+    """Appends flushed JSON lines `{"v", "seq", "ts", "run", "type", "rank", "data"}`; any thread may write."""
+
+    def __init__(self, path: Path, run_id: str, redactor: Redactor) -> None:
+        self.path = path
+        self._run_id = run_id
+        self.redactor = redactor
+        self._lock = threading.Lock()
+        self._seq = _lines_in(path)
+        self._file: IO[str] | None = path.open("a", encoding="utf-8", errors="backslashreplace")
+        self._listeners: list[EventListener] = []
+
+    def listen(self, listener: EventListener) -> None:
+        """Call with every later event, on the thread that writes it."""
+        self._listeners.append(listener)
+
+    def write(self, type: str, data: dict[str, Any], rank: int | None = None) -> None:
+        """Append one event. After `close`, and on a full disk, events are dropped: a run does not die of that."""
+        with self._lock:
+            event = {
+                "v": 1,
+                "seq": self._seq,
+                "ts": datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+                "run": self._run_id,
+                "type": type,
+                "rank": rank,
+                "data": data,
+            }
+            self._seq += 1
+            if self._file is not None:
+                with contextlib.suppress(OSError):
+                    masked = event | {"data": self.redactor.data(data)}
+                    self._file.write(json.dumps(masked, ensure_ascii=False) + "\n")
+                    self._file.flush()
+        for listener in self._listeners:
+            listener(event)
+
+    def close(self) -> None:
+        """Write nothing any more."""
+        with self._lock:
+            if self._file is not None:
+                with contextlib.suppress(OSError):
+                    self._file.close()
+            self._file = None
+
+
+class Run:
+    """A run that this process owns."""
+
+    def __init__(self, directory: Path, run_id: str, redactor: Redactor, lock: IO[str] | None, state: dict[str, Any]):
+        self.id = run_id
+        self.directory = directory
+        self.redactor = redactor
+        self._lock = lock
+        self._state = state
+        (directory / "logs").mkdir(exist_ok=True)
+        self.events = EventLog(directory / "events.jsonl", run_id, redactor)
+        self._endings: list[Callable[[], None]] = []
+
+    @classmethod
+    def create(cls, home: Home, name: str = "run", argv: Sequence[str] = (), redactor: Redactor | None = None) -> Run:
+        """Make the directory, take its lock and record how it was started. Raises ResourceError."""
+        with storing(f"cannot write a run under {home.runs}"):
+            directory = _new_directory(home.runs, name)
+            redactor = redactor or Redactor.from_environment(os.environ)
+            state = {"id": directory.name, "name": name, "started": _now(), "cwd": redactor.text(os.getcwd())}
+            run = cls._begin(directory, state, redactor)
+            run.write_json("argv.json", redactor.argv(argv))
+        run.events.write("run.start", {"name": name, "argv": redactor.argv(argv)})
+        return run
+
+    @classmethod
+    def reopen(cls, record: RunRecord, argv: Sequence[str] = (), redactor: Redactor | None = None) -> Run:
+        """Continue a run that has ended, in its own directory. Raises ConflictError while it is alive."""
+        state = {key: value for key, value in record.data.items() if key not in ("exit", "ended")}
+        state["resumed"] = int(record.data.get("resumed", 0)) + 1
+        with storing(f"cannot write to {record.directory}"):
+            run = cls._begin(record.directory, state, redactor or Redactor.from_environment(os.environ))
+            (record.directory / "result.json").unlink(missing_ok=True)
+        run.events.write("run.resume", {"time": state["resumed"], "argv": run.redactor.argv(argv)})
+        return run
+
+    @classmethod
+    def _begin(cls, directory: Path, state: dict[str, Any], redactor: Redactor) -> Run:
+        lock = (directory / "lock").open("w")
+        if not try_lock(lock):
+            lock.close()
+            raise ConflictError(f"run {directory.name} is running", hint="stop it before it is resumed")
+        run = cls(directory, directory.name, redactor, lock, state)
+        run.note(status="running", pid=os.getpid(), host=platform.node())
+        run.write_json("versions.json", versions())
+        return run
+
+    @property
+    def log_dir(self) -> Path:
+        """For the output of each rank; of a resumed run another one each time."""
+        times = self._state.get("resumed", 0)
+        return self.directory / "logs" / f"resumed-{times}" if times else self.directory / "logs"
+
+    def note(self, **facts: Any) -> None:
+        """Add to what `run.json` says of the run."""
+        self._state |= facts
+        self.write_json("run.json", self._state)
+
+    @classmethod
+    @contextlib.contextmanager
+    def opened(
+        cls,
+        home: Home,
+        name: str,
+        argv: Sequence[str],
+        resumed: RunRecord | None = None,
+        redactor: Redactor | None = None,
+    ) -> Iterator[Run]:
+        """`create` or `reopen`, and in every case an end: a run that is left by an exception counts as failed."""
+        run = cls.create(home, name, argv, redactor) if resumed is None else cls.reopen(resumed, argv, redactor)
+        try:
+            yield run
+        except BaseException as error:
+            status, code = ("stopped", 130) if isinstance(error, KeyboardInterrupt) else ("failed", 70)
+            code = getattr(error, "exit_code", code)
+            run.finish(status, code, {"ok": False, "exit": code, "run": run.id, "errors": []})
+            raise
+
+    @classmethod
+    @contextlib.contextmanager
+    def temporary(cls, name: str) -> Iterator[Run]:
+        """A run that leaves nothing behind, for a dry run."""
+        with tempfile.TemporaryDirectory(prefix="adaptive-dry-run-") as directory:
+            run = cls(Path(directory), name, Redactor.from_environment(os.environ), None, {})
+            try:
+                yield run
+            finally:
+                run.events.close()
+
+    def write_json(self, name: str, data: Any) -> None:
+        """A file of the run, complete or not there. What may hold secrets is to be masked before."""
+        self.write_text(name, json.dumps(plain(data), indent=2, ensure_ascii=False) + "\n")
+
+    def write_text(self, name: str, text: str) -> None:
+        """A file of the run, complete or not there. What may hold secrets is to be masked before.
+
+        Raises ResourceError.
+        """
+        path = self.directory / name
+        with storing(f"cannot write {path}"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(path, text)
+
+    def masked(self, result: Mapping[str, Any]) -> dict[str, Any]:
+        """The end of a run without secrets; what only says how it ended stays as it is."""
+        return {name: value if name in _OURS else self.redactor.data(value, name) for name, value in result.items()}
+
+    def at_finish(self, call: Callable[[], None]) -> None:
+        """Have a call made when the end is recorded, before the report is written."""
+        self._endings.append(call)
+
+    def finish(self, status: str, exit_code: int, result: Mapping[str, Any], report: bool = True) -> None:
+        """Record the end, release the lock and write the report. A second call does nothing."""
+        if self._lock is None:
+            return
+        self.events.write("run.end", {"status": status, "exit": exit_code})
+        for call in self._endings:
+            call()
+        with contextlib.suppress(ResourceError):  # a full disk must not hide how the run ended
+            self.write_json("result.json", self.masked(result))
+            self.write_json("run.json", self._state | {"status": status, "exit": exit_code, "ended": _now()})
+        self.events.close()
+        self._lock.close()
+        self._lock = None
+        if report:
+            self._report()
+
+    def _report(self) -> None:
+        from harmony_core.runs.report import write_report
+
+        try:
+            write_report(self.directory)
+        except Exception as error:  # whatever is wrong with the page, the run has ended as it has
+            log.warning("no report of run %s: %s: %s", self.id, type(error).__name__, error)
+
+
+def _lines_in(path: Path) -> int:
+    """How many events a file holds; a last one that was cut off is ended first, so that the next stands alone."""
+    if not path.exists():
+        return 0
+    with path.open("rb+") as file:
+        count, last = 0, b"\n"
+        while chunk := file.read(1 << 20):
+            count, last = count + chunk.count(b"\n"), chunk[-1:]
+        if last != b"\n":
+            file.write(b"\n")
+            count += 1
+    return count
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+def _new_directory(runs: Path, name: str) -> Path:
+    """A directory whose name sorts behind those of earlier runs: UTC, a counter within the second, the run's name."""
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:40] or "run"
+    while True:
+        second = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+        count = len(list(runs.glob(f"{second}-*")))
+        directory = runs / f"{second}-{count:03}-{slug}-{secrets.token_hex(2)}"
+        try:
+            directory.mkdir(mode=0o700)
+        except OSError as error:
+            if error.errno != errno.EEXIST:
+                raise
+        else:
+            return directory
+
+
+def versions() -> dict[str, str | None]:
+    """Of Python and of the packages that decide results; read from metadata, nothing is imported."""
+    found: dict[str, str | None] = {"python": sys.version.split()[0], "platform": platform.platform()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found

@@ -1,0 +1,1 @@
+"""From a conversation to tokens: threads, chat templates, tokenizers, what is trained."""

@@ -1,0 +1,289 @@
+"""Conversations as text, with a training weight for each turn. `TokenizedThread` is their form as tokens.
+
+A thread never changes, save for its `metadata`; every method that looks like a change returns a new thread that shares
+the metadata object. Knows nothing of templates or tokenizers.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from html import escape
+from typing import Any, NamedTuple, Self
+
+from harmony_core.errors import DataError
+from harmony_core.text.fragments import (
+    AnyFragment,
+    Fragment,
+    Image,
+    StructuredOutput,
+    Text,
+    ToolResponse,
+    from_public,
+    from_stored,
+    text_of,
+)
+from harmony_core.text.token_threads import TokenizedThread, TokenizedTurn
+from harmony_core.text.turns import Conversation, TemplateKwargs, Turn
+
+__all__ = ["StringThread", "StringTurn", "TokenizedThread", "TokenizedTurn", "Turn"]
+
+_SHOWN_TOOL_CHARACTERS = 500
+
+
+class StringTurn(NamedTuple):
+    """One turn as text."""
+
+    role: str
+    content: str
+
+
+class StringThread(Conversation[Turn]):
+    """A conversation as text.
+
+    The constructor gives the last turn weight 1 whatever its role, and the others 0; `assistant()` and `system()`
+    append with weight 1, `user()` and `tool()` with 0; the `with_weight_*` methods set every turn's weight anew.
+    """
+
+    __slots__ = ()
+
+    def __init__(self, turns: Sequence[tuple[str, str]] | None = None, metadata: Any = None) -> None:
+        made = [_text_turn(turn) for turn in turns or ()]
+        if made:
+            made[-1] = replace(made[-1], weight=1.0)
+        self._turns = tuple(made)
+        self._template_kwargs = TemplateKwargs()
+        self._uuid = None
+        self.metadata = metadata
+
+    @classmethod
+    def from_turns(
+        cls,
+        turns: Sequence[Turn],
+        metadata: Any = None,
+        uuid: str | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> Self:
+        """Build from turns that carry their weights."""
+        thread = cls(None, metadata)
+        thread._turns = tuple(turns)
+        thread._template_kwargs = TemplateKwargs(template_kwargs)
+        thread._uuid = uuid
+        return thread
+
+    @staticmethod
+    async def from_fragments(raw_turns: Sequence[tuple[str, Sequence[Fragment]]], metadata: Any = None) -> StringThread:
+        """Build from fragment dicts; the last turn gets weight 1. Raises DataError for a fragment that is not one."""
+        turns = [fragment_turn(role, fragments) for role, fragments in raw_turns]
+        if turns:
+            turns[-1] = replace(turns[-1], weight=1.0)
+        return StringThread.from_turns(turns, metadata)
+
+    @staticmethod
+    async def from_dataset(
+        raw_turns: Sequence[tuple[str, str | Sequence[Fragment]]], metadata: Any = None
+    ) -> StringThread:
+        """Build from text or fragment lists; all weights 0. Raises DataError for any other content."""
+        return StringThread.from_turns([fragment_turn(role, content) for role, content in raw_turns], metadata)
+
+    @staticmethod
+    def from_json(json_str: str) -> StringThread:
+        """Inverse of `to_json`; metadata comes back as None. Raises DataError."""
+        try:
+            raw = json.loads(json_str)
+            turns = [_stored_turn(turn, weight) for turn, weight in raw["turns"]]
+            uuid = raw.get("uuid")
+            kwargs = TemplateKwargs(raw.get("template_kwargs"))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise DataError(f"not the JSON of a thread: {error}") from None
+        return StringThread.from_turns(turns, None, uuid if isinstance(uuid, str) else None, kwargs)
+
+    def to_json(self) -> str:
+        """Turns, weights, uuid and template variables, if any; metadata is not included."""
+        turns = [
+            [
+                {"role": turn.role, "content": [fragment.stored() for fragment in turn.fragments]},
+                {"flavor": "PerToken", "mult": turn.weight},
+            ]
+            for turn in self._turns
+        ]
+        kwargs = {"template_kwargs": dict(self._template_kwargs)} if self._template_kwargs else {}
+        return json.dumps({"turns": turns, "uuid": self._uuid} | kwargs, ensure_ascii=False)
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        """The turns with fragments and weights."""
+        return self._turns
+
+    def user(self, content: str) -> StringThread:
+        """A copy with a user turn of weight 0 appended."""
+        return self._append("user", Text(_checked_text(content)), 0.0)
+
+    def system(self, content: str) -> StringThread:
+        """A copy with a system turn of weight 1 appended."""
+        return self._append("system", Text(_checked_text(content)), 1.0)
+
+    def assistant(self, content: str) -> StringThread:
+        """A copy with an assistant turn of weight 1 appended."""
+        return self._append("assistant", Text(_checked_text(content)), 1.0)
+
+    def tool(self, content: str, call_id: str | None = None) -> StringThread:
+        """A copy with a tool's response appended, weight 0."""
+        return self._append("tool", ToolResponse(call_id, _checked_text(content)), 0.0)
+
+    def structured(self, value: Any) -> StringThread:
+        """A copy with a pydantic instance appended as an assistant turn of weight 1."""
+        if not hasattr(value, "model_dump_json"):
+            raise TypeError(f"structured() takes a pydantic instance, not {type(value).__name__}")
+        fragment = StructuredOutput(
+            value.model_dump_json(), value.model_dump(mode="json"), type(value).model_json_schema()
+        )
+        return self._append("assistant", fragment, 1.0)
+
+    def last_content(self) -> str:
+        """The text of the last turn. Raises DataError when there is none."""
+        return self._last().text
+
+    def last_turn_fragments(self) -> list[Fragment]:
+        """The fragments of the last turn. Raises DataError when there is none."""
+        return [fragment.public() for fragment in self._last().fragments]
+
+    def messages(self) -> list[tuple[str, str]]:
+        """All turns as (role, content), without the last one if it is the assistant's."""
+        ends_with_assistant = bool(self._turns) and self._turns[-1].role == "assistant"
+        return [(turn.role, turn.content) for turn in self.get_turns()[: -1 if ends_with_assistant else None]]
+
+    def completion(self) -> str | None:
+        """The text of the last turn if it is the assistant's."""
+        return self._turns[-1].text if self._turns and self._turns[-1].role == "assistant" else None
+
+    def get_turns(self) -> list[StringTurn]:
+        """Role and text of every turn; an image shows as `<|image|>`, a tool's response as nothing."""
+        return [StringTurn(turn.role, _shown_text(turn)) for turn in self._turns]
+
+    def _append(self, role: str, fragment: AnyFragment, weight: float) -> StringThread:
+        return self._with_turns((*self._turns, Turn(role, (fragment,), weight)))
+
+    def _last(self) -> Turn:
+        if not self._turns:
+            raise DataError("Empty thread error")
+        return self._turns[-1]
+
+    def __repr__(self) -> str:
+        return self._shown("StringThread", _described)
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f'<div style="margin:4px 0;padding:4px 8px;border-left:3px solid {"#2a2" if turn.weight else "#88a"}">'
+            f"<b>{escape(turn.role)}</b>{f' <small>weight {turn.weight:g}</small>' if turn.weight else ''}"
+            f'<div style="white-space:pre-wrap">{escape(_described(turn))}</div></div>'
+            for turn in self._turns
+        )
+        metadata = "" if self.metadata is None else f"<small>metadata: {escape(repr(self.metadata))}</small>"
+        return f"<div>{rows}{metadata}</div>"
+
+
+def repeat_thread(thread: StringThread) -> Iterator[StringThread]:
+    """The thread again and again, each time as a copy with metadata of its own."""
+    while True:
+        copied = copy.copy(thread)
+        copied.metadata = copy.deepcopy(thread.metadata)
+        yield copied
+
+
+def stringify_thread(thread: StringThread, sep: str = "\n\n") -> str:
+    """The thread as text: `[role]`, a line break and the content for each turn, joined by `sep`."""
+    return sep.join(f"[{turn.role}]\n{turn.content}" for turn in thread.get_turns())
+
+
+def override_system_prompt(dataset: Iterable[StringThread], system_prompt: str) -> list[StringThread]:
+    """The threads with this one system turn in place of their own; the last turn has weight 1, as in a new thread.
+
+    Raises DataError for a thread with anything but text.
+    """
+    return [_with_system_prompt(thread, system_prompt) for thread in dataset]
+
+
+def _with_system_prompt(thread: StringThread, system_prompt: str) -> StringThread:
+    for turn in thread.turns:
+        if other := {fragment.public()["type"] for fragment in turn.fragments} - {"text"}:
+            names = ", ".join(sorted(other))
+            raise DataError(f"override_system_prompt takes threads of text; a {turn.role} turn has {names}")
+    turns = [(turn.role, turn.content) for turn in thread.get_turns() if turn.role != "system"]
+    made = StringThread([("system", system_prompt), *turns], thread.metadata)
+    return made.with_template_kwargs(**thread.template_kwargs)
+
+
+def check_last_turn(thread: StringThread | TokenizedThread, continue_final: bool) -> None:
+    """Raise DataError for a last turn that cannot be continued where it should be, or is unfinished where not."""
+    ends_with_assistant = bool(thread.get_turn_weights()) and thread.get_turns()[-1].role == "assistant"
+    finished = thread.generation is not None and thread.generation.finish_reason == "stop"
+    if continue_final and (finished or not ends_with_assistant):
+        reason = "is finished" if finished else "is not the assistant's"
+        raise DataError(f"continue_final=True: the last turn {reason}, so there is nothing to continue")
+    if ends_with_assistant and not finished and not continue_final:
+        cut = " that was cut for its length" if thread.generation is not None else ""
+        raise DataError(
+            f"the thread ends with an assistant turn{cut}",
+            hint="continue_final=True continues it; else append a user turn, or take StringThread(thread.messages())",
+        )
+
+
+def fragment_turn(role: Any, content: Any) -> Turn:
+    """A turn of weight 0 from text or a list of fragment dicts. Raises DataError for anything else."""
+    if not isinstance(role, str):
+        raise DataError(f"a turn's role must be a string, not {type(role).__name__}")
+    if isinstance(content, str):
+        return Turn(role, (Text(content),), 0.0)
+    if isinstance(content, Sequence) and not isinstance(content, bytes | bytearray):
+        return Turn(role, tuple(from_public(raw) for raw in content), 0.0)
+    raise DataError(f"the content of a turn must be text or a list of fragments, not {type(content).__name__}")
+
+
+def _text_turn(turn: Any) -> Turn:
+    if not isinstance(turn, tuple):
+        raise TypeError(f"a turn must be a tuple (role, content), not {type(turn).__name__}")
+    if len(turn) != 2:
+        raise ValueError(f"a turn must be a tuple (role, content), not one of {len(turn)} elements")
+    role, content = turn
+    return Turn(_checked_text(role), (Text(_checked_text(content)),), 0.0)
+
+
+def _stored_turn(turn: dict[str, Any], weight: dict[str, Any]) -> Turn:
+    mult = weight["mult"]
+    if weight["flavor"] != "PerToken" or isinstance(mult, bool) or not isinstance(mult, int | float):
+        raise ValueError(f"unknown weight {weight}")
+    if not math.isfinite(mult) or mult < 0:
+        raise ValueError(f"a weight must be a finite number, 0 or more, not {mult}")
+    role = turn["role"]
+    if not isinstance(role, str):
+        raise TypeError("a role must be a string")
+    return Turn(role, tuple(from_stored(raw) for raw in turn["content"]), float(mult))
+
+
+def _checked_text(content: Any) -> str:
+    if not isinstance(content, str):
+        raise TypeError(f"role and content must be strings, not {type(content).__name__}")
+    return content
+
+
+def _shown_text(turn: Turn) -> str:
+    return "".join("<|image|>" if isinstance(fragment, Image) else text_of((fragment,)) for fragment in turn.fragments)
+
+
+def _described(turn: Turn) -> str:
+    parts = []
+    for fragment in turn.fragments:
+        if isinstance(fragment, ToolResponse):
+            cut = fragment.content[:_SHOWN_TOOL_CHARACTERS]
+            parts.append(cut + ("…" if len(fragment.content) > len(cut) else ""))
+        elif isinstance(fragment, Image):
+            parts.append(f"<image, {len(fragment.data)} bytes>")
+        elif isinstance(fragment, Text | StructuredOutput):
+            parts.append(text_of((fragment,)))
+        else:
+            parts.append(str(fragment))
+    return "\n".join(parts)
