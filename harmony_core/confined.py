@@ -40,10 +40,12 @@ def run(module: str, arguments: list[str], limits: Limits, subject: Path, doing:
     # -P: what lies in the working directory must not stand in for a package.
     command = [sys.executable, "-P", "-m", __name__, str(os.getpid()), str(limits.memory), str(limits.work), module]
     offline = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    # One thread each: the stacks and buffers of a pool as wide as the machine would count towards the memory limit.
+    single = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"), "1")
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as log:
         child = subprocess.Popen(
             [*command, *arguments],
-            env=os.environ | offline | {"MALLOC_ARENA_MAX": "1"},
+            env=os.environ | offline | single | {"MALLOC_ARENA_MAX": "1"},
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=log,

@@ -30,6 +30,13 @@ def child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-u
     return start
 
 
+def test_its_libraries_start_one_thread_each(child, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    """With a thread for each of 32 cores, importing numpy alone takes more than its 1 GiB."""
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"):
+        monkeypatch.setenv(name, "64")
+    assert child("import numpy, os\n" + ANSWER % "len(os.listdir('/proc/self/task'))") == 1
+
+
 def test_it_has_no_input_and_no_core_files(child) -> None:  # type: ignore[no-untyped-def]
     assert child(ANSWER % "sys.stdin.read()") == ""
     assert child("import resource\n" + ANSWER % "resource.getrlimit(resource.RLIMIT_CORE)[0]") == 0

@@ -202,8 +202,9 @@ def test_a_stopped_training_goes_on_as_one_that_was_not(one_rank: LiveEngine, na
     for step, metrics in whole[0].items():
         assert set(metrics) == set(resumed[0][step])
         for key, value in metrics.items():
-            # What measures rounding itself is another number each time.
-            if not key.startswith("sampler_"):
+            # Metrics of rounding differ each time: the gap to the sampler, and the larger of two equal rewards.
+            equal_rewards = key == "reward_accuracy" and abs(metrics.get("reward_margin", 1.0)) < 1e-5
+            if not key.startswith("sampler_") and not equal_rewards:
                 assert resumed[0][step][key] == pytest.approx(value, rel=1e-3, abs=1e-5), (step, key)
 
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from torch._inductor import config as inductor_config
 
 from engines import LiveEngine, start_engine, stop_engine
 
 
 @pytest.fixture(autouse=True)
-def no_compiling_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_compiling_processes() -> Iterator[None]:
     """The compiler's helpers would stay until this process ends."""
-    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)
+    with inductor_config.patch(compile_threads=1):
+        yield
 
 
 @pytest.fixture(scope="package")

@@ -171,7 +171,7 @@ def test_only_the_dead_are_swept(registry: Registry) -> None:
     host, namespace, _, started = me.split("~")
     child = subprocess.Popen(["sleep", "60"])
     alive = {f"{_owner(child.pid)}~1", f"{me}~2", f"elsewhere~{namespace}~1~1~3", f"{host}~1~1~1~4", "unknown~5"}
-    dead = {f"{host}~{namespace}~{2**22 + n}~{started}~{n}" for n in range(40)} | {f"{host}~{namespace}~1~12~6"}
+    dead = {f"{host}~{namespace}~{2**22 + n}~{started}~{n}" for n in range(40)} | {f"{host}~{namespace}~1~{2**40}~6"}
     old = {f"elsewhere~{namespace}~1~1~7", "unknown~8"}
     for name in alive | dead | old:
         small_models.write_model(staging / name)
