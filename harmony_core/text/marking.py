@@ -19,8 +19,7 @@ from msgspec import structs
 
 from harmony_core.errors import TokenizationError
 from harmony_core.text.chat_template import ChatTemplate
-from harmony_core.text.fragments import AnyFragment, FunctionCall, Image, Reasoning, Text, ToolResponse
-from harmony_core.text.turns import Turn
+from harmony_core.text.turns import AnyFragment, FunctionCall, Image, Reasoning, Text, ToolResponse, Turn
 
 Message = dict[str, Any]
 

@@ -1,7 +1,7 @@
-"""Conversations as text, with a training weight for each turn. `TokenizedThread` is their form as tokens.
+"""Conversations as text and as tokens, with a training weight for each turn.
 
-A thread never changes, save for its `metadata`; every method that looks like a change returns a new thread that shares
-the metadata object. Knows nothing of templates or tokenizers.
+A thread is immutable except for its `metadata`; every method that looks like a change returns a new thread that shares
+the metadata object. This module knows nothing of templates or tokenizers.
 """
 
 from __future__ import annotations
@@ -9,36 +9,37 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from html import escape
-from typing import Any, NamedTuple, Self
+from typing import Any, Self, TypeVar
 
 from harmony_core.errors import DataError
-from harmony_core.text.fragments import (
+from harmony_core.text.turns import (
     AnyFragment,
+    Conversation,
     Fragment,
+    GenerationRecord,
     Image,
+    StringTurn,
     StructuredOutput,
+    TemplateKwargs,
     Text,
+    TokenizedTurn,
+    TokenTurn,
     ToolResponse,
+    Turn,
     from_public,
     from_stored,
+    refuse,
     text_of,
 )
-from harmony_core.text.token_threads import TokenizedThread, TokenizedTurn
-from harmony_core.text.turns import Conversation, TemplateKwargs, Turn
 
-__all__ = ["StringThread", "StringTurn", "TokenizedThread", "TokenizedTurn", "Turn"]
+__all__ = ["GenerationRecord", "StringThread", "StringTurn", "TokenTurn", "TokenizedThread", "TokenizedTurn", "Turn"]
 
+NumberT = TypeVar("NumberT", int, float)
+_PENDING = "its tokens are added when a model is asked to answer it"
 _SHOWN_TOOL_CHARACTERS = 500
-
-
-class StringTurn(NamedTuple):
-    """One turn as text."""
-
-    role: str
-    content: str
 
 
 class StringThread(Conversation[Turn]):
@@ -51,13 +52,7 @@ class StringThread(Conversation[Turn]):
     __slots__ = ()
 
     def __init__(self, turns: Sequence[tuple[str, str]] | None = None, metadata: Any = None) -> None:
-        made = [_text_turn(turn) for turn in turns or ()]
-        if made:
-            made[-1] = replace(made[-1], weight=1.0)
-        self._turns = tuple(made)
-        self._template_kwargs = TemplateKwargs()
-        self._uuid = None
-        self.metadata = metadata
+        super().__init__(_last_weighted([_text_turn(turn) for turn in turns or ()]), metadata)
 
     @classmethod
     def from_turns(
@@ -68,19 +63,16 @@ class StringThread(Conversation[Turn]):
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> Self:
         """Build from turns that carry their weights."""
-        thread = cls(None, metadata)
-        thread._turns = tuple(turns)
-        thread._template_kwargs = TemplateKwargs(template_kwargs)
-        thread._uuid = uuid
+        thread = cls()
+        Conversation.__init__(thread, turns, metadata, uuid, template_kwargs)
         return thread
 
     @staticmethod
     async def from_fragments(raw_turns: Sequence[tuple[str, Sequence[Fragment]]], metadata: Any = None) -> StringThread:
         """Build from fragment dicts; the last turn gets weight 1. Raises DataError for a fragment that is not one."""
-        turns = [fragment_turn(role, fragments) for role, fragments in raw_turns]
-        if turns:
-            turns[-1] = replace(turns[-1], weight=1.0)
-        return StringThread.from_turns(turns, metadata)
+        return StringThread.from_turns(
+            _last_weighted([fragment_turn(role, parts) for role, parts in raw_turns]), metadata
+        )
 
     @staticmethod
     async def from_dataset(
@@ -117,6 +109,8 @@ class StringThread(Conversation[Turn]):
     def turns(self) -> tuple[Turn, ...]:
         """The turns with fragments and weights."""
         return self._turns
+
+    text_turns = turns
 
     def user(self, content: str) -> StringThread:
         """A copy with a user turn of weight 0 appended."""
@@ -186,6 +180,139 @@ class StringThread(Conversation[Turn]):
         return f"<div>{rows}{metadata}</div>"
 
 
+class TokenizedThread(Conversation[TokenTurn]):
+    """A conversation as token ids with the position of each turn. Models create these threads.
+
+    The tokens of an assistant turn are those that the model must emit: its content and the end-of-turn token.
+    """
+
+    __slots__ = ("_locate", "token_ids")
+
+    def __init__(
+        self,
+        token_ids: list[int],
+        turns: Sequence[TokenTurn],
+        metadata: Any = None,
+        uuid: str | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(turns, metadata, uuid, template_kwargs)
+        self.token_ids = token_ids
+        self._locate: Callable[[], Sequence[TokenTurn]] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        thread: Conversation[Any],
+        token_ids: list[int],
+        turns: Sequence[TokenTurn],
+        locate: Callable[[], Sequence[TokenTurn]] | None = None,
+    ) -> Self:
+        """The tokens of a thread, with its metadata, identifier and template variables.
+
+        `locate` returns the turns with all positions. It is called once, when a position that `turns` lacks is needed.
+        """
+        made = cls(token_ids, turns, thread.metadata, thread.uuid(), thread.template_kwargs)
+        made._locate = locate
+        return made
+
+    @property
+    def token_weights(self) -> list[float]:
+        """One weight for each of `token_ids`; 0 for the template's own tokens."""
+        weights = [0.0] * len(self.token_ids)
+        for turn in self._turns:
+            if turn.weight:
+                weights[turn.start : turn.end] = [turn.weight] * (turn.end - turn.start)
+        return weights
+
+    @property
+    def logprobs(self) -> list[float] | None:
+        """The raw log-prob of each weighted token if these are the generated tokens; else None."""
+        return self._recorded(lambda record: record.logprobs)
+
+    @property
+    def sampled_logprobs(self) -> list[float] | None:
+        """Like `logprobs`, under the distribution that was sampled from."""
+        return self._recorded(lambda record: record.sampled_logprobs)
+
+    @property
+    def versions(self) -> list[int] | None:
+        """The policy version of each weighted token if these are the generated tokens; else None."""
+        return self._recorded(lambda record: record.versions)
+
+    def get_turns(self) -> list[TokenizedTurn]:
+        """Role and tokens of every turn, without the template's headers."""
+        return [TokenizedTurn(turn.role, self.token_ids[turn.start : turn.end]) for turn in self.token_turns]
+
+    def turns(self) -> list[TokenizedTurn]:
+        """The same as `get_turns`."""
+        return self.get_turns()
+
+    @property
+    def token_turns(self) -> tuple[TokenTurn, ...]:
+        """The turns with positions, weights and fragments."""
+        if self._locate is not None:
+            self._turns, self._locate = tuple(self._locate()), None
+        return self._turns
+
+    @property
+    def text_turns(self) -> tuple[Turn, ...]:
+        """The turns without positions."""
+        return tuple(Turn(t.role, t.fragments, t.weight, generation=t.generation) for t in self._turns)
+
+    def ends_with_last_turn(self) -> bool:
+        """Whether the last token belongs to the last turn."""
+        return self._turns[-1].end == len(self.token_ids)
+
+    def with_token_ids(self, token_ids: list[int]) -> Self:
+        """A copy with these token ids and the same turns."""
+        copied = copy.copy(self)
+        copied.token_ids = token_ids
+        return copied
+
+    def last_content(self) -> list[int] | None:
+        """The tokens of the last turn, None in an empty thread."""
+        return self.token_ids[self._turns[-1].start : self._turns[-1].end] if self._turns else None
+
+    def len_last_turn(self) -> int:
+        """The number of tokens of the last turn."""
+        return self._turns[-1].end - self._turns[-1].start if self._turns else 0
+
+    def user(self, content: str) -> TokenizedThread:
+        """A copy with a user turn appended; its tokens are added when a model is asked for an answer."""
+        return self._awaiting("user", Text(content))
+
+    def tool(self, content: str, call_id: str | None = None) -> TokenizedThread:
+        """A copy with the response of a tool appended, like `user`."""
+        return self._awaiting("tool", ToolResponse(call_id, content))
+
+    def _awaiting(self, role: str, fragment: Text | ToolResponse) -> TokenizedThread:
+        return super()._with_turns((*self.token_turns, TokenTurn(role, (fragment,), 0.0, problem=_PENDING)))
+
+    def _weighted(self, chosen: slice) -> Self:
+        self._turns = self.token_turns  # the positions of turns that have no weight yet are needed
+        return super()._weighted(chosen)
+
+    def _with_turns(self, turns: tuple[TokenTurn, ...]) -> Self:
+        for index, turn in enumerate(turns):
+            if turn.weight and turn.problem:
+                refuse(index, turn)
+        return super()._with_turns(turns)
+
+    def _recorded(self, numbers: Callable[[GenerationRecord], tuple[NumberT, ...]]) -> list[NumberT] | None:
+        """Numbers of the last turn's record, if no other turn has a weight."""
+        record = self.generation
+        weighted = [turn for turn in self._turns if turn.weight > 0]
+        return list(numbers(record)) if record is not None and weighted == [*self._turns[-1:]] else None
+
+    def __repr__(self) -> str:
+        turns = iter(self.get_turns())
+        return self._shown(
+            f"TokenizedThread {len(self.token_ids)} tokens",
+            lambda _: f"{len(content := next(turns).content)} tokens {content}",
+        )
+
+
 def repeat_thread(thread: StringThread) -> Iterator[StringThread]:
     """The thread again and again, each time as a copy with metadata of its own."""
     while True:
@@ -204,17 +331,16 @@ def override_system_prompt(dataset: Iterable[StringThread], system_prompt: str) 
 
     Raises DataError for a thread with anything but text.
     """
-    return [_with_system_prompt(thread, system_prompt) for thread in dataset]
-
-
-def _with_system_prompt(thread: StringThread, system_prompt: str) -> StringThread:
-    for turn in thread.turns:
-        if other := {fragment.public()["type"] for fragment in turn.fragments} - {"text"}:
-            names = ", ".join(sorted(other))
-            raise DataError(f"override_system_prompt takes threads of text; a {turn.role} turn has {names}")
-    turns = [(turn.role, turn.content) for turn in thread.get_turns() if turn.role != "system"]
-    made = StringThread([("system", system_prompt), *turns], thread.metadata)
-    return made.with_template_kwargs(**thread.template_kwargs)
+    made = []
+    for thread in dataset:
+        for turn in thread.turns:
+            if other := {fragment.public()["type"] for fragment in turn.fragments} - {"text"}:
+                names = ", ".join(sorted(other))
+                raise DataError(f"override_system_prompt takes threads of text; a {turn.role} turn has {names}")
+        turns = [turn for turn in thread.get_turns() if turn.role != "system"]
+        new = StringThread([("system", system_prompt), *turns], thread.metadata)
+        made.append(new.with_template_kwargs(**thread.template_kwargs))
+    return made
 
 
 def check_last_turn(thread: StringThread | TokenizedThread, continue_final: bool) -> None:
@@ -241,6 +367,10 @@ def fragment_turn(role: Any, content: Any) -> Turn:
     if isinstance(content, Sequence) and not isinstance(content, bytes | bytearray):
         return Turn(role, tuple(from_public(raw) for raw in content), 0.0)
     raise DataError(f"the content of a turn must be text or a list of fragments, not {type(content).__name__}")
+
+
+def _last_weighted(turns: list[Turn]) -> list[Turn]:
+    return [*turns[:-1], *(replace(turn, weight=1.0) for turn in turns[-1:])]
 
 
 def _text_turn(turn: Any) -> Turn:
@@ -275,15 +405,13 @@ def _shown_text(turn: Turn) -> str:
 
 
 def _described(turn: Turn) -> str:
-    parts = []
-    for fragment in turn.fragments:
-        if isinstance(fragment, ToolResponse):
-            cut = fragment.content[:_SHOWN_TOOL_CHARACTERS]
-            parts.append(cut + ("…" if len(fragment.content) > len(cut) else ""))
-        elif isinstance(fragment, Image):
-            parts.append(f"<image, {len(fragment.data)} bytes>")
-        elif isinstance(fragment, Text | StructuredOutput):
-            parts.append(text_of((fragment,)))
-        else:
-            parts.append(str(fragment))
-    return "\n".join(parts)
+    return "\n".join(map(_described_fragment, turn.fragments))
+
+
+def _described_fragment(fragment: AnyFragment) -> str:
+    if isinstance(fragment, ToolResponse):
+        cut = fragment.content[:_SHOWN_TOOL_CHARACTERS]
+        return cut + "…" * (len(fragment.content) > len(cut))
+    if isinstance(fragment, Image):
+        return f"<image, {len(fragment.data)} bytes>"
+    return text_of((fragment,)) if isinstance(fragment, Text | StructuredOutput) else str(fragment)

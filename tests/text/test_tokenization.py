@@ -15,8 +15,7 @@ from tokenizers import AddedToken
 import tokenizer_directories as directories
 from harmony_core.errors import TokenizationError
 from harmony_core.text.chat_template import ChatTemplate, Rendered
-from harmony_core.text.threads import StringThread
-from harmony_core.text.token_threads import TokenizedThread
+from harmony_core.text.threads import StringThread, TokenizedThread
 from harmony_core.text.tokenization import ChatTokenizer, growth
 
 FAMILIES = sorted(directories.FAMILIES)
