@@ -1,7 +1,6 @@
 """Conversations as text and as tokens, with a training weight for each turn.
 
-A thread is immutable except for its `metadata`; every method that looks like a change returns a new thread that shares
-the metadata object. This module knows nothing of templates or tokenizers.
+Threads are immutable except for their `metadata`; methods that look like a change return a new thread that shares it.
 """
 
 from __future__ import annotations
@@ -12,14 +11,13 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from html import escape
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 from harmony_core.errors import DataError
 from harmony_core.text.turns import (
     AnyFragment,
     Conversation,
     Fragment,
-    GenerationRecord,
     Image,
     StringTurn,
     StructuredOutput,
@@ -35,24 +33,23 @@ from harmony_core.text.turns import (
     text_of,
 )
 
-__all__ = ["GenerationRecord", "StringThread", "StringTurn", "TokenTurn", "TokenizedThread", "TokenizedTurn", "Turn"]
+__all__ = ["StringThread", "StringTurn", "TokenizedThread", "TokenizedTurn", "Turn"]
 
-NumberT = TypeVar("NumberT", int, float)
 _PENDING = "its tokens are added when a model is asked to answer it"
-_SHOWN_TOOL_CHARACTERS = 500
+_SHOWN = 500  # characters of a tool response
 
 
 class StringThread(Conversation[Turn]):
     """A conversation as text.
 
-    The constructor gives the last turn weight 1 whatever its role, and the others 0; `assistant()` and `system()`
-    append with weight 1, `user()` and `tool()` with 0; the `with_weight_*` methods set every turn's weight anew.
+    The constructor gives the last turn weight 1, whatever its role, and the others 0. `assistant()` and `system()`
+    append with weight 1, `user()` and `tool()` with 0. The `with_weight_*` methods set the weight of every turn.
     """
 
     __slots__ = ()
 
     def __init__(self, turns: Sequence[tuple[str, str]] | None = None, metadata: Any = None) -> None:
-        super().__init__(_last_weighted([_text_turn(turn) for turn in turns or ()]), metadata)
+        super().__init__(_last_weighted(map(_text_turn, turns or ())), metadata)
 
     @classmethod
     def from_turns(
@@ -70,9 +67,8 @@ class StringThread(Conversation[Turn]):
     @staticmethod
     async def from_fragments(raw_turns: Sequence[tuple[str, Sequence[Fragment]]], metadata: Any = None) -> StringThread:
         """Build from fragment dicts; the last turn gets weight 1. Raises DataError for a fragment that is not one."""
-        return StringThread.from_turns(
-            _last_weighted([fragment_turn(role, parts) for role, parts in raw_turns]), metadata
-        )
+        turns = _last_weighted(fragment_turn(role, fragments) for role, fragments in raw_turns)
+        return StringThread.from_turns(turns, metadata)
 
     @staticmethod
     async def from_dataset(
@@ -132,9 +128,8 @@ class StringThread(Conversation[Turn]):
         """A copy with a pydantic instance appended as an assistant turn of weight 1."""
         if not hasattr(value, "model_dump_json"):
             raise TypeError(f"structured() takes a pydantic instance, not {type(value).__name__}")
-        fragment = StructuredOutput(
-            value.model_dump_json(), value.model_dump(mode="json"), type(value).model_json_schema()
-        )
+        schema = type(value).model_json_schema()
+        fragment = StructuredOutput(value.model_dump_json(), value.model_dump(mode="json"), schema)
         return self._append("assistant", fragment, 1.0)
 
     def last_content(self) -> str:
@@ -147,8 +142,7 @@ class StringThread(Conversation[Turn]):
 
     def messages(self) -> list[tuple[str, str]]:
         """All turns as (role, content), without the last one if it is the assistant's."""
-        ends_with_assistant = bool(self._turns) and self._turns[-1].role == "assistant"
-        return [(turn.role, turn.content) for turn in self.get_turns()[: -1 if ends_with_assistant else None]]
+        return [(turn.role, turn.content) for turn in self.get_turns()[: None if self.completion() is None else -1]]
 
     def completion(self) -> str | None:
         """The text of the last turn if it is the assistant's."""
@@ -181,7 +175,7 @@ class StringThread(Conversation[Turn]):
 
 
 class TokenizedThread(Conversation[TokenTurn]):
-    """A conversation as token ids with the position of each turn. Models create these threads.
+    """A conversation as token ids with the position of each turn, made by a model.
 
     The tokens of an assistant turn are those that the model must emit: its content and the end-of-turn token.
     """
@@ -228,17 +222,17 @@ class TokenizedThread(Conversation[TokenTurn]):
     @property
     def logprobs(self) -> list[float] | None:
         """The raw log-prob of each weighted token if these are the generated tokens; else None."""
-        return self._recorded(lambda record: record.logprobs)
+        return self._recorded("logprobs")
 
     @property
     def sampled_logprobs(self) -> list[float] | None:
         """Like `logprobs`, under the distribution that was sampled from."""
-        return self._recorded(lambda record: record.sampled_logprobs)
+        return self._recorded("sampled_logprobs")
 
     @property
     def versions(self) -> list[int] | None:
         """The policy version of each weighted token if these are the generated tokens; else None."""
-        return self._recorded(lambda record: record.versions)
+        return self._recorded("versions")
 
     def get_turns(self) -> list[TokenizedTurn]:
         """Role and tokens of every turn, without the template's headers."""
@@ -263,12 +257,6 @@ class TokenizedThread(Conversation[TokenTurn]):
     def ends_with_last_turn(self) -> bool:
         """Whether the last token belongs to the last turn."""
         return self._turns[-1].end == len(self.token_ids)
-
-    def with_token_ids(self, token_ids: list[int]) -> Self:
-        """A copy with these token ids and the same turns."""
-        copied = copy.copy(self)
-        copied.token_ids = token_ids
-        return copied
 
     def last_content(self) -> list[int] | None:
         """The tokens of the last turn, None in an empty thread."""
@@ -299,18 +287,16 @@ class TokenizedThread(Conversation[TokenTurn]):
                 refuse(index, turn)
         return super()._with_turns(turns)
 
-    def _recorded(self, numbers: Callable[[GenerationRecord], tuple[NumberT, ...]]) -> list[NumberT] | None:
+    def _recorded(self, numbers: str) -> list[Any] | None:
         """Numbers of the last turn's record, if no other turn has a weight."""
         record = self.generation
         weighted = [turn for turn in self._turns if turn.weight > 0]
-        return list(numbers(record)) if record is not None and weighted == [*self._turns[-1:]] else None
+        return list(getattr(record, numbers)) if record is not None and weighted == [*self._turns[-1:]] else None
 
     def __repr__(self) -> str:
-        turns = iter(self.get_turns())
-        return self._shown(
-            f"TokenizedThread {len(self.token_ids)} tokens",
-            lambda _: f"{len(content := next(turns).content)} tokens {content}",
-        )
+        contents = iter([turn.content for turn in self.get_turns()])
+        title = f"TokenizedThread {len(self.token_ids)} tokens"
+        return self._shown(title, lambda _: f"{len(content := next(contents))} tokens {content}")
 
 
 def repeat_thread(thread: StringThread) -> Iterator[StringThread]:
@@ -334,28 +320,26 @@ def override_system_prompt(dataset: Iterable[StringThread], system_prompt: str) 
     made = []
     for thread in dataset:
         for turn in thread.turns:
-            if other := {fragment.public()["type"] for fragment in turn.fragments} - {"text"}:
+            if other := {str(fragment.public()["type"]) for fragment in turn.fragments} - {"text"}:
                 names = ", ".join(sorted(other))
                 raise DataError(f"override_system_prompt takes threads of text; a {turn.role} turn has {names}")
-        turns = [turn for turn in thread.get_turns() if turn.role != "system"]
-        new = StringThread([("system", system_prompt), *turns], thread.metadata)
+        others = [turn for turn in thread.get_turns() if turn.role != "system"]
+        new = StringThread([("system", system_prompt), *others], thread.metadata)
         made.append(new.with_template_kwargs(**thread.template_kwargs))
     return made
 
 
 def check_last_turn(thread: StringThread | TokenizedThread, continue_final: bool) -> None:
-    """Raise DataError for a last turn that cannot be continued where it should be, or is unfinished where not."""
-    ends_with_assistant = bool(thread.get_turn_weights()) and thread.get_turns()[-1].role == "assistant"
+    """Raise DataError for a last turn that cannot be continued although it should be, or that is unfinished."""
+    ends_with_assistant = [turn.role for turn in thread.text_turns[-1:]] == ["assistant"]
     finished = thread.generation is not None and thread.generation.finish_reason == "stop"
     if continue_final and (finished or not ends_with_assistant):
         reason = "is finished" if finished else "is not the assistant's"
         raise DataError(f"continue_final=True: the last turn {reason}, so there is nothing to continue")
     if ends_with_assistant and not finished and not continue_final:
         cut = " that was cut for its length" if thread.generation is not None else ""
-        raise DataError(
-            f"the thread ends with an assistant turn{cut}",
-            hint="continue_final=True continues it; else append a user turn, or take StringThread(thread.messages())",
-        )
+        hint = "continue_final=True continues it; else append a user turn, or take StringThread(thread.messages())"
+        raise DataError(f"the thread ends with an assistant turn{cut}", hint=hint)
 
 
 def fragment_turn(role: Any, content: Any) -> Turn:
@@ -369,8 +353,9 @@ def fragment_turn(role: Any, content: Any) -> Turn:
     raise DataError(f"the content of a turn must be text or a list of fragments, not {type(content).__name__}")
 
 
-def _last_weighted(turns: list[Turn]) -> list[Turn]:
-    return [*turns[:-1], *(replace(turn, weight=1.0) for turn in turns[-1:])]
+def _last_weighted(turns: Iterable[Turn]) -> list[Turn]:
+    made = list(turns)
+    return made[:-1] + [replace(turn, weight=1.0) for turn in made[-1:]]
 
 
 def _text_turn(turn: Any) -> Turn:
@@ -405,13 +390,11 @@ def _shown_text(turn: Turn) -> str:
 
 
 def _described(turn: Turn) -> str:
-    return "\n".join(map(_described_fragment, turn.fragments))
+    def describe(fragment: AnyFragment) -> str:
+        if isinstance(fragment, ToolResponse):
+            return fragment.content[:_SHOWN] + "…" * (len(fragment.content) > _SHOWN)
+        if isinstance(fragment, Image):
+            return f"<image, {len(fragment.data)} bytes>"
+        return text_of((fragment,)) if isinstance(fragment, Text | StructuredOutput) else str(fragment)
 
-
-def _described_fragment(fragment: AnyFragment) -> str:
-    if isinstance(fragment, ToolResponse):
-        cut = fragment.content[:_SHOWN_TOOL_CHARACTERS]
-        return cut + "…" * (len(fragment.content) > len(cut))
-    if isinstance(fragment, Image):
-        return f"<image, {len(fragment.data)} bytes>"
-    return text_of((fragment,)) if isinstance(fragment, Text | StructuredOutput) else str(fragment)
+    return "\n".join(map(describe, turn.fragments))

@@ -1,9 +1,8 @@
 """From threads to token ids and back, with a model's tokenizer and chat template.
 
 **Weighted tokens.** The weighted tokens of an assistant turn are those that the model must emit after the prompt for
-this turn: everything from the end of the prompt through the end-of-turn token. The template's header before the turn
-and its text after the turn have no weight. The weighted tokens of other turns are their content, without surrounding
-whitespace.
+this turn: everything from the end of the prompt through the end-of-turn token, without the template's header before it
+and text after it. The weighted tokens of other turns are their content, without surrounding whitespace.
 
 **The contract.** The conversation's tokens begin with the tokens of the prompt, and the tokens after them show the
 whole turn: its reasoning, text and calls. Otherwise the turn has a problem, which is an error if the turn has a weight.
@@ -13,16 +12,17 @@ turn stands behind the prompt that the model would have seen.
 **Renderings.** The template renders a thread twice, plain and marked, and once more for the prompt of each weighted
 turn. A split thread takes two renderings for each part; the prompts are shared.
 
-Uses `tokenizers` and jinja2 only and agrees token for token with transformers' `apply_chat_template`.
+The tokens are those of transformers' `apply_chat_template`; only `tokenizers` and jinja2 are used.
 """
 
 from __future__ import annotations
 
+import copy
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -51,17 +51,13 @@ from harmony_core.text.threads import StringThread, TokenizedThread
 from harmony_core.text.tokenizer_files import TokenizerFiles
 from harmony_core.text.turns import RESERVED, GenerationRecord, TemplateKwargs, Text, TokenTurn, Turn, refuse
 
-# Prompts whose tokens are cached: making them takes most of the driver's time for a completion.
-PROMPTS = 256
-# How many times its tokens a split thread may take, unless more is requested.
-MAX_GROWTH = 4.0
-# Tokens before a completion that are decoded with it.
-_CONTEXT = 8
+PROMPTS = 256  # cached prompts: tokenizing them takes most of the driver's time for a completion
+MAX_GROWTH = 4.0  # how many times its tokens a split thread may take, unless more is requested
+_CONTEXT = 8  # tokens before a completion that are decoded with it
 _SPLIT = (
     "the template writes it otherwise once turns follow: train_language_modelling and logprobs split such a thread; "
     "elsewhere weight the last turn alone (with_weight_last_assistant_turn()), or take a template that keeps all turns"
 )
-_AS_TEXT = "detokenize_thread() gives the thread as text, which the template then renders anew"
 
 
 class ChatTokenizer:
@@ -101,7 +97,7 @@ class ChatTokenizer:
         return self._encoding(text).ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids, special tokens included."""
+        """Text of token ids, with special tokens."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
 
     def tokenless(self, size: int) -> tuple[tuple[int, int], ...]:
@@ -125,14 +121,15 @@ class ChatTokenizer:
                 deque(layouts, 0)  # raises if splitting does not help
                 refuse(index, turn, _SPLIT)
         complete = all(turn.problem != NOT_LOCATED for turn in turns)
-        return TokenizedThread.of(thread, ids, turns, None if complete else partial(self._every_turn, template, thread))
+        locate = None if complete else lambda: self._lay_out(template, thread.turns, every_turn=True)[1]
+        return TokenizedThread.of(thread, ids, turns, locate)
 
     def parts(self, thread: StringThread) -> list[TokenizedThread]:
         """Tokenize the conversation in as few parts as show each weighted turn behind its prompt.
 
-        There is one part, the whole, unless the template writes earlier turns differently once others follow. Each
-        further part ends with a weighted turn. Every weighted turn has its weight in one part. Assistant turns without
-        a weight have no position. Raises TokenizationError.
+        There is one part unless the template writes earlier turns differently once others follow. Each further part
+        ends with a weighted turn. Every weighted turn has its weight in one part; assistant turns without a weight
+        have no position. Raises TokenizationError.
         """
         template, parts = self._template_of(thread.template_kwargs), []
         for ids, turns, trained in self._layouts(template, thread.turns):
@@ -140,9 +137,6 @@ class ChatTokenizer:
                 weighted = [replace(turn, weight=turn.weight * (index in trained)) for index, turn in enumerate(turns)]
                 parts.append(TokenizedThread.of(thread, ids, weighted))
         return parts
-
-    def _every_turn(self, template: ChatTemplate, thread: StringThread) -> list[TokenTurn]:
-        return self._lay_out(template, thread.turns, every_turn=True)[1]
 
     def _layouts(
         self, template: ChatTemplate, turns: Sequence[Turn], every_turn: bool = False
@@ -181,7 +175,8 @@ class ChatTokenizer:
                 if turn.role == "assistant" and turn.problem
             )
             why = next(problems, "the chat template of this model does not write what they are")
-            raise TokenizationError(f"these tokens cannot be continued: {why}", hint=_AS_TEXT)
+            hint = "detokenize_thread() gives the thread as text, which the template then renders anew"
+            raise TokenizationError(f"these tokens cannot be continued: {why}", hint=hint)
         return ids
 
     def unfinished_ids(self, thread: StringThread | TokenizedThread) -> list[int]:
@@ -203,15 +198,13 @@ class ChatTokenizer:
         return self._row(text, turns, places)[0].ids
 
     def completed(self, thread: TokenizedThread) -> TokenizedThread:
-        """The thread with the tokens that the template writes after the last turn.
-
-        Returns the thread itself if the template does not write its tokens.
-        """
+        """The thread with the tokens after its last turn, or itself if the template does not write its tokens."""
+        completed = copy.copy(thread)
         try:
-            ids, _ = self._lay_out(self._template_of(thread.template_kwargs), thread.text_turns)
+            completed.token_ids, _ = self._lay_out(self._template_of(thread.template_kwargs), thread.text_turns)
         except TokenizationError:
             return thread
-        return thread.with_token_ids(ids) if ids[: len(thread.token_ids)] == thread.token_ids else thread
+        return completed if completed.token_ids[: len(thread.token_ids)] == thread.token_ids else thread
 
     def _render_prompt(self, turns: tuple[Turn, ...], variables: TemplateKwargs) -> tuple[int, ...]:
         template = self._template_of(variables)
@@ -296,19 +289,15 @@ class ChatTokenizer:
         row, generated = self._row(text, turns, places)
         laid_out = []
         for index, (turn, place) in enumerate(zip(turns, places, strict=True)):
-            record, problem = None, ""
-            if index in generated:
-                record, start = turn.generation, bisect_left(row.starts, place.start)
-                end = start + len(generated[index].ids)
-                start = end - len(record.logprobs) if record is not None and record.logprobs else start
+            record = turn.generation if index in generated else None
+            if record is not None:
+                end = bisect_left(row.starts, place.start) + len(record.tokens)
+                span = end - len(record.logprobs or record.tokens), end, ""
             else:
                 following = [p.content_start for p in places[index + 1 :] if p.content_start is not None]
-                limit = min(following, default=len(text) + 1)
-                start, end, problem = self._token_span(turn, place, text, row, limit)
-            hint = place.hint or OTHER_TEMPLATE if problem else ""
-            laid_out.append(
-                TokenTurn(turn.role, turn.fragments, turn.weight, start, end, problem, hint, generation=record)
-            )
+                span = self._token_span(turn, place, text, row, min(following, default=len(text) + 1))
+            hint = place.hint or OTHER_TEMPLATE if span[2] else ""
+            laid_out.append(TokenTurn(turn.role, turn.fragments, turn.weight, *span, hint, generation=record))
         return row.ids, laid_out
 
     def _row(self, text: str, turns: Sequence[Turn], places: Sequence[Place]) -> tuple[Row, dict[int, Stretch]]:
@@ -340,15 +329,12 @@ class ChatTokenizer:
             if row.starts[position] >= limit:
                 break
             if row.ids[position] in self.stop_ids:
-                inner = self._stops(row.ids[start:position])
-                if inner and inner > self._stops(self.encode(repr(turn.fragments))):
+                inner = sum(token in self.stop_ids for token in row.ids[start:position])
+                if inner and inner > sum(token in self.stop_ids for token in self.encode(repr(turn.fragments))):
                     return 0, 0, "the chat template writes an end-of-turn token before its end"
                 return start, position + 1, ""
         names = ", ".join(sorted(str(self._tokenizer.id_to_token(i)) for i in self.stop_ids)) or "none is known"
         return 0, 0, f"the chat template writes no end-of-turn token after it (of: {names})"
-
-    def _stops(self, ids: Sequence[int]) -> int:
-        return sum(token in self.stop_ids for token in ids)
 
     def _behind(self, text: str, end: int, row: Row) -> int | None:
         """The number of tokens of `text[:end]` alone, or None if the row does not begin with these tokens.
@@ -366,7 +352,7 @@ class ChatTokenizer:
         """The special token that the template writes after an assistant's content, unless a known one is there."""
         if self._template is None:
             return frozenset()
-        turns = [Turn("user", (Text("a"),), 0.0), Turn("assistant", (Text("b"),), 0.0)]
+        turns = StringThread([("user", "a"), ("assistant", "b")]).turns
         try:
             text = self._template.render(all_messages(turns)).text
             span = shown(self._template, turns, text, add_generation_prompt=False)[1].span()

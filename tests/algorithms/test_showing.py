@@ -8,8 +8,8 @@ from typing import Any
 
 from harmony_core.algorithms.showing import pieces_of, show_sample, token_texts
 from harmony_core.journal import Piece, kept
-from harmony_core.text.threads import GenerationRecord, TokenizedThread, TokenTurn
-from harmony_core.text.turns import Text
+from harmony_core.text.threads import TokenizedThread
+from harmony_core.text.turns import GenerationRecord, Text, TokenTurn
 
 
 class Bytes:

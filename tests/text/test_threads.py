@@ -15,16 +15,14 @@ from pydantic import BaseModel
 from harmony_core.algorithms.rollout import prompt_of
 from harmony_core.errors import DataError, HarmonyError, TokenizationError
 from harmony_core.text.threads import (
-    GenerationRecord,
     StringThread,
     StringTurn,
     TokenizedThread,
-    TokenTurn,
     override_system_prompt,
     repeat_thread,
     stringify_thread,
 )
-from harmony_core.text.turns import Text
+from harmony_core.text.turns import GenerationRecord, Text, TokenTurn
 
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(range(8))
 PNG_URL = "data:image/png;base64," + base64.b64encode(PNG).decode()
