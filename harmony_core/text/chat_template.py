@@ -182,7 +182,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         self.globals |= {
             "raise_exception": _raise_exception,
             "strftime_now": lambda form: datetime.now().strftime(form),
-            "dict": _TemplateDict(),
+            "dict": lambda *args, **kwargs: dict(*args, **kwargs),  # without the attributes of the type
             "namespace": _TemplateNamespace,
         }
 
@@ -366,13 +366,6 @@ class _Refusal(TemplateError):
 
 def _raise_exception(message: str) -> NoReturn:
     raise _Refusal(message)
-
-
-class _TemplateDict:
-    """`dict(...)` in a template, without the other attributes of the type."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
-        return dict(*args, **kwargs)
 
 
 class _TemplateNamespace(Namespace):

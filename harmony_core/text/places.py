@@ -157,13 +157,12 @@ def _ways_out(template: ChatTemplate, turns: Sequence[Turn]) -> str:
 
 def _continues(template: ChatTemplate, turns: Sequence[Turn]) -> bool:
     """Whether the rendered conversation begins with the prompt for its last turn and shows all of that turn."""
+    *before, last = turns
     try:
-        text = template.render(all_messages(turns)).text
+        _, places = locate(template, [*before, replace(last, weight=0.0)], add_generation_prompt=False)
     except TokenizationError:
         return False
-    prompt = _prompt_before(template, turns, len(turns) - 1)
-    its = shown(template, turns, text, add_generation_prompt=False)[-1]
-    return prompt is not None and text.startswith(prompt) and not its.problem(len(prompt))
+    return places[-1].prompted and not places[-1].problem
 
 
 class Row(NamedTuple):

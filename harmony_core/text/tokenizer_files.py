@@ -46,7 +46,7 @@ class TokenizerFiles:
 
 
 def read(directory: Path) -> TokenizerFiles:
-    """Read a model's or tokenizer's directory. Raises TokenizationError."""
+    """Read the directory of a model or a tokenizer. Raises TokenizationError."""
     config = _json(directory / "tokenizer_config.json")
     named = _json(directory / "special_tokens_map.json") | config
     # Each is a string, or an object with `content`.
