@@ -53,11 +53,10 @@ def read(directory: Path) -> TokenizerFiles:
     texts = {n: v.get("content") if isinstance(v := named.get(n), dict) else v for n in _SPECIAL_NAMES}
     specials = {name: text for name, text in texts.items() if isinstance(text, str)}
     tokenizer = _tokenizer(directory / "tokenizer.json", config)
-    template = _template(directory, config, specials)
-    # tokenizer.json, and what _add_declared adds to it.
+    # tokenizer.json and the tokens that _add_declared adds to it.
     parts = _read(directory / "tokenizer.json", bytes), json.dumps(config.get("added_tokens_decoder")).encode()
     fingerprint = hashlib.blake2b(b"\0".join(parts), digest_size=16).hexdigest()
-    stop_ids = _stop_ids(directory, tokenizer, specials)
+    template, stop_ids = _template(directory, config, specials), _stop_ids(directory, tokenizer, specials)
     return TokenizerFiles(directory, tokenizer, specials, template, stop_ids, fingerprint)
 
 
@@ -87,18 +86,17 @@ def _tokenizer(path: Path, config: dict[str, Any]) -> Tokenizer:
 
 def _add_declared(tokenizer: Tokenizer, declared: dict[str, Any], path: Path) -> None:
     """Add the tokens that only tokenizer_config.json declares, at their ids; in one call, because each call is slow."""
-    missing: dict[str, int] = {}
-    added: list[AddedToken] = []
+    missing: dict[str, tuple[int, AddedToken]] = {}
     try:
         for token_id, fields in sorted((int(token_id), dict(fields)) for token_id, fields in declared.items()):
             content = str(fields.pop("content"))
             if content not in missing and tokenizer.token_to_id(content) is None:
-                missing[content] = token_id
-                added.append(AddedToken(content, **{k: v for k, v in fields.items() if k in _FLAGS}))
+                flags = {name: value for name, value in fields.items() if name in _FLAGS}
+                missing[content] = token_id, AddedToken(content, **flags)
     except (TypeError, ValueError, KeyError) as error:
         raise TokenizationError(f"{path}: added_tokens_decoder: {error!r}") from None
-    tokenizer.add_tokens(added)
-    for content, token_id in missing.items():
+    tokenizer.add_tokens([token for _, token in missing.values()])
+    for content, (token_id, _) in missing.items():
         if tokenizer.token_to_id(content) != token_id:
             raise TokenizationError(f"{path}: token {content!r} does not get its declared id {token_id}")
 
@@ -176,7 +174,7 @@ def check(directory: Path) -> None:
     if exists(path):
         size = len(read_plain(path))
         limits = confined.Limits(memory=1024 * MIB + 16 * size, work=4 + size // (8 * MIB), seconds=60 + size / MIB)
-        confined.run("harmony_core.text.tokenizer_files", [str(directory)], limits, path, "using this tokenizer")
+        confined.run(__name__, [str(directory)], limits, path, "using this tokenizer")
 
 
 def _texts(settings: dict[str, Any], vocabulary: list[str]) -> Iterator[str]:
