@@ -10,9 +10,8 @@ from typing import Any, cast
 from harmony_core.client import TrainingModel
 from harmony_core.errors import NothingToTrain, PromptTooLong
 from harmony_core.graders import BaseGrader
-from harmony_core.text.fragments import Text
-from harmony_core.text.threads import StringThread, Turn
-from harmony_core.text.token_threads import GenerationRecord, TokenizedThread, TokenTurn
+from harmony_core.text.threads import StringThread, TokenizedThread, Turn
+from harmony_core.text.turns import GenerationRecord, Text, TokenTurn
 
 
 def prompts(count: int, bad: frozenset[int] = frozenset(), **metadata: Any) -> list[StringThread]:

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import msgspec
 
 from harmony_core.errors import DataError, HarmonyError
-from harmony_core.text.fragments import AnyFragment, FunctionCall, Reasoning, Text, ToolResponse, from_public
 from harmony_core.text.threads import Turn
+from harmony_core.text.turns import AnyFragment, FunctionCall, Reasoning, Text, ToolResponse, from_public
 
 ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),

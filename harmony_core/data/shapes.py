@@ -33,8 +33,8 @@ from harmony_core.data.messages import (
     weight_of,
 )
 from harmony_core.errors import DataError, HarmonyError, did_you_mean
-from harmony_core.text.fragments import Reasoning, Text
 from harmony_core.text.threads import StringThread, Turn, fragment_turn
+from harmony_core.text.turns import Reasoning, Text
 
 _SHAPES = {"prompt": "prompt/completion", "instruction": "Alpaca"}
 _ANSWERS_OF_PROMPTS = ("completion", "response", "output", "assistant")

@@ -127,9 +127,9 @@ def finish_import(
 
 
 def _try_tokenizer(directory: Path) -> None:
-    from harmony_core.text import tokenizer_trial
+    from harmony_core.text import tokenizer_files
 
-    tokenizer_trial.check(directory)
+    tokenizer_files.check(directory)
 
 
 def _check_chat(directory: Path, base: ModelVersion | None) -> None:

@@ -1,8 +1,8 @@
-"""Chat templates: jinja2 as transformers sets it up, in a sandbox that bounds what a template may spend.
+"""Chat templates: jinja2 with transformers' settings, in a sandbox with limits on time, memory and output.
 
-A template comes with the weights, from strangers. It cannot reach Python's internals (jinja2's immutable sandbox), and
-everything that grows or repeats (loops, macros, strings, containers, output) is paid for from one budget per rendering,
-so that it ends soon with a TokenizationError naming the file. Knows nothing of tokens.
+A template comes with the weights and is not trusted. It cannot reach Python's internals (jinja2's immutable sandbox).
+Everything that grows or repeats (loops, macros, strings, containers, output) is charged to one budget per rendering; a
+template that exceeds it fails with a TokenizationError that names the file. This module knows nothing of tokens.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
-from functools import cached_property
 from typing import Any, NoReturn, cast
 
 from jinja2 import Template, TemplateError, meta, nodes, pass_context, pass_eval_context
@@ -36,8 +35,8 @@ MAX_SOURCE = 512 * 1024
 MAX_OUTPUT = 32 * 1024 * 1024
 MAX_SECONDS = 5.0
 MAX_SPENT = 256 * 1024 * 1024
+# The cost of one loop iteration, one call of a macro or one element of a container; a character costs 1.
 STEP = 256
-"""What one loop iteration, one call of a macro or one element of a container costs; a character costs 1."""
 
 _MAX_INTEGER_BITS = 512
 _WIDE_FORMAT = re.compile(r"[1-9]\d{3}|\*|:[^}]*\{")
@@ -49,7 +48,7 @@ _GROWING_FILTERS = (
 
 @dataclass
 class _Budget:
-    """What the rendering in progress on this thread has spent, and where the generation blocks lie in its output."""
+    """What a rendering has spent so far, and the positions of the generation blocks in its output."""
 
     deadline: float
     spent: int = 0
@@ -59,16 +58,16 @@ class _Budget:
 
 @dataclass(frozen=True)
 class Rendered:
-    """A rendered conversation; `generations` are the character spans of its `{% generation %}` blocks."""
+    """A rendered conversation and the character spans of its `{% generation %}` blocks."""
 
     text: str
     generations: tuple[tuple[int, int], ...]
 
 
 class ChatTemplate:
-    """One compiled template. `origin` names it in errors; `variables` (special tokens and others) are visible to it.
+    """One compiled template. `origin` names it in errors; it can read `variables` (special tokens and others).
 
-    `choices` are itself, and what takes its place where `tools` are given: itself, or another one (`with_tools`).
+    `choices` are the template itself and the one for conversations with `tools`: itself or another (`with_tools`).
     Raises TokenizationError for a template that cannot be compiled.
     """
 
@@ -88,10 +87,10 @@ class ChatTemplate:
         except (SyntaxError, RecursionError, MemoryError, ValueError) as error:
             self._fail(f"it cannot be compiled: {type(error).__name__}")
 
-    @cached_property
+    @property
     def reads(self) -> frozenset[str]:
-        """The names of the variables that the template looks at."""
-        return frozenset(meta.find_undeclared_variables(self._sandbox.parse(self.source)))
+        """The names of the variables that the template reads."""
+        return self._sandbox.variables_read(self.source)
 
     def with_tools(self, other: ChatTemplate | None) -> ChatTemplate:
         """This template, with another one for conversations that have tools."""
@@ -99,7 +98,7 @@ class ChatTemplate:
         return self
 
     def with_variables(self, variables: Mapping[str, Any]) -> ChatTemplate:
-        """The template with more variables, which win over those it has; with tools, the one for them."""
+        """The template with more variables, which replace its own; with `tools`, the template for tools."""
         if not variables:
             return self
         given = {**self._variables, **variables}
@@ -120,12 +119,12 @@ class ChatTemplate:
                     if budget.written > MAX_OUTPUT:
                         raise SecurityError(f"it writes more than {MAX_OUTPUT} characters")
             except Exception as error:
-                # A template is foreign code: whatever it raises is its refusal of this conversation.
+                # A template is foreign code: any exception means that it refuses this conversation.
                 self._fail(str(error) or type(error).__name__, refused=isinstance(error, _Refusal))
         return Rendered("".join(chunks), tuple(budget.generations))
 
     def missing(self) -> list[str]:
-        """Filters, tests and functions that the template uses and that do not exist, in words."""
+        """Descriptions of filters, tests and functions that the template uses and that do not exist."""
         tree = self._sandbox.parse(self.source)
         guarded = {node.node.name for node in tree.find_all(nodes.Test) if isinstance(node.node, nodes.Name)}
         called = {node.node.name for node in tree.find_all(nodes.Call) if isinstance(node.node, nodes.Name)}
@@ -143,7 +142,7 @@ class ChatTemplate:
 
 
 class _GenerationTag(Extension):
-    """`{% generation %} ... {% endgeneration %}`: marks in the output what the model writes itself."""
+    """`{% generation %} ... {% endgeneration %}`: marks the text in the output that the model generates."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -164,7 +163,11 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     def __init__(self) -> None:
         self._rendering = threading.local()
-        # Unoptimised: constants would otherwise be folded while compiling, outside of any budget.
+        # Parsed once for a template and its copies with variables.
+        self.variables_read = functools.cache(
+            lambda source: frozenset(meta.find_undeclared_variables(self.parse(source)))
+        )
+        # The optimizer would fold constants while compiling, outside of any budget.
         super().__init__(
             trim_blocks=True,
             lstrip_blocks=True,
@@ -174,17 +177,18 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         )
         del self.filters["random"], self.globals["lipsum"]  # a prompt must be the same each time
         self.filters |= {name: self._paying(self.filters[name]) for name in _GROWING_FILTERS}
-        self.filters |= {"tojson": self._tojson, "string": self._string, "join": self._join, "replace": self._replace}
+        self.filters |= {"tojson": self._tojson, "join": self._join, "replace": self._replace}
+        self.filters["string"] = lambda value: str(self.sized(value))
         self.globals |= {
             "raise_exception": _raise_exception,
             "strftime_now": lambda form: datetime.now().strftime(form),
-            "dict": _TemplateDict(),
+            "dict": lambda *args, **kwargs: dict(*args, **kwargs),  # without the attributes of the type
             "namespace": _TemplateNamespace,
         }
 
     @property
     def budget(self) -> _Budget:
-        """Of the rendering in progress on this thread."""
+        """The budget of the rendering in progress on this thread."""
         return cast(_Budget, self._rendering.budget)
 
     @contextmanager
@@ -197,7 +201,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             del self._rendering.budget
 
     def spend(self, amount: int = 0) -> bool:
-        """Pay for one step and `amount` characters. Always true, so that it can stand in a condition."""
+        """Charge one step and `amount` characters. Always returns true, for use in a condition."""
         budget = self.budget
         budget.spent += STEP + amount
         if budget.spent > MAX_SPENT:
@@ -207,7 +211,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         return True
 
     def sized(self, value: Any) -> Any:
-        """The value, paid for at its expanded size: a shared part counts as often as it is reached."""
+        """The value, charged at its expanded size: a shared part counts each time that it is reached."""
         if isinstance(value, str):
             self.spend(len(value))
         elif isinstance(value, list | tuple):
@@ -301,7 +305,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     def _paying(self, inner: Callable[..., Any]) -> Callable[..., Any]:
-        """The filter, paid for beforehand: what it is given, as often as its numbers and further texts are large."""
+        """The filter, charged before it runs: the size of its arguments times its numbers and text lengths."""
 
         @functools.wraps(inner)
         def paid(*args: Any, **kwargs: Any) -> Any:
@@ -315,9 +319,6 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             return self.sized(inner(*args, **kwargs))
 
         return paid
-
-    def _string(self, value: Any) -> str:
-        return str(self.sized(value))
 
     @pass_eval_context
     def _join(self, context: nodes.EvalContext, value: Any, d: str = "", attribute: str | int | None = None) -> str:
@@ -333,7 +334,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
 
 class _Paying(NodeTransformer):
-    """Rewrites a template so that its loops, macros, containers and `~` pay from the budget."""
+    """Rewrites a template so that its loops, macros, containers and `~` are charged to the budget."""
 
     def generic_visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> nodes.Node:
         super().generic_visit(node, *args, **kwargs)
@@ -367,15 +368,8 @@ def _raise_exception(message: str) -> NoReturn:
     raise _Refusal(message)
 
 
-class _TemplateDict:
-    """`dict(...)` in a template, without the type's other attributes."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
-        return dict(*args, **kwargs)
-
-
 class _TemplateNamespace(Namespace):
-    """`namespace(...)` in a template, without a way to set Python's own attributes."""
+    """`namespace(...)` in a template, which cannot set Python's own attributes."""
 
     def __setitem__(self, name: str, value: Any) -> None:
         if name.startswith("_"):

@@ -1,10 +1,10 @@
-"""What a rendered conversation shows of each turn, and where: found by rendering it again with marked strings.
+"""Find what a rendered conversation shows of each turn by rendering it a second time with marked strings.
 
-Every string of a turn (its reasoning, its text, the names and arguments of its calls, a tool's response) gets a
-character before and behind it that occurs nowhere else. Where the marked result without these characters is the plain
-one, they tell what is there, and that what is between two of them is what was given. Blank strings are not marked, and
-in a text the stretches between tags are marked rather than the whole: templates look whether there is a content, what
-it begins with, and cut it at `</think>`.
+Every string of a turn (its reasoning, its text, the names and arguments of its calls, a tool's response) is enclosed in
+characters that occur nowhere else. If the marked rendering without these characters equals the plain one, the marks
+give the position of each string, and the text between two marks comes from the turn. Blank strings are not marked, and
+in a text the parts between tags are marked separately: templates test whether there is a content, test what it begins
+with, and split it at `</think>`.
 """
 
 from __future__ import annotations
@@ -19,28 +19,27 @@ from msgspec import structs
 
 from harmony_core.errors import TokenizationError
 from harmony_core.text.chat_template import ChatTemplate
-from harmony_core.text.fragments import AnyFragment, FunctionCall, Image, Reasoning, Text, ToolResponse
-from harmony_core.text.turns import Turn
+from harmony_core.text.turns import AnyFragment, FunctionCall, Image, Reasoning, Text, ToolResponse, Turn
 
 Message = dict[str, Any]
 
+# The names under which templates expect the reasoning; most know one of them.
 THOUGHT_KEYS = ("reasoning_content", "thinking")
-"""Where templates look for what a model thought before it answered; most know one of them."""
 
 
 def turn_messages(index: int, turn: Turn) -> list[Message]:
     """The messages of one turn: one, or one for each tool response. Raises TokenizationError for an image."""
     if any(isinstance(fragment, Image) for fragment in turn.fragments):
         raise TokenizationError(f"turn {index} ({turn.role}) holds an image; this model reads text only")
-    responses = [fragment for fragment in turn.fragments if isinstance(fragment, ToolResponse)]
     messages: list[Message] = [
         {"role": turn.role, "content": response.content}
         | {n: v for n, v in (("tool_call_id", response.call_id), ("name", response.name)) if v is not None}
-        for response in responses
+        for response in turn.fragments
+        if isinstance(response, ToolResponse)
     ]
     calls = [fragment for fragment in turn.fragments if isinstance(fragment, FunctionCall)]
     thoughts = [fragment.text for fragment in turn.fragments if isinstance(fragment, Reasoning)]
-    if turn.text or calls or thoughts or not responses:
+    if turn.text or calls or thoughts or not messages:
         message: Message = {"role": turn.role, "content": turn.text}
         if thoughts:
             message |= dict.fromkeys(THOUGHT_KEYS, "".join(thoughts))
@@ -58,29 +57,34 @@ def all_messages(turns: Sequence[Turn]) -> list[Message]:
 
 
 def _tool_call(call: FunctionCall) -> Message:
-    try:
-        arguments = json.loads(call.arguments)
-    except ValueError:
-        arguments = None
-    function = {"name": call.name, "arguments": arguments if isinstance(arguments, dict) else call.arguments}
+    function = {"name": call.name, "arguments": _arguments(call)}
     return ({"id": call.call_id} if call.call_id else {}) | {"type": "function", "function": function}
 
 
-# Rare, but letters: a template may print an object as Python does, which writes other rare characters as escapes.
+def _arguments(call: FunctionCall) -> dict[str, Any] | str:
+    """The arguments as an object, or as text if they are not a JSON object."""
+    try:
+        arguments = json.loads(call.arguments)
+    except ValueError:
+        return call.arguments
+    return arguments if isinstance(arguments, dict) else call.arguments
+
+
+# Rare letters: a template may print an object like Python, which writes other rare characters as escapes.
 _MARKS = range(0x20000, 0x2A6DF)
 _TAG = re.compile(r"(</?[^<>\s]{1,64}>|\[/?[A-Z_]{2,32}\])")
 _THOUGHT = re.compile(r"think|thought|reason", re.IGNORECASE)
+# Characters that a template may write between the name of an argument and its value.
 _NEAR = 64
-"""How many characters a template may write between the name of an argument and its value."""
 
 
 @dataclass
 class Piece:
-    """A marked string: `body` is what stands between its marks, and has to be shown in one of `forms`.
+    """A marked string: `body` is the text between its marks and must be shown in one of `forms`.
 
-    `whole` is its owner, as errors call it. `gap` is what of the owner stands before the body: behind the piece before
-    where it `joins` that; `rest` is what stands behind the last one. `scalars`: the numbers and the like that follow an
-    argument's name, which cannot be marked, each in the forms in which it may be written.
+    `whole` names its owner in errors. `gap` is the owner's text before the body, after the previous piece if the piece
+    `joins` it; `rest` is the owner's text after its last piece. `scalars` are the numbers, booleans and nulls that
+    follow an argument's name and cannot be marked, each in the forms in which it may be written.
     """
 
     whole: str
@@ -96,7 +100,7 @@ class Piece:
 
     @property
     def label(self) -> str:
-        """How errors call it."""
+        """Its name in errors."""
         if self.whole == "text":
             return f"its {'thought' if self.thought else 'text'} {_short(self.body)}"
         return f"its {self.whole}" if self.body in self.whole else f"{_short(self.body)} of its {self.whole}"
@@ -104,7 +108,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Shown:
-    """The pieces of a turn, and where their marks lie in `text`. `known` is False where marking changes the result."""
+    """The pieces of a turn and the positions of their marks in `text`; not `known` if marking changes the rendering."""
 
     text: str
     pieces: Sequence[Piece] = ()
@@ -112,7 +116,7 @@ class Shown:
     known: bool = True
 
     def span(self, start: int = 0) -> tuple[int, int] | None:
-        """From the first to the last character shown from `start` on; None where nothing is."""
+        """The first and the last position of the turn from `start` on; None if nothing is shown."""
         places = [place for piece in self.pieces if (place := self._place(piece, start))]
         if not places:
             return None
@@ -127,7 +131,7 @@ class Shown:
         return has_text and not any(self._place(piece, 0) for piece in self.pieces)
 
     def problem(self, start: int = 0) -> str:
-        """What the template leaves out or rewrites of the turn, from `start` on; empty where it shows all of it."""
+        """What the template leaves out or rewrites of the turn, from `start` on; empty if it shows the whole turn."""
         if not self.known:
             return "the chat template cuts or looks into its content, so that what it keeps cannot be told"
         end = start
@@ -154,7 +158,7 @@ class Shown:
         return ""
 
     def _place(self, piece: Piece, start: int) -> tuple[int, int] | None:
-        """Where a piece begins and ends, if both its ends are shown from `start` on."""
+        """Where a piece begins and ends, if both are shown from `start` on."""
         first = next((at for at in self.marks.get(piece.opening, ()) if at >= start), None)
         last = next((at for at in self.marks.get(piece.closing, ()) if first is not None and at >= first), None)
         return None if first is None or last is None else (first, last)
@@ -163,7 +167,7 @@ class Shown:
 def shown(template: ChatTemplate, turns: Sequence[Turn], text: str, add_generation_prompt: bool) -> list[Shown]:
     """What `text`, the rendered conversation, shows of each turn.
 
-    Where marking every turn changes what the template writes, assistant turns are marked alone, then one by one.
+    If marking every turn changes the rendering, only assistant turns are marked, first together and then one by one.
     """
     found = [Shown(text, known=False)] * len(turns)
     assistants = [index for index, turn in enumerate(turns) if turn.role == "assistant"]
@@ -180,20 +184,17 @@ def shown(template: ChatTemplate, turns: Sequence[Turn], text: str, add_generati
 def _attempt(
     template: ChatTemplate, turns: Sequence[Turn], text: str, add_generation_prompt: bool, chosen: Sequence[int]
 ) -> dict[int, Shown] | None:
-    """What is shown of the chosen turns; None where marking them changes the result."""
+    """What is shown of the chosen turns; None if marking them changes the rendering."""
     used = set(text)
     free = (mark for mark in map(chr, _MARKS) if mark not in used)
     pieces: dict[int, list[Piece]] = {}
-    messages = []
+    marked_turns = list(turns)
     try:
-        for index, turn in enumerate(turns):
-            if index in chosen:
-                marker = _Marker(free)
-                turn = marker.turn(turn)
-                pieces[index] = marker.pieces
-            messages += turn_messages(index, turn)
-        marked = template.render(messages, add_generation_prompt).text
-    except (TokenizationError, StopIteration):  # the latter: more strings than there are marks
+        for index in chosen:
+            marker = _Marker(free)
+            marked_turns[index], pieces[index] = marker.turn(turns[index]), marker.pieces
+        marked = template.render(all_messages(marked_turns), add_generation_prompt).text
+    except (TokenizationError, StopIteration):  # StopIteration: there are more strings than marks
         return None
     known = {mark for found in pieces.values() for piece in found for mark in (piece.opening, piece.closing)}
     marks: dict[str, list[int]] = {}
@@ -213,14 +214,14 @@ def _attempt(
 
 
 class _Marker:
-    """Marks the strings of one turn and remembers the pieces."""
+    """Marks the strings of one turn and collects the pieces."""
 
     def __init__(self, free: Iterator[str]) -> None:
         self._free = free
         self.pieces: list[Piece] = []
 
     def turn(self, turn: Turn) -> Turn:
-        """The turn with marked fragments; those that a message joins are joined."""
+        """The turn with marked fragments, one for all fragments that a message concatenates."""
         thoughts = [fragment.text for fragment in turn.fragments if isinstance(fragment, Reasoning)]
         fragments: list[AnyFragment] = []
         if thoughts:
@@ -236,7 +237,7 @@ class _Marker:
         return replace(turn, fragments=tuple(fragments))
 
     def _text(self, content: str, thought: bool = False) -> str:
-        """The content with a pair of marks around each stretch between tags."""
+        """The content with a pair of marks around each part between tags."""
         parts = _TAG.split(content)
         if not any(part.strip() for part in parts[::2]):
             parts = [content]
@@ -251,11 +252,8 @@ class _Marker:
                 continue
             lead, trail = part.split(body, 1)
             gap = gap + lead if joins else (gap + lead).lstrip()
-            marks = next(self._free), next(self._free)
-            thought_here = thought or at < closed
-            self.pieces.append(
-                Piece("text", body, *marks, gap, joins=joins, forms=frozenset({body}), thought=thought_here)
-            )
+            marks, forms = (next(self._free), next(self._free)), frozenset({body})
+            self.pieces.append(Piece("text", body, *marks, gap, "", joins, forms, thought or at < closed))
             made += lead + marks[0] + body + marks[1] + trail
             gap, joins = trail, True
         if joins:
@@ -263,14 +261,10 @@ class _Marker:
         return made
 
     def _call(self, call: FunctionCall) -> FunctionCall:
-        whole = f"call of {call.name!r}"
+        whole, arguments = f"call of {call.name!r}", _arguments(call)
         name = self._end(call.name, whole)
-        try:
-            arguments = json.loads(call.arguments)
-        except ValueError:
-            arguments = None
-        if not isinstance(arguments, dict):
-            return structs.replace(call, name=name, arguments=self._end(call.arguments, whole))
+        if isinstance(arguments, str):
+            return structs.replace(call, name=name, arguments=self._end(arguments, whole))
         return structs.replace(call, name=name, arguments=json.dumps(self._value(arguments, whole), ensure_ascii=False))
 
     def _value(self, value: Any, whole: str) -> Any:
@@ -284,7 +278,7 @@ class _Marker:
         return value
 
     def _end(self, value: str, whole: str, both: bool = False) -> str:
-        """The string with a mark behind it, or with two. Names have one: templates sort them, and compare them."""
+        """The string with a mark after it, or `both` marks. Names get one: templates sort and compare them."""
         body = value.strip() if both else value.rstrip()
         if not body:
             return value
@@ -296,7 +290,7 @@ class _Marker:
 
 
 def _shows(how: Callable[[str, str], bool], text: str, given: str) -> bool:
-    """Whether a template wrote `given` there; it may trim and add blanks around the tags of a thought."""
+    """Whether a template wrote `given` there; it may trim and add whitespace around the tags of a thought."""
     bare_text, bare_given = "".join(text.split()), "".join(given.split())
     return how(text, given) or bool(_THOUGHT.search(given) and how(bare_text, bare_given))
 

@@ -1,33 +1,31 @@
 """Where each turn of a conversation lies in its rendered text, and why a turn cannot be trained there.
 
-For an assistant turn that is decided by the prompt that the model would have been given: the template's rendering of
-the turns before it. What follows the prompt is what the model would have to emit, and all of the turn must be in it.
-The tokens of a generated turn take the place of its text; what stands before and behind them is encoded apart.
+An assistant turn begins where the prompt for it ends: the template's rendering of the turns before it. The text after
+the prompt is what the model would have to emit, and it must show the whole turn. The tokens of a generated turn replace
+its text; the text before and after them is encoded separately.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from itertools import takewhile
 from typing import NamedTuple
 
 from tokenizers import Encoding
 
 from harmony_core.errors import TokenizationError
-from harmony_core.text.chat_template import ChatTemplate
-from harmony_core.text.fragments import FunctionCall, Reasoning, Text
+from harmony_core.text.chat_template import ChatTemplate, Rendered
 from harmony_core.text.marking import Shown, all_messages, shown
-from harmony_core.text.turns import Turn
+from harmony_core.text.turns import FunctionCall, Reasoning, Text, Turn
 
 OTHER_TEMPLATE = "take another chat template (models add --chat-template)"
 _EMPTY_THOUGHT = "<think>\n\n</think>\n\n"
-_NOT_LOOKED_FOR = "it had no weight when the thread was tokenized in parts"
+NOT_LOCATED = "it had no weight when the thread was tokenized in parts"
 _ORDER = {Reasoning: 0, FunctionCall: 2}
 
 Prompts = Callable[[int], str | None]
-"""The prompt before a turn, as `prompt_before` gives it."""
 Encode = Callable[[str], Encoding]
 
 
@@ -35,9 +33,9 @@ Encode = Callable[[str], Encoding]
 class Place:
     """Character span of one turn in the rendered text.
 
-    For an assistant turn `start` is where its prompt ends and `end` where its content does (its end-of-turn token
-    follows); for another it is the content. `content_start` is None where unknown. `prompted`: the text up to `start`
-    is the prompt. `problem` says why the turn cannot be trained there, `hint` what may be done.
+    For an assistant turn `start` is the end of its prompt and `end` the end of its content (the end-of-turn token
+    follows); for other turns the span is the content. `content_start` is None if it is unknown. `prompted` is true if
+    the text up to `start` is the prompt. `problem` is the reason why the turn cannot be trained, `hint` a way out.
     """
 
     start: int = 0
@@ -48,21 +46,38 @@ class Place:
     hint: str = ""
 
 
-def locate(
-    template: ChatTemplate, turns: Sequence[Turn], add_generation_prompt: bool, trained: Prompts | None = None
-) -> tuple[str, list[Place]]:
-    """Render a conversation and find each turn in it. Raises TokenizationError where the template leaves a turn out.
-
-    Each assistant turn's prompt is another rendering. With `trained`, which gives prompts as `prompt_before` does, only
-    turns that have a weight or were generated are looked for, and the last one.
-    """
+def render_whole(
+    template: ChatTemplate, turns: Sequence[Turn], add_generation_prompt: bool
+) -> tuple[Rendered, list[Shown]]:
+    """Render a conversation, plain and marked. Raises TokenizationError if the template leaves out a turn."""
     rendered = template.render(all_messages(turns), add_generation_prompt)
-    text, prompt = rendered.text, trained or partial(prompt_before, template, turns)
-    found = shown(template, turns, text, add_generation_prompt)
+    found = shown(template, turns, rendered.text, add_generation_prompt)
     for index, (turn, its) in enumerate(zip(turns, found, strict=True)):
         if its.left_out():
             problem = f"the chat template leaves out the text of turn {index} ({turn.role})"
             raise TokenizationError(f"{template.origin}: {problem}")
+    return rendered, found
+
+
+def prompts_of(template: ChatTemplate, turns: Sequence[Turn]) -> Prompts:
+    """A function that renders the prompt for a turn, once, or returns None if the template refuses it."""
+    return cache(partial(_prompt_before, template, turns))
+
+
+def locate(
+    template: ChatTemplate,
+    turns: Sequence[Turn],
+    add_generation_prompt: bool,
+    prompt: Prompts | None = None,
+    every_turn: bool = False,
+) -> tuple[str, list[Place]]:
+    """Render a conversation and find its turns. Raises TokenizationError if the template leaves out a turn.
+
+    The template renders the conversation twice, plain and marked, and the prompt of each assistant turn that is looked
+    for. These are the turns with a weight or a generation record and the last turn, or `every_turn`.
+    """
+    rendered, found = render_whole(template, turns, add_generation_prompt)
+    text, prompt = rendered.text, prompt or prompts_of(template, turns)
     assistants = [index for index, turn in enumerate(turns) if turn.role == "assistant"]
     blocks = rendered.generations if len(rendered.generations) == len(assistants) else ()
     generated = dict(zip(assistants, (start for start, _ in blocks), strict=False))
@@ -72,8 +87,8 @@ def locate(
         if turn.role != "assistant":
             problem = its.problem()
             places.append(Place(*span, span[0]) if span and not problem else Place(problem=problem))
-        elif trained and not turn.weight and turn.generation is None and index + 1 < len(turns):
-            places.append(Place(content_start=span[0] if span else None, problem=_NOT_LOOKED_FOR))
+        elif not every_turn and not turn.weight and turn.generation is None and index + 1 < len(turns):
+            places.append(Place(content_start=span[0] if span else None, problem=NOT_LOCATED))
         else:
             places.append(_assistant_place(index, turn, text, prompt(index), its, generated.get(index)))
     if places[-1].hint and turns[-1].weight and prompt(len(turns) - 1) is not None:
@@ -81,8 +96,7 @@ def locate(
     return text, places
 
 
-def prompt_before(template: ChatTemplate, turns: Sequence[Turn], index: int) -> str | None:
-    """The prompt that a model would have been given for turn `index`; None where the template refuses."""
+def _prompt_before(template: ChatTemplate, turns: Sequence[Turn], index: int) -> str | None:
     try:
         return template.render(all_messages(turns[:index]) if index else [], add_generation_prompt=True).text
     except TokenizationError:
@@ -90,7 +104,7 @@ def prompt_before(template: ChatTemplate, turns: Sequence[Turn], index: int) -> 
 
 
 def _assistant_place(index: int, turn: Turn, text: str, prompt: str | None, its: Shown, block: int | None) -> Place:
-    """`block` is where the turn's generation block begins, if the template marks it."""
+    """The place of an assistant turn. `block` is the start of its generation block, if the template marks it."""
     prompted = behind_prompt = prompt is not None and text.startswith(prompt)
     start = len(prompt) if prompt is not None and prompted else 0
     span = its.span(start)
@@ -108,13 +122,13 @@ def _assistant_place(index: int, turn: Turn, text: str, prompt: str | None, its:
 
 
 def _disorder(turn: Turn) -> str:
-    """A message has one thought, then one text, then calls: other orders would be trained as that one."""
+    """A message has one thought, then one text, then calls; templates would write other orders like this one."""
     ranks = [_ORDER.get(type(part), 1) for part in turn.fragments if part not in (Text(""), Reasoning(""))]
     return "" if ranks == sorted(ranks) else "its parts must be in the order of a message: reasoning, text, calls"
 
 
 def _mismatch(prompt: str | None, text: str) -> str:
-    """How the prompt of a turn differs from what the conversation begins with."""
+    """How the prompt for a turn differs from the beginning of the conversation."""
     if prompt is None:
         return "the chat template has no prompt for it"
     shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt, text, strict=False)))
@@ -125,7 +139,7 @@ def _mismatch(prompt: str | None, text: str) -> str:
 
 
 def _ways_out(template: ChatTemplate, turns: Sequence[Turn]) -> str:
-    """What makes the conversation begin with the prompt of its last turn."""
+    """Changes after which the conversation begins with the prompt for its last turn."""
     *before, turn = turns
     ways = []
     calls = [part for part in turn.fragments if isinstance(part, FunctionCall)]
@@ -142,25 +156,24 @@ def _ways_out(template: ChatTemplate, turns: Sequence[Turn]) -> str:
 
 
 def _continues(template: ChatTemplate, turns: Sequence[Turn]) -> bool:
-    """Whether the rendered conversation begins with the prompt of its last turn and shows all of that turn."""
+    """Whether the rendered conversation begins with the prompt for its last turn and shows all of that turn."""
+    *before, last = turns
     try:
-        text = template.render(all_messages(turns)).text
+        _, places = locate(template, [*before, replace(last, weight=0.0)], add_generation_prompt=False)
     except TokenizationError:
         return False
-    prompt = prompt_before(template, turns, len(turns) - 1)
-    its = shown(template, turns, text, add_generation_prompt=False)[-1]
-    return prompt is not None and text.startswith(prompt) and not its.problem(len(prompt))
+    return places[-1].prompted and not places[-1].problem
 
 
 class Row(NamedTuple):
-    """Tokens and, for each, the character where it begins."""
+    """Token ids and the character at which each token begins."""
 
     ids: list[int]
     starts: list[int]
 
 
 class Stretch(NamedTuple):
-    """Characters `start` to `end` of a text, for which `ids` stand, the last of them from character `last` on."""
+    """Characters `start` to `end` of a text, replaced by `ids`; the last id begins at character `last`."""
 
     start: int
     last: int
@@ -169,7 +182,7 @@ class Stretch(NamedTuple):
 
 
 def encoded(encode: Encode, text: str, stretches: Iterable[Stretch] = ()) -> Row:
-    """The text's tokens; a stretch has its own, and the text on its two sides is encoded apart."""
+    """The tokens of a text. A stretch has its own tokens; the text before and after it is encoded separately."""
     row, at = Row([], []), 0
     for start, last, end, ids in (*stretches, Stretch(len(text), len(text), len(text))):
         encoding = encode(text[at:start])
@@ -182,16 +195,16 @@ def encoded(encode: Encode, text: str, stretches: Iterable[Stretch] = ()) -> Row
     return row
 
 
-def drawn_stretches(
+def generated_stretches(
     encode: Encode, text: str, turns: Sequence[Turn], places: Sequence[Place], tokenizer: str, ends: frozenset[int]
 ) -> dict[int, Stretch]:
-    """For each turn that was drawn with this tokenizer, its tokens and the text that they stand for.
+    """For each turn that was generated with this tokenizer, its tokens and the text that they replace.
 
-    A finished turn's last token stands for the end-of-turn token (one of `ends`) that the template writes.
+    The last token of a finished turn replaces the end-of-turn token (one of `ends`) that the template writes.
     """
     found = {}
     for index, (turn, place) in enumerate(zip(turns, places, strict=True)):
-        record = turn.drawn_with(tokenizer)
+        record = turn.generated_with(tokenizer)
         if record is None or place.problem or not place.prompted:
             continue
         last = end = place.end

@@ -1,6 +1,6 @@
-"""What becomes of rows in training: taken whole, in parts, or refused and why; and how long they are, in tokens.
+"""Lengths of dataset rows in tokens, and which rows are trained whole, trained in parts or refused, with the reason.
 
-Knows nothing of models: whoever brings rows says how one is measured and what limits it.
+This module knows nothing of models: its callers pass functions that measure a row, and the limits.
 """
 
 from __future__ import annotations
@@ -22,21 +22,18 @@ log = logging.getLogger(__name__)
 
 PARTS = {"50 %": 0.5, "90 %": 0.9, "99 %": 0.99, "longest": 1.0}
 KEPT = 0.99
-SAMPLE = 10_000
-"""Rows that are counted of a dataset that takes longer than `SECONDS`."""
+SAMPLE = 10_000  # rows that are counted of a dataset that takes longer than `SECONDS`
 SECONDS = 30.0
-FIRST = 200
-"""Rows that a dry run looks at."""
-BINS, REASONS = 10, 10
-"""How many are shown, about."""
+FIRST = 200  # rows that a dry run checks
+BINS, REASONS = 10, 10  # how many are shown at most, approximately
 
 
 @dataclass
 class Lengths:
-    """The tokens of rows. Those whose length is not known are within the limit, so they are the shortest.
+    """Lengths of rows in tokens. Rows of unknown length are within the limit and count as the shortest.
 
-    `limit` is the most tokens of a row and `setting` what sets it, "" if nothing does. With the setting at its tokens
-    and `beyond` more a row is taken, up to the model's `context` (0: not known).
+    `limit` is the maximum length of a row and `setting` the name of the setting for it, if there is one. A row needs a
+    setting of its tokens plus `beyond`, up to the model's `context` (0 if unknown).
     """
 
     limit: int = 0
@@ -48,11 +45,11 @@ class Lengths:
 
     @property
     def too_long(self) -> int:
-        """How many rows exceed the limit."""
+        """The number of rows that exceed the limit."""
         return sum(count for tokens, count in self.known.items() if tokens > self.limit)
 
     def quantile(self, part: float) -> int | None:
-        """The fewest tokens that `part` of the rows do not exceed; None if they are within the limit."""
+        """The length that `part` of the rows do not exceed; None if this length is unknown and within the limit."""
         rank = max(math.ceil(part * self.rows), 1) - (self.rows - self.known.total())
         for tokens in sorted(self.known) if rank > 0 else ():
             rank -= self.known[tokens]
@@ -61,14 +58,14 @@ class Lengths:
         return None
 
     def enough(self) -> int | None:
-        """What the setting would have to be to keep 99 % of the rows; None if no setting does that, or it does."""
+        """The setting that would keep 99 % of the rows; None if the present one does, or if there is none."""
         tokens = self.quantile(KEPT)
         if not self.setting or tokens is None or tokens <= self.limit:
             return None
         return tokens + self.beyond if tokens + self.beyond <= (self.context or math.inf) else None
 
     def describe(self, of: str = "") -> str:
-        """Share, quantiles and the way out; `of` says which rows they are."""
+        """The share of rows that are too long, the quantiles and a better setting; `of` names the rows."""
         found = {name: self.quantile(part) for name, part in PARTS.items()}
         tokens = ", ".join(f"{name} {f'at most {self.limit}' if x is None else x}" for name, x in found.items())
         bound = f"{self.setting}={self.limit + self.beyond}" if self.setting else f"a limit of {self.limit} tokens"
@@ -81,20 +78,19 @@ class Lengths:
 
 
 class Drops(Lengths):
-    """What became of the rows taken so far: how many there were, and how long those were that were too long."""
+    """Counts rows as they are tokenized, with the lengths of the rows that were too long and the hint of the last."""
 
-    told = False
+    warned = False
     hint = ""
-    """The way out of the last one."""
 
     def note(self, outcome: object) -> None:
-        """A row was taken; `outcome` is its error, or anything else."""
+        """Count a row; `outcome` is its error, or anything else."""
         self.rows += 1
         if isinstance(outcome, TooLong):
             self.hint, details = outcome.hint, outcome.details
             tokens = details.get("tokens", details.get("limit", 0) + 1)
             beyond = details.get("needed", tokens + isinstance(outcome, PromptTooLong)) - tokens
-            # Of several limits the least: all of these rows exceed it.
+            # The smallest of several limits: all of these rows exceed it.
             if (limit := details.get("limit", 0) - beyond) < self.limit or not self.known:
                 self.limit, self.beyond, self.context = limit, beyond, details.get("context", 0)
                 self.setting = details.get("setting", "max_batch_size")
@@ -102,15 +98,17 @@ class Drops(Lengths):
 
     def tell(self) -> None:
         """Warn, once, if more than half of the rows were too long."""
-        if not self.told and 2 * self.too_long > self.rows:
-            self.told = True
+        if not self.warned and 2 * self.too_long > self.rows:
+            self.warned = True
             log.warning("more than half of the rows are dropped: %s", self.describe())
 
 
 @dataclass
 class Checked:
-    """Of `rows` rows: `lengths` of those that are taken (tokens of the longest part), how many of them are trained in
-    parts, the tokens of all parts together, and the rows (counted from 1) that are refused, with the reason.
+    """The result of checking `rows` rows.
+
+    `lengths` are the tokens of the longest part of each accepted row. `split` is the number of rows trained in parts
+    and `tokens` the sum over all parts. `errors` are the numbers (from 1) and the errors of refused rows.
     """
 
     rows: int = 0
@@ -121,7 +119,7 @@ class Checked:
 
     @classmethod
     def of(cls, rows: Iterable[Any], parts: Callable[[Any], Sequence[int]]) -> Checked:
-        """`parts` gives the tokens of each part of a row, or raises what will refuse it."""
+        """Check rows; `parts` returns the tokens of each part of a row or raises its error."""
         found = cls()
         for found.rows, row in enumerate(rows, 1):
             try:
@@ -136,19 +134,19 @@ class Checked:
 
     @property
     def growth(self) -> float:
-        """How many times their tokens the rows take when they are trained in parts."""
+        """The tokens of all parts, divided by those of the longest parts."""
         return self.tokens / max(sum(self.lengths), 1)
 
     @property
     def refused(self) -> dict[str, list[int]]:
-        """The rows that are refused, by reason."""
+        """The refused rows by reason."""
         found: dict[str, list[int]] = {}
         for row, error in self.errors:
             found.setdefault(str(error).replace("\n", "; "), []).append(row)
         return found
 
     def describe(self) -> list[str]:
-        """A line for what is trained in parts, and one for each reason of a refusal, of many the commonest."""
+        """A line about rows trained in parts and one for each of the most frequent reasons for refusals."""
         lines = [f"{self.split} trained in parts: {self.growth:.2f} times the tokens"] if self.split else []
         reasons = sorted(self.refused.items(), key=lambda item: -len(item[1]))
         for reason, rows in reasons[:REASONS]:
@@ -164,7 +162,7 @@ class Checked:
 
 
 def histogram(lengths: Sequence[int], limit: int) -> list[tuple[int, int, int]]:
-    """Bins (first length, last length, rows) of equal width; one of them ends at `limit`, if there are longer rows."""
+    """Bins (first length, last length, rows) of equal width; one bin ends at `limit` if there are longer rows."""
     if not lengths:
         return []
     width = max(-(-min(limit, max(lengths)) // BINS), -(-max(lengths) // (4 * BINS)))
@@ -174,22 +172,23 @@ def histogram(lengths: Sequence[int], limit: int) -> list[tuple[int, int, int]]:
 
 @dataclass(frozen=True)
 class Rows:
-    """A dataset as training will take it: `parts` gives the tokens of each part in which a row is trained (one, unless
-    its template makes it more), or raises what will refuse it.
+    """A dataset as it will be trained.
+
+    `parts` returns the tokens of each part in which a row is trained (usually one) or raises its error. `limits` are
+    the limits of rows, without lengths.
     """
 
     name: str
     rows: Sequence[Any]
     parts: Callable[[Any], Sequence[int]]
     limits: Lengths
-    """Without rows: what limits them."""
 
     def checked(self, places: Iterable[int], stopped: Callable[[], bool] = lambda: False) -> Checked:
-        """What will become of the rows in these places; until `stopped` says so."""
+        """Check the rows at these indices until `stopped` returns true."""
         return Checked.of((self.rows[place] for place in takewhile(lambda _: not stopped(), places)), self.parts)
 
     def count(self, stopped: Callable[[], bool] = lambda: False, seconds: float = SECONDS) -> dict[str, Any]:
-        """How many rows are too long, as plain data: of all, if that takes 30 s at most, else of 10,000 random ones."""
+        """Count the rows that are too long: all rows if that takes at most 30 s, otherwise 10,000 random ones."""
         total, began = len(self.rows), time.monotonic()
         chosen: Sequence[int] = range(total) if total <= SAMPLE else random.Random(0).sample(range(total), SAMPLE)
         found = self.checked(chosen, stopped)
@@ -219,15 +218,17 @@ class Rows:
 
 @dataclass
 class PlannedRows:
-    """What a dry run counts: datasets of training classes, and others that were loaded, for the first trained model."""
+    """The datasets that a dry run counts: those of training classes and others that were loaded.
+
+    `models` has a function for each training model that makes the Rows of a name, rows, and whether they are prompts.
+    """
 
     trained: list[Rows] = field(default_factory=list)
     loaded: list[tuple[str, Sequence[StringThread]]] = field(default_factory=list)
     models: list[Callable[[str, Sequence[Any], bool], Rows]] = field(default_factory=list)
-    """Of each training model: the Rows of a name, rows, and whether they are prompts."""
 
     def all(self) -> list[Rows]:
-        """Each dataset once, where a class trains the very rows that were loaded."""
+        """Each dataset once, even if a class trains rows that were loaded."""
         known = {id(row) for rows in self.trained for row in rows.rows}
         found = list(self.trained)
         for name, threads in self.loaded if self.models else ():
@@ -239,7 +240,7 @@ class PlannedRows:
 
 
 def sequences(thread: StringThread) -> StringThread | tuple[StringThread, ...]:
-    """A loaded row as it is trained: a preference as its two threads."""
+    """The sequences of a loaded row: a preference has two threads."""
     metadata = thread.metadata if isinstance(thread.metadata, dict) else {}
     sides = [metadata.get(name) for name in ("preferred_completion", "other_completion")]
     return tuple(thread.assistant(side) for side in sides if side) if all(sides) else thread

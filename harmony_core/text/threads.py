@@ -1,7 +1,6 @@
-"""Conversations as text, with a training weight for each turn. `TokenizedThread` is their form as tokens.
+"""Conversations as text and as tokens, with a training weight for each turn.
 
-A thread never changes, save for its `metadata`; every method that looks like a change returns a new thread that shares
-the metadata object. Knows nothing of templates or tokenizers.
+Threads are immutable except for their `metadata`; methods that look like a change return a new thread that shares it.
 """
 
 from __future__ import annotations
@@ -9,55 +8,48 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from html import escape
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 from harmony_core.errors import DataError
-from harmony_core.text.fragments import (
+from harmony_core.text.turns import (
     AnyFragment,
+    Conversation,
     Fragment,
     Image,
+    StringTurn,
     StructuredOutput,
+    TemplateKwargs,
     Text,
+    TokenizedTurn,
+    TokenTurn,
     ToolResponse,
+    Turn,
     from_public,
     from_stored,
+    refuse,
     text_of,
 )
-from harmony_core.text.token_threads import TokenizedThread, TokenizedTurn
-from harmony_core.text.turns import Conversation, TemplateKwargs, Turn
 
 __all__ = ["StringThread", "StringTurn", "TokenizedThread", "TokenizedTurn", "Turn"]
 
-_SHOWN_TOOL_CHARACTERS = 500
-
-
-class StringTurn(NamedTuple):
-    """One turn as text."""
-
-    role: str
-    content: str
+_PENDING = "its tokens are added when a model is asked to answer it"
+_SHOWN = 500  # characters of a tool response
 
 
 class StringThread(Conversation[Turn]):
     """A conversation as text.
 
-    The constructor gives the last turn weight 1 whatever its role, and the others 0; `assistant()` and `system()`
-    append with weight 1, `user()` and `tool()` with 0; the `with_weight_*` methods set every turn's weight anew.
+    The constructor gives the last turn weight 1, whatever its role, and the others 0. `assistant()` and `system()`
+    append with weight 1, `user()` and `tool()` with 0. The `with_weight_*` methods set the weight of every turn.
     """
 
     __slots__ = ()
 
     def __init__(self, turns: Sequence[tuple[str, str]] | None = None, metadata: Any = None) -> None:
-        made = [_text_turn(turn) for turn in turns or ()]
-        if made:
-            made[-1] = replace(made[-1], weight=1.0)
-        self._turns = tuple(made)
-        self._template_kwargs = TemplateKwargs()
-        self._uuid = None
-        self.metadata = metadata
+        super().__init__(_last_weighted(map(_text_turn, turns or ())), metadata)
 
     @classmethod
     def from_turns(
@@ -68,18 +60,14 @@ class StringThread(Conversation[Turn]):
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> Self:
         """Build from turns that carry their weights."""
-        thread = cls(None, metadata)
-        thread._turns = tuple(turns)
-        thread._template_kwargs = TemplateKwargs(template_kwargs)
-        thread._uuid = uuid
+        thread = cls()
+        Conversation.__init__(thread, turns, metadata, uuid, template_kwargs)
         return thread
 
     @staticmethod
     async def from_fragments(raw_turns: Sequence[tuple[str, Sequence[Fragment]]], metadata: Any = None) -> StringThread:
         """Build from fragment dicts; the last turn gets weight 1. Raises DataError for a fragment that is not one."""
-        turns = [fragment_turn(role, fragments) for role, fragments in raw_turns]
-        if turns:
-            turns[-1] = replace(turns[-1], weight=1.0)
+        turns = _last_weighted(fragment_turn(role, fragments) for role, fragments in raw_turns)
         return StringThread.from_turns(turns, metadata)
 
     @staticmethod
@@ -118,6 +106,8 @@ class StringThread(Conversation[Turn]):
         """The turns with fragments and weights."""
         return self._turns
 
+    text_turns = turns
+
     def user(self, content: str) -> StringThread:
         """A copy with a user turn of weight 0 appended."""
         return self._append("user", Text(_checked_text(content)), 0.0)
@@ -138,9 +128,8 @@ class StringThread(Conversation[Turn]):
         """A copy with a pydantic instance appended as an assistant turn of weight 1."""
         if not hasattr(value, "model_dump_json"):
             raise TypeError(f"structured() takes a pydantic instance, not {type(value).__name__}")
-        fragment = StructuredOutput(
-            value.model_dump_json(), value.model_dump(mode="json"), type(value).model_json_schema()
-        )
+        schema = type(value).model_json_schema()
+        fragment = StructuredOutput(value.model_dump_json(), value.model_dump(mode="json"), schema)
         return self._append("assistant", fragment, 1.0)
 
     def last_content(self) -> str:
@@ -153,8 +142,7 @@ class StringThread(Conversation[Turn]):
 
     def messages(self) -> list[tuple[str, str]]:
         """All turns as (role, content), without the last one if it is the assistant's."""
-        ends_with_assistant = bool(self._turns) and self._turns[-1].role == "assistant"
-        return [(turn.role, turn.content) for turn in self.get_turns()[: -1 if ends_with_assistant else None]]
+        return [(turn.role, turn.content) for turn in self.get_turns()[: None if self.completion() is None else -1]]
 
     def completion(self) -> str | None:
         """The text of the last turn if it is the assistant's."""
@@ -186,6 +174,131 @@ class StringThread(Conversation[Turn]):
         return f"<div>{rows}{metadata}</div>"
 
 
+class TokenizedThread(Conversation[TokenTurn]):
+    """A conversation as token ids with the position of each turn, made by a model.
+
+    The tokens of an assistant turn are those that the model must emit: its content and the end-of-turn token.
+    """
+
+    __slots__ = ("_locate", "token_ids")
+
+    def __init__(
+        self,
+        token_ids: list[int],
+        turns: Sequence[TokenTurn],
+        metadata: Any = None,
+        uuid: str | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(turns, metadata, uuid, template_kwargs)
+        self.token_ids = token_ids
+        self._locate: Callable[[], Sequence[TokenTurn]] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        thread: Conversation[Any],
+        token_ids: list[int],
+        turns: Sequence[TokenTurn],
+        locate: Callable[[], Sequence[TokenTurn]] | None = None,
+    ) -> Self:
+        """The tokens of a thread, with its metadata, identifier and template variables.
+
+        `locate` returns the turns with all positions. It is called once, when a position that `turns` lacks is needed.
+        """
+        made = cls(token_ids, turns, thread.metadata, thread.uuid(), thread.template_kwargs)
+        made._locate = locate
+        return made
+
+    @property
+    def token_weights(self) -> list[float]:
+        """One weight for each of `token_ids`; 0 for the template's own tokens."""
+        weights = [0.0] * len(self.token_ids)
+        for turn in self._turns:
+            if turn.weight:
+                weights[turn.start : turn.end] = [turn.weight] * (turn.end - turn.start)
+        return weights
+
+    @property
+    def logprobs(self) -> list[float] | None:
+        """The raw log-prob of each weighted token if these are the generated tokens; else None."""
+        return self._recorded("logprobs")
+
+    @property
+    def sampled_logprobs(self) -> list[float] | None:
+        """Like `logprobs`, under the distribution that was sampled from."""
+        return self._recorded("sampled_logprobs")
+
+    @property
+    def versions(self) -> list[int] | None:
+        """The policy version of each weighted token if these are the generated tokens; else None."""
+        return self._recorded("versions")
+
+    def get_turns(self) -> list[TokenizedTurn]:
+        """Role and tokens of every turn, without the template's headers."""
+        return [TokenizedTurn(turn.role, self.token_ids[turn.start : turn.end]) for turn in self.token_turns]
+
+    def turns(self) -> list[TokenizedTurn]:
+        """The same as `get_turns`."""
+        return self.get_turns()
+
+    @property
+    def token_turns(self) -> tuple[TokenTurn, ...]:
+        """The turns with positions, weights and fragments."""
+        if self._locate is not None:
+            self._turns, self._locate = tuple(self._locate()), None
+        return self._turns
+
+    @property
+    def text_turns(self) -> tuple[Turn, ...]:
+        """The turns without positions."""
+        return tuple(Turn(t.role, t.fragments, t.weight, generation=t.generation) for t in self._turns)
+
+    def ends_with_last_turn(self) -> bool:
+        """Whether the last token belongs to the last turn."""
+        return self._turns[-1].end == len(self.token_ids)
+
+    def last_content(self) -> list[int] | None:
+        """The tokens of the last turn, None in an empty thread."""
+        return self.token_ids[self._turns[-1].start : self._turns[-1].end] if self._turns else None
+
+    def len_last_turn(self) -> int:
+        """The number of tokens of the last turn."""
+        return self._turns[-1].end - self._turns[-1].start if self._turns else 0
+
+    def user(self, content: str) -> TokenizedThread:
+        """A copy with a user turn appended; its tokens are added when a model is asked for an answer."""
+        return self._awaiting("user", Text(content))
+
+    def tool(self, content: str, call_id: str | None = None) -> TokenizedThread:
+        """A copy with the response of a tool appended, like `user`."""
+        return self._awaiting("tool", ToolResponse(call_id, content))
+
+    def _awaiting(self, role: str, fragment: Text | ToolResponse) -> TokenizedThread:
+        return super()._with_turns((*self.token_turns, TokenTurn(role, (fragment,), 0.0, problem=_PENDING)))
+
+    def _weighted(self, chosen: slice) -> Self:
+        self._turns = self.token_turns  # the positions of turns that have no weight yet are needed
+        return super()._weighted(chosen)
+
+    def _with_turns(self, turns: tuple[TokenTurn, ...]) -> Self:
+        for index, turn in enumerate(turns):
+            if turn.weight and turn.problem:
+                refuse(index, turn)
+        return super()._with_turns(turns)
+
+    def _recorded(self, numbers: str) -> list[Any] | None:
+        """Numbers of the last turn's record, if no other turn has a weight."""
+        record = self.generation
+        weighted = [turn for turn in self._turns if turn.weight > 0]
+        return list(getattr(record, numbers)) if record is not None and weighted == [*self._turns[-1:]] else None
+
+    def __repr__(self) -> str:
+        contents = iter([turn.content for turn in self.get_turns()])
+        title = f"TokenizedThread {len(self.token_ids)} tokens"
+        return self._shown(title, lambda _: f"{len(content := next(contents))} tokens {content}")
+
+
 def repeat_thread(thread: StringThread) -> Iterator[StringThread]:
     """The thread again and again, each time as a copy with metadata of its own."""
     while True:
@@ -204,32 +317,29 @@ def override_system_prompt(dataset: Iterable[StringThread], system_prompt: str) 
 
     Raises DataError for a thread with anything but text.
     """
-    return [_with_system_prompt(thread, system_prompt) for thread in dataset]
-
-
-def _with_system_prompt(thread: StringThread, system_prompt: str) -> StringThread:
-    for turn in thread.turns:
-        if other := {fragment.public()["type"] for fragment in turn.fragments} - {"text"}:
-            names = ", ".join(sorted(other))
-            raise DataError(f"override_system_prompt takes threads of text; a {turn.role} turn has {names}")
-    turns = [(turn.role, turn.content) for turn in thread.get_turns() if turn.role != "system"]
-    made = StringThread([("system", system_prompt), *turns], thread.metadata)
-    return made.with_template_kwargs(**thread.template_kwargs)
+    made = []
+    for thread in dataset:
+        for turn in thread.turns:
+            if other := {str(fragment.public()["type"]) for fragment in turn.fragments} - {"text"}:
+                names = ", ".join(sorted(other))
+                raise DataError(f"override_system_prompt takes threads of text; a {turn.role} turn has {names}")
+        others = [turn for turn in thread.get_turns() if turn.role != "system"]
+        new = StringThread([("system", system_prompt), *others], thread.metadata)
+        made.append(new.with_template_kwargs(**thread.template_kwargs))
+    return made
 
 
 def check_last_turn(thread: StringThread | TokenizedThread, continue_final: bool) -> None:
-    """Raise DataError for a last turn that cannot be continued where it should be, or is unfinished where not."""
-    ends_with_assistant = bool(thread.get_turn_weights()) and thread.get_turns()[-1].role == "assistant"
+    """Raise DataError for a last turn that cannot be continued although it should be, or that is unfinished."""
+    ends_with_assistant = [turn.role for turn in thread.text_turns[-1:]] == ["assistant"]
     finished = thread.generation is not None and thread.generation.finish_reason == "stop"
     if continue_final and (finished or not ends_with_assistant):
         reason = "is finished" if finished else "is not the assistant's"
         raise DataError(f"continue_final=True: the last turn {reason}, so there is nothing to continue")
     if ends_with_assistant and not finished and not continue_final:
         cut = " that was cut for its length" if thread.generation is not None else ""
-        raise DataError(
-            f"the thread ends with an assistant turn{cut}",
-            hint="continue_final=True continues it; else append a user turn, or take StringThread(thread.messages())",
-        )
+        hint = "continue_final=True continues it; else append a user turn, or take StringThread(thread.messages())"
+        raise DataError(f"the thread ends with an assistant turn{cut}", hint=hint)
 
 
 def fragment_turn(role: Any, content: Any) -> Turn:
@@ -241,6 +351,11 @@ def fragment_turn(role: Any, content: Any) -> Turn:
     if isinstance(content, Sequence) and not isinstance(content, bytes | bytearray):
         return Turn(role, tuple(from_public(raw) for raw in content), 0.0)
     raise DataError(f"the content of a turn must be text or a list of fragments, not {type(content).__name__}")
+
+
+def _last_weighted(turns: Iterable[Turn]) -> list[Turn]:
+    made = list(turns)
+    return made[:-1] + [replace(turn, weight=1.0) for turn in made[-1:]]
 
 
 def _text_turn(turn: Any) -> Turn:
@@ -275,15 +390,11 @@ def _shown_text(turn: Turn) -> str:
 
 
 def _described(turn: Turn) -> str:
-    parts = []
-    for fragment in turn.fragments:
+    def describe(fragment: AnyFragment) -> str:
         if isinstance(fragment, ToolResponse):
-            cut = fragment.content[:_SHOWN_TOOL_CHARACTERS]
-            parts.append(cut + ("…" if len(fragment.content) > len(cut) else ""))
-        elif isinstance(fragment, Image):
-            parts.append(f"<image, {len(fragment.data)} bytes>")
-        elif isinstance(fragment, Text | StructuredOutput):
-            parts.append(text_of((fragment,)))
-        else:
-            parts.append(str(fragment))
-    return "\n".join(parts)
+            return fragment.content[:_SHOWN] + "…" * (len(fragment.content) > _SHOWN)
+        if isinstance(fragment, Image):
+            return f"<image, {len(fragment.data)} bytes>"
+        return text_of((fragment,)) if isinstance(fragment, Text | StructuredOutput) else str(fragment)
+
+    return "\n".join(map(describe, turn.fragments))

@@ -1,23 +1,28 @@
-"""From threads to tokens and back: a model's tokenizer and chat template, and which tokens carry a turn's weight.
+"""From threads to token ids and back, with a model's tokenizer and chat template.
 
-**Weighted tokens.** Of an assistant turn they are what the model must emit after the prompt that it would have been
-given: everything from where that prompt ends through the end-of-turn token, never the template's header before it nor
-what the template adds after it. Of any other turn they are its content, without surrounding whitespace.
+**Weighted tokens.** The weighted tokens of an assistant turn are those that the model must emit after the prompt for
+this turn: everything from the end of the prompt through the end-of-turn token, without the template's header before it
+and text after it. The weighted tokens of other turns are their content, without surrounding whitespace.
 
-**The contract.** The tokens of that prompt are what the conversation's begin with, and what follows them shows all of
-the turn: its reasoning, its text, its calls. A turn for which this does not hold has a problem, which is an error when
-it has a weight. Where a template writes earlier turns otherwise once others follow, `parts` splits a thread, so that
-each weighted turn stands behind the prompt that the model would have seen.
+**The contract.** The conversation's tokens begin with the tokens of the prompt, and the tokens after them show the
+whole turn: its reasoning, text and calls. Otherwise the turn has a problem, which is an error if the turn has a weight.
+Some templates write earlier turns differently once others follow. `parts` splits such a thread so that each weighted
+turn stands behind the prompt that the model would have seen.
 
-Uses `tokenizers` and jinja2 only, and agrees token for token with transformers' `apply_chat_template`.
+**Renderings.** The template renders a thread twice, plain and marked, and once more for the prompt of each weighted
+turn. A split thread takes two renderings for each part; the prompts are shared.
+
+The tokens are those of transformers' `apply_chat_template`; only `tokenizers` and jinja2 are used.
 """
 
 from __future__ import annotations
 
+import copy
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cache, lru_cache, partial
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -28,48 +33,39 @@ from harmony_core.errors import TokenizationError, UsageError, did_you_mean
 from harmony_core.notifiers import say
 from harmony_core.text import tokenizer_files
 from harmony_core.text.chat_template import ChatTemplate
-from harmony_core.text.fragments import Text
 from harmony_core.text.marking import all_messages, shown
 from harmony_core.text.places import (
+    NOT_LOCATED,
     OTHER_TEMPLATE,
     Place,
     Prompts,
     Row,
     Stretch,
-    drawn_stretches,
     encoded,
+    generated_stretches,
     locate,
-    prompt_before,
+    prompts_of,
+    render_whole,
 )
-from harmony_core.text.threads import StringThread, Turn
-from harmony_core.text.token_threads import TokenizedThread, TokenTurn, refuse
+from harmony_core.text.threads import StringThread, TokenizedThread
 from harmony_core.text.tokenizer_files import TokenizerFiles
-from harmony_core.text.turns import RESERVED, GenerationRecord, TemplateKwargs
+from harmony_core.text.turns import RESERVED, GenerationRecord, TemplateKwargs, Text, TokenTurn, Turn, refuse
 
-PROMPTS = 256
-"""Prompts whose tokens are remembered: making them takes longer than all else that a completion costs the driver."""
-
-MAX_GROWTH = 4.0
-"""How many times its tokens a thread may take that is trained in parts, unless more is asked for."""
-
-_CONTEXT = 8
-"""Tokens before a completion that are decoded with it."""
-
+PROMPTS = 256  # cached prompts: tokenizing them takes most of the driver's time for a completion
+MAX_GROWTH = 4.0  # how many times its tokens a split thread may take, unless more is requested
+_CONTEXT = 8  # tokens before a completion that are decoded with it
 _SPLIT = (
     "the template writes it otherwise once turns follow: train_language_modelling and logprobs split such a thread; "
     "elsewhere weight the last turn alone (with_weight_last_assistant_turn()), or take a template that keeps all turns"
 )
 
 
-_AS_TEXT = "detokenize_thread() gives the thread as text, which the template then renders anew"
-
-
 class ChatTokenizer:
     """A model's tokenizer and chat template.
 
-    `stop_ids` are the tokens at which a completion ends: those that the model's configuration, its generation
-    configuration or its tokenizer name, and the special token that the template writes after an assistant turn.
-    `variables` are given to the template; a thread's own win. Raises UsageError for one that it does not read.
+    `stop_ids` are the tokens at which a completion ends: those in the model's configuration, its generation
+    configuration or its tokenizer, and the special token that the template writes after an assistant turn. `variables`
+    are passed to the template; a thread's own take precedence. Raises UsageError for a variable that it does not read.
     """
 
     def __init__(self, files: TokenizerFiles, variables: Mapping[str, Any] | None = None) -> None:
@@ -78,16 +74,17 @@ class ChatTokenizer:
         self._directory = files.directory
         self._fingerprint = files.fingerprint
         self._added = frozenset(files.tokenizer.get_added_tokens_decoder())
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
         if variables:
             self._template = self._required_template().with_variables(variables)
             for name in variables.keys() - self._template.reads:
                 raise UsageError(_unread(self._template, name), hint=f"leave {name} out of chat_template_kwargs")
-        # Groups of completions have one prompt. A template that tells the time is asked each time.
-        sources = [choice.source for choice in self._template.choices] if self._template is not None else []
-        remembered = 0 if any("strftime_now" in source for source in sources) else PROMPTS
-        self._prompt_ids = lru_cache(remembered)(self._render_prompt)
-        self._prompt_turns = lru_cache(remembered)(self._lay_out_prompt)
+        # A group of completions shares one prompt. A template that writes the time is rendered each time.
+        choices = self._template.choices if self._template is not None else ()
+        self._writes_time = any("strftime_now" in choice.source for choice in choices)
+        cached = lru_cache(0 if self._writes_time else PROMPTS)
+        self._prompt_ids = cached(self._render_prompt)
+        self._prompt_turns = cached(self._lay_out_prompt)
         self.stop_ids: frozenset[int] = files.stop_ids | self._template_end(files.stop_ids)
 
     @staticmethod
@@ -100,80 +97,96 @@ class ChatTokenizer:
         return self._encoding(text).ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids, special tokens included."""
+        """Text of token ids, with special tokens."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
 
     def tokenless(self, size: int) -> tuple[tuple[int, int], ...]:
-        """The ids below `size` that no token has, as ranges whose last id is left out."""
+        """The ids below `size` without a token, as half-open ranges."""
         known = {-1, size, *self._tokenizer.get_vocab(with_added_tokens=True).values()}
         edges = sorted(id for id in known if id <= size)
         return tuple((low + 1, high) for low, high in pairwise(edges) if high > low + 1)
 
     def tokenize(self, thread: StringThread) -> TokenizedThread:
-        """The whole conversation, weights included.
+        """Tokenize the whole conversation, weights included.
 
-        Raises TokenizationError for a thread that the template refuses or leaves out in part, and for a weighted turn
-        that cannot be trained in the whole.
+        The positions of assistant turns without a weight are computed when they are first needed. Raises
+        TokenizationError for a thread that the template refuses or does not show completely, and for a weighted turn
+        that cannot be trained in the whole conversation.
         """
-        ids, turns = self._lay_out(self._template_of(thread.template_kwargs), thread.turns, add_generation_prompt=False)
+        template = self._template_of(thread.template_kwargs)
+        layouts = self._layouts(template, thread.turns, every_turn=self._writes_time)
+        ids, turns, _ = next(layouts)
         for index, turn in enumerate(turns):
             if turn.weight and turn.problem:
-                self.parts(thread)  # raises what no split mends
+                deque(layouts, 0)  # raises if splitting does not help
                 refuse(index, turn, _SPLIT)
-        return TokenizedThread.of(thread, ids, turns)
+        complete = all(turn.problem != NOT_LOCATED for turn in turns)
+        locate = None if complete else lambda: self._lay_out(template, thread.turns, every_turn=True)[1]
+        return TokenizedThread.of(thread, ids, turns, locate)
 
     def parts(self, thread: StringThread) -> list[TokenizedThread]:
-        """The conversation in as few parts as show each weighted turn behind the prompt that it would have had.
+        """Tokenize the conversation in as few parts as show each weighted turn behind its prompt.
 
-        That is the whole, unless the template writes earlier turns otherwise once others follow; each further part
-        ends with a weighted turn. Every weighted turn has its weight in one part; an assistant turn without one has no
-        place there. Raises TokenizationError.
+        There is one part unless the template writes earlier turns differently once others follow. Each further part
+        ends with a weighted turn. Every weighted turn has its weight in one part; assistant turns without a weight
+        have no position. Raises TokenizationError.
         """
-        pending = {index for index, turn in enumerate(thread.turns) if turn.weight}
-        parts: list[TokenizedThread] = []
-        template, end = self._template_of(thread.template_kwargs), len(thread.turns)
-        prompt = cache(partial(prompt_before, template, thread.turns))  # each is the same for every part
-        while True:
-            ids, turns = self._lay_out(template, thread.turns[:end], False, prompt)
-            taken = {index for index in pending if not turns[index].problem}
-            if taken or not pending:
-                weighted = [replace(turn, weight=turn.weight * (index in taken)) for index, turn in enumerate(turns)]
+        template, parts = self._template_of(thread.template_kwargs), []
+        for ids, turns, trained in self._layouts(template, thread.turns):
+            if trained or not any(turn.weight for turn in turns):
+                weighted = [replace(turn, weight=turn.weight * (index in trained)) for index, turn in enumerate(turns)]
                 parts.append(TokenizedThread.of(thread, ids, weighted))
-            pending -= taken
+        return parts
+
+    def _layouts(
+        self, template: ChatTemplate, turns: Sequence[Turn], every_turn: bool = False
+    ) -> Iterator[tuple[list[int], list[TokenTurn], set[int]]]:
+        """The whole conversation, then shorter ones until each weighted turn could be trained in one of them.
+
+        Yields tokens, turns and the indices of the turns to train there. Raises TokenizationError.
+        """
+        pending = {index for index, turn in enumerate(turns) if turn.weight}
+        prompt = prompts_of(template, turns)
+        while True:
+            ids, laid_out = self._lay_out(template, turns, False, prompt, every_turn)
+            trained = {index for index in pending if not laid_out[index].problem}
+            yield ids, laid_out, trained
+            pending -= trained
             if not pending:
-                return parts
+                return
             last = max(pending)
-            if last + 1 == end:
-                refuse(last, turns[last])
-            end = last + 1
+            if last + 1 == len(turns):
+                refuse(last, laid_out[last])
+            turns = turns[: last + 1]
 
     def prompt_ids(self, thread: StringThread | TokenizedThread) -> list[int]:
         """The conversation followed by the template's prompt for an assistant turn.
 
-        Turns that were drawn with this tokenizer keep their tokens, where the template shows them whole; a
-        TokenizedThread's tokens are what the prompt begins with, or it is refused. Raises TokenizationError.
+        Turns that were generated with this tokenizer keep their tokens if the template shows them whole. The prompt of
+        a TokenizedThread begins with its tokens; otherwise the thread is refused. Raises TokenizationError.
         """
-        turns = self.detokenize(thread).turns if isinstance(thread, TokenizedThread) else thread.turns
-        ids = list(self._prompt_ids(tuple(turns), thread.template_kwargs))
+        turns = thread.text_turns
+        ids = list(self._prompt_ids(turns, thread.template_kwargs))
         if isinstance(thread, TokenizedThread) and ids[: len(thread.token_ids)] != thread.token_ids:
-            _, laid_out = self._lay_out(self._template_of(thread.template_kwargs), turns, add_generation_prompt=True)
+            _, laid_out = self._lay_out(self._template_of(thread.template_kwargs), turns, True, every_turn=True)
             problems = (
                 f"with what follows, the chat template writes turn {index} otherwise: {turn.problem}"
                 for index, turn in enumerate(laid_out)
                 if turn.role == "assistant" and turn.problem
             )
             why = next(problems, "the chat template of this model does not write what they are")
-            raise TokenizationError(f"these tokens cannot be continued: {why}", hint=_AS_TEXT)
+            hint = "detokenize_thread() gives the thread as text, which the template then renders anew"
+            raise TokenizationError(f"these tokens cannot be continued: {why}", hint=hint)
         return ids
 
     def unfinished_ids(self, thread: StringThread | TokenizedThread) -> list[int]:
-        """The conversation up to where its last turn, an assistant's, breaks off. Raises TokenizationError."""
-        *before, last = thread.token_turns if isinstance(thread, TokenizedThread) else thread.turns
-        if isinstance(thread, TokenizedThread) and isinstance(last, TokenTurn) and last.end == len(thread.token_ids):
+        """The conversation up to the end of its last, unfinished assistant turn. Raises TokenizationError."""
+        turns = thread.text_turns
+        *before, last = turns
+        if isinstance(thread, TokenizedThread) and thread.ends_with_last_turn():
             return list(thread.token_ids)
-        if (record := last.drawn_with(self._fingerprint)) is not None:
+        if (record := last.generated_with(self._fingerprint)) is not None:
             return [*self._prompt_ids(tuple(before), thread.template_kwargs), *record.tokens]
-        turns = (*before, last)
         text, places = locate(self._template_of(thread.template_kwargs), turns, add_generation_prompt=False)
         place = places[-1]
         if place.problem or not place.prompted:
@@ -185,35 +198,30 @@ class ChatTokenizer:
         return self._row(text, turns, places)[0].ids
 
     def completed(self, thread: TokenizedThread) -> TokenizedThread:
-        """The tokens with what the template writes behind the last turn, as the thread's text would have them.
-
-        The thread itself where the template does not write what these tokens are.
-        """
-        turns = self.detokenize(thread).turns
+        """The thread with the tokens after its last turn, or itself if the template does not write its tokens."""
+        completed = copy.copy(thread)
         try:
-            ids, _ = self._lay_out(self._template_of(thread.template_kwargs), turns, add_generation_prompt=False)
+            completed.token_ids, _ = self._lay_out(self._template_of(thread.template_kwargs), thread.text_turns)
         except TokenizationError:
             return thread
-        if ids[: len(thread.token_ids)] != thread.token_ids:
-            return thread
-        return TokenizedThread.of(thread, ids, thread.token_turns)
+        return completed if completed.token_ids[: len(thread.token_ids)] == thread.token_ids else thread
 
     def _render_prompt(self, turns: tuple[Turn, ...], variables: TemplateKwargs) -> tuple[int, ...]:
         template = self._template_of(variables)
-        if any(turn.drawn_with(self._fingerprint) for turn in turns):
-            return tuple(self._lay_out(template, turns, add_generation_prompt=True)[0])
+        if any(turn.generated_with(self._fingerprint) for turn in turns):
+            return tuple(self._lay_out(template, turns, True)[0])
         messages = all_messages(turns)
         text = template.render(messages, add_generation_prompt=True).text
         if any(str(message["content"]).strip() not in text for message in messages):
-            locate(template, turns, add_generation_prompt=True)  # rewritten, or left out: then this raises
+            render_whole(template, turns, True)  # raises if the content is left out and not just rewritten
         return tuple(self.encode(text))
 
     def _lay_out_prompt(
         self, turns: tuple[Turn, ...], variables: TemplateKwargs, prompt_ids: tuple[int, ...]
     ) -> tuple[TokenTurn, ...]:
-        """The turns of a prompt, of no weight; without places where these tokens are not what the template makes."""
+        """The turns of a prompt, without weights; without positions if the template does not write these tokens."""
         try:
-            ids, laid_out = self._lay_out(self._template_of(variables), turns, add_generation_prompt=True)
+            ids, laid_out = self._lay_out(self._template_of(variables), turns, True, every_turn=True)
         except TokenizationError:
             ids, laid_out = [], []
         if tuple(ids) != prompt_ids:
@@ -234,16 +242,16 @@ class ChatTokenizer:
         model: str = "",
         continued: bool = False,
     ) -> TokenizedThread:
-        """The thread with what a model generated for `prompt_ids` as its last turn: those very tokens, weight 1.
+        """The thread with the tokens that a model generated for `prompt_ids` as its last turn, with weight 1.
 
-        All other turns get weight 0. `finished` says that the model ended the turn itself; `model` which one it was.
-        `continued`: the completion goes on with the last turn. What was drawn of it before keeps its numbers; a text
-        that nobody drew becomes part of the turn, but not of its weighted tokens.
+        All other turns get weight 0. `finished` is true if the model ended the turn itself; `model` is its name.
+        `continued`: the completion continues the last turn. Earlier generated tokens of this turn keep their numbers. A
+        text that no model generated becomes part of the turn, but not of its weighted tokens.
         """
-        turns = tuple(self.detokenize(thread).turns if isinstance(thread, TokenizedThread) else thread.turns)
+        turns = thread.text_turns
         start, begun = len(prompt_ids), None
         if continued:
-            turns, begun = turns[:-1], turns[-1].drawn_with(self._fingerprint)
+            turns, begun = turns[:-1], turns[-1].generated_with(self._fingerprint)
             prompt = self._prompt_ids(turns, thread.template_kwargs) if begun is None else prompt_ids
             start = len(prompt) - (len(begun.tokens) if begun is not None else 0)
         tokens = (*prompt_ids[start:], *completion_ids)
@@ -252,18 +260,18 @@ class ChatTokenizer:
         ended = bool(completion_ids) and completion_ids[-1] in self.stop_ids
         text = self.decode_behind(prompt_ids[:start], tokens[:-1] if ended else tokens)
         ids = [*prompt_ids, *completion_ids]
-        drawn_from = len(prompt_ids) - (len(begun.logprobs) if begun is not None else 0)
-        completed = TokenTurn("assistant", (Text(text),), 1.0, drawn_from, len(ids), generation=record)
+        first = len(ids) - len(completion_ids) - (len(begun.logprobs) if begun is not None else 0)
+        completed = TokenTurn("assistant", (Text(text),), 1.0, first, len(ids), generation=record)
         before = self._prompt_turns(turns, thread.template_kwargs, tuple(prompt_ids[:start]))
         return TokenizedThread.of(thread, ids, [*before, completed])
 
     def detokenize(self, tokenized: TokenizedThread) -> StringThread:
         """The same conversation as text: turns, weights and metadata survive."""
-        turns = [Turn(t.role, t.fragments, t.weight, generation=t.generation) for t in tokenized.token_turns]
-        return StringThread.from_turns(turns, tokenized.metadata, tokenized.uuid(), tokenized.template_kwargs)
+        args = tokenized.text_turns, tokenized.metadata, tokenized.uuid(), tokenized.template_kwargs
+        return StringThread.from_turns(*args)
 
     def decode_behind(self, before: Sequence[int], ids: Sequence[int]) -> str:
-        """Text of token ids that stand behind others. Some decoders take the blank from what they read first."""
+        """Text of token ids after others. Some decoders strip the space of the first token."""
         near = list(before[-_CONTEXT:])
         known, whole = self.decode(near), self.decode([*near, *ids])
         return whole[len(known) :] if whole.startswith(known) else self.decode(ids)
@@ -272,40 +280,41 @@ class ChatTokenizer:
         self,
         template: ChatTemplate,
         turns: Sequence[Turn],
-        add_generation_prompt: bool,
-        trained: Prompts | None = None,
+        add_generation_prompt: bool = False,
+        prompt: Prompts | None = None,
+        every_turn: bool = False,
     ) -> tuple[list[int], list[TokenTurn]]:
-        """Tokens and turns; `trained`: the prompts of `locate`, where only what is trained needs its place."""
-        text, places = locate(template, turns, add_generation_prompt, trained)
-        row, drawn = self._row(text, turns, places)
+        """Tokens and turns; for `prompt` and `every_turn` see `locate`."""
+        text, places = locate(template, turns, add_generation_prompt, prompt, every_turn)
+        row, generated = self._row(text, turns, places)
         laid_out = []
         for index, (turn, place) in enumerate(zip(turns, places, strict=True)):
-            if index in drawn:
-                start = bisect_left(row.starts, place.start)
-                end = start + len(drawn[index].ids)
-                kept = turn.generation
-                start = end - len(kept.logprobs) if kept is not None and kept.logprobs else start
-                laid_out.append(TokenTurn(turn.role, turn.fragments, turn.weight, start, end, generation=kept))
-                continue
-            following = [p.content_start for p in places[index + 1 :] if p.content_start is not None]
-            limit = min(following, default=len(text) + 1)
-            start, end, problem = self._token_span(turn, place, text, row, limit)
-            hint = place.hint or (OTHER_TEMPLATE if problem else "")
-            laid_out.append(TokenTurn(turn.role, turn.fragments, turn.weight, start, end, problem, hint))
+            record = turn.generation if index in generated else None
+            if record is not None:
+                end = bisect_left(row.starts, place.start) + len(record.tokens)
+                span = end - len(record.logprobs or record.tokens), end, ""
+            else:
+                following = [p.content_start for p in places[index + 1 :] if p.content_start is not None]
+                span = self._token_span(turn, place, text, row, min(following, default=len(text) + 1))
+            hint = place.hint or OTHER_TEMPLATE if span[2] else ""
+            laid_out.append(TokenTurn(turn.role, turn.fragments, turn.weight, *span, hint, generation=record))
         return row.ids, laid_out
 
     def _row(self, text: str, turns: Sequence[Turn], places: Sequence[Place]) -> tuple[Row, dict[int, Stretch]]:
-        """Tokens of the rendered text, those of drawn turns as they were drawn; the last turn behind its prompt's."""
-        drawn = drawn_stretches(self._encoding, text, turns, places, self._fingerprint, self.stop_ids)
-        row = encoded(self._encoding, text, drawn.values())
+        """Tokens of the rendered text and the generated turns in it. The tokens of generated turns are kept.
+
+        The last turn is encoded separately from its prompt if a token would span both.
+        """
+        generated = generated_stretches(self._encoding, text, turns, places, self._fingerprint, self.stop_ids)
+        row = encoded(self._encoding, text, generated.values())
         end = places[-1].start
-        if places[-1].prompted and len(places) - 1 not in drawn and self._behind(text, end, row) is None:
-            joined = encoded(self._encoding, text, (*drawn.values(), Stretch(end, end, end)))
-            row = joined if self.decode(joined.ids) == self.decode(row.ids) else row
-        return row, drawn
+        if places[-1].prompted and len(places) - 1 not in generated and self._behind(text, end, row) is None:
+            separate = encoded(self._encoding, text, (*generated.values(), Stretch(end, end, end)))
+            row = separate if self.decode(separate.ids) == self.decode(row.ids) else row
+        return row, generated
 
     def _token_span(self, turn: Turn, place: Place, text: str, row: Row, limit: int) -> tuple[int, int, str]:
-        """Token span of a turn; `limit` is the character where the next turn's content begins."""
+        """Token span of a turn and its problem; `limit` is the character at which the next turn's content begins."""
         if place.problem:
             return 0, 0, place.problem
         start, end = bisect_left(row.starts, place.start), bisect_left(row.starts, place.end)
@@ -320,20 +329,17 @@ class ChatTokenizer:
             if row.starts[position] >= limit:
                 break
             if row.ids[position] in self.stop_ids:
-                inner = self._stops(row.ids[start:position])
-                if inner and inner > self._stops(self.encode(repr(turn.fragments))):
+                inner = sum(token in self.stop_ids for token in row.ids[start:position])
+                if inner and inner > sum(token in self.stop_ids for token in self.encode(repr(turn.fragments))):
                     return 0, 0, "the chat template writes an end-of-turn token before its end"
                 return start, position + 1, ""
         names = ", ".join(sorted(str(self._tokenizer.id_to_token(i)) for i in self.stop_ids)) or "none is known"
         return 0, 0, f"the chat template writes no end-of-turn token after it (of: {names})"
 
-    def _stops(self, ids: Sequence[int]) -> int:
-        return sum(token in self.stop_ids for token in ids)
-
     def _behind(self, text: str, end: int, row: Row) -> int | None:
-        """How many tokens `text[:end]` alone has, if they are what the row begins with.
+        """The number of tokens of `text[:end]` alone, or None if the row does not begin with these tokens.
 
-        Text is tokenized apart on both sides of an added token, so only what follows the last one is looked at.
+        The text before and after an added token is tokenized separately, so the text after the last one is enough.
         """
         last = bisect_left(row.starts, end) - 1
         while last > 0 and row.ids[last] not in self._added:
@@ -343,10 +349,10 @@ class ChatTokenizer:
         return count if row.ids[count - len(tail) : count] == tail else None
 
     def _template_end(self, known: frozenset[int]) -> frozenset[int]:
-        """The special token that the template writes right after an assistant's content, if none is known there."""
+        """The special token that the template writes after an assistant's content, unless a known one is there."""
         if self._template is None:
             return frozenset()
-        turns = [Turn("user", (Text("a"),), 0.0), Turn("assistant", (Text("b"),), 0.0)]
+        turns = StringThread([("user", "a"), ("assistant", "b")]).turns
         try:
             text = self._template.render(all_messages(turns)).text
             span = shown(self._template, turns, text, add_generation_prompt=False)[1].span()
@@ -366,10 +372,10 @@ class ChatTokenizer:
             raise TokenizationError(f"text that is not valid Unicode cannot be tokenized: {error}") from None
 
     def _template_of(self, variables: TemplateKwargs) -> ChatTemplate:
-        """The template with a thread's variables. What it does not read is told once."""
+        """The template with a thread's variables. Warns once about each variable that it does not read."""
         template = self._required_template().with_variables(variables)
-        for name in sorted(variables.keys() - template.reads - self._told) if variables else ():
-            self._told.add(name)
+        for name in sorted(variables.keys() - template.reads - self._warned) if variables else ():
+            self._warned.add(name)
             say(f"warning: {_unread(template, name)}")
         return template
 
@@ -383,12 +389,12 @@ class ChatTokenizer:
 
 
 def _unread(template: ChatTemplate, name: str) -> str:
-    known = [read for read in template.reads if read not in RESERVED and not read.endswith("_token")]
+    known = [other for other in template.reads if other not in RESERVED and not other.endswith("_token")]
     hint = did_you_mean(name, known)
     return f"{template.origin}: the chat template does not read {name!r}{hint and f'; {hint}'}"
 
 
 def growth(parts: Sequence[TokenizedThread]) -> float:
-    """How many times the tokens of its longest part the parts of a thread have together; 1 where it is not split."""
+    """The tokens of all parts of a thread, divided by those of its longest part; 1 if the thread is not split."""
     lengths = [len(part.token_ids) for part in parts]
     return sum(lengths) / max(lengths)

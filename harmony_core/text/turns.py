@@ -1,26 +1,179 @@
-"""What text and token conversations have in common: turns of fragments with a training weight, template variables."""
+"""Turns of a conversation: typed fragments with a training weight, and what text and token threads have in common.
+
+A fragment has two serialized forms: the dictionary that recipes see, and the JSON of a stored thread. Images stay
+encoded. This module knows nothing of templates, tokenizers or models.
+"""
 
 from __future__ import annotations
 
+import base64
+import binascii
 import copy
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, NamedTuple, NoReturn, Self, TypeVar, cast
 
-from harmony_core.errors import DataError
-from harmony_core.text.fragments import AnyFragment, Fragment, text_of
+import msgspec
 
+from harmony_core.errors import DataError, TokenizationError
+
+_WAYS_OUT = (
+    "take a template that shows the turn whole (adaptive models add KEY SOURCE --chat-template FILE); "
+    "{% generation %} tags say where an answer begins that no prompt comes before"
+)
 RESERVED = ("messages", "add_generation_prompt")
+MAX_IMAGE_BYTES = 10 * 1024 * 1024
+_IMAGE_MAGIC = {
+    b"\x89PNG\r\n\x1a\n": "png",
+    b"\xff\xd8\xff": "jpeg",
+    b"GIF87a": "gif",
+    b"GIF89a": "gif",
+    b"RIFF": "webp",
+}
+
+# The public form: `{"type": "text", "text": ...}`.
+Fragment = dict[str, Any]
+
+
+class _Fragment(msgspec.Struct, frozen=True):
+    def public(self) -> Fragment:
+        """The dictionary that recipes see."""
+        return cast(Fragment, msgspec.to_builtins(self))
+
+    def stored(self) -> dict[str, Any]:
+        """The form in a thread's JSON; a fragment of text alone is stored as a string."""
+        fields = self.public()
+        del fields["type"]
+        return {type(self).__name__: fields["text"] if isinstance(self, Text | Reasoning) else fields}
+
+
+class Text(_Fragment, frozen=True, tag="text"):
+    """Plain text."""
+
+    text: str
+
+
+class Reasoning(_Fragment, frozen=True, tag="reasoning"):
+    """The reasoning of a model before its answer."""
+
+    text: str
+
+
+class FunctionCall(_Fragment, frozen=True, tag="function_call"):
+    """A call of a tool; `arguments` is JSON text."""
+
+    call_id: str
+    name: str
+    arguments: str
+
+
+class ToolResponse(_Fragment, frozen=True, omit_defaults=True, tag="tool_response"):
+    """The response of a tool to a call; `name` is the tool's name if the data has it."""
+
+    call_id: str | None
+    content: str
+    name: str | None = None
+
+
+class Image(_Fragment, frozen=True, tag="image"):
+    """The bytes of an encoded image (PNG, JPEG, GIF or WebP)."""
+
+    data: bytes
+
+    def public(self) -> Fragment:
+        """The dictionary that recipes see."""
+        kind = next(kind for magic, kind in _IMAGE_MAGIC.items() if self.data.startswith(magic))
+        return {"type": "image", "url": f"data:image/{kind};base64,{base64.b64encode(self.data).decode()}"}
+
+    def stored(self) -> dict[str, Any]:
+        """The form in a thread's JSON: the bytes as a list of numbers."""
+        return {"Image": list(self.data)}
+
+
+class StructuredOutput(_Fragment, frozen=True, tag="structured_output"):
+    """Text that is an instance of a JSON schema."""
+
+    raw_text: str
+    parsed_json: Any = None
+    schema: Any = None
+
+    def __hash__(self) -> int:  # the other fields may hold dictionaries
+        return hash(self.raw_text)
+
+
+AnyFragment = Text | Reasoning | FunctionCall | ToolResponse | Image | StructuredOutput
+
+_BY_TAG: dict[Any, type[AnyFragment]] = {str(cls.__struct_config__.tag): cls for cls in AnyFragment.__args__}
+_TAGS = {cls.__name__: tag for tag, cls in _BY_TAG.items()}
+
+
+def text_of(fragments: tuple[AnyFragment, ...]) -> str:
+    """The concatenated text fragments; images, reasoning, calls and tool responses are not text."""
+    return "".join(
+        fragment.text if isinstance(fragment, Text) else fragment.raw_text
+        for fragment in fragments
+        if isinstance(fragment, Text | StructuredOutput)
+    )
+
+
+def from_public(raw: Any) -> AnyFragment:
+    """Build from the public form. Raises DataError for an unknown type, a missing or ill-typed field, a bad image."""
+    if not isinstance(raw, Mapping):
+        raise DataError(f"a fragment must be a dict with a 'type', not {type(raw).__name__}")
+    kind = raw.get("type")
+    if not isinstance(kind, str) or kind not in _BY_TAG:
+        raise DataError(f"invalid fragment type: {kind!r}", hint=f"there is: {', '.join(_BY_TAG)}")
+    if kind == "image":
+        return _image(raw.get("url"))
+    given = {"call_id": None, **raw} if kind == "tool_response" else dict(raw)
+    try:
+        return msgspec.convert(given, _BY_TAG[kind])
+    except msgspec.ValidationError as error:
+        raise DataError(f"a {kind} fragment: {error}") from None
+
+
+def from_stored(raw: Any) -> AnyFragment:
+    """Build from the JSON form. Raises DataError."""
+    if not isinstance(raw, dict) or len(raw) != 1:
+        raise DataError("a stored fragment must be an object with one key")
+    ((name, value),) = raw.items()
+    if name == "Image":
+        try:
+            return _checked_image(bytes(value))
+        except (TypeError, ValueError):
+            raise DataError("a stored image must be a list of bytes") from None
+    fields = {"text": value} if name in ("Text", "Reasoning") else value
+    if name not in _TAGS or not isinstance(fields, dict):
+        raise DataError(f"invalid stored fragment: {name!r}")
+    return from_public({"type": _TAGS[name], **fields})
+
+
+def _image(url: Any) -> Image:
+    head, separator, body = url.partition(";base64,") if isinstance(url, str) else ("", "", "")
+    if not head.startswith("data:image/") or not separator:
+        raise DataError("an image's 'url' must be a base64 data URI", hint="data:image/png;base64,...")
+    if len(body) > MAX_IMAGE_BYTES * 4 // 3 + 4:
+        raise DataError(f"an image is larger than {MAX_IMAGE_BYTES} bytes")
+    try:
+        return _checked_image(base64.b64decode(body, validate=True))
+    except binascii.Error as error:
+        raise DataError(f"an image cannot be decoded: {error}") from None
+
+
+def _checked_image(data: bytes) -> Image:
+    if not data.startswith(tuple(_IMAGE_MAGIC)) or len(data) > MAX_IMAGE_BYTES:
+        raise DataError(f"an image must be PNG, JPEG, GIF or WebP and at most {MAX_IMAGE_BYTES} bytes")
+    return Image(data)
 
 
 class TemplateKwargs(Mapping[str, Any]):
     """Variables for a chat template, such as `enable_thinking` or `tools`: JSON values by name.
 
-    An immutable mapping, hashable by what it holds; each look gives a fresh copy of the value.
+    An immutable, hashable mapping; each access returns a fresh copy of the value.
 
     Raises DataError for a value that is not JSON, for `tools` that are not a list of objects, and for the names that
-    the conversation itself fills.
+    the conversation itself provides.
     """
 
     __slots__ = ("_texts",)
@@ -47,9 +200,9 @@ class TemplateKwargs(Mapping[str, Any]):
         return self._texts == other._texts if isinstance(other, TemplateKwargs) else dict(self) == other
 
     def __or__(self, other: Mapping[str, Any]) -> TemplateKwargs:
-        joined = TemplateKwargs()
-        joined._texts = self._texts | TemplateKwargs(other)._texts
-        return joined
+        merged = TemplateKwargs(self)
+        merged._texts = self._texts | TemplateKwargs(other)._texts
+        return merged
 
     def __repr__(self) -> str:
         return repr(dict(self))
@@ -57,11 +210,11 @@ class TemplateKwargs(Mapping[str, Any]):
 
 @dataclass(frozen=True, slots=True)
 class GenerationRecord:
-    """What the engine recorded of a turn that a model generated; one number for each token that was drawn.
+    """What the engine recorded of a generated turn, with one number for each sampled token.
 
-    `finish_reason`: "stop" where the model ended the turn itself, "length" where it was cut. `model` is the name of the
-    spawn. `tokens` are all of the turn behind its prompt; a text that the model only continued comes first and has no
-    numbers. `tokenizer` says whose tokens they are.
+    `finish_reason` is "stop" if the model ended the turn itself and "length" if it was cut. `model` is the name of the
+    spawn. `tokens` are all tokens of the turn after its prompt; a given text that the model continued comes first and
+    has no numbers. `tokenizer` is the fingerprint of the tokenizer of these tokens.
     """
 
     logprobs: tuple[float, ...]
@@ -73,7 +226,7 @@ class GenerationRecord:
     tokenizer: str = ""
 
     def after(self, earlier: GenerationRecord | None) -> GenerationRecord:
-        """This record of the whole turn, with the numbers of its tokens that were drawn earlier."""
+        """The record of the whole turn, with the numbers of the tokens that were sampled earlier."""
         if earlier is None:
             return self
         return replace(
@@ -87,7 +240,7 @@ class GenerationRecord:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One turn: role, fragments, the weight of each of its tokens, and what was recorded when a model generated it."""
+    """One turn: role, fragments, the weight of each of its tokens, and the record of its generation, if any."""
 
     role: str
     fragments: tuple[AnyFragment, ...]
@@ -96,20 +249,47 @@ class Turn:
 
     @property
     def text(self) -> str:
-        """Text fragments joined."""
+        """The concatenated text fragments."""
         return text_of(self.fragments)
 
-    def drawn_with(self, tokenizer: str) -> GenerationRecord | None:
-        """The record, if it has tokens and they are this tokenizer's."""
+    def generated_with(self, tokenizer: str) -> GenerationRecord | None:
+        """The record of the generation, if it has tokens of the tokenizer with this fingerprint."""
         record = self.generation
         return record if record is not None and record.tokens and record.tokenizer == tokenizer else None
+
+
+class StringTurn(NamedTuple):
+    """One turn as text."""
+
+    role: str
+    content: str
+
+
+class TokenizedTurn(NamedTuple):
+    """One turn as token ids."""
+
+    role: str
+    content: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenTurn(Turn):
+    """One turn of a `TokenizedThread`: its tokens are `token_ids[start:end]`, without the template's header.
+
+    `problem` is the reason why the turn cannot be trained, `hint` a way out; start == end if there is a problem.
+    """
+
+    start: int = 0
+    end: int = 0
+    problem: str = ""
+    hint: str = ""
 
 
 TurnT = TypeVar("TurnT", bound=Turn)
 
 
 class Conversation(Generic[TurnT]):
-    """Turns, template variables, metadata and an identifier; it never changes, save for its `metadata`."""
+    """Turns, template variables, metadata and an identifier. Only the metadata can be changed."""
 
     __slots__ = ("__weakref__", "_template_kwargs", "_turns", "_uuid", "metadata")
 
@@ -117,6 +297,18 @@ class Conversation(Generic[TurnT]):
     _template_kwargs: TemplateKwargs
     _uuid: str | None
     metadata: Any
+
+    def __init__(
+        self,
+        turns: Iterable[TurnT],
+        metadata: Any = None,
+        uuid: str | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._turns = tuple(turns)
+        self._template_kwargs = TemplateKwargs(template_kwargs)
+        self._uuid = uuid
+        self.metadata = metadata
 
     def get_fragments(self) -> list[tuple[str, list[Fragment]]]:
         """Role and fragments of every turn."""
@@ -132,12 +324,12 @@ class Conversation(Generic[TurnT]):
 
     @property
     def generation(self) -> GenerationRecord | None:
-        """What was recorded of the last turn, if a model generated it: `thread.generation.finish_reason`."""
+        """The record of the last turn, if a model generated it: `thread.generation.finish_reason`."""
         return self._turns[-1].generation if self._turns else None
 
     @property
     def template_kwargs(self) -> TemplateKwargs:
-        """What this thread gives its chat template, `tools` among them; it wins over the model's own."""
+        """Variables for the chat template, such as `tools`; they take precedence over the model's own."""
         return self._template_kwargs
 
     def with_template_kwargs(self, **kwargs: Any) -> Self:
@@ -147,11 +339,11 @@ class Conversation(Generic[TurnT]):
         return copied
 
     def with_weight_all_assistant_turns(self) -> Self:
-        """A copy that trains every assistant turn. Raises TokenizationError if one's tokens are not known."""
+        """A copy that trains every assistant turn. Raises TokenizationError if a turn's tokens are not known."""
         return self._weighted(slice(None))
 
     def with_weight_last_assistant_turn(self) -> Self:
-        """A copy that trains the last assistant turn. Raises TokenizationError if its tokens are not known."""
+        """A copy that trains the last assistant turn only. Raises TokenizationError if its tokens are not known."""
         return self._weighted(slice(-1, None))
 
     def with_weight_assistant_turns_from_index(self, start_index: int) -> Self:
@@ -161,7 +353,7 @@ class Conversation(Generic[TurnT]):
         return self._weighted(slice(start_index, None))
 
     def _weighted(self, chosen: slice) -> Self:
-        """Weight 1 for those assistant turns, 0 for all others."""
+        """A copy with weight 1 for the chosen assistant turns and 0 for all other turns."""
         weighted = [index for index, turn in enumerate(self._turns) if turn.role == "assistant"][chosen]
         turns = (replace(turn, weight=float(index in weighted)) for index, turn in enumerate(self._turns))
         return self._with_turns(tuple(turns))
@@ -197,3 +389,9 @@ def _checked(name: str, value: Any) -> str:
         return json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise DataError(f"the template variable {name!r} must be JSON: {error}") from None
+
+
+def refuse(index: int, turn: TokenTurn, hint: str = "") -> NoReturn:
+    """Raise TokenizationError for a turn that cannot be trained."""
+    problem = f"turn {index} ({turn.role}) cannot be trained: {turn.problem}"
+    raise TokenizationError(problem, hint=hint or turn.hint or _WAYS_OUT)

@@ -8,9 +8,8 @@ from typing import Any
 
 from harmony_core.algorithms.showing import pieces_of, show_sample, token_texts
 from harmony_core.journal import Piece, kept
-from harmony_core.text.fragments import Text
 from harmony_core.text.threads import TokenizedThread
-from harmony_core.text.token_threads import GenerationRecord, TokenTurn
+from harmony_core.text.turns import GenerationRecord, Text, TokenTurn
 
 
 class Bytes:

@@ -16,9 +16,9 @@ from harmony_core.data.datasets import load_threads
 from harmony_core.data.shapes import ReadRow, read_row
 from harmony_core.errors import DataError
 from harmony_core.text.chat_template import ChatTemplate
-from harmony_core.text.fragments import FunctionCall, Reasoning, Text, ToolResponse
 from harmony_core.text.marking import all_messages
 from harmony_core.text.threads import StringThread
+from harmony_core.text.turns import FunctionCall, Reasoning, Text, ToolResponse
 from public_rows import CALL, EXAMPLES, TOOL, A, Example, Q, Row, said
 
 ids = [example.name for example in EXAMPLES]

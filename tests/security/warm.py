@@ -38,7 +38,7 @@ PATIENCE = 240
 _PR_SET_CHILD_SUBREAPER = 36
 _LOADED = (
     *("numpy", "adaptive_harmony.common", "harmony_core.recipe.execution"),
-    *("harmony_core.registry.sources", "harmony_core.text.tokenizer_trial", "harmony_core.client.spawning"),
+    *("harmony_core.registry.sources", "harmony_core.text.tokenizer_files", "harmony_core.client.spawning"),
     *(f"harmony_core.cli.{name}" for name in ("app", "config", "datasets", "models", "recipes", "resume", "runs")),
     "harmony_core.cli.run",
 )

@@ -13,11 +13,9 @@ import pytest
 import public_templates as public
 import tokenizer_directories as directories
 from harmony_core.errors import TokenizationError
-from harmony_core.text.fragments import AnyFragment, FunctionCall, Reasoning, Text, ToolResponse
-from harmony_core.text.threads import StringThread
-from harmony_core.text.token_threads import TokenizedThread
+from harmony_core.text.threads import StringThread, TokenizedThread
 from harmony_core.text.tokenization import ChatTokenizer
-from harmony_core.text.turns import Turn
+from harmony_core.text.turns import AnyFragment, FunctionCall, Reasoning, Text, ToolResponse, Turn
 from public_templates import CONVERSATIONS, Message, Oracle
 from source_tree import ROOT
 

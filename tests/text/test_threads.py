@@ -14,7 +14,6 @@ from pydantic import BaseModel
 
 from harmony_core.algorithms.rollout import prompt_of
 from harmony_core.errors import DataError, HarmonyError, TokenizationError
-from harmony_core.text.fragments import Text
 from harmony_core.text.threads import (
     StringThread,
     StringTurn,
@@ -23,7 +22,7 @@ from harmony_core.text.threads import (
     repeat_thread,
     stringify_thread,
 )
-from harmony_core.text.token_threads import GenerationRecord, TokenTurn
+from harmony_core.text.turns import GenerationRecord, Text, TokenTurn
 
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(range(8))
 PNG_URL = "data:image/png;base64," + base64.b64encode(PNG).decode()

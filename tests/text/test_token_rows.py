@@ -8,8 +8,7 @@ import pytest
 
 import tokenizer_directories as directories
 from harmony_core.errors import TokenizationError
-from harmony_core.text.threads import StringThread
-from harmony_core.text.token_threads import TokenizedThread
+from harmony_core.text.threads import StringThread, TokenizedThread
 from harmony_core.text.tokenization import ChatTokenizer
 
 QUESTION = StringThread([("user", "What is 12 + 30?")], {"k": 1})

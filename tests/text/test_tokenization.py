@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,7 @@ from tokenizers import AddedToken
 import tokenizer_directories as directories
 from harmony_core.errors import TokenizationError
 from harmony_core.text.chat_template import ChatTemplate, Rendered
-from harmony_core.text.threads import StringThread
-from harmony_core.text.token_threads import TokenizedThread
+from harmony_core.text.threads import StringThread, TokenizedThread
 from harmony_core.text.tokenization import ChatTokenizer, growth
 
 FAMILIES = sorted(directories.FAMILIES)
@@ -186,6 +187,58 @@ def test_how_often_a_thread_is_rendered(
         assert whole.with_weight_all_assistant_turns().get_turn_weights() == [0.0, 1.0] * 5
         with pytest.raises(TokenizationError, match="no weight when the thread was tokenized in parts"):
             parts[0].with_weight_all_assistant_turns()
+
+
+def weighted_threads(answers: int, thought: str = "") -> Iterator[tuple[StringThread, list[int]]]:
+    """A thread of as many questions and answers, with each choice of one or more weighted answers."""
+    thread = StringThread()
+    for number in range(answers):
+        thread = thread.user("q").assistant(f"{thought}{number}")
+    for count in range(1, answers + 1):
+        for weighted in combinations(range(1, 2 * answers, 2), count):
+            turns = [replace(turn, weight=float(i in weighted)) for i, turn in enumerate(thread.turns)]
+            yield StringThread.from_turns(turns), list(weighted)
+
+
+@pytest.mark.parametrize("source", [directories.CHATML, directories.MARKED.replace("<think>\n", "")])
+@pytest.mark.parametrize("answers", [1, 2, 4])
+def test_a_thread_is_rendered_twice_and_once_for_each_weighted_turn(
+    source: str, answers: int, tmp_path: Path, rendered: list[int]
+) -> None:
+    """With or without generation tags. The last turn counts as a weighted one."""
+    tokenizer = load(tmp_path, source)
+    for thread, weighted in weighted_threads(answers):
+        prompts = sorted({*weighted, 2 * answers - 1})
+        for tokenize in (tokenizer.tokenize, tokenizer.parts):
+            rendered.clear()
+            tokenize(thread)
+            assert sorted(rendered) == [*prompts, 2 * answers, 2 * answers]
+        whole = tokenizer.tokenize(thread)
+        rendered.clear()
+        texts = [tokenizer.decode(turn.content) for turn in whole.get_turns()[1::2]]
+        assert texts == [f"{number}<|im_end|>" for number in range(answers)]
+        # The places of turns without a weight take the prompts of all turns, once.
+        whole.with_weight_all_assistant_turns()
+        assert len(rendered) == (2 + answers if len(prompts) < answers else 0)
+
+
+@pytest.mark.parametrize("answers", [2, 4])
+def test_each_part_of_a_split_thread_is_rendered_twice_and_no_prompt_again(
+    answers: int, tokenizers: dict[str, ChatTokenizer], rendered: list[int]
+) -> None:
+    """Qwen3's template leaves out the thoughts of earlier answers; a thread that is refused is not rendered again."""
+    tokenizer = tokenizers["qwen3"]
+    for thread, weighted in weighted_threads(answers, "<think>\nhm\n</think>\n\n"):
+        ends = [2 * answers, *(turn + 1 for turn in weighted if turn + 1 < 2 * answers)]
+        prompts = {*weighted, 2 * answers - 1}
+        rendered.clear()
+        assert len(tokenizer.parts(thread)) == len(weighted)
+        assert sorted(rendered) == sorted([*prompts, *ends, *ends])
+        rendered.clear()
+        if len(ends) > 1:
+            with pytest.raises(TokenizationError, match="leaves out its thought"):
+                tokenizer.tokenize(thread)
+            assert sorted(rendered) == sorted([*prompts, *ends, *ends])
 
 
 @pytest.mark.parametrize(("head", "renderings"), [("", 3), ("{# strftime_now #}", 9)])

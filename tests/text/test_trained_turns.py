@@ -12,11 +12,10 @@ import pytest
 
 import tokenizer_directories as directories
 from harmony_core.errors import TokenizationError
-from harmony_core.text.fragments import AnyFragment, FunctionCall, Reasoning, Text, ToolResponse
 from harmony_core.text.marking import all_messages
 from harmony_core.text.threads import StringThread
 from harmony_core.text.tokenization import ChatTokenizer
-from harmony_core.text.turns import Turn
+from harmony_core.text.turns import AnyFragment, FunctionCall, Reasoning, Text, ToolResponse, Turn
 
 CALLS = (
     "{%- for c in m.tool_calls or [] -%}{{- '\n[call] ' + c.function.name + ' ' + (c.function.arguments | tojson) -}}"

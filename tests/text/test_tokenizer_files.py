@@ -11,7 +11,7 @@ import pytest
 import small_models
 from harmony_core.errors import HarmonyError, TokenizationError, VerificationError
 from harmony_core.registry import Registry
-from harmony_core.text.tokenizer_trial import check
+from harmony_core.text.tokenizer_files import check
 
 
 def byte_pairs(**parts: Any) -> dict[str, Any]:
