@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from harmony_core.engine.models.checkpoint_reader import CheckpointReader
 from harmony_core.engine.models.context import current_context
+from harmony_core.engine.models.heads import SCORE, new_head
+from harmony_core.engine.models.layers import ColumnParallelLinear, RowParallelLinear
+from harmony_core.engine.models.loading import CheckpointReader
 from harmony_core.engine.models.parallel import (
-    ColumnParallelLinear,
-    RowParallelLinear,
     Shard,
     TensorParallel,
     copy_to,
@@ -33,7 +33,6 @@ from harmony_core.engine.models.parallel import (
     set_shard,
     shard_of,
 )
-from harmony_core.engine.models.scalar import SCORE, new_head
 from harmony_core.errors import ConflictError, ModelRefused, VerificationError, did_you_mean
 from harmony_core.model.weight_files import ADAPTER_SETTINGS, check_adapter_config
 from harmony_core.plain_files import read_json

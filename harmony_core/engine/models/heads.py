@@ -1,25 +1,36 @@
-"""From hidden states to log-probs of given tokens, without ever holding `[tokens, vocabulary]`.
+"""From hidden states to log-probs of given tokens, without ever holding `[tokens, vocabulary]`; and scalar heads.
 
 The head runs over chunks of rows; each tensor-parallel rank scores its own slice of the vocabulary, and two small
 reductions per chunk make the softmax whole. The gradient with respect to the logits comes with it where it is asked
 for. Scorers do this in plain torch, or by two kernels. N rows, d hidden, V vocabulary (in a scorer the local columns).
+
+A scalar head gives one number for a token in place of the logits. It is a matrix `[1, d]` without bias, whole on every
+tensor-parallel rank and stored as `score.weight`, as in transformers' `*ForSequenceClassification` with one label. It
+belongs to the base weights where these are trained or were stored with one, else to an adapter. A new one is zero:
+every score is then exactly 0, whatever the number of ranks and without a random draw, so a value model begins as no
+baseline and a reward model without a preference. The first step moves the head alone, since a zero head passes no
+gradient on; from the second on everything is trained.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import AutoModelForSequenceClassification
 
 from harmony_core.engine.models.matmul import add_matmul, plain_matmul, wide, wide_matmul
 from harmony_core.engine.models.model import CausalLM
 from harmony_core.engine.models.parallel import all_reduce
 from harmony_core.memory.sizes import HEAD_DEVICE_BYTES, HEAD_HOST_BYTES, HEAD_TILES
 from harmony_core.rpc import progress
+
+if TYPE_CHECKING:
+    from harmony_core.engine.models.model import CausalLM
 
 
 class HostScorer:
@@ -97,10 +108,10 @@ class DeviceScorer:
 
     def __init__(self, model: CausalLM, rows: int, gradients: int = 0) -> None:
         """`rows` of a tile; room for the gradients of so many rows."""
-        from harmony_core.engine.kernels import softmax
+        from harmony_core.engine.kernels import training
 
         self.model, self.weight, self.rows = model, model.head_weight, rows
-        self._kernels = softmax
+        self._kernels = training
         width = self.weight.shape[0]
         self._logits = self.weight.new_empty((rows, width), dtype=torch.float32)
         self._gradients = self.weight.new_empty((gradients, width))
@@ -292,3 +303,42 @@ def _chunks(start: int, stop: int, size: int) -> Iterator[slice]:
     for first in range(start, stop, size):
         yield slice(first, min(first + size, stop))
         progress.made()
+
+
+SCORE = "score.weight"
+"""The stored name of a scalar head, and the parameter's in a base that has one."""
+
+
+def scores(model: CausalLM, hidden: Tensor, head: Tensor) -> Tensor:
+    """`[N, d]` -> `[N]`, float32 (float64 in a float64 model), the same on every tensor-parallel rank."""
+    kind = wide(hidden.dtype)
+    if hidden.dtype == kind:
+        return model.matmul(hidden, head)[:, 0]
+    # One number is all there is of a token: it is not rounded to half precision.
+    return hidden.to(kind) @ head[0].to(kind)
+
+
+def put_scalar_head(module: nn.Module, width: int, dtype: torch.dtype) -> None:
+    """Replace the vocabulary's head of a model on the meta device."""
+    module.lm_head = None  # type: ignore[assignment]
+    module.score = nn.Linear(width, 1, bias=False, device="meta", dtype=dtype)
+
+
+def head_of(model: CausalLM, adapter: str | None) -> nn.Parameter:
+    """The scalar head that a spawn uses: its adapter's own, else the stored one, else a new one that nobody trains."""
+    own = model.adapters[adapter].parameters.get(SCORE) if adapter is not None else None
+    head = model.base_parameters.get(SCORE) if own is None else own
+    return new_head(model) if head is None else head
+
+
+def new_head(model: CausalLM) -> nn.Parameter:
+    """A head for `model`, not trained yet: the stored one's values, or zeros where none is stored."""
+    stored = model.base_parameters.get(SCORE)
+    values = torch.zeros(1, model.hidden_size, device=model.device, dtype=model.dtype)
+    return nn.Parameter(values if stored is None else stored.detach().clone(), requires_grad=False)
+
+
+def architecture_with_score(config: Any) -> str:
+    """The name of transformers' class that a model with a scalar head is stored as."""
+    known: Any = AutoModelForSequenceClassification._model_mapping
+    return str(known[type(config)].__name__)

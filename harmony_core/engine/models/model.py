@@ -1,32 +1,82 @@
 """A causal language model on one rank: the transformers module, this rank's weights, and what the engine asks of it.
 
-It knows nothing of batching, sampling or optimizers. Shapes: T tokens of one packed row, d hidden, V vocabulary.
+It knows nothing of batching, sampling or optimizers. torch.compile traces a decoder layer once for any number of
+tokens, and layers of one shape share what it made; the attention function, the collectives and an adapter's dropout
+stay outside. Weights may change in place, adapters come and go. Shapes: T tokens of one packed row, d hidden, V
+vocabulary.
 """
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch._dynamo
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface
 
-from harmony_core.engine.models.compiling import LayerCall, prepare_compiling
+from harmony_core.engine.models import attention
 from harmony_core.engine.models.context import current_context
+from harmony_core.engine.models.layers import Product, set_product
 from harmony_core.engine.models.matmul import wide, wide_matmul
-from harmony_core.engine.models.parallel import (
-    Product,
-    Shard,
-    TensorParallel,
-    gather_full,
-    set_product,
-    shard_of,
-    sum_gradient,
-)
+from harmony_core.engine.models.parallel import Shard, TensorParallel, gather_full, shard_of, sum_gradient
 from harmony_core.errors import DataError
+from harmony_core.rpc import progress
 
 if TYPE_CHECKING:
     from harmony_core.engine.models.adapters import AdapterInfo
+
+RECOMPILE_LIMIT = 4096
+"""Variants of one function that are compiled before the rest runs uncompiled, without a word. Each layer is four
+functions; a variant is what trains or not, has which adapter, which type, one token or many."""
+
+
+COMPILE_ERRORS = (torch._dynamo.exc.TorchDynamoException,)
+"""What a compiled layer's first call raises when it cannot be compiled."""
+
+
+class LayerCall:
+    """Takes the place of `forward` in one module. Its inputs are positional tensors and anything by keyword."""
+
+    def __init__(self, module: nn.Module) -> None:
+        # The module refers to this object: without a circle a model goes, with its memory, when it is given up.
+        self._module = weakref.ref(module)
+        self._run: Callable[..., Any] = type(module).forward
+        self.recomputed = False
+        """Whether the backward pass runs the forward pass again, in place of keeping what it made."""
+        module.forward = self
+
+    def compile(self, backend: str) -> None:
+        """From now on through torch.compile. What is recomputed stays outside, so a change of it compiles nothing."""
+        self._run = torch.compile(self._run, dynamic=True, backend=backend)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's forward pass."""
+        module = self._module()
+        if self.recomputed and torch.is_grad_enabled():
+            # Nothing draws from torch's random state: dropout draws from the context's seed.
+            made = checkpoint(self._run, module, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        else:
+            made = self._run(module, *args, **kwargs)
+        progress.made()
+        if isinstance(made, torch.Tensor) and made.requires_grad:
+            # The backward pass has come to this layer.
+            made.register_hook(progress.made)  # type: ignore[no-untyped-call]
+        return made
+
+
+def prepare_compiling() -> None:
+    """Set this process up for compiled layers; may be called again."""
+    # Past its limit dynamo runs the function uncompiled. The older name serves older versions.
+    for name in ("recompile_limit", "cache_size_limit", "accumulated_recompile_limit", "accumulated_cache_size_limit"):
+        if hasattr(torch._dynamo.config, name):
+            setattr(torch._dynamo.config, name, RECOMPILE_LIMIT)
+    # It looks at the forward context, which differs from pass to pass.
+    AttentionInterface.register(attention.NAME, torch.compiler.disable(attention.attend))  # type: ignore[no-untyped-call]
 
 
 class CausalLM:
@@ -51,6 +101,8 @@ class CausalLM:
         self.adapters: dict[str, AdapterInfo] = {}
         self.matmul: Product = F.linear
         """How every weight matrix is applied: (rows, weight, bias) -> rows."""
+        self.deterministic = False
+        """Whether a token's numbers have the same bits whatever is computed beside it (`make_deterministic`)."""
         self.row_multiple = 1
         """The head scores a multiple of this many rows at a time. Above 1 in the deterministic mode."""
         # Taken before any adapter wraps a layer, so these are the names of the stored tensors. A tied head is absent.
@@ -76,9 +128,11 @@ class CausalLM:
         assert adapter is None or adapter in self.adapters, f"no adapter {adapter!r} on this model"
         if tokens.device.type == "cpu" and tokens.numel():
             # Split over ranks, an unknown token would become a row of zeros without a word.
-            low, high = (int(bound) for bound in torch.aminmax(tokens))
+            low, high = torch.aminmax(tokens)
             if low < 0 or high >= self.vocab_size:
-                raise DataError(f"token id {low if low < 0 else high} is outside the vocabulary of {self.vocab_size}")
+                raise DataError(
+                    f"token id {int(low if low < 0 else high)} is outside the vocabulary of {self.vocab_size}"
+                )
         output = self._decoder(input_ids=tokens[None], position_ids=positions[None], use_cache=False)
         hidden: Tensor = output.last_hidden_state[0]
         return hidden
@@ -89,11 +143,6 @@ class CausalLM:
         for layer in self.module.modules():
             if isinstance(layer, nn.Linear):
                 set_product(layer, product)
-
-    @property
-    def deterministic(self) -> bool:
-        """Whether a token's numbers have the same bits whatever is computed beside it (`make_deterministic`)."""
-        return self.row_multiple > 1
 
     @property
     def has_vocabulary_head(self) -> bool:

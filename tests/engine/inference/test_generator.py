@@ -11,6 +11,7 @@ from torch import Tensor
 
 import tiny_models
 from engine.inference.generation_cases import LORA, add_adapter
+from engine.inference.simulated_rank import rows_of
 from generator import Generator
 from harmony_core.engine.inference.step import Finished, int32
 from harmony_core.engine.models.context import ForwardContext, PackedAttention, forward_context
@@ -112,7 +113,7 @@ def logits_by_step(
         if waiting and steps % 2 == 0:
             generator.submit(*waiting.pop(0))
         plan = generator.plan()
-        owner = generator.scheduler.running_slots()
+        owner = rows_of(generator.scheduler)
         seen.clear()
         for finished in generator.commit(plan, generator.run(plan)):
             assert finished.generated is not None

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import tiny_models
-from harmony_core.engine.inference.graphs import buckets_up_to
+from harmony_core.engine.inference.device_decode import buckets_up_to
 from harmony_core.engine.inference.runner import Runner
 from harmony_core.engine.inference.scheduler import Scheduler
 from harmony_core.engine.inference.step import StepPlan, StepResult, float64
@@ -260,7 +260,7 @@ def test_the_memory_plan_knows_what_decode_steps_work_on(tmp_path: Path) -> None
         runner = Runner(model, kv_tokens, static=True)
         state = runner._state
         assert state is not None
-        tensors = sum(map(size_of, (state.table, state.last, state.logits, state._inputs, state._outputs)))
+        tensors = sum(map(size_of, (state.block_table, state.last, state.logits, state._inputs, state._outputs)))
         spare = sum(map(size_of, (*runner.cache.keys, *runner.cache.values))) - runner.cache.bytes
         scratch = 4 * (state.most_splits + MAX_RUNNING) * (4 * 8 + 4)
         held = memory.decode_bytes(shape) - memory._GRAPH_BYTES

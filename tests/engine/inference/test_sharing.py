@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from engine.inference.simulated_rank import VOCAB, Loop, expected
+from engine.inference.simulated_rank import VOCAB, Loop, expected, rows_of
 from harmony_core.engine.inference.scheduler import Scheduler
 from harmony_core.engine.inference.step import Finished, int32
 from harmony_core.errors import EngineError
@@ -15,7 +15,7 @@ PAGE = 4
 
 
 def loop(lag: int = 0, version: list[int] | None = None, **options: int) -> Loop:
-    settings = {"kv_tokens": 4096, "max_positions": 512, "prefill_tokens": 512, "page_size": PAGE} | options
+    settings = {"kv_tokens": 4096, "max_positions": 512, "prefill_tokens": 512, "block_size": PAGE} | options
     versions = version or [0]
     return Loop(Scheduler(vocab_size=VOCAB, version=lambda: versions[-1], **settings), lag)
 
@@ -173,11 +173,11 @@ def test_a_group_draws_from_one_row_and_shares_its_full_pages() -> None:
         made.scheduler.submit(id, prompt(10), sampling(4, id))
     made.turn()
     (plan,) = made.plans
-    assert len(int32(plan.slots)) == 1 and int32(plan.sampled).tolist() == [0, 0, 0]
+    assert len(int32(plan.req_indices)) == 1 and int32(plan.sampled).tolist() == [0, 0, 0]
     targets = int32(plan.targets).tolist()
-    assert len(set(targets)) == 3 and targets[0] == int32(plan.slots)[0]
+    assert len(set(targets)) == 3 and targets[0] == int32(plan.req_indices)[0]
     pages = {slot: [] for slot in targets}
-    for slot, place, page in int32(plan.new_pages).reshape(-1, 3).tolist():
+    for slot, place, page in int32(plan.new_blocks).reshape(-1, 3).tolist():
         assert place == len(pages[slot])
         pages[slot].append(page)
     leader, *others = (pages[slot] for slot in targets)
@@ -294,7 +294,7 @@ def test_the_oldest_request_is_never_moved_out() -> None:
     first_slot: set[int] = set()
     while made.scheduler.has_work:
         order += [finished.id for finished in made.turn()]
-        first_slot |= {slot for slot, id in made.scheduler.running_slots().items() if id == 0}
+        first_slot |= {slot for slot, id in rows_of(made.scheduler).items() if id == 0}
     assert made.scheduler.statistics["preemptions"] > 3
     assert order == sorted(order) and len(first_slot) == 1
 

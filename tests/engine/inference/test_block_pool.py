@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from harmony_core.engine.inference.blocks import ROOT, PagePool, PrefixIndex, pages_for
+from harmony_core.engine.inference.block_pool import ROOT, BlockPool, PrefixIndex, blocks_for
 
 
 def tokens(*numbers: int) -> bytes:
@@ -9,11 +9,11 @@ def tokens(*numbers: int) -> bytes:
 
 
 def test_pages_for_counts_a_begun_page_as_a_page() -> None:
-    assert [pages_for(count, 16) for count in (0, 1, 16, 17, 32, 33)] == [0, 1, 1, 2, 2, 3]
+    assert [blocks_for(count, 16) for count in (0, 1, 16, 17, 32, 33)] == [0, 1, 1, 2, 2, 3]
 
 
 def test_a_page_has_one_holder_unless_it_is_shared_and_is_free_when_the_last_has_left() -> None:
-    pool = PagePool(4)
+    pool = BlockPool(4)
     pages = pool.take(3)
     assert sorted(pages) == [0, 1, 2] and pool.available == 1
     pool.share(pages[:2])
@@ -26,7 +26,7 @@ def test_a_page_has_one_holder_unless_it_is_shared_and_is_free_when_the_last_has
 
 
 def test_pages_that_were_used_are_used_again_before_new_ones_are_touched() -> None:
-    pool = PagePool(1000)
+    pool = BlockPool(1000)
     for _ in range(50):
         pool.give_back(pool.take(5))
     assert pool.touched == 5
@@ -34,7 +34,7 @@ def test_pages_that_were_used_are_used_again_before_new_ones_are_touched() -> No
 
 
 def test_misuse_is_noticed() -> None:
-    pool = PagePool(2)
+    pool = BlockPool(2)
     with pytest.raises(AssertionError):
         pool.take(3)
     page = pool.take(1)
@@ -44,7 +44,7 @@ def test_misuse_is_noticed() -> None:
 
 
 def test_known_pages_keep_their_content_until_the_room_is_needed_the_oldest_last_page_going_first() -> None:
-    pool = PagePool(6, page_size=2)
+    pool = BlockPool(6, block_size=2)
     for first in (1, 5):
         pages = pool.take(2)
         node = pool.prefixes.add(ROOT, tokens(first, first), int(pages[0]))
@@ -63,7 +63,7 @@ def test_known_pages_keep_their_content_until_the_room_is_needed_the_oldest_last
 
 
 def test_forgotten_prefixes_leave_free_pages() -> None:
-    pool = PagePool(3, page_size=2)
+    pool = BlockPool(3, block_size=2)
     held, kept = pool.take(2)
     for page in (held, kept):
         pool.prefixes.add(ROOT, tokens(page, 1), int(page))
