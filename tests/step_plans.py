@@ -144,7 +144,7 @@ def serve(scheduler: Scheduler, runner: Runner, requests: Requests) -> dict[int,
     while under_way:
         oldest, pending = under_way.popleft()
         assert not scheduler.commit(oldest, runner.collect(pending))
-    assert scheduler.pool.is_empty
+    assert scheduler.pool.available == scheduler.pool.capacity
     return answers
 
 

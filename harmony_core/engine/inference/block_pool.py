@@ -97,11 +97,6 @@ class BlockPool:
         """Blocks that nobody holds."""
         return self.capacity - self.touched + len(self._free) + len(self._kept)
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether nobody holds a block."""
-        return self.available == self.capacity and not self._holders.any()
-
     def count_kept(self, blocks: Sequence[int]) -> int:
         """How many of these blocks nobody holds: holding them makes that many fewer available."""
         return sum(block in self._kept for block in blocks)

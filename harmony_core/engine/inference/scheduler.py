@@ -29,7 +29,7 @@ from harmony_core.errors import DataError, EngineError, HarmonyError, PromptTooL
 from harmony_core.memory.sizes import DECODE_SPLIT, MAX_RUNNING, PAGE_SIZE
 from harmony_core.rpc.protocol import Sampling
 
-READS_IN_A_ROW = 4
+PREFILLS_IN_A_ROW = 4
 """Prefill steps after which those that decode have a step."""
 
 
@@ -73,7 +73,7 @@ class Scheduler:
         self._admission = Admission(self.pool, self._table, prefill_tokens, self._statistics)
         self._running: dict[int, Sequence] = {}
         self._flights: deque[InFlight] = deque()
-        self._reads = 0
+        self._prefills = 0
         self._decodes = 0
 
     def submit(self, id: int, tokens: Items[int], sampling: Sampling) -> None:
@@ -108,28 +108,9 @@ class Scheduler:
         return bool(self._running) or bool(len(self._admission.waiting))
 
     @property
-    def in_flight(self) -> int:
-        """Plans that are not committed."""
-        return len(self._flights)
-
-    @property
-    def num_waiting(self) -> int:
-        """Requests that have no blocks."""
-        return len(self._admission.waiting)
-
-    @property
-    def num_running(self) -> int:
-        """Requests that hold blocks."""
-        return len(self._running)
-
-    @property
     def statistics(self) -> dict[str, int]:
         """Totals by name; see `Statistics`."""
         return asdict(self._statistics)
-
-    def running_slots(self) -> dict[int, int]:
-        """Slot -> request of every sequence that has one."""
-        return {sequence.req_index: sequence.id for sequence in self._running.values()}
 
     def plan(self) -> StepPlan | None:
         """Decide the next step; it is in flight from now on. None: not before something in flight is committed, or
@@ -137,16 +118,17 @@ class Scheduler:
         self._notice_version()
         ready = self._table.ready()
         decode_first = len(ready) and (
-            self._reads >= READS_IN_A_ROW or self._admission.can_wait(len(ready), self._decodes)
+            self._prefills >= PREFILLS_IN_A_ROW or self._admission.can_wait(len(ready), self._decodes)
         )
-        if not decode_first:
-            rows = self._admission.rows(self._weights)
-            if rows:
-                return self._prefill(rows)
-        if len(ready):
-            return self._decode(ready)
-        assert self._flights or not self.has_work, "a request that can never be admitted"
-        return None
+        rows = [] if decode_first else self._admission.rows(self._weights)
+        if not rows and not len(ready):
+            assert self._flights or not self.has_work, "a request that can never be admitted"
+            return None
+        flight = self._prefill(rows) if rows else self._decode(ready)
+        if flight is None:
+            return None
+        self._flights.append(flight)
+        return flight.plan
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[Finished]:
         """Take the tokens of the oldest step in flight; return the requests that it ended.
@@ -198,20 +180,17 @@ class Scheduler:
         if min(tokens) < 0 or max(tokens) >= self.vocab_size:
             wrong = next(token for token in tokens if not 0 <= token < self.vocab_size)
             raise DataError(f"the prompt holds token {wrong}, the vocabulary is 0 to {self.vocab_size - 1}")
-        if count >= self.max_positions:
-            raise PromptTooLong(
-                f"a prompt of {count} tokens leaves no room in the model's context of {self.max_positions}",
-                hint=f"shorten the prompt to at most {self.max_positions - 1} tokens",
-                tokens=count,
-                limit=self.max_positions,
-            )
-        if count >= self.kv_tokens:
-            raise PromptTooLong(
-                f"a prompt of {count} tokens leaves no room in the KV cache of {self.kv_tokens} tokens",
-                hint=f"shorten the prompt to at most {self.kv_tokens - 1} tokens, or raise kv_cache_len",
-                tokens=count,
-                limit=self.kv_tokens,
-            )
+        for limit, room, more in (
+            (self.max_positions, f"model's context of {self.max_positions}", ""),
+            (self.kv_tokens, f"KV cache of {self.kv_tokens} tokens", ", or raise kv_cache_len"),
+        ):
+            if count >= limit:
+                raise PromptTooLong(
+                    f"a prompt of {count} tokens leaves no room in the {room}",
+                    hint=f"shorten the prompt to at most {limit - 1} tokens{more}",
+                    tokens=count,
+                    limit=limit,
+                )
         return np.array(tokens, dtype=np.int32)
 
     def _notice_version(self) -> None:
@@ -220,16 +199,16 @@ class Scheduler:
             self._known_version = version
             self.flush_prefixes()
 
-    def _prefill(self, rows: list[Prefill]) -> StepPlan:
-        self._reads += 1
+    def _prefill(self, rows: list[Prefill]) -> InFlight:
+        self._prefills += 1
         self._decodes = 0
         self._statistics.prefill_steps += 1
         for row in rows:
             for sequence in (row.sequence, *row.forked):
                 self._running[sequence.id] = sequence
-        return self._launched(plan_prefill(self._table, rows, self._known_version, self._weights))
+        return plan_prefill(self._table, rows, self._known_version, self._weights)
 
-    def _decode(self, ready: NDArray[np.int64]) -> StepPlan | None:
+    def _decode(self, ready: NDArray[np.int64]) -> InFlight | None:
         table = self._table
         req_indices = self._fitting(ready)
         short = self._short(req_indices)
@@ -240,15 +219,11 @@ class Scheduler:
             req_indices = req_indices[table.until[req_indices] > 0]
             short = self._short(req_indices)
         changes = table.add_blocks(short, self.pool.take(len(short)))
-        self._reads = 0
+        self._prefills = 0
         self._decodes += 1
         self._statistics.decode_steps += 1
         table.turn[req_indices] = self._statistics.decode_steps
-        return self._launched(plan_decode(table, req_indices, changes, self._known_version, self._weights))
-
-    def _launched(self, flight: InFlight) -> StepPlan:
-        self._flights.append(flight)
-        return flight.plan
+        return plan_decode(table, req_indices, changes, self._known_version, self._weights)
 
     def _landed(self, plan: StepPlan) -> InFlight:
         assert self._flights and self._flights[0].plan is plan, "not the oldest step in flight"
@@ -284,18 +259,18 @@ class Scheduler:
         for row in flight.prefills:
             owners = [sequence for sequence in (row.sequence, *row.forked) if sequence.req_index >= 0]
             if flight.weights == self._weights:
-                self._share_read(row, owners)
+                self._share_prefilled(row, owners)
             if row.complete:
                 self._admission.known(row.sequence)
                 for sequence in owners:
                     sequence.first = sequence.first or now
 
-    def _share_read(self, row: Prefill, owners: list[Sequence]) -> None:
+    def _share_prefilled(self, row: Prefill, owners: list[Sequence]) -> None:
         if not owners or self._table.weights[owners[0].req_index] != self._weights:
             return
         owner, width = owners[0], self.pool.block_size * TOKEN_BYTES
         blocks = self._table.blocks[owner.req_index]
-        # One that forked follows the blocks from the first on: what is known of them, their reader took with it.
+        # One that forked follows the blocks from the first on: what is known of them, the other one knows.
         leads = owner is row.sequence
         node = int(self._table.node[owner.req_index]) if leads else ROOT
         known = row.stop // self.pool.block_size

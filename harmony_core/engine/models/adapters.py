@@ -52,11 +52,6 @@ class AdapterInfo:
     settings: LoraSettings
     parameters: dict[str, nn.Parameter]
 
-    @property
-    def scaling(self) -> float:
-        """What the low-rank product is multiplied by."""
-        return self.settings.alpha / self.settings.rank
-
 
 Draw = Callable[[str, Shard | None, tuple[int, ...]], Tensor]
 """(stored name, slice, full shape) -> this rank's values."""
@@ -142,8 +137,7 @@ def remove_adapter(model: CausalLM, name: str) -> None:
                 del container[key]
         layer.harmony_keys.pop(name, None)
         if not layer.lora_A:
-            parent, _, leaf = path.rpartition(".")
-            setattr(model.module.get_submodule(parent), leaf, layer.base_layer)
+            model.module.set_submodule(path, layer.base_layer)
 
 
 def settings_as_stored(info: AdapterInfo, base: str, revision: str = "") -> dict[str, Any]:

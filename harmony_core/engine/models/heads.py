@@ -58,7 +58,7 @@ class HostScorer:
         logits = wide_matmul(hidden, self.weight.t()) if hidden.is_cuda else model.matmul(hidden, self.weight)
         logits = logits.to(wide(logits.dtype))
         top = all_reduce(logits.amax(-1), model.tp, dist.ReduceOp.MAX)
-        local = targets - model.vocab_start
+        local = targets - model.vocab_shard.start
         self._mine = (local >= 0) & (local < self.weight.shape[0])
         self._columns = local.clamp(0, self.weight.shape[0] - 1)
         picked = logits.gather(1, self._columns[:, None])[:, 0]
@@ -128,7 +128,7 @@ class DeviceScorer:
         """`[n, d]`, `[n]` -> log-probs `[n]`."""
         tp, count = self.model.tp, len(targets)
         self._tile = wide_matmul(hidden, self.weight.t(), out=self._logits[:count])
-        self._columns = targets - self.model.vocab_start
+        self._columns = targets - self.model.vocab_shard.start
         local_top, total, picked = (row[:count] for row in self._statistics)
         self._kernels.softmax_statistics(self._tile, self._columns, local_top, total, picked)
         self._top = all_reduce(local_top.clone(), tp, dist.ReduceOp.MAX)
@@ -174,13 +174,7 @@ def token_logprobs(model: CausalLM, hidden: Tensor, targets: Tensor, chunk: int 
 
     The same on every tensor-parallel rank, which must all call it with the same N.
     """
-    count = len(targets)
-    hidden, targets = pad_rows(model, hidden, targets)
-    logprobs = hidden.new_empty(targets.shape, dtype=wide(hidden.dtype))
-    scorer = make_scorer(model, len(targets), chunk, gradients=False)
-    for rows in _chunks(0, len(targets), scorer.rows):
-        logprobs[rows] = scorer.score(hidden[rows], targets[rows])
-    return logprobs[:count]
+    return _score(model, hidden, targets, chunk, entropies=False)[0]
 
 
 @torch.no_grad()
@@ -188,15 +182,23 @@ def token_logprobs_and_entropies(
     model: CausalLM, hidden: Tensor, targets: Tensor, chunk: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """`token_logprobs`, and the entropy of each row's distribution over the whole vocabulary, in nats, `[N]`."""
+    logprobs, entropies = _score(model, hidden, targets, chunk, entropies=True)
+    return logprobs, entropies
+
+
+def _score(model: CausalLM, hidden: Tensor, targets: Tensor, chunk: int | None, entropies: bool) -> Tensor:
+    """Log-probs and, where asked for, entropies, `[1 or 2, N]`."""
     count = len(targets)
     hidden, targets = pad_rows(model, hidden, targets)
-    found = hidden.new_empty((2, *targets.shape), dtype=wide(hidden.dtype))
-    scorer = _entropy_scorer(model, chunk)
+    found = hidden.new_empty((1 + entropies, *targets.shape), dtype=wide(hidden.dtype))
+    scorer = _entropy_scorer(model, chunk) if entropies else make_scorer(model, len(targets), chunk, gradients=False)
     for rows in _chunks(0, len(targets), scorer.rows):
         found[0, rows] = scorer.score(hidden[rows], targets[rows])
-        found[1, rows] = scorer.entropies
-        scorer.drop()
-    return found[0, :count], found[1, :count]
+        if entropies:
+            assert isinstance(scorer, HostScorer)
+            found[1, rows] = scorer.entropies
+            scorer.drop()
+    return found[:, :count]
 
 
 def linear_logprob_loss(

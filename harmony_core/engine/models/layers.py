@@ -248,7 +248,7 @@ def shard_modules(model: nn.Module, tp: TensorParallel) -> frozenset[str]:
         if style == "replicated_with_grad_allreduce":
             summed += [f"{name}.{leaf}" for leaf, _ in module.named_parameters()]
         else:
-            _replace(model, name, _split(module, name, style, tp))
+            model.set_submodule(name, _split(module, name, style, tp))
     if replicated:
         for module in model.modules():
             if hasattr(module, "k_proj"):
@@ -299,8 +299,3 @@ def _split(module: nn.Module, name: str, style: str, tp: TensorParallel) -> nn.M
 def _divisible(size: int, name: str, tp: TensorParallel) -> None:
     if size % tp.size:
         raise ModelRefused(f"{name}: its size {size} is not divisible by tp={tp.size}")
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)

@@ -8,6 +8,7 @@ vocabulary.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -17,13 +18,11 @@ import torch._dynamo
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface
 
-from harmony_core.engine.models import attention
 from harmony_core.engine.models.context import current_context
 from harmony_core.engine.models.layers import Product, set_product
 from harmony_core.engine.models.matmul import wide, wide_matmul
-from harmony_core.engine.models.parallel import Shard, TensorParallel, gather_full, shard_of, sum_gradient
+from harmony_core.engine.models.parallel import Shard, TensorParallel, full_shape, gather_full, shard_of, sum_gradient
 from harmony_core.errors import DataError
 from harmony_core.rpc import progress
 
@@ -69,16 +68,6 @@ class LayerCall:
         return made
 
 
-def prepare_compiling() -> None:
-    """Set this process up for compiled layers; may be called again."""
-    # Past its limit dynamo runs the function uncompiled. The older name serves older versions.
-    for name in ("recompile_limit", "cache_size_limit", "accumulated_recompile_limit", "accumulated_cache_size_limit"):
-        if hasattr(torch._dynamo.config, name):
-            setattr(torch._dynamo.config, name, RECOMPILE_LIMIT)
-    # It looks at the forward context, which differs from pass to pass.
-    AttentionInterface.register(attention.NAME, torch.compiler.disable(attention.attend))  # type: ignore[no-untyped-call]
-
-
 class CausalLM:
     """This rank's share of a model: base weights and any number of adapters on them.
 
@@ -109,7 +98,6 @@ class CausalLM:
         self.base_parameters: dict[str, nn.Parameter] = dict(module.named_parameters())
         self._summed_gradients = summed_gradients
         self._decoder: nn.Module = module.base_model  # type: ignore[assignment]
-        self._embedding: nn.Module = module.get_input_embeddings()  # type: ignore[operator]
         self._head: nn.Module | None = module.get_output_embeddings()  # type: ignore[operator]
         self._layers = [LayerCall(layer) for layer in self._decoder.layers]  # type: ignore[union-attr]
         self._final_norm = LayerCall(self._decoder.norm)  # type: ignore[arg-type]
@@ -151,26 +139,16 @@ class CausalLM:
 
     @property
     def head_weight(self) -> nn.Parameter:
-        """`[V_local, d]`: this rank's rows of the output matrix, starting at token `vocab_start`."""
+        """`[V_local, d]`: this rank's rows of the output matrix, those of `vocab_shard`."""
         assert self._head is not None, "these weights have no vocabulary head"
         weight = self._head.weight
         assert isinstance(weight, nn.Parameter)
         return weight
 
     @property
-    def tied(self) -> bool:
-        """The output matrix is the embedding."""
-        return self._head is not None and self._head.weight is self._embedding.weight
-
-    @property
     def vocab_shard(self) -> Shard:
         """Which tokens this rank's head scores."""
         return shard_of(self.head_weight) or Shard(0, 0, self.vocab_size, self.vocab_size)
-
-    @property
-    def vocab_start(self) -> int:
-        """The first token of this rank's rows of the head."""
-        return self.vocab_shard.start
 
     @torch.no_grad()
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
@@ -201,10 +179,6 @@ class CausalLM:
                     sum_gradient(parameter, self.tp)
         return dict(chosen)
 
-    def shard_of(self, parameter: nn.Parameter) -> Shard | None:
-        """Which slice of the full tensor a parameter is; None when every rank holds all of it."""
-        return shard_of(parameter)
-
     def parameter_bytes(self, adapter: str | None = None) -> int:
         """Bytes of the base weights held here, and of one adapter's if named."""
         held = list(self.base_parameters.values())
@@ -212,15 +186,9 @@ class CausalLM:
             held += self.adapters[adapter].parameters.values()
         return sum(parameter.numel() * parameter.element_size() for parameter in held)
 
-    def num_parameters(self, adapter: str | None = None) -> int:
-        """Elements of the full base model over all ranks, or of one adapter if named."""
-        held = self.base_parameters if adapter is None else self.adapters[adapter].parameters
-        total = 0
-        for parameter in held.values():
-            shard = shard_of(parameter)
-            scale = 1 if shard is None else shard.full
-            total += parameter.numel() * scale // (1 if shard is None else max(1, shard.stop - shard.start))
-        return total
+    def num_parameters(self) -> int:
+        """Elements of the full base model over all ranks."""
+        return sum(math.prod(full_shape(parameter)) for parameter in self.base_parameters.values())
 
     def copy_weights(self) -> CausalLM:
         """A private copy of the base weights, for training all of them or for a frozen clone. Adapters stay behind."""
@@ -243,7 +211,11 @@ class CausalLM:
         layers share it, and so does every number of tokens but one. It needs a compiler: see `rpc.platform`.
         """
         if self._backend is None:
-            prepare_compiling()
+            # Past its limit dynamo runs the function uncompiled. The older name serves older versions.
+            for limit in ("recompile_limit", "cache_size_limit"):
+                for name in (limit, f"accumulated_{limit}"):
+                    if hasattr(torch._dynamo.config, name):
+                        setattr(torch._dynamo.config, name, RECOMPILE_LIMIT)
             for call in (*self._layers, self._final_norm):
                 call.compile(backend)
             self._backend = backend

@@ -11,6 +11,7 @@ defaults where they are missing, without a word. Both forms are written.
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +150,7 @@ def _cut_into_files(parameters: dict[str, nn.Parameter]) -> list[list[str]]:
 
 
 def _full_bytes(parameter: nn.Parameter) -> int:
-    return torch.Size(full_shape(parameter)).numel() * parameter.element_size()
+    return math.prod(full_shape(parameter)) * parameter.element_size()
 
 
 def _write_json(path: Path, data: object) -> None:

@@ -133,7 +133,7 @@ class Loop:
         self._check_writes(plan)
         self.plans.append(plan)
         self._flying.append((plan, self.rank.run(plan)))
-        assert self.scheduler.in_flight == len(self._flying)
+        assert len(self.scheduler._flights) == len(self._flying)
         return self.commit() if len(self._flying) > self._lag else []
 
     def commit(self) -> list[Finished]:

@@ -18,11 +18,11 @@ def test_a_page_has_one_holder_unless_it_is_shared_and_is_free_when_the_last_has
     assert sorted(pages) == [0, 1, 2] and pool.available == 1
     pool.share(pages[:2])
     pool.give_back(pages)
-    assert pool.available == 2 and not pool.is_empty
+    assert pool.available == 2 and pool.available < pool.capacity
     assert sorted(pool.take(2)) == [2, 3]
     pool.give_back(pages[:2])
     pool.give_back(np.array([2, 3], dtype=np.int32))
-    assert pool.is_empty and pool.available == 4
+    assert pool.available == pool.capacity and pool.available == 4
 
 
 def test_pages_that_were_used_are_used_again_before_new_ones_are_touched() -> None:
@@ -30,7 +30,7 @@ def test_pages_that_were_used_are_used_again_before_new_ones_are_touched() -> No
     for _ in range(50):
         pool.give_back(pool.take(5))
     assert pool.touched == 5
-    assert pool.is_empty
+    assert pool.available == pool.capacity
 
 
 def test_misuse_is_noticed() -> None:
@@ -50,7 +50,7 @@ def test_known_pages_keep_their_content_until_the_room_is_needed_the_oldest_last
         node = pool.prefixes.add(ROOT, tokens(first, first), int(pages[0]))
         pool.prefixes.add(node, tokens(9, 9), int(pages[1]))
         pool.give_back(pages)
-    assert pool.is_empty and len(pool.prefixes) == 4
+    assert pool.available == pool.capacity and len(pool.prefixes) == 4
     older, newer = tokens(1, 1, 9, 9), tokens(5, 5, 9, 9)
     pool.take(3)  # two new ones, and one that was known
     assert [len(pool.prefixes.match(prompt, 2)[0]) for prompt in (older, newer)] == [1, 2]
@@ -71,7 +71,7 @@ def test_forgotten_prefixes_leave_free_pages() -> None:
     pool.forget_prefixes()
     assert pool.available == 2 and len(pool.prefixes) == 0
     pool.give_back(np.array([held]))
-    assert pool.is_empty and len(set(pool.take(3).tolist())) == 3
+    assert pool.available == pool.capacity and len(set(pool.take(3).tolist())) == 3
 
 
 def test_a_prefix_is_found_by_its_tokens_page_after_page() -> None:

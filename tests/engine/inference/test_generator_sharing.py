@@ -42,7 +42,7 @@ def run(generator: Generator, requests: Requests, lag: int = 0) -> dict[int, Gen
             for finished in generator.commit(oldest, generator.runner.collect(pending)):
                 assert finished.generated is not None, finished.error
                 done[finished.id] = finished.generated
-    assert generator.scheduler.pool.is_empty
+    assert generator.scheduler.pool.available == generator.scheduler.pool.capacity
     return done
 
 

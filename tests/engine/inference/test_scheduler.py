@@ -9,7 +9,7 @@ import pytest
 
 from engine.inference.simulated_rank import VOCAB, Loop, expected, rows_of
 from harmony_core.engine.inference.admission import PATIENCE
-from harmony_core.engine.inference.scheduler import READS_IN_A_ROW, Scheduler
+from harmony_core.engine.inference.scheduler import PREFILLS_IN_A_ROW, Scheduler
 from harmony_core.engine.inference.step import Finished, StepPlan, StepResult, int32
 from harmony_core.errors import DataError, EngineError, PromptTooLong
 from harmony_core.rpc.protocol import Sampling, unpack_floats, unpack_ints
@@ -73,7 +73,7 @@ def test_the_stop_token_ends_a_request_is_part_of_it_and_what_was_drawn_after_it
     assert done.generated is not None and done.generated.finish_reason == "stop"
     assert tokens_of(done) == expected([1, 0, 0], Sampling(max_tokens=3))
     assert len(loop.plans) == 3 + lag
-    assert loop.scheduler.pool.is_empty and loop.scheduler.in_flight == 0
+    assert loop.scheduler.pool.available == loop.scheduler.pool.capacity and len(loop.scheduler._flights) == 0
 
 
 def test_more_tokens_than_a_row_of_records_holds_come_back_whole() -> None:
@@ -277,7 +277,7 @@ def test_those_that_decode_do_not_starve_beside_a_long_prompt() -> None:
     while loop.scheduler.has_work:
         loop.turn()
         since = 0 if loop.plans[-1].is_decode else since + 1
-        assert since <= READS_IN_A_ROW
+        assert since <= PREFILLS_IN_A_ROW
 
 
 def test_a_little_to_read_waits_a_little_for_more_while_many_decode() -> None:
@@ -305,10 +305,10 @@ def test_a_large_request_at_the_head_is_not_overtaken() -> None:
         loop.scheduler.submit(id, prompt(id, 4), Sampling(max_tokens=4))
         order += [finished.id for finished in loop.turn()]
         if 0 not in order:
-            assert loop.scheduler.num_running == 1
+            assert len(loop.scheduler._running) == 1
     order += list(loop.drain())
     assert sorted(order) == list(range(60)) and order[0] == 0
-    assert loop.scheduler.pool.is_empty
+    assert loop.scheduler.pool.available == loop.scheduler.pool.capacity
 
 
 @pytest.mark.parametrize("options", [{"max_running": 3}, {"prefill_tokens": 3}])
@@ -318,7 +318,7 @@ def test_at_most_so_many_sequences_decode_together(options: dict[str, int]) -> N
         loop.scheduler.submit(id, prompt(id, 1), Sampling(max_tokens=5))
     assert sorted(loop.drain()) == list(range(7))
     assert max(len(int32(plan.req_indices)) for plan in loop.plans) == 3
-    assert loop.scheduler.pool.is_empty
+    assert loop.scheduler.pool.available == loop.scheduler.pool.capacity
 
 
 def test_decode_steps_keep_to_their_work_items_and_everybody_has_a_turn() -> None:
@@ -336,7 +336,7 @@ def test_decode_steps_keep_to_their_work_items_and_everybody_has_a_turn() -> Non
             waited = {slot: 0 if slot in rows else waited.get(slot, 0) + 1 for slot in running}
             assert max(waited.values(), default=0) <= 3, "all of them have 24 work items at most"
     loop.settle()
-    assert loop.scheduler.pool.is_empty
+    assert loop.scheduler.pool.available == loop.scheduler.pool.capacity
 
 
 # --- several steps in flight ------------------------------------------------------------------------------------
@@ -348,7 +348,7 @@ def test_steps_are_planned_before_the_tokens_of_those_before_them_are_known() ->
     sched.submit(1, [1, 2, 3], Sampling(max_tokens=3))
     plans = [planned(sched) for _ in range(3)]
     assert [int32(plan.contexts).tolist() for plan in plans] == [[3], [4], [5]]
-    assert sched.plan() is None and sched.in_flight == 3 and sched.has_work
+    assert sched.plan() is None and len(sched._flights) == 3 and sched.has_work
     results = [loop.rank.run(plan) for plan in plans]
     with pytest.raises(AssertionError, match="oldest step in flight"):
         sched.commit(plans[1], results[1])
@@ -365,9 +365,9 @@ def test_cancel_frees_pages_wherever_the_request_is() -> None:
     sched.submit(1, prompt(1, 40), Sampling(max_tokens=20))
     sched.submit(2, prompt(2, 40), Sampling(max_tokens=20))
     loop.turn()
-    assert (sched.num_running, sched.num_waiting) == (1, 1)
+    assert (len(sched._running), len(sched._admission.waiting)) == (1, 1)
     sched.cancel(1)
-    assert sched.pool.is_empty
+    assert sched.pool.available == sched.pool.capacity
     loop.turn()
     assert ids(loop, loop.plans[-1]) == [2]
     sched.submit(3, prompt(3, 40), Sampling(max_tokens=20))
@@ -375,7 +375,7 @@ def test_cancel_frees_pages_wherever_the_request_is() -> None:
     sched.cancel(2)
     sched.cancel(2)
     assert not sched.has_work
-    assert sched.pool.is_empty
+    assert sched.pool.available == sched.pool.capacity
 
 
 @pytest.mark.parametrize("lag", [0, 2])
@@ -393,7 +393,7 @@ def test_a_request_cancelled_between_plan_and_commit_leaves_no_trace(lag: int) -
     done = loop.drain()
     assert tokens_of(done[1]) == expected(prompt(7, 9), again)
     assert tokens_of(done[2]) == expected(prompt(2, 5), Sampling(max_tokens=3))
-    assert sched.pool.is_empty
+    assert sched.pool.available == sched.pool.capacity
 
 
 def test_a_broken_distribution_ends_its_own_request_only() -> None:
@@ -412,7 +412,7 @@ def test_a_broken_distribution_ends_its_own_request_only() -> None:
     assert "request 2" in finished.error.message and "position 9" in finished.error.message
     assert len(sched.pool.prefixes) == 4, "what it wrote is not shared"
     assert sorted(loop.drain()) == [1, 3]
-    assert sched.pool.is_empty
+    assert sched.pool.available == sched.pool.capacity
 
 
 def test_a_step_that_cannot_be_executed_ends_its_requests_and_no_others() -> None:
@@ -433,7 +433,7 @@ def test_a_step_that_cannot_be_executed_ends_its_requests_and_no_others() -> Non
     loop.rank.run(plan)
     sched.commit(after, loop.rank.run(after))
     assert sorted(loop.drain()) == [2, 3]
-    assert sched.pool.is_empty
+    assert sched.pool.available == sched.pool.capacity
 
 
 def test_each_token_records_the_version_of_its_step() -> None:

@@ -63,7 +63,7 @@ class Load:
             room = min(scheduler.max_positions, scheduler.kv_tokens) - len(prompt)
             wanted = expected(prompt, settings)[:room]
             assert unpack_ints(finished.generated.tokens) == wanted, f"request {id}"
-        assert scheduler.pool.is_empty and scheduler.num_running == scheduler.num_waiting == scheduler.in_flight == 0
+        assert not scheduler.has_work and not scheduler._flights
         assert scheduler.pool.available == scheduler.pool.capacity
         assert not scheduler._table.num_blocks.any() and scheduler._table.num_vacant == scheduler.max_running
         assert not scheduler._admission._begun and not scheduler._admission._awaited
