@@ -1,7 +1,7 @@
-"""Requests, and the state of running ones as columns, so that a decode step is a few array operations. No torch.
+"""Requests, the state of running ones as columns, and what the scheduler plans for them. No torch.
 
-What is planned runs ahead of what is known: `context` counts tokens in the KV cache once every planned step is done,
-`drawn` the new tokens that have come back.
+Columns make a decode step a few array operations. What is planned runs ahead of what is known: `context` counts tokens
+in the KV cache once every planned step is done, `num_sampled` the new tokens that have come back.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from harmony_core.engine.inference.block_pool import TOKEN_BYTES
-from harmony_core.engine.inference.step import Setting, stream
+from harmony_core.engine.inference.step import TOKEN_BYTES, Setting, StepPlan, pack_sampling, stream, uniforms
 from harmony_core.errors import DataError
 from harmony_core.rpc.protocol import Generated, Sampling
 
@@ -74,7 +73,7 @@ class Sequence:
         return len(self.tokens) // TOKEN_BYTES
 
     @property
-    def drawn(self) -> int:
+    def num_sampled(self) -> int:
         """New tokens that are among `tokens`."""
         return self.length - self.prompt_length
 
@@ -122,7 +121,7 @@ class InputBatch:
         self.context = column()
         self.until = column()
         """No step is planned with a longer context; 0 while the prefill is not all planned."""
-        self.drawn = column()
+        self.num_sampled = column()
         self.limit = column()
         self.minimum = column()
         self.held_until = column()
@@ -160,7 +159,7 @@ class InputBatch:
         self.sequences[req_index] = sequence
         self.ticket[req_index] = self._tickets
         self.context[req_index] = self.until[req_index] = 0
-        self.drawn[req_index] = sequence.drawn
+        self.num_sampled[req_index] = sequence.num_sampled
         self.limit[req_index] = sequence.limit
         self.minimum[req_index] = min(sampling.min_tokens, sequence.limit)
         self.held_until[req_index] = sequence.prompt_length + self.minimum[req_index] if sequence.stop_ids else 0
@@ -238,12 +237,12 @@ class InputBatch:
         place += 1
         self._filled[req_indices] = place
         self.recent[req_indices, contexts % self.block_size] = tokens
-        drawn = self.drawn[req_indices] + 1
-        self.drawn[req_indices] = drawn
+        num_sampled = self.num_sampled[req_indices] + 1
+        self.num_sampled[req_indices] = num_sampled
         for req_index in req_indices[place == RECORDS].tolist():
             self.flush(req_index)
-        stopped = (self.stops[req_indices] == tokens[:, None]).any(1) & (drawn > self.minimum[req_indices])
-        return stopped, drawn >= self.limit[req_indices]
+        stopped = (self.stops[req_indices] == tokens[:, None]).any(1) & (num_sampled > self.minimum[req_indices])
+        return stopped, num_sampled >= self.limit[req_indices]
 
     def flush(self, req_index: int) -> None:
         """Move a row's records to its sequence."""
@@ -251,3 +250,112 @@ class InputBatch:
         if count:
             self.tenant(req_index).records.append(self.records[req_index, :count].copy())
             self._filled[req_index] = 0
+
+
+@dataclass
+class Prefill:
+    """A row of a prefill step: tokens `start` to `stop` of a sequence.
+
+    `forked` are sequences with the same tokens, which take theirs from the blocks that this one writes.
+    """
+
+    sequence: Sequence
+    start: int
+    stop: int
+    new_blocks: list[Int32s] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
+    forked: list[Sequence] = field(default_factory=list)
+
+    @property
+    def complete(self) -> bool:
+        """Whether a token is sampled at its end."""
+        return self.stop == self.sequence.length
+
+
+@dataclass(frozen=True)
+class InFlight:
+    """A plan that is not committed: its rows of the batch tables and their tickets, and those of its samples."""
+
+    plan: StepPlan
+    members: Int32s
+    tickets: NDArray[np.int64]
+    targets: Int32s
+    target_tickets: NDArray[np.int64]
+    contexts: Int32s
+    """`[N]`, context of each sample."""
+    weights: int
+    prefills: list[Prefill]
+    """Rows of a prefill step; none for a decode step."""
+
+
+def plan_decode(
+    table: InputBatch, req_indices: NDArray[np.int64], new_blocks: Int32s, version: int, weights: int
+) -> InFlight:
+    """One new token for each of `req_indices`, which have their blocks."""
+    table.context[req_indices] += 1
+    contexts = table.context[req_indices]
+    targets = req_indices.astype(np.int32)
+    packed = targets.tobytes()
+    plan = StepPlan(
+        req_indices=packed,
+        tokens=b"",
+        lengths=np.ones(len(req_indices), dtype=np.int32).tobytes(),
+        contexts=contexts.tobytes(),
+        new_blocks=new_blocks.tobytes(),
+        copies=b"",
+        sampled=np.arange(len(req_indices), dtype=np.int32).tobytes(),
+        targets=packed,
+        sampling=pack_sampling(table.settings[req_indices], uniforms(table.stream[req_indices], contexts)),
+        suppressed=_suppressed(table, targets, contexts),
+        version=version,
+    )
+    tickets = table.ticket[req_indices]
+    return InFlight(plan, targets, tickets, targets, tickets, contexts, weights, [])
+
+
+def plan_prefill(table: InputBatch, rows: list[Prefill], version: int, weights: int) -> InFlight:
+    """Prefill the tokens of `rows`; sample for those that are complete, and for those that fork from them."""
+    samples = [
+        (place, s.req_index) for place, row in enumerate(rows) if row.complete for s in (row.sequence, *row.forked)
+    ]
+    sampled, targets = _pairs(samples).T
+    req_indices = _integers([row.sequence.req_index for row in rows])
+    stops = _integers([row.stop for row in rows])
+    for row in rows:
+        table.context[row.sequence.req_index] = row.stop
+        if row.complete:
+            table.start_decoding(row.sequence)
+        for sequence in row.forked:
+            table.context[sequence.req_index] = row.stop
+            table.start_decoding(sequence)
+    contexts = stops[sampled]
+    blocks = [changes for row in rows for changes in row.new_blocks]
+    plan = StepPlan(
+        req_indices=req_indices.tobytes(),
+        tokens=b"".join(row.sequence.tokens[row.start * TOKEN_BYTES : row.stop * TOKEN_BYTES] for row in rows),
+        lengths=_integers([row.stop - row.start for row in rows]).tobytes(),
+        contexts=stops.tobytes(),
+        new_blocks=np.concatenate(blocks).tobytes() if blocks else b"",
+        copies=_pairs([copy for row in rows for copy in row.copies]).tobytes(),
+        sampled=sampled.tobytes(),
+        targets=targets.tobytes(),
+        sampling=pack_sampling(table.settings[targets], uniforms(table.stream[targets], contexts)),
+        suppressed=_suppressed(table, targets, contexts),
+        version=version,
+    )
+    # All that fork are sampled for; what is not sampled for is among the rows.
+    members = np.concatenate([targets, np.setdiff1d(req_indices, targets)])
+    return InFlight(plan, members, table.ticket[members], targets, table.ticket[targets], contexts, weights, rows)
+
+
+def _suppressed(table: InputBatch, req_indices: Int32s, contexts: Int32s) -> dict[int, list[int]]:
+    held = np.flatnonzero(contexts < table.held_until[req_indices])
+    return {place: table.tenant(int(req_indices[place])).stop_ids for place in held.tolist()}
+
+
+def _integers(numbers: list[int]) -> Int32s:
+    return np.array(numbers, dtype=np.int32)
+
+
+def _pairs(numbers: list[tuple[int, int]]) -> Int32s:
+    return np.array(numbers, dtype=np.int32).reshape(-1, 2)

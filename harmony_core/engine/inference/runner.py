@@ -17,8 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from harmony_core.engine.inference.block_pool import blocks_for
 from harmony_core.engine.inference.device_decode import DecodeGraphs, DeviceState, Notify, StepBuffers, buckets_up_to
+from harmony_core.engine.inference.kv_cache_manager import blocks_for
 from harmony_core.engine.inference.sampler import put, sample, sample_alone
 from harmony_core.engine.inference.step import (
     FILTERED,

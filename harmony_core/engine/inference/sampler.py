@@ -125,7 +125,7 @@ def with_lost(logprobs: Tensor, chosen: Tensor, lost: Tensor) -> Tensor:
 
 
 def _suppress(logits: Tensor, suppressed: dict[int, list[int]]) -> Tensor:
-    """A copy in which each named row cannot draw its ids."""
+    """A copy in which each named row cannot sample its ids."""
     rows = [row for row, ids in suppressed.items() for _ in ids]
     places = put(np.array([rows, [id for ids in suppressed.values() for id in ids]], dtype=np.int64), logits.device)
     masked = logits.clone()

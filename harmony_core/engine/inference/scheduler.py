@@ -1,9 +1,10 @@
 """Which requests run in the next step. Bookkeeping of one replica; it knows no tensors and no torch.
 
-First come, first served: the head of the queue waits for its blocks and nobody passes it, but for those that read what
-a running request reads: they join it, or wait until they find its blocks. Prompts go before decoding, under a token
-budget. A request is admitted when its prompt and a little more fits. Where blocks run out, the newest requests give
-theirs back and are read again later, with what they have drawn; one alone always fits, so every request ends.
+First come, first served: the head of the queue waits for its blocks and later requests wait behind it, but for those
+with the tokens of a running request: they fork from it, or wait until they find its blocks. Prefill goes before decode,
+under a token budget. A request is admitted when its prompt and a little more fits. Where blocks run out, the newest
+requests are preempted: they give theirs back, and their next prefill has what they sampled too; one alone always fits,
+so every request ends.
 
 Several steps may be in flight. Every rank executes them in the order of the plans, so a block may be handed on as soon
 as the leader knows that its holder has ended: a plan in flight that still has a row of the old holder was made while
@@ -21,16 +22,23 @@ from dataclasses import asdict
 import numpy as np
 from numpy.typing import NDArray
 
-from harmony_core.engine.inference.admission import Admission, InFlight, Prefill, Statistics, plan_decode, plan_prefill
-from harmony_core.engine.inference.block_pool import ROOT, TOKEN_BYTES, BlockPool, blocks_for
-from harmony_core.engine.inference.requests import InputBatch, Sequence, check_sampling
-from harmony_core.engine.inference.step import Finished, StepPlan, StepResult, float64, int32
+from harmony_core.engine.inference.kv_cache_manager import ROOT, Admission, BlockPool, Statistics, blocks_for
+from harmony_core.engine.inference.requests import (
+    InFlight,
+    InputBatch,
+    Prefill,
+    Sequence,
+    check_sampling,
+    plan_decode,
+    plan_prefill,
+)
+from harmony_core.engine.inference.step import TOKEN_BYTES, Finished, StepPlan, StepResult, float64, int32
 from harmony_core.errors import DataError, EngineError, HarmonyError, PromptTooLong
 from harmony_core.memory.sizes import DECODE_SPLIT, MAX_RUNNING, PAGE_SIZE
 from harmony_core.rpc.protocol import Sampling
 
 PREFILLS_IN_A_ROW = 4
-"""Prefill steps after which those that decode have a step."""
+"""Prefill steps after which decode has a step."""
 
 
 class Scheduler:
@@ -133,7 +141,7 @@ class Scheduler:
     def commit(self, plan: StepPlan, result: StepResult) -> list[Finished]:
         """Take the tokens of the oldest step in flight; return the requests that it ended.
 
-        What was drawn for a request that has ended meanwhile is left out.
+        What was sampled for a request that has ended meanwhile is left out.
         """
         flight = self._landed(plan)
         self._notice_version()
@@ -214,7 +222,7 @@ class Scheduler:
         short = self._short(req_indices)
         while len(short) > self.pool.available:
             if self._flights:
-                return None  # what is drawn there may end a request, and only one with nothing in flight can move out
+                return None  # they may end a request, and only one with nothing in flight can be preempted
             self._preempt()
             req_indices = req_indices[table.until[req_indices] > 0]
             short = self._short(req_indices)

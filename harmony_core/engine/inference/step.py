@@ -1,10 +1,10 @@
 """A step plan: what the scheduler of a replica decides for one step, and what comes back. Plain data, no torch.
 
-Every running sequence has a row of the batch tables that each rank keeps: its block table and last drawn token. A plan
+Every running sequence has a row of the batch tables that each rank keeps: its block table and last token. A plan
 says only what changes in them, so a rank executes plans in the order they were made, each exactly once.
 
 A plan carries the sampling parameters of each row and the random number that it uses. The random number of a token
-depends on its request's seed and its position in the sequence, on nothing else, so a request draws the same numbers
+depends on its request's seed and its position in the sequence, on nothing else, so a request uses the same numbers
 whatever runs beside it, on however many ranks, in whatever order.
 """
 
@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 from harmony_core.errors import HarmonyError
 from harmony_core.rpc.protocol import Generated, Sampling
 
+TOKEN_BYTES = 4
+"""Token ids are int32."""
 GREEDY, PLAIN, FILTERED = 0, 1, 2
 """Kinds of sampling: the best id; any id; any id that top-k, top-p and min-p leave."""
 KIND, TEMPERATURE, TOP_K, TOP_P, MIN_P, UNIFORM = range(6)

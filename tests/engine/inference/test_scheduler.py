@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from engine.inference.simulated_rank import VOCAB, Loop, expected, rows_of
-from harmony_core.engine.inference.admission import PATIENCE
+from harmony_core.engine.inference.kv_cache_manager import PATIENCE
 from harmony_core.engine.inference.scheduler import PREFILLS_IN_A_ROW, Scheduler
 from harmony_core.engine.inference.step import Finished, StepPlan, StepResult, int32
 from harmony_core.errors import DataError, EngineError, PromptTooLong

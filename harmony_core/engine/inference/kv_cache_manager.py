@@ -1,4 +1,10 @@
-"""From waiting requests to rows of a prefill step, and step plans as bytes. No torch.
+"""Who holds which KV cache blocks: the block pool, its prefix cache, and the admission of waiting requests. No torch.
+
+Blocks are taken one by one as sequences grow, and several sequences may hold one. A block that no sequence holds any
+more keeps its content until the room is needed, the one unused for longest going first, so memory that the system
+commits on first touch is committed only for tokens that existed. A prompt that begins like an earlier one shares its
+full blocks. A block means something only after the blocks before it, so its key is the block before it and its own
+tokens: the tokens themselves, not a digest of them.
 
 Requests with the same tokens to prefill that wait when one of them completes its prefill fork from it: they share its
 full blocks, its last block is copied for each, and all of them sample from the one row. Those that come later wait
@@ -8,128 +14,149 @@ until its blocks are known, and share them. A request that waits holds no blocks
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
 
-from harmony_core.engine.inference.block_pool import TOKEN_BYTES, BlockPool, blocks_for
-from harmony_core.engine.inference.requests import InputBatch, Int32s, Sequence
-from harmony_core.engine.inference.step import StepPlan, pack_sampling, uniforms
+from harmony_core.engine.inference.requests import InputBatch, Int32s, Prefill, Sequence
+from harmony_core.engine.inference.step import TOKEN_BYTES
+from harmony_core.memory.sizes import PAGE_SIZE
+
+ROOT = 0
+"""The node before the first block of a sequence."""
 
 
-@dataclass
-class Prefill:
-    """A row of a prefill step: tokens `start` to `stop` of a sequence.
+class PrefixIndex:
+    """Nodes of a tree, each with one block; numbers of nodes are never used again, so none is mistaken for another."""
 
-    `forked` are sequences with the same tokens, which take theirs from the blocks that this one writes.
-    """
+    def __init__(self, block_size: int) -> None:
+        self._width = block_size * TOKEN_BYTES
+        self._nodes: dict[tuple[int, bytes], tuple[int, int]] = {}
+        self._keys: dict[int, tuple[int, bytes]] = {}
+        self._last = ROOT
 
-    sequence: Sequence
-    start: int
-    stop: int
-    new_blocks: list[Int32s] = field(default_factory=list)
-    copies: list[tuple[int, int]] = field(default_factory=list)
-    forked: list[Sequence] = field(default_factory=list)
+    def __len__(self) -> int:
+        return len(self._nodes)
+
+    def __contains__(self, block: int) -> bool:
+        return block in self._keys
+
+    def match(self, tokens: bytes, most: int) -> tuple[list[int], int]:
+        """Blocks that hold the beginning of `tokens`, at most `most`, and the node of the last of them."""
+        blocks: list[int] = []
+        node = ROOT
+        for start in range(0, most * self._width, self._width):
+            found = self._nodes.get((node, tokens[start : start + self._width]))
+            if found is None:
+                break
+            node, block = found
+            blocks.append(block)
+        return blocks, node
+
+    def add(self, parent: int, tokens: bytes, block: int) -> int:
+        """Note what a full block holds. Returns its node: that of the block already known for it, if there is one."""
+        assert len(tokens) == self._width, "only full blocks are shared"
+        key = parent, tokens
+        if key not in self._nodes and block in self._keys:
+            # The block before it was forgotten, and is known again by another node.
+            key = self._keys[block]
+            assert key[1] == tokens, "a block that is known was written again"
+        found = self._nodes.get(key)
+        if found is not None:
+            return found[0]
+        self._last += 1
+        self._nodes[key] = self._last, block
+        self._keys[block] = key
+        return self._last
+
+    def forget(self, block: int) -> None:
+        """A block is about to be overwritten. What was found behind it is not found any more."""
+        del self._nodes[self._keys.pop(block)]
+
+    def clear(self) -> None:
+        """Forget every block."""
+        self._nodes.clear()
+        self._keys.clear()
+
+
+Blocks = NDArray[np.int32]
+
+
+def blocks_for(tokens: int, block_size: int) -> int:
+    """Blocks that hold `tokens`."""
+    return -(-tokens // block_size)
+
+
+class BlockPool:
+    """`capacity` blocks of `block_size` tokens. `prefixes` says what the full ones hold."""
+
+    def __init__(self, capacity: int, block_size: int = PAGE_SIZE) -> None:
+        assert capacity > 0 and block_size > 0
+        self.capacity = capacity
+        self.block_size = block_size
+        self.prefixes = PrefixIndex(block_size)
+        self.touched = 0
+        """Blocks ever handed out: those whose memory may be committed."""
+        self._holders: NDArray[np.int32] = np.zeros(capacity, dtype=np.int32)
+        self._free: list[int] = []
+        # Free, but the index knows them; unused for longest first.
+        self._kept: OrderedDict[int, None] = OrderedDict()
 
     @property
-    def complete(self) -> bool:
-        """Whether a token is sampled at its end."""
-        return self.stop == self.sequence.length
+    def available(self) -> int:
+        """Blocks that no sequence holds."""
+        return self.capacity - self.touched + len(self._free) + len(self._kept)
 
+    def count_kept(self, blocks: list[int]) -> int:
+        """How many of these blocks are free but remembered: holding them makes that many fewer available."""
+        return sum(block in self._kept for block in blocks)
 
-@dataclass(frozen=True)
-class InFlight:
-    """A plan that is not committed: its rows of the batch tables and their tickets, and those of its samples."""
+    def take(self, count: int) -> Blocks:
+        """Blocks to write to, `[count]`: ones used before, then new ones, then those that are only remembered."""
+        assert count <= self.available, "took more blocks than are available"
+        taken = [self._take() for _ in range(count)]
+        blocks: Blocks = np.array(taken, dtype=np.int32)
+        assert not self._holders[blocks].any(), "took a block that is held"
+        self._holders[blocks] = 1
+        return blocks
 
-    plan: StepPlan
-    members: Int32s
-    tickets: NDArray[np.int64]
-    targets: Int32s
-    target_tickets: NDArray[np.int64]
-    contexts: Int32s
-    """`[N]`, context of each sample."""
-    weights: int
-    prefills: list[Prefill]
-    """Rows of a prefill step; none for a decode step."""
+    def _take(self) -> int:
+        if self._free:
+            return self._free.pop()
+        if self.touched < self.capacity:
+            self.touched += 1
+            return self.touched - 1
+        block, _ = self._kept.popitem(last=False)
+        self.prefixes.forget(block)
+        return block
 
+    def share(self, blocks: Blocks) -> None:
+        """Hold blocks, each once more, to read them."""
+        for block in blocks[self._holders[blocks] == 0].tolist():
+            del self._kept[block]
+        self._holders[blocks] += 1
 
-def plan_decode(
-    table: InputBatch, req_indices: NDArray[np.int64], new_blocks: Int32s, version: int, weights: int
-) -> InFlight:
-    """One new token for each of `req_indices`, which have their blocks."""
-    table.context[req_indices] += 1
-    contexts = table.context[req_indices]
-    targets = req_indices.astype(np.int32)
-    packed = targets.tobytes()
-    plan = StepPlan(
-        req_indices=packed,
-        tokens=b"",
-        lengths=np.ones(len(req_indices), dtype=np.int32).tobytes(),
-        contexts=contexts.tobytes(),
-        new_blocks=new_blocks.tobytes(),
-        copies=b"",
-        sampled=np.arange(len(req_indices), dtype=np.int32).tobytes(),
-        targets=packed,
-        sampling=pack_sampling(table.settings[req_indices], uniforms(table.stream[req_indices], contexts)),
-        suppressed=_suppressed(table, targets, contexts),
-        version=version,
-    )
-    tickets = table.ticket[req_indices]
-    return InFlight(plan, targets, tickets, targets, tickets, contexts, weights, [])
+    def give_back(self, blocks: Blocks) -> None:
+        """Let go of the blocks of a sequence, first block first. The last are forgotten first."""
+        assert (self._holders[blocks] > 0).all(), "gave back a block that is not held"
+        self._holders[blocks] -= 1
+        for block in blocks[self._holders[blocks] == 0][::-1].tolist():
+            if block in self.prefixes:
+                self._kept[block] = None
+            else:
+                self._free.append(block)
 
-
-def plan_prefill(table: InputBatch, rows: list[Prefill], version: int, weights: int) -> InFlight:
-    """Prefill the tokens of `rows`; sample for those that are complete, and for those that fork from them."""
-    drawn = [
-        (place, s.req_index) for place, row in enumerate(rows) if row.complete for s in (row.sequence, *row.forked)
-    ]
-    sampled, targets = _pairs(drawn).T
-    req_indices = _integers([row.sequence.req_index for row in rows])
-    stops = _integers([row.stop for row in rows])
-    for row in rows:
-        table.context[row.sequence.req_index] = row.stop
-        if row.complete:
-            table.start_decoding(row.sequence)
-        for sequence in row.forked:
-            table.context[sequence.req_index] = row.stop
-            table.start_decoding(sequence)
-    contexts = stops[sampled]
-    blocks = [changes for row in rows for changes in row.new_blocks]
-    plan = StepPlan(
-        req_indices=req_indices.tobytes(),
-        tokens=b"".join(row.sequence.tokens[row.start * TOKEN_BYTES : row.stop * TOKEN_BYTES] for row in rows),
-        lengths=_integers([row.stop - row.start for row in rows]).tobytes(),
-        contexts=stops.tobytes(),
-        new_blocks=np.concatenate(blocks).tobytes() if blocks else b"",
-        copies=_pairs([copy for row in rows for copy in row.copies]).tobytes(),
-        sampled=sampled.tobytes(),
-        targets=targets.tobytes(),
-        sampling=pack_sampling(table.settings[targets], uniforms(table.stream[targets], contexts)),
-        suppressed=_suppressed(table, targets, contexts),
-        version=version,
-    )
-    # All that fork are sampled for; what is not sampled for is among the rows.
-    members = np.concatenate([targets, np.setdiff1d(req_indices, targets)])
-    return InFlight(plan, members, table.ticket[members], targets, table.ticket[targets], contexts, weights, rows)
-
-
-def _suppressed(table: InputBatch, req_indices: Int32s, contexts: Int32s) -> dict[int, list[int]]:
-    held = np.flatnonzero(contexts < table.held_until[req_indices])
-    return {place: table.tenant(int(req_indices[place])).stop_ids for place in held.tolist()}
-
-
-def _integers(numbers: list[int]) -> Int32s:
-    return np.array(numbers, dtype=np.int32)
-
-
-def _pairs(numbers: list[tuple[int, int]]) -> Int32s:
-    return np.array(numbers, dtype=np.int32).reshape(-1, 2)
+    def forget_prefixes(self) -> None:
+        """What the blocks hold is not to be shared any more."""
+        self.prefixes.clear()
+        self._free.extend(self._kept)
+        self._kept.clear()
 
 
 class Waiting:
-    """A queue that also knows which of its requests have the same tokens to read."""
+    """A queue that also knows which of its requests have the same tokens to prefill."""
 
     def __init__(self) -> None:
         self._order: OrderedDict[int, Sequence] = OrderedDict()
@@ -163,12 +190,12 @@ class Waiting:
         return list(islice(self._order.values(), count))
 
     def alike(self, tokens: bytes, count: int) -> list[Sequence]:
-        """Up to `count` requests with these tokens to read, first come first."""
+        """Up to `count` requests with these tokens to prefill, first come first."""
         return list(islice(self._alike.get(tokens, {}).values(), count))
 
 
 WORTH_A_STEP = 1024
-"""Tokens to read that are worth a step of their own."""
+"""Tokens whose prefill is worth a step of its own."""
 PATIENCE = 8
 """Decode steps that fewer may wait for more."""
 FEW = 8
@@ -185,7 +212,7 @@ class Statistics:
     """Tokens that prefill steps had."""
     prefix_hit_tokens: int = 0
     forked_requests: int = 0
-    """Requests that drew from another one's prompt."""
+    """Requests that were sampled from the prefill of another one."""
     preemptions: int = 0
     generated_tokens: int = 0
     prefill_steps: int = 0
@@ -193,7 +220,7 @@ class Statistics:
 
 
 class Admission:
-    """Owns the queue. `prefill_tokens` is the most tokens in a step; the caller frees req_indices and blocks."""
+    """Owns the queue. `prefill_tokens` is the most tokens in a step; the caller frees rows and blocks."""
 
     def __init__(self, pool: BlockPool, table: InputBatch, prefill_tokens: int, statistics: Statistics) -> None:
         self.waiting = Waiting()
@@ -201,14 +228,14 @@ class Admission:
         self._table = table
         self._prefill_tokens = prefill_tokens
         self._statistics = statistics
-        # Admitted, with tokens that no step has read yet; oldest first.
+        # Admitted, with tokens whose prefill is not planned yet; oldest first.
         self._begun: list[Sequence] = []
         # By its tokens, the request whose blocks others wait for.
         self._awaited: dict[bytes, Sequence] = {}
         self._reserved = 0
 
     def can_wait(self, decoding: int, decodes: int) -> bool:
-        """Whether there is so little to read, for so few, that it may wait for more: a step of its own costs as much
+        """Whether there is so little to prefill, for so few, that it may wait for more: a step of its own costs as much
         as a decode step of all. `decodes`: decode steps since the last prefill step."""
         newcomers = min(len(self.waiting), self._table.num_vacant)
         if self._begun or decodes >= PATIENCE or newcomers * FEW > decoding:
@@ -216,7 +243,7 @@ class Admission:
         return sum(sequence.length for sequence in self.waiting.first(newcomers)) < WORTH_A_STEP
 
     def rows(self, weights: int) -> list[Prefill]:
-        """Rows of the next prefill step; none when nothing can be read now. `weights`: those it will run with."""
+        """Rows of the next prefill step; none when there can be no prefill now. `weights`: those it will run with."""
         table = self._table
         rows: list[Prefill] = []
         budget = self._prefill_tokens
@@ -241,18 +268,18 @@ class Admission:
         return rows
 
     def left(self, sequence: Sequence) -> None:
-        """A request has no req_index any more."""
+        """A request has no row any more."""
         if sequence in self._begun:
             self._begun.remove(sequence)
         self.known(sequence)
 
     def known(self, sequence: Sequence) -> None:
-        """Whoever waited for a request's blocks need not any longer."""
+        """Requests that waited for the blocks of this one wait no longer."""
         if self._awaited.get(sequence.tokens) is sequence:
             del self._awaited[sequence.tokens]
 
     def forget_prefixes(self) -> None:
-        """Nobody is to share what was written so far."""
+        """Later requests share nothing that was written so far."""
         self._awaited.clear()
 
     def _portion(self, missing: int, budget: int) -> int:
@@ -263,7 +290,7 @@ class Admission:
 
     def _admit(self, sequence: Sequence, budget: int, weights: int) -> Prefill | None:
         pool, size = self._pool, self._pool.block_size
-        # The last token is always read: what follows it is drawn from its output.
+        # The last token is always computed: the next one is sampled from its output.
         hits, node = pool.prefixes.match(sequence.tokens, (sequence.length - 1) // size)
         start = len(hits) * size
         count = self._portion(sequence.length - start, budget)
@@ -307,7 +334,7 @@ class Admission:
             self._statistics.forked_requests += 1
 
     def _max_blocks(self, sequence: Sequence) -> int:
-        """Blocks at its limit; the last token it draws is never read."""
+        """Blocks at its limit; the last token that is sampled never gets one."""
         return blocks_for(sequence.prompt_length + sequence.limit - 1, self._pool.block_size)
 
     def _fits(self, sequence: Sequence, blocks: int, revived: int) -> bool:
@@ -319,7 +346,7 @@ class Admission:
         return True
 
     def _enter(self, sequence: Sequence, shared: Int32s, weights: int) -> Int32s:
-        """Give a request a req_index, with `shared` blocks first. Returns the change of the block tables, `[P, 3]`."""
+        """Give a request a row, with `shared` blocks first. Returns the change of the block tables, `[P, 3]`."""
         self.waiting.remove(sequence.id)
         self._pool.share(shared)
         own = self._pool.take(blocks_for(sequence.length, self._pool.block_size) - len(shared))

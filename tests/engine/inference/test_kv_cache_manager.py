@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from harmony_core.engine.inference.block_pool import ROOT, BlockPool, PrefixIndex, blocks_for
+from harmony_core.engine.inference.kv_cache_manager import ROOT, BlockPool, PrefixIndex, blocks_for
 
 
 def tokens(*numbers: int) -> bytes:
