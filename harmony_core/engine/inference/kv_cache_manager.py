@@ -234,6 +234,11 @@ class Admission:
         self._awaited: dict[bytes, Sequence] = {}
         self._reserved = 0
 
+    @property
+    def idle(self) -> bool:
+        """Whether no request waits for its prefill, or for the rest of it."""
+        return not self._begun and not len(self.waiting)
+
     def can_wait(self, decoding: int, decodes: int) -> bool:
         """Whether there is so little to prefill, for so few, that it may wait for more: a step of its own costs as much
         as a decode step of all. `decodes`: decode steps since the last prefill step."""

@@ -197,7 +197,8 @@ class Runner:
             torch.set_num_threads(1)
         try:
             result = self._sample(plan, self._forward(plan))
-            self._copy_blocks(plan)
+            if plan.copies:
+                self._copy_blocks(plan.copies)
         finally:
             if alone:
                 torch.set_num_threads(threads)
@@ -265,7 +266,8 @@ class Runner:
                 self.model.logits(hidden, out=state.logits[:padded])
                 with state.suppressing(padded, plan.suppressed):
                     state.sample(padded, int(sampling[KIND].max()))
-        self._copy_blocks(plan)
+        if plan.copies:
+            self._copy_blocks(plan.copies)
         state.read(buffers, padded)
         buffers.stop()
         return Pending(plan, buffers=buffers, padded=padded)
@@ -342,9 +344,8 @@ class Runner:
             hidden = self.model.hidden_states(tokens, put(positions, device))
         return hidden[put(ends[int32(plan.sampled)], device)]
 
-    def _copy_blocks(self, plan: StepPlan) -> None:
-        if plan.copies:
-            self.cache.copy_blocks(*put(int32(plan.copies).reshape(-1, 2).T.astype(np.int64), self.model.device))
+    def _copy_blocks(self, copies: bytes) -> None:
+        self.cache.copy_blocks(*put(int32(copies).reshape(-1, 2).T.astype(np.int64), self.model.device))
 
     def _sample(self, plan: StepPlan, hidden: Tensor) -> StepResult:
         """A token for each row of `hidden` `[N, d]`; as many rows at a time as logits fit their budget."""

@@ -37,6 +37,8 @@ from harmony_core.errors import DataError, EngineError, HarmonyError, PromptTooL
 from harmony_core.memory.sizes import DECODE_SPLIT, MAX_RUNNING, PAGE_SIZE
 from harmony_core.rpc.protocol import Sampling
 
+NO_CHANGES: NDArray[np.int32] = np.zeros((0, 3), dtype=np.int32)
+"""Of the block tables."""
 PREFILLS_IN_A_ROW = 4
 """Prefill steps after which decode has a step."""
 
@@ -125,10 +127,10 @@ class Scheduler:
         there is no work."""
         self._notice_version()
         ready = self._table.ready()
-        decode_first = len(ready) and (
-            self._prefills >= PREFILLS_IN_A_ROW or self._admission.can_wait(len(ready), self._decodes)
-        )
-        rows = [] if decode_first else self._admission.rows(self._weights)
+        rows: list[Prefill] = []
+        if not self._admission.idle:
+            wait = self._prefills >= PREFILLS_IN_A_ROW or self._admission.can_wait(len(ready), self._decodes)
+            rows = [] if wait and len(ready) else self._admission.rows(self._weights)
         if not rows and not len(ready):
             assert self._flights or not self.has_work, "a request that can never be admitted"
             return None
@@ -157,7 +159,7 @@ class Scheduler:
         alive &= sound
         if flight.prefills:
             self._finish_prefill(flight)
-        elif flight.weights == self._weights:
+        elif flight.weights == self._weights and not (flight.contexts % self.pool.block_size).all():
             self._share_decoded(flight)
         req_indices, contexts = flight.targets, flight.contexts
         if not alive.all():
@@ -218,15 +220,17 @@ class Scheduler:
 
     def _decode(self, ready: NDArray[np.int64]) -> InFlight | None:
         table = self._table
-        req_indices = self._fitting(ready)
-        short = self._short(req_indices)
-        while len(short) > self.pool.available:
+        req_indices = ready if self._max_splits is None else self._fitting(ready, self._max_splits)
+        while True:
+            full = table.context[req_indices] >= table.num_blocks[req_indices] * self.pool.block_size
+            short = req_indices[full]
+            if not len(short) or len(short) <= self.pool.available:
+                break
             if self._flights:
                 return None  # they may end a request, and only one with nothing in flight can be preempted
             self._preempt()
             req_indices = req_indices[table.until[req_indices] > 0]
-            short = self._short(req_indices)
-        changes = table.add_blocks(short, self.pool.take(len(short)))
+        changes = table.add_blocks(short, self.pool.take(len(short))) if len(short) else NO_CHANGES
         self._prefills = 0
         self._decodes += 1
         self._statistics.decode_steps += 1
@@ -237,21 +241,13 @@ class Scheduler:
         assert self._flights and self._flights[0].plan is plan, "not the oldest step in flight"
         return self._flights.popleft()
 
-    def _fitting(self, req_indices: NDArray[np.int64]) -> NDArray[np.int64]:
+    def _fitting(self, req_indices: NDArray[np.int64], max_splits: int) -> NDArray[np.int64]:
         """Those of the rows that one decode step has room for, the ones that waited longest first."""
-        if self._max_splits is None:
-            return req_indices
         splits = self._table.context[req_indices] // DECODE_SPLIT + 1
-        if splits.sum() <= self._max_splits:
+        if splits.sum() <= max_splits:
             return req_indices
         order = np.argsort(self._table.turn[req_indices], kind="stable")
-        return np.sort(req_indices[order[np.cumsum(splits[order]) <= self._max_splits]])
-
-    def _short(self, req_indices: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Those of the rows that have no block for their next token."""
-        return req_indices[
-            self._table.context[req_indices] >= self._table.num_blocks[req_indices] * self.pool.block_size
-        ]
+        return np.sort(req_indices[order[np.cumsum(splits[order]) <= max_splits]])
 
     def _preempt(self) -> None:
         newest = max(self._running.values(), key=lambda sequence: sequence.arrival)

@@ -131,7 +131,7 @@ def pack_sampling(settings: Sequence[Setting] | NDArray[np.float64], uniform: ND
 
 def unpack_sampling(data: bytes) -> SamplingParameters:
     """Inverse of `pack_sampling`."""
-    return float64(data).reshape(6, -1)
+    return np.frombuffer(data, dtype=np.float64).reshape(6, -1)
 
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)

@@ -142,11 +142,12 @@ def attend_to_cache(
     plan: PagedPlan = context.prepared["paged"]
     parts = []
     if plan.fresh is not None:
-        fresh = (q, k, v) if plan.fresh_rows is None else [x.index_select(0, plan.fresh_rows) for x in (q, k, v)]
-        parts.append(_by_groups(context, plan.fresh, *fresh, scale, window))
+        assert plan.fresh_rows is not None, "sequences without a past are packed"
+        fresh_q, fresh_k, fresh_v = (x.index_select(0, plan.fresh_rows) for x in (q, k, v))
+        parts.append(_by_groups(context, plan.fresh, fresh_q, fresh_k, fresh_v, scale, window))
     for decode in plan.decodes:
-        rows = q if decode.rows is None else q.index_select(0, decode.rows)
-        parts.append(_decode(context, decode, rows, keys, values, scale, window))
+        queries = q if decode.rows is None else q.index_select(0, decode.rows)
+        parts.append(_decode(context, decode, queries, keys, values, scale, window))
     for chunk in plan.chunks:
         parts.append(_chunk(context, chunk, q, keys, values, scale, window))
     output = parts[0] if len(parts) == 1 else torch.cat(parts)

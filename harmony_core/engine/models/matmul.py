@@ -10,7 +10,7 @@ oneDNN compiles a kernel for each shape, and a call costs it more.
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -28,9 +28,8 @@ _FEWEST_PRODUCTS = 1 << 20
 """Smaller matrices, and smaller products, are computed by MKL."""
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """What sums over the vocabulary are taken in: float64 of float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+wide = partial(torch.promote_types, torch.float32)
+"""What sums over the vocabulary are taken in: float64 of float64, else float32."""
 
 
 def wide_matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
