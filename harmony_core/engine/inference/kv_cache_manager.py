@@ -208,7 +208,7 @@ class Statistics:
 
     requests: int = 0
     prompt_tokens: int = 0
-    read_tokens: int = 0
+    computed_tokens: int = 0
     """Tokens that prefill steps had."""
     prefix_hit_tokens: int = 0
     forked_requests: int = 0
@@ -314,7 +314,7 @@ class Admission:
 
     def _row(self, row: Prefill) -> Prefill:
         sequence = row.sequence
-        self._statistics.read_tokens += row.stop - row.start
+        self._statistics.computed_tokens += row.stop - row.start
         if row.complete:
             self._begun.remove(sequence)
             if self._awaited.get(sequence.tokens) is sequence:

@@ -258,7 +258,7 @@ class Scheduler:
         self._statistics.preemptions += 1
 
     def _finish_prefill(self, flight: InFlight) -> None:
-        """Note who has a first token, and which full blocks can be shared from now on."""
+        """Note which requests have a first token, and which full blocks can be shared from now on."""
         now = time.perf_counter()
         for row in flight.prefills:
             owners = [sequence for sequence in (row.sequence, *row.forked) if sequence.req_index >= 0]

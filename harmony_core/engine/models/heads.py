@@ -327,7 +327,7 @@ def put_scalar_head(module: nn.Module, width: int, dtype: torch.dtype) -> None:
 
 
 def head_of(model: CausalLM, adapter: str | None) -> nn.Parameter:
-    """The scalar head that a spawn uses: its adapter's own, else the stored one, else a new one that nobody trains."""
+    """The scalar head that a spawn uses: its adapter's own, else the stored one, else a new one that stays as it is."""
     own = model.adapters[adapter].parameters.get(SCORE) if adapter is not None else None
     head = model.base_parameters.get(SCORE) if own is None else own
     return new_head(model) if head is None else head

@@ -127,8 +127,8 @@ class FusedWeights(nn.Module):
         """Copies the layers' weights, which must be on their device, and makes them views of the copy."""
         super().__init__()
         self.rows = [layer.weight.shape[0] for layer in layers]
-        self.weight = _join([layer.weight for layer in layers])
-        self.bias = None if layers[0].bias is None else _join([layer.bias for layer in layers])
+        self.weight = _stack([layer.weight for layer in layers])
+        self.bias = None if layers[0].bias is None else _stack([layer.bias for layer in layers])
         self._input: Tensor | None = None
         self._outputs: tuple[Tensor, ...] = ()
 
@@ -144,23 +144,23 @@ class FusedWeights(nn.Module):
         return output
 
 
-class _Part:
+class _FusedPart:
     """Applies one layer of a group; takes the place of `F.linear` there."""
 
-    def __init__(self, joined: FusedWeights, index: int) -> None:
-        self.joined, self.index = joined, index
+    def __init__(self, fused: FusedWeights, index: int) -> None:
+        self.fused, self.index = fused, index
 
     def __call__(self, rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if torch.is_grad_enabled():
             # Gradients belong to the parameters, not to what they are views of.
             return F.linear(rows, weight, bias)
-        output: Tensor = self.joined(self.index, rows)
+        output: Tensor = self.fused(self.index, rows)
         return output
 
 
 def fuse_layers(module: nn.Module, name: str) -> None:
-    """Join the group of layers that is complete with the parameter `name` of `module`, which was filled last, if it
-    completes one whose layers can be joined."""
+    """Fuse the group of layers that is complete with the parameter `name` of `module`, which was filled last, if it
+    completes one whose layers can be fused."""
     path, _, leaf = name.rpartition(".")
     parent, _, last = path.rpartition(".")
     for group in GROUPS:
@@ -169,9 +169,9 @@ def fuse_layers(module: nn.Module, name: str) -> None:
         layers: list[Any] = [getattr(module.get_submodule(parent), member, None) for member in group]
         biased = {getattr(layer, "bias", None) is not None for layer in layers}
         if all(map(_plain, layers)) and biased == {leaf == "bias"}:
-            joined = FusedWeights(layers)
+            fused = FusedWeights(layers)
             for index, layer in enumerate(layers):
-                set_product(layer, _Part(joined, index))
+                set_product(layer, _FusedPart(fused, index))
 
 
 def _plain(layer: object) -> bool:
@@ -180,7 +180,7 @@ def _plain(layer: object) -> bool:
     return type(layer) is nn.Linear
 
 
-def _join(pieces: list[Any]) -> nn.Parameter:
+def _stack(pieces: list[Any]) -> nn.Parameter:
     whole = torch.cat([piece.detach() for piece in pieces])
     start = 0
     for piece in pieces:

@@ -1,4 +1,4 @@
-"""Tensor parallelism on plain local tensors: who holds which slice, and collectives that autograd understands.
+"""Tensor parallelism on plain local tensors: the slices of the ranks, and collectives that autograd understands.
 
 Every parameter stays an ordinary local tensor; a `Shard` remembers which part of the full one it is. `layers` says how
 each layer of a model is split.
@@ -39,7 +39,7 @@ class TensorParallel:
 
     @property
     def silent(self) -> bool:
-        """True when there is nobody to talk to, or inside `without_collectives()`."""
+        """True on a single rank, or inside `without_collectives()`."""
         return self.size == 1 or bool(self._muted)
 
     @contextmanager

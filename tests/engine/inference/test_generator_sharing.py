@@ -78,7 +78,7 @@ def test_samples_of_one_prompt_are_what_each_would_be_alone(model: CausalLM, pre
     generator = made(model, 4096, prefill_tokens, lag)
     done = run(generator, requests, lag)
     assert generator.scheduler.statistics["forked_requests"] == 8
-    assert generator.scheduler.statistics["read_tokens"] == 1 + 16 + 37 + 64
+    assert generator.scheduler.statistics["computed_tokens"] == 1 + 16 + 37 + 64
     assert_as_alone(model, requests, done)
 
 
