@@ -1,4 +1,6 @@
-"""One new token of each sequence against its pages: split key-value attention for decode steps.
+"""Triton kernels for CUDA: split key-value attention of decode steps, and writing new keys and values to the KV cache.
+
+A decode step has one new token of each sequence against its pages, which is what the kernels call KV cache blocks.
 
 A context is cut into splits of `DECODE_SPLIT` tokens at multiples of it, whatever else is in the batch, so a row's
 bits never depend on its neighbours. A step's (row, split) items are listed once on the device and shared by all layers;

@@ -1,4 +1,4 @@
-"""The deterministic mode: a token's numbers have the same bits whatever is computed beside it. CPU, float32.
+"""The deterministic mode of CPUs, in float32: a token's numbers have the same bits whatever is computed beside it.
 
 A matrix product, a reduction or an exponential may be evaluated in another order, or by other instructions, when the
 number of rows changes; so the sampler, which sees a few rows, and the trainer, which sees thousands, would differ in
