@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from harmony_core.engine.kernels import kv_write, paged_decode
+from harmony_core.engine.kernels import paged_decode
 from harmony_core.engine.kernels.paged_decode import Config
-from harmony_core.engine.models.attention_decode import reference
+from harmony_core.engine.models.attention_cuda import reference
 from harmony_core.engine.models.context import DecodeAttention
 
 PAGE = 16
@@ -160,7 +160,7 @@ def parts(layers: Layers) -> dict[str, float]:
             layers.run(layer, work, None)
         layers.list_work()
         slots = torch.arange(layers.case.rows, device=layers.device)
-        kv_write.write_kv(layers.keys, layers.values, slots, layers.k, layers.v)
+        paged_decode.write_kv(layers.keys, layers.values, slots, layers.k, layers.v)
         torch.cuda.synchronize()
     return {event.key: round(event.device_time, 2) for event in profile.key_averages() if event.device_time > 0}
 

@@ -20,10 +20,9 @@ import torch
 from shapes import LLAMA_8B, QWEN3_1B7, SHAPES, TINY, Shape
 from transformers import AutoConfig
 
-from harmony_core.engine.inference.graphs import buckets_up_to
+from harmony_core.engine.inference.device_decode import buckets_up_to
 from harmony_core.engine.inference.runner import Runner
-from harmony_core.engine.inference.sampling_parameters import SamplingParameters, Setting
-from harmony_core.engine.inference.step import StepPlan
+from harmony_core.engine.inference.step import Setting, StepPlan, pack_sampling
 from harmony_core.engine.models import loading
 from harmony_core.engine.models.loading import empty_module, fill
 from harmony_core.engine.models.model import CausalLM
@@ -69,15 +68,15 @@ class Batch:
         rows = np.arange(self.rows, dtype=np.int32).tobytes()
         new, self._new = self._new, b""
         return StepPlan(
-            slots=rows,
+            req_indices=rows,
             tokens=b"",
             lengths=np.ones(self.rows, dtype=np.int32).tobytes(),
             contexts=np.full(self.rows, self.context, dtype=np.int32).tobytes(),
-            new_pages=new,
+            new_blocks=new,
             copies=b"",
             sampled=rows,
             targets=rows,
-            draws=SamplingParameters.pack([Setting.of(self.sampling)] * self.rows, self.random.random(self.rows)),
+            sampling=pack_sampling([Setting.of(self.sampling)] * self.rows, self.random.random(self.rows)),
             suppressed={},
             version=0,
         )

@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from harmony_core.engine.inference.runner import Pending, Runner
-from harmony_core.engine.inference.sampling_parameters import SamplingParameters, Setting
 from harmony_core.engine.inference.scheduler import Scheduler
-from harmony_core.engine.inference.step import StepPlan, StepResult, int32
+from harmony_core.engine.inference.step import Setting, StepPlan, StepResult, int32, pack_sampling
 from harmony_core.rpc.protocol import Generated, Sampling
 
 PAGE = 16
@@ -49,7 +48,7 @@ class Book:
 
     def _draws(self, targets: list[int]) -> bytes:
         settings = [Setting.of(self.samplings[slot]) for slot in targets]
-        return SamplingParameters.pack(settings, self.random.random(len(targets)))
+        return pack_sampling(settings, self.random.random(len(targets)))
 
     def prefill(
         self, prompts: list[list[int]], sampling: Sampling = GREEDY, forks: int = 0
@@ -76,15 +75,15 @@ class Book:
                 self.samplings[target] = sampling
         lengths = [len(prompt) for prompt in prompts]
         plan = StepPlan(
-            slots=packed(slots),
+            req_indices=packed(slots),
             tokens=packed([token for prompt in prompts for token in prompt]),
             lengths=packed(lengths),
             contexts=packed(lengths),
-            new_pages=packed(changes),
+            new_blocks=packed(changes),
             copies=packed(copies),
             sampled=packed(sampled),
             targets=packed(targets),
-            draws=self._draws(targets),
+            sampling=self._draws(targets),
             suppressed={},
             version=0,
         )
@@ -94,15 +93,15 @@ class Book:
         """One more token for each of `slots`."""
         changes = [change for slot in slots for change in self._grow(slot, 1)]
         return StepPlan(
-            slots=packed(slots),
+            req_indices=packed(slots),
             tokens=b"",
             lengths=packed([1] * len(slots)),
             contexts=packed([self.contexts[slot] for slot in slots]),
-            new_pages=packed(changes),
+            new_blocks=packed(changes),
             copies=b"",
             sampled=packed(range(len(slots))),
             targets=packed(slots),
-            draws=self._draws(slots),
+            sampling=self._draws(slots),
             suppressed=suppressed or {},
             version=0,
         )
@@ -145,7 +144,7 @@ def serve(scheduler: Scheduler, runner: Runner, requests: Requests) -> dict[int,
     while under_way:
         oldest, pending = under_way.popleft()
         assert not scheduler.commit(oldest, runner.collect(pending))
-    assert scheduler.pool.is_empty
+    assert scheduler.pool.available == scheduler.pool.capacity
     return answers
 
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from harmony_core import confined
-from harmony_core.engine.models.stored_config import both_forms
 from harmony_core.errors import HarmonyError, ModelRefused, VerificationError
 from harmony_core.plain_files import damaged, open_plain, read_json
 
@@ -137,6 +136,8 @@ def _write_tokenizer(source: Path, directory: Path, described: _Described) -> No
 def _write_model(source: Path, directory: Path, described: _Described) -> None:
     import torch
     import transformers
+
+    from harmony_core.engine.models.weights import both_forms
 
     settings: dict[str, Any] = {"gguf_file": source.name, "dtype": torch.float32, "output_loading_info": True}
     # Versions that know the class keep the weights quantised unless told; older ones cannot.

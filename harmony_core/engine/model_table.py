@@ -17,11 +17,10 @@ from torch import nn
 
 from harmony_core.engine.inference.runner import Runner
 from harmony_core.engine.models import adapters, weights
-from harmony_core.engine.models.compiling import COMPILE_ERRORS
+from harmony_core.engine.models.heads import SCORE, head_of
 from harmony_core.engine.models.loading import load_model
-from harmony_core.engine.models.model import CausalLM
+from harmony_core.engine.models.model import COMPILE_ERRORS, CausalLM
 from harmony_core.engine.models.parallel import TensorParallel
-from harmony_core.engine.models.scalar import SCORE, head_of
 from harmony_core.engine.training import state_files
 from harmony_core.engine.training.trainer import Trainer
 from harmony_core.errors import ConflictError, EngineError, MemoryRefused, ModelRefused, ResourceError, storage_error

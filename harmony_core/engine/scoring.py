@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from harmony_core.engine.models.context import ForwardContext, PackedAttention, forward_context
-from harmony_core.engine.models.heads import token_logprobs
+from harmony_core.engine.models.heads import scores, token_logprobs
 from harmony_core.engine.models.model import CausalLM
-from harmony_core.engine.models.scalar import scores
 from harmony_core.rpc.protocol import Score
 
 

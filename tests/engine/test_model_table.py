@@ -13,8 +13,7 @@ import torch
 from harmony_core.engine import model_table
 from harmony_core.engine.model_table import ModelTable
 from harmony_core.engine.models import weights
-from harmony_core.engine.models.compiling import COMPILE_ERRORS
-from harmony_core.engine.models.model import CausalLM
+from harmony_core.engine.models.model import COMPILE_ERRORS, CausalLM
 from harmony_core.engine.models.parallel import TensorParallel
 from harmony_core.engine.training import state_files
 from harmony_core.errors import EngineError, MemoryRefused, ResourceError

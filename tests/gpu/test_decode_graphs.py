@@ -12,13 +12,12 @@ import torch
 
 import tiny_models
 from engine.kernels import sampling_cases
-from harmony_core.engine.inference.graphs import DecodeGraphs
+from harmony_core.engine.inference.device_decode import DecodeGraphs
 from harmony_core.engine.inference.runner import Runner
 from harmony_core.engine.inference.sampler import sample
-from harmony_core.engine.inference.sampling_parameters import FILTERED, PLAIN, SamplingParameters
-from harmony_core.engine.inference.sampling_parameters import GREEDY as GREEDY_TAIL
 from harmony_core.engine.inference.scheduler import Scheduler
-from harmony_core.engine.inference.step import StepResult, float64, int32
+from harmony_core.engine.inference.step import FILTERED, PLAIN, StepResult, float64, int32, unpack_sampling
+from harmony_core.engine.inference.step import GREEDY as GREEDY_TAIL
 from harmony_core.engine.models.adapters import add_lora
 from harmony_core.engine.models.loading import load_model
 from harmony_core.engine.models.model import CausalLM
@@ -144,7 +143,7 @@ def test_tails_of_all_settings_draw_what_the_cpu_draws_from_the_same_logits(tmp_
         plan = book.decode(slots, banned)
         result = runner.run(plan)
         logits = runner._state.logits[: len(slots)].cpu()
-        expected = sample(logits, SamplingParameters.unpack(plan.draws), banned)
+        expected = sample(logits, unpack_sampling(plan.sampling), banned)
         assert tokens_of(result) == expected.tokens.tolist()
         np.testing.assert_allclose(float64(result.logprobs), expected.logprobs.numpy(), atol=1e-5)
         np.testing.assert_allclose(float64(result.sampled_logprobs), expected.sampled_logprobs.numpy(), atol=1e-5)

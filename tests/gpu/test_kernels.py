@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from harmony_core.engine.models import attention_cpu, attention_cuda, attention_decode
+from harmony_core.engine.models import attention, attention_cuda
 from harmony_core.engine.models.context import DecodeAttention, ForwardContext, PagedAttention
 
 if not torch.cuda.is_available():
@@ -74,12 +74,12 @@ class Tables:
     def attend(self, context: ForwardContext, window: int | None) -> Tensor:
         layout = context.attention
         assert isinstance(layout, DecodeAttention)
-        return attention_decode.decode(context, layout, 0, self.q, self.k, self.v, None, window)
+        return attention_cuda.decode(context, layout, 0, self.q, self.k, self.v, None, window)
 
     def expected(self, window: int | None) -> Tensor:
         layout = self.layout(self.keys.double(), self.values.double())
         q, k, v = (x.double() for x in (self.q, self.k, self.v))
-        return attention_decode.reference(layout, 0, q, k, v, q.shape[2] ** -0.5, window)
+        return attention_cuda.reference(layout, 0, q, k, v, q.shape[2] ** -0.5, window)
 
 
 @pytest.mark.parametrize(
@@ -152,4 +152,4 @@ def test_prompts_with_a_past_in_one_call(window: int | None) -> None:
     found = attention_cuda.paged(ForwardContext(paged), paged, q, keys, values, None, window)
     wide = layout(torch.float64)
     exact = [x.double() for x in (q, k, v)]
-    assert error(found, attention_cpu.paged(ForwardContext(wide), wide, 0, *exact, None, window)) < 8e-3
+    assert error(found, attention.attend_to_cache(ForwardContext(wide), wide, 0, *exact, None, window)) < 8e-3

@@ -1,14 +1,15 @@
-"""Executes step plans: the model, its pages, the sampler. Every rank of a replica runs the same plans in order.
+"""The model runner: executes step plans with the model, its KV cache and the sampler.
 
-It decides nothing, and remembers the pages, the tables that say whose they are, and the last token of each slot.
+Every rank of a replica runs the same plans in order. It decides nothing, and remembers the KV cache, the block tables
+and the last token of each sequence.
 """
 
 from __future__ import annotations
 
+import mmap
 import time
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,19 +17,27 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from harmony_core.engine.inference.blocks import pages_for
-from harmony_core.engine.inference.device_state import DeviceState
-from harmony_core.engine.inference.graphs import DecodeGraphs, Notify, buckets_up_to
-from harmony_core.engine.inference.kv_cache import KVCache
+from harmony_core.engine.inference.device_decode import DecodeGraphs, DeviceState, Notify, StepBuffers, buckets_up_to
+from harmony_core.engine.inference.kv_cache_manager import blocks_for
 from harmony_core.engine.inference.sampler import put, sample, sample_alone
-from harmony_core.engine.inference.sampling_parameters import FILTERED, GREEDY, PLAIN, SamplingParameters
-from harmony_core.engine.inference.staging import Staging
-from harmony_core.engine.inference.step import Layout, StepPlan, StepResult, float64, int32
+from harmony_core.engine.inference.step import (
+    FILTERED,
+    GREEDY,
+    KIND,
+    PLAIN,
+    StepPlan,
+    StepResult,
+    int32,
+    unpack_sampling,
+)
 from harmony_core.engine.models.context import ForwardContext, PagedAttention, forward_context
 from harmony_core.engine.models.model import CausalLM
+from harmony_core.errors import ResourceError
 from harmony_core.memory.sizes import LOGITS_AT_ONCE, MAX_RUNNING, PAGE_SIZE
 from harmony_core.rpc.protocol import Ranges
 
+_COPIED_AT_ONCE = 16
+"""Blocks on their way at a time."""
 _STATISTICS = (
     "prefill_seconds",
     "decode_seconds",
@@ -39,34 +48,88 @@ _STATISTICS = (
     "graphs",
 )
 _FORWARD = "forward"
-_DRAWS = {GREEDY: "draw greedy", PLAIN: "draw", FILTERED: "draw filtered"}
+_SAMPLE = {GREEDY: "draw greedy", PLAIN: "draw", FILTERED: "draw filtered"}
+"""Names of what is recorded."""
 
 _ALONE_BELOW = 50_000_000
 """Products of weights and tokens in a step on CPU below which waking a second thread costs more than it saves."""
+
+
+class KVCache:
+    """`keys[layer]`, `values[layer]`: `[slots, kv_heads_local, head_dim]`, one slot for each token.
+
+    Block b covers the slots b * block_size to (b + 1) * block_size - 1. Which of them mean something, a step plan says.
+    On CPU the memory is an anonymous private mapping: the system commits a page of it when a token is written there,
+    and it reads as zeros before that. On other devices it is allocated at once. `spare_blocks` lie behind those of the
+    pool, for rows that are there to fill a batch. Raises ResourceError when the system refuses.
+    """
+
+    def __init__(
+        self,
+        kv_tokens: int,
+        *,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        block_size: int = PAGE_SIZE,
+        spare_blocks: int = 0,
+    ) -> None:
+        self.block_size = block_size
+        self.slots = blocks_for(kv_tokens, block_size) * block_size
+        slot_bytes = 2 * num_layers * num_kv_heads * head_dim * dtype.itemsize
+        self.bytes = slot_bytes * self.slots
+        """What is promised to the pool."""
+        blocks = self.slots // block_size + spare_blocks
+        store = _allocate(slot_bytes * blocks * block_size, dtype, device)
+        self.keys, self.values = (
+            list(half.unbind(0)) for half in store.view(2, num_layers, blocks * block_size, num_kv_heads, head_dim)
+        )
+        self._blocks = store.view(2 * num_layers, blocks, block_size * num_kv_heads * head_dim)
+
+    def copy_blocks(self, sources: Tensor, targets: Tensor) -> None:
+        """Make `targets` hold what `sources` do in every layer; `[C]` long each, no block among both."""
+        for start in range(0, len(sources), _COPIED_AT_ONCE):
+            part = slice(start, start + _COPIED_AT_ONCE)
+            self._blocks.index_copy_(1, targets[part], self._blocks.index_select(1, sources[part]))
+
+
+def _allocate(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type != "cpu":
+        return torch.zeros(size // dtype.itemsize, dtype=dtype, device=device)
+    # Not torch.empty: it may fill (deterministic mode does), and what malloc recycles is not zero.
+    try:
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, ValueError, OverflowError) as error:
+        raise ResourceError(
+            f"the system refuses {size} bytes of address space for the KV cache: {error}",
+            hint="a smaller kv_cache_len",
+            bytes=size,
+        ) from error
+    return torch.frombuffer(memory, dtype=dtype)
 
 
 @dataclass(frozen=True)
 class Pending:
     """A step that has been launched; `Runner.collect` turns it into its result, once.
 
-    Its result is there already, or `count` draws, padded to `padded`, come back through `staging`.
+    Its result is there already, or its samples, padded to `padded`, come back through `buffers`.
     """
 
-    kind: str
-    tokens: int
+    plan: StepPlan
     result: StepResult | None = None
     seconds: float = 0.0
-    staging: Staging | None = None
-    count: int = 0
+    buffers: StepBuffers | None = None
     padded: int = 0
 
 
 class Runner:
-    """One model, or one adapter of it, with a page pool of `kv_tokens` on this rank.
+    """Runs one model, or one adapter of it, with a KV cache of `kv_tokens` on this rank.
 
     On a device decode steps work on tensors that never move, replayed as CUDA graphs, and a launch does not wait.
     `static` has them on CPU too, without graphs; `buckets` are the numbers of rows that a decode step is filled up to.
-    `notify` is told what graphs were recorded, and when that failed. `tokenless` ids are never drawn.
+    `notify` is told what graphs were recorded, and when that failed. `tokenless` ids are never sampled.
     """
 
     def __init__(
@@ -76,19 +139,18 @@ class Runner:
         *,
         adapter: str | None = None,
         max_running: int = MAX_RUNNING,
-        page_size: int = PAGE_SIZE,
+        block_size: int = PAGE_SIZE,
         static: bool | None = None,
         graphs: bool = True,
         buckets: Sequence[int] | None = None,
         notify: Notify = lambda _what, _fields: None,
         tokenless: Ranges = (),
     ) -> None:
-        self.model = model
-        self.adapter = adapter
-        self.tokenless = tokenless
+        self.model, self.adapter = model, adapter
+        device = model.device
         hidden = [id for start, stop in tokenless for id in range(start, stop)]
-        self._tokenless = put(np.array(hidden, dtype=np.int64), model.device) if hidden else None
-        on_device = model.device.type == "cuda"
+        self._tokenless = put(np.array(hidden, dtype=np.int64), device) if hidden else None
+        on_device = device.type == "cuda"
         static = on_device if static is None else static
         self.cache = KVCache(
             kv_tokens,
@@ -96,52 +158,65 @@ class Runner:
             num_kv_heads=model.num_kv_heads_local,
             head_dim=model.head_dim,
             dtype=model.dtype,
-            device=model.device,
-            page_size=page_size,
-            spare_pages=1 if static else 0,
+            device=device,
+            block_size=block_size,
+            spare_blocks=1 if static else 0,
         )
-        longest = pages_for(min(kv_tokens, model.max_positions), page_size)
-        self._table: NDArray[np.int32] = np.zeros((max_running, longest), dtype=np.int32)
+        longest = blocks_for(min(kv_tokens, model.max_positions), block_size)
+        self._block_table: NDArray[np.int32] = np.zeros((max_running, longest), dtype=np.int32)
         self._state = DeviceState(model, self.cache, max_running, longest, adapter, self._tokenless) if static else None
-        self._graphs = DecodeGraphs(model.device, notify) if on_device and static and graphs else None
+        self._graphs = DecodeGraphs(device, notify) if on_device and static and graphs else None
         # One compilation serves any number of rows but one, which is not worth another: it reads as many weights.
         least = 2 if on_device and model.compiled else 1
         self._buckets = tuple(buckets) if buckets is not None else buckets_up_to(max_running, least)
-        self._idle: list[Staging] = []
-        self._last = (
-            self._state.last if self._state else torch.zeros(max_running, dtype=torch.long, device=model.device)
-        )
+        self._idle: list[StepBuffers] = []
+        self._last = self._state.last if self._state else torch.zeros(max_running, dtype=torch.long, device=device)
         self._weights = model.parameter_bytes(adapter) // model.dtype.itemsize
         self.depth = 2 if on_device and static else 0
         """Steps worth launching before the oldest is collected: none where a launch waits for its result."""
         self.max_splits = self._state.most_splits if self._state else None
         """Most splits of `DECODE_SPLIT` tokens that the contexts of a decode step should have together; None: any."""
         self.statistics: dict[str, float] = dict.fromkeys(_STATISTICS, 0.0)
-        """Totals: seconds on the device, tokens read and steps, of what was collected; the recording of graphs."""
+        """Totals: seconds on the device, tokens and steps, of what was collected; the recording of graphs."""
 
     def run(self, plan: StepPlan) -> StepResult:
         """Execute one step and wait for it."""
         return self.collect(self.launch(plan))
 
+    @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Pending:
-        """Start a step: forward pass, draws, copies of pages. Steps run in the order of their launch."""
+        """Start a step: forward pass, samples, copies of blocks. Steps run in the order of their launch."""
+        changes = int32(plan.new_blocks).reshape(-1, 3)
+        self._block_table[changes[:, 0], changes[:, 1]] = changes[:, 2]
         if self._state is not None:
-            return self._launch_on_device(plan, self._state)
-        start = time.perf_counter()
-        result = self._alone_or_not(plan)
-        return Pending(*_kind(plan), result=result, seconds=time.perf_counter() - start)
+            return self._launch_on_device(plan, self._state, changes)
+        start, threads = time.perf_counter(), torch.get_num_threads()
+        tokens = len(plan.tokens or plan.req_indices) // 4
+        alone = threads > 1 and self.model.device.type == "cpu" and self._weights * tokens < _ALONE_BELOW
+        if alone:
+            torch.set_num_threads(1)
+        try:
+            result = self._sample(plan, self._forward(plan))
+            if plan.copies:
+                self._copy_blocks(plan.copies)
+        finally:
+            if alone:
+                torch.set_num_threads(threads)
+        return Pending(plan, result, time.perf_counter() - start)
 
     def collect(self, pending: Pending) -> StepResult:
-        """Wait for a step that was launched, and read its draws. Oldest first."""
-        result, seconds = pending.result, pending.seconds
-        if pending.staging is not None:
-            seconds = pending.staging.wait()
-            outputs = pending.staging.outputs[: 3 * pending.padded].view(3, -1)[:, : pending.count].numpy()
+        """Wait for a step that was launched, and read its samples. Oldest first."""
+        plan, result, seconds = pending.plan, pending.result, pending.seconds
+        if pending.buffers is not None:
+            seconds = pending.buffers.wait()
+            count = len(plan.targets) // 4
+            outputs = pending.buffers.outputs[: 3 * pending.padded].view(3, -1)[:, :count].numpy()
             result = StepResult(outputs[0].astype(np.int32).tobytes(), outputs[1].tobytes(), outputs[2].tobytes())
-            self._idle.append(pending.staging)
+            self._idle.append(pending.buffers)
         assert result is not None
-        self.statistics[f"{pending.kind}_seconds"] += seconds
-        self.statistics[f"{pending.kind}_tokens"] += pending.tokens
+        kind = "decode" if plan.is_decode else "prefill"
+        self.statistics[f"{kind}_seconds"] += seconds
+        self.statistics[f"{kind}_tokens"] += len(plan.tokens or plan.req_indices) // 4
         self.statistics["steps"] += 1
         return result
 
@@ -152,13 +227,12 @@ class Runner:
         """
         if self._state is not None and self._graphs is not None:
             with torch.inference_mode():
-                for tail in (PLAIN, GREEDY):
-                    self._record(
-                        self._state, self._graphs, Staging(len(self._table), self.model.device), self._buckets[-1], tail
-                    )
+                for kind in (PLAIN, GREEDY):
+                    buffers = StepBuffers(len(self._block_table), self.model.device)
+                    self._record(self._state, self._graphs, buffers, self._buckets[-1], kind)
 
     def rebind(self, model: CausalLM) -> None:
-        """Go on with other weights of the same shape. Pages, tables and last tokens stay."""
+        """Go on with other weights of the same shape. KV cache, tables and last tokens stay."""
         self.model = model
         self.close()
 
@@ -177,163 +251,120 @@ class Runner:
         if self.adapter is not None:
             yield from self.model.adapters[self.adapter].parameters.values()
 
-    @torch.inference_mode()
-    def _launch_on_device(self, plan: StepPlan, state: DeviceState) -> Pending:
-        staging = self._idle.pop() if self._idle else Staging(len(self._table), self.model.device)
-        count = len(plan.targets) // 4
-        changes = self._change_table(plan)
+    def _launch_on_device(self, plan: StepPlan, state: DeviceState, changes: NDArray[np.int32]) -> Pending:
+        buffers = self._idle.pop() if self._idle else StepBuffers(len(self._block_table), self.model.device)
+        sampling = unpack_sampling(plan.sampling)
         if self._continues(plan, state):
-            padded = self._decode(plan, state, staging, changes)
+            padded = self._decode(plan, state, buffers, changes)
         else:
-            padded = count
-            staging.start()
+            padded = sampling.shape[1]
+            buffers.start()
             state.change_table(changes)
-            hidden = self._hidden(plan)
-            if count:
-                self._draw_first(plan, state, staging, hidden)
-        self._copy_pages(plan)
-        state.read(staging, padded)
-        staging.stop()
-        return Pending(*_kind(plan), staging=staging, count=count, padded=padded)
+            hidden = self._forward(plan)
+            if padded:
+                state.load(buffers, padded, int32(plan.targets), sampling=sampling)
+                self.model.logits(hidden, out=state.logits[:padded])
+                with state.suppressing(padded, plan.suppressed):
+                    state.sample(padded, int(sampling[KIND].max()))
+        if plan.copies:
+            self._copy_blocks(plan.copies)
+        state.read(buffers, padded)
+        buffers.stop()
+        return Pending(plan, buffers=buffers, padded=padded)
 
     def _continues(self, plan: StepPlan, state: DeviceState) -> bool:
-        """Whether this is one token for each sequence, drawn from it for itself, which is what graphs are made for."""
-        own = plan.is_decode and plan.targets == plan.slots and len(plan.sampled) == len(plan.slots)
-        places = np.arange(len(plan.slots) // 4)
+        """Whether this is one token for each sequence, sampled from it for itself, which graphs are made for."""
+        own = plan.is_decode and plan.targets == plan.req_indices and len(plan.sampled) == len(plan.req_indices)
+        places = np.arange(len(plan.req_indices) // 4)
         return own and bool((int32(plan.sampled) == places).all()) and state.holds(int32(plan.contexts))
 
-    def _decode(self, plan: StepPlan, state: DeviceState, staging: Staging, changes: NDArray[np.int32]) -> int:
+    def _decode(self, plan: StepPlan, state: DeviceState, buffers: StepBuffers, changes: NDArray[np.int32]) -> int:
         """Enqueue a decode step; the number of rows it was filled up to."""
-        slots, draws = int32(plan.slots), float64(plan.draws).reshape(6, -1)
-        bucket = self._buckets[bisect_left(self._buckets, len(slots))]
-        tail = int(draws[0].max())
-        if self._graphs is not None and not all(self._graphs.has(name, bucket) for name in (_FORWARD, _DRAWS[tail])):
+        req_indices, sampling, graphs = int32(plan.req_indices), unpack_sampling(plan.sampling), self._graphs
+        bucket = self._buckets[bisect_left(self._buckets, len(req_indices))]
+        kind = int(sampling[KIND].max())
+        if graphs is not None and not all(graphs.has(name, bucket) for name in (_FORWARD, _SAMPLE[kind])):
             # Recording may fail, and steps after this one read the tables all the same.
             state.change_table(changes)
-            self._record(state, self._graphs, staging, bucket, tail)
-        staging.start()
-        state.load(staging, bucket, slots, int32(plan.contexts), draws, changes)
-        if self._graphs is None:
+            self._record(state, graphs, buffers, bucket, kind)
+        buffers.start()
+        state.load(buffers, bucket, req_indices, int32(plan.contexts), sampling, changes)
+        if graphs is None:
             state.forward(self.model, bucket)
         else:
-            self._graphs.run(_FORWARD, bucket, lambda: state.forward(self.model, bucket))
+            graphs.run(_FORWARD, bucket, lambda: state.forward(self.model, bucket))
         with state.suppressing(bucket, plan.suppressed):
-            if self._graphs is None:
-                state.draw(bucket, tail)
+            if graphs is None:
+                state.sample(bucket, kind)
             else:
-                self._graphs.run(_DRAWS[tail], bucket, lambda: state.draw(bucket, tail))
+                graphs.run(_SAMPLE[kind], bucket, lambda: state.sample(bucket, kind))
         return bucket
 
-    def _record(self, state: DeviceState, graphs: DecodeGraphs, staging: Staging, bucket: int, tail: int) -> None:
+    def _record(self, state: DeviceState, graphs: DecodeGraphs, buffers: StepBuffers, bucket: int, kind: int) -> None:
         """Record what a step of this bucket needs, on rows of padding."""
         if not len(graphs):
             graphs.check(self._parameters())
         if not graphs.has(_FORWARD, bucket):
-            state.load_padding(staging, bucket)
+            state.load(buffers, bucket)
             graphs.record(_FORWARD, bucket, lambda: state.forward(self.model, bucket))
-        if not graphs.has(_DRAWS[tail], bucket):
-            state.load_padding(staging, bucket)
-            graphs.record(_DRAWS[tail], bucket, lambda: state.draw(bucket, tail))
+        if not graphs.has(_SAMPLE[kind], bucket):
+            state.load(buffers, bucket)
+            graphs.record(_SAMPLE[kind], bucket, lambda: state.sample(bucket, kind))
         self.statistics["graph_seconds"], self.statistics["graphs"] = graphs.seconds, len(graphs)
 
-    def _draw_first(self, plan: StepPlan, state: DeviceState, staging: Staging, hidden: Tensor) -> None:
-        """Draw from the hidden states `[N, d]` of a step that is no decode step of this kind."""
-        targets, draws = int32(plan.targets), float64(plan.draws).reshape(6, -1)
-        n = len(targets)
-        contexts, changes = np.zeros(0, dtype=np.int32), np.zeros((0, 3), dtype=np.int32)
-        state.load(staging, n, targets, contexts, draws, changes)
-        self.model.logits(hidden, out=state.logits[:n])
-        with state.suppressing(n, plan.suppressed):
-            state.draw(n, int(draws[0].max()))
-
-    @torch.inference_mode()
-    def _alone_or_not(self, plan: StepPlan) -> StepResult:
-        lengths = int32(plan.lengths)
-        alone = self.model.device.type == "cpu" and self._weights * int(lengths.sum()) < _ALONE_BELOW
-        if not alone or torch.get_num_threads() == 1:
-            return self._run(plan)
-        with _one_thread():
-            return self._run(plan)
-
-    def _run(self, plan: StepPlan) -> StepResult:
-        self._change_table(plan)
-        result = self._sample(self._hidden(plan), plan)
-        self._copy_pages(plan)
-        return result
-
-    def _change_table(self, plan: StepPlan) -> NDArray[np.int32]:
-        """Note what is new in the tables, `[P, 3]`."""
-        changes = int32(plan.new_pages).reshape(-1, 3)
-        self._table[changes[:, 0], changes[:, 1]] = changes[:, 2]
-        if len(changes):
-            self.cache.touch((int(changes[:, 2].max()) + 1) * self.cache.page_size - 1)
-        return changes
-
-    def _hidden(self, plan: StepPlan) -> Tensor:
-        """Run any step's forward pass; the last hidden state that each draw follows, `[N, d]`."""
-        layout = Layout(plan, self._table, self.cache.page_size)
-        if plan.is_decode:
-            tokens = self._last[self._put(layout.slots)]
-        else:
-            tokens = self._put(int32(plan.tokens).astype(np.int64))
-        with forward_context(ForwardContext(self._attention(layout), self.adapter)):
-            hidden = self.model.hidden_states(tokens, self._put(layout.positions))
-        return hidden[self._put(layout.ends[int32(plan.sampled)])]
-
-    def _copy_pages(self, plan: StepPlan) -> None:
-        if plan.copies:
-            pages = self._put(int32(plan.copies).reshape(-1, 2).T.astype(np.int64))
-            self.cache.copy_pages(pages[0], pages[1])
-
-    def _put(self, array: NDArray[np.int64]) -> Tensor:
-        return put(array, self.model.device)
-
-    def _attention(self, layout: Layout) -> PagedAttention:
-        read = layout.read_slots()
-        return PagedAttention(
+    def _forward(self, plan: StepPlan) -> Tensor:
+        """Run any step's forward pass; the last hidden state that each sample follows, `[N, d]`."""
+        size, device = self.cache.block_size, self.model.device
+        req_indices = int32(plan.req_indices).astype(np.int64)
+        lengths, contexts = int32(plan.lengths).astype(np.int64), int32(plan.contexts).astype(np.int64)
+        table = self._block_table[req_indices, : -(-int(contexts.max()) // size)].astype(np.int64)
+        ends = np.cumsum(lengths) - 1
+        sequence, positions = np.arange(len(lengths)), contexts - 1
+        if not plan.is_decode:
+            sequence = np.repeat(sequence, lengths)
+            # The last token of each sequence has this position and this place in the row; the others go up to it.
+            positions = np.arange(len(sequence)) + (contexts - ends - 1)[sequence]
+        context_slots = None
+        if (lengths != contexts).any():
+            slots = table[:, :, None] * size + np.arange(size)
+            context_slots = put(slots.reshape(len(slots), -1)[:, : contexts.max()], device)
+        attention = PagedAttention(
             keys=self.cache.keys,
             values=self.cache.values,
-            write_slots=self._put(layout.write_slots),
-            lengths=tuple(layout.lengths.tolist()),
-            context_lengths=tuple(layout.contexts.tolist()),
-            read_slots=None if read is None else self._put(read),
+            slot_mapping=put(table[sequence, positions // size] * size + positions % size, device),
+            lengths=tuple(lengths.tolist()),
+            context_lengths=tuple(contexts.tolist()),
+            context_slots=context_slots,
         )
+        if plan.is_decode:
+            tokens = self._last[put(req_indices, device)]
+        else:
+            tokens = put(int32(plan.tokens).astype(np.int64), device)
+        with forward_context(ForwardContext(attention, self.adapter)):
+            hidden = self.model.hidden_states(tokens, put(positions, device))
+        return hidden[put(ends[int32(plan.sampled)], device)]
 
-    def _sample(self, hidden: Tensor, plan: StepPlan) -> StepResult:
-        draws = SamplingParameters.unpack(plan.draws)
-        parts = []
-        step = max(1, LOGITS_AT_ONCE // self.model.vocab_size)
-        for start in range(0, len(draws), step):
-            stop = min(start + step, len(draws))
-            suppressed = {row - start: ids for row, ids in plan.suppressed.items() if start <= row < stop}
-            rows = draws.rows(slice(start, stop))
-            if self.model.deterministic:
-                parts.append(sample_alone(self.model, hidden[start:stop], rows, suppressed, self._tokenless))
+    def _copy_blocks(self, copies: bytes) -> None:
+        self.cache.copy_blocks(*put(int32(copies).reshape(-1, 2).T.astype(np.int64), self.model.device))
+
+    def _sample(self, plan: StepPlan, hidden: Tensor) -> StepResult:
+        """A token for each row of `hidden` `[N, d]`; as many rows at a time as logits fit their budget."""
+        model, sampling, suppressed = self.model, unpack_sampling(plan.sampling), plan.suppressed
+        parts, step = [], max(1, LOGITS_AT_ONCE // model.vocab_size)
+        for start in range(0, len(hidden), step):
+            rows = slice(start, start + step)
+            if plan.suppressed:
+                suppressed = {row - start: ids for row, ids in plan.suppressed.items() if start <= row < start + step}
+            if model.deterministic:
+                parts.append(sample_alone(model, hidden[rows], sampling[:, rows], suppressed, self._tokenless))
             else:
-                parts.append(sample(self.model.logits(hidden[start:stop]), rows, suppressed, self._tokenless))
+                parts.append(sample(model.logits(hidden[rows]), sampling[:, rows], suppressed, self._tokenless))
         if not parts:
             return StepResult(b"", b"", b"")
-        tokens = torch.cat([part.tokens for part in parts])
-        self._last[self._put(int32(plan.targets).astype(np.int64))] = tokens
-        logprobs = torch.cat([part.logprobs for part in parts])
-        sampled_logprobs = torch.cat([part.sampled_logprobs for part in parts])
+        tokens, logprobs, sampled_logprobs = map(torch.cat, zip(*parts, strict=True))
+        self._last[put(int32(plan.targets).astype(np.int64), model.device)] = tokens
         return StepResult(
             tokens.to("cpu", torch.int32).numpy().tobytes(),
             logprobs.to("cpu", torch.float64).numpy().tobytes(),
             sampled_logprobs.to("cpu", torch.float64).numpy().tobytes(),
         )
-
-
-def _kind(plan: StepPlan) -> tuple[str, int]:
-    """What a step counts as, and its tokens."""
-    return ("decode", len(plan.slots) // 4) if plan.is_decode else ("prefill", len(plan.tokens) // 4)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

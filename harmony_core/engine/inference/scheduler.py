@@ -1,13 +1,14 @@
 """Which requests run in the next step. Bookkeeping of one replica; it knows no tensors and no torch.
 
-First come, first served: the head of the queue waits for its pages and nobody passes it, but for those that read what
-a running request reads: they join it, or wait until they find its pages. Prompts go before decoding, under a token
-budget. A request is admitted when its prompt and a little more fits. Where pages run out, the newest requests give
-theirs back and are read again later, with what they have drawn; one alone always fits, so every request ends.
+First come, first served: the head of the queue waits for its blocks and later requests wait behind it, but for those
+with the tokens of a running request: they fork from it, or wait until they find its blocks. Prefill goes before decode,
+under a token budget. A request is admitted when its prompt and a little more fits. Where blocks run out, the newest
+requests are preempted: they give theirs back, and their next prefill has what they sampled too; one alone always fits,
+so every request ends.
 
-Several steps may be in flight. Every rank executes them in the order of the plans, so a page may be handed on as soon
+Several steps may be in flight. Every rank executes them in the order of the plans, so a block may be handed on as soon
 as the leader knows that its holder has ended: a plan in flight that still has a row of the old holder was made while
-that page was its own, so it comes before every plan that knows the page as another's.
+that block was its own, so it comes before every plan that knows the block as another's.
 """
 
 from __future__ import annotations
@@ -21,25 +22,32 @@ from dataclasses import asdict
 import numpy as np
 from numpy.typing import NDArray
 
-from harmony_core.engine.inference.admission import Admission, Statistics
-from harmony_core.engine.inference.blocks import ROOT, TOKEN_BYTES, PagePool, pages_for
-from harmony_core.engine.inference.planning import InFlight, Prefill, plan_decode, plan_prefill
-from harmony_core.engine.inference.sequence import Sequence, check_sampling
-from harmony_core.engine.inference.slots import SlotTable
-from harmony_core.engine.inference.step import Finished, StepPlan, StepResult, float64, int32
+from harmony_core.engine.inference.kv_cache_manager import ROOT, Admission, BlockPool, Statistics, blocks_for
+from harmony_core.engine.inference.requests import (
+    InFlight,
+    InputBatch,
+    Prefill,
+    Sequence,
+    check_sampling,
+    plan_decode,
+    plan_prefill,
+)
+from harmony_core.engine.inference.step import TOKEN_BYTES, Finished, StepPlan, StepResult, float64, int32
 from harmony_core.errors import DataError, EngineError, HarmonyError, PromptTooLong
 from harmony_core.memory.sizes import DECODE_SPLIT, MAX_RUNNING, PAGE_SIZE
 from harmony_core.rpc.protocol import Sampling
 
-READS_IN_A_ROW = 4
-"""Prefill steps after which those that decode have a step."""
+NO_CHANGES: NDArray[np.int32] = np.zeros((0, 3), dtype=np.int32)
+"""Of the block tables."""
+PREFILLS_IN_A_ROW = 4
+"""Prefill steps after which decode has a step."""
 
 
 class Scheduler:
     """Requests of one replica: submit and cancel at any time; plan steps, and commit them in the same order.
 
     `kv_tokens` is the pool, `max_positions` the model's context, `prefill_tokens` the most tokens in one step, prompt
-    or decoding, `max_running` the most sequences that hold pages, `max_splits` the most work items in a decode step
+    or decoding, `max_running` the most sequences that hold blocks, `max_splits` the most work items in a decode step
     (each covers `DECODE_SPLIT` of a context; None: any number); `version` says which policy version the weights have
     now.
     """
@@ -54,12 +62,12 @@ class Scheduler:
         prefill_tokens: int,
         max_running: int = MAX_RUNNING,
         max_splits: int | None = None,
-        page_size: int = PAGE_SIZE,
+        block_size: int = PAGE_SIZE,
     ) -> None:
         assert kv_tokens > 0 and prefill_tokens > 0 and max_running > 0
         longest = min(max_positions, kv_tokens)
         assert max_splits is None or max_splits * DECODE_SPLIT >= longest, "one sequence needs more work items"
-        self.pool = PagePool(pages_for(kv_tokens, page_size), page_size)
+        self.pool = BlockPool(blocks_for(kv_tokens, block_size), block_size)
         self.kv_tokens = kv_tokens
         self.max_positions = max_positions
         self.vocab_size = vocab_size
@@ -69,13 +77,13 @@ class Scheduler:
         self._statistics = Statistics()
         self._version = version
         self._known_version = version()
-        # Counts the weights that pages were written with: versions, and loads that keep the version.
+        # Counts the weights that blocks were written with: versions, and loads that keep the version.
         self._weights = 0
-        self._table = SlotTable(self.max_running, pages_for(longest, page_size), page_size)
+        self._table = InputBatch(self.max_running, blocks_for(longest, block_size), block_size)
         self._admission = Admission(self.pool, self._table, prefill_tokens, self._statistics)
         self._running: dict[int, Sequence] = {}
         self._flights: deque[InFlight] = deque()
-        self._reads = 0
+        self._prefills = 0
         self._decodes = 0
 
     def submit(self, id: int, tokens: Items[int], sampling: Sampling) -> None:
@@ -92,14 +100,14 @@ class Scheduler:
         self._admission.waiting.add(Sequence(id, prompt.tobytes(), sampling, limit, arrival, stop_ids))
 
     def cancel(self, id: int) -> None:
-        """Forget a request; its pages are free at once. Ids that are not here, or not any more, are fine."""
+        """Forget a request; its blocks are free at once. Ids that are not here, or not any more, are fine."""
         self._admission.waiting.remove(id)
         sequence = self._running.get(id)
         if sequence is not None:
             self._leave(sequence)
 
     def flush_prefixes(self) -> None:
-        """The weights changed: what the pages hold so far is not for new requests."""
+        """The weights changed: what the blocks hold so far is not for new requests."""
         self._weights += 1
         self.pool.forget_prefixes()
         self._admission.forget_prefixes()
@@ -110,50 +118,32 @@ class Scheduler:
         return bool(self._running) or bool(len(self._admission.waiting))
 
     @property
-    def in_flight(self) -> int:
-        """Plans that are not committed."""
-        return len(self._flights)
-
-    @property
-    def num_waiting(self) -> int:
-        """Requests that have no pages."""
-        return len(self._admission.waiting)
-
-    @property
-    def num_running(self) -> int:
-        """Requests that hold pages."""
-        return len(self._running)
-
-    @property
     def statistics(self) -> dict[str, int]:
         """Totals by name; see `Statistics`."""
         return asdict(self._statistics)
-
-    def running_slots(self) -> dict[int, int]:
-        """Slot -> request of every sequence that has one."""
-        return {sequence.slot: sequence.id for sequence in self._running.values()}
 
     def plan(self) -> StepPlan | None:
         """Decide the next step; it is in flight from now on. None: not before something in flight is committed, or
         there is no work."""
         self._notice_version()
         ready = self._table.ready()
-        decode_first = len(ready) and (
-            self._reads >= READS_IN_A_ROW or self._admission.can_wait(len(ready), self._decodes)
-        )
-        if not decode_first:
-            rows = self._admission.rows(self._weights)
-            if rows:
-                return self._read(rows)
-        if len(ready):
-            return self._decode(ready)
-        assert self._flights or not self.has_work, "a request that can never be admitted"
-        return None
+        rows: list[Prefill] = []
+        if not self._admission.idle:
+            wait = self._prefills >= PREFILLS_IN_A_ROW or self._admission.can_wait(len(ready), self._decodes)
+            rows = [] if wait and len(ready) else self._admission.rows(self._weights)
+        if not rows and not len(ready):
+            assert self._flights or not self.has_work, "a request that can never be admitted"
+            return None
+        flight = self._prefill(rows) if rows else self._decode(ready)
+        if flight is None:
+            return None
+        self._flights.append(flight)
+        return flight.plan
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[Finished]:
         """Take the tokens of the oldest step in flight; return the requests that it ended.
 
-        What was drawn for a request that has ended meanwhile is left out.
+        What was sampled for a request that has ended meanwhile is left out.
         """
         flight = self._landed(plan)
         self._notice_version()
@@ -169,16 +159,16 @@ class Scheduler:
         alive &= sound
         if flight.prefills:
             self._finish_prefill(flight)
-        elif flight.weights == self._weights:
+        elif flight.weights == self._weights and not (flight.contexts % self.pool.block_size).all():
             self._share_decoded(flight)
-        slots, contexts = flight.targets, flight.contexts
+        req_indices, contexts = flight.targets, flight.contexts
         if not alive.all():
-            slots, contexts, tokens = slots[alive], contexts[alive], tokens[alive]
+            req_indices, contexts, tokens = req_indices[alive], contexts[alive], tokens[alive]
             logprobs, sampled_logprobs = logprobs[alive], sampled_logprobs[alive]
-        stopped, full = self._table.record(slots, contexts, tokens, (logprobs, sampled_logprobs), plan.version)
-        self._statistics.generated_tokens += len(slots)
+        stopped, full = self._table.record(req_indices, contexts, tokens, (logprobs, sampled_logprobs), plan.version)
+        self._statistics.generated_tokens += len(req_indices)
         for place in np.flatnonzero(stopped | full).tolist():
-            sequence = self._table.tenant(int(slots[place]))
+            sequence = self._table.tenant(int(req_indices[place]))
             self._leave(sequence)
             finished.append(Finished(sequence.id, sequence.generated("stop" if stopped[place] else "length")))
         return finished
@@ -187,8 +177,8 @@ class Scheduler:
         """The oldest step in flight failed: its requests end with `error`. Those that ended meanwhile are left out."""
         flight = self._landed(plan)
         finished = []
-        for slot in flight.members[self._table.ticket[flight.members] == flight.tickets].tolist():
-            sequence = self._table.tenant(slot)
+        for req_index in flight.members[self._table.ticket[flight.members] == flight.tickets].tolist():
+            sequence = self._table.tenant(req_index)
             finished.append(Finished(sequence.id, None, error))
             self._leave(sequence)
         return finished
@@ -200,20 +190,17 @@ class Scheduler:
         if min(tokens) < 0 or max(tokens) >= self.vocab_size:
             wrong = next(token for token in tokens if not 0 <= token < self.vocab_size)
             raise DataError(f"the prompt holds token {wrong}, the vocabulary is 0 to {self.vocab_size - 1}")
-        if count >= self.max_positions:
-            raise PromptTooLong(
-                f"a prompt of {count} tokens leaves no room in the model's context of {self.max_positions}",
-                hint=f"shorten the prompt to at most {self.max_positions - 1} tokens",
-                tokens=count,
-                limit=self.max_positions,
-            )
-        if count >= self.kv_tokens:
-            raise PromptTooLong(
-                f"a prompt of {count} tokens leaves no room in the KV cache of {self.kv_tokens} tokens",
-                hint=f"shorten the prompt to at most {self.kv_tokens - 1} tokens, or raise kv_cache_len",
-                tokens=count,
-                limit=self.kv_tokens,
-            )
+        for limit, room, more in (
+            (self.max_positions, f"model's context of {self.max_positions}", ""),
+            (self.kv_tokens, f"KV cache of {self.kv_tokens} tokens", ", or raise kv_cache_len"),
+        ):
+            if count >= limit:
+                raise PromptTooLong(
+                    f"a prompt of {count} tokens leaves no room in the {room}",
+                    hint=f"shorten the prompt to at most {limit - 1} tokens{more}",
+                    tokens=count,
+                    limit=limit,
+                )
         return np.array(tokens, dtype=np.int32)
 
     def _notice_version(self) -> None:
@@ -222,101 +209,95 @@ class Scheduler:
             self._known_version = version
             self.flush_prefixes()
 
-    def _read(self, rows: list[Prefill]) -> StepPlan:
-        self._reads += 1
+    def _prefill(self, rows: list[Prefill]) -> InFlight:
+        self._prefills += 1
         self._decodes = 0
         self._statistics.prefill_steps += 1
         for row in rows:
-            for sequence in (row.sequence, *row.joined):
+            for sequence in (row.sequence, *row.forked):
                 self._running[sequence.id] = sequence
-        return self._launched(plan_prefill(self._table, rows, self._known_version, self._weights))
+        return plan_prefill(self._table, rows, self._known_version, self._weights)
 
-    def _decode(self, ready: NDArray[np.int64]) -> StepPlan | None:
+    def _decode(self, ready: NDArray[np.int64]) -> InFlight | None:
         table = self._table
-        slots = self._fitting(ready)
-        short = self._short(slots)
-        while len(short) > self.pool.available:
+        req_indices = ready if self._max_splits is None else self._fitting(ready, self._max_splits)
+        while True:
+            full = table.context[req_indices] >= table.num_blocks[req_indices] * self.pool.block_size
+            short = req_indices[full]
+            if not len(short) or len(short) <= self.pool.available:
+                break
             if self._flights:
-                return None  # what is drawn there may end a request, and only one with nothing in flight can move out
+                return None  # they may end a request, and only one with nothing in flight can be preempted
             self._preempt()
-            slots = slots[table.until[slots] > 0]
-            short = self._short(slots)
-        changes = table.add_pages(short, self.pool.take(len(short)))
-        self._reads = 0
+            req_indices = req_indices[table.until[req_indices] > 0]
+        changes = table.add_blocks(short, self.pool.take(len(short))) if len(short) else NO_CHANGES
+        self._prefills = 0
         self._decodes += 1
         self._statistics.decode_steps += 1
-        table.turn[slots] = self._statistics.decode_steps
-        return self._launched(plan_decode(table, slots, changes, self._known_version, self._weights))
-
-    def _launched(self, flight: InFlight) -> StepPlan:
-        self._flights.append(flight)
-        return flight.plan
+        table.turn[req_indices] = self._statistics.decode_steps
+        return plan_decode(table, req_indices, changes, self._known_version, self._weights)
 
     def _landed(self, plan: StepPlan) -> InFlight:
         assert self._flights and self._flights[0].plan is plan, "not the oldest step in flight"
         return self._flights.popleft()
 
-    def _fitting(self, slots: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Those of the slots that one decode step has room for, the ones that waited longest first."""
-        if self._max_splits is None:
-            return slots
-        splits = self._table.context[slots] // DECODE_SPLIT + 1
-        if splits.sum() <= self._max_splits:
-            return slots
-        order = np.argsort(self._table.turn[slots], kind="stable")
-        return np.sort(slots[order[np.cumsum(splits[order]) <= self._max_splits]])
-
-    def _short(self, slots: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Those of the slots that have no page for their next token."""
-        return slots[self._table.context[slots] >= self._table.num_pages[slots] * self.pool.page_size]
+    def _fitting(self, req_indices: NDArray[np.int64], max_splits: int) -> NDArray[np.int64]:
+        """Those of the rows that one decode step has room for, the ones that waited longest first."""
+        splits = self._table.context[req_indices] // DECODE_SPLIT + 1
+        if splits.sum() <= max_splits:
+            return req_indices
+        order = np.argsort(self._table.turn[req_indices], kind="stable")
+        return np.sort(req_indices[order[np.cumsum(splits[order]) <= max_splits]])
 
     def _preempt(self) -> None:
         newest = max(self._running.values(), key=lambda sequence: sequence.arrival)
         assert len(self._running) > 1, "one request alone always fits"
         self._leave(newest)
-        newest.reread()
+        newest.preempt()
         self._admission.waiting.add(newest, front=True)
         self._statistics.preemptions += 1
 
     def _finish_prefill(self, flight: InFlight) -> None:
-        """Note who has a first token, and which full pages can be shared from now on."""
+        """Note which requests have a first token, and which full blocks can be shared from now on."""
         now = time.perf_counter()
         for row in flight.prefills:
-            owners = [sequence for sequence in (row.sequence, *row.joined) if sequence.slot >= 0]
+            owners = [sequence for sequence in (row.sequence, *row.forked) if sequence.req_index >= 0]
             if flight.weights == self._weights:
-                self._share_read(row, owners)
+                self._share_prefilled(row, owners)
             if row.complete:
                 self._admission.known(row.sequence)
                 for sequence in owners:
                     sequence.first = sequence.first or now
 
-    def _share_read(self, row: Prefill, owners: list[Sequence]) -> None:
-        if not owners or self._table.weights[owners[0].slot] != self._weights:
+    def _share_prefilled(self, row: Prefill, owners: list[Sequence]) -> None:
+        if not owners or self._table.weights[owners[0].req_index] != self._weights:
             return
-        owner, width = owners[0], self.pool.page_size * TOKEN_BYTES
-        pages = self._table.pages[owner.slot]
-        # One that joined follows the pages from the first on: what is known of them, their reader took with it.
+        owner, width = owners[0], self.pool.block_size * TOKEN_BYTES
+        blocks = self._table.blocks[owner.req_index]
+        # One that forked follows the blocks from the first on: what is known of them, the other one knows.
         leads = owner is row.sequence
-        node = int(self._table.node[owner.slot]) if leads else ROOT
-        known = row.stop // self.pool.page_size
-        for place in range(owner.known_pages if leads else 0, known):
+        node = int(self._table.node[owner.req_index]) if leads else ROOT
+        known = row.stop // self.pool.block_size
+        for place in range(owner.known_blocks if leads else 0, known):
             tokens = owner.tokens[place * width : (place + 1) * width]
-            node = self.pool.prefixes.add(node, tokens, int(pages[place]))
+            node = self.pool.prefixes.add(node, tokens, int(blocks[place]))
         for sequence in owners:
-            sequence.known_pages = known
-            self._table.node[sequence.slot] = node
+            sequence.known_blocks = known
+            self._table.node[sequence.req_index] = node
 
     def _share_decoded(self, flight: InFlight) -> None:
-        table, size = self._table, self.pool.page_size
+        table, size = self._table, self.pool.block_size
         for place in np.flatnonzero(flight.contexts % size == 0).tolist():
-            slot = int(flight.targets[place])
-            if table.ticket[slot] == flight.target_tickets[place] and table.weights[slot] == self._weights:
-                page = int(table.pages[slot, flight.contexts[place] // size - 1])
-                table.node[slot] = self.pool.prefixes.add(int(table.node[slot]), table.recent[slot].tobytes(), page)
+            req_index = int(flight.targets[place])
+            if table.ticket[req_index] == flight.target_tickets[place] and table.weights[req_index] == self._weights:
+                block = int(table.blocks[req_index, flight.contexts[place] // size - 1])
+                table.node[req_index] = self.pool.prefixes.add(
+                    int(table.node[req_index]), table.recent[req_index].tobytes(), block
+                )
 
     def _leave(self, sequence: Sequence) -> None:
         del self._running[sequence.id]
-        self.pool.give_back(self._table.leave(sequence.slot))
+        self.pool.give_back(self._table.leave(sequence.req_index))
         self._admission.left(sequence)
 
 

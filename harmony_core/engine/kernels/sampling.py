@@ -1,4 +1,4 @@
-"""Drawing tokens in two passes over the logits: one sums up every chunk of a row, one finds the id.
+"""Sampling on CUDA by Triton kernels: one pass over the logits sums up every chunk of a row, one finds the id.
 
 The algorithm is that of `inference.sampler`: inverse CDF over ids at a given number, sums in float64, equal logits
 kept or dropped together; results differ from it by rounding only. top-k and top-p need no sorting: the lowest logit
@@ -217,7 +217,7 @@ def draw_tokens(
 ) -> None:
     """Draw a token for each row: `outputs` `[3, N]` float64 are ids, raw and processed log-probs, `last[slots]` ids.
 
-    `logits` `[N, V]` float32; `draws` `[6, N]` float64 as in `inference.draws`; `slots` `[N]` int64. `warm`: some
+    `logits` `[N, V]` float32; `draws` `[6, N]` float64 are `SamplingParameters`; `slots` `[N]` int64. `warm`: some
     temperature is not 0; `filtered`: some row has top-k, top-p or min-p.
     """
     rows, size = logits.shape

@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from harmony_core.engine.models.checkpoint_reader import CheckpointReader
 from harmony_core.engine.models.context import current_context
+from harmony_core.engine.models.heads import SCORE, new_head
+from harmony_core.engine.models.layers import ColumnParallelLinear, RowParallelLinear
+from harmony_core.engine.models.loading import CheckpointReader
 from harmony_core.engine.models.parallel import (
-    ColumnParallelLinear,
-    RowParallelLinear,
     Shard,
     TensorParallel,
     copy_to,
@@ -33,7 +33,6 @@ from harmony_core.engine.models.parallel import (
     set_shard,
     shard_of,
 )
-from harmony_core.engine.models.scalar import SCORE, new_head
 from harmony_core.errors import ConflictError, ModelRefused, VerificationError, did_you_mean
 from harmony_core.model.weight_files import ADAPTER_SETTINGS, check_adapter_config
 from harmony_core.plain_files import read_json
@@ -52,11 +51,6 @@ class AdapterInfo:
 
     settings: LoraSettings
     parameters: dict[str, nn.Parameter]
-
-    @property
-    def scaling(self) -> float:
-        """What the low-rank product is multiplied by."""
-        return self.settings.alpha / self.settings.rank
 
 
 Draw = Callable[[str, Shard | None, tuple[int, ...]], Tensor]
@@ -143,8 +137,7 @@ def remove_adapter(model: CausalLM, name: str) -> None:
                 del container[key]
         layer.harmony_keys.pop(name, None)
         if not layer.lora_A:
-            parent, _, leaf = path.rpartition(".")
-            setattr(model.module.get_submodule(parent), leaf, layer.base_layer)
+            model.module.set_submodule(path, layer.base_layer)
 
 
 def settings_as_stored(info: AdapterInfo, base: str, revision: str = "") -> dict[str, Any]:

@@ -1,18 +1,28 @@
 """The one attention function of every model, for training and for sampling; registered with transformers by name.
 
-It reads the forward context: sequences packed back to back, or new tokens against pages. No mask function is
-registered under the name, so transformers builds no mask. T tokens, H query heads, K key-value heads, D head width.
+It reads the forward context: sequences packed back to back, or new tokens and the KV cache. No mask function is
+registered under the name, so transformers builds no mask. Flash kernels are in `attention_cuda`; here attention is
+`scaled_dot_product_attention` over gathered keys and values, on any device and in any dtype, made for CPUs. Sequences
+of like length are padded on the right and computed together: under a causal mask a real token never sees padding to its
+right, so such a group needs no mask. Groups, index tensors and masks are made once for all layers of a forward pass.
+
+T tokens, B sequences, L their padded length, M tokens of the longest context, H query heads, K key-value heads, D head
+width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import AttentionInterface
 
-from harmony_core.engine.models import attention_cpu, attention_cuda, attention_decode, attention_tiled
+from harmony_core.engine.models import attention_cuda
 from harmony_core.engine.models.context import (
     DecodeAttention,
     ForwardContext,
@@ -21,8 +31,13 @@ from harmony_core.engine.models.context import (
     current_context,
 )
 from harmony_core.errors import ModelRefused
+from harmony_core.memory.sizes import PADDING_SHARE
 
 NAME = "harmony"
+PADDING_TOKENS = 64
+"""Padded tokens always allowed in a group: below this an extra call costs more than it saves."""
+PADDING_CONTEXT = 256
+"""The same for the contexts of a decode step, where a padded token is gathered but hardly computed with."""
 
 
 def attend(
@@ -49,20 +64,19 @@ def attend(
     selection = getattr(module, "kv_selection", None)
     if selection is not None:
         key, value = selection(key), selection(value)
-    # [T, heads, D]: the layout of packed rows and of pages.
+    # [T, heads, D]: the layout of packed rows and of the KV cache.
     q, k, v = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
-    context = current_context()
+    context, layer = current_context(), int(module.layer_idx)  # type: ignore[arg-type]
     layout = context.attention
-    if getattr(module, "tiled", False):
-        output = attention_tiled.attend(context, int(module.layer_idx), q, k, v, scaling, sliding_window)  # type: ignore[arg-type]
+    tiled = getattr(module, "tiled_attention", None)
+    if tiled is not None:
+        output = tiled(context, layer, q, k, v, scaling, sliding_window)
+    elif isinstance(layout, DecodeAttention):
+        output = attention_cuda.decode(context, layout, layer, q, k, v, scaling, sliding_window)
     elif isinstance(layout, PackedAttention):
         output = _packed(context, layout.lengths, q, k, v, scaling, sliding_window)
     else:
-        layer = int(module.layer_idx)  # type: ignore[arg-type]
-        if isinstance(layout, DecodeAttention):
-            output = attention_decode.decode(context, layout, layer, q, k, v, scaling, sliding_window)
-        else:
-            output = _paged(context, layout, layer, q, k, v, scaling, sliding_window)
+        output = _paged(context, layout, layer, q, k, v, scaling, sliding_window)
     return output[None], None
 
 
@@ -82,7 +96,9 @@ def _packed(
     assert sum(lengths) == q.shape[0], "lengths do not add up to the row"
     if attention_cuda.applies(q):
         return attention_cuda.packed(context, lengths, q, k, v, scale, window)
-    return attention_cpu.packed(context, lengths, q, k, v, scale, window)
+    if "packed" not in context.prepared:
+        context.prepared["packed"] = plan_packed(lengths, q.device)
+    return _by_groups(context, context.prepared["packed"], q, k, v, scale, window)
 
 
 def _paged(
@@ -95,15 +111,273 @@ def _paged(
     scale: float | None,
     window: int | None,
 ) -> Tensor:
-    """Write the new keys and values, then attend to the pages; `[T, H, D]`. Never under autograd."""
+    """Write the new keys and values to the KV cache, then attend; `[T, H, D]`. Never under autograd."""
     keys, values = layout.keys[layer], layout.values[layer]
     if q.is_cuda:
-        attention_cuda.write(keys, values, layout.write_slots, k, v)
+        attention_cuda.write(keys, values, layout.slot_mapping, k, v)
     else:
-        keys.index_copy_(0, layout.write_slots, k.to(keys.dtype))
-        values.index_copy_(0, layout.write_slots, v.to(values.dtype))
+        keys.index_copy_(0, layout.slot_mapping, k.to(keys.dtype))
+        values.index_copy_(0, layout.slot_mapping, v.to(values.dtype))
     if layout.lengths == layout.context_lengths:
         return _packed(context, layout.lengths, q, k, v, scale, window)
     if attention_cuda.applies(q):
         return attention_cuda.paged(context, layout, q, keys, values, scale, window)
-    return attention_cpu.paged(context, layout, layer, q, k, v, scale, window)
+    return attend_to_cache(context, layout, layer, q, k, v, scale, window)
+
+
+def attend_to_cache(
+    context: ForwardContext,
+    layout: PagedAttention,
+    layer: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None,
+    window: int | None,
+) -> Tensor:
+    """New tokens, already written to the KV cache, against their whole context; `[T, H, D]`."""
+    keys, values = layout.keys[layer], layout.values[layer]
+    if "paged" not in context.prepared:
+        context.prepared["paged"] = plan_paged(layout, q.device)
+    plan: PagedPlan = context.prepared["paged"]
+    parts = []
+    if plan.fresh is not None:
+        assert plan.fresh_rows is not None, "sequences without a past are packed"
+        fresh_q, fresh_k, fresh_v = (x.index_select(0, plan.fresh_rows) for x in (q, k, v))
+        parts.append(_by_groups(context, plan.fresh, fresh_q, fresh_k, fresh_v, scale, window))
+    for decode in plan.decodes:
+        queries = q if decode.rows is None else q.index_select(0, decode.rows)
+        parts.append(_decode(context, decode, queries, keys, values, scale, window))
+    for chunk in plan.chunks:
+        parts.append(_chunk(context, chunk, q, keys, values, scale, window))
+    output = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return output if plan.restore is None else output.index_select(0, plan.restore)
+
+
+def _by_groups(
+    context: ForwardContext,
+    plan: PackedPlan,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None,
+    window: int | None,
+) -> Tensor:
+    if plan.order is not None:
+        q, k, v = (x.index_select(0, plan.order) for x in (q, k, v))
+    outputs = []
+    for group in plan.groups:
+        size = group.batch * group.length
+        # [B * L, heads, D] -> [B, heads, L, D], views.
+        qg, kg, vg = (
+            x.narrow(0, group.start, size).view(group.batch, group.length, *x.shape[1:]).transpose(1, 2)
+            for x in (q, k, v)
+        )
+        mask = None
+        if window is not None and group.length > window:
+            # The longest group comes first; of a shorter one's mask the corner of its is all.
+            longest = plan.groups[0].length
+            mask = _mask(context, longest, longest, window, q)[: group.length, : group.length]
+        out = F.scaled_dot_product_attention(
+            qg, kg, vg, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        outputs.append(out.transpose(1, 2).flatten(0, 1))
+    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return output if plan.restore is None else output.index_select(0, plan.restore)
+
+
+def _decode(
+    context: ForwardContext,
+    plan: DecodePlan,
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float | None,
+    window: int | None,
+) -> Tensor:
+    """One token of each sequence: one gather and one call for the group; `q` `[B, H, D]`."""
+    batch, heads, width = q.shape
+    kv_heads = keys.shape[1]
+    if window not in plan.masks:
+        visible = plan.visible
+        if window is not None:
+            # Keys lie in order; of a context of n the last `window` are in sight.
+            n = visible.sum(1, keepdim=True)
+            visible = visible & (torch.arange(visible.shape[1], device=visible.device) >= n - window)
+        hidden = torch.zeros_like(visible, dtype=q.dtype).masked_fill_(~visible, -torch.inf)
+        plan.masks[window] = hidden[:, None, None]
+    count, gathered = len(plan.slots), context.prepared.get("gathered")
+    if gathered is None or len(gathered[0]) < count:
+        # Every layer gathers as much: one pair of buffers serves them all, and every group in turn.
+        gathered = [store.new_empty((count, kv_heads, width)) for store in (keys, values)]
+        context.prepared["gathered"] = gathered
+    k, v = gathered
+    k = torch.index_select(keys, 0, plan.slots, out=k[:count]).view(batch, -1, kv_heads, width).transpose(1, 2)
+    v = torch.index_select(values, 0, plan.slots, out=v[:count]).view(batch, -1, kv_heads, width).transpose(1, 2)
+    # All query heads of one key-value head see the same keys: they become its query rows.
+    rows = q.reshape(batch, kv_heads, heads // kv_heads, width)
+    out = F.scaled_dot_product_attention(rows, k, v, attn_mask=plan.masks[window], scale=scale)
+    return out.reshape(batch, heads, width)
+
+
+def _chunk(
+    context: ForwardContext,
+    plan: ChunkPlan,
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float | None,
+    window: int | None,
+) -> Tensor:
+    """Several tokens of one sequence behind its past; `[L, H, D]`."""
+    rows = q[plan.start : plan.stop].transpose(0, 1)[None]
+    k, v = (x.index_select(0, plan.slots).transpose(0, 1)[None] for x in (keys, values))
+    mask = _mask(context, rows.shape[2], k.shape[2], window, q)
+    out = F.scaled_dot_product_attention(
+        rows, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != keys.shape[1]
+    )
+    return out[0].transpose(0, 1)
+
+
+def _mask(context: ForwardContext, new: int, total: int, window: int | None, q: Tensor) -> Tensor:
+    """Additive, `[new, total]`: the last `new` of `total` tokens see what is not after them and inside the window.
+
+    Made once for all layers: a mask of truth values would be turned into numbers, and kept for the backward pass, by
+    each of them.
+    """
+    name = f"mask {new} {total} {window}"
+    if name not in context.prepared:
+        distance = torch.arange(total - new, total, device=q.device)[:, None] - torch.arange(total, device=q.device)
+        hidden = (distance < 0) if window is None else (distance < 0) | (distance >= window)
+        context.prepared[name] = q.new_zeros((new, total)).masked_fill_(hidden, -torch.inf)
+    found: Tensor = context.prepared[name]
+    return found
+
+
+@dataclass(frozen=True)
+class Group:
+    """`batch` sequences padded to `length`, at rows `[start, start + batch * length)` of the gathered row."""
+
+    start: int
+    batch: int
+    length: int
+
+
+@dataclass(frozen=True)
+class PackedPlan:
+    """Causal attention of each sequence to itself.
+
+    `order` `[padded]`: for each row of the gathered layout, the row's token; None when it is the row itself.
+    `restore` `[tokens]`: where each token of these sequences, in row order, lies in the gathered layout; None likewise.
+    """
+
+    groups: tuple[Group, ...]
+    order: Tensor | None
+    restore: Tensor | None
+
+
+@dataclass(frozen=True)
+class DecodePlan:
+    """One new token of each of B sequences of like context. `slots` `[B * M]`, `visible` `[B, M]`.
+
+    `rows` `[B]`: their tokens in the row of the step; None: all of it.
+    """
+
+    rows: Tensor | None
+    slots: Tensor
+    visible: Tensor
+    masks: dict[int | None, Tensor] = field(default_factory=dict, compare=False)
+    """By window: additive, `[B, 1, 1, M]`; made by the first layer that has it."""
+
+
+@dataclass(frozen=True)
+class ChunkPlan:
+    """Several new tokens of one sequence after its past: rows `[start, stop)` of the row, all its `slots` `[M]`."""
+
+    start: int
+    stop: int
+    slots: Tensor
+
+
+@dataclass(frozen=True)
+class PagedPlan:
+    """Which rows of a paged step go which way. `fresh_rows` None: all of them; `restore` None: already in row order."""
+
+    fresh: PackedPlan | None
+    fresh_rows: Tensor | None
+    decodes: tuple[DecodePlan, ...]
+    chunks: tuple[ChunkPlan, ...]
+    restore: Tensor | None
+
+
+def group_by_length(lengths: Sequence[int], spare: int = PADDING_TOKENS) -> list[list[int]]:
+    """Indices of sequences in groups of like length, longest first, with bounded padding in each."""
+    groups: list[list[int]] = []
+    padded = real = longest = 0
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+        length = lengths[index]
+        waste = padded + longest - length
+        if groups and waste <= max(spare, PADDING_SHARE * (real + length)):
+            groups[-1].append(index)
+            padded, real = waste, real + length
+        else:
+            groups.append([index])
+            padded, real, longest = 0, length, length
+    return groups
+
+
+def plan_packed(lengths: Sequence[int], device: torch.device) -> PackedPlan:
+    """The calls for sequences back to back."""
+    starts = [0, *accumulate(lengths)]
+    order: list[int] = []
+    restore = [0] * starts[-1]
+    groups = []
+    for members in group_by_length(lengths):
+        longest = lengths[members[0]]
+        groups.append(Group(len(order), len(members), longest))
+        for index in members:
+            start, length = starts[index], lengths[index]
+            restore[start : start + length] = range(len(order), len(order) + length)
+            # Padding repeats the first token of its own sequence: any real row will do, its output is dropped.
+            order += [*range(start, start + length), *[start] * (longest - length)]
+    if order == list(range(len(order))):
+        return PackedPlan(tuple(groups), None, None)
+    return PackedPlan(tuple(groups), torch.tensor(order, device=device), torch.tensor(restore, device=device))
+
+
+def plan_paged(attention: PagedAttention, device: torch.device) -> PagedPlan:
+    """The calls for a prefill or decode step; sequences without a past attend to their new tokens alone."""
+    lengths, contexts, slots = attention.lengths, attention.context_lengths, attention.context_slots
+    assert slots is not None, "a sequence with a past needs context_slots"
+    if max(lengths) == 1 and min(contexts) > 1:
+        # A decode step, the common case by far.
+        groups = group_by_length(contexts, PADDING_CONTEXT)
+        if len(groups) == 1:
+            return PagedPlan(None, None, (_plan_decode(slots, contexts, None),), (), None)
+    starts = [0, *accumulate(lengths)]
+    past = [context - length for length, context in zip(lengths, contexts, strict=True)]
+    fresh = [i for i in range(len(lengths)) if past[i] == 0]
+    decode = [i for i in range(len(lengths)) if past[i] and lengths[i] == 1]
+    chunks = [i for i in range(len(lengths)) if past[i] and lengths[i] > 1]
+    groups = [[decode[i] for i in group] for group in group_by_length([contexts[i] for i in decode], PADDING_CONTEXT)]
+    rows = [r for i in (*fresh, *(i for g in groups for i in g), *chunks) for r in range(starts[i], starts[i + 1])]
+    in_order = rows == list(range(starts[-1]))
+    fresh_rows = [r for i in fresh for r in range(starts[i], starts[i + 1])]
+    return PagedPlan(
+        fresh=plan_packed([lengths[i] for i in fresh], device) if fresh else None,
+        fresh_rows=torch.tensor(fresh_rows, device=device) if 0 < len(fresh) < len(lengths) else None,
+        decodes=tuple(
+            _plan_decode(slots[group], [contexts[i] for i in group], [starts[i] for i in group]) for group in groups
+        ),
+        chunks=tuple(ChunkPlan(starts[i], starts[i + 1], slots[i, : contexts[i]]) for i in chunks),
+        restore=None if in_order else torch.argsort(torch.tensor(rows)).to(device),
+    )
+
+
+def _plan_decode(slots: Tensor, contexts: Sequence[int], rows: Sequence[int] | None) -> DecodePlan:
+    longest = max(contexts)
+    visible = torch.arange(longest, device=slots.device) < torch.tensor(contexts, device=slots.device)[:, None]
+    # Padding may name a slot that holds anything; a masked NaN would still reach the output, so read one of ours.
+    safe = torch.where(visible, slots[:, :longest], slots[:, :1])
+    chosen = None if rows is None else torch.tensor(rows, device=slots.device)
+    return DecodePlan(chosen, safe.reshape(-1), visible)

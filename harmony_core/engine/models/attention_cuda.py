@@ -1,6 +1,8 @@
-"""Attention on CUDA through torch's variable-length flash kernels.
+"""Attention on CUDA: torch's variable-length flash kernels for training and prefill, our own kernel for decode.
 
-T tokens, H query heads, K key-value heads, D head width, S tokens of the contexts of one call.
+Decode has its lengths on the device, so that a CUDA graph replays it; `reference` is a plain computation of the same
+layout for any device, which the kernel is compared with. T tokens, B sequences, H query heads, K key-value heads, D
+head width, S tokens of the contexts of one call, M tokens of the longest context.
 """
 
 from __future__ import annotations
@@ -13,12 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from harmony_core.engine.models.context import ForwardContext, PagedAttention
+from harmony_core.engine.models.context import DecodeAttention, ForwardContext, PagedAttention
 
 DTYPES = (torch.bfloat16, torch.float16)
 GATHERED_TOKENS = 65_536
-"""Context tokens whose keys and values are copied out of the pages at a time, unless one context has more."""
+"""Context tokens whose keys and values are copied out of the KV cache at a time, unless one context has more."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ def paged(
     scale: float | None,
     window: int | None,
 ) -> Tensor:
-    """New tokens, already written to the pages, against their whole context; `[T, H, D]`."""
+    """New tokens, already written to the KV cache, against their whole context; `[T, H, D]`."""
     if "past" not in context.prepared:
         context.prepared["past"] = plan_past(layout)
     outputs = []
@@ -104,8 +107,8 @@ def plan_past(layout: PagedAttention) -> list[PastPlan]:
 
 def _plan_call(layout: PagedAttention, members: slice, start: int) -> PastPlan:
     """Made without waiting for the device."""
-    assert layout.read_slots is not None, "a sequence with a past needs read_slots"
-    read, lengths, contexts = layout.read_slots[members], layout.lengths[members], layout.context_lengths[members]
+    assert layout.context_slots is not None, "a sequence with a past needs context_slots"
+    read, lengths, contexts = layout.context_slots[members], layout.lengths[members], layout.context_lengths[members]
     bounds = _to(torch.tensor([[0, *accumulate(lengths)], [0, *accumulate(contexts)]]), read.device)
     row = torch.repeat_interleave(bounds[1].diff(), output_size=sum(contexts))
     slots = read[row, torch.arange(len(row), device=read.device) - bounds[1, row]]
@@ -115,7 +118,7 @@ def _plan_call(layout: PagedAttention, members: slice, start: int) -> PastPlan:
 
 def write(keys: Tensor, values: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
     """The keys and values of new tokens to their slots."""
-    from harmony_core.engine.kernels.kv_write import write_kv
+    from harmony_core.engine.kernels.paged_decode import write_kv
 
     write_kv(keys, values, slots, k, v)
 
@@ -143,3 +146,78 @@ def _varlen(
     )  # fmt: skip
     assert isinstance(output, Tensor)
     return output
+
+
+KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def decode(
+    context: ForwardContext,
+    layout: DecodeAttention,
+    layer: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None,
+    window: int | None,
+) -> Tensor:
+    """Write the new keys and values `[B, K, D]`, then attend; `q` `[B, H, D]` -> `[B, H, D]`."""
+    assert q.shape[0] == len(layout.contexts) == len(layout.rows)
+    scale = q.shape[2] ** -0.5 if scale is None else scale
+    if q.is_cuda and q.dtype in KERNEL_DTYPES:
+        return _by_kernel(context, layout, layer, q, k, v, scale, window)
+    return reference(layout, layer, q, k, v, scale, window)
+
+
+def _by_kernel(
+    context: ForwardContext,
+    layout: DecodeAttention,
+    layer: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    from harmony_core.engine.kernels.paged_decode import list_work, make_scratch, paged_decode
+
+    prepared = context.prepared
+    if (name := f"work {window}") not in prepared:
+        prepared[name] = list_work(layout.contexts, layout.rows, layout.capacity, window)
+    if "scratch" not in prepared:
+        # One layer after the other uses it.
+        prepared["scratch"] = make_scratch(layout.capacity, q)
+    return paged_decode(
+        q,
+        k,
+        v,
+        layout.keys[layer],
+        layout.values[layer],
+        *(layout.block_table, prepared[name], prepared["scratch"]),
+        scale=scale,
+        window=window,
+        page_size=layout.block_size,
+    )
+
+
+def reference(
+    layout: DecodeAttention, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
+) -> Tensor:
+    """What `decode` computes, on any device and in any dtype; it waits for the longest context."""
+    keys, values, size = layout.keys[layer], layout.values[layer], layout.block_size
+    newest = layout.contexts.long() - 1
+    blocks = layout.block_table.index_select(0, layout.rows).long()
+    write = blocks.gather(1, newest[:, None] // size)[:, 0] * size + newest % size
+    keys.index_copy_(0, write, k.to(keys.dtype))
+    values.index_copy_(0, write, v.to(values.dtype))
+    token = torch.arange(int(layout.contexts.max()), device=q.device)
+    visible = token <= newest[:, None]
+    if window is not None:
+        visible &= token > newest[:, None] - window
+    # What is not in sight may hold a NaN, which a mask would not stop: read the row's own new token in its place.
+    slots = torch.where(visible, blocks[:, token // size] * size + token % size, write[:, None])
+    # [B, M, K, D] -> [B, K, M, D]; all query heads of one key-value head become its query rows.
+    seen_k, seen_v = keys[slots].transpose(1, 2), values[slots].transpose(1, 2)
+    rows = q.reshape(len(q), keys.shape[1], -1, q.shape[2])
+    output = F.scaled_dot_product_attention(rows, seen_k, seen_v, attn_mask=visible[:, None, None], scale=scale)
+    return output.flatten(1, 2)

@@ -24,39 +24,39 @@ class PackedAttention:
 
 @dataclass(frozen=True)
 class PagedAttention:
-    """New tokens of B sequences back to back, attending to everything their sequence has in the pages.
+    """New tokens of B sequences back to back, attending to everything their sequence has in the KV cache.
 
-    `keys[layer]`, `values[layer]`: `[slots, kv_heads_local, head_dim]`. `write_slots`: `[T]` long, where the new
-    tokens' keys and values go. `lengths`: new tokens of each sequence; `context_lengths`: its past plus new ones.
-    `read_slots`: `[B, max(context_lengths)]` long, padded with any valid slot; may be None when every sequence has
-    no past. All lengths 1 is a decode step.
+    `keys[layer]`, `values[layer]`: `[slots, kv_heads_local, head_dim]`. `slot_mapping`: `[T]` long, the slots that the
+    new tokens' keys and values go to. `lengths`: new tokens of each sequence; `context_lengths`: its past plus new
+    ones. `context_slots`: `[B, max(context_lengths)]` long, the slots of each sequence's tokens, padded with any valid
+    one; may be None when every sequence has no past. All lengths 1 is a decode step.
     """
 
     keys: Sequence[Tensor]
     values: Sequence[Tensor]
-    write_slots: Tensor
+    slot_mapping: Tensor
     lengths: tuple[int, ...]
     context_lengths: tuple[int, ...]
-    read_slots: Tensor | None
+    context_slots: Tensor | None
 
 
 @dataclass(frozen=True)
 class DecodeAttention:
-    """One new token of each of B sequences against its pages. All lengths are on the device: a CUDA graph replays it.
+    """One new token of each of B sequences against its context. All lengths are on the device: a CUDA graph replays it.
 
-    `keys[layer]`, `values[layer]`: `[token slots, kv_heads_local, head_dim]`; page p is the slots from `p * page_size`.
-    `table`: int32 `[table rows, most pages]`, the pages of each sequence in order; what lies beyond a context is never
-    read. `rows`: int32 `[B]`, each sequence's row of the table. `contexts`: int32 `[B]`, its tokens with the new one,
-    at least 1; the new key and value go to the slot of token `contexts - 1`. `capacity`: the most work items that a
-    step may have, `Σ ceil(contexts / DECODE_SPLIT)`; past it rows come out as NaN.
+    `keys[layer]`, `values[layer]`: `[slots, kv_heads_local, head_dim]`; block b is the slots from `b * block_size`.
+    `block_table`: int32 `[table rows, most blocks]`, the blocks of each sequence in order; what lies beyond a context
+    is never read. `rows`: int32 `[B]`, each sequence's row of the table. `contexts`: int32 `[B]`, its tokens with the
+    new one, at least 1; the new key and value go to the slot of token `contexts - 1`. `capacity`: the most work items
+    that a step may have, `Σ ceil(contexts / DECODE_SPLIT)`; past it rows come out as NaN.
     """
 
     keys: Sequence[Tensor]
     values: Sequence[Tensor]
-    table: Tensor
+    block_table: Tensor
     rows: Tensor
     contexts: Tensor
-    page_size: int
+    block_size: int
     capacity: int
 
 

@@ -1,25 +1,36 @@
-"""From hidden states to log-probs of given tokens, without ever holding `[tokens, vocabulary]`.
+"""From hidden states to log-probs of given tokens, without ever holding `[tokens, vocabulary]`; and scalar heads.
 
 The head runs over chunks of rows; each tensor-parallel rank scores its own slice of the vocabulary, and two small
 reductions per chunk make the softmax whole. The gradient with respect to the logits comes with it where it is asked
 for. Scorers do this in plain torch, or by two kernels. N rows, d hidden, V vocabulary (in a scorer the local columns).
+
+A scalar head gives one number for a token in place of the logits. It is a matrix `[1, d]` without bias, whole on every
+tensor-parallel rank and stored as `score.weight`, as in transformers' `*ForSequenceClassification` with one label. It
+belongs to the base weights where these are trained or were stored with one, else to an adapter. A new one is zero:
+every score is then exactly 0, whatever the number of ranks and without a random draw, so a value model begins as no
+baseline and a reward model without a preference. The first step moves the head alone, since a zero head passes no
+gradient on; from the second on everything is trained.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import AutoModelForSequenceClassification
 
 from harmony_core.engine.models.matmul import add_matmul, plain_matmul, wide, wide_matmul
 from harmony_core.engine.models.model import CausalLM
 from harmony_core.engine.models.parallel import all_reduce
 from harmony_core.memory.sizes import HEAD_DEVICE_BYTES, HEAD_HOST_BYTES, HEAD_TILES
 from harmony_core.rpc import progress
+
+if TYPE_CHECKING:
+    from harmony_core.engine.models.model import CausalLM
 
 
 class HostScorer:
@@ -47,7 +58,7 @@ class HostScorer:
         logits = wide_matmul(hidden, self.weight.t()) if hidden.is_cuda else model.matmul(hidden, self.weight)
         logits = logits.to(wide(logits.dtype))
         top = all_reduce(logits.amax(-1), model.tp, dist.ReduceOp.MAX)
-        local = targets - model.vocab_start
+        local = targets - model.vocab_shard.start
         self._mine = (local >= 0) & (local < self.weight.shape[0])
         self._columns = local.clamp(0, self.weight.shape[0] - 1)
         picked = logits.gather(1, self._columns[:, None])[:, 0]
@@ -97,10 +108,10 @@ class DeviceScorer:
 
     def __init__(self, model: CausalLM, rows: int, gradients: int = 0) -> None:
         """`rows` of a tile; room for the gradients of so many rows."""
-        from harmony_core.engine.kernels import softmax
+        from harmony_core.engine.kernels import training
 
         self.model, self.weight, self.rows = model, model.head_weight, rows
-        self._kernels = softmax
+        self._kernels = training
         width = self.weight.shape[0]
         self._logits = self.weight.new_empty((rows, width), dtype=torch.float32)
         self._gradients = self.weight.new_empty((gradients, width))
@@ -117,7 +128,7 @@ class DeviceScorer:
         """`[n, d]`, `[n]` -> log-probs `[n]`."""
         tp, count = self.model.tp, len(targets)
         self._tile = wide_matmul(hidden, self.weight.t(), out=self._logits[:count])
-        self._columns = targets - self.model.vocab_start
+        self._columns = targets - self.model.vocab_shard.start
         local_top, total, picked = (row[:count] for row in self._statistics)
         self._kernels.softmax_statistics(self._tile, self._columns, local_top, total, picked)
         self._top = all_reduce(local_top.clone(), tp, dist.ReduceOp.MAX)
@@ -163,13 +174,7 @@ def token_logprobs(model: CausalLM, hidden: Tensor, targets: Tensor, chunk: int 
 
     The same on every tensor-parallel rank, which must all call it with the same N.
     """
-    count = len(targets)
-    hidden, targets = pad_rows(model, hidden, targets)
-    logprobs = hidden.new_empty(targets.shape, dtype=wide(hidden.dtype))
-    scorer = make_scorer(model, len(targets), chunk, gradients=False)
-    for rows in _chunks(0, len(targets), scorer.rows):
-        logprobs[rows] = scorer.score(hidden[rows], targets[rows])
-    return logprobs[:count]
+    return _score(model, hidden, targets, chunk, entropies=False)[0]
 
 
 @torch.no_grad()
@@ -177,15 +182,23 @@ def token_logprobs_and_entropies(
     model: CausalLM, hidden: Tensor, targets: Tensor, chunk: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """`token_logprobs`, and the entropy of each row's distribution over the whole vocabulary, in nats, `[N]`."""
+    logprobs, entropies = _score(model, hidden, targets, chunk, entropies=True)
+    return logprobs, entropies
+
+
+def _score(model: CausalLM, hidden: Tensor, targets: Tensor, chunk: int | None, entropies: bool) -> Tensor:
+    """Log-probs and, where asked for, entropies, `[1 or 2, N]`."""
     count = len(targets)
     hidden, targets = pad_rows(model, hidden, targets)
-    found = hidden.new_empty((2, *targets.shape), dtype=wide(hidden.dtype))
-    scorer = _entropy_scorer(model, chunk)
+    found = hidden.new_empty((1 + entropies, *targets.shape), dtype=wide(hidden.dtype))
+    scorer = _entropy_scorer(model, chunk) if entropies else make_scorer(model, len(targets), chunk, gradients=False)
     for rows in _chunks(0, len(targets), scorer.rows):
         found[0, rows] = scorer.score(hidden[rows], targets[rows])
-        found[1, rows] = scorer.entropies
-        scorer.drop()
-    return found[0, :count], found[1, :count]
+        if entropies:
+            assert isinstance(scorer, HostScorer)
+            found[1, rows] = scorer.entropies
+            scorer.drop()
+    return found[:, :count]
 
 
 def linear_logprob_loss(
@@ -292,3 +305,42 @@ def _chunks(start: int, stop: int, size: int) -> Iterator[slice]:
     for first in range(start, stop, size):
         yield slice(first, min(first + size, stop))
         progress.made()
+
+
+SCORE = "score.weight"
+"""The stored name of a scalar head, and the parameter's in a base that has one."""
+
+
+def scores(model: CausalLM, hidden: Tensor, head: Tensor) -> Tensor:
+    """`[N, d]` -> `[N]`, float32 (float64 in a float64 model), the same on every tensor-parallel rank."""
+    kind = wide(hidden.dtype)
+    if hidden.dtype == kind:
+        return model.matmul(hidden, head)[:, 0]
+    # One number is all there is of a token: it is not rounded to half precision.
+    return hidden.to(kind) @ head[0].to(kind)
+
+
+def put_scalar_head(module: nn.Module, width: int, dtype: torch.dtype) -> None:
+    """Replace the vocabulary's head of a model on the meta device."""
+    module.lm_head = None  # type: ignore[assignment]
+    module.score = nn.Linear(width, 1, bias=False, device="meta", dtype=dtype)
+
+
+def head_of(model: CausalLM, adapter: str | None) -> nn.Parameter:
+    """The scalar head that a spawn uses: its adapter's own, else the stored one, else a new one that stays as it is."""
+    own = model.adapters[adapter].parameters.get(SCORE) if adapter is not None else None
+    head = model.base_parameters.get(SCORE) if own is None else own
+    return new_head(model) if head is None else head
+
+
+def new_head(model: CausalLM) -> nn.Parameter:
+    """A head for `model`, not trained yet: the stored one's values, or zeros where none is stored."""
+    stored = model.base_parameters.get(SCORE)
+    values = torch.zeros(1, model.hidden_size, device=model.device, dtype=model.dtype)
+    return nn.Parameter(values if stored is None else stored.detach().clone(), requires_grad=False)
+
+
+def architecture_with_score(config: Any) -> str:
+    """The name of transformers' class that a model with a scalar head is stored as."""
+    known: Any = AutoModelForSequenceClassification._model_mapping
+    return str(known[type(config)].__name__)

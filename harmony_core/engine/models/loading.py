@@ -1,6 +1,7 @@
 """From a directory to a live model: config, an empty model of its shape, then each rank's slices from the files.
 
-Full-size tensors are never built for what a rank holds a slice of.
+Full-size tensors are never built for what a rank holds a slice of. Which files are weights, `weight_files` says, as it
+does in the registry; only safetensors is ever read.
 """
 
 from __future__ import annotations
@@ -8,23 +9,85 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from harmony_core.engine.models import attention, matmul_cpu
-from harmony_core.engine.models.checkpoint_reader import CheckpointReader
+from harmony_core.engine.models import attention
 from harmony_core.engine.models.deterministic import make_deterministic
-from harmony_core.engine.models.fused_linear import fuse_layers
+from harmony_core.engine.models.heads import SCORE, put_scalar_head
+from harmony_core.engine.models.layers import fuse_layers, shard_modules
+from harmony_core.engine.models.matmul import onednn_is_faster, onednn_linear
 from harmony_core.engine.models.model import CausalLM
 from harmony_core.engine.models.parallel import Shard, TensorParallel, full_shape, set_shard, shard_of
-from harmony_core.engine.models.scalar import SCORE, put_scalar_head
-from harmony_core.engine.models.sharding import shard_modules
 from harmony_core.errors import ModelRefused, VerificationError
-from harmony_core.plain_files import read_json, refuse_code
+from harmony_core.model.weight_files import read_headers
+from harmony_core.plain_files import read_json, real_path, refuse_code
+from harmony_core.rpc import progress
+
+
+class CheckpointReader:
+    """Named tensors of one directory, opened lazily; a context manager that closes the files.
+
+    `stem` is the file name without suffix: "model", or "adapter_model".
+    """
+
+    def __init__(self, directory: Path, stem: str = "model") -> None:
+        self.directory = directory
+        self._handles: dict[Path, Any] = {}
+        self._tensors = read_headers(directory, stem)
+
+    def __enter__(self) -> CheckpointReader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._handles.clear()
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Every stored tensor's name."""
+        return frozenset(self._tensors)
+
+    def check(self, name: str, shape: tuple[int, ...]) -> None:
+        """Raise unless the tensor has this full shape."""
+        stored = self._tensors[name]
+        if stored.shape != shape:
+            found, expected = list(stored.shape), list(shape)
+            raise VerificationError(f"{self._path(name)}: {name} has shape {found}, the model needs {expected}")
+
+    def read(self, name: str, shard: Shard | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """This rank's slice of a tensor of full `shape`, converted to `dtype`, on the CPU."""
+        self.check(name, shape)
+        window = [slice(None)] * len(shape)
+        if shard is not None:
+            window[shard.dim] = slice(shard.start, shard.stop)
+        try:
+            file = self._open(self._path(name))
+            tensor: Tensor = file.get_slice(name)[tuple(window)] if shape else file.get_tensor(name)
+        except SafetensorError as error:
+            raise VerificationError(f"{self._path(name)}: {name} cannot be read: {error}") from None
+        progress.made()
+        # A slice of a mapped file must not outlive the mapping, and the optimizer wants it contiguous.
+        return tensor.to(dtype, copy=True).contiguous()
+
+    def _path(self, name: str) -> Path:
+        return self.directory / self._tensors[name].file
+
+    def _open(self, path: Path) -> Any:
+        if path not in self._handles:
+            try:
+                self._handles[path] = safe_open(str(real_path(path)), framework="pt", device="cpu")
+            except (SafetensorError, OSError) as error:
+                raise VerificationError(f"{path} is damaged: {error}") from None
+        return self._handles[path]
+
 
 HEAD = "lm_head.weight"
 """The stored name of a vocabulary head that is not tied."""
@@ -83,8 +146,8 @@ def copy_model(model: CausalLM) -> CausalLM:
 def _choose_products(model: CausalLM, deterministic: bool) -> None:
     if deterministic:
         make_deterministic(model)
-    elif matmul_cpu.applies(model.device, model.dtype):
-        model.use_product(matmul_cpu.linear)
+    elif onednn_is_faster(model.device, model.dtype):
+        model.use_product(onednn_linear)
 
 
 def read_config(directory: Path) -> Any:

@@ -1,32 +1,71 @@
 """A causal language model on one rank: the transformers module, this rank's weights, and what the engine asks of it.
 
-It knows nothing of batching, sampling or optimizers. Shapes: T tokens of one packed row, d hidden, V vocabulary.
+It knows nothing of batching, sampling or optimizers. torch.compile traces a decoder layer once for any number of
+tokens, and layers of one shape share what it made; the attention function, the collectives and an adapter's dropout
+stay outside. Weights may change in place, adapters come and go. Shapes: T tokens of one packed row, d hidden, V
+vocabulary.
 """
 
 from __future__ import annotations
 
+import math
+import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch._dynamo
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from harmony_core.engine.models.compiling import LayerCall, prepare_compiling
 from harmony_core.engine.models.context import current_context
+from harmony_core.engine.models.layers import Product, set_product
 from harmony_core.engine.models.matmul import wide, wide_matmul
-from harmony_core.engine.models.parallel import (
-    Product,
-    Shard,
-    TensorParallel,
-    gather_full,
-    set_product,
-    shard_of,
-    sum_gradient,
-)
+from harmony_core.engine.models.parallel import Shard, TensorParallel, full_shape, gather_full, shard_of, sum_gradient
 from harmony_core.errors import DataError
+from harmony_core.rpc import progress
 
 if TYPE_CHECKING:
     from harmony_core.engine.models.adapters import AdapterInfo
+
+RECOMPILE_LIMIT = 4096
+"""Variants of one function that are compiled before the rest runs uncompiled, without a word. Each layer is four
+functions; a variant is what trains or not, has which adapter, which type, one token or many."""
+
+
+COMPILE_ERRORS = (torch._dynamo.exc.TorchDynamoException,)
+"""What a compiled layer's first call raises when it cannot be compiled."""
+
+
+class LayerCall:
+    """Takes the place of `forward` in one module. Its inputs are positional tensors and anything by keyword."""
+
+    def __init__(self, module: nn.Module) -> None:
+        # The module refers to this object: without a circle a model goes, with its memory, when it is given up.
+        self._module = weakref.ref(module)
+        self._run: Callable[..., Any] = type(module).forward
+        self.recomputed = False
+        """Whether the backward pass runs the forward pass again, in place of keeping what it made."""
+        module.forward = self
+
+    def compile(self, backend: str) -> None:
+        """From now on through torch.compile. What is recomputed stays outside, so a change of it compiles nothing."""
+        self._run = torch.compile(self._run, dynamic=True, backend=backend)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's forward pass."""
+        module = self._module()
+        if self.recomputed and torch.is_grad_enabled():
+            # Nothing draws from torch's random state: dropout draws from the context's seed.
+            made = checkpoint(self._run, module, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        else:
+            made = self._run(module, *args, **kwargs)
+        progress.made()
+        if isinstance(made, torch.Tensor) and made.requires_grad:
+            # The backward pass has come to this layer.
+            made.register_hook(progress.made)  # type: ignore[no-untyped-call]
+        return made
 
 
 class CausalLM:
@@ -51,13 +90,14 @@ class CausalLM:
         self.adapters: dict[str, AdapterInfo] = {}
         self.matmul: Product = F.linear
         """How every weight matrix is applied: (rows, weight, bias) -> rows."""
+        self.deterministic = False
+        """Whether a token's numbers have the same bits whatever is computed beside it (`make_deterministic`)."""
         self.row_multiple = 1
         """The head scores a multiple of this many rows at a time. Above 1 in the deterministic mode."""
         # Taken before any adapter wraps a layer, so these are the names of the stored tensors. A tied head is absent.
         self.base_parameters: dict[str, nn.Parameter] = dict(module.named_parameters())
         self._summed_gradients = summed_gradients
         self._decoder: nn.Module = module.base_model  # type: ignore[assignment]
-        self._embedding: nn.Module = module.get_input_embeddings()  # type: ignore[operator]
         self._head: nn.Module | None = module.get_output_embeddings()  # type: ignore[operator]
         self._layers = [LayerCall(layer) for layer in self._decoder.layers]  # type: ignore[union-attr]
         self._final_norm = LayerCall(self._decoder.norm)  # type: ignore[arg-type]
@@ -76,9 +116,11 @@ class CausalLM:
         assert adapter is None or adapter in self.adapters, f"no adapter {adapter!r} on this model"
         if tokens.device.type == "cpu" and tokens.numel():
             # Split over ranks, an unknown token would become a row of zeros without a word.
-            low, high = (int(bound) for bound in torch.aminmax(tokens))
+            low, high = torch.aminmax(tokens)
             if low < 0 or high >= self.vocab_size:
-                raise DataError(f"token id {low if low < 0 else high} is outside the vocabulary of {self.vocab_size}")
+                raise DataError(
+                    f"token id {int(low if low < 0 else high)} is outside the vocabulary of {self.vocab_size}"
+                )
         output = self._decoder(input_ids=tokens[None], position_ids=positions[None], use_cache=False)
         hidden: Tensor = output.last_hidden_state[0]
         return hidden
@@ -91,37 +133,22 @@ class CausalLM:
                 set_product(layer, product)
 
     @property
-    def deterministic(self) -> bool:
-        """Whether a token's numbers have the same bits whatever is computed beside it (`make_deterministic`)."""
-        return self.row_multiple > 1
-
-    @property
     def has_vocabulary_head(self) -> bool:
         """False for weights with a scalar head in its place: they score, and give no log-probs."""
         return self._head is not None
 
     @property
     def head_weight(self) -> nn.Parameter:
-        """`[V_local, d]`: this rank's rows of the output matrix, starting at token `vocab_start`."""
+        """`[V_local, d]`: this rank's rows of the output matrix, those of `vocab_shard`."""
         assert self._head is not None, "these weights have no vocabulary head"
         weight = self._head.weight
         assert isinstance(weight, nn.Parameter)
         return weight
 
     @property
-    def tied(self) -> bool:
-        """The output matrix is the embedding."""
-        return self._head is not None and self._head.weight is self._embedding.weight
-
-    @property
     def vocab_shard(self) -> Shard:
         """Which tokens this rank's head scores."""
         return shard_of(self.head_weight) or Shard(0, 0, self.vocab_size, self.vocab_size)
-
-    @property
-    def vocab_start(self) -> int:
-        """The first token of this rank's rows of the head."""
-        return self.vocab_shard.start
 
     @torch.no_grad()
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
@@ -152,10 +179,6 @@ class CausalLM:
                     sum_gradient(parameter, self.tp)
         return dict(chosen)
 
-    def shard_of(self, parameter: nn.Parameter) -> Shard | None:
-        """Which slice of the full tensor a parameter is; None when every rank holds all of it."""
-        return shard_of(parameter)
-
     def parameter_bytes(self, adapter: str | None = None) -> int:
         """Bytes of the base weights held here, and of one adapter's if named."""
         held = list(self.base_parameters.values())
@@ -163,15 +186,9 @@ class CausalLM:
             held += self.adapters[adapter].parameters.values()
         return sum(parameter.numel() * parameter.element_size() for parameter in held)
 
-    def num_parameters(self, adapter: str | None = None) -> int:
-        """Elements of the full base model over all ranks, or of one adapter if named."""
-        held = self.base_parameters if adapter is None else self.adapters[adapter].parameters
-        total = 0
-        for parameter in held.values():
-            shard = shard_of(parameter)
-            scale = 1 if shard is None else shard.full
-            total += parameter.numel() * scale // (1 if shard is None else max(1, shard.stop - shard.start))
-        return total
+    def num_parameters(self) -> int:
+        """Elements of the full base model over all ranks."""
+        return sum(math.prod(full_shape(parameter)) for parameter in self.base_parameters.values())
 
     def copy_weights(self) -> CausalLM:
         """A private copy of the base weights, for training all of them or for a frozen clone. Adapters stay behind."""
@@ -194,7 +211,11 @@ class CausalLM:
         layers share it, and so does every number of tokens but one. It needs a compiler: see `rpc.platform`.
         """
         if self._backend is None:
-            prepare_compiling()
+            # Past its limit dynamo runs the function uncompiled. The older name serves older versions.
+            for limit in ("recompile_limit", "cache_size_limit"):
+                for name in (limit, f"accumulated_{limit}"):
+                    if hasattr(torch._dynamo.config, name):
+                        setattr(torch._dynamo.config, name, RECOMPILE_LIMIT)
             for call in (*self._layers, self._final_norm):
                 call.compile(backend)
             self._backend = backend

@@ -1,13 +1,12 @@
-"""Tensor parallelism on plain local tensors: who holds which slice, and collectives that autograd understands.
+"""Tensor parallelism on plain local tensors: the slices of the ranks, and collectives that autograd understands.
 
-A linear layer is split by its output rows (column-parallel) or by its input columns (row-parallel), the embedding by
-its vocabulary (Shoeybi et al., Megatron-LM, 2019). Every parameter stays an ordinary local tensor; a `Shard` remembers
-which part of the full one it is. This module does not know which layer of a model is split how.
+Every parameter stays an ordinary local tensor; a `Shard` remembers which part of the full one it is. `layers` says how
+each layer of a model is split.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from harmony_core.rpc import progress
 
@@ -41,7 +39,7 @@ class TensorParallel:
 
     @property
     def silent(self) -> bool:
-        """True when there is nobody to talk to, or inside `without_collectives()`."""
+        """True on a single rank, or inside `without_collectives()`."""
         return self.size == 1 or bool(self._muted)
 
     @contextmanager
@@ -214,95 +212,3 @@ def sum_gradient(parameter: nn.Parameter, tp: TensorParallel) -> None:
         return all_reduce(gradient.clone(memory_format=torch.contiguous_format), tp)
 
     parameter.register_hook(hook)  # type: ignore[no-untyped-call]
-
-
-Product = Callable[..., Tensor]
-"""How a weight matrix is applied: (rows, weight, bias) -> rows, as `F.linear` does it."""
-
-
-class ProductLinear(nn.Linear):
-    """A linear layer that says how its weight is applied."""
-
-    product: Product = staticmethod(F.linear)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """`[..., in]` -> `[..., out]`."""
-        return self.product(input, self.weight, self.bias)
-
-
-def set_product(layer: nn.Linear, product: Product) -> None:
-    """Let a linear layer apply its weight with `product`."""
-    if type(layer) is nn.Linear:
-        # A class of its own, not a function on the layer that knows the layer: that circle would outlive the model.
-        layer.__class__ = ProductLinear
-    layer.product = product  # type: ignore[assignment]
-
-
-class ColumnParallelLinear(nn.Linear):
-    """A linear layer split by output rows; `in_features` and `out_features` stay those of the full layer.
-
-    With `gather_output` every rank gets the whole output, else its own slice.
-    """
-
-    product: Product = staticmethod(F.linear)
-
-    def __init__(self, full: nn.Linear, tp: TensorParallel, gather_output: bool = False) -> None:
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = full.in_features, full.out_features
-        self.tp, self.gather_output = tp, gather_output
-        shard = Shard.of(tp, 0, full.out_features)
-        self.weight = _empty_slice(full.weight, shard)
-        self.register_parameter("bias", None if full.bias is None else _empty_slice(full.bias, shard))
-
-    def forward(self, input: Tensor) -> Tensor:
-        """`[..., in]` on all ranks -> this rank's slice of `[..., out]`, or all of it."""
-        output = self.product(copy_to(input, self.tp), self.weight, self.bias)
-        return gather_from(output, self.out_features, self.tp) if self.gather_output else output
-
-
-class RowParallelLinear(nn.Linear):
-    """A linear layer split by input columns: each rank adds its part. The bias is whole on every rank."""
-
-    product: Product = staticmethod(F.linear)
-
-    def __init__(self, full: nn.Linear, tp: TensorParallel) -> None:
-        nn.Module.__init__(self)
-        self.in_features, self.out_features, self.tp = full.in_features, full.out_features, tp
-        self.weight = _empty_slice(full.weight, Shard.of(tp, 1, full.in_features))
-        self.register_parameter("bias", full.bias)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """This rank's slice of `[..., in]` -> `[..., out]` on all ranks."""
-        output = reduce_from(self.product(input, self.weight), self.tp)
-        return output if self.bias is None else output + self.bias
-
-
-class VocabParallelEmbedding(nn.Embedding):
-    """An embedding split by its rows; the vocabulary need not divide evenly. `scale` multiplies what it gives."""
-
-    def __init__(self, full: nn.Embedding, tp: TensorParallel, scale: float | None = None) -> None:
-        nn.Module.__init__(self)
-        # Rounded as the weights are: so it is in models that scale their embeddings.
-        self.scale = None if scale is None else torch.tensor(scale, dtype=full.weight.dtype).item()
-        self.num_embeddings, self.embedding_dim = full.num_embeddings, full.embedding_dim
-        self.padding_idx, self.tp = full.padding_idx, tp
-        self.shard = Shard.of(tp, 0, full.num_embeddings)
-        # The row of the pad token takes no gradient from the embedding, here as in torch.
-        pad = -1 if full.padding_idx is None else full.padding_idx
-        self.local_padding_idx = pad - self.shard.start if self.shard.start <= pad < self.shard.stop else None
-        self.weight = _empty_slice(full.weight, self.shard)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Token ids `[...]` -> `[..., d]` on all ranks."""
-        local = input - self.shard.start
-        mine = (local >= 0) & (local < self.weight.shape[0])
-        rows = F.embedding(local.clamp(0, self.weight.shape[0] - 1), self.weight, self.local_padding_idx)
-        whole = reduce_from(rows * mine.unsqueeze(-1), self.tp)
-        return whole if self.scale is None else whole * self.scale
-
-
-def _empty_slice(full: Tensor, shard: Shard) -> nn.Parameter:
-    """A parameter of the slice's shape on the full one's device; its values are written by the loader."""
-    parameter = nn.Parameter(torch.empty_like(shard.take(full.detach())), requires_grad=full.requires_grad)
-    set_shard(parameter, shard)
-    return parameter

@@ -1,13 +1,19 @@
 """Live weights to disk and back: files that plain transformers and peft load.
 
 Every tensor-parallel rank of one replica joins in gathering; only the one with `write` holds full tensors and writes.
-Writing is not atomic and nothing is fsynced here: the caller hands in a staging directory.
+Writing is not atomic and nothing is fsynced here: the caller hands in a temporary directory.
+
+config.json says what the base's did, in words that old and new readers understand: transformers 5 keeps rotary settings
+in `rope_parameters`; what came before it reads `rope_theta`, `rope_scaling` and `rope_local_base_freq`, and takes its
+defaults where they are missing, without a word. Both forms are written.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -15,13 +21,33 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from harmony_core.engine.models.adapters import PREFIX, load_into_adapter, settings_as_stored
-from harmony_core.engine.models.checkpoint_reader import CheckpointReader
-from harmony_core.engine.models.loading import check_names, tied_names
+from harmony_core.engine.models.heads import architecture_with_score
+from harmony_core.engine.models.loading import CheckpointReader, check_names, tied_names
 from harmony_core.engine.models.model import CausalLM
 from harmony_core.engine.models.parallel import full_shape, gather_full, shard_of
-from harmony_core.engine.models.scalar import architecture_with_score
-from harmony_core.engine.models.stored_config import both_forms
 from harmony_core.rpc import progress
+
+_LOCAL = "sliding_attention"
+"""The layers of gemma3_text with a rotation of their own."""
+
+
+def both_forms(stored: dict[str, Any], config: Any, dtype: str) -> dict[str, Any]:
+    """`stored`, the content of a config.json, with type and rotary settings under their old and their new names.
+
+    `config` is transformers' reading of it, which is what is computed; `dtype` a name such as "float32".
+    """
+    made = stored | {"dtype": dtype, "torch_dtype": dtype}
+    rope = config.get_text_config().rope_parameters
+    kinds = {kind: dict(values) for kind, values in rope.items() if isinstance(values, dict)}
+    made["rope_parameters"] = kinds or dict(rope)
+    main = kinds.get("full_attention", made["rope_parameters"])
+    if "rope_parameters" in stored or "rope_theta" not in stored:
+        scaling = {name: value for name, value in main.items() if name != "rope_theta"}
+        made |= {"rope_theta": main["rope_theta"], "rope_scaling": scaling if main["rope_type"] != "default" else None}
+        if _LOCAL in kinds:
+            made["rope_local_base_freq"] = kinds[_LOCAL]["rope_theta"]
+    return made
+
 
 FILE_BYTES = 4 << 30
 """One file's worth of tensors is what the writing rank holds at a time."""
@@ -124,7 +150,7 @@ def _cut_into_files(parameters: dict[str, nn.Parameter]) -> list[list[str]]:
 
 
 def _full_bytes(parameter: nn.Parameter) -> int:
-    return torch.Size(full_shape(parameter)).numel() * parameter.element_size()
+    return math.prod(full_shape(parameter)) * parameter.element_size()
 
 
 def _write_json(path: Path, data: object) -> None:

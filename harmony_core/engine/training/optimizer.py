@@ -80,7 +80,7 @@ class AdamW:
             update(segment, keep=keep, step_size=step_size, **arguments)
 
     def _in_one_pass(self, segment: _Segment, **arguments: float) -> None:
-        from harmony_core.engine.kernels.adamw import update_in_one_pass
+        from harmony_core.engine.kernels.training import update_in_one_pass
 
         run = slice(segment.start, segment.stop)
         alone = segment.pieces[0] if len(segment.pieces) == 1 else None

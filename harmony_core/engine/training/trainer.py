@@ -19,9 +19,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from harmony_core.engine.models.context import ForwardContext, PackedAttention, forward_context
-from harmony_core.engine.models.heads import linear_logprob_loss, token_logprobs, token_logprobs_and_entropies
+from harmony_core.engine.models.heads import linear_logprob_loss, scores, token_logprobs, token_logprobs_and_entropies
 from harmony_core.engine.models.model import CausalLM
-from harmony_core.engine.models.scalar import scores
 from harmony_core.engine.training import state_files
 from harmony_core.engine.training.gradients import FlatGradients
 from harmony_core.engine.training.logprob_gap import LogprobGap, metrics

@@ -15,7 +15,7 @@ from harmony_core.engine.inference.step import StepPlan
 from harmony_core.engine.models.adapters import add_lora
 from harmony_core.engine.models.loading import load_model
 from harmony_core.engine.models.model import CausalLM
-from harmony_core.engine.models.parallel import full_shape
+from harmony_core.engine.models.parallel import full_shape, shard_of
 from harmony_core.rpc.protocol import LoraSettings, Sampling, unpack_floats, unpack_ints
 from ranks import Group
 
@@ -30,7 +30,7 @@ def add_adapter(model: CausalLM, name: str) -> None:
             if path.endswith("lora_B.weight"):
                 shape = full_shape(parameter)
                 full = torch.randn(shape, generator=torch.Generator().manual_seed(index)) * 0.3
-                shard = model.shard_of(parameter)
+                shard = shard_of(parameter)
                 parameter.copy_(full if shard is None else shard.take(full))
 
 
@@ -72,7 +72,7 @@ def generate(
                 unpack_floats(answer.sampled_logprobs),
             ]
     _broadcast(group, b"")
-    assert scheduler.pool.is_empty
+    assert scheduler.pool.available == scheduler.pool.capacity
     return {"results": results, "largest_plan": largest, "kv_bytes": runner.cache.bytes}
 
 

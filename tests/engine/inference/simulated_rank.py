@@ -12,9 +12,17 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from harmony_core.engine.inference.sampling_parameters import SamplingParameters, stream, uniforms
 from harmony_core.engine.inference.scheduler import Scheduler
-from harmony_core.engine.inference.step import Finished, StepPlan, StepResult, int32
+from harmony_core.engine.inference.step import (
+    UNIFORM,
+    Finished,
+    StepPlan,
+    StepResult,
+    int32,
+    stream,
+    uniforms,
+    unpack_sampling,
+)
 from harmony_core.rpc.protocol import Sampling
 
 VOCAB = 100
@@ -56,10 +64,10 @@ class SimulatedRank:
         self._weights = np.full((pages, page_size), -1, dtype=np.int64)
 
     def run(self, plan: StepPlan) -> StepResult:
-        changes = int32(plan.new_pages).reshape(-1, 3)
+        changes = int32(plan.new_blocks).reshape(-1, 3)
         self._table[changes[:, 0], changes[:, 1]] = changes[:, 2]
         self._admitted[changes[changes[:, 1] == 0, 0]] = self.weights
-        slots, lengths, contexts = int32(plan.slots), int32(plan.lengths), int32(plan.contexts)
+        slots, lengths, contexts = int32(plan.req_indices), int32(plan.lengths), int32(plan.contexts)
         assert len(np.unique(slots)) == len(slots)
         tokens = int32(plan.tokens) if not plan.is_decode else self._last[slots]
         assert len(tokens) == lengths.sum()
@@ -84,16 +92,21 @@ class SimulatedRank:
         return self._tokens[pages].reshape(-1)[:context].tobytes()
 
     def _draw(self, plan: StepPlan, seen: list[bytes], contexts: np.ndarray) -> StepResult:
-        draws = SamplingParameters.unpack(plan.draws)
+        parameters = unpack_sampling(plan.sampling)
         rows = int32(plan.sampled)
         drawn = [
             next_token(zlib.crc32(seen[row]), uniform, plan.suppressed.get(place, ()))
-            for place, (row, uniform) in enumerate(zip(rows.tolist(), draws.uniform, strict=True))
+            for place, (row, uniform) in enumerate(zip(rows.tolist(), parameters[UNIFORM], strict=True))
         ]
         tokens = np.array(drawn, dtype=np.int32)
         self._last[int32(plan.targets)] = tokens
         logprobs = -contexts[rows].astype(np.float64)
         return StepResult(tokens.tobytes(), logprobs.tobytes(), (logprobs / 2).tobytes())
+
+
+def rows_of(scheduler: Scheduler) -> dict[int, int]:
+    """Row of the batch tables -> request, of every sequence that has one."""
+    return {sequence.req_index: sequence.id for sequence in scheduler._running.values()}
 
 
 class Loop:
@@ -102,7 +115,7 @@ class Loop:
     def __init__(self, scheduler: Scheduler, lag: int = 0) -> None:
         pool = scheduler.pool
         self.scheduler = scheduler
-        self.rank = SimulatedRank(pool.capacity, pool.page_size)
+        self.rank = SimulatedRank(pool.capacity, pool.block_size)
         self.plans: list[StepPlan] = []
         self._lag = lag
         self._flying: deque[tuple[StepPlan, StepResult]] = deque()
@@ -120,7 +133,7 @@ class Loop:
         self._check_writes(plan)
         self.plans.append(plan)
         self._flying.append((plan, self.rank.run(plan)))
-        assert self.scheduler.in_flight == len(self._flying)
+        assert len(self.scheduler._flights) == len(self._flying)
         return self.commit() if len(self._flying) > self._lag else []
 
     def commit(self) -> list[Finished]:
@@ -144,11 +157,11 @@ class Loop:
         """What is written to belongs to one sequence alone, and is not in the index."""
         pool, table = self.scheduler.pool, self.scheduler._table
         for slot, length, context in zip(
-            int32(plan.slots).tolist(), int32(plan.lengths).tolist(), int32(plan.contexts).tolist(), strict=True
+            int32(plan.req_indices).tolist(), int32(plan.lengths).tolist(), int32(plan.contexts).tolist(), strict=True
         ):
-            first, last = (context - length) // pool.page_size, (context - 1) // pool.page_size
+            first, last = (context - length) // pool.block_size, (context - 1) // pool.block_size
             for index in range(first, last + 1):
-                page = int(table.pages[slot, index])
+                page = int(table.blocks[slot, index])
                 assert page not in pool.prefixes, "writes to a page that may be shared"
-                whole = (index + 1) * pool.page_size <= context
+                whole = (index + 1) * pool.block_size <= context
                 assert whole or pool._holders[page] == 1, "writes to a page of two"

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import tiny_models
 from engine.inference.generation_cases import LORA, add_adapter
+from engine.inference.simulated_rank import rows_of
 from generator import Generator
 from harmony_core.engine.inference.step import Finished, int32
 from harmony_core.engine.models.context import ForwardContext, PackedAttention, forward_context
@@ -84,7 +85,7 @@ def test_greedy_output_equals_transformers_generate(load: Loader, family: str, t
         assert tokens_of(done[id]) == peer_greedy(peer, prompt, 40)
         assert done[id].finish_reason == "length"
     assert len({token for answer in done.values() for token in tokens_of(answer)}) > 10
-    assert generator.scheduler.pool.is_empty
+    assert generator.scheduler.pool.available == generator.scheduler.pool.capacity
 
 
 def recorded(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
@@ -112,7 +113,7 @@ def logits_by_step(
         if waiting and steps % 2 == 0:
             generator.submit(*waiting.pop(0))
         plan = generator.plan()
-        owner = generator.scheduler.running_slots()
+        owner = rows_of(generator.scheduler)
         seen.clear()
         for finished in generator.commit(plan, generator.run(plan)):
             assert finished.generated is not None
@@ -317,7 +318,7 @@ def test_not_a_number_ends_the_request_that_met_it_and_no_other(tmp_path: Path) 
     done = drain(generator)
     error = done.pop(7).error
     assert isinstance(error, EngineError) and "request 7" in error.message
-    assert generator.scheduler.pool.is_empty
+    assert generator.scheduler.pool.available == generator.scheduler.pool.capacity
     for id, finished in done.items():
         assert finished.generated is not None
         assert tokens_of(finished.generated) == tokens_of(expected[id])
@@ -347,7 +348,7 @@ def test_requests_that_come_and_go_leave_nothing_and_disturb_nobody(load: Loader
                 assert finished.generated is not None
                 done[finished.id] = finished.generated
     assert cancelled and set(done) | cancelled == set(range(150)) and not set(done) & cancelled
-    assert generator.scheduler.pool.is_empty
+    assert generator.scheduler.pool.available == generator.scheduler.pool.capacity
     for id in list(done)[::20]:
         alone = Generator(model, 256)
         alone.submit(id, prompts[id], settings[id])

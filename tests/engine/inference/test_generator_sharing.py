@@ -42,7 +42,7 @@ def run(generator: Generator, requests: Requests, lag: int = 0) -> dict[int, Gen
             for finished in generator.commit(oldest, generator.runner.collect(pending)):
                 assert finished.generated is not None, finished.error
                 done[finished.id] = finished.generated
-    assert generator.scheduler.pool.is_empty
+    assert generator.scheduler.pool.available == generator.scheduler.pool.capacity
     return done
 
 
@@ -78,7 +78,7 @@ def test_samples_of_one_prompt_are_what_each_would_be_alone(model: CausalLM, pre
     generator = made(model, 4096, prefill_tokens, lag)
     done = run(generator, requests, lag)
     assert generator.scheduler.statistics["forked_requests"] == 8
-    assert generator.scheduler.statistics["read_tokens"] == 1 + 16 + 37 + 64
+    assert generator.scheduler.statistics["computed_tokens"] == 1 + 16 + 37 + 64
     assert_as_alone(model, requests, done)
 
 

@@ -9,8 +9,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from harmony_core.engine.inference.sampler import Sampled, keep, sample
-from harmony_core.engine.inference.sampling_parameters import SamplingParameters, Setting, stream, uniforms
+from harmony_core.engine.inference.sampler import Sampled, _floors, put, sample
+from harmony_core.engine.inference.step import (
+    SamplingParameters,
+    Setting,
+    pack_sampling,
+    stream,
+    uniforms,
+    unpack_sampling,
+)
 from harmony_core.rpc.protocol import Sampling
 
 Settings = tuple[float, int, float, float]
@@ -27,11 +34,17 @@ def draws_of(settings: Sequence[Settings], seeds: Sequence[int] | None = None, p
 
 def draws_with(settings: Sequence[Settings], numbers: NDArray[np.float64]) -> SamplingParameters:
     samplings = [Sampling(temperature=t, top_k=k, top_p=p, min_p=m) for t, k, p, m in settings]
-    return SamplingParameters.unpack(SamplingParameters.pack([Setting.of(sampling) for sampling in samplings], numbers))
+    return unpack_sampling(pack_sampling([Setting.of(sampling) for sampling in samplings], numbers))
 
 
 def random_logits(rows: int, vocab: int, seed: int = 0, spread: float = 3.0) -> Tensor:
     return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * spread
+
+
+def keep(scaled: Tensor, parameters: SamplingParameters) -> Tensor:
+    """Which ids top-k, top-p and min-p leave, `[N, V]`, for logits already divided by the temperature."""
+    scaled = scaled - scaled.amax(-1, keepdim=True)
+    return scaled >= _floors(scaled, put(parameters.copy(), scaled.device), ranked=True)
 
 
 def warped(logits: Tensor, setting: Settings) -> Tensor:

@@ -7,16 +7,16 @@ import msgspec
 import numpy as np
 import pytest
 
-from engine.inference.simulated_rank import VOCAB, Loop, expected
-from harmony_core.engine.inference.admission import PATIENCE
-from harmony_core.engine.inference.scheduler import READS_IN_A_ROW, Scheduler
+from engine.inference.simulated_rank import VOCAB, Loop, expected, rows_of
+from harmony_core.engine.inference.kv_cache_manager import PATIENCE
+from harmony_core.engine.inference.scheduler import PREFILLS_IN_A_ROW, Scheduler
 from harmony_core.engine.inference.step import Finished, StepPlan, StepResult, int32
 from harmony_core.errors import DataError, EngineError, PromptTooLong
 from harmony_core.rpc.protocol import Sampling, unpack_floats, unpack_ints
 
 
 def scheduler(kv_tokens: int = 1024, prefill_tokens: int = 64, **options: int) -> Scheduler:
-    settings = {"max_positions": 256, "page_size": 4} | options
+    settings = {"max_positions": 256, "block_size": 4} | options
     return Scheduler(
         kv_tokens=kv_tokens, vocab_size=VOCAB, version=lambda: 0, prefill_tokens=prefill_tokens, **settings
     )
@@ -29,8 +29,8 @@ def prompt(id: int, length: int) -> list[int]:
 
 def ids(loop: Loop, plan: StepPlan) -> list[int]:
     """Whose rows a plan has; those that it ends are not named."""
-    owner = loop.scheduler.running_slots()
-    return [owner[slot] for slot in int32(plan.slots).tolist() if slot in owner]
+    owner = rows_of(loop.scheduler)
+    return [owner[slot] for slot in int32(plan.req_indices).tolist() if slot in owner]
 
 
 def tokens_of(finished: Finished) -> list[int]:
@@ -73,7 +73,7 @@ def test_the_stop_token_ends_a_request_is_part_of_it_and_what_was_drawn_after_it
     assert done.generated is not None and done.generated.finish_reason == "stop"
     assert tokens_of(done) == expected([1, 0, 0], Sampling(max_tokens=3))
     assert len(loop.plans) == 3 + lag
-    assert loop.scheduler.pool.is_empty and loop.scheduler.in_flight == 0
+    assert loop.scheduler.pool.available == loop.scheduler.pool.capacity and len(loop.scheduler._flights) == 0
 
 
 def test_more_tokens_than_a_row_of_records_holds_come_back_whole() -> None:
@@ -98,7 +98,7 @@ def test_stop_tokens_are_suppressed_until_min_tokens() -> None:
     for _ in range(3):
         loop.turn()
     places = [{int32(plan.targets)[place]: held for place, held in plan.suppressed.items()} for plan in loop.plans]
-    slot = next(slot for slot, id in loop.scheduler.running_slots().items() if id == 0)
+    slot = next(slot for slot, id in rows_of(loop.scheduler).items() if id == 0)
     assert places == [{slot: [8]}, {slot: [8]}, {}]
 
 
@@ -180,30 +180,30 @@ def test_plans_say_what_is_new_and_no_more() -> None:
     for _ in range(4):
         loop.turn()
     first, second, third, fourth = loop.plans
-    slots = int32(first.slots).tolist()
+    slots = int32(first.req_indices).tolist()
     assert int32(first.tokens).tolist() == [10, 11, 12, 13, 14, 20] and not first.is_decode
     assert (int32(first.lengths).tolist(), int32(first.contexts).tolist()) == ([5, 1], [5, 1])
     assert int32(first.sampled).tolist() == [0, 1] and int32(first.targets).tolist() == slots
-    changes = int32(first.new_pages).reshape(-1, 3)
+    changes = int32(first.new_blocks).reshape(-1, 3)
     assert changes[:, :2].tolist() == [[slots[0], 0], [slots[0], 1], [slots[1], 0]]
     assert len(set(changes[:, 2].tolist())) == 3
     for plan, contexts in ((second, [6, 2]), (third, [7, 3])):
-        assert plan.is_decode and plan.new_pages == b"" and plan.copies == b""
-        by_slot = dict(zip(int32(plan.slots).tolist(), int32(plan.contexts).tolist(), strict=True))
+        assert plan.is_decode and plan.new_blocks == b"" and plan.copies == b""
+        by_slot = dict(zip(int32(plan.req_indices).tolist(), int32(plan.contexts).tolist(), strict=True))
         assert [by_slot[slot] for slot in slots] == contexts
-        assert int32(plan.targets)[int32(plan.sampled)].tolist() == int32(plan.slots).tolist()
-    assert fourth.is_decode and int32(fourth.new_pages).reshape(-1, 3)[:, :2].tolist() == []
+        assert int32(plan.targets)[int32(plan.sampled)].tolist() == int32(plan.req_indices).tolist()
+    assert fourth.is_decode and int32(fourth.new_blocks).reshape(-1, 3)[:, :2].tolist() == []
     loop.turn()
-    assert int32(loop.plans[4].new_pages).reshape(-1, 3)[:, :2].tolist() == [[slots[0], 2], [slots[1], 1]]
+    assert int32(loop.plans[4].new_blocks).reshape(-1, 3)[:, :2].tolist() == [[slots[0], 2], [slots[1], 1]]
 
 
 def test_a_decode_step_of_256_rows_is_small_on_the_wire() -> None:
-    loop = Loop(scheduler(64 * 1024, 8192, page_size=16))
+    loop = Loop(scheduler(64 * 1024, 8192, block_size=16))
     for id in range(256):
         loop.scheduler.submit(id, prompt(id, 20), Sampling(max_tokens=5))
     while len(loop.plans) < 2 or not loop.plans[-1].is_decode:
         loop.turn()
-    assert len(int32(loop.plans[-1].slots)) == 256
+    assert len(int32(loop.plans[-1].req_indices)) == 256
     assert len(msgspec.msgpack.encode(loop.plans[-1])) < 24 * 1024
 
 
@@ -212,7 +212,7 @@ def test_pages_are_taken_as_a_sequence_grows() -> None:
     loop.scheduler.submit(1, [0] * 6, Sampling(max_tokens=200))
     for _ in range(8):
         loop.turn()
-    assert [len(int32(plan.new_pages)) // 3 for plan in loop.plans] == [2, 0, 0, 1, 0, 0, 0, 1]
+    assert [len(int32(plan.new_blocks)) // 3 for plan in loop.plans] == [2, 0, 0, 1, 0, 0, 0, 1]
     assert loop.scheduler.pool.touched == 4
 
 
@@ -223,7 +223,7 @@ def test_when_pages_run_out_the_newest_gives_its_own_back_and_goes_on_later() ->
         loop.scheduler.submit(id, prompt(id, 4), sampling[id])
     while not loop.scheduler.statistics["preemptions"]:
         loop.turn()
-    assert sorted(loop.scheduler.running_slots().values()) == [1, 2]
+    assert sorted(rows_of(loop.scheduler).values()) == [1, 2]
     done = loop.drain()
     assert {id: tokens_of(done[id]) for id in done} == {id: expected(prompt(id, 4), sampling[id]) for id in sampling}
 
@@ -277,7 +277,7 @@ def test_those_that_decode_do_not_starve_beside_a_long_prompt() -> None:
     while loop.scheduler.has_work:
         loop.turn()
         since = 0 if loop.plans[-1].is_decode else since + 1
-        assert since <= READS_IN_A_ROW
+        assert since <= PREFILLS_IN_A_ROW
 
 
 def test_a_little_to_read_waits_a_little_for_more_while_many_decode() -> None:
@@ -305,10 +305,10 @@ def test_a_large_request_at_the_head_is_not_overtaken() -> None:
         loop.scheduler.submit(id, prompt(id, 4), Sampling(max_tokens=4))
         order += [finished.id for finished in loop.turn()]
         if 0 not in order:
-            assert loop.scheduler.num_running == 1
+            assert len(loop.scheduler._running) == 1
     order += list(loop.drain())
     assert sorted(order) == list(range(60)) and order[0] == 0
-    assert loop.scheduler.pool.is_empty
+    assert loop.scheduler.pool.available == loop.scheduler.pool.capacity
 
 
 @pytest.mark.parametrize("options", [{"max_running": 3}, {"prefill_tokens": 3}])
@@ -317,12 +317,12 @@ def test_at_most_so_many_sequences_decode_together(options: dict[str, int]) -> N
     for id in range(7):
         loop.scheduler.submit(id, prompt(id, 1), Sampling(max_tokens=5))
     assert sorted(loop.drain()) == list(range(7))
-    assert max(len(int32(plan.slots)) for plan in loop.plans) == 3
-    assert loop.scheduler.pool.is_empty
+    assert max(len(int32(plan.req_indices)) for plan in loop.plans) == 3
+    assert loop.scheduler.pool.available == loop.scheduler.pool.capacity
 
 
 def test_decode_steps_keep_to_their_work_items_and_everybody_has_a_turn() -> None:
-    loop = Loop(scheduler(64 * 1024, 4096, max_positions=2048, page_size=16, max_splits=8), 1)
+    loop = Loop(scheduler(64 * 1024, 4096, max_positions=2048, block_size=16, max_splits=8), 1)
     for id in range(10):
         loop.scheduler.submit(id, prompt(id, 250 + 100 * (id % 4)), Sampling(max_tokens=30))
     waited: dict[int, int] = {}
@@ -331,12 +331,12 @@ def test_decode_steps_keep_to_their_work_items_and_everybody_has_a_turn() -> Non
         plan = loop.plans[-1]
         if plan.is_decode:
             assert 0 < (-(-int32(plan.contexts) // 256)).sum() <= 8
-            rows = set(int32(plan.slots).tolist())
-            running = loop.scheduler.running_slots()
+            rows = set(int32(plan.req_indices).tolist())
+            running = rows_of(loop.scheduler)
             waited = {slot: 0 if slot in rows else waited.get(slot, 0) + 1 for slot in running}
             assert max(waited.values(), default=0) <= 3, "all of them have 24 work items at most"
     loop.settle()
-    assert loop.scheduler.pool.is_empty
+    assert loop.scheduler.pool.available == loop.scheduler.pool.capacity
 
 
 # --- several steps in flight ------------------------------------------------------------------------------------
@@ -348,7 +348,7 @@ def test_steps_are_planned_before_the_tokens_of_those_before_them_are_known() ->
     sched.submit(1, [1, 2, 3], Sampling(max_tokens=3))
     plans = [planned(sched) for _ in range(3)]
     assert [int32(plan.contexts).tolist() for plan in plans] == [[3], [4], [5]]
-    assert sched.plan() is None and sched.in_flight == 3 and sched.has_work
+    assert sched.plan() is None and len(sched._flights) == 3 and sched.has_work
     results = [loop.rank.run(plan) for plan in plans]
     with pytest.raises(AssertionError, match="oldest step in flight"):
         sched.commit(plans[1], results[1])
@@ -365,9 +365,9 @@ def test_cancel_frees_pages_wherever_the_request_is() -> None:
     sched.submit(1, prompt(1, 40), Sampling(max_tokens=20))
     sched.submit(2, prompt(2, 40), Sampling(max_tokens=20))
     loop.turn()
-    assert (sched.num_running, sched.num_waiting) == (1, 1)
+    assert (len(sched._running), len(sched._admission.waiting)) == (1, 1)
     sched.cancel(1)
-    assert sched.pool.is_empty
+    assert sched.pool.available == sched.pool.capacity
     loop.turn()
     assert ids(loop, loop.plans[-1]) == [2]
     sched.submit(3, prompt(3, 40), Sampling(max_tokens=20))
@@ -375,7 +375,7 @@ def test_cancel_frees_pages_wherever_the_request_is() -> None:
     sched.cancel(2)
     sched.cancel(2)
     assert not sched.has_work
-    assert sched.pool.is_empty
+    assert sched.pool.available == sched.pool.capacity
 
 
 @pytest.mark.parametrize("lag", [0, 2])
@@ -393,7 +393,7 @@ def test_a_request_cancelled_between_plan_and_commit_leaves_no_trace(lag: int) -
     done = loop.drain()
     assert tokens_of(done[1]) == expected(prompt(7, 9), again)
     assert tokens_of(done[2]) == expected(prompt(2, 5), Sampling(max_tokens=3))
-    assert sched.pool.is_empty
+    assert sched.pool.available == sched.pool.capacity
 
 
 def test_a_broken_distribution_ends_its_own_request_only() -> None:
@@ -404,7 +404,7 @@ def test_a_broken_distribution_ends_its_own_request_only() -> None:
     plan = planned(sched)
     good = loop.rank.run(plan)
     broken = np.frombuffer(good.logprobs).copy()
-    owner = sched.running_slots()
+    owner = rows_of(sched)
     broken[[owner[slot] for slot in int32(plan.targets).tolist()].index(2)] = float("nan")
     (finished,) = sched.commit(plan, StepResult(good.tokens, broken.tobytes(), good.sampled_logprobs))
     assert finished.id == 2 and finished.generated is None
@@ -412,7 +412,7 @@ def test_a_broken_distribution_ends_its_own_request_only() -> None:
     assert "request 2" in finished.error.message and "position 9" in finished.error.message
     assert len(sched.pool.prefixes) == 4, "what it wrote is not shared"
     assert sorted(loop.drain()) == [1, 3]
-    assert sched.pool.is_empty
+    assert sched.pool.available == sched.pool.capacity
 
 
 def test_a_step_that_cannot_be_executed_ends_its_requests_and_no_others() -> None:
@@ -433,7 +433,7 @@ def test_a_step_that_cannot_be_executed_ends_its_requests_and_no_others() -> Non
     loop.rank.run(plan)
     sched.commit(after, loop.rank.run(after))
     assert sorted(loop.drain()) == [2, 3]
-    assert sched.pool.is_empty
+    assert sched.pool.available == sched.pool.capacity
 
 
 def test_each_token_records_the_version_of_its_step() -> None:

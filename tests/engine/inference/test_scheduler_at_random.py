@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from engine.inference.simulated_rank import VOCAB, Loop, expected
+from engine.inference.simulated_rank import VOCAB, Loop, expected, rows_of
 from harmony_core.engine.inference.scheduler import Scheduler
 from harmony_core.engine.inference.step import Finished
 from harmony_core.rpc.protocol import Sampling, unpack_ints
@@ -63,9 +63,9 @@ class Load:
             room = min(scheduler.max_positions, scheduler.kv_tokens) - len(prompt)
             wanted = expected(prompt, settings)[:room]
             assert unpack_ints(finished.generated.tokens) == wanted, f"request {id}"
-        assert scheduler.pool.is_empty and scheduler.num_running == scheduler.num_waiting == scheduler.in_flight == 0
+        assert not scheduler.has_work and not scheduler._flights
         assert scheduler.pool.available == scheduler.pool.capacity
-        assert not scheduler._table.num_pages.any() and scheduler._table.num_vacant == scheduler.max_running
+        assert not scheduler._table.num_blocks.any() and scheduler._table.num_vacant == scheduler.max_running
         assert not scheduler._admission._begun and not scheduler._admission._awaited
 
 
@@ -73,8 +73,8 @@ def check_holders(scheduler: Scheduler) -> None:
     """Each page has as many holders as tables that name it, and the index names pages that keep their content."""
     table, pool = scheduler._table, scheduler.pool
     held = np.zeros(pool.capacity, dtype=int)
-    for slot in scheduler.running_slots():
-        np.add.at(held, table.pages[slot, : table.num_pages[slot]], 1)
+    for slot in rows_of(scheduler):
+        np.add.at(held, table.blocks[slot, : table.num_blocks[slot]], 1)
     assert (held == pool._holders).all()
     free = set(pool._free)
     assert not any(page in free or page >= pool.touched for page in pool.prefixes._keys)
@@ -115,7 +115,7 @@ def test_with_few_pages(seed: int, lag: int) -> None:
         max_positions=200,
         prefill_tokens=48,
         max_running=24,
-        page_size=4,
+        block_size=4,
     )
     statistics = scheduler.statistics
     assert statistics["preemptions"] and statistics["forked_requests"] and statistics["prefix_hit_tokens"]
@@ -129,7 +129,7 @@ def test_ten_thousand_ragged_requests_with_cancels_all_end_and_leave_the_pool_em
         max_positions=200,
         prefill_tokens=512,
         max_running=64,
-        page_size=4,
+        block_size=4,
     )
     assert scheduler.statistics["preemptions"] > 50
     assert scheduler.statistics["prefix_hit_tokens"] > 10_000

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from engine.inference.simulated_rank import VOCAB, Loop, expected
+from engine.inference.simulated_rank import VOCAB, Loop, expected, rows_of
 from harmony_core.engine.inference.scheduler import Scheduler
 from harmony_core.engine.inference.step import Finished, int32
 from harmony_core.errors import EngineError
@@ -15,7 +15,7 @@ PAGE = 4
 
 
 def loop(lag: int = 0, version: list[int] | None = None, **options: int) -> Loop:
-    settings = {"kv_tokens": 4096, "max_positions": 512, "prefill_tokens": 512, "page_size": PAGE} | options
+    settings = {"kv_tokens": 4096, "max_positions": 512, "prefill_tokens": 512, "block_size": PAGE} | options
     versions = version or [0]
     return Loop(Scheduler(vocab_size=VOCAB, version=lambda: versions[-1], **settings), lag)
 
@@ -51,7 +51,7 @@ def test_full_pages_of_a_prompt_are_read_once_and_its_last_token_always(length: 
         assert tokens_of(made.drain()[id]) == expected(prompt(length), sampling(6, seed=id))
     assert read(made) == [length, expected_read]
     assert made.scheduler.statistics["prefix_hit_tokens"] == length - expected_read
-    assert made.scheduler.pool.is_empty
+    assert made.scheduler.pool.available == made.scheduler.pool.capacity
 
 
 def test_a_conversation_goes_on_from_the_pages_of_its_last_turn() -> None:
@@ -76,7 +76,7 @@ def test_prompts_that_begin_alike_share_what_is_alike_while_both_run() -> None:
     assert read(made) == [15, 2]
     assert tokens_of(done[1]) == expected([*common, 1, 2], sampling(40))
     assert tokens_of(done[2]) == expected([*common, 3], sampling(40))
-    assert made.scheduler.pool.is_empty
+    assert made.scheduler.pool.available == made.scheduler.pool.capacity
 
 
 def test_pages_are_forgotten_when_the_room_is_needed_and_never_while_they_are_read() -> None:
@@ -89,7 +89,7 @@ def test_pages_are_forgotten_when_the_room_is_needed_and_never_while_they_are_re
     made.scheduler.submit(9, prompt(24), sampling(4))
     assert tokens_of(made.drain()[9]) == expected(prompt(24), sampling(4))
     assert read(made)[-1] == 24, "the first prompt's pages were needed"
-    assert made.scheduler.pool.is_empty
+    assert made.scheduler.pool.available == made.scheduler.pool.capacity
 
 
 @pytest.mark.parametrize("by_version", [True, False])
@@ -115,7 +115,7 @@ def test_what_older_weights_wrote_is_not_shared(by_version: bool) -> None:
     made.scheduler.submit(4, prompt(20) + tokens_of(done[2]), sampling(3, seed=3))
     made.drain()
     assert read(made)[-1] == 50 - 20, "but what the new weights wrote"
-    assert made.scheduler.pool.is_empty
+    assert made.scheduler.pool.available == made.scheduler.pool.capacity
 
 
 @pytest.mark.parametrize("lag", [0, 1])
@@ -160,11 +160,11 @@ def test_many_samples_of_a_prompt_read_it_once(length: int, lag: int) -> None:
         id: expected(tokens, settings) for id, (tokens, settings) in requests.items()
     }
     statistics = made.scheduler.statistics
-    assert sum(read(made)) == statistics["read_tokens"] == 16 * length
+    assert sum(read(made)) == statistics["computed_tokens"] == 16 * length
     assert statistics["forked_requests"] == 16 * 15 and statistics["prefix_hit_tokens"] == 0
     copies = sum(len(int32(plan.copies)) // 2 for plan in made.plans)
     assert copies == (16 * 15 if length % PAGE else 0)
-    assert made.scheduler.pool.is_empty
+    assert made.scheduler.pool.available == made.scheduler.pool.capacity
 
 
 def test_a_group_draws_from_one_row_and_shares_its_full_pages() -> None:
@@ -173,11 +173,11 @@ def test_a_group_draws_from_one_row_and_shares_its_full_pages() -> None:
         made.scheduler.submit(id, prompt(10), sampling(4, id))
     made.turn()
     (plan,) = made.plans
-    assert len(int32(plan.slots)) == 1 and int32(plan.sampled).tolist() == [0, 0, 0]
+    assert len(int32(plan.req_indices)) == 1 and int32(plan.sampled).tolist() == [0, 0, 0]
     targets = int32(plan.targets).tolist()
-    assert len(set(targets)) == 3 and targets[0] == int32(plan.slots)[0]
+    assert len(set(targets)) == 3 and targets[0] == int32(plan.req_indices)[0]
     pages = {slot: [] for slot in targets}
-    for slot, place, page in int32(plan.new_pages).reshape(-1, 3).tolist():
+    for slot, place, page in int32(plan.new_blocks).reshape(-1, 3).tolist():
         assert place == len(pages[slot])
         pages[slot].append(page)
     leader, *others = (pages[slot] for slot in targets)
@@ -231,7 +231,7 @@ def test_a_request_that_waits_for_a_prompt_reads_it_when_the_reader_is_cancelled
     done = made.drain()
     assert sorted(done) == [2, 3] and made.scheduler.statistics["forked_requests"] == 1
     assert all(tokens_of(done[id]) == expected(prompt(22), sampling(9, id)) for id in (2, 3))
-    assert made.scheduler.pool.is_empty
+    assert made.scheduler.pool.available == made.scheduler.pool.capacity
 
 
 @pytest.mark.parametrize("cancelled", [0, 1, 2])
@@ -246,7 +246,7 @@ def test_a_group_survives_any_of_its_members(cancelled: int) -> None:
     assert sorted(done) == sorted({0, 1, 2, 7} - {cancelled})
     for id in {0, 1, 2} - {cancelled}:
         assert tokens_of(done[id]) == expected(prompt(10), sampling(9, id))
-    assert made.scheduler.pool.is_empty
+    assert made.scheduler.pool.available == made.scheduler.pool.capacity
     made.scheduler.submit(8, prompt(10), sampling(2))
     made.drain()
     assert read(made)[-1] == 2, "its pages are known all the same"
@@ -283,7 +283,7 @@ def test_where_pages_run_out_the_newest_give_theirs_back_and_nobody_notices(lag:
         assert versions == sorted(versions) and set(versions) <= {0, 5}
     assert {version for finished in done.values() for version in unpack_ints(finished.generated.versions)} == {0, 5}
     made.settle()
-    assert made.scheduler.pool.is_empty
+    assert made.scheduler.pool.available == made.scheduler.pool.capacity
 
 
 def test_the_oldest_request_is_never_moved_out() -> None:
@@ -294,7 +294,7 @@ def test_the_oldest_request_is_never_moved_out() -> None:
     first_slot: set[int] = set()
     while made.scheduler.has_work:
         order += [finished.id for finished in made.turn()]
-        first_slot |= {slot for slot, id in made.scheduler.running_slots().items() if id == 0}
+        first_slot |= {slot for slot, id in rows_of(made.scheduler).items() if id == 0}
     assert made.scheduler.statistics["preemptions"] > 3
     assert order == sorted(order) and len(first_slot) == 1
 
@@ -314,12 +314,12 @@ def test_requests_are_admitted_for_their_prompt_not_for_all_they_may_draw() -> N
     for id in range(10):
         made.scheduler.submit(id, prompt(4, id), sampling(100, id))
     made.turn()
-    assert made.scheduler.num_running == 10, "three pages each"
+    assert len(made.scheduler._running) == 10, "three pages each"
     sparse = loop(kv_tokens=100)
     for id in range(10):
         sparse.scheduler.submit(id, prompt(4, id), sampling(100, id))
     sparse.turn()
-    assert sparse.scheduler.num_running == 8
+    assert len(sparse.scheduler._running) == 8
 
 
 def test_a_step_that_failed_shares_nothing() -> None:
@@ -329,6 +329,6 @@ def test_a_step_that_failed_shares_nothing() -> None:
     plan = made.scheduler.plan()
     assert plan is not None
     assert sorted(finished.id for finished in made.scheduler.abort(plan, EngineError("no"))) == [1, 2]
-    assert len(made.scheduler.pool.prefixes) == 0 and made.scheduler.pool.is_empty
+    assert len(made.scheduler.pool.prefixes) == 0 and made.scheduler.pool.available == made.scheduler.pool.capacity
     made.scheduler.submit(3, prompt(9), sampling(4))
     assert tokens_of(made.drain()[3]) == expected(prompt(9), sampling(4))

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harmony_core.engine.kernels import kv_write, paged_decode
-from harmony_core.engine.models.attention_decode import reference
+from harmony_core.engine.kernels import paged_decode
+from harmony_core.engine.models.attention_cuda import reference
 from harmony_core.engine.models.context import DecodeAttention
 from harmony_core.memory.sizes import DECODE_SPLIT
 
@@ -206,7 +206,7 @@ def check_new_tokens_are_written_to_their_slots(device: torch.device) -> None:
         v = torch.randn(6, heads, width, device=device).to(dtype)
         slots = torch.tensor([39, 3, 0, 17, 4, 20], device=device)
         wanted = keys.index_copy(0, slots, k), values.index_copy(0, slots, v)
-        kv_write.write_kv(keys, values, slots, k, v)
+        paged_decode.write_kv(keys, values, slots, k, v)
         for found, expected in zip((keys, values), wanted, strict=True):
             torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 

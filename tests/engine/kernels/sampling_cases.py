@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from harmony_core.engine.inference.sampler import hide, sample, with_lost
-from harmony_core.engine.inference.sampling_parameters import FILTERED, GREEDY, PLAIN, SamplingParameters, Setting
+from harmony_core.engine.inference.step import (
+    FILTERED,
+    GREEDY,
+    PLAIN,
+    SamplingParameters,
+    Setting,
+    pack_sampling,
+    unpack_sampling,
+)
 from harmony_core.rpc.protocol import Sampling
 
 KINDS: dict[int, list[Sampling]] = {
@@ -37,11 +45,10 @@ def kernel_draw(logits: Tensor, draws: SamplingParameters, tail: int) -> tuple[T
     from harmony_core.engine.kernels.sampling import draw_tokens
 
     rows, device = len(logits), logits.device
-    matrix = np.stack([draws.kind, draws.temperature, draws.top_k, draws.top_p, draws.min_p, draws.uniform])
     slots = torch.randperm(rows + 3, device=device)[:rows]
     last = torch.full((rows + 3,), -1, dtype=torch.long, device=device)
     outputs = torch.full((3, rows), float("nan"), dtype=torch.float64, device=device)
-    settings = torch.from_numpy(matrix).to(device)
+    settings = torch.from_numpy(draws.copy()).to(device)
     draw_tokens(logits, settings, slots, last, outputs, warm=tail != GREEDY, filtered=tail == FILTERED)
     return outputs.cpu(), last[slots].cpu()
 
@@ -51,7 +58,7 @@ def settings_up_to(tail: int) -> list[Sampling]:
 
 
 def draws_of(samplings: list[Sampling], numbers: np.ndarray[Any, Any]) -> SamplingParameters:
-    return SamplingParameters.unpack(SamplingParameters.pack([Setting.of(sampling) for sampling in samplings], numbers))
+    return unpack_sampling(pack_sampling([Setting.of(sampling) for sampling in samplings], numbers))
 
 
 def check(vocab: int, tail: int, device: torch.device, repeats: int = 1) -> None:

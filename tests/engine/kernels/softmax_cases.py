@@ -17,14 +17,14 @@ from harmony_core.engine.models.parallel import TensorParallel
 if os.environ.get("TRITON_INTERPRET") != "1":
     raise RuntimeError("run by test_training_kernels.py")
 
-from harmony_core.engine.kernels import softmax
+from harmony_core.engine.kernels import training
 
 
 @pytest.fixture(autouse=True)
 def short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """A row takes several."""
-    monkeypatch.setattr(softmax, "STATISTICS_BLOCK", 32)
-    monkeypatch.setattr(softmax, "GRADIENT_BLOCK", 16)
+    monkeypatch.setattr(training, "STATISTICS_BLOCK", 32)
+    monkeypatch.setattr(training, "GRADIENT_BLOCK", 16)
 
 
 @pytest.mark.parametrize("width", [7, 32, 150])
@@ -36,7 +36,7 @@ def test_statistics_and_gradient(width: int) -> None:
     columns = torch.tensor([0, width - 1, 3, -1, width, 5])
     coefficients = torch.randn(6, generator=generator)
     tops, sums, picked = torch.full((3, 6), torch.nan)
-    softmax.softmax_statistics(logits, columns, tops, sums, picked)
+    training.softmax_statistics(logits, columns, tops, sums, picked)
     exact = logits.double()
     assert torch.equal(tops, logits.amax(1))
     torch.testing.assert_close(sums.double(), (exact - exact.amax(1, keepdim=True)).exp().sum(1), rtol=1e-6, atol=0)
@@ -44,7 +44,7 @@ def test_statistics_and_gradient(width: int) -> None:
     expected = torch.where(inside, logits.gather(1, columns.clamp(0, width - 1)[:, None])[:, 0], 0.0)
     assert torch.equal(picked, expected)
     gradient = torch.full((6, width + 2), torch.nan)[:, :width]
-    softmax.softmax_gradient(logits, columns, tops, coefficients / sums, coefficients, gradient)
+    training.softmax_gradient(logits, columns, tops, coefficients / sums, coefficients, gradient)
     onehot = torch.nn.functional.one_hot(columns.clamp(0, width - 1), width) * inside[:, None]
     wanted = coefficients.double()[:, None] * (exact.softmax(1) - onehot)
     torch.testing.assert_close(gradient.double(), wanted, rtol=1e-5, atol=1e-7)

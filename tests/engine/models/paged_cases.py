@@ -51,10 +51,10 @@ class Pages:
         return PagedAttention(
             keys=self.keys,
             values=self.values,
-            write_slots=torch.tensor(write, device=self.device),
+            slot_mapping=torch.tensor(write, device=self.device),
             lengths=tuple(count for _, count in new),
             context_lengths=tuple(contexts),
-            read_slots=read.to(self.device) if any(past) else None,
+            context_slots=read.to(self.device) if any(past) else None,
         )
 
 
@@ -118,7 +118,7 @@ def worst_difference_of_decoding(model: CausalLM, reference: Any) -> float:
         rows = torch.tensor([*range(len(prompts)), len(prompts), len(prompts)], dtype=torch.int32)
         tokens = [*(h[prompt + step] for h, prompt in zip(history, prompts, strict=True)), 3, 5]
         layout = DecodeAttention(
-            *(keys, values, *(x.to(model.device) for x in (table, rows, contexts))), page_size=page_size, capacity=20
+            *(keys, values, *(x.to(model.device) for x in (table, rows, contexts))), block_size=page_size, capacity=20
         )
         with forward_context(ForwardContext(layout)):
             hidden = model.hidden_states(

@@ -200,7 +200,8 @@ def test_rank_stabilised_scaling_is_converted(model: CausalLM, tmp_path: Path) -
     path = save(model, tmp_path / "a")
     edit(path, use_rslora=True)
     load_adapter(model, "back", path)
-    assert model.adapters["back"].scaling == pytest.approx(6.0 / 4**0.5)
+    settings = model.adapters["back"].settings
+    assert settings.alpha / settings.rank == pytest.approx(6.0 / 4**0.5)
 
 
 @pytest.mark.parametrize(

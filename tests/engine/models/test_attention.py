@@ -12,9 +12,8 @@ from torch.nn import functional as F
 
 import tiny_models
 from engine.models import paged_cases
-from harmony_core.engine.models import attention_cpu, attention_cuda, attention_plan
-from harmony_core.engine.models.attention import attend
-from harmony_core.engine.models.attention_plan import group_by_length, plan_packed, plan_paged
+from harmony_core.engine.models import attention, attention_cuda
+from harmony_core.engine.models.attention import attend, group_by_length, plan_packed, plan_paged
 from harmony_core.engine.models.context import ForwardContext, PackedAttention, PagedAttention, forward_context
 from harmony_core.engine.models.loading import load_model
 from harmony_core.engine.models.parallel import TensorParallel
@@ -116,16 +115,16 @@ def test_groups_hold_every_sequence_once_with_little_padding() -> None:
 
 
 def test_a_row_that_needs_no_padding_is_not_copied() -> None:
-    assert plan_packed(PackedAttention((40,)), CPU).order is None
-    assert plan_packed(PackedAttention((8, 8, 8)), CPU).restore is None
-    plan = plan_packed(PackedAttention((2, 8)), CPU)
+    assert plan_packed((40,), CPU).order is None
+    assert plan_packed((8, 8, 8), CPU).restore is None
+    plan = plan_packed((2, 8), CPU)
     assert plan.restore is not None and plan.restore.tolist()[:2] == [8, 9]
 
 
 def test_the_plan_is_made_once_for_all_layers(directories: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    real = attention_cpu.plan_packed
-    monkeypatch.setattr(attention_cpu, "plan_packed", lambda *args: calls.append(1) or real(*args))
+    real = attention.plan_packed
+    monkeypatch.setattr(attention, "plan_packed", lambda *args: calls.append(1) or real(*args))
     model = load_model(Path(directories["llama"]), TensorParallel.single(), CPU, torch.float32)
     with forward_context(ForwardContext(PackedAttention((3, 5)))):
         model.hidden_states(torch.arange(3, 11), torch.tensor([0, 1, 2, 0, 1, 2, 3, 4]))
@@ -146,7 +145,7 @@ def test_steps_of_unlike_contexts_attend_to_their_own_pages(
     monkeypatch: pytest.MonkeyPatch, spare: int, mixed: bool, window: int | None
 ) -> None:
     """Decoding in groups of like context, alone and beside prompts and chunks; the pages between hold garbage."""
-    monkeypatch.setattr(attention_plan, "PADDING_CONTEXT", spare)
+    monkeypatch.setattr(attention, "PADDING_CONTEXT", spare)
     kv_heads, width, contexts = 2, 8, [90, 3, 40, 2, 77, 41, 7]
     lengths = [1, 3, 1, 1, 4, 1, 1] if mixed else [1] * len(contexts)
     slots = torch.randperm(sum(contexts) + 9).split([*contexts, 9])[:-1]
@@ -160,7 +159,7 @@ def test_steps_of_unlike_contexts_attend_to_their_own_pages(
     layout = PagedAttention([pages[0]], [pages[1]], torch.cat(new), tuple(lengths), tuple(contexts), table)
     context = ForwardContext(layout)
     k, v = (store[torch.cat(new)] for store in pages)
-    found = attention_cpu.paged(context, layout, 0, q, k, v, None, window)
+    found = attention.attend_to_cache(context, layout, 0, q, k, v, None, window)
     groups = plan_paged(layout, CPU).decodes
     assert (len(groups) == 1) == (spare > 0)
     expected = []

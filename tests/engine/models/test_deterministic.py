@@ -13,8 +13,8 @@ from torch.nn import functional as F
 import tiny_models
 from engine.deterministic_cases import load
 from harmony_core.engine.models import deterministic
-from harmony_core.engine.models.attention_tiled import make_plan
 from harmony_core.engine.models.context import ForwardContext, PackedAttention, PagedAttention, forward_context
+from harmony_core.engine.models.deterministic import make_plan
 from harmony_core.engine.models.heads import linear_logprob_loss
 from harmony_core.engine.models.model import CausalLM
 from harmony_core.engine.training.trainer import Trainer

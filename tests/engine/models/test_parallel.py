@@ -11,6 +11,7 @@ import torch
 
 import tiny_models
 from harmony_core.engine.models.context import ForwardContext, PackedAttention, forward_context
+from harmony_core.engine.models.layers import check_heads
 from harmony_core.engine.models.loading import load_model
 from harmony_core.engine.models.parallel import (
     Shard,
@@ -21,7 +22,6 @@ from harmony_core.engine.models.parallel import (
     set_shard,
     shard_of,
 )
-from harmony_core.engine.models.sharding import check_heads
 from harmony_core.errors import ModelRefused
 from ranks import Group, RankPool
 

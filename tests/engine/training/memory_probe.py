@@ -73,9 +73,9 @@ def train(directory: Path, shape: Shape) -> int:
     import torch
 
     from harmony_core.engine.models import adapters
+    from harmony_core.engine.models.heads import head_of
     from harmony_core.engine.models.loading import load_model
     from harmony_core.engine.models.parallel import TensorParallel
-    from harmony_core.engine.models.scalar import head_of
     from harmony_core.engine.training.trainer import Trainer
     from harmony_core.memory.plan import kv_token_bytes
     from harmony_core.rpc.protocol import MicroBatch, OptimStep, pack_doubles, pack_ints

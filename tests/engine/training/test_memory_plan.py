@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from harmony_core.engine.inference.sampler import sample
-from harmony_core.engine.inference.sampling_parameters import SamplingParameters, Setting
+from harmony_core.engine.inference.step import Setting, pack_sampling, unpack_sampling
 from harmony_core.engine.models.adapters import add_lora
 from harmony_core.engine.models.loading import load_model
 from harmony_core.engine.models.parallel import TensorParallel
@@ -84,7 +84,7 @@ def test_the_sampler_takes_what_is_promised(tmp_path: Path, dtype: torch.dtype) 
     promised = plan(Shape(spec, 1, False, None, 16, 16, dtype=str(dtype).removeprefix("torch."))).workspace
     rows = LOGITS_AT_ONCE // vocabulary
     settings = [Setting.of(Sampling(temperature=float(row > 0), top_p=0.9)) for row in range(rows)]
-    draws = SamplingParameters.unpack(SamplingParameters.pack(settings, np.full(rows, 0.5)))
+    draws = unpack_sampling(pack_sampling(settings, np.full(rows, 0.5)))
 
     def draw() -> None:
         sample(torch.zeros(rows, vocabulary, dtype=dtype), draws, {0: [1]})

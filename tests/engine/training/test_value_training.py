@@ -10,9 +10,9 @@ import torch
 
 from engine.training.trainer_cases import difference, gradients, micro_batch, optim_step, samples
 from engine.training.value_cases import LENGTHS, LOSSES, head_values, make_critic, places, value_batch
+from harmony_core.engine.models.heads import SCORE, head_of, scores
 from harmony_core.engine.models.loading import load_model
 from harmony_core.engine.models.parallel import TensorParallel
-from harmony_core.engine.models.scalar import SCORE, head_of, scores
 from harmony_core.engine.training.trainer import Trainer
 from harmony_core.errors import InternalError
 from harmony_core.rpc.protocol import pack_ints

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 import tiny_models
 from engine.training.trainer_cases import DTYPES, LORA, gradients
 from harmony_core.engine.models.adapters import add_lora, add_score
+from harmony_core.engine.models.heads import SCORE, head_of
 from harmony_core.engine.models.loading import load_model
 from harmony_core.engine.models.parallel import TensorParallel, full_shape, shard_of
-from harmony_core.engine.models.scalar import SCORE, head_of
 from harmony_core.engine.training.trainer import Trainer
 from harmony_core.rpc.protocol import MicroBatch, pack_doubles, pack_ints
 from ranks import Group

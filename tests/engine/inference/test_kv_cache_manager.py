@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from harmony_core.engine.inference.blocks import ROOT, PagePool, PrefixIndex, pages_for
+from harmony_core.engine.inference.kv_cache_manager import ROOT, BlockPool, PrefixIndex, blocks_for
 
 
 def tokens(*numbers: int) -> bytes:
@@ -9,32 +9,32 @@ def tokens(*numbers: int) -> bytes:
 
 
 def test_pages_for_counts_a_begun_page_as_a_page() -> None:
-    assert [pages_for(count, 16) for count in (0, 1, 16, 17, 32, 33)] == [0, 1, 1, 2, 2, 3]
+    assert [blocks_for(count, 16) for count in (0, 1, 16, 17, 32, 33)] == [0, 1, 1, 2, 2, 3]
 
 
 def test_a_page_has_one_holder_unless_it_is_shared_and_is_free_when_the_last_has_left() -> None:
-    pool = PagePool(4)
+    pool = BlockPool(4)
     pages = pool.take(3)
     assert sorted(pages) == [0, 1, 2] and pool.available == 1
     pool.share(pages[:2])
     pool.give_back(pages)
-    assert pool.available == 2 and not pool.is_empty
+    assert pool.available == 2 and pool.available < pool.capacity
     assert sorted(pool.take(2)) == [2, 3]
     pool.give_back(pages[:2])
     pool.give_back(np.array([2, 3], dtype=np.int32))
-    assert pool.is_empty and pool.available == 4
+    assert pool.available == pool.capacity and pool.available == 4
 
 
 def test_pages_that_were_used_are_used_again_before_new_ones_are_touched() -> None:
-    pool = PagePool(1000)
+    pool = BlockPool(1000)
     for _ in range(50):
         pool.give_back(pool.take(5))
     assert pool.touched == 5
-    assert pool.is_empty
+    assert pool.available == pool.capacity
 
 
 def test_misuse_is_noticed() -> None:
-    pool = PagePool(2)
+    pool = BlockPool(2)
     with pytest.raises(AssertionError):
         pool.take(3)
     page = pool.take(1)
@@ -44,13 +44,13 @@ def test_misuse_is_noticed() -> None:
 
 
 def test_known_pages_keep_their_content_until_the_room_is_needed_the_oldest_last_page_going_first() -> None:
-    pool = PagePool(6, page_size=2)
+    pool = BlockPool(6, block_size=2)
     for first in (1, 5):
         pages = pool.take(2)
         node = pool.prefixes.add(ROOT, tokens(first, first), int(pages[0]))
         pool.prefixes.add(node, tokens(9, 9), int(pages[1]))
         pool.give_back(pages)
-    assert pool.is_empty and len(pool.prefixes) == 4
+    assert pool.available == pool.capacity and len(pool.prefixes) == 4
     older, newer = tokens(1, 1, 9, 9), tokens(5, 5, 9, 9)
     pool.take(3)  # two new ones, and one that was known
     assert [len(pool.prefixes.match(prompt, 2)[0]) for prompt in (older, newer)] == [1, 2]
@@ -63,7 +63,7 @@ def test_known_pages_keep_their_content_until_the_room_is_needed_the_oldest_last
 
 
 def test_forgotten_prefixes_leave_free_pages() -> None:
-    pool = PagePool(3, page_size=2)
+    pool = BlockPool(3, block_size=2)
     held, kept = pool.take(2)
     for page in (held, kept):
         pool.prefixes.add(ROOT, tokens(page, 1), int(page))
@@ -71,7 +71,7 @@ def test_forgotten_prefixes_leave_free_pages() -> None:
     pool.forget_prefixes()
     assert pool.available == 2 and len(pool.prefixes) == 0
     pool.give_back(np.array([held]))
-    assert pool.is_empty and len(set(pool.take(3).tolist())) == 3
+    assert pool.available == pool.capacity and len(set(pool.take(3).tolist())) == 3
 
 
 def test_a_prefix_is_found_by_its_tokens_page_after_page() -> None:

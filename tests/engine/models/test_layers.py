@@ -15,10 +15,10 @@ from torch.overrides import TorchFunctionMode
 import tiny_models
 from harmony_core.engine.models.adapters import add_lora
 from harmony_core.engine.models.context import ForwardContext, PackedAttention, forward_context
-from harmony_core.engine.models.fused_linear import fuse_layers
+from harmony_core.engine.models.layers import ColumnParallelLinear, fuse_layers
 from harmony_core.engine.models.loading import load_model
 from harmony_core.engine.models.model import CausalLM
-from harmony_core.engine.models.parallel import ColumnParallelLinear, TensorParallel
+from harmony_core.engine.models.parallel import TensorParallel
 from harmony_core.rpc.protocol import LoraSettings
 
 LENGTHS = (5, 1, 7)

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tiny_models
-from harmony_core.engine.models import loading, matmul_cpu
+from harmony_core.engine.models import loading, matmul
 from harmony_core.engine.models.context import ForwardContext, PackedAttention, forward_context
 from harmony_core.engine.models.heads import linear_logprob_loss
-from harmony_core.engine.models.parallel import TensorParallel, set_product
+from harmony_core.engine.models.layers import set_product
+from harmony_core.engine.models.parallel import TensorParallel
 
 pytestmark = pytest.mark.skipif(
     not hasattr(torch.ops.mkldnn, "_linear_pointwise") or not torch.backends.mkldnn.is_available(),
@@ -43,7 +44,7 @@ def test_it_is_linear_with_the_gradients_of_linear(rows: int, bias: bool) -> Non
     if offset is not None:
         found.append(offset.clone().requires_grad_())
         expected.append(offset.clone().requires_grad_())
-    a, b = matmul_cpu.linear(*found), F.linear(*expected)
+    a, b = matmul.onednn_linear(*found), F.linear(*expected)
     close(a, b)
     a.backward(output_gradient)
     b.backward(output_gradient)
@@ -54,27 +55,28 @@ def test_it_is_linear_with_the_gradients_of_linear(rows: int, bias: bool) -> Non
 
 def test_a_frozen_weight_takes_no_gradient() -> None:
     x, weight = random(8, WIDE).requires_grad_(), random(NARROW, WIDE)
-    matmul_cpu.linear(x, weight).sum().backward()
+    matmul.onednn_linear(x, weight).sum().backward()
     assert weight.grad is None and x.grad is not None
     close(x.grad, weight.sum(0).expand_as(x))
 
 
 def test_nothing_and_little_take_the_ordinary_way() -> None:
     weight = random(NARROW, WIDE)
-    assert matmul_cpu.linear(random(0, WIDE), weight).shape == (0, NARROW)
+    assert matmul.onednn_linear(random(0, WIDE), weight).shape == (0, NARROW)
     x, small = random(5, 8), random(4, 8)
-    assert torch.equal(matmul_cpu.linear(x, small), F.linear(x, small))
+    assert torch.equal(matmul.onednn_linear(x, small), F.linear(x, small))
 
 
-def test_products_of_views_and_their_sums() -> None:
+def test_products_of_views_and_their_sums(monkeypatch: pytest.MonkeyPatch) -> None:
     """The gradient of the head: columns of a wide matrix, transposed, in blocks that do not divide it."""
+    monkeypatch.setattr(matmul, "onednn_is_faster", lambda device, dtype: True)
     gradient, hidden = random(300, 5000), random(300, 64)
     total = random(5000, 64)
     expected = total + gradient.t() @ hidden
-    matmul_cpu.add_matmul(total, gradient.t(), hidden)
+    matmul.add_matmul(total, gradient.t(), hidden)
     close(total, expected)
     close(
-        matmul_cpu.product(gradient[:, ::2], random(2500, 80).mul_(0).add_(1)),
+        matmul.plain_matmul(gradient[:, ::2], random(2500, 80).mul_(0).add_(1)),
         gradient[:, ::2].sum(1, True).expand(-1, 80),
     )
 
@@ -99,11 +101,12 @@ def test_a_model_trains_alike_with_either_product(tmp_path: Path, monkeypatch: p
     positions = torch.cat([torch.arange(length) for length in lengths])
     found = []
     for chosen in (False, True):
-        monkeypatch.setattr(matmul_cpu, "applies", lambda device, dtype, chosen=chosen: chosen)
-        monkeypatch.setattr(matmul_cpu, "_FEWEST_WEIGHTS", 1)
-        monkeypatch.setattr(matmul_cpu, "_FEWEST_PRODUCTS", 1)
+        for module in (matmul, loading):
+            monkeypatch.setattr(module, "onednn_is_faster", lambda device, dtype, chosen=chosen: chosen)
+        monkeypatch.setattr(matmul, "_FEWEST_WEIGHTS", 1)
+        monkeypatch.setattr(matmul, "_FEWEST_PRODUCTS", 1)
         model = loading.load_model(directory, TensorParallel.single(), torch.device("cpu"), torch.float32)
-        assert (model.matmul is matmul_cpu.linear) == chosen
+        assert (model.matmul is matmul.onednn_linear) == chosen
         parameters = model.trainable_parameters(None)
         with forward_context(ForwardContext(PackedAttention(lengths))):
             hidden = model.hidden_states(tokens, positions)

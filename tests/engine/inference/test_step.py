@@ -1,13 +1,20 @@
 import numpy as np
 
-from harmony_core.engine.inference.sampling_parameters import (
+from harmony_core.engine.inference.step import (
     FILTERED,
     GREEDY,
+    KIND,
+    MIN_P,
     PLAIN,
-    SamplingParameters,
+    TEMPERATURE,
+    TOP_K,
+    TOP_P,
+    UNIFORM,
     Setting,
+    pack_sampling,
     stream,
     uniforms,
+    unpack_sampling,
 )
 from harmony_core.rpc.protocol import Sampling
 
@@ -58,13 +65,12 @@ def test_draws_survive_packing() -> None:
     ]
     numbers = uniforms([1, 2, 3, 4], [4, 5, 6, 7])
     settings = [Setting.of(sampling) for sampling in samplings]
-    draws = SamplingParameters.unpack(SamplingParameters.pack(settings, numbers))
-    assert len(draws) == 4
-    assert draws.kind.tolist() == [PLAIN, FILTERED, GREEDY, FILTERED]
-    assert draws.temperature.tolist() == [1.0, 0.7, 0.0, 1.0]
-    assert draws.top_k.tolist() == [0, 40, 5, 0]
-    assert draws.top_p.tolist() == [1, 0.9, 1, 0.5]
-    assert draws.min_p.tolist() == [0, 0.05, 0, 0]
-    assert draws.uniform.tolist() == numbers.tolist()
-    assert draws.rows(slice(1, 3)).top_k.tolist() == [40, 5]
-    assert len(SamplingParameters.unpack(SamplingParameters.pack([], uniforms([], [])))) == 0
+    draws = unpack_sampling(pack_sampling(settings, numbers))
+    assert draws.shape == (6, 4)
+    assert draws[KIND].tolist() == [PLAIN, FILTERED, GREEDY, FILTERED]
+    assert draws[TEMPERATURE].tolist() == [1.0, 0.7, 0.0, 1.0]
+    assert draws[TOP_K].tolist() == [0, 40, 5, 0]
+    assert draws[TOP_P].tolist() == [1, 0.9, 1, 0.5]
+    assert draws[MIN_P].tolist() == [0, 0.05, 0, 0]
+    assert draws[UNIFORM].tolist() == numbers.tolist()
+    assert unpack_sampling(pack_sampling([], uniforms([], []))).shape == (6, 0)

@@ -1,0 +1,353 @@
+"""Decode steps on a device: what a model runner keeps there in tensors that never move, and CUDA graphs over them.
+
+The host sends one packed buffer a step and reads one back; everything between has fixed addresses and shapes, so a
+CUDA graph, one for each bucket of rows, can replay it. Rows of padding fill a batch up to its bucket: they belong to a
+table row behind all others, whose only block is one behind the pool. n rows of a bucket, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from harmony_core.engine.inference.sampler import hide, put, sample_on_device, with_lost
+from harmony_core.engine.inference.step import FILTERED, GREEDY, SamplingParameters
+from harmony_core.engine.models.context import DecodeAttention, ForwardContext, forward_context
+from harmony_core.engine.models.model import CausalLM
+from harmony_core.memory.sizes import DECODE_SPLIT, PAGE_SHARING
+
+if TYPE_CHECKING:
+    from harmony_core.engine.inference.runner import KVCache
+
+ROW_BYTES = 72
+"""Of the packed input: sampling parameters, row of the batch tables, place in the block table, context, block."""
+_DENSE = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256)
+_FURTHER = 64
+"""Rows between buckets above those: less than the step's time grows by within them."""
+
+Notify = Callable[[str, dict[str, Any]], None]
+
+
+_NO_INTEGERS: NDArray[np.int32] = np.zeros(0, dtype=np.int32)
+_NO_SAMPLING: SamplingParameters = np.zeros((6, 0))
+_NO_CHANGES: NDArray[np.int32] = np.zeros((0, 3), dtype=np.int32)
+
+
+class StepBuffers:
+    """Buffers of the host for one step of at most `rows` rows, and its first and last moment on the device.
+
+    They serve one step at a time: they are free again once their step was collected, so nothing overwrites memory that
+    a copy still reads.
+    """
+
+    def __init__(self, rows: int, device: torch.device) -> None:
+        self._timed = device.type == "cuda"
+        self.inputs = torch.empty(ROW_BYTES * rows, dtype=torch.uint8, pin_memory=self._timed)
+        self.outputs = torch.empty(3 * rows, dtype=torch.float64, pin_memory=self._timed)
+        self._seconds = 0.0
+        if self._timed:
+            # Waiting sleeps: a step takes milliseconds, and the cores belong to the other threads.
+            self._first = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            self._last = torch.cuda.Event(enable_timing=True, blocking=True)  # type: ignore[no-untyped-call]
+
+    def start(self) -> None:
+        """The step begins, behind whatever the device has to do before."""
+        if self._timed:
+            self._first.record()
+        else:
+            self._seconds = -time.perf_counter()
+
+    def stop(self) -> None:
+        """Everything of the step has been enqueued."""
+        if self._timed:
+            self._last.record()
+        else:
+            self._seconds += time.perf_counter()
+
+    def wait(self) -> float:
+        """Wait for the end of the step; the seconds it took on the device."""
+        if self._timed:
+            self._last.synchronize()
+            return float(self._first.elapsed_time(self._last)) / 1e3
+        return self._seconds
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The packed input of n rows on the device.
+
+    `sampling` `[6, n]` float64; `req_indices`, `places` `[n]` int64; `contexts`, `blocks` `[n]` int32. Before the step
+    `blocks` go to the flat `places` of the block table.
+    """
+
+    sampling: Tensor
+    req_indices: Tensor
+    places: Tensor
+    contexts: Tensor
+    blocks: Tensor
+
+    @staticmethod
+    def of(buffer: Tensor, n: int) -> Rows:
+        """The parts of a buffer of bytes."""
+        wide = buffer[: 64 * n].view(torch.int64)
+        narrow = buffer[64 * n : ROW_BYTES * n].view(torch.int32)
+        sampling = buffer[: 48 * n].view(torch.float64).view(6, n)
+        return Rows(sampling, wide[6 * n : 7 * n], wide[7 * n :], narrow[:n], narrow[n:])
+
+
+class DeviceState:
+    """Tables, last tokens, logits and sampled tokens of at most `rows` sequences, beside a cache with a spare block."""
+
+    def __init__(
+        self, model: CausalLM, cache: KVCache, rows: int, longest: int, adapter: str | None, tokenless: Tensor | None
+    ) -> None:
+        """`longest`: blocks of a sequence at most."""
+        device = model.device
+        self._cache, self._adapter, self._device, self._tokenless = cache, adapter, device, tokenless
+        self._max_rows, self._longest = rows, longest
+        self._spare_block = cache.slots // cache.block_size
+        # Splits of contexts that a decode step has room for beside rows of padding.
+        self.most_splits = min(
+            rows * (longest * cache.block_size // DECODE_SPLIT + 1),
+            rows + PAGE_SHARING * cache.slots // DECODE_SPLIT + 1,
+        )
+        self.block_table = torch.zeros(rows + 1, longest, dtype=torch.int32, device=device)
+        self.block_table[rows] = self._spare_block
+        self.last = torch.zeros(rows + 1, dtype=torch.long, device=device)
+        """The token last sampled for each sequence."""
+        kind = torch.promote_types(model.dtype, torch.float32)
+        self.logits = torch.zeros(rows, model.vocab_size, dtype=kind, device=device)
+        self._inputs = torch.zeros(ROW_BYTES * rows, dtype=torch.uint8, device=device)
+        self._outputs = torch.zeros(3 * rows, dtype=torch.float64, device=device)
+        self._views: dict[int, Rows] = {}
+
+    def rows(self, n: int) -> Rows:
+        """The packed input as the step of n rows reads it."""
+        if n not in self._views:
+            self._views[n] = Rows.of(self._inputs, n)
+        return self._views[n]
+
+    def holds(self, contexts: NDArray[np.int32]) -> bool:
+        """Whether attention of one new token against these contexts has room for its items."""
+        return int((-(-contexts // DECODE_SPLIT)).sum()) <= self.most_splits
+
+    def load(
+        self,
+        buffers: StepBuffers,
+        n: int,
+        req_indices: NDArray[np.int32] = _NO_INTEGERS,
+        contexts: NDArray[np.int32] = _NO_INTEGERS,
+        sampling: SamplingParameters = _NO_SAMPLING,
+        changes: NDArray[np.int32] = _NO_CHANGES,
+    ) -> None:
+        """Send the input of a step of n rows; those behind what is given are padding, which samples nothing and only
+        touches the spare block. `changes` `[P, 3]`: what is new in the block table."""
+        if len(changes) > n:
+            self.change_table(changes[n:])
+            changes = changes[:n]
+        packed = buffers.inputs[: ROW_BYTES * n]
+        rows = Rows.of(packed, n)
+        rows.sampling.numpy()[:, : sampling.shape[1]] = sampling
+        rows.sampling.numpy()[:, sampling.shape[1] :] = 0
+        for row, values, padding in (
+            (rows.req_indices, req_indices, self._max_rows),
+            (rows.places, self._places(changes), self._max_rows * self._longest),
+            (rows.contexts, contexts, 1),
+            (rows.blocks, changes[:, 2], self._spare_block),
+        ):
+            numbers = row.numpy()
+            numbers[: len(values)] = values
+            numbers[len(values) :] = padding
+        self._inputs[: len(packed)].copy_(packed, non_blocking=True)
+
+    def _places(self, changes: NDArray[np.int32]) -> NDArray[np.int64]:
+        """Flat places in the block table."""
+        places: NDArray[np.int64] = changes[:, 0].astype(np.int64) * self._longest + changes[:, 1]
+        return places
+
+    def change_table(self, changes: NDArray[np.int32]) -> None:
+        """Write new entries of the block table, `[P, 3]`: row, place in the row, block."""
+        if len(changes):
+            blocks = put(changes[:, 2].copy(), self._device)
+            self.block_table.view(-1).scatter_(0, put(self._places(changes), self._device), blocks)
+
+    def forward(self, model: CausalLM, n: int) -> None:
+        """The logits of one new token for each of n rows: the last that was sampled for its sequence."""
+        rows = self.rows(n)
+        self.block_table.view(-1).scatter_(0, rows.places, rows.blocks)
+        attention = DecodeAttention(
+            keys=self._cache.keys,
+            values=self._cache.values,
+            block_table=self.block_table,
+            rows=rows.req_indices.int(),
+            contexts=rows.contexts,
+            block_size=self._cache.block_size,
+            capacity=self.most_splits + self._max_rows,
+        )
+        tokens = self.last.index_select(0, rows.req_indices)
+        with forward_context(ForwardContext(attention, self._adapter)):
+            hidden = model.hidden_states(tokens, rows.contexts.long() - 1)
+        model.logits(hidden, out=self.logits[:n])
+
+    def sample(self, n: int, kind: int) -> None:
+        """Sample a token for each of n rows from its logits; `kind` is the dearest among them."""
+        rows, logits, outputs = self.rows(n), self.logits[:n], self._sampled(n)
+        lost = None if self._tokenless is None else hide(logits, self._tokenless)
+        if logits.is_cuda and logits.dtype == torch.float32:
+            from harmony_core.engine.kernels.sampling import draw_tokens
+
+            warm, filtered = kind != GREEDY, kind == FILTERED
+            draw_tokens(logits, rows.sampling, rows.req_indices, self.last, outputs, warm=warm, filtered=filtered)
+        else:
+            for output, values in zip(outputs, sampled := sample_on_device(logits, rows.sampling, kind), strict=True):
+                output.copy_(values)
+            self.last.index_copy_(0, rows.req_indices, sampled.tokens)
+        if lost is not None:
+            chosen = logits.gather(1, outputs[0].long()[:, None])[:, 0]
+            outputs[1] = with_lost(outputs[1], chosen, lost)
+
+    @contextmanager
+    def suppressing(self, n: int, suppressed: dict[int, list[int]]) -> Iterator[None]:
+        """None of the ids that `suppressed` names for a row is sampled there meanwhile; raw log-probs ignore that."""
+        if not suppressed:
+            yield
+            return
+        logits, outputs = self.logits[:n], self._sampled(n)
+        pairs = [(row, id) for row, ids in suppressed.items() for id in ids]
+        row, id = put(np.array(pairs, dtype=np.int64).reshape(-1, 2).T.copy(), self._device)
+        whose = put(np.array(list(suppressed), dtype=np.int64), self._device)
+        totals = logits[whose].logsumexp(-1)
+        held = logits[row, id]
+        logits[row, id] = float("-inf")
+        yield
+        logits[row, id] = held
+        outputs[1, whose] = (logits[whose, outputs[0, whose].long()] - totals).double()
+
+    def _sampled(self, n: int) -> Tensor:
+        """`[3, n]`: ids, raw and processed log-probs."""
+        return self._outputs[: 3 * n].view(3, n)
+
+    def read(self, buffers: StepBuffers, n: int) -> None:
+        """Send what n rows have sampled back to the host."""
+        buffers.outputs[: 3 * n].copy_(self._outputs[: 3 * n], non_blocking=True)
+
+
+def buckets_up_to(most: int, least: int = 1) -> tuple[int, ...]:
+    """Numbers of rows that a step is filled up to, ascending, `least` or more; the last is `most`."""
+    further = range(_DENSE[-1] + _FURTHER, most, _FURTHER)
+    return (*(n for n in (*_DENSE, *further) if least <= n < most), most)
+
+
+class DecodeGraphs:
+    """Recorded work by name, each with its number of rows. Not for CPU.
+
+    What cannot be recorded runs as it is, from then on; `notify` is told once.
+    """
+
+    def __init__(self, device: torch.device, notify: Notify) -> None:
+        self._device, self._notify = device, notify
+        self._graphs: dict[tuple[str, int], torch.cuda.CUDAGraph] = {}
+        self._stream = _recording_stream(device)
+        self._pool: Any = None
+        self._weights: tuple[int, ...] = ()
+        self.broken = False
+        """Recording failed; everything runs eagerly."""
+        self.seconds = 0.0
+        """Spent recording, compilation of the layers included."""
+
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+    def has(self, name: str, rows: int) -> bool:
+        """Whether this need not be recorded (any more)."""
+        return self.broken or (name, rows) in self._graphs
+
+    def record(self, name: str, rows: int, work: Callable[[], None]) -> None:
+        """Run `work` once, then record it. It must be harmless: both happen on whatever input is loaded.
+
+        What `work` raises when it is run is raised; what only its recording raises is announced.
+        """
+        start = time.perf_counter()
+        # The first run compiles, and makes libraries allocate what they keep.
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            work()
+        torch.cuda.synchronize(self._device)
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        try:
+            self._graphs[name, rows] = self._capture(work)
+        except RuntimeError as error:
+            self.broken = True
+            self.drop()
+            self._notify("decode_graphs_failed", {"what": name, "rows": rows, "error": str(error)[:500]})
+        taken = time.perf_counter() - start
+        self.seconds += taken
+        if not self.broken:
+            self._notify("decode_graph", {"what": name, "rows": rows, "seconds": round(taken, 3)})
+
+    def _capture(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(self._stream), _no_collection():
+            # Other threads of this process may talk to the device meanwhile.
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                work()
+            except BaseException:
+                with suppress(RuntimeError):
+                    graph.capture_end()
+                raise
+            graph.capture_end()
+        return graph
+
+    def run(self, name: str, rows: int, work: Callable[[], None]) -> None:
+        """Replay what was recorded, or do the work."""
+        graph = self._graphs.get((name, rows))
+        if graph is None:
+            work()
+        else:
+            graph.replay()
+
+    def check(self, weights: Iterator[torch.Tensor]) -> None:
+        """Drop everything if a weight is not where it was when the first graph was recorded."""
+        places = tuple(weight.data_ptr() for weight in weights)
+        if places != self._weights:
+            self.drop()
+            self._weights = places
+
+    def drop(self) -> None:
+        """Forget the graphs and give their memory back to the allocator."""
+        if self._graphs:
+            torch.cuda.synchronize(self._device)
+        for graph in self._graphs.values():
+            graph.reset()
+        self._graphs.clear()
+        self._pool = None
+
+
+@cache
+def _recording_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all runners: libraries keep a workspace for every stream that they have ever seen."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """No garbage collection meanwhile: it might free another graph, which a recording does not survive."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
