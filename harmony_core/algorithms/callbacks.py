@@ -12,14 +12,13 @@ from functools import wraps
 from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Any
 
-from harmony_core.algorithms.batch_loader import Unusable, in_words, settle
-from harmony_core.algorithms.mapping import async_map
+from harmony_core.algorithms.batch_loader import Unusable, async_map, in_words, settle
 from harmony_core.algorithms.rollout import prompt_of
 from harmony_core.config.argument_kinds import checked
 from harmony_core.errors import DataError, NothingToTrain, UsageError
 from harmony_core.graders import BaseGrader, score_or_refuse
 from harmony_core.journal import phase
-from harmony_core.loggers.table import Table
+from harmony_core.loggers.base import Table
 from harmony_core.request_seeds import looking
 from harmony_core.text.threads import StringThread
 

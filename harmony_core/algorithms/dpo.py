@@ -8,10 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from harmony_core.algorithms.batch_loader import BatchLoader
 from harmony_core.algorithms.callbacks import RecipeCallback
-from harmony_core.algorithms.loop import StepLoop
-from harmony_core.algorithms.schedulers import CosineScheduler, Scheduler
 from harmony_core.algorithms.tangents import Metrics, Scored, dpo_tangent, push_pair, score
-from harmony_core.algorithms.training import Training, each, keeps_settings, means
+from harmony_core.algorithms.training import CosineScheduler, Scheduler, StepLoop, Training, each, keeps_settings, means
 from harmony_core.loggers import Logger
 from harmony_core.notifiers import StageNotifier
 from harmony_core.text.threads import StringThread

@@ -11,21 +11,27 @@ from functools import partial
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from harmony_core.algorithms.advantages import group_advantages
-from harmony_core.algorithms.batch_loader import BatchLoader
+from harmony_core.algorithms.batch_loader import BatchLoader, async_map
 from harmony_core.algorithms.callbacks import RecipeCallback, outcome_of
-from harmony_core.algorithms.loop import StepLoop
-from harmony_core.algorithms.mapping import async_map, get_minibatches
 from harmony_core.algorithms.rollout import (
     Rollout,
     check_sizes,
     completion_metrics,
+    get_minibatches,
     prompts_of,
     prompts_per_batch,
 )
-from harmony_core.algorithms.schedulers import CosineScheduler, Scheduler
-from harmony_core.algorithms.tangents import Metrics, Scored, grpo_tangents, push, score
-from harmony_core.algorithms.training import Training, check_loss_options, each, keeps_settings, means
+from harmony_core.algorithms.tangents import Metrics, Scored, group_advantages, grpo_tangents, push, score
+from harmony_core.algorithms.training import (
+    CosineScheduler,
+    Scheduler,
+    StepLoop,
+    Training,
+    check_loss_options,
+    each,
+    keeps_settings,
+    means,
+)
 from harmony_core.config.argument_kinds import checked
 from harmony_core.errors import UsageError
 from harmony_core.graders import BaseGrader

@@ -10,14 +10,22 @@ from dataclasses import dataclass, replace
 from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Any
 
-from harmony_core.algorithms.advantages import discounted_cumulative_rewards, explained_variance, gae_advantages
-from harmony_core.algorithms.batch_loader import BatchLoader
+from harmony_core.algorithms.batch_loader import BatchLoader, async_map
 from harmony_core.algorithms.callbacks import RecipeCallback, outcome_of
-from harmony_core.algorithms.loop import StepLoop
-from harmony_core.algorithms.mapping import async_map, get_minibatches
-from harmony_core.algorithms.rollout import Rollout, check_sizes, completion_metrics, prompts_of
-from harmony_core.algorithms.schedulers import CombinedSchedule, CosineScheduler, Scheduler
-from harmony_core.algorithms.training import Training, check_loss_options, each, keeps_settings, means, step_if_any
+from harmony_core.algorithms.rollout import Rollout, check_sizes, completion_metrics, get_minibatches, prompts_of
+from harmony_core.algorithms.tangents import discounted_cumulative_rewards, explained_variance, gae_advantages
+from harmony_core.algorithms.training import (
+    CombinedSchedule,
+    CosineScheduler,
+    Scheduler,
+    StepLoop,
+    Training,
+    check_loss_options,
+    each,
+    keeps_settings,
+    means,
+    step_if_any,
+)
 from harmony_core.errors import UsageError
 from harmony_core.graders import BaseGrader
 from harmony_core.journal import phase

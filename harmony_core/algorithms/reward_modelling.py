@@ -7,9 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from harmony_core.algorithms.batch_loader import BatchLoader
 from harmony_core.algorithms.callbacks import RecipeCallback
-from harmony_core.algorithms.loop import StepLoop
-from harmony_core.algorithms.schedulers import CosineScheduler, Scheduler
-from harmony_core.algorithms.training import Training, each, keeps_settings
+from harmony_core.algorithms.training import CosineScheduler, Scheduler, StepLoop, Training, each, keeps_settings
 from harmony_core.errors import DataError, UsageError
 from harmony_core.loggers import Logger
 from harmony_core.notifiers import StageNotifier

@@ -1,24 +1,94 @@
-"""Completions of prompts, with their scores and log-probs: what a reinforcement-learning step trains on."""
+"""Completions of prompts with their scores and log-probs, their mini-batches, and samples for the run's report."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+import random
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from harmony_core.algorithms.mapping import async_map
-from harmony_core.algorithms.showing import show_sample
+from harmony_core.algorithms.batch_loader import async_map
 from harmony_core.algorithms.tangents import recorded_logprobs
 from harmony_core.errors import UsageError
 from harmony_core.graders import BaseGrader, score_or_refuse
-from harmony_core.journal import phase
+from harmony_core.journal import Piece, phase, samples_wanted, tell_sample
 from harmony_core.text.threads import StringThread, TokenizedThread, repeat_thread
 
 if TYPE_CHECKING:
     from harmony_core.client import InferenceModel, TrainingModel
+
+_CONTEXT = 8
+"""Tokens before a turn that are decoded with it."""
+
+_UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+
+
+async def show_sample(
+    model: InferenceModel,
+    thread: StringThread | TokenizedThread,
+    step: int,
+    *,
+    source: str = "training",
+    reward: float | None = None,
+    advantage: float | None = None,
+    group: str | int | None = None,
+    grades: Mapping[str, float] | None = None,
+) -> None:
+    """Put a sample of optimizer step `step` (from 1) into the run's report; nothing where none is wanted any more.
+
+    A StringThread is tokenized first, and shown in as many parts as it is trained in. Log-probs are shown where the
+    thread has those of its generation.
+    """
+    if not samples_wanted(step, source):
+        return
+    for part in await model.tokenize_parts(thread) if isinstance(thread, StringThread) else [thread]:
+        turns = await pieces_of(model, part)
+        tell_sample(step, turns, source=source, reward=reward, advantage=advantage, group=group, grades=grades)
+
+
+async def pieces_of(model: InferenceModel, thread: TokenizedThread) -> list[tuple[str, list[Piece]]]:
+    """Role and pieces of every turn: one piece a token in turns with a weight, one in all in the others."""
+    logprobs = iter(thread.logprobs or ())
+    shown = []
+    for turn in thread.token_turns:
+        if turn.weight:
+            before = thread.token_ids[max(turn.start - _CONTEXT, 0) : turn.start]
+            texts = await token_texts(model, thread.token_ids[turn.start : turn.end], before)
+            pieces = [Piece(text, turn.weight, next(logprobs, None)) for text in texts]
+        else:
+            pieces = [Piece("".join(str(getattr(fragment, "text", "[image]")) for fragment in turn.fragments))]
+        shown.append((turn.role, pieces))
+    return shown
+
+
+async def token_texts(model: InferenceModel, ids: Sequence[int], behind: Sequence[int] = ()) -> list[str]:
+    """The text of each token `behind` some others, so that they join to the text of all.
+
+    Of tokens that make one character together, the last has it and the others are empty. A token is decoded behind
+    its predecessors, since some tokenizers leave out the space before the first one.
+    """
+    texts: list[str] = []
+    before: list[int] = list(behind)
+    pending: list[int] = []
+    for token in ids:
+        pending.append(token)
+        known = await model.detokenize(before)
+        text = (await model.detokenize([*before, *pending]))[len(known) :]
+        if text.endswith(_UNFINISHED) and len(pending) < 4:
+            texts.append("")
+            continue
+        texts.append(text)
+        before, pending = pending, []
+    if pending:
+        known = await model.detokenize(before)
+        texts[-1] = (await model.detokenize([*before, *pending]))[len(known) :]
+    return texts
+
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -201,3 +271,51 @@ def prompts_per_batch(samples_per_batch: int, completions_per_sample: int) -> in
             *(samples_per_batch, completions_per_sample, whole, whole, whole + completions_per_sample),
         )
     return prompts
+
+
+def get_minibatches(
+    dataset: Sequence[T],
+    mini_batch_size: int,
+    number_of_epochs: int,
+    seed: int | None = None,
+    *,
+    join_last_one: bool = False,
+) -> list[list[T]]:
+    """Mini-batches of several passes, each in its own random order; the last of a pass may be short.
+
+    With `join_last_one` a last one of a single item joins the one before it. Without `seed` the order differs from
+    call to call.
+    """
+    if mini_batch_size < 1:
+        raise UsageError(f"mini_batch_size must be at least 1, got {mini_batch_size}")
+    order = random.Random(seed)
+    batches: list[list[T]] = []
+    for _ in range(number_of_epochs):
+        items = list(dataset)
+        order.shuffle(items)
+        starts = [*range(0, len(items), mini_batch_size)]
+        if join_last_one and mini_batch_size > 1 and len(starts) > 1 and starts[-1] == len(items) - 1:
+            starts.pop()
+        batches.extend(items[start:end] for start, end in zip(starts, [*starts[1:], len(items)], strict=True))
+    return batches
+
+
+def sample_data(data: Sequence[T], epochs: float, seed: int | None = None) -> list[T]:
+    """`epochs` passes over the data, each in its own random order; a fraction of a pass takes as many items of one."""
+    order = random.Random(seed)
+    wanted = round(len(data) * epochs)
+    sampled: list[T] = []
+    while len(sampled) < wanted and data:
+        items = list(data)
+        order.shuffle(items)
+        sampled.extend(items)
+    return sampled[:wanted]
+
+
+def weighted_mean(values: Sequence[Sequence[float]], weights: Sequence[Sequence[float]]) -> float:
+    """Mean over all entries of ragged lists, each entry counted by its weight. Raises UsageError for weights of 0."""
+    pairs = [pair for row in zip(values, weights, strict=True) for pair in zip(*row, strict=True)]
+    total = sum(weight for _, weight in pairs)
+    if total == 0:
+        raise UsageError("a weighted mean needs weights that do not sum to 0")
+    return sum(value * weight for value, weight in pairs) / total

@@ -9,11 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from harmony_core.algorithms.batch_loader import BatchLoader, Unusable, settle, settle_rest
 from harmony_core.algorithms.callbacks import RecipeCallback
-from harmony_core.algorithms.loop import StepLoop
-from harmony_core.algorithms.schedulers import CosineScheduler, Scheduler
-from harmony_core.algorithms.showing import show_sample
+from harmony_core.algorithms.rollout import show_sample
 from harmony_core.algorithms.tangents import Metrics, push_weights, score
-from harmony_core.algorithms.training import Training, keeps_settings
+from harmony_core.algorithms.training import CosineScheduler, Scheduler, StepLoop, Training, keeps_settings
 from harmony_core.loggers import Logger
 from harmony_core.notifiers import StageNotifier
 from harmony_core.text.threads import StringThread

@@ -1,6 +1,6 @@
-"""The contract of a grader, and graders made from plain functions.
+"""The contract of a grader, graders made from plain functions, and the score of a thread.
 
-Knows nothing of training: a training class, a callback or a recipe asks for a score and reads the logs.
+Graders are independent of training: a training class, a callback or a recipe asks for a score and reads the logs.
 """
 
 from __future__ import annotations
@@ -10,12 +10,27 @@ import math
 import statistics
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Generic, TypedDict, TypeVar
 
 from harmony_core.config.argument_kinds import checked
-from harmony_core.graders.grade import Grade
-from harmony_core.loggers.table import Table
+from harmony_core.errors import EngineError, GradeFailed, IgnoreGradeException
+from harmony_core.loggers.base import Table
+from harmony_core.rpc.tracebacks import place_of, summary
 from harmony_core.text.threads import StringThread
+
+
+@dataclass
+class Grade:
+    """A thread's score, the key of the grader that gave it, and why, if the grader says."""
+
+    value: float
+    grader_key: str
+    reasoning: str | None = None
+
+    def __post_init__(self) -> None:
+        self.value = float(self.value)
+
 
 LogT = TypeVar("LogT")
 
@@ -121,3 +136,22 @@ class FunctionGrader(BaseGrader[dict[str, Any]]):
         value = float(await found if inspect.isawaitable(found) else found)
         self.add_log({"score": value})
         return Grade(value, self.grader_key)
+
+
+async def score_or_refuse(grader: BaseGrader[Any], sample: StringThread) -> float:
+    """The grader's score of the thread.
+
+    Raises IgnoreGradeException when the grader does, GradeFailed for anything else that it raises and for a score that
+    is no finite number, EngineError as it is.
+    """
+    try:
+        score = float(await grader.score_float_value(sample))
+    except (EngineError, IgnoreGradeException):
+        raise
+    except Exception as error:  # a grader is foreign code: its failure is its sample's
+        place = place_of(error)
+        what = summary(error) + (f" ({place})" if place else "")
+        raise GradeFailed(f"grader {grader.grader_key!r} raised {what}", grader=grader.grader_key) from error
+    if not math.isfinite(score):
+        raise GradeFailed(f"grader {grader.grader_key!r} gave the score {score}", grader=grader.grader_key)
+    return score

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from harmony_core.errors import ResourceError
-from harmony_core.loggers.base import Logger, Metrics, masked, number_of
-from harmony_core.loggers.table import Table
+from harmony_core.loggers.base import Logger, Metrics, Table, masked, number_of
 
 KEYS = {"wandb": "WANDB_API_KEY", "mlflow": "MLFLOW_TRACKING_URI", "tensorboard": "TENSORBOARD_LOGGING_DIR"}
 """The variable that sets each service up, by its package, the first choice first."""

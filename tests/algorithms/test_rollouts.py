@@ -10,7 +10,7 @@ import pytest
 
 from fake_policy import FakeModel, length_grader, prompts, questions
 from harmony_core.algorithms import GRPO, GSPO
-from harmony_core.algorithms.schedulers import CosineScheduler
+from harmony_core.algorithms.training import CosineScheduler
 from harmony_core.data.datasets import DataSet
 from harmony_core.errors import DataError, IgnoreGradeException, RankDied, TooManyFailures, UsageError
 from harmony_core.graders import BaseGrader

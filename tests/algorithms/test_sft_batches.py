@@ -9,7 +9,7 @@ from typing import Any, cast
 import pytest
 
 from harmony_core.algorithms import SFT, RecipeCallback
-from harmony_core.algorithms.schedulers import CosineScheduler
+from harmony_core.algorithms.training import CosineScheduler
 from harmony_core.client import TrainingModel
 from harmony_core.data.datasets import DataSet
 from harmony_core.errors import DataError, RankDied, SampleTooLong, TokenizationError, TooManyFailures, UsageError

@@ -16,7 +16,7 @@ from harmony_core.engine.models import weights
 from harmony_core.engine.models.compiling import COMPILE_ERRORS
 from harmony_core.engine.models.model import CausalLM
 from harmony_core.engine.models.parallel import TensorParallel
-from harmony_core.engine.training import state_files
+from harmony_core.engine.training import optimizer
 from harmony_core.errors import EngineError, MemoryRefused, ResourceError
 from harmony_core.rpc import progress
 from harmony_core.rpc.protocol import Clone, Load, LoraSettings, MakePool, ModelSource, Save, Spawn
@@ -91,7 +91,7 @@ def test_a_full_disk_is_told_once_all_ranks_have_gathered(
     table = ModelTable(CPU)
     table.spawn(request(build(tmp_path / "m"), "policy", train=True, compile=False), SINGLE, None)
     gathered: list[str] = []
-    for module in (weights, state_files):
+    for module in (weights, optimizer):
         real = module.gather_full
         monkeypatch.setattr(module, "gather_full", lambda *given, real=real: (gathered.append("x"), real(*given))[1])
     table.save(Save(model="policy", directory=str(tmp_path), inference_only=False), write=False)

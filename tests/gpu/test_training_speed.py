@@ -15,8 +15,7 @@ from harmony_core.engine.models.loading import load_model
 from harmony_core.engine.models.matmul import add_matmul, wide_matmul
 from harmony_core.engine.models.model import CausalLM
 from harmony_core.engine.models.parallel import TensorParallel
-from harmony_core.engine.training.gradients import FlatGradients
-from harmony_core.engine.training.optimizer import AdamW
+from harmony_core.engine.training.optimizer import AdamW, FlatGradients
 from harmony_core.engine.training.trainer import Trainer
 from harmony_core.rpc.protocol import LoraSettings, MicroBatch, OptimStep, pack_doubles, pack_ints
 from tiny_models import build, random_tokens

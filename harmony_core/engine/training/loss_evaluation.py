@@ -1,6 +1,9 @@
-"""From scored tokens to a loss, its ascent direction and its metrics, summed over a step; also a recipe's own loss.
+"""Evaluate a loss of ours or of the recipe on scored tokens, and sum up the metrics of a step.
 
-`check_cuts` says whether that is the same loss however its samples are cut into micro-batches and ordered in them.
+`check_cuts` compares a loss over many ways to cut its samples into micro-batches and to order them. `LogprobGap` sums
+the difference between the trainer's log-probs and those that the sampler recorded of the same tokens under the same
+weights. The two differ by rounding, since they multiply matrices of other shapes; a difference that grows is a bug, or
+training that has gone off-policy.
 """
 
 from __future__ import annotations
@@ -211,3 +214,41 @@ def _over(loss: Callable[..., Any], samples: list[Scored], cut: Cut) -> tuple[fl
         # One row for the log-probs, one for the entropies where the loss takes them.
         parts |= dict(zip(members, torch.split(torch.stack(directions), list(batch.counts), dim=1), strict=True))
     return total, torch.cat([parts[i] for i in range(len(samples))], dim=1)
+
+
+class LogprobGap:
+    """Sums over the tokens of one step, on the device, so that no micro-batch waits for them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.sums = torch.zeros(5, dtype=torch.float64, device=device)
+        """Tokens, sum of absolute differences, sums of the three estimates of the divergence."""
+        self.most = torch.zeros(1, dtype=torch.float64, device=device)
+        """The largest absolute difference."""
+
+    def add(self, logprobs: Tensor, places: Tensor, sampled: Tensor) -> None:
+        """Compare `logprobs[places]` with `sampled`, `[K]` float64."""
+        difference = logprobs.index_select(0, places).double() - sampled
+        distance = difference.abs()
+        # Schulman's three estimators of KL(sampler || trainer) for tokens that the sampler drew.
+        estimates = torch.stack([-difference, difference.square() / 2, torch.expm1(difference) - difference])
+        count = distance.new_full((), len(distance))
+        self.sums += torch.cat([torch.stack([count, distance.sum()]), estimates.sum(-1)])
+        self.most.clamp_(min=distance.max())
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.sums.zero_()
+        self.most.zero_()
+
+
+def gap_metrics(sums: Sequence[float], most: float) -> dict[str, float]:
+    """What a step reports; nothing when no token was compared."""
+    tokens, distance, *estimates = sums
+    if not tokens:
+        return {}
+    return {
+        "sampler_logprob_diff_mean": distance / tokens,
+        "sampler_logprob_diff_max": most,
+        **{f"sampler_kl_k{i}": total / tokens for i, total in enumerate(estimates, 1)},
+        "sampler_tokens": tokens,
+    }

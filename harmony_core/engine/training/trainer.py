@@ -22,14 +22,10 @@ from harmony_core.engine.models.context import ForwardContext, PackedAttention, 
 from harmony_core.engine.models.heads import linear_logprob_loss, token_logprobs, token_logprobs_and_entropies
 from harmony_core.engine.models.model import CausalLM
 from harmony_core.engine.models.scalar import scores
-from harmony_core.engine.training import state_files
-from harmony_core.engine.training.gradients import FlatGradients
-from harmony_core.engine.training.logprob_gap import LogprobGap, metrics
-from harmony_core.engine.training.loss_evaluation import MetricSums, evaluate, means
+from harmony_core.engine.training.loss_evaluation import LogprobGap, MetricSums, evaluate, gap_metrics, means
 from harmony_core.engine.training.losses import wants_entropies
-from harmony_core.engine.training.malloc_tuning import LARGE_BYTES, kept_while_it_runs
-from harmony_core.engine.training.optimizer import AdamW
-from harmony_core.engine.training.packing import PackedBatch, unpack
+from harmony_core.engine.training.optimizer import AdamW, FlatGradients
+from harmony_core.engine.training.packing import LARGE_BYTES, PackedBatch, kept_while_it_runs, unpack
 from harmony_core.errors import EngineError, NothingToTrain, StepFailed, UsageError
 from harmony_core.rpc.protocol import MicroBatch, MicroBatchDone, OptimStep
 
@@ -65,7 +61,7 @@ class Trainer:
         self._head_gradient = self.gradients.of(model.head_weight) if score is None else None
         # A trained adapter's dropout is not the sampler's: there would be nothing to learn from a difference.
         self._drops = adapter is not None and bool(model.adapters[adapter].settings.dropout)
-        self._agreement = LogprobGap(model.device)
+        self._gap = LogprobGap(model.device)
         self._metrics = MetricSums(model.device)
         self._failed = False
         self._reset_counts()
@@ -175,11 +171,11 @@ class Trainer:
 
     def save_optimizer(self, directory: Path, write: bool) -> None:
         """Write the optimizer's state, full size, into `directory`; every rank calls, the one with `write` writes."""
-        state_files.save(self.optimizer, directory, write)
+        self.optimizer.save(directory, write)
 
     def load_optimizer(self, directory: Path) -> None:
         """Read the optimizer's state and step; raises VerificationError, with nothing changed, if it does not fit."""
-        state_files.load(self.optimizer, directory)
+        self.optimizer.load(directory)
 
     def rehearse(self, max_batch_tokens: int) -> None:
         """A worst-case micro-batch without any collective; RNG, gradients and moments are left as they were.
@@ -281,7 +277,7 @@ class Trainer:
             give_back()
             loss.backward()  # type: ignore[no-untyped-call]
         if packed.sampled is not None and not (packed.dropout and self._drops):
-            self._agreement.add(logprobs, *packed.sampled)
+            self._gap.add(logprobs, *packed.sampled)
         return -float((packed.coefficients * logprobs.double()).sum().item()) if numerator is None else numerator
 
     def _first_pass(self, scored: Tensor, packed: PackedBatch) -> tuple[float, list[Tensor]]:
@@ -317,7 +313,7 @@ class Trainer:
         self._numerator = 0.0
         self._weighted = 0
         self._samples = 0
-        self._agreement.clear()
+        self._gap.clear()
         self._metrics.clear()
 
     @contextmanager
@@ -343,14 +339,14 @@ class Trainer:
         Over all replicas. The one place in a step where the host waits for the device.
         """
         counts = torch.tensor([self._numerator, self._weighted, self._samples], dtype=torch.float64)
-        sums = torch.cat([counts.to(self.model.device), self._agreement.sums, self._metrics.sums])
+        sums = torch.cat([counts.to(self.model.device), self._gap.sums, self._metrics.sums])
         if self.dp_group is not None:
             dist.all_reduce(sums, group=self.dp_group)
-            dist.all_reduce(self._agreement.most, dist.ReduceOp.MAX, group=self.dp_group)
-        found = torch.cat([self.gradients.squared_norm()[None], self._agreement.most, sums]).tolist()
+            dist.all_reduce(self._gap.most, dist.ReduceOp.MAX, group=self.dp_group)
+        found = torch.cat([self.gradients.squared_norm()[None], self._gap.most, sums]).tolist()
         squares, most, numerator, weighted, samples, *others = found
-        compared = len(self._agreement.sums)
-        reported = metrics(others[:compared], most) | means(others[compared:])
+        compared = len(self._gap.sums)
+        reported = gap_metrics(others[:compared], most) | means(others[compared:])
         return numerator, weighted, samples, squares, reported
 
     def _refuse_or_skip(self, request: OptimStep, own: Tensor | None) -> bool:

@@ -10,8 +10,7 @@ from torch import nn
 
 from harmony_core.engine.models.parallel import TensorParallel
 from harmony_core.engine.training import optimizer
-from harmony_core.engine.training.gradients import FlatGradients
-from harmony_core.engine.training.optimizer import AdamW
+from harmony_core.engine.training.optimizer import AdamW, FlatGradients
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     raise RuntimeError("run by test_training_kernels.py")

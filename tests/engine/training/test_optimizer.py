@@ -14,9 +14,7 @@ from torch import nn
 from engine.training.trainer_cases import difference, make_trainer, micro_batch, optim_step, parameters, samples
 from harmony_core.engine.models.parallel import TensorParallel
 from harmony_core.engine.training import optimizer
-from harmony_core.engine.training.gradients import FlatGradients
-from harmony_core.engine.training.optimizer import AdamW
-from harmony_core.engine.training.state_files import FILE
+from harmony_core.engine.training.optimizer import FILE, AdamW, FlatGradients
 from harmony_core.errors import VerificationError
 from tiny_models import build
 

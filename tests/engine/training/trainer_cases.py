@@ -175,7 +175,7 @@ def curve(group: Group, directory: str, dtype: str, lora: bool, tp: int, steps: 
         metrics = trainer.optim_step(optim_step(total_weight(chosen), lr=3e-3))
         losses.append(metrics["loss"])
         norms.append(metrics["grad_norm"])
-    replicated = [slot.parameter.detach().flatten() for slot in trainer.gradients.slots if not slot.split]
+    replicated = [slot.parameter.detach().flatten() for slot in trainer.gradients.slots if slot.shard is None]
     return {
         "losses": losses,
         "norms": norms,
