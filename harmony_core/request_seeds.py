@@ -1,7 +1,7 @@
-"""The random seeds of requests: one sequence for each live model, and one of its own for each look at it.
+"""The random seeds of requests: one sequence for each live model, and a separate one for each evaluation of it.
 
-What only looks at a model (a callback, an evaluation) draws from a sequence that is named after the look. So the
-requests of training have the same seeds whether or not somebody looks in between.
+Callbacks and evaluations take their seeds from a sequence of their own (`looking`), so that they never change the seeds
+of training.
 """
 
 from __future__ import annotations

@@ -33,10 +33,17 @@ S = TypeVar("S")
 T = TypeVar("T")
 
 FIRST_ROWS = 200
-"""Rows by which a run is judged at its beginning."""
+"""Rows that are checked at the beginning of a run."""
 
 Unusable = DataError | TokenizationError
 """Errors that concern one sample: it is dropped, and the run goes on."""
+
+
+def at_least(least: int, **values: int) -> None:
+    """Raise UsageError for the first of some named arguments that is below `least`."""
+    for name, value in values.items():
+        if value < least:
+            raise UsageError(f"{name} must be at least {least}, got {value}")
 
 
 async def _gather(tasks: Sequence[asyncio.Task[T]]) -> list[T]:
@@ -60,9 +67,9 @@ async def async_map(
 
     The first exception propagates, after the calls still running were cancelled.
     """
-    if max_concurrent_samples is not None and max_concurrent_samples < 1:
-        raise UsageError(f"max_concurrent_samples must be at least 1, got {max_concurrent_samples}")
-    slots = asyncio.Semaphore(max_concurrent_samples or max(len(data), 1))
+    limit = max(len(data), 1) if max_concurrent_samples is None else max_concurrent_samples
+    at_least(1, max_concurrent_samples=limit)
+    slots = asyncio.Semaphore(limit)
     done = 0
 
     async def run(item: S) -> T:
@@ -136,10 +143,10 @@ class _Filling(Generic[S, T]):
     drops: Drops
     failures: int = 0
     seen: dict[int, tuple[S, int]] = field(default_factory=dict)
-    """By identity, so they are held: items that were too long since the last result, and how often."""
+    """Items that were too long since the last result, and how often; keyed by identity, so the items are held."""
 
     async def fill(self, item: S) -> T | TooLong | None:
-        """A result of `item` or of one that replaces it. A TooLong: no result came in a whole pass over the data."""
+        """A result of `item` or of its replacement; a TooLong when a whole pass over the data gave no result."""
         while True:
             try:
                 result = await self.f(item)
@@ -182,8 +189,7 @@ async def async_map_batch(
     `batch_size * max_failure_fraction` items have failed otherwise, and more than one. Calls still running when the map
     ends are cancelled.
     """
-    if batch_size < 1:
-        raise UsageError(f"batch_size must be at least 1, got {batch_size}")
+    at_least(1, batch_size=batch_size)
     drops = data.drops if isinstance(data, DataSet) else Drops()
     filling = _Filling(f, data, batch_size, max_failure_fraction, drops)
     slots = dict(zip(range(batch_size), data, strict=False))
@@ -203,13 +209,13 @@ async def async_map_batch(
 
 
 def _nothing_left(drops: Drops) -> DataError:
-    """The error of a whole pass over a dataset of which nothing can be used."""
+    """The error of a whole pass over a dataset without a usable item."""
     return DataError(f"a whole pass over the data yields nothing: {drops.describe()}", hint=drops.hint)
 
 
 @dataclass(frozen=True)
 class Batch(Generic[T]):
-    """What training a batch returned for each sample, and the reasons for which others were dropped."""
+    """The results of training each sample of a batch, and the reasons for which others were dropped."""
 
     results: list[T]
     dropped: Counter[str]
@@ -221,7 +227,7 @@ class Batch(Generic[T]):
 
 
 async def settle(f: Callable[[S], Awaitable[T]], items: Sequence[S]) -> list[T | Unusable]:
-    """`f` of every item, begun in the items' order; an error that concerns only its item stands in its place.
+    """Call `f` on every item, in order. An error that concerns one item only takes the place of its result.
 
     Any other error propagates once all calls have ended, the first item's first.
     """
@@ -239,23 +245,12 @@ async def settle(f: Callable[[S], Awaitable[T]], items: Sequence[S]) -> list[T |
     return settled
 
 
-async def settle_rest(f: Callable[[S], Awaitable[T]], items: Sequence[S | Unusable]) -> list[T | Unusable]:
-    """As `settle`; an item that is an error already stays in its place."""
-
-    async def call(item: S | Unusable) -> T:
-        if isinstance(item, Unusable):
-            raise item
-        return await f(item)
-
-    return await settle(call, items)
-
-
 class BatchLoader(Generic[S]):
-    """Batches of `batch_size` samples over `epochs` passes, the last of which takes what is left; or `steps` of them.
+    """Loads batches of `batch_size` samples: `steps` of them, or `epochs` passes, of which the last batch may be short.
 
-    A sample that cannot be trained is replaced by the next one. Those that are too long never end the run. The others
-    do when they are more than `max_failure_rate` of the last max(200, 4 batches) different rows, or of all where there
-    are fewer. Dropped samples count towards the epochs, and never towards the steps.
+    A sample that cannot be trained is dropped and replaced by the next one. Samples that are too long never end the
+    run. Other failures end it when they exceed `max_failure_rate` of the last max(200, 4 batches) different rows, or of
+    all rows where there are fewer. Dropped samples count towards the epochs, and never towards the steps.
     """
 
     def __init__(
@@ -269,8 +264,7 @@ class BatchLoader(Generic[S]):
     ) -> None:
         if not samples:
             raise DataError("the dataset is empty")
-        if batch_size < 1:
-            raise UsageError(f"samples_per_batch must be at least 1, got {batch_size}")
+        at_least(1, samples_per_batch=batch_size)
         if (epochs is None) == (steps is None):
             raise UsageError("give either a number of epochs or a number of steps")
         if epochs is not None and epochs <= 0:
@@ -303,11 +297,11 @@ class BatchLoader(Generic[S]):
         return min(self.taken / self.total, 1.0)
 
     def first_rows(self) -> list[int]:
-        """The rows that a run begins with, by which it is judged before it trains; none in one that goes on."""
+        """The first rows, which are checked before a run trains; empty for a resumed run."""
         return [] if self.dataset.idx else self.dataset.access_indices[: min(FIRST_ROWS, self._window)]
 
     def get_state(self) -> dict[str, Any]:
-        """Where the feed stands, as plain data."""
+        """The position in the data and the dropped samples, as plain data."""
         failed = [[row, reason] for row, reason in self._failed.items()]
         return {"dataset": self.dataset.get_state(), "dropped": dict(self.dropped), "failed": failed}
 
@@ -321,10 +315,10 @@ class BatchLoader(Generic[S]):
         return [next(self.dataset) for _ in range(min(count, self.total - self.taken))]
 
     async def next_batch(self, train: Callable[[Sequence[S]], Awaitable[Sequence[T | Unusable]]]) -> Batch[T]:
-        """Have `train` take the next batch, then replacements for what it returned as unusable, until it is full.
+        """Pass the next batch to `train`, then replacements for unusable samples, until the batch is full.
 
-        `train` returns one outcome for each sample, in order. Raises TooManyFailures, and DataError when a whole pass
-        over the dataset yields nothing.
+        `train` returns a result or an error for each sample, in order. Raises TooManyFailures, and DataError when a
+        whole pass over the dataset yields nothing.
         """
         results: list[T] = []
         errors: list[HarmonyError] = []
@@ -344,9 +338,9 @@ class BatchLoader(Generic[S]):
         dropped = Counter(error.code for error in errors)
         if errors:
             tell_dropped(dropped, last=errors[-1].message, taken=self.taken)
-            # Those that are too long are told at the end, or when they are more than half.
-            tell = logger.info if all(isinstance(error, TooLong) for error in errors) else logger.warning
-            tell("%d samples dropped: %s; the last: %s", len(errors), in_words(dropped), errors[-1].message)
+            # Samples that are too long are reported at the end, or when they are more than half.
+            report = logger.info if all(isinstance(error, TooLong) for error in errors) else logger.warning
+            report("%d samples dropped: %s; the last: %s", len(errors), in_words(dropped), errors[-1].message)
         if ended:
             raise ended from errors[-1]
         if self.dataset.idx >= min(FIRST_ROWS, len(self.dataset)) or self.taken >= self.total:
@@ -354,7 +348,7 @@ class BatchLoader(Generic[S]):
         return Batch(results, dropped)
 
     def _note(self, outcomes: Sequence[T | Unusable]) -> None:
-        """Count what became of the rows taken last."""
+        """Count the results and the errors of the rows taken last."""
         for place, outcome in enumerate(outcomes, self.dataset.idx - len(outcomes)):
             row = self.dataset.access_indices[place]
             self.dataset.drops.note(outcome)
@@ -373,22 +367,22 @@ class BatchLoader(Generic[S]):
         return too_many_failures(reasons, f"last {len(self._failed)}", self.max_failure_rate, last)
 
     def _barren(self, since: int, errors: Sequence[HarmonyError]) -> DataError | None:
-        """The error of a run for which nothing is left; `since`: the rows taken after the last that could be used."""
+        """The error of a run without usable samples; `since`: the place of the last row that could be used."""
         rows, idx = len(self.dataset), self.dataset.idx
         over = self.taken >= self.total and idx == self.dropped.total()
         if not over and (-(-since // rows) + 1) * rows > idx:
             return None
         drops, reasons = self.dataset.drops, in_words(Counter(error.code for error in errors))
         lengths = f"; {drops.describe()}" if drops.too_long else ""
-        what = "no sample can be trained" if over else "a whole pass over the dataset yields nothing"
-        return DataError(f"{what}: {reasons}{lengths}; the last: {errors[-1].message}", hint=errors[-1].hint)
+        text = "no sample can be trained" if over else "a whole pass over the dataset yields nothing"
+        return DataError(f"{text}: {reasons}{lengths}; the last: {errors[-1].message}", hint=errors[-1].hint)
 
 
 def too_many_failures(reasons: Counter[str], of: str, allowed: float, last: HarmonyError) -> TooManyFailures:
-    """The error of a run of which more rows fail than is allowed; `of`: "first 200"."""
+    """The error of a run in which more rows fail than `allowed`; `of` is a range of rows such as "first 200"."""
     text = f"{reasons.total()} of the {of} rows failed, more than max_failure_rate={allowed:g} allows"
-    what = f"{text}: {in_words(reasons)}; the last: {last.message}"
-    return TooManyFailures(what, hint=last.hint, failures=reasons.total(), rows=int(of.split()[1]))
+    text += f": {in_words(reasons)}; the last: {last.message}"
+    return TooManyFailures(text, hint=last.hint, failures=reasons.total(), rows=int(of.split()[1]))
 
 
 def in_words(counts: Counter[str]) -> str:

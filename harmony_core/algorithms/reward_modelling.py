@@ -1,4 +1,4 @@
-"""Reward modelling: a scalar head learns which of two threads is preferred, or what a thread was rated."""
+"""Reward modelling: a scalar head learns which of two threads is preferred, or the rating of a thread."""
 
 from __future__ import annotations
 
@@ -51,9 +51,7 @@ class RewardModelling(Training):
         self.model = model
         self._log_to(logger, job_notifier, "Reward Model Training")
         self.lr_schedule = lr_scheduler or CosineScheduler(lr)
-        self.max_grad_norm = max_grad_norm
-        self.skip_nan_gradients = skip_nan_gradients
-        self.feed = BatchLoader(dataset, samples_per_batch, epochs, data_seed, max_failure_rate)
+        self.loader = BatchLoader(dataset, samples_per_batch, epochs, data_seed, max_failure_rate)
         self.loop = StepLoop(self, "RewardModelling", {"reward": model}, dataset, callbacks)
 
     async def _step(self) -> dict[str, Any]:

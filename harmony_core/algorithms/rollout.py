@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from harmony_core.algorithms.batch_loader import async_map
+from harmony_core.algorithms.batch_loader import async_map, at_least
+from harmony_core.algorithms.callbacks import outcome_of, prompt_of
 from harmony_core.algorithms.tangents import recorded_logprobs
+from harmony_core.algorithms.training import Training, means
 from harmony_core.errors import UsageError
 from harmony_core.graders import BaseGrader, score_or_refuse
 from harmony_core.journal import Piece, phase, samples_wanted, tell_sample
@@ -37,7 +39,7 @@ async def show_sample(
     group: str | int | None = None,
     grades: Mapping[str, float] | None = None,
 ) -> None:
-    """Put a sample of optimizer step `step` (from 1) into the run's report; nothing where none is wanted any more.
+    """Put a sample of optimizer step `step` (from 1) into the run's report, unless the report has enough of them.
 
     A StringThread is tokenized first, and shown in as many parts as it is trained in. Log-probs are shown where the
     thread has those of its generation.
@@ -88,7 +90,10 @@ async def token_texts(model: InferenceModel, ids: Sequence[int], behind: Sequenc
     return texts
 
 
+S = TypeVar("S")
 T = TypeVar("T")
+
+Metrics = dict[str, Any]
 
 log = logging.getLogger(__name__)
 
@@ -96,8 +101,8 @@ SHOWN = 4
 """Completions of one step in the run's report."""
 
 
-class Drawn(Protocol):
-    """What a sample of reinforcement learning has in every training class."""
+class RolloutSample(Protocol):
+    """The fields that `GRPO` and `PPO` samples have in common."""
 
     sample: TokenizedThread
     score: float
@@ -109,8 +114,8 @@ class Drawn(Protocol):
 class Completion:
     """One scored completion; lists have one number for each generated token.
 
-    `logprobs` are those under which it was drawn, at temperature 1; `ref_logprobs` the reference model's, the same
-    numbers again where there is no reference model.
+    `logprobs` are the old log-probs, of the policy that sampled it, at temperature 1; `ref_logprobs` the reference
+    model's, or the same numbers again without a reference model.
     """
 
     sample: TokenizedThread
@@ -139,7 +144,7 @@ class Rollout:
         self.grader = grader
         self._longest, self._setting = longest_trained([policy, *others])
         self._sampler = policy.max_seqlen(self._longest, self._setting)
-        self._told = False
+        self._warned = False
 
     async def group(self, prompt: StringThread, count: int) -> list[Completion]:
         """`count` completions of one prompt. A failure of any of them is the prompt's.
@@ -149,7 +154,7 @@ class Rollout:
         """
         with phase("rollout"):
             threads = await async_map(self._sampler.generate_tokens, list(islice(repeat_thread(prompt), count)))
-        self._tell_cap(threads[0])
+        self._warn_of_cap(threads[0])
         texts = await async_map(self.policy.detokenize_thread, threads)
         with phase("grading"):
             scores = await async_map(self._score, texts)
@@ -170,39 +175,72 @@ class Rollout:
             logprobs = await self.policy.logprobs_per_token(thread)
         return logprobs, logprobs if self.reference is None else await self.reference.logprobs_per_token(thread)
 
-    def _tell_cap(self, thread: TokenizedThread) -> None:
-        """Say once that completions may be shorter than what is asked for."""
+    def _warn_of_cap(self, thread: TokenizedThread) -> None:
+        """Warn once that completions may be shorter than asked for."""
         prompt, asked = len(thread.token_ids) - thread.len_last_turn(), self.policy.longest_completion
-        if not self._told and prompt + asked > self._longest:
-            self._told = True
+        if not self._warned and prompt + asked > self._longest:
+            self._warned = True
             log.warning(
                 "completions are capped at %s=%d tokens less their prompt's, here %d, where %d are asked for; "
                 "those that are cut count as truncated",
                 *(self._setting, self._longest, prompt, asked),
             )
 
-    async def show(self, completions: Sequence[Drawn], advantages: Sequence[float], step: int) -> None:
+    async def show(self, completions: Sequence[RolloutSample], advantages: Sequence[float], step: int) -> None:
         """Put some completions into the run's report."""
         for completion, advantage in list(zip(completions, advantages, strict=True))[:SHOWN]:
             await show_sample(self.policy, completion.sample, step, reward=completion.score, advantage=advantage)
 
 
+class RolloutTraining(Training):
+    """Base of the classes that train a policy on its own scored completions."""
+
+    grader: BaseGrader[Any]
+    rollout: Rollout
+    samples_per_mini_batch: int
+    mini_epochs_per_batch: int
+    clip_range: float
+
+    def get_train_batch_logs(self, data: list[Any]) -> dict[str, Any]:
+        """The metrics of a batch beside the grader's logs and the optimizer's numbers."""
+        raise NotImplementedError
+
+    async def _batch_metrics(
+        self, data: list[Any], samples: Sequence[RolloutSample], advantages: Sequence[float]
+    ) -> Metrics:
+        """Metrics of a batch and of its grades; puts samples into the run's report when they are due."""
+        logs = await outcome_of(self.get_train_batch_logs(data)) or {}
+        rewards = {f"rewards/{key}": value for key, value in self.grader.get_logs(clear=True).items()}
+        if self.loop.shows():
+            await self.rollout.show(samples, advantages, self.loop.step)
+        return logs | rewards
+
+    async def _train_mini_batches(
+        self, samples: Sequence[S], model: str, train: Callable[[S], Any], step: Callable[[], Awaitable[Metrics]]
+    ) -> Metrics:
+        """Train all mini-batches of one model. Returns the last step's metrics; those before are logged."""
+        # The seed depends on the place in the data, so that a resumed run shuffles as it would have.
+        order = self.data_seed + self.loader.dataset.idx
+        sizes = self.samples_per_mini_batch, self.mini_epochs_per_batch
+        metrics: Metrics = {}
+        for mini_batch in get_minibatches(samples, *sizes, order, join_last_one=True):
+            if metrics:
+                self.logger({**metrics, "completion_percentage": self.loader.completion})
+            with phase("training"):
+                measured = await async_map(lambda sample: outcome_of(train(sample)), mini_batch)
+            metrics = means(model, measured) | await step()
+        return metrics
+
+
 def prompts_of(dataset: Sequence[StringThread]) -> list[StringThread]:
-    """The threads without a last assistant turn: what is left is what the policy answers."""
+    """The threads without a last assistant turn: the policy answers the rest."""
     ending = sum(thread.completion() is not None for thread in dataset)
     if ending:
         log.warning("%d of %d prompts end with an assistant turn, which is left out", ending, len(dataset))
     return [prompt_of(thread) for thread in dataset]
 
 
-def prompt_of(thread: StringThread) -> StringThread:
-    """The thread without a last assistant turn."""
-    if thread.completion() is None:
-        return thread
-    return StringThread.from_turns(thread.turns[:-1], thread.metadata, thread.uuid(), thread.template_kwargs)
-
-
-def completion_metrics(completions: Sequence[Drawn], with_reference: bool) -> dict[str, float]:
+def completion_metrics(completions: Sequence[RolloutSample], with_reference: bool) -> dict[str, float]:
     """Means over tokens of log-probs and divergence, over completions of scores, lengths and truncation."""
     scores = [c.score for c in completions]
     mean = fmean(scores)
@@ -235,44 +273,6 @@ def longest_trained(models: Iterable[TrainingModel]) -> tuple[int, str]:
     return min((args[name], name) for args in settings for name in ("max_batch_size", "max_seqlen") if name in args)
 
 
-def check_sizes(samples_per_batch: int, samples_per_mini_batch: int, passes: int) -> None:
-    """Raises UsageError for sizes of which no batch can be made."""
-    if samples_per_batch < 1:
-        raise UsageError(f"samples_per_batch must be at least 1, got {samples_per_batch}")
-    if samples_per_mini_batch < 1:
-        raise UsageError(f"samples_per_mini_batch must be at least 1, got {samples_per_mini_batch}")
-    if passes < 1:
-        raise UsageError(f"mini_epochs_per_batch must be at least 1, got {passes}")
-
-
-def prompts_per_batch(samples_per_batch: int, completions_per_sample: int) -> int:
-    """How many whole groups of completions a batch has; says so when samples are left over.
-
-    Raises UsageError for groups of one, which have nothing to be compared with, and for a batch without a group.
-    """
-    if completions_per_sample < 2:
-        raise UsageError(
-            f"completions_per_sample must be at least 2, got {completions_per_sample}: "
-            "a completion is as good as it is better than the others of its prompt",
-            hint="give 2 or more, or train with PPO",
-        )
-    prompts, left = divmod(samples_per_batch, completions_per_sample)
-    if prompts == 0:
-        raise UsageError(
-            f"samples_per_batch ({samples_per_batch}) counts completions and holds not one prompt's "
-            f"{completions_per_sample} (completions_per_sample)",
-            hint=f"samples_per_batch={completions_per_sample}, or a multiple of it",
-        )
-    if left:
-        whole = prompts * completions_per_sample
-        log.warning(
-            "samples_per_batch=%d is no multiple of completions_per_sample=%d: a batch has %d; sizes that fit are %d "
-            "and %d",
-            *(samples_per_batch, completions_per_sample, whole, whole, whole + completions_per_sample),
-        )
-    return prompts
-
-
 def get_minibatches(
     dataset: Sequence[T],
     mini_batch_size: int,
@@ -286,8 +286,7 @@ def get_minibatches(
     With `join_last_one` a last one of a single item joins the one before it. Without `seed` the order differs from
     call to call.
     """
-    if mini_batch_size < 1:
-        raise UsageError(f"mini_batch_size must be at least 1, got {mini_batch_size}")
+    at_least(1, mini_batch_size=mini_batch_size)
     order = random.Random(seed)
     batches: list[list[T]] = []
     for _ in range(number_of_epochs):

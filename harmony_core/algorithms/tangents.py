@@ -23,7 +23,7 @@ Metrics = dict[str, float]
 
 
 @dataclass(frozen=True)
-class Scored:
+class ScoredThread:
     """A thread as tokens, with the model's present log-prob of each weighted one."""
 
     thread: TokenizedThread
@@ -38,17 +38,17 @@ class Scored:
         return [t for t, weight in enumerate(self.weights[1:]) if weight > 0]
 
 
-async def score(model: TrainingModel, thread: StringThread | TokenizedThread) -> Scored:
+async def score(model: TrainingModel, thread: StringThread | TokenizedThread) -> ScoredThread:
     """Tokens and present log-probs of a thread. Raises PromptTooLong, TokenizationError, NothingToTrain."""
     tokenized = thread if isinstance(thread, TokenizedThread) else await model.tokenize_thread(thread)
     tokens, patches, weights = await model.serialize_tokenized_thread(tokenized)
-    scored = Scored(tokenized, tokens, patches, weights, await model.logprobs_per_token(tokenized))
+    scored = ScoredThread(tokenized, tokens, patches, weights, await model.logprobs_per_token(tokenized))
     if not scored.logprobs:
         raise NothingToTrain("the sample has no weighted token")
     return scored
 
 
-async def push(model: TrainingModel, scored: Scored, tangents: Sequence[float], denominator: float) -> None:
+async def push(model: TrainingModel, scored: ScoredThread, tangents: Sequence[float], denominator: float) -> None:
     """Queue a sample with one tangent for each weighted token. It takes its place when this begins to run."""
     dense = [0.0] * (len(scored.tokens) - 1)
     for place, tangent in zip(scored.places, tangents, strict=True):
@@ -65,7 +65,7 @@ async def push(model: TrainingModel, scored: Scored, tangents: Sequence[float], 
 
 
 def recorded_logprobs(model: TrainingModel, thread: TokenizedThread) -> list[float] | None:
-    """The sampler's log-prob of each weighted token, if all were drawn from the present weights; else None."""
+    """The sampler's log-prob of each weighted token, if all were sampled with the present weights; else None."""
     logprobs, versions = thread.logprobs, thread.versions
     present = model.get_optim_step()
     if logprobs is None or versions is None or set(versions) - {present}:
@@ -81,7 +81,7 @@ async def train_sft_tangents(model: TrainingModel, thread: StringThread) -> Metr
     return await push_weights(model, await score(model, thread))
 
 
-async def push_weights(model: TrainingModel, scored: Scored) -> Metrics:
+async def push_weights(model: TrainingModel, scored: ScoredThread) -> Metrics:
     """`train_sft_tangents` of a thread that is scored already."""
     weights = [weight for weight in scored.weights[1:] if weight > 0]
     await push(model, scored, weights, sum(weights))
@@ -100,24 +100,24 @@ def grpo_tangents(
 ) -> tuple[list[float], Metrics]:
     """-dL/dlogprob of each token, for L = -min(rho A, clip(rho, 1 +- clip_range) A) + kl_beta k3.
 
-    rho = exp(logprob - trajectory); k3 = exp(x) - x - 1 with x = reference - logprob (arXiv 2402.03300, eq. 3 and 4).
-    With `use_sequence_lps` all tokens have the ratio exp(mean(logprob - trajectory)): the tangents of `train_gspo`.
-    Metrics are means over the tokens: `pg_clipfrac`, `inner_kl_div` = (logprob - trajectory)^2 / 2, `Dkl` = k3.
+    rho = exp(logprob - old); k3 = exp(x) - x - 1 with x = reference - logprob (arXiv 2402.03300, eq. 3 and 4).
+    With `use_sequence_lps` all tokens have the ratio exp(mean(logprob - old)): the tangents of `train_gspo`.
+    Metrics are means over the tokens: `pg_clipfrac`, `inner_kl_div` = (logprob - old)^2 / 2, `Dkl` = k3.
     """
     lengths = {len(logprobs), len(trajectory_logprobs), len(reference_logprobs), len(advantages)}
     if len(lengths) > 1:
         raise DataError(f"one log-prob, reference and advantage for each weighted token, not {sorted(lengths)}")
     sequence = fmean(logprobs) - fmean(trajectory_logprobs)
     tangents, clipped, moved, divergence = [], [], [], []
-    for now, then, reference, advantage in zip(
+    for now, old, reference, advantage in zip(
         logprobs, trajectory_logprobs, reference_logprobs, advantages, strict=True
     ):
-        step = sequence if use_sequence_lps else now - then
+        step = sequence if use_sequence_lps else now - old
         ratio, towards = math.exp(step), math.exp(reference - now)
         clip = abs(ratio - 1) > clip_range and advantage * step > 0
         tangents.append((0.0 if clip else advantage * ratio) - kl_beta * (1 - towards))
         clipped.append(float(clip))
-        moved.append((now - then) ** 2 / 2)
+        moved.append((now - old) ** 2 / 2)
         divergence.append(towards - (reference - now) - 1)
     return tangents, {"pg_clipfrac": fmean(clipped), "inner_kl_div": fmean(moved), "Dkl": fmean(divergence)}
 
@@ -162,7 +162,7 @@ def dpo_tangent(
     return beta * -math.expm1(-loss), metrics
 
 
-async def push_pair(model: TrainingModel, chosen: Scored, rejected: Scored, tangent: float) -> None:
+async def push_pair(model: TrainingModel, chosen: ScoredThread, rejected: ScoredThread, tangent: float) -> None:
     """Queue a pair; a step divides by the number of pairs."""
     parts = [(chosen, tangent, 1.0), (rejected, -tangent, 0.0)]
     # The longer one first: if any is refused it is this one, and no half of a pair is left in the step.
@@ -234,7 +234,7 @@ def discounted_cumulative_rewards(rewards: Sequence[float], gamma: float) -> lis
 
 
 def gae_td_returns(advantages: Sequence[float], values: Sequence[float]) -> list[float]:
-    """A_t + v_t: what a value model is trained towards. Raises DataError for sequences of different lengths."""
+    """A_t + v_t: the targets of a value model. Raises DataError for sequences of different lengths."""
     _check_lengths("advantages", advantages, "values", values)
     return [advantage + value for advantage, value in zip(advantages, values, strict=True)]
 

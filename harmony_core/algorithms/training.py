@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, update_wrapper
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from harmony_core.algorithms.batch_loader import BatchLoader, in_words, settle, too_many_failures
 from harmony_core.algorithms.callbacks import RecipeCallback, invoke_callbacks, outcome_of
@@ -27,6 +27,8 @@ from harmony_core.text.threads import StringThread
 if TYPE_CHECKING:
     from harmony_core.client import InferenceModel, TrainingModel
     from harmony_core.client.limits import RowGauge
+
+log = logging.getLogger(__name__)
 
 Scheduler = Callable[[float], float]
 """Fraction of the run that is done -> learning rate."""
@@ -88,28 +90,16 @@ class CosineScheduler:
         return CombinedSchedule(lambda x: x * self.lr, decay, self.warmup_percentage)(completion_percentage)
 
 
-log = logging.getLogger(__name__)
-
-
-class Owner(Protocol):
-    """What a training class gives its loop."""
-
-    settings: dict[str, Any]
-    feed: BatchLoader[Any]
-    logger: Logger
-    stage_notifier: StageNotifier
-
-
 class StepLoop:
-    """Takes the steps of a training class until its feed is done, from the checkpoint on in a resumed run.
+    """Takes the steps of a training class until its batch loader is done, in a resumed run from the checkpoint on.
 
-    `models` by role, its `settings` and the name `algorithm` are what a checkpoint holds and is compared with; see
-    `Checkpointing`. `prompts`: the feed's samples are prompts that the first model answers.
+    A checkpoint holds the state of `models`, and is compared with their roles, the owner's `settings` and the name
+    `algorithm`; see `Checkpointing`. `prompts`: the loader's samples are prompts that the first model answers.
     """
 
     def __init__(
         self,
-        owner: Owner,
+        owner: Training,
         algorithm: str,
         models: Mapping[str, TrainingModel],
         dataset: Sequence[Any],
@@ -118,8 +108,8 @@ class StepLoop:
         checkpoint_restore_data: Mapping[str, Any] | None = None,
         prompts: bool = False,
     ) -> None:
-        self.feed, self.logger, self.stage_notifier = owner.feed, owner.logger, owner.stage_notifier
-        self.rows = rows_of(self.stage_notifier.stage_name, models.values(), self.feed.dataset.threads, prompts)
+        self.loader, self.logger, self.stage_notifier = owner.loader, owner.logger, owner.stage_notifier
+        self.rows = rows_of(self.stage_notifier.stage_name, models.values(), self.loader.dataset.threads, prompts)
         if self.rows is not None and (planned := current().rows) is not None:
             planned.trained.append(self.rows)
         self.callbacks = callbacks
@@ -127,7 +117,7 @@ class StepLoop:
             algorithm,
             self.stage_notifier,
             models=models,
-            parts={"feed": self.feed, "logger": self.logger, "loop": self},
+            parts={"feed": self.loader, "logger": self.logger, "loop": self},
             samples=dataset,
             settings=owner.settings,
             callbacks=callbacks,
@@ -140,18 +130,18 @@ class StepLoop:
 
     @property
     def step(self) -> int:
-        """The number of the step under way, from 1: the logger's. One that counts no lines leaves it to the loop."""
+        """The number of the current step, from 1: the logger's, or the loop's where the logger does not count."""
         return max(self.logger.step, self._steps) + 1
 
     def shows(self) -> bool:
-        """Whether samples are to be put into the run's report now: once in each tenth of the run."""
-        tenth = int(self.feed.completion * 10)
+        """Whether samples go into the run's report now: once in each tenth of the run."""
+        tenth = int(self.loader.completion * 10)
         due = tenth not in self._shown
         self._shown.add(tenth)
         return due
 
     def get_state(self) -> dict[str, Any]:
-        """The last step's numbers, for a checkpoint."""
+        """The last step's metrics, for a checkpoint."""
         return {"metrics": self._metrics}
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -159,11 +149,9 @@ class StepLoop:
         self._metrics = dict(state["metrics"])
 
     async def run(
-        self,
-        take_step: Callable[[], Awaitable[dict[str, Any]]],
-        prepare: Callable[[], Awaitable[None]] | None = None,
+        self, take_step: Callable[[], Awaitable[dict[str, Any]]], prepare: Callable[[], Awaitable[None]]
     ) -> dict[str, float]:
-        """Call `take_step`, which trains the feed's next batch, to the end. Returns the last step's numbers.
+        """Call `take_step`, which trains the next batch, until the loader is done. Returns the last step's metrics.
 
         Callbacks run before the first step and after each, also those that an earlier run has called to its end.
         `prepare` comes before weights are restored.
@@ -173,31 +161,31 @@ class StepLoop:
         return await self.checkpointing.run(lambda: self._run(take_step), prepare)
 
     async def _run(self, take_step: Callable[[], Awaitable[dict[str, Any]]]) -> dict[str, float]:
-        feed = self.feed
+        loader = self.loader
         if self.rows is not None:
-            await check_first_rows(self.rows, feed)
-        if logs := await invoke_callbacks(self.callbacks, feed.completion):
+            await check_first_rows(self.rows, loader)
+        if logs := await invoke_callbacks(self.callbacks, loader.completion):
             self.logger(logs)
-        self.stage_notifier.report_progress(feed.total, feed.taken)
-        while feed.taken < feed.total:
+        self.stage_notifier.report_progress(loader.total, loader.taken)
+        while loader.taken < loader.total:
             step = await take_step()
             self._steps += 1
-            logs = await invoke_callbacks(self.callbacks, feed.completion)
-            self.logger({**step, **logs, "completion_percentage": feed.completion})
-            # Added to those before: a last batch of dropped samples only has no step of its own.
+            logs = await invoke_callbacks(self.callbacks, loader.completion)
+            self.logger({**step, **logs, "completion_percentage": loader.completion})
+            # Added to the earlier ones: a last batch of dropped samples only has no step of its own.
             self._metrics |= {name: value for name, value in step.items() if isinstance(value, int | float)}
-            self.stage_notifier.report_progress(feed.total, feed.taken)
-            if await self.checkpointing.step_done(feed.completion):
+            self.stage_notifier.report_progress(loader.total, loader.taken)
+            if await self.checkpointing.step_done(loader.completion):
                 break
-        if feed.dropped:
-            log.warning("dropped %d of %d samples: %s", feed.dropped.total(), feed.total, in_words(feed.dropped))
-        return {**self._metrics, "completion_percentage": feed.completion}
+        if loader.dropped:
+            log.warning("dropped %d of %d samples: %s", loader.dropped.total(), loader.total, in_words(loader.dropped))
+        return {**self._metrics, "completion_percentage": loader.completion}
 
 
 def rows_of(name: str, models: Iterable[TrainingModel], rows: Sequence[Any], prompts: bool) -> Rows | None:
-    """The dataset of a class that trains `models`; None where a row's length cannot be told.
+    """The dataset of a class that trains `models`; None where the length of a row is unknown.
 
-    That is so for rows of a subclass's own, and for models of another make or without a tokenizer.
+    It is for rows of a subclass's own type, and for models of another make or without a tokenizer.
     """
     parts = rows[0] if isinstance(rows[0], tuple) else [rows[0]]
     gauges: list[RowGauge] = [gauge for model in models if (gauge := getattr(model, "row_gauge", None)) is not None]
@@ -206,16 +194,14 @@ def rows_of(name: str, models: Iterable[TrainingModel], rows: Sequence[Any], pro
     return gauges[0].rows(name, rows, prompts, gauges[1:])
 
 
-async def check_first_rows(rows: Rows, feed: BatchLoader[Any]) -> None:
+async def check_first_rows(rows: Rows, loader: BatchLoader[Any]) -> None:
     """Raise TooManyFailures where more of a run's first rows will be refused than `max_failure_rate` allows."""
-    first = feed.first_rows()
+    first = loader.first_rows()
     errors = [error for _, error in (await asyncio.to_thread(rows.checked, first)).errors]
-    if len(errors) > feed.max_failure_rate * len(first):
+    if len(errors) > loader.max_failure_rate * len(first):
         reasons = Counter(error.code for error in errors)
-        raise too_many_failures(reasons, f"first {len(first)}", feed.max_failure_rate, errors[-1]) from errors[-1]
+        raise too_many_failures(reasons, f"first {len(first)}", loader.max_failure_rate, errors[-1]) from errors[-1]
 
-
-log = logging.getLogger(__name__)
 
 HOOKS: dict[str, tuple[str, ...]] = {
     "SFT": (),
@@ -226,24 +212,28 @@ HOOKS: dict[str, tuple[str, ...]] = {
 }
 """By class, which calls each of them with one argument; GSPO has those of GRPO."""
 
-OURS = "harmony_core."
-
 A = TypeVar("A")
 B = TypeVar("B")
 
 
 class Training:
-    """Takes a step for each batch of the feed, with a reference model where there is one."""
+    """Base of the training classes: one step for each batch of the loader, until it is done.
+
+    The plain arguments of a constructor are attributes of the same names (`keeps_settings`).
+    """
 
     settings: dict[str, Any]
     model: TrainingModel
     logger: Logger
     stage_notifier: StageNotifier
-    feed: BatchLoader[Any]
+    loader: BatchLoader[Any]
     loop: StepLoop
     lr_schedule: Scheduler
     max_grad_norm: float
     skip_nan_gradients: bool
+    data_seed: int
+    kl_beta: float
+    use_tangents: bool
     weight_decay: float = 0.0
     reference: InferenceModel | None = None
     _last_turn: asyncio.Future[None] | None = None
@@ -251,10 +241,10 @@ class Training:
     @property
     def training_completion_percentage(self) -> float:
         """How much of the run is done, 0 to 1."""
-        return self.feed.completion
+        return self.loader.completion
 
     async def run(self) -> dict[str, float]:
-        """Train to the end, in a resumed run from the checkpoint. Returns the last step's numbers.
+        """Train to the end, in a resumed run from the checkpoint. Returns the last step's metrics.
 
         Raises TooManyFailures, and UsageError for a checkpoint of another training.
         """
@@ -264,38 +254,43 @@ class Training:
         return metrics
 
     async def _prepare(self) -> None:
-        """What comes before the first step, and before weights are restored."""
+        """Called before the first step, and before weights are restored."""
 
     async def _step(self) -> dict[str, Any]:
         raise NotImplementedError
 
     def _log_to(self, logger: Logger | None, stage_notifier: StageNotifier | None, stage: str) -> None:
-        """Take what was given, or else what the run has: a stage of its job is saved and can be resumed."""
+        """Use the given ones, else those of the run: a stage of its job is saved and can be resumed."""
         self.logger = logger_of_training(logger)
         self.stage_notifier = stage_notifier or (current().job or StdoutJobNotifier()).stage_notifier(stage)
 
     async def _train_next(
         self, train: Callable[[Sequence[Any]], Awaitable[Sequence[Any]]]
     ) -> tuple[list[Any], dict[str, Any]]:
-        """Train the feed's next batch and step. Returns what `train` returned, and the metrics of batch and step.
+        """Train the next batch and take a step. Returns the results of `train`, and the metrics of batch and step.
 
-        The end of the data may hold dropped samples only: there is no step to take then.
+        No step is taken when the end of the data holds dropped samples only.
         """
         with phase("training"):
-            batch = await self.feed.next_batch(train)
-        return batch.results, batch.metrics | (await self._optim_step() if batch.results else {})
+            batch = await self.loader.next_batch(train)
+        if not batch.results:
+            return [], batch.metrics
+        return batch.results, batch.metrics | await self._optim_step(self.model, self.lr_schedule, self.weight_decay)
 
-    async def _optim_step(self) -> dict[str, float]:
-        lr = self.lr_schedule(self.feed.completion)
-        with phase("optimizer"):
-            return await step_if_any(
-                self.model.optim_step(lr, self.weight_decay, self.max_grad_norm, self.skip_nan_gradients)
-            )
+    async def _optim_step(self, model: TrainingModel, schedule: Scheduler, weight_decay: float) -> dict[str, float]:
+        """A step's metrics; none, with a warning, when a subclass's methods trained no sample for it."""
+        try:
+            with phase("optimizer"):
+                lr = schedule(self.loader.completion)
+                return await model.optim_step(lr, weight_decay, self.max_grad_norm, self.skip_nan_gradients)
+        except NothingToTrain as error:
+            log.warning("a step is left out: %s", error.message)
+            return {}
 
     async def _in_turn(self, first: Awaitable[A], then: Callable[[A], Awaitable[B]]) -> B:
-        """`then` of what `first` gives, once the `then` of every earlier call has ended, or its `first` has failed.
+        """`then` of the result of `first`, once the `then` of every earlier call has ended, or its `first` has failed.
 
-        So samples are scored at once and trained in order, and every run packs them alike.
+        Samples are thus scored at once and trained in order, and every run packs them alike.
         """
         before, mine = self._last_turn, asyncio.get_running_loop().create_future()
         self._last_turn = mine
@@ -316,11 +311,11 @@ P = ParamSpec("P")
 
 
 def keeps_settings(init: Callable[Concatenate[S, P], None]) -> Callable[Concatenate[S, P], None]:
-    """Keep a constructor's plain arguments, defaults included, as `self.settings`, and log them once it is done.
+    """Keep a constructor's plain arguments, with defaults, as `self.settings` and as attributes; log them afterwards.
 
-    Arguments of another kind than annotated are refused. Numbers, text, mappings and schedules are plain; what only
-    concerns checkpoints is left out, and `max_failure_rate`, which changes no step. Raises UsageError for methods of a
-    subclass that would never be called.
+    Arguments of another kind than annotated are refused. Numbers, text, mappings and schedules are plain; arguments for
+    checkpoints and `max_failure_rate`, which change no step, are left out. Raises UsageError for methods of a subclass
+    that would never be called.
     """
     signature = inspect.signature(init)
 
@@ -336,6 +331,7 @@ def keeps_settings(init: Callable[Concatenate[S, P], None]) -> Callable[Concaten
             and name != "max_failure_rate"
             and (isinstance(value, bool | int | float | str | Mapping) or name.startswith("lr_scheduler"))
         }
+        vars(self).update(self.settings)
         init(self, *args, **kwargs)
         described = {"algorithm": type(self).__name__, "samples": len(bound.arguments["dataset"])}
         self.logger.log_config(described | self.settings)
@@ -345,9 +341,9 @@ def keeps_settings(init: Callable[Concatenate[S, P], None]) -> Callable[Concaten
 
 
 def check_overrides(training: Training) -> None:
-    """Raise UsageError for a method of a subclass that its training class would never call, or could not call."""
+    """Raise UsageError for a method of a subclass that its training class never calls, or could not call."""
     lineage = type(training).__mro__
-    ours = [cls for cls in lineage if cls.__module__.startswith(OURS)]
+    ours = [cls for cls in lineage if cls.__module__.startswith("harmony_core.")]
     hooks = next(HOOKS[cls.__name__] for cls in ours if cls.__name__ in HOOKS)
     methods = {
         name for cls in ours for name, value in vars(cls).items() if callable(value) or isinstance(value, property)
@@ -379,7 +375,7 @@ def _check_callable(training: Training, cls: type, name: str) -> None:
 
 
 def check_loss_options(train: Callable[..., Any], options: Mapping[str, Any]) -> None:
-    """Raise UsageError for keywords that a model's loss does not take: before the first rollout, not after it."""
+    """Raise UsageError for keywords that a model's loss does not take, before the first rollout."""
     parameters = inspect.signature(train).parameters.values()
     known = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
     for name in options:
@@ -389,7 +385,7 @@ def check_loss_options(train: Callable[..., Any], options: Mapping[str, Any]) ->
 
 
 def each(hook: Callable[[Any], Any]) -> Callable[[Sequence[Any]], Awaitable[list[Any]]]:
-    """For a batch: the outcome of a method that a subclass may override, of each sample."""
+    """A function that calls an overridable method on each sample of a batch, and returns results and errors."""
     return partial(settle, lambda sample: outcome_of(hook(sample)))
 
 
@@ -401,12 +397,3 @@ def means(prefix: str, measured: Sequence[Any]) -> dict[str, float]:
             if isinstance(value, int | float):
                 found.setdefault(f"{prefix}/{name}", []).append(value)
     return {name: fmean(values) for name, values in found.items()}
-
-
-async def step_if_any(step: Awaitable[dict[str, float]]) -> dict[str, float]:
-    """An optimizer step's metrics; none, with a warning, when a subclass's methods trained no sample for it."""
-    try:
-        return await step
-    except NothingToTrain as error:
-        log.warning("a step is left out: %s", error.message)
-        return {}

@@ -1,4 +1,4 @@
-"""Graders: coroutines that turn a thread into a score, and the record of what they scored."""
+"""Graders: coroutines that turn a thread into a score, and the logs of their scores."""
 
 from harmony_core.errors import IgnoreGradeException
 from harmony_core.graders.base import BaseGrader, FailedJudgeLog, Grade, SuccessJudgeLog, score_or_refuse

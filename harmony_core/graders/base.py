@@ -53,8 +53,8 @@ class FailedJudgeLog(TypedDict):
 class BaseGrader(ABC, Generic[LogT]):
     """Scores threads. Subclasses write `grade`; calls of it run concurrently.
 
-    `grade` raises IgnoreGradeException for a sample that should not count, and anything else for one it fails on; in a
-    rollout either drops the prompt, and the two are counted apart. What `add_log` is given, `get_logs` sums up.
+    `grade` raises IgnoreGradeException for a sample to ignore, and any other error for one that it fails on; in a
+    rollout both drop the prompt, under different reasons. `get_logs` sums up the entries of `add_log`.
     """
 
     def __init__(self, grader_key: str) -> None:
@@ -63,7 +63,7 @@ class BaseGrader(ABC, Generic[LogT]):
 
     @abstractmethod
     async def grade(self, sample: StringThread) -> Grade:
-        """The grade of a thread whose last turn is what is judged."""
+        """The grade of a thread's last turn."""
 
     async def score_float_value(self, sample: StringThread) -> float:
         """The value of the thread's grade."""
@@ -74,7 +74,7 @@ class BaseGrader(ABC, Generic[LogT]):
         self._logs.append(log_data)
 
     def get_logs(self, clear: bool = False, log_all_samples: bool = False) -> dict[str, float | Table]:
-        """`score/mean, std, min, max, count` over entries with a finite "score"; nothing when there is none.
+        """`score/mean, std, min, max, count` over entries with a finite "score"; empty without such entries.
 
         `score/std` is the sample standard deviation, 0 for a single score. `log_all_samples` is for graders that add
         tables of samples.
@@ -119,7 +119,7 @@ class BaseGrader(ABC, Generic[LogT]):
     def from_function(
         cls, grader_key: str, async_fn: Callable[[StringThread], Awaitable[float] | float]
     ) -> BaseGrader[dict[str, Any]]:
-        """A grader whose value is what the function returns, a coroutine function or a plain one; scores are logged."""
+        """A grader that returns and logs the value of a function, which may be a coroutine function or a plain one."""
         return FunctionGrader(grader_key, async_fn)
 
 
@@ -150,8 +150,8 @@ async def score_or_refuse(grader: BaseGrader[Any], sample: StringThread) -> floa
         raise
     except Exception as error:  # a grader is foreign code: its failure is its sample's
         place = place_of(error)
-        what = summary(error) + (f" ({place})" if place else "")
-        raise GradeFailed(f"grader {grader.grader_key!r} raised {what}", grader=grader.grader_key) from error
+        reason = summary(error) + (f" ({place})" if place else "")
+        raise GradeFailed(f"grader {grader.grader_key!r} raised {reason}", grader=grader.grader_key) from error
     if not math.isfinite(score):
         raise GradeFailed(f"grader {grader.grader_key!r} gave the score {score}", grader=grader.grader_key)
     return score

@@ -65,7 +65,7 @@ class Table:
         return self.headers, [[str(cell) for cell in row] for row in self.rows()]
 
     def as_data(self) -> dict[str, list[Any]]:
-        """What JSON holds of it."""
+        """Headers and rows, as JSON holds them."""
         headers, rows = self.export()
         return {"headers": headers, "rows": rows}
 
@@ -86,7 +86,7 @@ Metrics: TypeAlias = Mapping[str, "str | int | float | Table"]
 class Logger:
     """One call records the metrics of one step. The step's number is the logger's own count and survives a resume.
 
-    Subclasses write `record`, or `__call__` in its place, which then counts its own steps or none.
+    Subclasses write `record`, or `__call__` in its place, which then has to count the steps if it needs them.
     """
 
     step: int = 0
@@ -94,7 +94,7 @@ class Logger:
     """Whether metrics become events of a run, which its report is made of."""
 
     failed = False
-    """Whether what is logged has failed; set before `close` by whoever ends it."""
+    """Whether the run has failed; set before `close`."""
 
     def __init__(self) -> None:
         self.step = 0
@@ -109,15 +109,15 @@ class Logger:
         raise NotImplementedError(f"{type(self).__name__} has neither record(step, metrics) nor __call__(metrics)")
 
     def log_config(self, config: dict[str, Any]) -> None:
-        """Record what the run was configured with."""
+        """Record the configuration of the run."""
 
     @staticmethod
     def is_available() -> bool:
-        """Whether the logger can be used with what the environment holds."""
+        """Whether the logger can be used in this environment."""
         return True
 
     def get_state(self) -> dict[str, Any]:
-        """What `set_state` needs to continue after a resume."""
+        """The state that `set_state` takes on resume."""
         return {"step": self.step}
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -130,11 +130,11 @@ class Logger:
         return None
 
     def close(self) -> None:
-        """Write what is still held back."""
+        """Write buffered metrics and end."""
 
 
 def masked(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Metrics or a configuration as they may leave the machine: what JSON holds, a table as headers and rows."""
+    """Metrics or a configuration as JSON holds them, with secrets masked and tables as headers and rows."""
     found = {name: value.as_data() if isinstance(value, Table) else plain(value) for name, value in values.items()}
     shown = current().mask.data(found)
     assert isinstance(shown, dict)

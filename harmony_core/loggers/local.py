@@ -85,7 +85,7 @@ class JSONLLogger(Logger):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self.path.open("a", encoding="utf-8")
             if self._file.tell() and not self.path.read_bytes().endswith(b"\n"):
-                self._file.write("\n")  # the last line was cut off, and stands alone
+                self._file.write("\n")  # the last line was cut off: the next one must not continue it
         except OSError as error:
             raise ResourceError(f"cannot write metrics to {self.path}: {error.strerror or error}") from error
 
@@ -138,14 +138,15 @@ log = logging.getLogger(__name__)
 DEFAULT_PROJECT = "harmony-core"
 
 PATIENCE = 10
-"""How many times as long as a failed call took the second logger is then left alone."""
+"""After a failed call the second logger rests this many times as long as the call took."""
 
 
 class CompositeLogger(Logger):
     """Hands everything to `main_logger`, then to `second_logger`.
 
-    Whatever the second one raises ends nothing: it is a warning the first time. The client of a service that is down
-    may try for minutes before it raises, so it is then left alone for ten times as long: that takes a tenth of a run.
+    Errors of the second logger never end the run; the first one is a warning. The client of a service that is down may
+    try for minutes before it raises, so the second logger then rests for ten times as long: at most a tenth of a run's
+    time is lost.
     """
 
     def __init__(self, main_logger: Logger, second_logger: Logger) -> None:
@@ -153,7 +154,7 @@ class CompositeLogger(Logger):
         self.main_logger = main_logger
         self.second_logger = second_logger
         self.writes_events = main_logger.writes_events or second_logger.writes_events
-        self._told = False
+        self._warned = False
         self._resting_until = 0.0
 
     def _try_second(self, call: Callable[[], None]) -> None:
@@ -163,10 +164,10 @@ class CompositeLogger(Logger):
         try:
             call()
         except Exception as error:  # a service's client raises what it likes
-            if not self._told:
+            if not self._warned:
                 name = type(self.second_logger).__name__
                 log.warning("%s failed, and the run goes on: %s: %s", name, type(error).__name__, error)
-            self._told = True
+            self._warned = True
             self._resting_until = monotonic() + PATIENCE * (monotonic() - began)
 
     def record(self, step: int, metrics: Metrics) -> None:
@@ -205,10 +206,10 @@ class CompositeLogger(Logger):
 def get_prod_logger(ctx: RecipeContext | None = None) -> Logger:
     """Lines on stderr, with a context `metrics` events in the run's `events.jsonl`, and the service that is set up.
 
-    The first of these: W&B with `WANDB_API_KEY`, MLflow with `MLFLOW_TRACKING_URI`, TensorBoard with
-    `TENSORBOARD_LOGGING_DIR`. It is the second logger: what it raises is told once and ends nothing. One that is set
-    up while its package is missing is told and passed over. With a context it is closed when the run ends, as failed
-    where the run has; without one, `close()` the logger.
+    The service is the first of these: W&B with `WANDB_API_KEY`, MLflow with `MLFLOW_TRACKING_URI`, TensorBoard with
+    `TENSORBOARD_LOGGING_DIR`. It is the second logger: its first error is a warning, and its errors never end the run.
+    A service whose package is missing is skipped with a warning. With a context the logger is closed when the run ends,
+    as failed if the run has failed; without one, call `close()`.
     """
     lines: Logger = StdoutLogger()
     service = _service(ctx)
@@ -220,7 +221,7 @@ def get_prod_logger(ctx: RecipeContext | None = None) -> Logger:
 
 
 def logger_of_training(logger: Logger | None) -> Logger:
-    """A training class's logger: the given one, else lines on stderr, and in a run its events, for the report."""
+    """The logger of a training class: the given one or lines on stderr, and in a run also its events."""
     logger = logger or StdoutLogger()
     write = current().write
     return logger if write is None or logger.writes_events else CompositeLogger(logger, EventLogger(write))

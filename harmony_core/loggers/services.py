@@ -30,7 +30,7 @@ vertical-align: top; white-space: pre-wrap }}</style></head><body><h1>{title}</h
 
 
 def is_installed(package: str) -> bool:
-    """Whether the package can be imported; it is not. A folder of its name, such as a service's logs, is none."""
+    """Whether the package can be imported, found without importing it. A folder of its name does not count."""
     spec = importlib.util.find_spec(package)
     return spec is not None and spec.origin is not None
 
@@ -41,7 +41,7 @@ def how_to_install(package: str) -> str:
 
 
 class _Service(Logger):
-    """What the services share: a package, a link as it was given, and a run's id, which a resumed logger continues."""
+    """Base of the services' loggers: a package, a monitoring link, and the id of the service's run, kept on resume."""
 
     package: str
 
@@ -78,7 +78,7 @@ class _Service(Logger):
 
     @property
     def training_monitoring_link(self) -> str | None:
-        """Where the service's pages are, as it was given."""
+        """The address of the service's pages, as given."""
         return self._link
 
 
@@ -124,7 +124,7 @@ class WandbLogger(_Service):
         return None if self._run is None else self._run.url
 
     def close(self) -> None:
-        """Finish the W&B run, as failed where it has."""
+        """Finish the W&B run, as failed if it has failed."""
         if self._run is not None:
             self._run.finish(exit_code=int(self.failed))
             self._run = None

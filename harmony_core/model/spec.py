@@ -1,6 +1,6 @@
-"""What a stored model is, read from config.json and safetensors headers: enough to plan with, without torch.
+"""The shape of a stored model, read from config.json and safetensors headers: enough to plan with, without torch.
 
-A family (`model_families.py`) says which tensors an architecture has.
+A family (`families.py`) says which tensors an architecture has.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class ModelSpec:
     def read(cls, directory: Path) -> ModelSpec:
         """The spec of a model directory, every tensor's shape checked against the config.
 
-        Raises ModelRefused for what is not supported, VerificationError (naming the file) for what is damaged.
+        Raises ModelRefused for an unsupported model, VerificationError (naming the file) for a damaged one.
         """
         config = read_config(directory)
         fields = _Fields(directory / "config.json", config)
@@ -89,7 +89,7 @@ class ModelSpec:
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """config.json, if it is a model that is taken: family, layers, no code of its own, not quantised."""
+    """config.json, checked: a supported family, known layers, no code of its own, not quantised."""
     path = directory / "config.json"
     config = read_json(path)
     refuse_code(path, config)

@@ -45,7 +45,7 @@ def evaluate(loss: str, scored: Scored, source: CustomLoss | None = None) -> tup
 
 
 def ascent(function: LossFunction, scored: Scored) -> tuple[float, list[Tensor], Sums]:
-    """What `evaluate` returns, of a function."""
+    """`evaluate` for a loss function."""
     given = [scored.values] if scored.entropies is None else [scored.values, scored.entropies]
     with torch.enable_grad():
         leaves = [tensor.detach().double().requires_grad_(True) for tensor in given]
@@ -76,9 +76,9 @@ def load(source: CustomLoss) -> Callable[..., Any]:
 
 
 def call(function: Callable[..., Any], scored: Scored) -> tuple[Tensor, Sums]:
-    """A recipe's function's sum of the loss. Raises LossFailed for what it raises, and for what is not one number.
+    """The sum of a loss function of the recipe. Raises LossFailed when it raises or returns anything but one number.
 
-    Random numbers that it draws are the same on all tensor-parallel ranks, and leave ours as they were.
+    Its random numbers are the same on all tensor-parallel ranks, and do not change the state of our generators.
     """
     name = getattr(function, "__name__", repr(function))
     device = scored.values.device
@@ -97,25 +97,21 @@ def call(function: Callable[..., Any], scored: Scored) -> tuple[Tensor, Sums]:
 
 
 class MetricSums:
-    """Sum and count of every metric of a step's micro-batches, on the device, so that none of them waits for it."""
+    """Sum and count of every metric of a step's micro-batches, on the device, so that no micro-batch waits for them."""
 
     def __init__(self, device: torch.device) -> None:
         self.sums = torch.zeros(2 * len(METRICS), dtype=torch.float64, device=device)
 
     def add(self, sums: Sums) -> None:
-        """What one micro-batch adds."""
+        """Add the metrics of one micro-batch."""
         for name, (total, count) in sums.items():
             place = 2 * METRICS.index(name)
             self.sums[place] += total
             self.sums[place + 1] += count
 
-    def clear(self) -> None:
-        """Forget everything."""
-        self.sums.zero_()
-
 
 def means(sums: Sequence[float]) -> dict[str, float]:
-    """From `MetricSums.sums`: what a step reports; nothing of metrics that no loss gave."""
+    """The metrics of a step, from `MetricSums.sums`; metrics without a count are left out."""
     pairs = zip(METRICS, sums[::2], sums[1::2], strict=True)
     return {name: total / count for name, total, count in pairs if count}
 
@@ -235,14 +231,9 @@ class LogprobGap:
         self.sums += torch.cat([torch.stack([count, distance.sum()]), estimates.sum(-1)])
         self.most.clamp_(min=distance.max())
 
-    def clear(self) -> None:
-        """Forget everything."""
-        self.sums.zero_()
-        self.most.zero_()
-
 
 def gap_metrics(sums: Sequence[float], most: float) -> dict[str, float]:
-    """What a step reports; nothing when no token was compared."""
+    """The metrics of a step, from the sums of a `LogprobGap`; empty when no token was compared."""
     tokens, distance, *estimates = sums
     if not tokens:
         return {}

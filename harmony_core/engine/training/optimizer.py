@@ -38,7 +38,7 @@ FILE = "optimizer.safetensors"
 _DTYPES = {torch.float32: "F32", torch.float64: "F64"}
 
 BUCKET_ELEMENTS = 4 << 20
-"""Elements that one all-reduce takes at a time: bounds what a communication library buffers."""
+"""Elements that one all-reduce takes at a time: bounds the buffers of a communication library."""
 
 PIECE_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}
 """Elements whose squares are summed in float32: a device sums them as a tree, which loses little."""
@@ -97,18 +97,18 @@ class FlatGradients:
         return handle
 
     def detach(self) -> None:
-        """Let the parameters go: no gradients, no hooks."""
+        """Remove the gradients and hooks of the parameters."""
         for slot, hook in zip(self.slots, self._hooks, strict=True):
             slot.parameter.grad = None
             if hook is not None:
                 hook.remove()
 
     def clear(self) -> None:
-        """Every gradient to zero."""
+        """Set every gradient to zero."""
         self.buffer.zero_()
 
     def check_attached(self) -> None:
-        """A parameter whose gradient was replaced would silently not be trained."""
+        """Raise InternalError for a parameter whose gradient was replaced: it would not be trained."""
         if not self.low_precision:
             for slot, view in zip(self.slots, self.views, strict=True):
                 if slot.parameter.grad is not view:
@@ -226,14 +226,14 @@ class AdamW:
 
     @torch.no_grad()
     def refresh_masters(self) -> None:
-        """Take the masters from the parameters, after these were written from outside."""
+        """Copy the parameters to the masters, after the parameters were written from outside."""
         if self.master is not None:
             for slot in self.gradients.slots:
                 slot.of(self.master).copy_(slot.parameter)
 
     @torch.no_grad()
     def update(self, lr: float, weight_decay: float, beta1: float, beta2: float, eps: float, scale: float) -> None:
-        """One step with `scale` times the accumulated gradients, in place; what becomes of these is not defined."""
+        """One step with `scale` times the accumulated gradients, in place; the gradients are undefined afterwards."""
         self.step_count += 1
         step_size = lr / (1 - beta1**self.step_count)
         root_correction = math.sqrt(1 - beta2**self.step_count)

@@ -39,18 +39,18 @@ class PackedBatch:
     coefficients: Tensor
     lengths: tuple[int, ...]
     sampled: tuple[Tensor, Tensor] | None = None
-    """`[K]` long, `[K]` float64: of which of the N the sampler's log-prob is known, and that. None: of none."""
+    """`[K]` long and `[K]` float64: places among the N with a log-prob of the sampler, and these log-probs."""
     counts: tuple[int, ...] = ()
-    """How many of the N each sample has."""
+    """The number of scored positions of each sample."""
     loss: str = "linear"
     custom: CustomLoss | None = None
     settings: Mapping[str, float] = field(default_factory=dict)
     fields: Mapping[str, Tensor] = field(default_factory=dict)
-    """`[N]` float64 by name: what the loss is given of each scored position."""
+    """`[N]` float64 by name: the per-token arguments of the loss."""
     group: int = 1
-    """So many adjacent samples belong together."""
+    """The number of adjacent samples that belong together."""
     parts: tuple[int, ...] = ()
-    """How many adjacent samples go through the model at once; (): all of them."""
+    """The numbers of adjacent samples that go through the model at once; (): all of them."""
     dropout: bool = True
 
     def cut(self) -> list[PackedBatch]:
@@ -81,8 +81,12 @@ class PackedBatch:
             sample, token, row = sample + size, tokens.stop, rows.stop
         return found
 
+    def scored(self, hidden: Tensor) -> Tensor:
+        """`[T, ...]` -> `[N, ...]`: the scored positions."""
+        return hidden if self.rows is None else hidden.index_select(0, self.rows)
+
     def given(self, values: Tensor, entropies: Tensor | None = None) -> Scored:
-        """What the loss is given, with the log-probs or values `[N]` of the scored positions."""
+        """The arguments of the loss, with the log-probs or values `[N]` of the scored positions."""
         return Scored(values, self.coefficients, self.counts, self.fields, self.settings, self.group, entropies)
 
 
@@ -145,7 +149,7 @@ def unpack(batch: MicroBatch, device: torch.device) -> PackedBatch:
 LARGE_BYTES = 1 << 20
 """Where hidden states are smaller than this, little goes back to the system anyhow."""
 _SETTING = "MALLOC_MMAP_THRESHOLD_"
-"""Where a process has not been given it, the C library adapts by itself, and is left alone."""
+"""Without this variable the C library adapts by itself, and its limits are not changed."""
 _LARGEST_KEPT = 32 << 20
 """Larger tensors still go back at once; the C library takes no larger limit."""
 _USUAL_TRIM = 128 << 10
@@ -153,7 +157,7 @@ _USUAL_TRIM = 128 << 10
 
 @contextmanager
 def kept_while_it_runs(applies: bool) -> Iterator[Callable[[], None]]:
-    """Keep freed memory inside, where `applies`; yields what gives the present holes back."""
+    """Keep freed memory inside, where `applies`; yields a function that gives the present holes back."""
     usual = os.environ.get(_SETTING, "")
     if not applies or not usual.isdecimal() or int(usual) >= _LARGEST_KEPT:
         yield lambda: None

@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,12 +57,9 @@ class Trainer:
         self.optimizer = AdamW(self.gradients)
         # The head's gradient is as large as the embedding: it is added where it belongs, without a copy of it.
         self._head_gradient = self.gradients.of(model.head_weight) if score is None else None
-        # A trained adapter's dropout is not the sampler's: there would be nothing to learn from a difference.
+        # The sampler has no dropout, so the gap would only measure the dropout of a trained adapter.
         self._drops = adapter is not None and bool(model.adapters[adapter].settings.dropout)
-        self._gap = LogprobGap(model.device)
-        self._metrics = MetricSums(model.device)
-        self._failed = False
-        self._reset_counts()
+        self._reset()
 
     @property
     def step(self) -> int:
@@ -128,9 +123,9 @@ class Trainer:
         started = time.perf_counter()
         if self._failed:
             raise StepFailed(f"step {self.step + 1} of {request.model!r} cannot be taken: a micro-batch failed")
-        with self._cleared_afterwards():
+        try:
             self.gradients.check_attached()
-            # Once they are summed, every rank has what one of them computed.
+            # After the sum, a bad value of one rank is on every rank.
             own = None if self.dp_group is None and self.model.tp.silent else self.gradients.buffer.sum()
             self.gradients.reduce(self.dp_group)
             numerator, weighted, samples, squares, reported = self._totals()
@@ -142,6 +137,8 @@ class Trainer:
                 self.optimizer.update(
                     request.lr, request.weight_decay, request.beta1, request.beta2, request.eps, clip / denominator
                 )
+        finally:
+            self.abandon()
         return {
             "loss": numerator / denominator,
             "grad_norm": norm,
@@ -156,17 +153,16 @@ class Trainer:
         }
 
     def abandon(self) -> None:
-        """Forget what was accumulated since the last step."""
+        """Discard the gradients and sums since the last step."""
         self.gradients.clear()
-        self._failed = False
-        self._reset_counts()
+        self._reset()
 
     def close(self) -> None:
-        """Let the parameters go; the trainer is not used afterwards."""
+        """Detach from the parameters; the trainer cannot be used afterwards."""
         self.gradients.detach()
 
     def weights_changed(self) -> None:
-        """To be called after the parameters were written from outside."""
+        """Call this after the parameters were written from outside."""
         self.optimizer.refresh_masters()
 
     def save_optimizer(self, directory: Path, write: bool) -> None:
@@ -180,7 +176,7 @@ class Trainer:
     def rehearse(self, max_batch_tokens: int) -> None:
         """A worst-case micro-batch without any collective; RNG, gradients and moments are left as they were.
 
-        Raises whatever a real one would, an out-of-memory error first of all.
+        Raises the errors of a real one, such as out of memory.
         """
         device = self.model.device
         kept = self.gradients.buffer.clone() if self._samples else None
@@ -213,10 +209,7 @@ class Trainer:
         part runs again, with the gradient that the loss has there: the same one, since dropout draws the same.
         """
         found = [self._values_of(part, seed) for part, seed in zip(parts, seeds, strict=True)]
-        numerator, directions, sums = evaluate(
-            packed.loss, packed.given(*map(torch.cat, zip(*found, strict=True))), packed.custom
-        )
-        self._metrics.add(sums)
+        numerator, directions = self._evaluate(packed, *map(torch.cat, zip(*found, strict=True)))
         ends = [sum(part.counts) for part in parts]
         for part, seed, *known in zip(parts, seeds, *(torch.split(d, ends) for d in directions), strict=True):
             self._forward_backward(part, seed, known)
@@ -226,9 +219,7 @@ class Trainer:
     def _values_of(self, packed: PackedBatch, seed: int) -> list[Tensor]:
         """Log-probs, with entropies where the loss asks for them, or values `[N]`."""
         with forward_context(self._context(packed, seed)):
-            hidden = self.model.hidden_states(packed.tokens, packed.positions)
-            scored = hidden if packed.rows is None else hidden.index_select(0, packed.rows)
-            return self._head_of(scored, packed)
+            return self._head_of(packed.scored(self.model.hidden_states(packed.tokens, packed.positions)), packed)
 
     def _context(self, packed: PackedBatch, seed: int) -> ForwardContext:
         return ForwardContext(PackedAttention(packed.lengths), self.adapter, seed, packed.dropout)
@@ -249,21 +240,21 @@ class Trainer:
         """
         if not packed.targets.numel():
             return 0.0
-        # An adapter's micro-batch keeps so little that what it frees would be most of its memory.
+        # An adapter's micro-batch keeps little memory, and the freed part would be most of it.
         large = packed.tokens.numel() * self.model.hidden_size * self.model.dtype.itemsize >= LARGE_BYTES
         keep = large and self.adapter is None and self.model.device.type == "cpu"
         # Checkpointed layers run again in the backward pass and need the context there too.
         with kept_while_it_runs(keep) as give_back, forward_context(self._context(packed, seed)):
             hidden = self.model.hidden_states(packed.tokens, packed.positions)
             give_back()
-            scored = hidden if packed.rows is None else hidden.index_select(0, packed.rows)
+            scored = packed.scored(hidden)
             if self.score is not None:
                 return self._train_values(scored, self.score, packed, known)
             numerator, directions = None, [packed.coefficients]
             if known is not None:
                 numerator, directions = 0.0, known
             elif packed.loss != "linear":
-                numerator, directions = self._first_pass(scored, packed)
+                numerator, directions = self._evaluate(packed, *self._head_of(scored, packed))
             loss, logprobs = linear_logprob_loss(
                 self.model,
                 scored,
@@ -280,10 +271,9 @@ class Trainer:
             self._gap.add(logprobs, *packed.sampled)
         return -float((packed.coefficients * logprobs.double()).sum().item()) if numerator is None else numerator
 
-    def _first_pass(self, scored: Tensor, packed: PackedBatch) -> tuple[float, list[Tensor]]:
-        """A loss at the present log-probs, and the coefficients of the linear loss that has its gradient."""
-        given = packed.given(*self._head_of(scored, packed))
-        numerator, directions, sums = evaluate(packed.loss, given, packed.custom)
+    def _evaluate(self, packed: PackedBatch, *given: Tensor) -> tuple[float, list[Tensor]]:
+        """A loss of log-probs (and entropies) or values, and the coefficients of the linear loss with its gradient."""
+        numerator, directions, sums = evaluate(packed.loss, packed.given(*given), packed.custom)
         self._metrics.add(sums)
         return numerator, directions
 
@@ -298,8 +288,7 @@ class Trainer:
         if known is not None:
             numerator, direction = 0.0, known[0]
         else:
-            numerator, (direction,), sums = evaluate(packed.loss, packed.given(values))
-            self._metrics.add(sums)
+            numerator, (direction,) = self._evaluate(packed, values)
         values.backward(-direction.to(values.dtype))  # type: ignore[no-untyped-call]
         return numerator
 
@@ -308,20 +297,15 @@ class Trainer:
         text = f"{self.seed}/{self.step}/{batch.replica}/{self._micro_batches + part}"
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little")
 
-    def _reset_counts(self) -> None:
+    def _reset(self) -> None:
+        """Set the sums of a step to zero."""
+        self._failed = False
         self._micro_batches = 0
         self._numerator = 0.0
         self._weighted = 0
         self._samples = 0
-        self._gap.clear()
-        self._metrics.clear()
-
-    @contextmanager
-    def _cleared_afterwards(self) -> Iterator[None]:
-        try:
-            yield
-        finally:
-            self.abandon()
+        self._gap = LogprobGap(self.model.device)
+        self._metrics = MetricSums(self.model.device)
 
     def _denominator(self, request: OptimStep, samples: float) -> float:
         if samples and request.normalise == "sum":
