@@ -1,4 +1,4 @@
-"""One model's training on one rank: accumulate un-normalised gradients over micro-batches, then one global step.
+"""The interface of this package: a trainer accumulates gradients over micro-batches and takes one global step.
 
 Nothing is divided before `optim_step`: gradients, numerators and counts are summed over micro-batches and replicas
 and divided once by the step's denominator, so how samples were cut, packed and spread never changes the step.
