@@ -197,11 +197,11 @@ async def async_map_batch(
     while slots:
         found = await _gather([asyncio.ensure_future(filling.fill(item)) for item in slots.values()])
         results |= zip(slots, found, strict=True)
-        barren = [place for place, result in zip(slots, found, strict=True) if isinstance(result, TooLong)]
-        if len(barren) == len(slots):
+        empty = [place for place, result in zip(slots, found, strict=True) if isinstance(result, TooLong)]
+        if len(empty) == len(slots):
             raise _nothing_left(drops)
         filling.seen.clear()
-        slots = dict(zip(barren, data, strict=False))
+        slots = dict(zip(empty, data, strict=False))
     if isinstance(data, DataSet) and drops.too_long == drops.rows >= len(data) > 0:
         raise _nothing_left(drops)
     drops.tell()
@@ -211,19 +211,6 @@ async def async_map_batch(
 def _nothing_left(drops: Drops) -> DataError:
     """The error of a whole pass over a dataset without a usable item."""
     return DataError(f"a whole pass over the data yields nothing: {drops.describe()}", hint=drops.hint)
-
-
-@dataclass(frozen=True)
-class Batch(Generic[T]):
-    """The results of training each sample of a batch, and the reasons for which others were dropped."""
-
-    results: list[T]
-    dropped: Counter[str]
-
-    @property
-    def metrics(self) -> dict[str, Any]:
-        """How many were dropped, by reason."""
-        return {f"dropped/{reason}": count for reason, count in self.dropped.items()}
 
 
 async def settle(f: Callable[[S], Awaitable[T]], items: Sequence[S]) -> list[T | Unusable]:
@@ -314,16 +301,19 @@ class BatchLoader(Generic[S]):
     def _take(self, count: int) -> list[S]:
         return [next(self.dataset) for _ in range(min(count, self.total - self.taken))]
 
-    async def next_batch(self, train: Callable[[Sequence[S]], Awaitable[Sequence[T | Unusable]]]) -> Batch[T]:
+    async def next_batch(
+        self, train: Callable[[Sequence[S]], Awaitable[Sequence[T | Unusable]]]
+    ) -> tuple[list[T], dict[str, Any]]:
         """Pass the next batch to `train`, then replacements for unusable samples, until the batch is full.
 
-        `train` returns a result or an error for each sample, in order. Raises TooManyFailures, and DataError when a
-        whole pass over the dataset yields nothing.
+        `train` returns a result or an error for each sample, in order. Returns the results, and as metrics how many
+        samples were dropped for each reason. Raises TooManyFailures, and DataError when a whole pass over the dataset
+        yields nothing.
         """
         results: list[T] = []
         errors: list[HarmonyError] = []
         ended: DataError | None = None
-        barren = self.dataset.idx
+        last_used = self.dataset.idx
         items = self._take(self.batch_size)
         while items:
             outcomes = await train(items)
@@ -332,8 +322,8 @@ class BatchLoader(Generic[S]):
             results += [outcome for outcome in outcomes if not isinstance(outcome, Unusable)]
             errors += unusable
             if len(unusable) < len(outcomes):
-                barren = self.dataset.idx
-            ended = self._exceeded(errors) or self._barren(barren, errors)
+                last_used = self.dataset.idx
+            ended = self._exceeded(errors) or self._nothing_left(last_used, errors)
             items = [] if ended else self._take(len(unusable))
         dropped = Counter(error.code for error in errors)
         if errors:
@@ -345,7 +335,7 @@ class BatchLoader(Generic[S]):
             raise ended from errors[-1]
         if self.dataset.idx >= min(FIRST_ROWS, len(self.dataset)) or self.taken >= self.total:
             self.dataset.drops.tell()
-        return Batch(results, dropped)
+        return results, {f"dropped/{reason}": count for reason, count in dropped.items()}
 
     def _note(self, outcomes: Sequence[T | Unusable]) -> None:
         """Count the results and the errors of the rows taken last."""
@@ -366,7 +356,7 @@ class BatchLoader(Generic[S]):
             return None
         return too_many_failures(reasons, f"last {len(self._failed)}", self.max_failure_rate, last)
 
-    def _barren(self, since: int, errors: Sequence[HarmonyError]) -> DataError | None:
+    def _nothing_left(self, since: int, errors: Sequence[HarmonyError]) -> DataError | None:
         """The error of a run without usable samples; `since`: the place of the last row that could be used."""
         rows, idx = len(self.dataset), self.dataset.idx
         over = self.taken >= self.total and idx == self.dropped.total()

@@ -132,12 +132,12 @@ class GRPO(RolloutTraining):
         self.rollout = Rollout(self.model, self.reference, self.grader)
 
     async def _step(self) -> dict[str, Any]:
-        batch = await self.loader.next_batch(each(self.gen_data))
-        groups = [group for group in batch.results if group]
+        results, metrics = await self.loader.next_batch(each(self.gen_data))
+        groups = [group for group in results if group]
         samples = [sample for group in groups for sample in group]
         if not samples:
-            return batch.metrics
-        metrics = batch.metrics | await self._batch_metrics(groups, samples, [s.advantage for s in samples])
+            return metrics
+        metrics |= await self._batch_metrics(groups, samples, [s.advantage for s in samples])
         step = partial(self._optim_step, self.model, self.lr_schedule, self.weight_decay)
         return metrics | await self._train_mini_batches(samples, "policy", self.train_sample, step)
 

@@ -154,11 +154,11 @@ class PPO(RolloutTraining):
             raise UsageError("policy and value model have different tokenizers", hint="use two models of one family")
 
     async def _step(self) -> dict[str, Any]:
-        batch = await self.loader.next_batch(each(self.generate_sample))
-        samples = [sample for sample in batch.results if sample is not None]
+        results, metrics = await self.loader.next_batch(each(self.generate_sample))
+        samples = [sample for sample in results if sample is not None]
         if not samples:
-            return batch.metrics
-        metrics = batch.metrics | await self._batch_metrics(samples, samples, [fmean(s.advantages) for s in samples])
+            return metrics
+        metrics |= await self._batch_metrics(samples, samples, [fmean(s.advantages) for s in samples])
         if self.lr_schedule_policy(self.loader.completion) > 0:
             trained = whitened(samples) if self.whiten_advantages else samples
             step = partial(self._optim_step, self.model, self.lr_schedule_policy, self.weight_decay)

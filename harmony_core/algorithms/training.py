@@ -272,10 +272,10 @@ class Training:
         No step is taken when the end of the data holds dropped samples only.
         """
         with phase("training"):
-            batch = await self.loader.next_batch(train)
-        if not batch.results:
-            return [], batch.metrics
-        return batch.results, batch.metrics | await self._optim_step(self.model, self.lr_schedule, self.weight_decay)
+            results, metrics = await self.loader.next_batch(train)
+        if results:
+            metrics |= await self._optim_step(self.model, self.lr_schedule, self.weight_decay)
+        return results, metrics
 
     async def _optim_step(self, model: TrainingModel, schedule: Scheduler, weight_decay: float) -> dict[str, float]:
         """A step's metrics; none, with a warning, when a subclass's methods trained no sample for it."""

@@ -1,6 +1,6 @@
 """The supported model families, in the format of transformers' config.json: their tensors and their defaults.
 
-To add one: a `Family` in FAMILIES, and if it has tensors beyond these, a line in `spec._layer_shapes`. Settings
+To add one: a `Family` in FAMILIES, and if it has tensors beyond these, a line in `spec._expected_shapes`. Settings
 that transformers computes and the engine does not are refused in `refuse_unsupported`.
 """
 
