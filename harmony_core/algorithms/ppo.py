@@ -143,15 +143,12 @@ class PPO(RolloutTraining):
         self.loop = StepLoop(self, "PPO", models, dataset, callbacks, *saving, prompts=True)
 
     async def _prepare(self) -> None:
-        await self._check_tokenizers()
-        self.reference = await self.model.clone_inf() if self.kl_beta else None
-        self.rollout = Rollout(self.model, self.reference, self.grader, self.value_model)
-
-    async def _check_tokenizers(self) -> None:
-        """The value model scores the policy's tokens, so both must give text the same ones."""
+        # The value model scores the policy's tokens, so both have to tokenize text alike.
         text = "".join(turn.content for turn in self.loader.dataset.threads[0].get_turns())
         if await self.model.tokenize(text) != await self.value_model.tokenize(text):
             raise UsageError("policy and value model have different tokenizers", hint="use two models of one family")
+        self.reference = await self.model.clone_inf() if self.kl_beta else None
+        self.rollout = Rollout(self.model, self.reference, self.grader, self.value_model)
 
     async def _step(self) -> dict[str, Any]:
         results, metrics = await self.loader.next_batch(each(self.generate_sample))

@@ -6,6 +6,7 @@ import logging
 import random
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -157,16 +158,13 @@ class Rollout:
         self._warn_of_cap(threads[0])
         texts = await async_map(self.policy.detokenize_thread, threads)
         with phase("grading"):
-            scores = await async_map(self._score, texts)
+            scores = await async_map(partial(score_or_refuse, self.grader), texts)
         with phase("reference"):
             logprobs = await async_map(self._logprobs, threads)
         return [
             Completion(thread, text, score, *pair)
             for thread, text, score, pair in zip(threads, texts, scores, logprobs, strict=True)
         ]
-
-    async def _score(self, text: StringThread) -> float:
-        return await score_or_refuse(self.grader, text)
 
     async def _logprobs(self, thread: TokenizedThread) -> tuple[list[float], list[float]]:
         """Of the policy that drew the thread's completion, and of the reference."""
