@@ -37,7 +37,7 @@ class RecipeCallback(ABC):
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         if "callback" in vars(cls):
-            cls.callback = _apart(cls.callback)  # type: ignore[method-assign]
+            cls.callback = _with_own_seeds(cls.callback)  # type: ignore[method-assign]
 
     @checked
     def __init__(self, frequency: float, force_run_on_exit: bool = True, log_key_prefix: str | None = None) -> None:
@@ -94,18 +94,18 @@ def prompt_of(thread: StringThread) -> StringThread:
     return StringThread.from_turns(thread.turns[:-1], thread.metadata, thread.uuid(), thread.template_kwargs)
 
 
-async def outcome_of(returned: Any) -> Any:
+async def result_of(returned: Any) -> Any:
     """The result of a method of a recipe's own class, which may be a coroutine function or a plain one."""
     return await returned if inspect.isawaitable(returned) else returned
 
 
-def _apart(callback: Callable[..., Any]) -> Callable[..., Coroutine[Any, Any, dict[str, Any]]]:
+def _with_own_seeds(callback: Callable[..., Any]) -> Callable[..., Coroutine[Any, Any, dict[str, Any]]]:
     """Wrap a `callback` method so that its requests have random seeds of their own."""
 
     @wraps(callback)
     async def work(self: RecipeCallback, current_percentage: float) -> dict[str, Any]:
         with looking(f"{type(self).__name__} at {current_percentage}"):
-            found: dict[str, Any] = await outcome_of(callback(self, current_percentage))
+            found: dict[str, Any] = await result_of(callback(self, current_percentage))
             return found
 
     return work

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 from harmony_core.algorithms.batch_loader import BatchLoader
 from harmony_core.algorithms.callbacks import RecipeCallback
 from harmony_core.algorithms.tangents import Metrics, ScoredThread, dpo_tangent, push_pair, score
-from harmony_core.algorithms.training import CosineScheduler, Scheduler, StepLoop, Training, each, keeps_settings, means
+from harmony_core.algorithms.training import (
+    CosineScheduler,
+    Scheduler,
+    StepLoop,
+    Training,
+    keeps_settings,
+    means,
+    settle_each,
+)
 from harmony_core.loggers import Logger
 from harmony_core.notifiers import StageNotifier
 from harmony_core.text.threads import StringThread
@@ -64,7 +72,7 @@ class DPO(Training):
         self.reference = await self.model.clone_inf()
 
     async def _step(self) -> dict[str, Any]:
-        results, metrics = await self._train_next(each(self.process_sample))
+        results, metrics = await self._train_next(settle_each(self.process_sample))
         return metrics | means("policy", results)
 
     async def process_sample(self, sample: Pair) -> Metrics:

@@ -26,8 +26,8 @@ from harmony_core.algorithms.training import (
     Scheduler,
     StepLoop,
     check_loss_options,
-    each,
     keeps_settings,
+    settle_each,
 )
 from harmony_core.config.argument_kinds import checked
 from harmony_core.errors import UsageError
@@ -132,7 +132,7 @@ class GRPO(RolloutTraining):
         self.rollout = Rollout(self.model, self.reference, self.grader)
 
     async def _step(self) -> dict[str, Any]:
-        results, metrics = await self.loader.next_batch(each(self.gen_data))
+        results, metrics = await self.loader.next_batch(settle_each(self.gen_data))
         groups = [group for group in results if group]
         samples = [sample for group in groups for sample in group]
         if not samples:

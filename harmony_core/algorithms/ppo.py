@@ -26,8 +26,8 @@ from harmony_core.algorithms.training import (
     Scheduler,
     StepLoop,
     check_loss_options,
-    each,
     keeps_settings,
+    settle_each,
 )
 from harmony_core.errors import UsageError
 from harmony_core.graders import BaseGrader
@@ -151,7 +151,7 @@ class PPO(RolloutTraining):
         self.rollout = Rollout(self.model, self.reference, self.grader, self.value_model)
 
     async def _step(self) -> dict[str, Any]:
-        results, metrics = await self.loader.next_batch(each(self.generate_sample))
+        results, metrics = await self.loader.next_batch(settle_each(self.generate_sample))
         samples = [sample for sample in results if sample is not None]
         if not samples:
             return metrics

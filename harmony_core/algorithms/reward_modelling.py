@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from harmony_core.algorithms.batch_loader import BatchLoader
 from harmony_core.algorithms.callbacks import RecipeCallback
-from harmony_core.algorithms.training import CosineScheduler, Scheduler, StepLoop, Training, each, keeps_settings
+from harmony_core.algorithms.training import CosineScheduler, Scheduler, StepLoop, Training, keeps_settings, settle_each
 from harmony_core.errors import DataError, UsageError
 from harmony_core.loggers import Logger
 from harmony_core.notifiers import StageNotifier
@@ -55,7 +55,7 @@ class RewardModelling(Training):
         self.loop = StepLoop(self, "RewardModelling", {"reward": model}, dataset, callbacks)
 
     async def _step(self) -> dict[str, Any]:
-        return (await self._train_next(each(self.train_rm)))[1]
+        return (await self._train_next(settle_each(self.train_rm)))[1]
 
     async def train_rm(self, sample: Preference | StringThread) -> None:
         """Train one pair or one rated thread."""

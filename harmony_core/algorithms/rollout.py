@@ -12,7 +12,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from harmony_core.algorithms.batch_loader import async_map, at_least
-from harmony_core.algorithms.callbacks import outcome_of, prompt_of
+from harmony_core.algorithms.callbacks import prompt_of, result_of
 from harmony_core.algorithms.tangents import recorded_logprobs
 from harmony_core.algorithms.training import Training, means
 from harmony_core.errors import UsageError
@@ -207,7 +207,7 @@ class RolloutTraining(Training):
         self, data: list[Any], samples: Sequence[RolloutSample], advantages: Sequence[float]
     ) -> Metrics:
         """Metrics of a batch and of its grades; puts samples into the run's report when they are due."""
-        logs = await outcome_of(self.get_train_batch_logs(data)) or {}
+        logs = await result_of(self.get_train_batch_logs(data)) or {}
         rewards = {f"rewards/{key}": value for key, value in self.grader.get_logs(clear=True).items()}
         if self.loop.shows():
             await self.rollout.show(samples, advantages, self.loop.step)
@@ -225,7 +225,7 @@ class RolloutTraining(Training):
             if metrics:
                 self.logger({**metrics, "completion_percentage": self.loader.completion})
             with phase("training"):
-                measured = await async_map(lambda sample: outcome_of(train(sample)), mini_batch)
+                measured = await async_map(lambda sample: result_of(train(sample)), mini_batch)
             metrics = means(model, measured) | await step()
         return metrics
 

@@ -14,7 +14,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from harmony_core.algorithms.batch_loader import BatchLoader, in_words, settle, too_many_failures
-from harmony_core.algorithms.callbacks import RecipeCallback, invoke_callbacks, outcome_of
+from harmony_core.algorithms.callbacks import RecipeCallback, invoke_callbacks, result_of
 from harmony_core.algorithms.checkpointing import Checkpointing
 from harmony_core.config.argument_kinds import check_arguments
 from harmony_core.errors import NothingToTrain, UsageError
@@ -384,9 +384,9 @@ def check_loss_options(train: Callable[..., Any], options: Mapping[str, Any]) ->
             raise UsageError(f"loss_options: {train.__name__} takes no {name!r}", hint=f"it takes: {taken}")
 
 
-def each(hook: Callable[[Any], Any]) -> Callable[[Sequence[Any]], Awaitable[list[Any]]]:
+def settle_each(hook: Callable[[Any], Any]) -> Callable[[Sequence[Any]], Awaitable[list[Any]]]:
     """A function that calls an overridable method on each sample of a batch, and returns results and errors."""
-    return partial(settle, lambda sample: outcome_of(hook(sample)))
+    return partial(settle, lambda sample: result_of(hook(sample)))
 
 
 def means(prefix: str, measured: Sequence[Any]) -> dict[str, float]:
