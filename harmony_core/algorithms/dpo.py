@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from harmony_core.algorithms.batch_loader import BatchLoader
 from harmony_core.algorithms.callbacks import RecipeCallback
-from harmony_core.algorithms.tangents import Metrics, ScoredThread, dpo_tangent, push_pair, score
+from harmony_core.algorithms.tangents import Metrics, ScoredThread, push_pair, score
 from harmony_core.algorithms.training import (
     CosineScheduler,
     Scheduler,
@@ -94,7 +94,4 @@ class DPO(Training):
         return chosen, rejected, await self._ref_logprobs(pair)
 
     async def _push(self, measured: tuple[ScoredThread, ScoredThread, Scores]) -> Metrics:
-        chosen, rejected, references = measured
-        tangent, metrics = dpo_tangent(sum(chosen.logprobs), sum(rejected.logprobs), *references, self.kl_beta)
-        await push_pair(self.model, chosen, rejected, tangent)
-        return metrics
+        return await push_pair(self.model, *measured, self.kl_beta)

@@ -162,12 +162,16 @@ def dpo_tangent(
     return beta * -math.expm1(-loss), metrics
 
 
-async def push_pair(model: TrainingModel, chosen: ScoredThread, rejected: ScoredThread, tangent: float) -> None:
-    """Queue a pair; a step divides by the number of pairs."""
+async def push_pair(
+    model: TrainingModel, chosen: ScoredThread, rejected: ScoredThread, references: tuple[float, float], beta: float
+) -> Metrics:
+    """`train_dpo_tangents` of threads that are scored already."""
+    tangent, metrics = dpo_tangent(sum(chosen.logprobs), sum(rejected.logprobs), *references, beta)
     parts = [(chosen, tangent, 1.0), (rejected, -tangent, 0.0)]
     # The longer one first: if any is refused it is this one, and no half of a pair is left in the step.
     for scored, value, denominator in sorted(parts, key=lambda part: -len(part[0].tokens)):
         await push(model, scored, [value] * len(scored.logprobs), denominator)
+    return metrics
 
 
 async def train_dpo_tangents(
@@ -179,12 +183,8 @@ async def train_dpo_tangents(
     beta: float,
 ) -> Metrics:
     """`dpo_tangent` of one pair, queued; a step divides by the number of pairs. Returns its metrics."""
-    chosen, rejected = await score(model, pos), await score(model, neg)
-    tangent, metrics = dpo_tangent(
-        sum(chosen.logprobs), sum(rejected.logprobs), ref_logprobs_pos, ref_logprobs_neg, beta
-    )
-    await push_pair(model, chosen, rejected, tangent)
-    return metrics
+    references = ref_logprobs_pos, ref_logprobs_neg
+    return await push_pair(model, await score(model, pos), await score(model, neg), references, beta)
 
 
 def group_advantages(scores: Sequence[float]) -> list[float]:

@@ -1,7 +1,7 @@
 """Evaluate a loss of ours or of the recipe on scored tokens, and sum up the metrics of a step.
 
-`check_cuts` compares a loss over many ways to cut its samples into micro-batches and to order them. `LogprobGap` sums
-the difference between the trainer's log-probs and those that the sampler recorded of the same tokens under the same
+`check_cuts` compares a loss over many ways to cut its samples into micro-batches and to order them. `MetricSums`
+also sums the gap between the trainer's log-probs and those that the sampler recorded of the same tokens under the same
 weights. The two differ by rounding, since they multiply matrices of other shapes; a difference that grows is a bug, or
 training that has gone off-policy.
 """
@@ -25,6 +25,11 @@ from harmony_core.recipe_file import RecipeFile, import_file, where_raised
 from harmony_core.rpc.protocol import CustomLoss
 
 CUSTOM = "custom"
+
+GAPS = ("sampler_logprob_diff_mean", "sampler_kl_k1", "sampler_kl_k2", "sampler_kl_k3")
+"""Metrics of the gap between sampler and trainer: absolute difference, and three estimates of the divergence."""
+
+_SUMMED = (*GAPS, *METRICS)
 
 Cut = list[list[int]]
 """Micro-batches of sample numbers."""
@@ -100,20 +105,31 @@ class MetricSums:
     """Sum and count of every metric of a step's micro-batches, on the device, so that no micro-batch waits for them."""
 
     def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(2 * len(METRICS), dtype=torch.float64, device=device)
+        self.sums = torch.zeros(2 * len(_SUMMED), dtype=torch.float64, device=device)
+        self.largest_gap = torch.zeros(1, dtype=torch.float64, device=device)
 
     def add(self, sums: Sums) -> None:
         """Add the metrics of one micro-batch."""
         for name, (total, count) in sums.items():
-            place = 2 * METRICS.index(name)
+            place = 2 * _SUMMED.index(name)
             self.sums[place] += total
             self.sums[place + 1] += count
 
+    def compare(self, logprobs: Tensor, places: Tensor, sampled: Tensor) -> None:
+        """Add the gap between `logprobs[places]` and the sampler's `sampled`, `[K]` float64."""
+        difference = logprobs.index_select(0, places).double() - sampled
+        distance, count = difference.abs(), float(len(difference))
+        # Schulman's three estimators of KL(sampler || trainer) for tokens that the sampler drew.
+        estimates = torch.stack([-difference, difference.square() / 2, torch.expm1(difference) - difference])
+        self.add({name: (total, count) for name, total in zip(GAPS, [distance.sum(), *estimates.sum(-1)], strict=True)})
+        self.largest_gap.clamp_(min=distance.max())
 
-def means(sums: Sequence[float]) -> dict[str, float]:
-    """The metrics of a step, from `MetricSums.sums`; metrics without a count are left out."""
-    pairs = zip(METRICS, sums[::2], sums[1::2], strict=True)
-    return {name: total / count for name, total, count in pairs if count}
+
+def means(sums: Sequence[float], largest_gap: float) -> dict[str, float]:
+    """The metrics of a step, from `MetricSums`; metrics without a count are left out."""
+    pairs = zip(_SUMMED, sums[::2], sums[1::2], strict=True)
+    found = {name: total / count for name, total, count in pairs if count}
+    return found | ({"sampler_logprob_diff_max": largest_gap, "sampler_tokens": sums[1]} if sums[1] else {})
 
 
 def check_cuts(
@@ -210,36 +226,3 @@ def _over(loss: Callable[..., Any], samples: list[Scored], cut: Cut) -> tuple[fl
         # One row for the log-probs, one for the entropies where the loss takes them.
         parts |= dict(zip(members, torch.split(torch.stack(directions), list(batch.counts), dim=1), strict=True))
     return total, torch.cat([parts[i] for i in range(len(samples))], dim=1)
-
-
-class LogprobGap:
-    """Sums over the tokens of one step, on the device, so that no micro-batch waits for them."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(5, dtype=torch.float64, device=device)
-        """Tokens, sum of absolute differences, sums of the three estimates of the divergence."""
-        self.most = torch.zeros(1, dtype=torch.float64, device=device)
-        """The largest absolute difference."""
-
-    def add(self, logprobs: Tensor, places: Tensor, sampled: Tensor) -> None:
-        """Compare `logprobs[places]` with `sampled`, `[K]` float64."""
-        difference = logprobs.index_select(0, places).double() - sampled
-        distance = difference.abs()
-        # Schulman's three estimators of KL(sampler || trainer) for tokens that the sampler drew.
-        estimates = torch.stack([-difference, difference.square() / 2, torch.expm1(difference) - difference])
-        count = distance.new_full((), len(distance))
-        self.sums += torch.cat([torch.stack([count, distance.sum()]), estimates.sum(-1)])
-        self.most.clamp_(min=distance.max())
-
-
-def gap_metrics(sums: Sequence[float], most: float) -> dict[str, float]:
-    """The metrics of a step, from the sums of a `LogprobGap`; empty when no token was compared."""
-    tokens, distance, *estimates = sums
-    if not tokens:
-        return {}
-    return {
-        "sampler_logprob_diff_mean": distance / tokens,
-        "sampler_logprob_diff_max": most,
-        **{f"sampler_kl_k{i}": total / tokens for i, total in enumerate(estimates, 1)},
-        "sampler_tokens": tokens,
-    }

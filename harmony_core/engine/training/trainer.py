@@ -20,7 +20,7 @@ from harmony_core.engine.models.context import ForwardContext, PackedAttention, 
 from harmony_core.engine.models.heads import linear_logprob_loss, token_logprobs, token_logprobs_and_entropies
 from harmony_core.engine.models.model import CausalLM
 from harmony_core.engine.models.scalar import scores
-from harmony_core.engine.training.loss_evaluation import LogprobGap, MetricSums, evaluate, gap_metrics, means
+from harmony_core.engine.training.loss_evaluation import MetricSums, evaluate, means
 from harmony_core.engine.training.losses import wants_entropies
 from harmony_core.engine.training.optimizer import AdamW, FlatGradients
 from harmony_core.engine.training.packing import LARGE_BYTES, PackedBatch, kept_while_it_runs, unpack
@@ -268,7 +268,7 @@ class Trainer:
             give_back()
             loss.backward()  # type: ignore[no-untyped-call]
         if packed.sampled is not None and not (packed.dropout and self._drops):
-            self._gap.add(logprobs, *packed.sampled)
+            self._metrics.compare(logprobs, *packed.sampled)
         return -float((packed.coefficients * logprobs.double()).sum().item()) if numerator is None else numerator
 
     def _evaluate(self, packed: PackedBatch, *given: Tensor) -> tuple[float, list[Tensor]]:
@@ -304,7 +304,6 @@ class Trainer:
         self._numerator = 0.0
         self._weighted = 0
         self._samples = 0
-        self._gap = LogprobGap(self.model.device)
         self._metrics = MetricSums(self.model.device)
 
     def _denominator(self, request: OptimStep, samples: float) -> float:
@@ -323,15 +322,13 @@ class Trainer:
         Over all replicas. The one place in a step where the host waits for the device.
         """
         counts = torch.tensor([self._numerator, self._weighted, self._samples], dtype=torch.float64)
-        sums = torch.cat([counts.to(self.model.device), self._gap.sums, self._metrics.sums])
+        sums = torch.cat([counts.to(self.model.device), self._metrics.sums])
         if self.dp_group is not None:
             dist.all_reduce(sums, group=self.dp_group)
-            dist.all_reduce(self._gap.most, dist.ReduceOp.MAX, group=self.dp_group)
-        found = torch.cat([self.gradients.squared_norm()[None], self._gap.most, sums]).tolist()
-        squares, most, numerator, weighted, samples, *others = found
-        compared = len(self._gap.sums)
-        reported = gap_metrics(others[:compared], most) | means(others[compared:])
-        return numerator, weighted, samples, squares, reported
+            dist.all_reduce(self._metrics.largest_gap, dist.ReduceOp.MAX, group=self.dp_group)
+        found = torch.cat([self.gradients.squared_norm()[None], self._metrics.largest_gap, sums]).tolist()
+        squares, largest_gap, numerator, weighted, samples, *others = found
+        return numerator, weighted, samples, squares, means(others, largest_gap)
 
     def _refuse_or_skip(self, request: OptimStep, own: Tensor | None) -> bool:
         """With a norm that is not finite, the same on every rank: True to skip the step. `own`: this rank's sum."""
