@@ -219,17 +219,15 @@ async def settle(f: Callable[[S], Awaitable[T]], items: Sequence[S]) -> list[T |
     Any other error propagates once all calls have ended, the first item's first.
     """
 
-    async def call(item: S) -> T:
-        return await f(item)
+    async def call(item: S) -> T | Unusable:
+        try:
+            return await f(item)
+        except (DataError, TokenizationError) as error:
+            return error
 
     tasks = [asyncio.ensure_future(call(item)) for item in items]
-    outcomes = await asyncio.gather(*tasks, return_exceptions=True)
-    settled: list[T | Unusable] = []
-    for outcome in outcomes:
-        if isinstance(outcome, BaseException) and not isinstance(outcome, Unusable):
-            raise outcome
-        settled.append(outcome)
-    return settled
+    await asyncio.gather(*tasks, return_exceptions=True)
+    return [task.result() for task in tasks]
 
 
 class BatchLoader(Generic[S]):

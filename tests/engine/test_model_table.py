@@ -77,7 +77,7 @@ def test_weights_that_are_no_numbers_are_not_saved(tmp_path: Path, lora: LoraSet
     assert live.trainer is not None
     save = Save(model="policy", directory=str(tmp_path), inference_only=False)
     table.save(save, write=True)
-    slot = live.trainer.gradients.slots[3]
+    slot = live.trainer.gradients.spans[3]
     with torch.no_grad():
         slot.parameter.view(-1)[1] = bad
     with pytest.raises(EngineError, match=f"'policy' is not saved: {slot.name} holds NaN or infinite values"):

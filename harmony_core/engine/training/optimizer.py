@@ -45,7 +45,7 @@ PIECE_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}
 
 
 @dataclass(frozen=True)
-class Slot:
+class ParameterSpan:
     """Where one parameter lies in the flat buffers: elements `[start, stop)`."""
 
     name: str
@@ -66,18 +66,18 @@ class Slot:
 
 
 class FlatGradients:
-    """The gradient buffer of `parameters`, float32 at least, with one `Slot` for each of them."""
+    """The gradient buffer of `parameters`, float32 at least, with one `ParameterSpan` for each of them."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], tp: TensorParallel) -> None:
         self.tp = tp
-        self.slots = _layout(parameters, tp)
-        first = self.slots[0].parameter
+        self.spans = _layout(parameters, tp)
+        first = self.spans[0].parameter
         self.low_precision = first.dtype.itemsize < 4
         self.dtype = torch.float32 if self.low_precision else first.dtype
-        self.buffer = torch.zeros(self.slots[-1].stop, dtype=self.dtype, device=first.device)
-        self.first_replicated = next((s.start for s in self.slots if s.shard is None), self.slots[-1].stop)
-        self.views = [slot.of(self.buffer) for slot in self.slots]
-        self._hooks = [self._attach(slot.parameter, view) for slot, view in zip(self.slots, self.views, strict=True)]
+        self.buffer = torch.zeros(self.spans[-1].stop, dtype=self.dtype, device=first.device)
+        self.first_replicated = next((s.start for s in self.spans if s.shard is None), self.spans[-1].stop)
+        self.views = [span.of(self.buffer) for span in self.spans]
+        self._hooks = [self._attach(span.parameter, view) for span, view in zip(self.spans, self.views, strict=True)]
 
     def _attach(self, parameter: nn.Parameter, view: Tensor) -> RemovableHandle | None:
         if parameter.dtype != self.dtype and not self.low_precision:
@@ -98,8 +98,8 @@ class FlatGradients:
 
     def detach(self) -> None:
         """Remove the gradients and hooks of the parameters."""
-        for slot, hook in zip(self.slots, self._hooks, strict=True):
-            slot.parameter.grad = None
+        for span, hook in zip(self.spans, self._hooks, strict=True):
+            span.parameter.grad = None
             if hook is not None:
                 hook.remove()
 
@@ -110,9 +110,9 @@ class FlatGradients:
     def check_attached(self) -> None:
         """Raise InternalError for a parameter whose gradient was replaced: it would not be trained."""
         if not self.low_precision:
-            for slot, view in zip(self.slots, self.views, strict=True):
-                if slot.parameter.grad is not view:
-                    raise InternalError(f"the gradient of {slot.name} was replaced")
+            for span, view in zip(self.spans, self.views, strict=True):
+                if span.parameter.grad is not view:
+                    raise InternalError(f"the gradient of {span.name} was replaced")
 
     def reduce(self, group: ProcessGroup | None) -> None:
         """Sum over the replicas, then make the replicated part bit-identical on the tensor-parallel ranks."""
@@ -128,7 +128,7 @@ class FlatGradients:
 
     def of(self, parameter: nn.Parameter) -> Tensor | None:
         """The view of the buffer that takes a parameter's gradient; None for a parameter that is not trained."""
-        views = (v for slot, v in zip(self.slots, self.views, strict=True) if slot.parameter is parameter)
+        views = (v for span, v in zip(self.spans, self.views, strict=True) if span.parameter is parameter)
         return next(views, None)
 
     def squared_norm(self) -> Tensor:
@@ -140,8 +140,8 @@ class FlatGradients:
 
     def first_bad(self) -> str | None:
         """Name of the first tensor with a NaN or an infinity, the same on all tensor-parallel ranks."""
-        bad = (slot.name for slot, view in zip(self.slots, self.views, strict=True) if not view.isfinite().all())
-        names = sorted(slot.name for slot in self.slots)
+        bad = (span.name for span, view in zip(self.spans, self.views, strict=True) if not view.isfinite().all())
+        names = sorted(span.name for span in self.spans)
         place = min((names.index(name) for name in bad), default=len(names))
         if not self.tp.silent:
             lowest = torch.tensor(place, device=self.buffer.device)
@@ -150,17 +150,17 @@ class FlatGradients:
         return names[place] if place < len(names) else None
 
 
-def _layout(parameters: Mapping[str, nn.Parameter], tp: TensorParallel) -> list[Slot]:
+def _layout(parameters: Mapping[str, nn.Parameter], tp: TensorParallel) -> list[ParameterSpan]:
     found = [(name, p, shard_of(p) if tp.size > 1 else None) for name, p in parameters.items()]
-    slots: list[Slot] = []
+    spans: list[ParameterSpan] = []
     for name, parameter, shard in sorted(found, key=lambda entry: (entry[2] is None, entry[1].ndim < 2)):
         if not parameter.is_contiguous():
             raise InternalError(f"{name} is not contiguous, so it cannot be updated in place")
-        start = slots[-1].stop if slots else 0
-        slots.append(Slot(name, parameter, start, start + parameter.numel(), shard))
-    if not slots:
+        start = spans[-1].stop if spans else 0
+        spans.append(ParameterSpan(name, parameter, start, start + parameter.numel(), shard))
+    if not spans:
         raise InternalError("a trainer without trainable parameters")
-    return slots
+    return spans
 
 
 def _squares(flat: Tensor) -> Tensor:
@@ -191,7 +191,7 @@ class _Segment:
         return [piece.numel() for piece in self.pieces]
 
 
-_Entry = tuple[str, Slot, Tensor]
+_Entry = tuple[str, ParameterSpan, Tensor]
 """A tensor of the state file: its name, and the part of a flat buffer that holds it."""
 
 
@@ -211,7 +211,7 @@ class AdamW:
         most = CHUNK_ELEMENTS[gradients.buffer.device.type]
         if self._fused:
             alone, most = LARGE if gradients.low_precision else 0, len(gradients.buffer)
-        self._segments = list(_segments(gradients.slots, alone, most))
+        self._segments = list(_segments(gradients.spans, alone, most))
         self.refresh_masters()
 
     @property
@@ -228,8 +228,8 @@ class AdamW:
     def refresh_masters(self) -> None:
         """Copy the parameters to the masters, after the parameters were written from outside."""
         if self.master is not None:
-            for slot in self.gradients.slots:
-                slot.of(self.master).copy_(slot.parameter)
+            for span in self.gradients.spans:
+                span.of(self.master).copy_(span.parameter)
 
     @torch.no_grad()
     def update(self, lr: float, weight_decay: float, beta1: float, beta2: float, eps: float, scale: float) -> None:
@@ -291,13 +291,13 @@ class AdamW:
             if write:
                 with open(directory / FILE, "wb") as file:
                     file.write(self._header(entries))
-                    for _, slot, buffer in left:
-                        for piece in torch.split(self._full(slot, buffer).detach().reshape(-1), 1 << 22):
+                    for _, span, buffer in left:
+                        for piece in torch.split(self._full(span, buffer).detach().reshape(-1), 1 << 22):
                             file.write(piece.cpu().numpy().tobytes())
                             progress.made()
         finally:  # the other ranks gather whatever becomes of the file
-            for _, slot, buffer in left:
-                self._full(slot, buffer)
+            for _, span, buffer in left:
+                self._full(span, buffer)
 
     def load(self, directory: Path) -> None:
         """Read this rank's slices and the step. Raises VerificationError, with nothing changed, if they do not fit."""
@@ -306,28 +306,28 @@ class AdamW:
         try:
             with safe_open(path, framework="pt") as file:
                 step = _check(file, entries, path)
-                for name, slot, buffer in entries:
+                for name, span, buffer in entries:
                     index: tuple[slice, ...] = ()
-                    if slot.shard is not None:
-                        index = (slice(None),) * slot.shard.dim + (slice(slot.shard.start, slot.shard.stop),)
-                    slot.of(buffer).copy_(file.get_slice(name)[index] if index else file.get_tensor(name))
+                    if span.shard is not None:
+                        index = (slice(None),) * span.shard.dim + (slice(span.shard.start, span.shard.stop),)
+                    span.of(buffer).copy_(file.get_slice(name)[index] if index else file.get_tensor(name))
                     progress.made()
         except (SafetensorError, FileNotFoundError) as error:
             raise VerificationError(f"{path} cannot be read: {error}", file=str(path)) from error
         self.step_count = step
 
     def _entries(self) -> list[_Entry]:
-        slots = sorted(self.gradients.slots, key=lambda slot: slot.name)
-        return [(f"{kind}.{slot.name}", slot, buffer) for kind, buffer in self.state().items() for slot in slots]
+        spans = sorted(self.gradients.spans, key=lambda span: span.name)
+        return [(f"{kind}.{span.name}", span, buffer) for kind, buffer in self.state().items() for span in spans]
 
-    def _full(self, slot: Slot, buffer: Tensor) -> Tensor:
-        return gather_full(slot.of(buffer), slot.shard, self.gradients.tp)
+    def _full(self, span: ParameterSpan, buffer: Tensor) -> Tensor:
+        return gather_full(span.of(buffer), span.shard, self.gradients.tp)
 
     def _header(self, entries: list[_Entry]) -> bytes:
         header: dict[str, object] = {"__metadata__": {"format": "pt", "step": str(self.step_count)}}
         offset = 0
-        for name, slot, buffer in entries:
-            shape = full_shape(slot.parameter)
+        for name, span, buffer in entries:
+            shape = full_shape(span.parameter)
             end = offset + math.prod(shape) * buffer.element_size()
             header[name] = {"dtype": _DTYPES[buffer.dtype], "shape": shape, "data_offsets": [offset, end]}
             offset = end
@@ -348,8 +348,8 @@ def _check(file: Any, entries: list[_Entry], path: Path) -> int:
     if stored != wanted:
         odd = sorted(stored ^ wanted)
         raise fail(f"{odd[0]} is {'missing' if odd[0] in wanted else 'not part of this optimizer'} ({len(odd)} such)")
-    for name, slot, buffer in entries:
-        view, shape = file.get_slice(name), list(full_shape(slot.parameter))
+    for name, span, buffer in entries:
+        view, shape = file.get_slice(name), list(full_shape(span.parameter))
         if list(view.get_shape()) != shape or view.get_dtype() != _DTYPES[buffer.dtype]:
             raise fail(f"{name} is {view.get_dtype()}{list(view.get_shape())}, not {shape}")
     step = (file.metadata() or {}).get("step", "")
@@ -358,13 +358,13 @@ def _check(file: Any, entries: list[_Entry], path: Path) -> int:
     return int(step)
 
 
-def _segments(slots: list[Slot], alone: float, most: int) -> Iterator[_Segment]:
+def _segments(spans: list[ParameterSpan], alone: float, most: int) -> Iterator[_Segment]:
     """Runs of one decay setting, cut after `most` elements; parameters of at least `alone` elements by themselves."""
 
-    def key(slot: Slot) -> tuple[bool, str]:
-        return slot.decays, slot.name if slot.stop - slot.start >= alone else ""
+    def key(span: ParameterSpan) -> tuple[bool, str]:
+        return span.decays, span.name if span.stop - span.start >= alone else ""
 
-    for (decays, _), members in groupby(slots, key):
+    for (decays, _), members in groupby(spans, key):
         run = list(members)
         for start in range(run[0].start, run[-1].stop, most):
             stop = min(start + most, run[-1].stop)

@@ -37,7 +37,7 @@ def test_steps_equal_those_of_plain_operations(dtype: torch.dtype, monkeypatch: 
         for name, expected in plain.state().items():
             found = kernel.state()[name]
             assert (found - expected).norm() <= 1e-7 * expected.norm(), name
-        for slot, other in zip(kernel.gradients.slots, plain.gradients.slots, strict=True):
+        for slot, other in zip(kernel.gradients.spans, plain.gradients.spans, strict=True):
             found, expected = slot.parameter.detach().float(), other.parameter.detach().float()
             # The interpreter cuts off what a device rounds: one unit in the last place of bfloat16.
             tolerance = 1e-7 if dtype == torch.float32 else 2**-7

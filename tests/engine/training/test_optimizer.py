@@ -80,7 +80,7 @@ def test_the_norm_is_that_of_all_gradients() -> None:
     assert gradients.squared_norm().item() == pytest.approx(gradients.buffer.double().square().sum().item(), rel=1e-6)
     assert gradients.first_bad() is None
     gradients.views[2][0] = float("inf")
-    assert gradients.first_bad() == gradients.slots[2].name
+    assert gradients.first_bad() == gradients.spans[2].name
 
 
 def test_optimizer_state_round_trips_exactly_and_goes_on_as_if_never_stopped(llama: Path, tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_optimizer_state_round_trips_exactly_and_goes_on_as_if_never_stopped(lla
     trainer.save_optimizer(tmp_path, write=True)
     other = make_trainer(llama)
     with torch.no_grad():
-        for mine, theirs in zip(other.gradients.slots, trainer.gradients.slots, strict=True):
+        for mine, theirs in zip(other.gradients.spans, trainer.gradients.spans, strict=True):
             mine.parameter.copy_(theirs.parameter)
     other.load_optimizer(tmp_path)
     assert other.step == 3
