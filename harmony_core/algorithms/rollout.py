@@ -211,7 +211,7 @@ class RolloutTraining(Training):
         rewards = {f"rewards/{key}": value for key, value in self.grader.get_logs(clear=True).items()}
         if self.loop.shows():
             await self.rollout.show(samples, advantages, self.loop.step)
-        return logs | rewards
+        return {**logs, **rewards}
 
     async def _train_mini_batches(
         self, samples: Sequence[S], model: str, train: Callable[[S], Any], step: Callable[[], Awaitable[Metrics]]
