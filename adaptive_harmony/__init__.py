@@ -1,7 +1,7 @@
 """The documented import paths of the recipe API. Every name comes from `harmony_core`."""
 
 from adaptive_harmony import parameters, runtime
-from harmony_core.algorithms.schedulers import (
+from harmony_core.algorithms.training import (
     CombinedSchedule,
     CosineScheduler,
     CosineSchedulerWithoutWarmup,

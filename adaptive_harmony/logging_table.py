@@ -1,5 +1,5 @@
 """Tables of samples for loggers."""
 
-from harmony_core.loggers.table import Table
+from harmony_core.loggers.base import Table
 
 __all__ = ["Table"]

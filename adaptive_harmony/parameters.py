@@ -1,4 +1,4 @@
-"""What a recipe's configuration may name."""
+"""Models, datasets and graders that a recipe's configuration names."""
 
 from harmony_core.config.parameters import Dataset, Grader, Model, dataset_kinds, model_kinds
 

@@ -1,12 +1,12 @@
-"""What training code tells of a run beside its metrics, for the run's report: phases, samples, dropped samples.
+"""Events of training code for the run's report, beside its metrics: phases, samples, dropped samples.
 
     with phase("rollout"):                              wall time; many tasks may be in one phase at once
         ...
     tell_sample(step, turns, reward=1.0)                one conversation, its trained tokens marked
     tell_dropped({"sample_too_long": 3}, last="...")    samples that were not trained, by reason
 
-Each becomes one event of the run's `events.jsonl`. Outside of a run all of them do nothing. Knows nothing of models or
-tokens: see `algorithms.showing` for the way from a thread to `tell_sample`.
+Each becomes one event of the run's `events.jsonl`. Outside of a run all of them do nothing. The journal is independent
+of models and tokens: `algorithms.rollout.show_sample` turns a thread into a call of `tell_sample`.
 
     phase            {"name", "start", "seconds"}: `start` in seconds since the journal began; written when the last
                      task leaves the phase, so tasks that overlap make one event
@@ -46,7 +46,7 @@ class Piece(NamedTuple):
 
 
 class Journal:
-    """What is told becomes the run's events; any thread may tell. `write` is None outside of a run: nothing is told.
+    """Writes events of a run, from any thread; outside of a run `write` is None and nothing is written.
 
     `job`, `mask`: the run's. `rows`: where a dry run notes datasets, to count their rows when it ends.
     """
@@ -65,11 +65,11 @@ class Journal:
         self._began = time.monotonic()
         self._lock = threading.Lock()
         self._inside: dict[str, tuple[int, float]] = {}
-        self._told: dict[str, tuple[int, int]] = {}
+        self._counts: dict[str, tuple[int, int]] = {}
 
     @property
     def mask(self) -> Redactor:
-        """What masks secrets: the run's; outside of a run one that knows the environment."""
+        """The redactor of secrets: the run's, or outside of a run one for the environment's."""
         return self._mask or Redactor.from_environment(os.environ)
 
     def tell(self, type: str, data: dict[str, Any]) -> None:
@@ -95,7 +95,7 @@ class Journal:
 
     def room(self, source: str, step: int) -> int:
         """How many more samples of this step and source are kept."""
-        told_step, count = self._told.get(source, (step, 0))
+        told_step, count = self._counts.get(source, (step, 0))
         return MAX_SAMPLES - (count if told_step == step else 0)
 
     def sample(self, source: str, step: int, data: dict[str, Any]) -> None:
@@ -104,7 +104,7 @@ class Journal:
             room = self.room(source, step)
             if room <= 0:
                 return
-            self._told[source] = (step, MAX_SAMPLES - room + 1)
+            self._counts[source] = (step, MAX_SAMPLES - room + 1)
         self.tell("sample", data)
 
 
@@ -112,7 +112,7 @@ _journal: ContextVar[Journal | None] = ContextVar("journal", default=None)
 
 
 def begin(write: EventWriter, job: JobNotifier | None = None, mask: Redactor | None = None) -> None:
-    """What is told from here on in this context, and in tasks begun in it, becomes events."""
+    """Write events from here on, in this context and in tasks begun in it."""
     _journal.set(Journal(write, job, mask=mask))
 
 
@@ -128,7 +128,7 @@ def kept(
     rows: PlannedRows | None = None,
     mask: Redactor | None = None,
 ) -> Iterator[None]:
-    """What is told inside becomes events; `rows`: where a dry run notes datasets; `mask`: for loggers."""
+    """Write events inside; `rows`: where a dry run notes datasets; `mask`: for loggers."""
     token = _journal.set(Journal(write, job, rows, mask))
     try:
         yield
@@ -142,7 +142,7 @@ def phase(name: str) -> Iterator[None]:
 
     Several tasks in one phase at once count once. Where phases overlap, the report shares the time between them. Put
     `optim_step` into "training" or "optimizer": it waits for the micro-batches before it, and the report sets the
-    optimizer's own time apart by what the ranks measured.
+    optimizer's own time apart by the ranks' measurements.
     """
     journal = current()
     journal.enter(name)
@@ -181,7 +181,7 @@ def tell_sample(
         data["group"] = group
     if grades:
         data["grades"] = {name: _number(value) for name, value in grades.items()}
-    room, told = MAX_TEXT, []
+    room, shown = MAX_TEXT, []
     for role, pieces in turns:
         kept_pieces: list[list[Any]] = []
         for piece in pieces:
@@ -192,8 +192,8 @@ def tell_sample(
             data |= {"cut": True} if len(text) < len(piece.text) else {}
             room -= len(piece.text)
             kept_pieces.append([text, weight] if piece.logprob is None else [text, weight, _number(piece.logprob)])
-        told.append({"role": role, "pieces": kept_pieces})
-    journal.sample(source, step, {**data, "turns": told})
+        shown.append({"role": role, "pieces": kept_pieces})
+    journal.sample(source, step, {**data, "turns": shown})
 
 
 def tell_dropped(reasons: Mapping[str, int], *, last: str = "", taken: int | None = None) -> None:

@@ -1,4 +1,4 @@
-"""For tests of recipes: proof that a loss for `train_custom` is one loss, whatever the engine makes of its samples."""
+"""Checks of a loss for `train_custom`, for tests of recipes (documented path): batching must not change the loss."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def check_loss(
     that takes them. `group` and `per_token` as in
     `TrainingModel.train_custom`. The engine gives a loss nothing but such cuts, for every number of replicas and
     every tp, so a loss that passes is the same on all of them.
-    Raises VerificationError naming the cut that differs, or when there is no gradient or none that is finite.
+    Raises VerificationError naming the cut that differs, or when there is no finite gradient.
     """
     from harmony_core.engine.training.loss_evaluation import check_cuts
 
@@ -56,7 +56,7 @@ async def check_loss_on_ranks(
     """Compare loss and gradient norm of one step over models of equal weights: other ranks, tp or `max_batch_size`.
 
     Each takes three steps with a learning rate of 0: all samples at once, in reverse, and each group in a micro-batch
-    of its own. Pending gradients are lost, and the optimizers' state is not what it was. `tolerance` is relative.
+    of its own. Pending gradients are lost, and the optimizers' state changes. `tolerance` is relative.
     Raises VerificationError naming the model and the layout that differ.
     """
     places = [list(range(first, first + group)) for first in range(0, len(threads), group)]

@@ -1,7 +1,7 @@
-"""Telling people and programs how far a run is: a job has stages, a stage has samples done out of a total.
+"""Progress of a run, for people and programs: a job has stages, a stage has samples done out of a total.
 
-What a notifier writes is for people and goes to stderr, since stdout is the recipe's own. The command line hands it a
-`sink` that draws a bar, and the run's event writer. `StdoutJobNotifier` is the documented name of the same.
+A notifier writes to stderr, since stdout is the recipe's own. The command line gives it a `sink` that draws a bar, and
+the run's event writer. `StdoutJobNotifier` is the documented name of `JobNotifier`.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class StageNotifier:
 
 
 class JobNotifier:
-    """Reports what a job does, to people through a sink and to `events.jsonl` where there is a run.
+    """Reports the progress of a job, to people through a sink and to `events.jsonl` in a run.
 
     A context manager that closes. Keeps no state outside itself.
     """
@@ -183,13 +183,13 @@ class JobNotifier:
         self._event("job.complete", id=self.job_id)
 
     def heartbeat(self) -> None:
-        """Tell the job's owner that it is alive: here is nobody to tell."""
+        """Report that the job is alive; does nothing here."""
 
     def start_heartbeat(self, interval_seconds: float = 30.0) -> None:
-        """Tell the job's owner regularly."""
+        """Call `heartbeat` regularly; does nothing here."""
 
     def stop_heartbeat(self) -> None:
-        """Stop telling."""
+        """End `start_heartbeat`; does nothing here."""
 
     def close(self) -> None:
         """Stop whatever the notifier does in the background."""

@@ -1,7 +1,7 @@
-"""The random seeds of requests: one sequence for each live model, and one of its own for each look at it.
+"""The random seeds of requests: one sequence for each live model, and a separate one for each evaluation of it.
 
-What only looks at a model (a callback, an evaluation) draws from a sequence that is named after the look. So the
-requests of training have the same seeds whether or not somebody looks in between.
+Callbacks and evaluations take their seeds from a sequence of their own (`looking`), so that they never change the seeds
+of training.
 """
 
 from __future__ import annotations
@@ -14,39 +14,40 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
-class _Look:
+class _Evaluation:
     label: str
     numbers: dict[str, int] = field(default_factory=dict)
-    """Of each model, the number of the look's next request."""
+    """The number of the next request to each model."""
 
 
-_look: ContextVar[_Look | None] = ContextVar("look", default=None)
+_evaluation: ContextVar[_Evaluation | None] = ContextVar("evaluation", default=None)
 
 
 @contextmanager
 def looking(label: str) -> Iterator[None]:
-    """Requests inside, and in tasks begun inside, have seeds of their own; a look within a look is a part of it.
+    """Give requests inside, and in tasks begun inside, seeds of their own; a nested use belongs to the outer one.
 
-    The seeds depend on `label` and on the number of the request in the look.
+    The seeds depend on `label` and on the number of the request since the beginning of the block.
     """
-    if _look.get() is not None:
+    if _evaluation.get() is not None:
         yield
         return
-    token = _look.set(_Look(label))
+    token = _evaluation.set(_Evaluation(label))
     try:
         yield
     finally:
-        _look.reset(token)
+        _evaluation.reset(token)
 
 
 def request_seed(run_seed: int, model: str, numbers: dict[str, int]) -> int:
     """The seed of a model's next request: a hash of the run's seed, the spawn's name and the request's number.
 
-    `numbers` counts the requests that belong to no look, by model.
+    `numbers` counts the requests outside of `looking`, by model.
     """
-    look = _look.get()
-    counted = numbers if look is None else look.numbers
+    evaluation = _evaluation.get()
+    counted = numbers if evaluation is None else evaluation.numbers
     number = counted.get(model, 0)
     counted[model] = number + 1
-    text = f"{run_seed}/{model}/{number}" if look is None else f"{run_seed}/{model}/look/{look.label}/{number}"
+    sequence = model if evaluation is None else f"{model}/look/{evaluation.label}"
+    text = f"{run_seed}/{sequence}/{number}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1

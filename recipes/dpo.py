@@ -17,7 +17,7 @@ from adaptive_harmony.runtime import InputConfig, RecipeContext, recipe_main
 
 
 class Config(InputConfig):
-    """What to train, on what, and how."""
+    """The models, the data and the hyper-parameters."""
 
     model: Model[model_kinds.Trainable] = Model[model_kinds.Trainable](model_key="builtin:tiny-lm")
     """The policy: a key of the registry. As it is now it is the reference, too."""
@@ -28,11 +28,11 @@ class Config(InputConfig):
     held_out: Dataset[dataset_kinds.Preference] = Dataset[dataset_kinds.Preference](
         dataset_key="sort-letters-preferences-held-out"
     )
-    """Pairs to compare ten times on the way, and at the end: none is trained."""
+    """Pairs to compare ten times during the training and at the end; they are not trained on."""
     lr: float = Field(default=1e-3, gt=0, le=100)
     """Highest learning rate."""
     kl_beta: float = Field(default=0.1, gt=0, le=100)
-    """How dearly distance from the reference is paid: small values let the policy go far."""
+    """Weight of the distance from the reference: small values let the policy go far."""
     epochs: float = Field(default=1, gt=0, le=1e6)
     """Passes over the data."""
     samples_per_batch: int = Field(default=64, ge=1, le=10**9)
@@ -78,7 +78,7 @@ class HeldOut(RecipeCallback):
 
 @recipe_main
 async def main(config: Config, ctx: RecipeContext) -> str:
-    """Train, compare held-out pairs with what they were before, save."""
+    """Train, compare the margins of held-out pairs with those before, save."""
     pairs = [pair(row) for row in await config.dataset.load(ctx)]
     held_out = [pair(row) for row in await config.held_out.load(ctx)]
     policy = await config.model.spawn_train("policy", ctx, max_batch_size=config.max_batch_size)

@@ -17,7 +17,7 @@ from adaptive_harmony.runtime import InputConfig, RecipeContext, recipe_main
 
 
 class Config(InputConfig):
-    """What to ask, and whom."""
+    """The model and the questions."""
 
     model: Model[model_kinds.Inferable] = Model[model_kinds.Inferable](model_key="builtin:tiny-lm")
     """The model: a key of the registry."""
@@ -42,7 +42,7 @@ async def is_exact(thread: StringThread) -> float:
 
 @recipe_main
 async def main(config: Config, ctx: RecipeContext) -> dict[str, Any]:
-    """Ask for every row, grade, and hold the mean against what was asked for."""
+    """Ask for every row, grade the answers, and compare the mean with the bar."""
     rows = await config.dataset.load(ctx)
     model = await config.model.spawn_inference("evaluated", ctx, kv_cache_len=config.kv_cache_len)
     model = model.temperature(config.temperature).max_gen_len(config.max_gen_len)

@@ -10,12 +10,12 @@ from adaptive_harmony.runtime import InputConfig, RecipeContext, recipe_main
 
 
 class Config(InputConfig):
-    """Whom to ask, what, and how to draw the answer."""
+    """The model, the question and the sampling parameters."""
 
     model: Model = Model(model_key="builtin:tiny-lm")
     """The model to ask: a key of the registry."""
     prompt: str
-    """What to ask: the user's turn."""
+    """The question: the user's turn."""
     system: str | None = None
     """A system turn before it."""
     temperature: float = Field(default=0.0, ge=0, le=100)

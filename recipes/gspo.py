@@ -20,14 +20,14 @@ from adaptive_harmony.runtime import InputConfig, RecipeContext, recipe_main
 
 
 class Config(InputConfig):
-    """What to train, on what, and how."""
+    """The models, the data and the hyper-parameters."""
 
     model: Model[model_kinds.Trainable] = Model[model_kinds.Trainable](model_key="builtin:tiny-lm")
     """The policy: a key of the registry."""
     dataset: Dataset = Dataset(dataset_key="sort-letters")
     """Prompts with their right answers, which only the grader sees."""
     held_out: Dataset = Dataset(dataset_key="sort-letters-held-out")
-    """Rows to answer before, ten times on the way, and after: none is trained."""
+    """Rows to answer before, ten times during and after the training; they are not trained on."""
     warm_up_epochs: float = Field(default=2.2, ge=0, le=1e6)
     """Passes of supervised training before: a policy that is never rewarded learns nothing."""
     steps: int = Field(default=120, ge=1, le=10**9)
@@ -79,7 +79,7 @@ async def main(config: Config, ctx: RecipeContext) -> str:
     logger = get_prod_logger(ctx)
     exact = BaseGrader.from_function("exact", is_exact)
     accuracy = GraderEvalCallback(held_out, policy, exact, frequency=0.1, log_key="held_out")
-    # Made first: what does not fit in memory is refused before the warm-up.
+    # Constructed first: a model that does not fit in memory is refused before the warm-up.
     size = config.prompts_per_batch * config.completions_per_sample
     training = GSPO(
         questions(rows),

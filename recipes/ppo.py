@@ -1,4 +1,4 @@
-"""PPO: a model learns from a reward on its own completions, with a second model that says what to expect.
+"""PPO: a model learns from a reward on its own completions, with a value model as the baseline.
 
 Without any flag: the built-in tiny model is shown sorted letters until it gets about half of the rows right, then
 learns from a reward alone, the share of letters in their place. About two minutes on two CPU cores.
@@ -19,14 +19,14 @@ from adaptive_harmony.runtime import InputConfig, RecipeContext, recipe_main
 
 
 class Config(InputConfig):
-    """What to train, on what, and how."""
+    """The models, the data and the hyper-parameters."""
 
     model: Model[model_kinds.Trainable] = Model[model_kinds.Trainable](model_key="builtin:tiny-lm")
     """The policy: a key of the registry."""
     dataset: Dataset = Dataset(dataset_key="sort-letters")
     """Prompts with their right answers, which only the grader sees."""
     held_out: Dataset = Dataset(dataset_key="sort-letters-held-out")
-    """Rows to answer before, ten times on the way, and after: none is trained."""
+    """Rows to answer before, ten times during and after the training; they are not trained on."""
     warm_up_epochs: float = Field(default=2.2, ge=0, le=1e6)
     """Passes of supervised training before: a policy that is never rewarded learns nothing."""
     steps: int = Field(default=120, ge=1, le=10**9)
@@ -82,7 +82,7 @@ async def main(config: Config, ctx: RecipeContext) -> str:
     logger = get_prod_logger(ctx)
     exact = BaseGrader.from_function("exact", is_exact)
     accuracy = GraderEvalCallback(held_out, policy, exact, frequency=0.1, log_key="held_out")
-    # Made first: what does not fit in memory is refused before the warm-up.
+    # Constructed first: a model that does not fit in memory is refused before the warm-up.
     builder = await config.model.into_scoring_model().to_builder(ctx)
     training = PPO(
         questions(rows),
@@ -99,7 +99,7 @@ async def main(config: Config, ctx: RecipeContext) -> str:
         samples_per_batch=config.samples_per_batch,
         samples_per_mini_batch=config.samples_per_mini_batch,
         kl_beta=config.kl_beta,
-        gae_lambda=1.0,  # what the value model does not know yet is no part of an advantage
+        gae_lambda=1.0,  # errors of the value model do not enter the advantages
         data_seed=config.seed,
         whiten_advantages=True,
     )

@@ -1,7 +1,7 @@
 """Teach a tiny model to sort letters, save it, and score it from disk in a fresh process.
 
 The model (0.3 million parameters, random weights) is trained on 3,000 rows of five letters. Then another process loads
-what was saved and sorts 200 rows that it has never seen. It takes about a minute on two CPU cores.
+the saved model and sorts 200 rows that it has never seen. It takes about a minute on two CPU cores.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from adaptive_harmony.runtime import InputConfig, RecipeContext, recipe_main
 
 
 class Config(InputConfig):
-    """What to train and how."""
+    """The model, the data and the hyper-parameters."""
 
     model: Model[model_kinds.Trainable] = Model[model_kinds.Trainable](model_key="builtin:tiny-lm")
     """The model to train."""
     dataset: Dataset = Dataset(dataset_key="sort-letters")
     """Rows of letters with their sorted form."""
     held_out: Dataset = Dataset(dataset_key="sort-letters-held-out")
-    """Rows to score: none has the letters of a row of the dataset."""
+    """Rows to score; their letters are not in the dataset."""
     lr: float = Field(default=3e-3, gt=0, le=100)
     """Highest learning rate."""
     epochs: float = Field(default=4, gt=0, le=1e6)
@@ -51,13 +51,13 @@ class Config(InputConfig):
 
 
 def report(ctx: RecipeContext, config: Config, accuracy: float) -> str:
-    """Hold the accuracy against what was asked for, and put it into the line that ends the run."""
+    """Compare the accuracy with the bar, and return it as the result of the run."""
     ctx.gate("held-out accuracy", accuracy, ">=", 0.0 if config.shuffle_answers else config.at_least)
     return f"held-out accuracy: {accuracy:.2f}"
 
 
 async def show_samples(when: str, model: InferenceModel, rows: Sequence[StringThread]) -> None:
-    """Print what the model makes of a few rows."""
+    """Print the model's answers to a few rows."""
     print(f"{when} training:")
     for row, answer in zip(rows, await async_map(model.generate, rows), strict=True):
         print(f"  {row.last_content()} -> {answer.last_content()!r}")
@@ -72,7 +72,7 @@ async def score(reference: Model, rows: Sequence[StringThread], ctx: RecipeConte
 
 
 async def score_in_fresh_process(reference: str) -> float:
-    """What `adaptive run quickstart --evaluate REFERENCE` finds."""
+    """The result of `adaptive run quickstart --evaluate REFERENCE`."""
     words = f"-m harmony_core.cli run {shlex.quote(__file__)} --evaluate {reference} --at-least 0 --json --quiet"
     process = await asyncio.create_subprocess_exec(sys.executable, *shlex.split(words), stdout=asyncio.subprocess.PIPE)
     try:

@@ -16,7 +16,7 @@ from adaptive_harmony.runtime import InputConfig, RecipeContext, recipe_main
 
 
 class Config(InputConfig):
-    """What to train, on what, and how."""
+    """The models, the data and the hyper-parameters."""
 
     model: Model[model_kinds.Trainable] = Model[model_kinds.Trainable](model_key="builtin:tiny-lm")
     """The model that gets a scalar head: a key of the registry."""
@@ -27,7 +27,7 @@ class Config(InputConfig):
     held_out: Dataset[dataset_kinds.Preference] = Dataset[dataset_kinds.Preference](
         dataset_key="sort-letters-preferences-held-out"
     )
-    """Pairs to score before, ten times on the way, and at the end: none is trained."""
+    """Pairs to score before, ten times during and after the training; they are not trained on."""
     lr: float = Field(default=1e-3, gt=0, le=100)
     """Highest learning rate."""
     epochs: int = Field(default=6, ge=1, le=10**9)

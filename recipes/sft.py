@@ -18,14 +18,14 @@ from adaptive_harmony.runtime import InputConfig, RecipeContext, recipe_main
 
 
 class Config(InputConfig):
-    """What to train, on what, and how."""
+    """The models, the data and the hyper-parameters."""
 
     model: Model[model_kinds.Trainable] = Model[model_kinds.Trainable](model_key="builtin:tiny-lm")
     """The model to train: a key of the registry."""
     dataset: Dataset[dataset_kinds.Completion] = Dataset[dataset_kinds.Completion](dataset_key="sort-letters")
     """A file of rows with answers, `hf:owner/name`, or a shipped dataset. Answers of the assistant are trained."""
     held_out: Dataset[dataset_kinds.Completion] | None = None
-    """Rows to answer before training, ten times on the way, and after: none is trained. Unset: nothing is measured."""
+    """Rows to answer before, ten times during and after the training; they are not trained on. Unset: no evaluation."""
     lr: float = Field(default=3e-3, gt=0, le=100)
     """Highest learning rate: reached after a tenth of the run, down to a tenth of it at the end."""
     epochs: float = Field(default=1, gt=0, le=1e6)

@@ -20,14 +20,14 @@ from adaptive_harmony.runtime import InputConfig, RecipeContext, recipe_main
 
 
 class Config(InputConfig):
-    """What to train, on what, and how."""
+    """The models, the data and the hyper-parameters."""
 
     model: Model[model_kinds.Trainable] = Model[model_kinds.Trainable](model_key="builtin:tiny-lm")
     """The model to train: a key of the registry."""
     dataset: Dataset = Dataset(dataset_key="sort-letters")
     """Prompts with their right answers: examples in the first stage; in the second only the grader sees them."""
     held_out: Dataset = Dataset(dataset_key="sort-letters-held-out")
-    """Rows to score after each stage: none is trained."""
+    """Rows to score after each stage; they are not trained on."""
     sft_epochs: float = Field(default=3, gt=0, le=1e6)
     """First stage: passes over the dataset."""
     sft_lr: float = Field(default=3e-3, gt=0, le=100)
@@ -43,7 +43,7 @@ class Config(InputConfig):
     completions_per_sample: int = Field(default=8, ge=2, le=10**9)
     """Second stage: completions of one prompt, the group that each is compared with."""
     kl_beta: float = Field(default=0.005, ge=0, le=100)
-    """Second stage: weight of the divergence from the first stage's model, the reference; 0 needs none."""
+    """Second stage: weight of the divergence from the first stage's model, the reference; 0 means no reference."""
     max_gen_len: int = Field(default=12, ge=1, le=10**9)
     """Second stage: most tokens of a completion."""
     save_as: str | None = "sft_then_grpo"
@@ -74,7 +74,7 @@ async def accuracy(model: InferenceModel, rows: Sequence[StringThread]) -> float
 @recipe_main
 async def main(config: Config, ctx: RecipeContext) -> str:
     """Both stages. A resumed run comes through here again: a stage that had ended gives back the weights it ended with,
-    so that what stands between the stages finds what it found before; the one that was stopped goes on.
+    so that the code between the stages runs on the same weights as before; the stopped stage goes on.
     """
     ctx.job.register_stages(["SFT", "GRPO"])
     rows, held_out = await config.dataset.load(ctx), await config.held_out.load(ctx)
@@ -91,7 +91,7 @@ async def main(config: Config, ctx: RecipeContext) -> str:
         checkpoint_restore_data=ctx.checkpoint_restore_data,
         data_seed=config.seed,
     )
-    # Made before the first stage runs, so that what does not fit is refused then. The reference is made as it begins.
+    # Constructed before the first stage, so that a model that does not fit is refused early. The reference comes later.
     size = config.prompts_per_batch * config.completions_per_sample
     grpo = GRPO(
         [*map(question, rows)],

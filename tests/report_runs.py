@@ -11,7 +11,7 @@ from typing import Any
 from harmony_core.home import Home
 from harmony_core.journal import Journal, Piece, kept, tell_dropped, tell_sample
 from harmony_core.loggers import EventLogger
-from harmony_core.loggers.table import Table
+from harmony_core.loggers.base import Table
 from harmony_core.runs.run import Run
 
 HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">&amp;"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import sys
 from pathlib import Path
 
@@ -66,6 +68,41 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "wandb": (),
 }
 """Libraries that only these modules, or what is below them, import."""
+
+REASONS = re.compile(
+    r"\b(device|cpu|cuda|kernels?|optional|formats?|process|interface|documented path)\b|`(adaptive|python -m) ", re.I
+)
+"""Reasons to be a module with one importer: a device, an optional dependency, a format, a process or a command of its
+own, the interface of a package, a documented path. The first line of the docstring has to have one of these words."""
+
+WITHOUT_A_REASON = {
+    "harmony_core.client.capacity",
+    "harmony_core.data.shapes",
+    "harmony_core.engine.groups",
+    "harmony_core.engine.inference.kv_cache_manager",
+    "harmony_core.engine.kernels.training",
+    "harmony_core.engine.kernels.paged_decode",
+    "harmony_core.engine.kernels.sampling",
+    "harmony_core.engine.leader",
+    "harmony_core.engine.model_table",
+    "harmony_core.engine.models.attention",
+    "harmony_core.engine.models.deterministic",
+    "harmony_core.engine.models.layers",
+    "harmony_core.engine.models.weights",
+    "harmony_core.engine.scoring",
+    "harmony_core.engine.store",
+    "harmony_core.engine.worker",
+    "harmony_core.launch.accelerate_config",
+    "harmony_core.launch.liveness",
+    "harmony_core.launch.supervisor",
+    "harmony_core.recipe.execution",
+    "harmony_core.registry.adapters",
+    "harmony_core.registry.builtin",
+    "harmony_core.runs.report.parts",
+    "harmony_core.text.places",
+    "harmony_core.tokenization",
+}
+"""Modules that still have to be merged with their importer, or to give a reason. This list only ever shrinks."""
 
 MODULES = modules()
 
@@ -177,3 +214,30 @@ def top_level_targets(file: Path, module: str) -> set[str]:
 )
 def test_a_wrong_import_is_seen(module: str, source: str, complaint: str) -> None:
     assert any(complaint in line for line in violations(module, list(imports(source, module))))
+
+
+def with_one_importer() -> set[str]:
+    """Modules with at most one importer, without packages, recipes and documented aliases.
+
+    An `__init__` that re-exports a module stands for all importers of the package.
+    """
+    importers: dict[str, set[str]] = {module: set() for module in MODULES}
+    for module, file in MODULES.items():
+        for entry in imports_of(module, file):
+            if entry.target != module and entry.target in importers:
+                importers[entry.target].add(module)
+    return {
+        module
+        for module, found in importers.items()
+        if len(found) <= 1
+        and module.rpartition(".")[0] not in found
+        and MODULES[module].name != "__init__.py"
+        and not module.startswith(("adaptive_harmony.", "harmony_core.recipes."))
+    }
+
+
+def test_a_module_has_two_importers_or_a_reason() -> None:
+    docs = {module: ast.get_docstring(ast.parse(MODULES[module].read_text())) or "" for module in with_one_importer()}
+    lacking = {module for module, doc in docs.items() if not REASONS.search(doc.partition("\n")[0])}
+    assert lacking - WITHOUT_A_REASON == set(), "merge it with its importer, or give a reason in its first line"
+    assert WITHOUT_A_REASON - lacking == set(), "take these out of the list"

@@ -1,4 +1,4 @@
-"""Training classes and what they call beside training."""
+"""Training classes and their callbacks."""
 
 from harmony_core.algorithms import (
     DPO,

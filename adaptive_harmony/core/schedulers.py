@@ -1,6 +1,6 @@
 """Learning rates over a run."""
 
-from harmony_core.algorithms.schedulers import (
+from harmony_core.algorithms.training import (
     CombinedSchedule,
     CosineScheduler,
     CosineSchedulerWithoutWarmup,

@@ -1,4 +1,4 @@
-"""Graders and what they return."""
+"""Graders and their grades."""
 
 from harmony_core.graders import BaseGrader, Grade
 

@@ -1,4 +1,4 @@
-"""What a grader raises."""
+"""Exceptions of graders."""
 
 from harmony_core.graders import IgnoreGradeException
 

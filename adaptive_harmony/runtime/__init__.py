@@ -1,4 +1,4 @@
-"""What a recipe is written with: its mark, its configuration, its context, its notifiers."""
+"""Decorator, configuration, context and notifiers of a recipe."""
 
 from harmony_core.notifiers import (
     JobNotifier,

@@ -53,7 +53,7 @@ class Impatient(GRPO):
 
     async def gen_data(self, sample: StringThread) -> list[Sample]:
         """As GRPO's; up to three requests more are made first, and cancelled while its own run."""
-        chance = random.Random(f"{self.data_seed}/{self.feed.dataset.idx}/{sample.messages()}")
+        chance = random.Random(f"{self.data_seed}/{self.loader.dataset.idx}/{sample.messages()}")
         asked: list[Awaitable[Any]] = []
         for _ in range(chance.randrange(4)):
             if chance.random() < 0.7:

@@ -12,8 +12,8 @@ from harmony_core.algorithms.dpo import DPO
 from harmony_core.algorithms.grpo import GRPO, GSPO
 from harmony_core.algorithms.ppo import PPO
 from harmony_core.algorithms.reward_modelling import RewardModelling
+from harmony_core.algorithms.rollout import show_sample
 from harmony_core.algorithms.sft import SFT
-from harmony_core.algorithms.showing import show_sample
 
 __all__ = [
     "DPO",

@@ -1,6 +1,7 @@
-"""Taking batches of samples from a dataset, and replacing those that cannot be trained.
+"""Coroutine functions over many items in order, and batches of a dataset whose unusable samples are replaced.
 
-Knows nothing of what training a sample means: that is a function that the training class brings.
+Where failures are tolerated, an `EngineError` still ends the map: with the engine gone, every item would fail. A batch
+loader does not know how a sample is trained: the training class passes that as a function.
 """
 
 from __future__ import annotations
@@ -8,13 +9,23 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, Literal, TypeVar, overload
 
 from harmony_core.data.datasets import DataSet
-from harmony_core.errors import DataError, HarmonyError, TokenizationError, TooLong, TooManyFailures, UsageError
+from harmony_core.errors import (
+    DataError,
+    EngineError,
+    HarmonyError,
+    TokenizationError,
+    TooLong,
+    TooManyFailures,
+    UsageError,
+)
 from harmony_core.journal import tell_dropped
+from harmony_core.notifiers import StageNotifier
+from harmony_core.text.row_lengths import Drops
 
 logger = logging.getLogger(__name__)
 
@@ -22,61 +33,209 @@ S = TypeVar("S")
 T = TypeVar("T")
 
 FIRST_ROWS = 200
-"""Rows by which a run is judged at its beginning."""
+"""Rows that are checked at the beginning of a run."""
 
 Unusable = DataError | TokenizationError
 """Errors that concern one sample: it is dropped, and the run goes on."""
 
 
-@dataclass(frozen=True)
-class Batch(Generic[T]):
-    """What training a batch returned for each sample, and the reasons for which others were dropped."""
+def at_least(least: int, **values: int) -> None:
+    """Raise UsageError for the first of some named arguments that is below `least`."""
+    for name, value in values.items():
+        if value < least:
+            raise UsageError(f"{name} must be at least {least}, got {value}")
 
-    results: list[T]
-    dropped: Counter[str]
 
-    @property
-    def metrics(self) -> dict[str, Any]:
-        """How many were dropped, by reason."""
-        return {f"dropped/{reason}": count for reason, count in self.dropped.items()}
+async def _gather(tasks: Sequence[asyncio.Task[T]]) -> list[T]:
+    """Every result in order. The first failure cancels the rest and propagates once they have ended."""
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        pending = [task for task in tasks if not task.done()]
+        for task in pending:
+            task.cancel()
+        await asyncio.gather(*pending, return_exceptions=True)
+
+
+async def async_map(
+    f: Callable[[S], Awaitable[T]],
+    data: Sequence[S],
+    max_concurrent_samples: int | None = None,
+    stage_notifier: StageNotifier | None = None,
+) -> list[T]:
+    """`f` of every item, concurrently; results in the order of the items, which is also the order in which calls begin.
+
+    The first exception propagates, after the calls still running were cancelled.
+    """
+    limit = max(len(data), 1) if max_concurrent_samples is None else max_concurrent_samples
+    at_least(1, max_concurrent_samples=limit)
+    slots = asyncio.Semaphore(limit)
+    done = 0
+
+    async def run(item: S) -> T:
+        nonlocal done
+        async with slots:
+            result = await f(item)
+        done += 1
+        if stage_notifier is not None:
+            stage_notifier.report_progress(len(data), done)
+        return result
+
+    return await _gather([asyncio.ensure_future(run(item)) for item in data])
+
+
+@overload
+async def async_map_fallible(
+    f: Callable[[S], Awaitable[T]],
+    data: Sequence[S],
+    max_concurrent_samples: int | None = None,
+    stage_notifier: StageNotifier | None = None,
+    return_indices: Literal[False] = False,
+) -> list[T]: ...
+
+
+@overload
+async def async_map_fallible(
+    f: Callable[[S], Awaitable[T]],
+    data: Sequence[S],
+    max_concurrent_samples: int | None = None,
+    stage_notifier: StageNotifier | None = None,
+    *,
+    return_indices: Literal[True],
+) -> list[tuple[int, T]]: ...
+
+
+async def async_map_fallible(
+    f: Callable[[S], Awaitable[T]],
+    data: Sequence[S],
+    max_concurrent_samples: int | None = None,
+    stage_notifier: StageNotifier | None = None,
+    return_indices: bool = False,
+) -> list[T] | list[tuple[int, T]]:
+    """As `async_map`, but an item that fails is logged and left out.
+
+    With `return_indices`, pairs of the item's index and its result.
+    """
+
+    async def attempt(indexed: tuple[int, S]) -> tuple[int, T] | None:
+        index, item = indexed
+        try:
+            return index, await f(item)
+        except EngineError:
+            raise
+        except Exception as error:  # whatever f raises is its item's failure, by contract
+            logger.warning("item %d of %d failed and is left out: %s", index, len(data), error)
+            return None
+
+    found = await async_map(attempt, list(enumerate(data)), max_concurrent_samples, stage_notifier)
+    pairs = [pair for pair in found if pair is not None]
+    return pairs if return_indices else [result for _, result in pairs]
+
+
+@dataclass
+class _Filling(Generic[S, T]):
+    """Slots of a batch that are filled at the same time."""
+
+    f: Callable[[S], Awaitable[T | None]]
+    data: Iterator[S]
+    batch_size: int
+    max_failure_fraction: float
+    drops: Drops
+    failures: int = 0
+    seen: dict[int, tuple[S, int]] = field(default_factory=dict)
+    """Items that were too long since the last result, and how often; keyed by identity, so the items are held."""
+
+    async def fill(self, item: S) -> T | TooLong | None:
+        """A result of `item` or of its replacement; a TooLong when a whole pass over the data gave no result."""
+        while True:
+            try:
+                result = await self.f(item)
+                self.drops.note(result)
+                self.seen.clear()
+                return result
+            except EngineError:
+                raise
+            except TooLong as error:
+                self.drops.note(error)
+                times = self.seen.get(id(item), (item, 0))[1] + 1
+                self.seen[id(item)] = item, times
+                # Whatever the order of each pass, a whole one lies between the first and the third time.
+                if times > 2:
+                    return error
+            except Exception as error:  # whatever f raises is its item's failure, by contract
+                self.drops.note(error)
+                self.failures += 1
+                logger.warning("an item of the batch failed and is replaced: %s", error)
+                if self.failures > max(self.batch_size * self.max_failure_fraction, 1):
+                    message = f"{self.failures} items failed in a batch of {self.batch_size}, the last with: {error}"
+                    raise TooManyFailures(message, failures=self.failures, batch_size=self.batch_size) from error
+            try:
+                item = next(self.data)
+            except StopIteration:
+                return None
+
+
+async def async_map_batch(
+    f: Callable[[S], Awaitable[T | None]],
+    data: Iterator[S],
+    batch_size: int,
+    max_failure_fraction: float = 0.5,
+) -> list[T]:
+    """`f` of the next `batch_size` items, concurrently; an item that fails is replaced by the next one of `data`.
+
+    Results keep the order of the slots; None results are left out; when `data` ends the batch is shorter. An item that
+    is too long (`TooLong`) is always replaced; if more than half are, that is a warning, once for a `DataSet`. Raises
+    DataError when a whole pass over the data yields nothing, and TooManyFailures once more than
+    `batch_size * max_failure_fraction` items have failed otherwise, and more than one. Calls still running when the map
+    ends are cancelled.
+    """
+    at_least(1, batch_size=batch_size)
+    drops = data.drops if isinstance(data, DataSet) else Drops()
+    filling = _Filling(f, data, batch_size, max_failure_fraction, drops)
+    slots = dict(zip(range(batch_size), data, strict=False))
+    results: dict[int, T | TooLong | None] = {}
+    while slots:
+        found = await _gather([asyncio.ensure_future(filling.fill(item)) for item in slots.values()])
+        results |= zip(slots, found, strict=True)
+        empty = [place for place, result in zip(slots, found, strict=True) if isinstance(result, TooLong)]
+        if len(empty) == len(slots):
+            raise _nothing_left(drops)
+        filling.seen.clear()
+        slots = dict(zip(empty, data, strict=False))
+    if isinstance(data, DataSet) and drops.too_long == drops.rows >= len(data) > 0:
+        raise _nothing_left(drops)
+    drops.tell()
+    return [result for result in results.values() if result is not None and not isinstance(result, TooLong)]
+
+
+def _nothing_left(drops: Drops) -> DataError:
+    """The error of a whole pass over a dataset without a usable item."""
+    return DataError(f"a whole pass over the data yields nothing: {drops.describe()}", hint=drops.hint)
 
 
 async def settle(f: Callable[[S], Awaitable[T]], items: Sequence[S]) -> list[T | Unusable]:
-    """`f` of every item, begun in the items' order; an error that concerns only its item stands in its place.
+    """Call `f` on every item, in order. An error that concerns one item only takes the place of its result.
 
     Any other error propagates once all calls have ended, the first item's first.
     """
 
-    async def call(item: S) -> T:
-        return await f(item)
+    async def call(item: S) -> T | Unusable:
+        try:
+            return await f(item)
+        except (DataError, TokenizationError) as error:
+            return error
 
     tasks = [asyncio.ensure_future(call(item)) for item in items]
-    outcomes = await asyncio.gather(*tasks, return_exceptions=True)
-    settled: list[T | Unusable] = []
-    for outcome in outcomes:
-        if isinstance(outcome, BaseException) and not isinstance(outcome, Unusable):
-            raise outcome
-        settled.append(outcome)
-    return settled
-
-
-async def settle_rest(f: Callable[[S], Awaitable[T]], items: Sequence[S | Unusable]) -> list[T | Unusable]:
-    """As `settle`; an item that is an error already stays in its place."""
-
-    async def call(item: S | Unusable) -> T:
-        if isinstance(item, Unusable):
-            raise item
-        return await f(item)
-
-    return await settle(call, items)
+    await asyncio.gather(*tasks, return_exceptions=True)
+    return [task.result() for task in tasks]
 
 
 class BatchLoader(Generic[S]):
-    """Batches of `batch_size` samples over `epochs` passes, the last of which takes what is left; or `steps` of them.
+    """Loads batches of `batch_size` samples: `steps` of them, or `epochs` passes, of which the last batch may be short.
 
-    A sample that cannot be trained is replaced by the next one. Those that are too long never end the run. The others
-    do when they are more than `max_failure_rate` of the last max(200, 4 batches) different rows, or of all where there
-    are fewer. Dropped samples count towards the epochs, and never towards the steps.
+    A sample that cannot be trained is dropped and replaced by the next one. Samples that are too long never end the
+    run. Other failures end it when they exceed `max_failure_rate` of the last max(200, 4 batches) different rows, or of
+    all rows where there are fewer. Dropped samples count towards the epochs, and never towards the steps.
     """
 
     def __init__(
@@ -90,8 +249,7 @@ class BatchLoader(Generic[S]):
     ) -> None:
         if not samples:
             raise DataError("the dataset is empty")
-        if batch_size < 1:
-            raise UsageError(f"samples_per_batch must be at least 1, got {batch_size}")
+        at_least(1, samples_per_batch=batch_size)
         if (epochs is None) == (steps is None):
             raise UsageError("give either a number of epochs or a number of steps")
         if epochs is not None and epochs <= 0:
@@ -124,11 +282,11 @@ class BatchLoader(Generic[S]):
         return min(self.taken / self.total, 1.0)
 
     def first_rows(self) -> list[int]:
-        """The rows that a run begins with, by which it is judged before it trains; none in one that goes on."""
+        """The first rows, which are checked before a run trains; empty for a resumed run."""
         return [] if self.dataset.idx else self.dataset.access_indices[: min(FIRST_ROWS, self._window)]
 
     def get_state(self) -> dict[str, Any]:
-        """Where the feed stands, as plain data."""
+        """The position in the data and the dropped samples, as plain data."""
         failed = [[row, reason] for row, reason in self._failed.items()]
         return {"dataset": self.dataset.get_state(), "dropped": dict(self.dropped), "failed": failed}
 
@@ -141,16 +299,19 @@ class BatchLoader(Generic[S]):
     def _take(self, count: int) -> list[S]:
         return [next(self.dataset) for _ in range(min(count, self.total - self.taken))]
 
-    async def next_batch(self, train: Callable[[Sequence[S]], Awaitable[Sequence[T | Unusable]]]) -> Batch[T]:
-        """Have `train` take the next batch, then replacements for what it returned as unusable, until it is full.
+    async def next_batch(
+        self, train: Callable[[Sequence[S]], Awaitable[Sequence[T | Unusable]]]
+    ) -> tuple[list[T], dict[str, Any]]:
+        """Pass the next batch to `train`, then replacements for unusable samples, until the batch is full.
 
-        `train` returns one outcome for each sample, in order. Raises TooManyFailures, and DataError when a whole pass
-        over the dataset yields nothing.
+        `train` returns a result or an error for each sample, in order. Returns the results, and as metrics how many
+        samples were dropped for each reason. Raises TooManyFailures, and DataError when a whole pass over the dataset
+        yields nothing.
         """
         results: list[T] = []
         errors: list[HarmonyError] = []
         ended: DataError | None = None
-        barren = self.dataset.idx
+        last_used = self.dataset.idx
         items = self._take(self.batch_size)
         while items:
             outcomes = await train(items)
@@ -159,23 +320,23 @@ class BatchLoader(Generic[S]):
             results += [outcome for outcome in outcomes if not isinstance(outcome, Unusable)]
             errors += unusable
             if len(unusable) < len(outcomes):
-                barren = self.dataset.idx
-            ended = self._exceeded(errors) or self._barren(barren, errors)
+                last_used = self.dataset.idx
+            ended = self._exceeded(errors) or self._nothing_left(last_used, errors)
             items = [] if ended else self._take(len(unusable))
         dropped = Counter(error.code for error in errors)
         if errors:
             tell_dropped(dropped, last=errors[-1].message, taken=self.taken)
-            # Those that are too long are told at the end, or when they are more than half.
-            tell = logger.info if all(isinstance(error, TooLong) for error in errors) else logger.warning
-            tell("%d samples dropped: %s; the last: %s", len(errors), in_words(dropped), errors[-1].message)
+            # Samples that are too long are reported at the end, or when they are more than half.
+            report = logger.info if all(isinstance(error, TooLong) for error in errors) else logger.warning
+            report("%d samples dropped: %s; the last: %s", len(errors), in_words(dropped), errors[-1].message)
         if ended:
             raise ended from errors[-1]
         if self.dataset.idx >= min(FIRST_ROWS, len(self.dataset)) or self.taken >= self.total:
             self.dataset.drops.tell()
-        return Batch(results, dropped)
+        return results, {f"dropped/{reason}": count for reason, count in dropped.items()}
 
     def _note(self, outcomes: Sequence[T | Unusable]) -> None:
-        """Count what became of the rows taken last."""
+        """Count the results and the errors of the rows taken last."""
         for place, outcome in enumerate(outcomes, self.dataset.idx - len(outcomes)):
             row = self.dataset.access_indices[place]
             self.dataset.drops.note(outcome)
@@ -193,23 +354,23 @@ class BatchLoader(Generic[S]):
             return None
         return too_many_failures(reasons, f"last {len(self._failed)}", self.max_failure_rate, last)
 
-    def _barren(self, since: int, errors: Sequence[HarmonyError]) -> DataError | None:
-        """The error of a run for which nothing is left; `since`: the rows taken after the last that could be used."""
+    def _nothing_left(self, since: int, errors: Sequence[HarmonyError]) -> DataError | None:
+        """The error of a run without usable samples; `since`: the place of the last row that could be used."""
         rows, idx = len(self.dataset), self.dataset.idx
         over = self.taken >= self.total and idx == self.dropped.total()
         if not over and (-(-since // rows) + 1) * rows > idx:
             return None
         drops, reasons = self.dataset.drops, in_words(Counter(error.code for error in errors))
         lengths = f"; {drops.describe()}" if drops.too_long else ""
-        what = "no sample can be trained" if over else "a whole pass over the dataset yields nothing"
-        return DataError(f"{what}: {reasons}{lengths}; the last: {errors[-1].message}", hint=errors[-1].hint)
+        text = "no sample can be trained" if over else "a whole pass over the dataset yields nothing"
+        return DataError(f"{text}: {reasons}{lengths}; the last: {errors[-1].message}", hint=errors[-1].hint)
 
 
 def too_many_failures(reasons: Counter[str], of: str, allowed: float, last: HarmonyError) -> TooManyFailures:
-    """The error of a run of which more rows fail than is allowed; `of`: "first 200"."""
+    """The error of a run in which more rows fail than `allowed`; `of` is a range of rows such as "first 200"."""
     text = f"{reasons.total()} of the {of} rows failed, more than max_failure_rate={allowed:g} allows"
-    what = f"{text}: {in_words(reasons)}; the last: {last.message}"
-    return TooManyFailures(what, hint=last.hint, failures=reasons.total(), rows=int(of.split()[1]))
+    text += f": {in_words(reasons)}; the last: {last.message}"
+    return TooManyFailures(text, hint=last.hint, failures=reasons.total(), rows=int(of.split()[1]))
 
 
 def in_words(counts: Counter[str]) -> str:

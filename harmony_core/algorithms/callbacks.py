@@ -1,4 +1,4 @@
-"""Work that a training class does beside training, every so often: samples, validation loss, grades, what you add."""
+"""Callbacks of the training classes: generated samples, validation loss, grades, checkpoints, and your own."""
 
 from __future__ import annotations
 
@@ -12,14 +12,12 @@ from functools import wraps
 from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Any
 
-from harmony_core.algorithms.batch_loader import Unusable, in_words, settle
-from harmony_core.algorithms.mapping import async_map
-from harmony_core.algorithms.rollout import prompt_of
+from harmony_core.algorithms.batch_loader import Unusable, async_map, in_words, settle
 from harmony_core.config.argument_kinds import checked
 from harmony_core.errors import DataError, NothingToTrain, UsageError
 from harmony_core.graders import BaseGrader, score_or_refuse
 from harmony_core.journal import phase
-from harmony_core.loggers.table import Table
+from harmony_core.loggers.base import Table
 from harmony_core.request_seeds import looking
 from harmony_core.text.threads import StringThread
 
@@ -32,15 +30,14 @@ log = logging.getLogger(__name__)
 class RecipeCallback(ABC):
     """Runs at 0 %, whenever a multiple of `frequency` (a fraction of the run) has been passed, and at 100 %.
 
-    Each multiple counts once, at the first report at or past it; with `force_run_on_exit` the end counts too. What a
-    callback asks of a model, by whomever it is called, has random seeds of its own: training goes on as if it had not
-    looked.
+    Each multiple counts once, at the first report at or past it; with `force_run_on_exit` the end counts too. A
+    callback's requests to a model have random seeds of their own, so that callbacks never change the training.
     """
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         if "callback" in vars(cls):
-            cls.callback = _apart(cls.callback)  # type: ignore[method-assign]
+            cls.callback = _with_own_seeds(cls.callback)  # type: ignore[method-assign]
 
     @checked
     def __init__(self, frequency: float, force_run_on_exit: bool = True, log_key_prefix: str | None = None) -> None:
@@ -57,7 +54,7 @@ class RecipeCallback(ABC):
         return math.floor(fraction / self.frequency + 1e-9)
 
     def is_due(self, current_percentage: float) -> bool:
-        """Whether a call is owed when this fraction of the run is done."""
+        """Whether the callback has to run when this fraction of the run is done."""
         if self.last_call < 0:
             return True
         if current_percentage >= 1.0 and self.force_run_on_exit:
@@ -65,7 +62,7 @@ class RecipeCallback(ABC):
         return self._multiples(current_percentage) > self._multiples(self.last_call)
 
     async def maybe_call(self, current_percentage: float) -> dict[str, Any]:
-        """Run the callback if it is due. Returns what it has to log, under its prefix."""
+        """Run the callback if it is due. Returns its metrics under its prefix."""
         if not self.is_due(current_percentage):
             return {}
         with phase("callbacks"):
@@ -80,7 +77,7 @@ class RecipeCallback(ABC):
 
 
 async def invoke_callbacks(callbacks: Sequence[RecipeCallback], current_percentage: float) -> Mapping[str, Any]:
-    """Run those that are due, in order. Returns all they have to log, with the run's completion if there is any."""
+    """Run the callbacks that are due, in order. Returns their metrics, with the run's completion if there are any."""
     logs: dict[str, Any] = {}
     for number, callback in enumerate(callbacks):
         with looking(f"callback {number} at {current_percentage}"):
@@ -90,18 +87,25 @@ async def invoke_callbacks(callbacks: Sequence[RecipeCallback], current_percenta
     return logs
 
 
-async def outcome_of(returned: Any) -> Any:
-    """What a method of a recipe's own class returns, whether or not it is a coroutine function."""
+def prompt_of(thread: StringThread) -> StringThread:
+    """The thread without a last assistant turn."""
+    if thread.completion() is None:
+        return thread
+    return StringThread.from_turns(thread.turns[:-1], thread.metadata, thread.uuid(), thread.template_kwargs)
+
+
+async def result_of(returned: Any) -> Any:
+    """The result of a method of a recipe's own class, which may be a coroutine function or a plain one."""
     return await returned if inspect.isawaitable(returned) else returned
 
 
-def _apart(callback: Callable[..., Any]) -> Callable[..., Coroutine[Any, Any, dict[str, Any]]]:
-    """A callback's work as a look of its own, unless it is a part of one."""
+def _with_own_seeds(callback: Callable[..., Any]) -> Callable[..., Coroutine[Any, Any, dict[str, Any]]]:
+    """Wrap a `callback` method so that its requests have random seeds of their own."""
 
     @wraps(callback)
     async def work(self: RecipeCallback, current_percentage: float) -> dict[str, Any]:
         with looking(f"{type(self).__name__} at {current_percentage}"):
-            found: dict[str, Any] = await outcome_of(callback(self, current_percentage))
+            found: dict[str, Any] = await result_of(callback(self, current_percentage))
             return found
 
     return work
@@ -144,7 +148,7 @@ class ValidationLossCallback(RecipeCallback):
     """Logs `validation/<log_key>`: the mean over samples of each one's mean -logprob over weighted tokens.
 
     A sample that is too long, has no weighted token or cannot be tokenized is left out and counted under
-    `validation/dropped/<reason>`. Raises DataError when none is left.
+    `validation/dropped/<reason>`. Raises DataError when no sample is left.
     """
 
     @checked

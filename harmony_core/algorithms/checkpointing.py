@@ -1,6 +1,6 @@
-"""What a training class does to be resumable: it says what its state is, and wraps its loop.
+"""Checkpoints of a training loop (documented path): a class names its state and wraps its loop.
 
-    self.checkpointing = Checkpointing("SFT", stage_notifier, models={"policy": model}, parts={"feed": self.feed}, ...)
+    self.checkpointing = Checkpointing("SFT", stage_notifier, models={"policy": model}, parts={"data": self.data}, ...)
 
     async def run(self):
         return await self.checkpointing.run(self._train)
@@ -12,8 +12,8 @@
                 break
 
 A checkpoint holds the state at the end of a step: models with their optimizers, the parts, callbacks, the logger,
-random generators, and how many seeded requests each live model has had. From it the steps that follow are those that
-would have followed without the stop, bit for bit on CPU with as many ranks.
+random generators, and the number of seeded requests of each live model. A resumed run takes the same steps as a run
+that was never stopped, bit for bit on CPU with the same number of ranks.
 """
 
 from __future__ import annotations
@@ -56,10 +56,10 @@ class Stateful(Protocol):
 class Checkpointing:
     """The checkpoints of one training class.
 
-    `models` by role; `parts` by name: whatever else has a state, the data first of all; `samples`: what is trained on,
-    which must be the same on resume; `settings`: the hyper-parameters that decide the steps, which must be too (a
-    scheduler stands for its values at 0, 0.1, ... 1). `generators`: Python's or numpy's, owned by the class.
-    `frequency`: the part of the run after which a checkpoint is due.
+    `models` by role; `parts` by name: other objects with a state, such as the data; `samples`: the training data;
+    `settings`: the hyper-parameters (a scheduler stands for its values at 0, 0.1, ... 1). Data and settings must be the
+    same on resume. `generators`: Python's or numpy's, owned by the class. `frequency`: the fraction of the run after
+    which a checkpoint is due.
 
     Outside of a run (no checkpoints in the stage's job) nothing is saved.
     """
@@ -110,7 +110,7 @@ class Checkpointing:
         train: Callable[[], Awaitable[dict[str, float]]],
         prepare: Callable[[], Awaitable[None]] | None = None,
     ) -> dict[str, float]:
-        """`train()` from where the run was stopped, and its result; of a stage that had finished, the saved result.
+        """Call `train()` from where the run was stopped; for a finished stage, return the saved result instead.
 
         `prepare` runs before a checkpoint is restored: a reference model is cloned there. Raises UsageError when data,
         settings or models are not those of the checkpoint.
@@ -139,12 +139,12 @@ class Checkpointing:
                 if not self._left:
                     await self._save(1.0, result)
             except asyncio.CancelledError:
-                await self._save_what_was_reached()
+                await self._save_last_step()
                 raise
             return result
 
     async def step_done(self, completion: float) -> bool:
-        """To be called after each whole step; saves when it is due. True: leave the loop, as the run was asked to.
+        """Call this after each whole step; it saves when a checkpoint is due. True: the loop has to end, as asked.
 
         When the run is being stopped it saves and raises CancelledError.
         """
@@ -155,7 +155,7 @@ class Checkpointing:
         self._saved_boundary = False
         run.step_taken()
         self._left = run.asked_to_leave()
-        # Progress arrives as a quotient: what is missed by rounding alone counts as reached.
+        # Progress arrives as a quotient: a value missed by rounding alone counts as reached.
         due = completion < 1 and completion - self._last_saved >= self.frequency - 1e-9
         if due or self._left or run.stopping:
             await self._save(completion)
@@ -171,9 +171,9 @@ class Checkpointing:
         return {role: model.state() for role, model in self._models.items()}
 
     def _note_facts(self) -> None:
-        """What must not change between a checkpoint and its resumption, and what may when the user says so.
+        """Note the facts that must be the same on resume, and the lesser ones that `--allow-change` lets differ.
 
-        At the beginning, since a sample's metadata may change in the course of the run.
+        This comes before the first step, since a sample's metadata may change in the course of the run.
         """
         states = self._states()
         self._facts = _as_stored(
@@ -191,7 +191,7 @@ class Checkpointing:
         )
 
     def _state(self, completion: float) -> dict[str, Any]:
-        """Everything but the models' files, at the end of a step."""
+        """The state at the end of a step, without the models' files."""
         states = self._states()
         return {
             "name": self.stage.stage_name,
@@ -207,7 +207,7 @@ class Checkpointing:
         }
 
     async def _restore(self, checkpoint: Checkpoint, record: dict[str, Any]) -> None:
-        """Take everything back; checks all of it before anything changes."""
+        """Restore the state of a checkpoint; checks all of it before anything changes."""
         assert self._run is not None
         where = self.stage.stage_name
         hint = "resume with what the run was started with, or start a new run"
@@ -229,7 +229,7 @@ class Checkpointing:
             self._last_saved = record["completion_percentage"]
 
     async def _skip(self, checkpoint: Checkpoint, record: dict[str, Any]) -> dict[str, float]:
-        """A stage that had finished: its weights and the numbers that it returned."""
+        """Restore a finished stage's weights and return its result."""
         assert self._run is not None
         await self._restore(checkpoint, record)
         self._run.finished.append(record)
@@ -274,8 +274,8 @@ class Checkpointing:
             saved.name, step, completion * 100, names, stage_name=self.stage.stage_name
         )
 
-    async def _save_what_was_reached(self) -> None:
-        """When cancelled within a step: save the end of the one before, if the weights are still those."""
+    async def _save_last_step(self) -> None:
+        """After a cancellation within a step: save the end of the step before, if the weights are still the same."""
         run, boundary = self._run, self._boundary
         if run is None or not run.stopping or not run.enabled or boundary is None or self._saved_boundary:
             return
@@ -284,7 +284,7 @@ class Checkpointing:
 
     @staticmethod
     async def _uninterrupted(save: Coroutine[Any, Any, None]) -> None:
-        """Wait for a save to its end, also when cancelled meanwhile: the ranks are writing."""
+        """Wait until a save has ended, also when cancelled meanwhile: the ranks are writing."""
         task = asyncio.ensure_future(save)
         try:
             await asyncio.shield(task)
@@ -311,15 +311,15 @@ def _sample_bytes(sample: Any) -> bytes:
         metadata = sample.metadata
         if isinstance(metadata, dict):
             metadata = {key: value for key, value in metadata.items() if key != "sample_index"}
-        told = [sample.get_turns(), sample.get_turn_weights(), metadata]
-        return json.dumps(told, default=_described).encode()
+        content = [sample.get_turns(), sample.get_turn_weights(), metadata]
+        return json.dumps(content, default=_described).encode()
     if isinstance(sample, tuple | list):
         return b"(" + b",".join(map(_sample_bytes, sample)) + b")"
     return _described(sample).encode()
 
 
 def _described(value: object) -> str:
-    """Without an address, which is another one in every process."""
+    """`repr` without the address, which differs between processes."""
     return type(value).__qualname__ if type(value).__repr__ is object.__repr__ else repr(value)
 
 
@@ -332,7 +332,7 @@ def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _as_stored(state: dict[str, Any]) -> dict[str, Any]:
-    """As it will be read back: tuples are lists, and so on."""
+    """The state as JSON reads it back: tuples become lists."""
     stored: dict[str, Any] = json.loads(json.dumps(state))
     return stored
 

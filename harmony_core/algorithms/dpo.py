@@ -8,10 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 from harmony_core.algorithms.batch_loader import BatchLoader
 from harmony_core.algorithms.callbacks import RecipeCallback
-from harmony_core.algorithms.loop import StepLoop
-from harmony_core.algorithms.schedulers import CosineScheduler, Scheduler
-from harmony_core.algorithms.tangents import Metrics, Scored, dpo_tangent, push_pair, score
-from harmony_core.algorithms.training import Training, each, keeps_settings, means
+from harmony_core.algorithms.tangents import Metrics, ScoredThread, push_pair, score
+from harmony_core.algorithms.training import (
+    CosineScheduler,
+    Scheduler,
+    StepLoop,
+    Training,
+    keeps_settings,
+    means,
+    settle_each,
+)
 from harmony_core.loggers import Logger
 from harmony_core.notifiers import StageNotifier
 from harmony_core.text.threads import StringThread
@@ -26,10 +32,10 @@ Scores = tuple[float, float]
 class DPO(Training):
     """Trains a model on pairs (chosen, rejected) of threads; construct, then `await dpo.run()`.
 
-    Each step takes `samples_per_batch` pairs; the last one takes what is left of the run's `len(dataset) * epochs`. The
-    reference is a frozen copy of the model as it is when the run begins. A pair of which a thread is too long, has no
-    weighted token or cannot be tokenized is dropped whole, counted under `dropped/<reason>` and replaced by the next;
-    `max_failure_rate` is as in `SFT`. Step k of n runs at `lr_scheduler(k / n)`.
+    Each step takes `samples_per_batch` pairs; the last one takes the rest of the run's `len(dataset) * epochs`. The
+    reference is a frozen copy of the model as it is when the run begins. A pair is dropped when one of its threads is
+    too long, has no weighted token or cannot be tokenized. It is counted under `dropped/<reason>` and replaced by the
+    next; `max_failure_rate` is as in `SFT`. Step k of n runs at `lr_scheduler(k / n)`.
 
     With `use_tangents` the same gradient goes through `train_tangents`, and the documented `policy/` metrics are
     measured before each step, at the price of a forward pass. A subclass may override `process_sample`.
@@ -58,11 +64,7 @@ class DPO(Training):
         self.model = model
         self._log_to(logger, stage_notifier, "DPO Training")
         self.lr_schedule = lr_scheduler or CosineScheduler(lr)
-        self.max_grad_norm = max_grad_norm
-        self.kl_beta = kl_beta
-        self.skip_nan_gradients = skip_nan_gradients
-        self.use_tangents = use_tangents
-        self.feed = BatchLoader(dataset, samples_per_batch, epochs, data_seed, max_failure_rate)
+        self.loader = BatchLoader(dataset, samples_per_batch, epochs, data_seed, max_failure_rate)
         model.plan_clone()
         self.loop = StepLoop(self, "DPO", {"policy": model}, dataset, callbacks)
 
@@ -70,7 +72,7 @@ class DPO(Training):
         self.reference = await self.model.clone_inf()
 
     async def _step(self) -> dict[str, Any]:
-        results, metrics = await self._train_next(each(self.process_sample))
+        results, metrics = await self._train_next(settle_each(self.process_sample))
         return metrics | means("policy", results)
 
     async def process_sample(self, sample: Pair) -> Metrics:
@@ -87,12 +89,9 @@ class DPO(Training):
         await self.model.train_dpo(*pair, *references, self.kl_beta)
         return {}
 
-    async def _measure(self, pair: Pair) -> tuple[Scored, Scored, Scores]:
+    async def _measure(self, pair: Pair) -> tuple[ScoredThread, ScoredThread, Scores]:
         chosen, rejected = await score(self.model, pair[0]), await score(self.model, pair[1])
         return chosen, rejected, await self._ref_logprobs(pair)
 
-    async def _push(self, measured: tuple[Scored, Scored, Scores]) -> Metrics:
-        chosen, rejected, references = measured
-        tangent, metrics = dpo_tangent(sum(chosen.logprobs), sum(rejected.logprobs), *references, self.kl_beta)
-        await push_pair(self.model, chosen, rejected, tangent)
-        return metrics
+    async def _push(self, measured: tuple[ScoredThread, ScoredThread, Scores]) -> Metrics:
+        return await push_pair(self.model, *measured, self.kl_beta)

@@ -1,41 +1,46 @@
-"""Group relative policy optimisation (arXiv 2402.03300): a completion is as good as it is better than its siblings.
+"""Group relative policy optimisation (arXiv 2402.03300): the advantage of a completion is relative to its group.
 
-GSPO (arXiv 2507.18071) is GRPO whose ratio, and so whose clipping, is a sequence's.
+GSPO (arXiv 2507.18071) is GRPO with importance ratios, and clipping, of whole sequences.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from harmony_core.algorithms.advantages import group_advantages
-from harmony_core.algorithms.batch_loader import BatchLoader
-from harmony_core.algorithms.callbacks import RecipeCallback, outcome_of
-from harmony_core.algorithms.loop import StepLoop
-from harmony_core.algorithms.mapping import async_map, get_minibatches
+from harmony_core.algorithms.batch_loader import BatchLoader, at_least
+from harmony_core.algorithms.callbacks import RecipeCallback
 from harmony_core.algorithms.rollout import (
     Rollout,
-    check_sizes,
+    RolloutTraining,
     completion_metrics,
     prompts_of,
-    prompts_per_batch,
 )
-from harmony_core.algorithms.schedulers import CosineScheduler, Scheduler
-from harmony_core.algorithms.tangents import Metrics, Scored, grpo_tangents, push, score
-from harmony_core.algorithms.training import Training, check_loss_options, each, keeps_settings, means
+from harmony_core.algorithms.tangents import Metrics, ScoredThread, group_advantages, grpo_tangents, push, score
+from harmony_core.algorithms.training import (
+    CosineScheduler,
+    Scheduler,
+    StepLoop,
+    check_loss_options,
+    keeps_settings,
+    settle_each,
+)
 from harmony_core.config.argument_kinds import checked
 from harmony_core.errors import UsageError
 from harmony_core.graders import BaseGrader
-from harmony_core.journal import phase
 from harmony_core.loggers import Logger
 from harmony_core.notifiers import StageNotifier
 from harmony_core.text.threads import StringThread, TokenizedThread
 
 if TYPE_CHECKING:
     from harmony_core.client import TrainingModel
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -51,16 +56,16 @@ class Sample:
     gen_len: float
 
 
-class GRPO(Training):
+class GRPO(RolloutTraining):
     """Trains a policy on its own scored completions; construct, then `await grpo.run()`.
 
     A batch is `samples_per_batch // completions_per_sample` prompts with `completions_per_sample` completions each. It
     is shuffled into mini-batches of `samples_per_mini_batch` completions, `mini_epochs_per_batch` times, each of which
     is one optimizer step. Give either `epochs` over the prompts or `max_num_grpo_steps` batches.
 
-    A completion is capped at what its prompt leaves of `max_batch_size`, and counts as truncated there. A prompt that
-    leaves no room, or one of whose completions is not graded or ignored by the grader, is dropped, counted under
-    `dropped/<reason>` and replaced by the next; `max_failure_rate` is as in `SFT`.
+    Prompt and completion together have at most `max_batch_size` tokens; a completion that is cut there counts as
+    truncated. A prompt that leaves no room, or with a completion that the grader ignores or fails on, is dropped,
+    counted under `dropped/<reason>` and replaced by the next; `max_failure_rate` is as in `SFT`.
     Prompts whose completions have equal scores stay in (only the divergence from the reference trains them) and are
     counted in `percentage_no_advantages`. The policy's log-probs are the sampler's own. With `kl_beta=0` there is no
     reference model.
@@ -73,6 +78,7 @@ class GRPO(Training):
     """
 
     _loss = "train_grpo"
+    completions_per_sample: int
 
     @keeps_settings
     def __init__(
@@ -107,24 +113,14 @@ class GRPO(Training):
         if use_tangents and loss_options:
             raise UsageError("loss_options are those of the model's own loss", hint="leave use_tangents out")
         prompts = prompts_per_batch(samples_per_batch, completions_per_sample)
-        check_sizes(samples_per_batch, samples_per_mini_batch, mini_epochs_per_batch)
-        self.model = model
-        self.grader = grader
+        at_least(1, samples_per_batch=samples_per_batch, samples_per_mini_batch=samples_per_mini_batch)
+        at_least(1, mini_epochs_per_batch=mini_epochs_per_batch)
+        self.model, self.grader = model, grader
         self._log_to(logger, stage_notifier, f"{type(self).__name__} Training")
         self.lr_schedule = lr_scheduler or CosineScheduler(lr)
-        self.completions_per_sample = completions_per_sample
-        self.samples_per_mini_batch = samples_per_mini_batch
-        self.mini_epochs_per_batch = mini_epochs_per_batch
-        self.max_grad_norm = max_grad_norm
-        self.clip_range = clip_range
-        self.kl_beta = kl_beta
-        self.weight_decay = weight_decay
-        self.skip_nan_gradients = skip_nan_gradients
-        self.data_seed = data_seed
-        self.use_tangents = use_tangents
         self.loss_options = dict(loss_options or {})
         check_loss_options(getattr(model, self._loss), self.loss_options)
-        self.feed = BatchLoader(prompts_of(dataset), prompts, epochs, data_seed, max_failure_rate, max_num_grpo_steps)
+        self.loader = BatchLoader(prompts_of(dataset), prompts, epochs, data_seed, max_failure_rate, max_num_grpo_steps)
         if kl_beta:
             model.plan_clone()
         saving = checkpoint_frequency, checkpoint_restore_data
@@ -136,23 +132,14 @@ class GRPO(Training):
         self.rollout = Rollout(self.model, self.reference, self.grader)
 
     async def _step(self) -> dict[str, Any]:
-        batch = await self.feed.next_batch(each(self.gen_data))
-        metrics = batch.metrics
-        groups = [group for group in batch.results if group]
+        results, metrics = await self.loader.next_batch(settle_each(self.gen_data))
+        groups = [group for group in results if group]
         samples = [sample for group in groups for sample in group]
         if not samples:
             return metrics
-        metrics |= await outcome_of(self.get_train_batch_logs(groups)) or {}
-        metrics |= {f"rewards/{key}": value for key, value in self.grader.get_logs(clear=True).items()}
-        if self.loop.shows():
-            await self.rollout.show(samples, [s.advantage for s in samples], self.loop.step)
-        # The seed says where the run stands, so that a resumed run shuffles as it would have.
-        order = self.data_seed + self.feed.dataset.idx
-        sizes = self.samples_per_mini_batch, self.mini_epochs_per_batch
-        batches = get_minibatches(samples, *sizes, order, join_last_one=True)
-        for mini_batch in batches[:-1]:
-            self.logger({**await self._train(mini_batch), "completion_percentage": self.feed.completion})
-        return metrics | await self._train(batches[-1])
+        metrics |= await self._batch_metrics(groups, samples, [s.advantage for s in samples])
+        step = partial(self._optim_step, self.model, self.lr_schedule, self.weight_decay)
+        return metrics | await self._train_mini_batches(samples, "policy", self.train_sample, step)
 
     async def gen_data(self, sample: StringThread) -> list[Sample]:
         """One prompt's completions. An error of the data, such as PromptTooLong, drops the prompt."""
@@ -164,19 +151,13 @@ class GRPO(Training):
         ]
 
     def get_train_batch_logs(self, data: list[list[Sample]]) -> dict[str, Any]:
-        """What is logged of a batch, prompt by prompt, beside the grader's logs and the optimizer's numbers."""
+        """Metrics of a batch (a list for each prompt), beside the grader's logs and the optimizer's metrics."""
         samples = [sample for group in data for sample in group]
         return {
             **completion_metrics(samples, self.rollout.reference is not None),
             "advantages": fmean(sample.advantage for sample in samples),
             "percentage_no_advantages": fmean(float(all(s.advantage == 0 for s in group)) for group in data),
         }
-
-    async def _train(self, samples: Sequence[Sample]) -> dict[str, float]:
-        """One optimizer step on a mini-batch."""
-        with phase("training"):
-            measured = await async_map(lambda sample: outcome_of(self.train_sample(sample)), samples)
-        return means("policy", measured) | await self._optim_step()
 
     async def train_sample(self, sample: Sample) -> Metrics:
         """Train one completion. Returns numbers whose means over the mini-batch are logged as `policy/*`."""
@@ -193,7 +174,7 @@ class GRPO(Training):
         )
         return {}
 
-    async def _push(self, sample: Sample, scored: Scored) -> Metrics:
+    async def _push(self, sample: Sample, scored: ScoredThread) -> Metrics:
         advantages, beta = [sample.advantage] * len(sample.logprobs), self.kl_beta
         tangents, metrics = grpo_tangents(
             scored.logprobs, sample.logprobs, sample.ref_logprobs, advantages, self.clip_range, beta
@@ -255,3 +236,31 @@ class GSPO(GRPO):
             **self.loss_options,
         )
         return {}
+
+
+def prompts_per_batch(samples_per_batch: int, completions_per_sample: int) -> int:
+    """The number of whole groups of completions in a batch; warns when samples are left over.
+
+    Raises UsageError for groups of one, since advantages are relative to the group, and for a batch without a group.
+    """
+    if completions_per_sample < 2:
+        raise UsageError(
+            f"completions_per_sample must be at least 2, got {completions_per_sample}: "
+            "a completion is as good as it is better than the others of its prompt",
+            hint="give 2 or more, or train with PPO",
+        )
+    prompts, left = divmod(samples_per_batch, completions_per_sample)
+    if prompts == 0:
+        raise UsageError(
+            f"samples_per_batch ({samples_per_batch}) counts completions and holds not one prompt's "
+            f"{completions_per_sample} (completions_per_sample)",
+            hint=f"samples_per_batch={completions_per_sample}, or a multiple of it",
+        )
+    if left:
+        whole = prompts * completions_per_sample
+        log.warning(
+            "samples_per_batch=%d is no multiple of completions_per_sample=%d: a batch has %d; sizes that fit are %d "
+            "and %d",
+            *(samples_per_batch, completions_per_sample, whole, whole, whole + completions_per_sample),
+        )
+    return prompts

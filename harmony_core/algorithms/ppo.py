@@ -1,23 +1,34 @@
-"""Proximal policy optimisation (arXiv 1707.06347) with a value model: each token is judged against what was expected.
+"""Proximal policy optimisation (arXiv 1707.06347) with a value model as the baseline of each token.
 
 The reward of a token is -kl_beta (logprob - reference logprob), and the last one has the grader's score added.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Any
 
-from harmony_core.algorithms.advantages import discounted_cumulative_rewards, explained_variance, gae_advantages
-from harmony_core.algorithms.batch_loader import BatchLoader
-from harmony_core.algorithms.callbacks import RecipeCallback, outcome_of
-from harmony_core.algorithms.loop import StepLoop
-from harmony_core.algorithms.mapping import async_map, get_minibatches
-from harmony_core.algorithms.rollout import Rollout, check_sizes, completion_metrics, prompts_of
-from harmony_core.algorithms.schedulers import CombinedSchedule, CosineScheduler, Scheduler
-from harmony_core.algorithms.training import Training, check_loss_options, each, keeps_settings, means, step_if_any
+from harmony_core.algorithms.batch_loader import BatchLoader, at_least
+from harmony_core.algorithms.callbacks import RecipeCallback
+from harmony_core.algorithms.rollout import (
+    Rollout,
+    RolloutTraining,
+    completion_metrics,
+    prompts_of,
+)
+from harmony_core.algorithms.tangents import discounted_cumulative_rewards, explained_variance, gae_advantages
+from harmony_core.algorithms.training import (
+    CombinedSchedule,
+    CosineScheduler,
+    Scheduler,
+    StepLoop,
+    check_loss_options,
+    keeps_settings,
+    settle_each,
+)
 from harmony_core.errors import UsageError
 from harmony_core.graders import BaseGrader
 from harmony_core.journal import phase
@@ -31,9 +42,9 @@ if TYPE_CHECKING:
 
 @dataclass
 class Sample:
-    """A completion with what the value model expected; lists have one number for each generated token.
+    """A completion with the value model's estimates; lists have one number for each generated token.
 
-    `kl_pen` and `cumulative_reward` are sums over the tokens, of what is taken for the divergence and of what is left.
+    `kl_pen` is the sum of the KL penalties over the tokens, `cumulative_reward` the sum of the rewards after them.
     """
 
     sample: TokenizedThread
@@ -56,7 +67,7 @@ def whitened(samples: Sequence[Sample]) -> list[Sample]:
     return [replace(s, advantages=[(a - mean) / (std + 1e-8) for a in s.advantages]) for s in samples]
 
 
-class PPO(Training):
+class PPO(RolloutTraining):
     """Trains a policy and a value model on scored completions; construct, then `await ppo.run()`.
 
     A batch is `samples_per_batch` prompts with one completion each. Advantages are generalised advantage estimates;
@@ -71,6 +82,10 @@ class PPO(Training):
 
     A subclass may override `generate_sample`, `train_ppo`, `train_value` and `get_train_batch_logs`.
     """
+
+    gae_lambda: float
+    gae_gamma: float
+    whiten_advantages: bool
 
     @keeps_settings
     def __init__(
@@ -109,21 +124,16 @@ class PPO(Training):
     ) -> None:
         if not value_model.is_scalar():
             raise UsageError("PPO's value model needs a scalar head", hint="spawn it with into_scoring_model()")
-        check_sizes(samples_per_batch, samples_per_mini_batch, mini_epochs_per_batch)
+        at_least(1, samples_per_batch=samples_per_batch, samples_per_mini_batch=samples_per_mini_batch)
+        at_least(1, mini_epochs_per_batch=mini_epochs_per_batch)
         self.model, self.value_model, self.grader = model, value_model, grader
         self._log_to(logger, stage_notifier, "PPO Training")
         waiting = CombinedSchedule(lambda _: 0.0, CosineScheduler(lr_policy), value_only_fraction)
         self.lr_schedule_policy: Scheduler = lr_scheduler_policy or waiting
         self.lr_schedule_value: Scheduler = lr_scheduler_value or CosineScheduler(lr_value)
-        self.samples_per_mini_batch, self.mini_epochs_per_batch = samples_per_mini_batch, mini_epochs_per_batch
-        self.max_grad_norm, self.skip_nan_gradients = max_grad_norm, skip_nan_gradients
-        self.clip_range, self.kl_beta, self.weight_decay = clip_range, kl_beta, weight_decay
-        self.gae_lambda, self.gae_gamma = gae_lambda, gae_gamma
-        self.data_seed = data_seed
         self.loss_options = dict(loss_options or {})
-        self.whiten_advantages = whiten_advantages
         check_loss_options(model.train_ppo, self.loss_options)
-        self.feed = BatchLoader(
+        self.loader = BatchLoader(
             prompts_of(dataset), samples_per_batch, epochs, data_seed, max_failure_rate, max_num_ppo_steps
         )
         if kl_beta:
@@ -133,54 +143,48 @@ class PPO(Training):
         self.loop = StepLoop(self, "PPO", models, dataset, callbacks, *saving, prompts=True)
 
     async def _prepare(self) -> None:
-        await self._check_tokenizers()
+        # The value model scores the policy's tokens, so both have to tokenize text alike.
+        text = "".join(turn.content for turn in self.loader.dataset.threads[0].get_turns())
+        if await self.model.tokenize(text) != await self.value_model.tokenize(text):
+            raise UsageError("policy and value model have different tokenizers", hint="use two models of one family")
         self.reference = await self.model.clone_inf() if self.kl_beta else None
         self.rollout = Rollout(self.model, self.reference, self.grader, self.value_model)
 
-    async def _check_tokenizers(self) -> None:
-        """The value model scores the policy's tokens, so both must give text the same ones."""
-        text = "".join(turn.content for turn in self.feed.dataset.threads[0].get_turns())
-        if await self.model.tokenize(text) != await self.value_model.tokenize(text):
-            raise UsageError("policy and value model have different tokenizers", hint="use two models of one family")
-
     async def _step(self) -> dict[str, Any]:
-        batch = await self.feed.next_batch(each(self.generate_sample))
-        metrics = batch.metrics
-        samples = [sample for sample in batch.results if sample is not None]
+        results, metrics = await self.loader.next_batch(settle_each(self.generate_sample))
+        samples = [sample for sample in results if sample is not None]
         if not samples:
             return metrics
-        metrics |= await outcome_of(self.get_train_batch_logs(samples)) or {}
-        metrics |= {f"rewards/{key}": value for key, value in self.grader.get_logs(clear=True).items()}
-        if self.loop.shows():
-            await self.rollout.show(samples, [fmean(s.advantages) for s in samples], self.loop.step)
-        if self.lr_schedule_policy(self.feed.completion) > 0:
+        metrics |= await self._batch_metrics(samples, samples, [fmean(s.advantages) for s in samples])
+        if self.lr_schedule_policy(self.loader.completion) > 0:
             trained = whitened(samples) if self.whiten_advantages else samples
-            metrics |= await self._train(trained, "policy", self.train_ppo, self._step_policy)
-        return metrics | await self._train(samples, "value", self.train_value, self._step_value)
+            step = partial(self._optim_step, self.model, self.lr_schedule_policy, self.weight_decay)
+            metrics |= await self._train_mini_batches(trained, "policy", self.train_ppo, step)
+        return metrics | await self._train_mini_batches(samples, "value", self.train_value, self._step_value)
 
     async def generate_sample(self, prompt: StringThread) -> Sample:
         """One prompt's completion. An error of the data, such as PromptTooLong, drops the prompt."""
-        (drawn,) = await self.rollout.group(prompt, 1)
+        (completion,) = await self.rollout.group(prompt, 1)
         with phase("values"):
-            values = await self.value_model.score(drawn.sample)
-        rewards = [-self.kl_beta * divergence for divergence in drawn.kl_div]
-        rewards[-1] += drawn.score
+            values = await self.value_model.score(completion.sample)
+        rewards = [-self.kl_beta * divergence for divergence in completion.kl_div]
+        rewards[-1] += completion.score
         return Sample(
-            drawn.sample,
-            drawn.string_sample,
-            drawn.logprobs,
-            drawn.ref_logprobs,
+            completion.sample,
+            completion.string_sample,
+            completion.logprobs,
+            completion.ref_logprobs,
             gae_advantages(values, rewards, self.gae_lambda, self.gae_gamma),
             discounted_cumulative_rewards(rewards, self.gae_gamma),
-            drawn.score,
-            drawn.kl_div,
+            completion.score,
+            completion.kl_div,
             values,
-            self.kl_beta * sum(drawn.kl_div),
+            self.kl_beta * sum(completion.kl_div),
             sum(rewards),
         )
 
     def get_train_batch_logs(self, data: list[Sample]) -> dict[str, Any]:
-        """What is logged of a batch beside the grader's logs and the optimizers' numbers."""
+        """Metrics of a batch beside the grader's logs and the optimizers' metrics."""
         values = [value for sample in data for value in sample.values]
         returns = [target for sample in data for target in sample.returns]
         return {
@@ -192,27 +196,6 @@ class PPO(Training):
             "explained_variance": explained_variance(values, returns),
         }
 
-    async def _train(
-        self,
-        samples: Sequence[Sample],
-        model: str,
-        train: Callable[[Sample], Any],
-        take_step: Callable[[], Awaitable[dict[str, float]]],
-    ) -> dict[str, float]:
-        """All mini-batches of one of the models. Returns the last step's metrics; those before are logged."""
-        # The seed says where the run stands, so that a resumed run shuffles as it would have.
-        order = self.data_seed + self.feed.dataset.idx
-        metrics: dict[str, float] = {}
-        sizes = self.samples_per_mini_batch, self.mini_epochs_per_batch
-        for mini_batch in get_minibatches(samples, *sizes, order, join_last_one=True):
-            if metrics:
-                self.logger({**metrics, "completion_percentage": self.feed.completion})
-            with phase("training"):
-                measured = await async_map(lambda sample: outcome_of(train(sample)), mini_batch)
-            with phase("optimizer"):
-                metrics = means(model, measured) | await step_if_any(take_step())
-        return metrics
-
     async def train_ppo(self, sample: Sample) -> Any:
         """Train the policy on one completion. The means of numbers that it returns are logged as `policy/*`."""
         given = sample.sample, sample.logprobs, sample.advantages, self.clip_range
@@ -222,11 +205,6 @@ class PPO(Training):
         """Train the value model on one completion. The means of numbers that it returns are logged as `value/*`."""
         await self.value_model.train_mse_per_token(sample.sample, sample.returns)
 
-    async def _step_policy(self) -> dict[str, float]:
-        lr = self.lr_schedule_policy(self.feed.completion)
-        return await self.model.optim_step(lr, self.weight_decay, self.max_grad_norm, self.skip_nan_gradients)
-
     async def _step_value(self) -> dict[str, float]:
-        lr = self.lr_schedule_value(self.feed.completion)
-        metrics = await self.value_model.optim_step(lr, 0.0, self.max_grad_norm, self.skip_nan_gradients)
+        metrics = await self._optim_step(self.value_model, self.lr_schedule_value, 0.0)
         return {f"value/{name}": number for name, number in metrics.items()}

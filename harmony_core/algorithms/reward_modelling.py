@@ -1,4 +1,4 @@
-"""Reward modelling: a scalar head learns which of two threads is preferred, or what a thread was rated."""
+"""Reward modelling: a scalar head learns which of two threads is preferred, or the rating of a thread."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from harmony_core.algorithms.batch_loader import BatchLoader
 from harmony_core.algorithms.callbacks import RecipeCallback
-from harmony_core.algorithms.loop import StepLoop
-from harmony_core.algorithms.schedulers import CosineScheduler, Scheduler
-from harmony_core.algorithms.training import Training, each, keeps_settings
+from harmony_core.algorithms.training import CosineScheduler, Scheduler, StepLoop, Training, keeps_settings, settle_each
 from harmony_core.errors import DataError, UsageError
 from harmony_core.loggers import Logger
 from harmony_core.notifiers import StageNotifier
@@ -53,13 +51,11 @@ class RewardModelling(Training):
         self.model = model
         self._log_to(logger, job_notifier, "Reward Model Training")
         self.lr_schedule = lr_scheduler or CosineScheduler(lr)
-        self.max_grad_norm = max_grad_norm
-        self.skip_nan_gradients = skip_nan_gradients
-        self.feed = BatchLoader(dataset, samples_per_batch, epochs, data_seed, max_failure_rate)
+        self.loader = BatchLoader(dataset, samples_per_batch, epochs, data_seed, max_failure_rate)
         self.loop = StepLoop(self, "RewardModelling", {"reward": model}, dataset, callbacks)
 
     async def _step(self) -> dict[str, Any]:
-        return (await self._train_next(each(self.train_rm)))[1]
+        return (await self._train_next(settle_each(self.train_rm)))[1]
 
     async def train_rm(self, sample: Preference | StringThread) -> None:
         """Train one pair or one rated thread."""

@@ -1,24 +1,100 @@
-"""Completions of prompts, with their scores and log-probs: what a reinforcement-learning step trains on."""
+"""Completions of prompts with their scores and log-probs, their mini-batches, and samples for the run's report."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+import random
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from harmony_core.algorithms.mapping import async_map
-from harmony_core.algorithms.showing import show_sample
+from harmony_core.algorithms.batch_loader import async_map, at_least
+from harmony_core.algorithms.callbacks import prompt_of, result_of
 from harmony_core.algorithms.tangents import recorded_logprobs
+from harmony_core.algorithms.training import Training, means
 from harmony_core.errors import UsageError
 from harmony_core.graders import BaseGrader, score_or_refuse
-from harmony_core.journal import phase
+from harmony_core.journal import Piece, phase, samples_wanted, tell_sample
 from harmony_core.text.threads import StringThread, TokenizedThread, repeat_thread
 
 if TYPE_CHECKING:
     from harmony_core.client import InferenceModel, TrainingModel
+
+_CONTEXT = 8
+"""Tokens before a turn that are decoded with it."""
+
+_UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+
+
+async def show_sample(
+    model: InferenceModel,
+    thread: StringThread | TokenizedThread,
+    step: int,
+    *,
+    source: str = "training",
+    reward: float | None = None,
+    advantage: float | None = None,
+    group: str | int | None = None,
+    grades: Mapping[str, float] | None = None,
+) -> None:
+    """Put a sample of optimizer step `step` (from 1) into the run's report, unless the report has enough of them.
+
+    A StringThread is tokenized first, and shown in as many parts as it is trained in. Log-probs are shown where the
+    thread has those of its generation.
+    """
+    if not samples_wanted(step, source):
+        return
+    for part in await model.tokenize_parts(thread) if isinstance(thread, StringThread) else [thread]:
+        turns = await pieces_of(model, part)
+        tell_sample(step, turns, source=source, reward=reward, advantage=advantage, group=group, grades=grades)
+
+
+async def pieces_of(model: InferenceModel, thread: TokenizedThread) -> list[tuple[str, list[Piece]]]:
+    """Role and pieces of every turn: one piece a token in turns with a weight, one in all in the others."""
+    logprobs = iter(thread.logprobs or ())
+    shown = []
+    for turn in thread.token_turns:
+        if turn.weight:
+            before = thread.token_ids[max(turn.start - _CONTEXT, 0) : turn.start]
+            texts = await token_texts(model, thread.token_ids[turn.start : turn.end], before)
+            pieces = [Piece(text, turn.weight, next(logprobs, None)) for text in texts]
+        else:
+            pieces = [Piece("".join(str(getattr(fragment, "text", "[image]")) for fragment in turn.fragments))]
+        shown.append((turn.role, pieces))
+    return shown
+
+
+async def token_texts(model: InferenceModel, ids: Sequence[int], behind: Sequence[int] = ()) -> list[str]:
+    """The text of each token `behind` some others, so that they join to the text of all.
+
+    Of tokens that make one character together, the last has it and the others are empty. A token is decoded behind
+    its predecessors, since some tokenizers leave out the space before the first one.
+    """
+    texts: list[str] = []
+    before: list[int] = list(behind)
+    pending: list[int] = []
+    for token in ids:
+        pending.append(token)
+        known = await model.detokenize(before)
+        text = (await model.detokenize([*before, *pending]))[len(known) :]
+        if text.endswith(_UNFINISHED) and len(pending) < 4:
+            texts.append("")
+            continue
+        texts.append(text)
+        before, pending = pending, []
+    if pending:
+        known = await model.detokenize(before)
+        texts[-1] = (await model.detokenize([*before, *pending]))[len(known) :]
+    return texts
+
+
+S = TypeVar("S")
+T = TypeVar("T")
+
+Metrics = dict[str, Any]
 
 log = logging.getLogger(__name__)
 
@@ -26,8 +102,8 @@ SHOWN = 4
 """Completions of one step in the run's report."""
 
 
-class Drawn(Protocol):
-    """What a sample of reinforcement learning has in every training class."""
+class RolloutSample(Protocol):
+    """The fields that `GRPO` and `PPO` samples have in common."""
 
     sample: TokenizedThread
     score: float
@@ -39,8 +115,8 @@ class Drawn(Protocol):
 class Completion:
     """One scored completion; lists have one number for each generated token.
 
-    `logprobs` are those under which it was drawn, at temperature 1; `ref_logprobs` the reference model's, the same
-    numbers again where there is no reference model.
+    `logprobs` are the old log-probs, of the policy that sampled it, at temperature 1; `ref_logprobs` the reference
+    model's, or the same numbers again without a reference model.
     """
 
     sample: TokenizedThread
@@ -69,7 +145,7 @@ class Rollout:
         self.grader = grader
         self._longest, self._setting = longest_trained([policy, *others])
         self._sampler = policy.max_seqlen(self._longest, self._setting)
-        self._told = False
+        self._warned = False
 
     async def group(self, prompt: StringThread, count: int) -> list[Completion]:
         """`count` completions of one prompt. A failure of any of them is the prompt's.
@@ -79,19 +155,16 @@ class Rollout:
         """
         with phase("rollout"):
             threads = await async_map(self._sampler.generate_tokens, list(islice(repeat_thread(prompt), count)))
-        self._tell_cap(threads[0])
+        self._warn_of_cap(threads[0])
         texts = await async_map(self.policy.detokenize_thread, threads)
         with phase("grading"):
-            scores = await async_map(self._score, texts)
+            scores = await async_map(partial(score_or_refuse, self.grader), texts)
         with phase("reference"):
             logprobs = await async_map(self._logprobs, threads)
         return [
             Completion(thread, text, score, *pair)
             for thread, text, score, pair in zip(threads, texts, scores, logprobs, strict=True)
         ]
-
-    async def _score(self, text: StringThread) -> float:
-        return await score_or_refuse(self.grader, text)
 
     async def _logprobs(self, thread: TokenizedThread) -> tuple[list[float], list[float]]:
         """Of the policy that drew the thread's completion, and of the reference."""
@@ -100,39 +173,72 @@ class Rollout:
             logprobs = await self.policy.logprobs_per_token(thread)
         return logprobs, logprobs if self.reference is None else await self.reference.logprobs_per_token(thread)
 
-    def _tell_cap(self, thread: TokenizedThread) -> None:
-        """Say once that completions may be shorter than what is asked for."""
+    def _warn_of_cap(self, thread: TokenizedThread) -> None:
+        """Warn once that completions may be shorter than asked for."""
         prompt, asked = len(thread.token_ids) - thread.len_last_turn(), self.policy.longest_completion
-        if not self._told and prompt + asked > self._longest:
-            self._told = True
+        if not self._warned and prompt + asked > self._longest:
+            self._warned = True
             log.warning(
                 "completions are capped at %s=%d tokens less their prompt's, here %d, where %d are asked for; "
                 "those that are cut count as truncated",
                 *(self._setting, self._longest, prompt, asked),
             )
 
-    async def show(self, completions: Sequence[Drawn], advantages: Sequence[float], step: int) -> None:
+    async def show(self, completions: Sequence[RolloutSample], advantages: Sequence[float], step: int) -> None:
         """Put some completions into the run's report."""
         for completion, advantage in list(zip(completions, advantages, strict=True))[:SHOWN]:
             await show_sample(self.policy, completion.sample, step, reward=completion.score, advantage=advantage)
 
 
+class RolloutTraining(Training):
+    """Base of the classes that train a policy on its own scored completions."""
+
+    grader: BaseGrader[Any]
+    rollout: Rollout
+    samples_per_mini_batch: int
+    mini_epochs_per_batch: int
+    clip_range: float
+
+    def get_train_batch_logs(self, data: list[Any]) -> dict[str, Any]:
+        """The metrics of a batch beside the grader's logs and the optimizer's numbers."""
+        raise NotImplementedError
+
+    async def _batch_metrics(
+        self, data: list[Any], samples: Sequence[RolloutSample], advantages: Sequence[float]
+    ) -> Metrics:
+        """Metrics of a batch and of its grades; puts samples into the run's report when they are due."""
+        logs = await result_of(self.get_train_batch_logs(data)) or {}
+        rewards = {f"rewards/{key}": value for key, value in self.grader.get_logs(clear=True).items()}
+        if self.loop.shows():
+            await self.rollout.show(samples, advantages, self.loop.step)
+        return {**logs, **rewards}
+
+    async def _train_mini_batches(
+        self, samples: Sequence[S], model: str, train: Callable[[S], Any], step: Callable[[], Awaitable[Metrics]]
+    ) -> Metrics:
+        """Train all mini-batches of one model. Returns the last step's metrics; those before are logged."""
+        # The seed depends on the place in the data, so that a resumed run shuffles as it would have.
+        order = self.data_seed + self.loader.dataset.idx
+        sizes = self.samples_per_mini_batch, self.mini_epochs_per_batch
+        metrics: Metrics = {}
+        for mini_batch in get_minibatches(samples, *sizes, order, join_last_one=True):
+            if metrics:
+                self.logger({**metrics, "completion_percentage": self.loader.completion})
+            with phase("training"):
+                measured = await async_map(lambda sample: result_of(train(sample)), mini_batch)
+            metrics = means(model, measured) | await step()
+        return metrics
+
+
 def prompts_of(dataset: Sequence[StringThread]) -> list[StringThread]:
-    """The threads without a last assistant turn: what is left is what the policy answers."""
+    """The threads without a last assistant turn: the policy answers the rest."""
     ending = sum(thread.completion() is not None for thread in dataset)
     if ending:
         log.warning("%d of %d prompts end with an assistant turn, which is left out", ending, len(dataset))
     return [prompt_of(thread) for thread in dataset]
 
 
-def prompt_of(thread: StringThread) -> StringThread:
-    """The thread without a last assistant turn."""
-    if thread.completion() is None:
-        return thread
-    return StringThread.from_turns(thread.turns[:-1], thread.metadata, thread.uuid(), thread.template_kwargs)
-
-
-def completion_metrics(completions: Sequence[Drawn], with_reference: bool) -> dict[str, float]:
+def completion_metrics(completions: Sequence[RolloutSample], with_reference: bool) -> dict[str, float]:
     """Means over tokens of log-probs and divergence, over completions of scores, lengths and truncation."""
     scores = [c.score for c in completions]
     mean = fmean(scores)
@@ -165,39 +271,48 @@ def longest_trained(models: Iterable[TrainingModel]) -> tuple[int, str]:
     return min((args[name], name) for args in settings for name in ("max_batch_size", "max_seqlen") if name in args)
 
 
-def check_sizes(samples_per_batch: int, samples_per_mini_batch: int, passes: int) -> None:
-    """Raises UsageError for sizes of which no batch can be made."""
-    if samples_per_batch < 1:
-        raise UsageError(f"samples_per_batch must be at least 1, got {samples_per_batch}")
-    if samples_per_mini_batch < 1:
-        raise UsageError(f"samples_per_mini_batch must be at least 1, got {samples_per_mini_batch}")
-    if passes < 1:
-        raise UsageError(f"mini_epochs_per_batch must be at least 1, got {passes}")
+def get_minibatches(
+    dataset: Sequence[T],
+    mini_batch_size: int,
+    number_of_epochs: int,
+    seed: int | None = None,
+    *,
+    join_last_one: bool = False,
+) -> list[list[T]]:
+    """Mini-batches of several passes, each in its own random order; the last of a pass may be short.
 
-
-def prompts_per_batch(samples_per_batch: int, completions_per_sample: int) -> int:
-    """How many whole groups of completions a batch has; says so when samples are left over.
-
-    Raises UsageError for groups of one, which have nothing to be compared with, and for a batch without a group.
+    With `join_last_one` a last one of a single item joins the one before it. Without `seed` the order differs from
+    call to call.
     """
-    if completions_per_sample < 2:
-        raise UsageError(
-            f"completions_per_sample must be at least 2, got {completions_per_sample}: "
-            "a completion is as good as it is better than the others of its prompt",
-            hint="give 2 or more, or train with PPO",
-        )
-    prompts, left = divmod(samples_per_batch, completions_per_sample)
-    if prompts == 0:
-        raise UsageError(
-            f"samples_per_batch ({samples_per_batch}) counts completions and holds not one prompt's "
-            f"{completions_per_sample} (completions_per_sample)",
-            hint=f"samples_per_batch={completions_per_sample}, or a multiple of it",
-        )
-    if left:
-        whole = prompts * completions_per_sample
-        log.warning(
-            "samples_per_batch=%d is no multiple of completions_per_sample=%d: a batch has %d; sizes that fit are %d "
-            "and %d",
-            *(samples_per_batch, completions_per_sample, whole, whole, whole + completions_per_sample),
-        )
-    return prompts
+    at_least(1, mini_batch_size=mini_batch_size)
+    order = random.Random(seed)
+    batches: list[list[T]] = []
+    for _ in range(number_of_epochs):
+        items = list(dataset)
+        order.shuffle(items)
+        starts = [*range(0, len(items), mini_batch_size)]
+        if join_last_one and mini_batch_size > 1 and len(starts) > 1 and starts[-1] == len(items) - 1:
+            starts.pop()
+        batches.extend(items[start:end] for start, end in zip(starts, [*starts[1:], len(items)], strict=True))
+    return batches
+
+
+def sample_data(data: Sequence[T], epochs: float, seed: int | None = None) -> list[T]:
+    """`epochs` passes over the data, each in its own random order; a fraction of a pass takes as many items of one."""
+    order = random.Random(seed)
+    wanted = round(len(data) * epochs)
+    sampled: list[T] = []
+    while len(sampled) < wanted and data:
+        items = list(data)
+        order.shuffle(items)
+        sampled.extend(items)
+    return sampled[:wanted]
+
+
+def weighted_mean(values: Sequence[Sequence[float]], weights: Sequence[Sequence[float]]) -> float:
+    """Mean over all entries of ragged lists, each entry counted by its weight. Raises UsageError for weights of 0."""
+    pairs = [pair for row in zip(values, weights, strict=True) for pair in zip(*row, strict=True)]
+    total = sum(weight for _, weight in pairs)
+    if total == 0:
+        raise UsageError("a weighted mean needs weights that do not sum to 0")
+    return sum(value * weight for value, weight in pairs) / total

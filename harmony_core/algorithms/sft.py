@@ -7,13 +7,11 @@ from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from harmony_core.algorithms.batch_loader import BatchLoader, Unusable, settle, settle_rest
+from harmony_core.algorithms.batch_loader import BatchLoader, Unusable, settle
 from harmony_core.algorithms.callbacks import RecipeCallback
-from harmony_core.algorithms.loop import StepLoop
-from harmony_core.algorithms.schedulers import CosineScheduler, Scheduler
-from harmony_core.algorithms.showing import show_sample
+from harmony_core.algorithms.rollout import show_sample
 from harmony_core.algorithms.tangents import Metrics, push_weights, score
-from harmony_core.algorithms.training import Training, keeps_settings
+from harmony_core.algorithms.training import CosineScheduler, Scheduler, StepLoop, Training, keeps_settings
 from harmony_core.loggers import Logger
 from harmony_core.notifiers import StageNotifier
 from harmony_core.text.threads import StringThread
@@ -24,19 +22,18 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_LOOKED_AT = 20_000
-"""Of a dataset, how many threads are looked at before the run."""
+_CHECKED = 20_000
+"""Threads of a dataset that are checked before the run."""
 
 
 class SFT(Training):
     """Trains a model on the weighted turns of threads; construct, then `await sft.run()`.
 
-    Each step takes `samples_per_batch` threads; the last one takes what is left of the run's
-    `len(dataset) * epochs` and is a full step. A thread that is too long, has no weighted token or cannot be
-    tokenized is dropped, counted under `dropped/<reason>` and replaced by the next. Those that are too long never end
-    the run; of the last max(200, 4 batches) rows (or of all, where there are fewer) at most `max_failure_rate` may fail
-    otherwise. The first 200 are looked at before the first step. Step k of n runs at `lr_scheduler(k / n)`, so the last
-    runs at the lowest rate.
+    Each step takes `samples_per_batch` threads; the last one takes the rest of the run's `len(dataset) * epochs` and is
+    a full step. A thread that is too long, has no weighted token or cannot be tokenized is dropped, counted under
+    `dropped/<reason>` and replaced by the next. Samples that are too long never end the run; of the last max(200, 4
+    batches) rows (or of all, where there are fewer) at most `max_failure_rate` may fail otherwise. The first 200 are
+    checked before the first step. Step k of n runs at `lr_scheduler(k / n)`, so the last runs at the lowest rate.
 
     A thread that the model has to see in several parts (`train_language_modelling`) is one sample of the batch, and is
     dropped where the parts have more than `max_growth` times its tokens.
@@ -44,6 +41,8 @@ class SFT(Training):
     With `use_tangents` the same gradient goes through `train_tangents`, and `policy/loss` and `policy/num_tokens`
     are measured before each step, at the price of a second forward pass; threads in several parts are then dropped.
     """
+
+    max_growth: float
 
     @keeps_settings
     def __init__(
@@ -71,18 +70,13 @@ class SFT(Training):
         self.model = model
         self._log_to(logger, stage_notifier, "SFT Training")
         self.lr_schedule = lr_scheduler or CosineScheduler(lr)
-        self.max_grad_norm = max_grad_norm
-        self.weight_decay = weight_decay
-        self.skip_nan_gradients = skip_nan_gradients
-        self.use_tangents = use_tangents
-        self.max_growth = max_growth
-        self.feed = BatchLoader(dataset, samples_per_batch, epochs, data_seed, max_failure_rate)
+        self.loader = BatchLoader(dataset, samples_per_batch, epochs, data_seed, max_failure_rate)
         saving = checkpoint_frequency, checkpoint_restore_data
         self.loop = StepLoop(self, "SFT", {"policy": model}, dataset, callbacks, *saving)
 
     async def run(self) -> dict[str, float]:
-        """As `Training.run`; threads that are probably not weighted as they should be are told first."""
-        _warn_about_weights(self.feed.dataset.threads)
+        """As `Training.run`, after a warning about threads with unusual weights."""
+        _warn_about_weights(self.loader.dataset.threads)
         return await super().run()
 
     async def _step(self) -> dict[str, Any]:
@@ -111,16 +105,18 @@ class SFT(Training):
             await show_sample(self.model, thread, self.loop.step)
 
     async def _train_with_tangents(self, threads: Sequence[StringThread]) -> list[Metrics | Unusable]:
-        scored = await settle(partial(score, self.model), threads)
-        measured = await settle_rest(partial(push_weights, self.model), scored)
+        measured = await settle(self._train_tangents, threads)
         await self._show(threads, measured)
         return measured
 
+    async def _train_tangents(self, thread: StringThread) -> Metrics:
+        return await self._in_turn(score(self.model, thread), partial(push_weights, self.model))
+
 
 def _warn_about_weights(threads: Sequence[StringThread]) -> None:
-    """Say which threads are probably not meant as they are: trained user turns, no trained assistant turn."""
+    """Warn of threads with probably wrong weights: a trained user turn, or no trained assistant turn."""
     user = without = 0
-    threads = threads[:_LOOKED_AT]
+    threads = threads[:_CHECKED]
     for thread in threads:
         weighted = [
             turn.role for turn, weight in zip(thread.get_turns(), thread.get_turn_weights(), strict=True) if weight > 0

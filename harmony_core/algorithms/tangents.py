@@ -1,12 +1,13 @@
-"""Losses written out as ascent directions for `train_tangents`: a derivative for each token, computed in the driver.
+"""Advantages, and losses as ascent directions for `train_tangents`: one number for each token, computed in the driver.
 
-The same steps as the model's own `train_grpo` and `train_dpo`, at the price of a forward pass per sample. They are here
-to be read, compared with, and changed.
+The losses take the same steps as the model's own `train_grpo` and `train_dpo`, at the price of a forward pass per
+sample. They are here to be read, compared with, and changed.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -22,7 +23,7 @@ Metrics = dict[str, float]
 
 
 @dataclass(frozen=True)
-class Scored:
+class ScoredThread:
     """A thread as tokens, with the model's present log-prob of each weighted one."""
 
     thread: TokenizedThread
@@ -37,17 +38,17 @@ class Scored:
         return [t for t, weight in enumerate(self.weights[1:]) if weight > 0]
 
 
-async def score(model: TrainingModel, thread: StringThread | TokenizedThread) -> Scored:
+async def score(model: TrainingModel, thread: StringThread | TokenizedThread) -> ScoredThread:
     """Tokens and present log-probs of a thread. Raises PromptTooLong, TokenizationError, NothingToTrain."""
     tokenized = thread if isinstance(thread, TokenizedThread) else await model.tokenize_thread(thread)
     tokens, patches, weights = await model.serialize_tokenized_thread(tokenized)
-    scored = Scored(tokenized, tokens, patches, weights, await model.logprobs_per_token(tokenized))
+    scored = ScoredThread(tokenized, tokens, patches, weights, await model.logprobs_per_token(tokenized))
     if not scored.logprobs:
         raise NothingToTrain("the sample has no weighted token")
     return scored
 
 
-async def push(model: TrainingModel, scored: Scored, tangents: Sequence[float], denominator: float) -> None:
+async def push(model: TrainingModel, scored: ScoredThread, tangents: Sequence[float], denominator: float) -> None:
     """Queue a sample with one tangent for each weighted token. It takes its place when this begins to run."""
     dense = [0.0] * (len(scored.tokens) - 1)
     for place, tangent in zip(scored.places, tangents, strict=True):
@@ -64,7 +65,7 @@ async def push(model: TrainingModel, scored: Scored, tangents: Sequence[float], 
 
 
 def recorded_logprobs(model: TrainingModel, thread: TokenizedThread) -> list[float] | None:
-    """The sampler's log-prob of each weighted token, if all were drawn from the present weights; else None."""
+    """The sampler's log-prob of each weighted token, if all were sampled with the present weights; else None."""
     logprobs, versions = thread.logprobs, thread.versions
     present = model.get_optim_step()
     if logprobs is None or versions is None or set(versions) - {present}:
@@ -80,7 +81,7 @@ async def train_sft_tangents(model: TrainingModel, thread: StringThread) -> Metr
     return await push_weights(model, await score(model, thread))
 
 
-async def push_weights(model: TrainingModel, scored: Scored) -> Metrics:
+async def push_weights(model: TrainingModel, scored: ScoredThread) -> Metrics:
     """`train_sft_tangents` of a thread that is scored already."""
     weights = [weight for weight in scored.weights[1:] if weight > 0]
     await push(model, scored, weights, sum(weights))
@@ -99,24 +100,24 @@ def grpo_tangents(
 ) -> tuple[list[float], Metrics]:
     """-dL/dlogprob of each token, for L = -min(rho A, clip(rho, 1 +- clip_range) A) + kl_beta k3.
 
-    rho = exp(logprob - trajectory); k3 = exp(x) - x - 1 with x = reference - logprob (arXiv 2402.03300, eq. 3 and 4).
-    With `use_sequence_lps` all tokens have the ratio exp(mean(logprob - trajectory)): the tangents of `train_gspo`.
-    Metrics are means over the tokens: `pg_clipfrac`, `inner_kl_div` = (logprob - trajectory)^2 / 2, `Dkl` = k3.
+    rho = exp(logprob - old); k3 = exp(x) - x - 1 with x = reference - logprob (arXiv 2402.03300, eq. 3 and 4).
+    With `use_sequence_lps` all tokens have the ratio exp(mean(logprob - old)): the tangents of `train_gspo`.
+    Metrics are means over the tokens: `pg_clipfrac`, `inner_kl_div` = (logprob - old)^2 / 2, `Dkl` = k3.
     """
     lengths = {len(logprobs), len(trajectory_logprobs), len(reference_logprobs), len(advantages)}
     if len(lengths) > 1:
         raise DataError(f"one log-prob, reference and advantage for each weighted token, not {sorted(lengths)}")
     sequence = fmean(logprobs) - fmean(trajectory_logprobs)
     tangents, clipped, moved, divergence = [], [], [], []
-    for now, then, reference, advantage in zip(
+    for now, old, reference, advantage in zip(
         logprobs, trajectory_logprobs, reference_logprobs, advantages, strict=True
     ):
-        step = sequence if use_sequence_lps else now - then
+        step = sequence if use_sequence_lps else now - old
         ratio, towards = math.exp(step), math.exp(reference - now)
         clip = abs(ratio - 1) > clip_range and advantage * step > 0
         tangents.append((0.0 if clip else advantage * ratio) - kl_beta * (1 - towards))
         clipped.append(float(clip))
-        moved.append((now - then) ** 2 / 2)
+        moved.append((now - old) ** 2 / 2)
         divergence.append(towards - (reference - now) - 1)
     return tangents, {"pg_clipfrac": fmean(clipped), "inner_kl_div": fmean(moved), "Dkl": fmean(divergence)}
 
@@ -161,12 +162,16 @@ def dpo_tangent(
     return beta * -math.expm1(-loss), metrics
 
 
-async def push_pair(model: TrainingModel, chosen: Scored, rejected: Scored, tangent: float) -> None:
-    """Queue a pair; a step divides by the number of pairs."""
+async def push_pair(
+    model: TrainingModel, chosen: ScoredThread, rejected: ScoredThread, references: tuple[float, float], beta: float
+) -> Metrics:
+    """`train_dpo_tangents` of threads that are scored already."""
+    tangent, metrics = dpo_tangent(sum(chosen.logprobs), sum(rejected.logprobs), *references, beta)
     parts = [(chosen, tangent, 1.0), (rejected, -tangent, 0.0)]
     # The longer one first: if any is refused it is this one, and no half of a pair is left in the step.
     for scored, value, denominator in sorted(parts, key=lambda part: -len(part[0].tokens)):
         await push(model, scored, [value] * len(scored.logprobs), denominator)
+    return metrics
 
 
 async def train_dpo_tangents(
@@ -178,9 +183,62 @@ async def train_dpo_tangents(
     beta: float,
 ) -> Metrics:
     """`dpo_tangent` of one pair, queued; a step divides by the number of pairs. Returns its metrics."""
-    chosen, rejected = await score(model, pos), await score(model, neg)
-    tangent, metrics = dpo_tangent(
-        sum(chosen.logprobs), sum(rejected.logprobs), ref_logprobs_pos, ref_logprobs_neg, beta
-    )
-    await push_pair(model, chosen, rejected, tangent)
-    return metrics
+    references = ref_logprobs_pos, ref_logprobs_neg
+    return await push_pair(model, await score(model, pos), await score(model, neg), references, beta)
+
+
+def group_advantages(scores: Sequence[float]) -> list[float]:
+    """(r - mean) / (std + 1e-8) over one prompt's completions; std is the population's (GRPO, arXiv 2402.03300, 4.1.2).
+
+    Scores that are all equal give exactly 0.
+    """
+    mean = statistics.fmean(scores)
+    if all(score == scores[0] for score in scores):
+        return [0.0] * len(scores)
+    std = statistics.pstdev(scores, mean)
+    return [(score - mean) / (std + 1e-8) for score in scores]
+
+
+def explained_variance(values: Sequence[float], returns: Sequence[float]) -> float:
+    """1 - mean((V - R)^2) / (var(R) + 1e-8): 1 for a perfect value model, 0 for one that knows the mean only."""
+    error = statistics.fmean((value - target) ** 2 for value, target in zip(values, returns, strict=True))
+    return 1.0 - error / (statistics.pvariance(returns) + 1e-8)
+
+
+def gae_advantages(
+    values: Sequence[float], rewards: Sequence[float], gae_lambda: float, gae_gamma: float
+) -> list[float]:
+    """A_t = d_t + gamma lambda A_{t+1} with d_t = r_t + gamma v_{t+1} - v_t, and nothing after the last step.
+
+    Schulman et al., "High-Dimensional Continuous Control Using Generalized Advantage Estimation" (2016), eq. 16.
+    Raises DataError for sequences of different lengths.
+    """
+    _check_lengths("values", values, "rewards", rewards)
+    advantages = [0.0] * len(values)
+    next_value = next_advantage = 0.0
+    for t in reversed(range(len(values))):
+        delta = rewards[t] + gae_gamma * next_value - values[t]
+        advantages[t] = next_advantage = delta + gae_gamma * gae_lambda * next_advantage
+        next_value = values[t]
+    return advantages
+
+
+def discounted_cumulative_rewards(rewards: Sequence[float], gamma: float) -> list[float]:
+    """R_t = r_t + gamma R_{t+1}. Raises IndexError when there are no rewards."""
+    if not rewards:
+        raise IndexError("discounted_cumulative_rewards of no rewards")
+    returns = [float(reward) for reward in rewards]
+    for t in reversed(range(len(returns) - 1)):
+        returns[t] += gamma * returns[t + 1]
+    return returns
+
+
+def gae_td_returns(advantages: Sequence[float], values: Sequence[float]) -> list[float]:
+    """A_t + v_t: the targets of a value model. Raises DataError for sequences of different lengths."""
+    _check_lengths("advantages", advantages, "values", values)
+    return [advantage + value for advantage, value in zip(advantages, values, strict=True)]
+
+
+def _check_lengths(one: str, first: Sequence[float], other: str, second: Sequence[float]) -> None:
+    if len(first) != len(second):
+        raise DataError(f"{len(first)} {one} for {len(second)} {other}", hint="give one of each for every step")

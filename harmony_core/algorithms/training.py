@@ -1,29 +1,207 @@
-"""What all training classes have: settings that are kept, methods that a subclass may override, one loop."""
+"""The base of all training classes: settings, overridable methods, learning-rate schedules, and the loop of steps."""
 
 from __future__ import annotations
 
 import asyncio
 import inspect
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+import math
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial, update_wrapper
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
-from harmony_core.algorithms.batch_loader import BatchLoader, settle
-from harmony_core.algorithms.callbacks import outcome_of
-from harmony_core.algorithms.loop import StepLoop
-from harmony_core.algorithms.schedulers import Scheduler
+from harmony_core.algorithms.batch_loader import BatchLoader, in_words, settle, too_many_failures
+from harmony_core.algorithms.callbacks import RecipeCallback, invoke_callbacks, result_of
+from harmony_core.algorithms.checkpointing import Checkpointing
 from harmony_core.config.argument_kinds import check_arguments
 from harmony_core.errors import NothingToTrain, UsageError
 from harmony_core.journal import current, phase
 from harmony_core.loggers import Logger, logger_of_training
 from harmony_core.notifiers import StageNotifier, StdoutJobNotifier
+from harmony_core.text.row_lengths import Rows
+from harmony_core.text.threads import StringThread
 
 if TYPE_CHECKING:
     from harmony_core.client import InferenceModel, TrainingModel
+    from harmony_core.client.limits import RowGauge
 
 log = logging.getLogger(__name__)
+
+Scheduler = Callable[[float], float]
+"""Fraction of the run that is done -> learning rate."""
+
+
+@dataclass(frozen=True)
+class CosineSchedulerWithoutWarmup:
+    """Half a cosine from `lr` at 0 down to `lr / decay_factor` at 1, where it stays."""
+
+    lr: float = 1e-5
+    decay_factor: float = 10.0
+
+    def __post_init__(self) -> None:
+        if self.decay_factor <= 0:
+            raise UsageError(f"decay_factor must be above 0, got {self.decay_factor}")
+
+    def __call__(self, completion_percentage: float) -> float:
+        """The learning rate when this fraction of the run is done."""
+        lowest = self.lr / self.decay_factor
+        return lowest + 0.5 * (1.0 + math.cos(math.pi * min(completion_percentage, 1.0))) * (self.lr - lowest)
+
+
+@dataclass(frozen=True)
+class CombinedSchedule:
+    """`a` over the run's first `change_point`, then `b` over the rest; each sees its own part as 0 to 1."""
+
+    a: Scheduler
+    b: Scheduler
+    change_point: float
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.change_point <= 1.0:
+            raise UsageError(f"change_point must lie between 0 and 1, got {self.change_point}")
+
+    def __call__(self, completion_percentage: float) -> float:
+        """The learning rate when this fraction of the run is done."""
+        # A change point of 1 leaves nothing to `b`: its end is still `a`'s.
+        if completion_percentage < self.change_point or self.change_point == 1.0:
+            return self.a(completion_percentage / self.change_point)
+        return self.b((completion_percentage - self.change_point) / (1.0 - self.change_point))
+
+
+@dataclass(frozen=True)
+class CosineScheduler:
+    """Linear warm-up from 0 to `lr` over `warmup_percentage` of the run, then a cosine to `lr / decay_factor`."""
+
+    lr: float = 1e-5
+    warmup_percentage: float = 0.1
+    decay_factor: float = 10.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.warmup_percentage <= 1.0:
+            raise UsageError(f"warmup_percentage must lie between 0 and 1, got {self.warmup_percentage}")
+        CosineSchedulerWithoutWarmup(self.lr, self.decay_factor)
+
+    def __call__(self, completion_percentage: float) -> float:
+        """The learning rate when this fraction of the run is done."""
+        decay = CosineSchedulerWithoutWarmup(self.lr, self.decay_factor)
+        return CombinedSchedule(lambda x: x * self.lr, decay, self.warmup_percentage)(completion_percentage)
+
+
+class StepLoop:
+    """Takes the steps of a training class until its batch loader is done, in a resumed run from the checkpoint on.
+
+    A checkpoint holds the state of `models`, and is compared with their roles, the owner's `settings` and the name
+    `algorithm`; see `Checkpointing`. `prompts`: the loader's samples are prompts that the first model answers.
+    """
+
+    def __init__(
+        self,
+        owner: Training,
+        algorithm: str,
+        models: Mapping[str, TrainingModel],
+        dataset: Sequence[Any],
+        callbacks: Sequence[RecipeCallback],
+        checkpoint_frequency: float = 0.2,
+        checkpoint_restore_data: Mapping[str, Any] | None = None,
+        prompts: bool = False,
+    ) -> None:
+        self.loader, self.logger, self.stage_notifier = owner.loader, owner.logger, owner.stage_notifier
+        self.rows = rows_of(self.stage_notifier.stage_name, models.values(), self.loader.dataset.threads, prompts)
+        if self.rows is not None and (planned := current().rows) is not None:
+            planned.trained.append(self.rows)
+        self.callbacks = callbacks
+        self.checkpointing = Checkpointing(
+            algorithm,
+            self.stage_notifier,
+            models=models,
+            parts={"feed": self.loader, "logger": self.logger, "loop": self},
+            samples=dataset,
+            settings=owner.settings,
+            callbacks=callbacks,
+            frequency=checkpoint_frequency,
+            restore_data=checkpoint_restore_data,
+        )
+        self._metrics: dict[str, float] = {}
+        self._steps = 0
+        self._shown: set[int] = set()
+
+    @property
+    def step(self) -> int:
+        """The number of the current step, from 1: the logger's, or the loop's where the logger does not count."""
+        return max(self.logger.step, self._steps) + 1
+
+    def shows(self) -> bool:
+        """Whether samples go into the run's report now: once in each tenth of the run."""
+        tenth = int(self.loader.completion * 10)
+        due = tenth not in self._shown
+        self._shown.add(tenth)
+        return due
+
+    def get_state(self) -> dict[str, Any]:
+        """The last step's metrics, for a checkpoint."""
+        return {"metrics": self._metrics}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continue where `get_state` was called."""
+        self._metrics = dict(state["metrics"])
+
+    async def run(
+        self, take_step: Callable[[], Awaitable[dict[str, Any]]], prepare: Callable[[], Awaitable[None]]
+    ) -> dict[str, float]:
+        """Call `take_step`, which trains the next batch, until the loader is done. Returns the last step's metrics.
+
+        Callbacks run before the first step and after each, also those that an earlier run has called to its end.
+        `prepare` comes before weights are restored.
+        """
+        for callback in self.callbacks:
+            callback.last_call = -1.0
+        return await self.checkpointing.run(lambda: self._run(take_step), prepare)
+
+    async def _run(self, take_step: Callable[[], Awaitable[dict[str, Any]]]) -> dict[str, float]:
+        loader = self.loader
+        if self.rows is not None:
+            await check_first_rows(self.rows, loader)
+        if logs := await invoke_callbacks(self.callbacks, loader.completion):
+            self.logger(logs)
+        self.stage_notifier.report_progress(loader.total, loader.taken)
+        while loader.taken < loader.total:
+            step = await take_step()
+            self._steps += 1
+            logs = await invoke_callbacks(self.callbacks, loader.completion)
+            self.logger({**step, **logs, "completion_percentage": loader.completion})
+            # Added to the earlier ones: a last batch of dropped samples only has no step of its own.
+            self._metrics |= {name: value for name, value in step.items() if isinstance(value, int | float)}
+            self.stage_notifier.report_progress(loader.total, loader.taken)
+            if await self.checkpointing.step_done(loader.completion):
+                break
+        if loader.dropped:
+            log.warning("dropped %d of %d samples: %s", loader.dropped.total(), loader.total, in_words(loader.dropped))
+        return {**self._metrics, "completion_percentage": loader.completion}
+
+
+def rows_of(name: str, models: Iterable[TrainingModel], rows: Sequence[Any], prompts: bool) -> Rows | None:
+    """The dataset of a class that trains `models`; None where the length of a row is unknown.
+
+    It is for rows of a subclass's own type, and for models of another make or without a tokenizer.
+    """
+    parts = rows[0] if isinstance(rows[0], tuple) else [rows[0]]
+    gauges: list[RowGauge] = [gauge for model in models if (gauge := getattr(model, "row_gauge", None)) is not None]
+    if not gauges or not all(isinstance(part, StringThread) for part in parts):
+        return None
+    return gauges[0].rows(name, rows, prompts, gauges[1:])
+
+
+async def check_first_rows(rows: Rows, loader: BatchLoader[Any]) -> None:
+    """Raise TooManyFailures where more of a run's first rows will be refused than `max_failure_rate` allows."""
+    first = loader.first_rows()
+    errors = [error for _, error in (await asyncio.to_thread(rows.checked, first)).errors]
+    if len(errors) > loader.max_failure_rate * len(first):
+        reasons = Counter(error.code for error in errors)
+        raise too_many_failures(reasons, f"first {len(first)}", loader.max_failure_rate, errors[-1]) from errors[-1]
+
 
 HOOKS: dict[str, tuple[str, ...]] = {
     "SFT": (),
@@ -34,24 +212,28 @@ HOOKS: dict[str, tuple[str, ...]] = {
 }
 """By class, which calls each of them with one argument; GSPO has those of GRPO."""
 
-OURS = "harmony_core."
-
 A = TypeVar("A")
 B = TypeVar("B")
 
 
 class Training:
-    """Takes a step for each batch of the feed, with a reference model where there is one."""
+    """Base of the training classes: one step for each batch of the loader, until it is done.
+
+    The plain arguments of a constructor are attributes of the same names (`keeps_settings`).
+    """
 
     settings: dict[str, Any]
     model: TrainingModel
     logger: Logger
     stage_notifier: StageNotifier
-    feed: BatchLoader[Any]
+    loader: BatchLoader[Any]
     loop: StepLoop
     lr_schedule: Scheduler
     max_grad_norm: float
     skip_nan_gradients: bool
+    data_seed: int
+    kl_beta: float
+    use_tangents: bool
     weight_decay: float = 0.0
     reference: InferenceModel | None = None
     _last_turn: asyncio.Future[None] | None = None
@@ -59,10 +241,10 @@ class Training:
     @property
     def training_completion_percentage(self) -> float:
         """How much of the run is done, 0 to 1."""
-        return self.feed.completion
+        return self.loader.completion
 
     async def run(self) -> dict[str, float]:
-        """Train to the end, in a resumed run from the checkpoint. Returns the last step's numbers.
+        """Train to the end, in a resumed run from the checkpoint. Returns the last step's metrics.
 
         Raises TooManyFailures, and UsageError for a checkpoint of another training.
         """
@@ -72,38 +254,43 @@ class Training:
         return metrics
 
     async def _prepare(self) -> None:
-        """What comes before the first step, and before weights are restored."""
+        """Called before the first step, and before weights are restored."""
 
     async def _step(self) -> dict[str, Any]:
         raise NotImplementedError
 
     def _log_to(self, logger: Logger | None, stage_notifier: StageNotifier | None, stage: str) -> None:
-        """Take what was given, or else what the run has: a stage of its job is saved and can be resumed."""
+        """Use the given ones, else those of the run: a stage of its job is saved and can be resumed."""
         self.logger = logger_of_training(logger)
         self.stage_notifier = stage_notifier or (current().job or StdoutJobNotifier()).stage_notifier(stage)
 
     async def _train_next(
         self, train: Callable[[Sequence[Any]], Awaitable[Sequence[Any]]]
     ) -> tuple[list[Any], dict[str, Any]]:
-        """Train the feed's next batch and step. Returns what `train` returned, and the metrics of batch and step.
+        """Train the next batch and take a step. Returns the results of `train`, and the metrics of batch and step.
 
-        The end of the data may hold dropped samples only: there is no step to take then.
+        No step is taken when the end of the data holds dropped samples only.
         """
         with phase("training"):
-            batch = await self.feed.next_batch(train)
-        return batch.results, batch.metrics | (await self._optim_step() if batch.results else {})
+            results, metrics = await self.loader.next_batch(train)
+        if results:
+            metrics |= await self._optim_step(self.model, self.lr_schedule, self.weight_decay)
+        return results, metrics
 
-    async def _optim_step(self) -> dict[str, float]:
-        lr = self.lr_schedule(self.feed.completion)
-        with phase("optimizer"):
-            return await step_if_any(
-                self.model.optim_step(lr, self.weight_decay, self.max_grad_norm, self.skip_nan_gradients)
-            )
+    async def _optim_step(self, model: TrainingModel, schedule: Scheduler, weight_decay: float) -> dict[str, float]:
+        """A step's metrics; none, with a warning, when a subclass's methods trained no sample for it."""
+        try:
+            with phase("optimizer"):
+                lr = schedule(self.loader.completion)
+                return await model.optim_step(lr, weight_decay, self.max_grad_norm, self.skip_nan_gradients)
+        except NothingToTrain as error:
+            log.warning("a step is left out: %s", error.message)
+            return {}
 
     async def _in_turn(self, first: Awaitable[A], then: Callable[[A], Awaitable[B]]) -> B:
-        """`then` of what `first` gives, once the `then` of every earlier call has ended, or its `first` has failed.
+        """`then` of the result of `first`, once the `then` of every earlier call has ended, or its `first` has failed.
 
-        So samples are scored at once and trained in order, and every run packs them alike.
+        Samples are thus scored at once and trained in order, and every run packs them alike.
         """
         before, mine = self._last_turn, asyncio.get_running_loop().create_future()
         self._last_turn = mine
@@ -124,11 +311,11 @@ P = ParamSpec("P")
 
 
 def keeps_settings(init: Callable[Concatenate[S, P], None]) -> Callable[Concatenate[S, P], None]:
-    """Keep a constructor's plain arguments, defaults included, as `self.settings`, and log them once it is done.
+    """Keep a constructor's plain arguments, with defaults, as `self.settings` and as attributes; log them afterwards.
 
-    Arguments of another kind than annotated are refused. Numbers, text, mappings and schedules are plain; what only
-    concerns checkpoints is left out, and `max_failure_rate`, which changes no step. Raises UsageError for methods of a
-    subclass that would never be called.
+    Arguments of another kind than annotated are refused. Numbers, text, mappings and schedules are plain; arguments for
+    checkpoints and `max_failure_rate`, which change no step, are left out. Raises UsageError for methods of a subclass
+    that would never be called.
     """
     signature = inspect.signature(init)
 
@@ -144,6 +331,7 @@ def keeps_settings(init: Callable[Concatenate[S, P], None]) -> Callable[Concaten
             and name != "max_failure_rate"
             and (isinstance(value, bool | int | float | str | Mapping) or name.startswith("lr_scheduler"))
         }
+        vars(self).update(self.settings)
         init(self, *args, **kwargs)
         described = {"algorithm": type(self).__name__, "samples": len(bound.arguments["dataset"])}
         self.logger.log_config(described | self.settings)
@@ -153,9 +341,9 @@ def keeps_settings(init: Callable[Concatenate[S, P], None]) -> Callable[Concaten
 
 
 def check_overrides(training: Training) -> None:
-    """Raise UsageError for a method of a subclass that its training class would never call, or could not call."""
+    """Raise UsageError for a method of a subclass that its training class never calls, or could not call."""
     lineage = type(training).__mro__
-    ours = [cls for cls in lineage if cls.__module__.startswith(OURS)]
+    ours = [cls for cls in lineage if cls.__module__.startswith("harmony_core.")]
     hooks = next(HOOKS[cls.__name__] for cls in ours if cls.__name__ in HOOKS)
     methods = {
         name for cls in ours for name, value in vars(cls).items() if callable(value) or isinstance(value, property)
@@ -187,7 +375,7 @@ def _check_callable(training: Training, cls: type, name: str) -> None:
 
 
 def check_loss_options(train: Callable[..., Any], options: Mapping[str, Any]) -> None:
-    """Raise UsageError for keywords that a model's loss does not take: before the first rollout, not after it."""
+    """Raise UsageError for keywords that a model's loss does not take, before the first rollout."""
     parameters = inspect.signature(train).parameters.values()
     known = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
     for name in options:
@@ -196,9 +384,9 @@ def check_loss_options(train: Callable[..., Any], options: Mapping[str, Any]) ->
             raise UsageError(f"loss_options: {train.__name__} takes no {name!r}", hint=f"it takes: {taken}")
 
 
-def each(hook: Callable[[Any], Any]) -> Callable[[Sequence[Any]], Awaitable[list[Any]]]:
-    """For a batch: the outcome of a method that a subclass may override, of each sample."""
-    return partial(settle, lambda sample: outcome_of(hook(sample)))
+def settle_each(hook: Callable[[Any], Any]) -> Callable[[Sequence[Any]], Awaitable[list[Any]]]:
+    """A function that calls an overridable method on each sample of a batch, and returns results and errors."""
+    return partial(settle, lambda sample: result_of(hook(sample)))
 
 
 def means(prefix: str, measured: Sequence[Any]) -> dict[str, float]:
@@ -209,12 +397,3 @@ def means(prefix: str, measured: Sequence[Any]) -> dict[str, float]:
             if isinstance(value, int | float):
                 found.setdefault(f"{prefix}/{name}", []).append(value)
     return {name: fmean(values) for name, values in found.items()}
-
-
-async def step_if_any(step: Awaitable[dict[str, float]]) -> dict[str, float]:
-    """An optimizer step's metrics; none, with a warning, when a subclass's methods trained no sample for it."""
-    try:
-        return await step
-    except NothingToTrain as error:
-        log.warning("a step is left out: %s", error.message)
-        return {}

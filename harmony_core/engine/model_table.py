@@ -21,7 +21,7 @@ from harmony_core.engine.models.heads import SCORE, head_of
 from harmony_core.engine.models.loading import load_model
 from harmony_core.engine.models.model import COMPILE_ERRORS, CausalLM
 from harmony_core.engine.models.parallel import TensorParallel
-from harmony_core.engine.training import state_files
+from harmony_core.engine.training import optimizer
 from harmony_core.engine.training.trainer import Trainer
 from harmony_core.errors import ConflictError, EngineError, MemoryRefused, ModelRefused, ResourceError, storage_error
 from harmony_core.rpc.platform import missing_tool
@@ -335,7 +335,7 @@ class ModelTable:
             hosted.runner.weights_changed()
         if hosted.trainer is not None:
             hosted.trainer.weights_changed()
-            if (directory / state_files.FILE).is_file():
+            if (directory / optimizer.FILE).is_file():
                 hosted.trainer.load_optimizer(directory)
 
     def _make_private(self, hosted: SpawnedModel) -> None:

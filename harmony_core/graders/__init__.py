@@ -1,8 +1,6 @@
-"""Graders: coroutines that turn a thread into a score, and the record of what they scored."""
+"""Graders: coroutines that turn a thread into a score, and the logs of their scores."""
 
 from harmony_core.errors import IgnoreGradeException
-from harmony_core.graders.base import BaseGrader, FailedJudgeLog, SuccessJudgeLog
-from harmony_core.graders.grade import Grade
-from harmony_core.graders.scoring import score_or_refuse
+from harmony_core.graders.base import BaseGrader, FailedJudgeLog, Grade, SuccessJudgeLog, score_or_refuse
 
 __all__ = ["BaseGrader", "FailedJudgeLog", "Grade", "IgnoreGradeException", "SuccessJudgeLog", "score_or_refuse"]

@@ -1,6 +1,6 @@
-"""The contract of a grader, and graders made from plain functions.
+"""The contract of a grader, graders made from plain functions, and the score of a thread.
 
-Knows nothing of training: a training class, a callback or a recipe asks for a score and reads the logs.
+Graders are independent of training: a training class, a callback or a recipe asks for a score and reads the logs.
 """
 
 from __future__ import annotations
@@ -10,12 +10,27 @@ import math
 import statistics
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Generic, TypedDict, TypeVar
 
 from harmony_core.config.argument_kinds import checked
-from harmony_core.graders.grade import Grade
-from harmony_core.loggers.table import Table
+from harmony_core.errors import EngineError, GradeFailed, IgnoreGradeException
+from harmony_core.loggers.base import Table
+from harmony_core.rpc.tracebacks import place_of, summary
 from harmony_core.text.threads import StringThread
+
+
+@dataclass
+class Grade:
+    """A thread's score, the key of the grader that gave it, and why, if the grader says."""
+
+    value: float
+    grader_key: str
+    reasoning: str | None = None
+
+    def __post_init__(self) -> None:
+        self.value = float(self.value)
+
 
 LogT = TypeVar("LogT")
 
@@ -38,8 +53,8 @@ class FailedJudgeLog(TypedDict):
 class BaseGrader(ABC, Generic[LogT]):
     """Scores threads. Subclasses write `grade`; calls of it run concurrently.
 
-    `grade` raises IgnoreGradeException for a sample that should not count, and anything else for one it fails on; in a
-    rollout either drops the prompt, and the two are counted apart. What `add_log` is given, `get_logs` sums up.
+    `grade` raises IgnoreGradeException for a sample to ignore, and any other error for one that it fails on; in a
+    rollout both drop the prompt, under different reasons. `get_logs` sums up the entries of `add_log`.
     """
 
     def __init__(self, grader_key: str) -> None:
@@ -48,7 +63,7 @@ class BaseGrader(ABC, Generic[LogT]):
 
     @abstractmethod
     async def grade(self, sample: StringThread) -> Grade:
-        """The grade of a thread whose last turn is what is judged."""
+        """The grade of a thread's last turn."""
 
     async def score_float_value(self, sample: StringThread) -> float:
         """The value of the thread's grade."""
@@ -59,7 +74,7 @@ class BaseGrader(ABC, Generic[LogT]):
         self._logs.append(log_data)
 
     def get_logs(self, clear: bool = False, log_all_samples: bool = False) -> dict[str, float | Table]:
-        """`score/mean, std, min, max, count` over entries with a finite "score"; nothing when there is none.
+        """`score/mean, std, min, max, count` over entries with a finite "score"; empty without such entries.
 
         `score/std` is the sample standard deviation, 0 for a single score. `log_all_samples` is for graders that add
         tables of samples.
@@ -104,7 +119,7 @@ class BaseGrader(ABC, Generic[LogT]):
     def from_function(
         cls, grader_key: str, async_fn: Callable[[StringThread], Awaitable[float] | float]
     ) -> BaseGrader[dict[str, Any]]:
-        """A grader whose value is what the function returns, a coroutine function or a plain one; scores are logged."""
+        """A grader that returns and logs the value of a function, which may be a coroutine function or a plain one."""
         return FunctionGrader(grader_key, async_fn)
 
 
@@ -121,3 +136,22 @@ class FunctionGrader(BaseGrader[dict[str, Any]]):
         value = float(await found if inspect.isawaitable(found) else found)
         self.add_log({"score": value})
         return Grade(value, self.grader_key)
+
+
+async def score_or_refuse(grader: BaseGrader[Any], sample: StringThread) -> float:
+    """The grader's score of the thread.
+
+    Raises IgnoreGradeException when the grader does, GradeFailed for anything else that it raises and for a score that
+    is no finite number, EngineError as it is.
+    """
+    try:
+        score = float(await grader.score_float_value(sample))
+    except (EngineError, IgnoreGradeException):
+        raise
+    except Exception as error:  # a grader is foreign code: its failure is its sample's
+        place = place_of(error)
+        reason = summary(error) + (f" ({place})" if place else "")
+        raise GradeFailed(f"grader {grader.grader_key!r} raised {reason}", grader=grader.grader_key) from error
+    if not math.isfinite(score):
+        raise GradeFailed(f"grader {grader.grader_key!r} gave the score {score}", grader=grader.grader_key)
+    return score

@@ -1,8 +1,14 @@
 """Metric loggers: stderr, JSON lines, TensorBoard, W&B, MLflow."""
 
 from harmony_core.loggers.base import Logger, Metrics
-from harmony_core.loggers.choose import CompositeLogger, get_prod_logger, logger_of_training
-from harmony_core.loggers.local import EventLogger, JSONLLogger, StdoutLogger
+from harmony_core.loggers.local import (
+    CompositeLogger,
+    EventLogger,
+    JSONLLogger,
+    StdoutLogger,
+    get_prod_logger,
+    logger_of_training,
+)
 from harmony_core.loggers.services import MLFlowLogger, TBMetricsLogger, WandbLogger
 
 __all__ = [

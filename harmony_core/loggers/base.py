@@ -1,13 +1,84 @@
-"""What a training class hands its metrics to, and what a metric's value looks like where not everything can be kept."""
+"""The interface of metric loggers, tables of samples, and metrics as JSON holds them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, TypeAlias
+import html
+from collections.abc import Mapping, Sequence
+from typing import Any, Self, TypeAlias
 
+from harmony_core.errors import UsageError
 from harmony_core.journal import current
-from harmony_core.loggers.table import Table
 from harmony_core.plain_data import plain, unwrapped
+
+Cell = str | float | Any
+
+
+class Table:
+    """Named columns of equal length. Cells keep their values; `export` and `to_html_table` turn them into text."""
+
+    def __init__(self, initial_headers: Sequence[str] = ()) -> None:
+        self._columns: dict[str, list[Cell]] = {header: [] for header in initial_headers}
+
+    @property
+    def headers(self) -> list[str]:
+        """The columns' names in order."""
+        return list(self._columns)
+
+    def __len__(self) -> int:
+        return len(next(iter(self._columns.values()), []))
+
+    def add_column(self, header: str, column: Sequence[Cell]) -> Self:
+        """Add a column; its length must be the table's, unless the table is empty."""
+        if header in self._columns:
+            raise UsageError(f"the table has a column '{header}' already")
+        if self._columns and len(column) != len(self):
+            raise UsageError(f"column '{header}' has {len(column)} cells, the table has {len(self)} rows")
+        self._columns[header] = list(column)
+        return self
+
+    def add_row(self, row: Sequence[Cell]) -> Self:
+        """Add a row with one cell for each column."""
+        if len(row) != len(self._columns):
+            raise UsageError(f"a row of {len(row)} cells for the {len(self._columns)} columns {self.headers}")
+        for column, cell in zip(self._columns.values(), row, strict=True):
+            column.append(cell)
+        return self
+
+    def add_rows(self, rows: Sequence[Sequence[Cell]]) -> Self:
+        """Add several rows."""
+        for row in rows:
+            self.add_row(row)
+        return self
+
+    def __getitem__(self, key: str) -> list[Cell]:
+        return self._columns[key]
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._columns
+
+    def rows(self) -> list[list[Cell]]:
+        """The rows with their cells' values."""
+        return [list(row) for row in zip(*self._columns.values(), strict=True)]
+
+    def export(self) -> tuple[list[str], list[list[str]]]:
+        """Headers and rows, every cell as text."""
+        return self.headers, [[str(cell) for cell in row] for row in self.rows()]
+
+    def as_data(self) -> dict[str, list[Any]]:
+        """Headers and rows, as JSON holds them."""
+        headers, rows = self.export()
+        return {"headers": headers, "rows": rows}
+
+    def to_html_table(self) -> str:
+        """The table as HTML; every cell's text is escaped."""
+        headers, rows = self.export()
+        head = "".join(f"<th>{html.escape(header)}</th>" for header in headers)
+        body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+    def _repr_html_(self) -> str:
+        return self.to_html_table()
+
 
 Metrics: TypeAlias = Mapping[str, "str | int | float | Table"]
 
@@ -15,7 +86,7 @@ Metrics: TypeAlias = Mapping[str, "str | int | float | Table"]
 class Logger:
     """One call records the metrics of one step. The step's number is the logger's own count and survives a resume.
 
-    Subclasses write `record`, or `__call__` in its place, which then counts its own steps or none.
+    Subclasses write `record`, or `__call__` in its place, which then has to count the steps if it needs them.
     """
 
     step: int = 0
@@ -23,7 +94,7 @@ class Logger:
     """Whether metrics become events of a run, which its report is made of."""
 
     failed = False
-    """Whether what is logged has failed; set before `close` by whoever ends it."""
+    """Whether the run has failed; set before `close`."""
 
     def __init__(self) -> None:
         self.step = 0
@@ -38,15 +109,15 @@ class Logger:
         raise NotImplementedError(f"{type(self).__name__} has neither record(step, metrics) nor __call__(metrics)")
 
     def log_config(self, config: dict[str, Any]) -> None:
-        """Record what the run was configured with."""
+        """Record the configuration of the run."""
 
     @staticmethod
     def is_available() -> bool:
-        """Whether the logger can be used with what the environment holds."""
+        """Whether the logger can be used in this environment."""
         return True
 
     def get_state(self) -> dict[str, Any]:
-        """What `set_state` needs to continue after a resume."""
+        """The state that `set_state` takes on resume."""
         return {"step": self.step}
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -59,11 +130,11 @@ class Logger:
         return None
 
     def close(self) -> None:
-        """Write what is still held back."""
+        """Write buffered metrics and end."""
 
 
 def masked(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Metrics or a configuration as they may leave the machine: what JSON holds, a table as headers and rows."""
+    """Metrics or a configuration as JSON holds them, with secrets masked and tables as headers and rows."""
     found = {name: value.as_data() if isinstance(value, Table) else plain(value) for name, value in values.items()}
     shown = current().mask.data(found)
     assert isinstance(shown, dict)

@@ -1,17 +1,32 @@
-"""Loggers that need nothing: lines of text, a run's events, and lines of a JSON file of one's own."""
+"""Loggers without a service (stderr, events, JSON lines), two loggers as one, and the logger that a recipe gets."""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from time import monotonic
+from typing import TYPE_CHECKING, Any
 
 from harmony_core.errors import ResourceError
-from harmony_core.loggers.base import Logger, Metrics, masked
-from harmony_core.loggers.table import Table
+from harmony_core.journal import current
+from harmony_core.loggers.base import Logger, Metrics, Table, masked
+from harmony_core.loggers.services import (
+    KEYS,
+    MLFlowLogger,
+    TBMetricsLogger,
+    WandbLogger,
+    how_to_install,
+    is_installed,
+)
 from harmony_core.notifiers import EventWriter, say
+
+if TYPE_CHECKING:
+    from harmony_core.recipe.context import RecipeContext
 
 
 class StdoutLogger(Logger):
@@ -70,7 +85,7 @@ class JSONLLogger(Logger):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self.path.open("a", encoding="utf-8")
             if self._file.tell() and not self.path.read_bytes().endswith(b"\n"):
-                self._file.write("\n")  # the last line was cut off, and stands alone
+                self._file.write("\n")  # the last line was cut off: the next one must not continue it
         except OSError as error:
             raise ResourceError(f"cannot write metrics to {self.path}: {error.strerror or error}") from error
 
@@ -116,3 +131,118 @@ class JSONLLogger(Logger):
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+log = logging.getLogger(__name__)
+
+DEFAULT_PROJECT = "harmony-core"
+
+PATIENCE = 10
+"""After a failed call the second logger rests this many times as long as the call took."""
+
+
+class CompositeLogger(Logger):
+    """Hands everything to `main_logger`, then to `second_logger`.
+
+    Errors of the second logger never end the run; the first one is a warning. The client of a service that is down may
+    try for minutes before it raises, so the second logger then rests for ten times as long: at most a tenth of a run's
+    time is lost.
+    """
+
+    def __init__(self, main_logger: Logger, second_logger: Logger) -> None:
+        super().__init__()
+        self.main_logger = main_logger
+        self.second_logger = second_logger
+        self.writes_events = main_logger.writes_events or second_logger.writes_events
+        self._warned = False
+        self._resting_until = 0.0
+
+    def _try_second(self, call: Callable[[], None]) -> None:
+        began = monotonic()
+        if began < self._resting_until:
+            return
+        try:
+            call()
+        except Exception as error:  # a service's client raises what it likes
+            if not self._warned:
+                name = type(self.second_logger).__name__
+                log.warning("%s failed, and the run goes on: %s: %s", name, type(error).__name__, error)
+            self._warned = True
+            self._resting_until = monotonic() + PATIENCE * (monotonic() - began)
+
+    def record(self, step: int, metrics: Metrics) -> None:
+        """Record with both; each counts its own steps."""
+        self.main_logger(metrics)
+        self._try_second(lambda: self.second_logger(metrics))
+
+    def log_config(self, config: dict[str, Any]) -> None:
+        """Record with both."""
+        self.main_logger.log_config(config)
+        self._try_second(lambda: self.second_logger.log_config(config))
+
+    def get_state(self) -> dict[str, Any]:
+        """The states of both."""
+        return {"step": self.step, "main": self.main_logger.get_state(), "second": self.second_logger.get_state()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continue both."""
+        super().set_state(state)
+        self.main_logger.set_state(state["main"])
+        self.second_logger.set_state(state["second"])
+
+    @property
+    def training_monitoring_link(self) -> str | None:
+        """The main logger's link, else the second's."""
+        return self.main_logger.training_monitoring_link or self.second_logger.training_monitoring_link
+
+    def close(self) -> None:
+        """Close both."""
+        self.main_logger.failed = self.second_logger.failed = self.failed
+        self.main_logger.close()
+        self._resting_until = 0.0
+        self._try_second(self.second_logger.close)
+
+
+def get_prod_logger(ctx: RecipeContext | None = None) -> Logger:
+    """Lines on stderr, with a context `metrics` events in the run's `events.jsonl`, and the service that is set up.
+
+    The service is the first of these: W&B with `WANDB_API_KEY`, MLflow with `MLFLOW_TRACKING_URI`, TensorBoard with
+    `TENSORBOARD_LOGGING_DIR`. It is the second logger: its first error is a warning, and its errors never end the run.
+    A service whose package is missing is skipped with a warning. With a context the logger is closed when the run ends,
+    as failed if the run has failed; without one, call `close()`.
+    """
+    lines: Logger = StdoutLogger()
+    service = _service(ctx)
+    if service is not None:
+        lines = CompositeLogger(lines, service)
+        if ctx is not None:
+            ctx.at_end(partial(_close, lines))
+    return lines if ctx is None else CompositeLogger(EventLogger(ctx.run.events.write), lines)
+
+
+def logger_of_training(logger: Logger | None) -> Logger:
+    """The logger of a training class: the given one or lines on stderr, and in a run also its events."""
+    logger = logger or StdoutLogger()
+    write = current().write
+    return logger if write is None or logger.writes_events else CompositeLogger(logger, EventLogger(write))
+
+
+def _close(logger: Logger, failed: bool) -> None:
+    logger.failed = failed
+    logger.close()
+
+
+def _service(ctx: RecipeContext | None) -> Logger | None:
+    project = os.environ.get("ADAPTIVE_PROJECT") or (ctx.config.project if ctx else None) or DEFAULT_PROJECT
+    name = ctx.run.id if ctx else os.environ.get("HARMONY_JOB_NAME") or "run"
+    for package, variable in KEYS.items():
+        if os.environ.get(variable) and not is_installed(package):
+            log.warning("%s is set and %s is not installed: %s", variable, package, how_to_install(package))
+    uri, folder = (os.environ.get(KEYS[package], "") for package in ("mlflow", "tensorboard"))
+    if WandbLogger.is_available():
+        return WandbLogger(project, name)
+    if MLFlowLogger.is_available():
+        return MLFlowLogger(project, name, uri, os.environ.get("MLFLOW_MONITORING_LINK"))
+    if TBMetricsLogger.is_available():
+        return TBMetricsLogger(name, folder, os.environ.get("TENSORBOARD_MONITORING_LINK"))
+    return None

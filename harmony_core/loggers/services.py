@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from harmony_core.errors import ResourceError
-from harmony_core.loggers.base import Logger, Metrics, masked, number_of
-from harmony_core.loggers.table import Table
+from harmony_core.loggers.base import Logger, Metrics, Table, masked, number_of
 
 KEYS = {"wandb": "WANDB_API_KEY", "mlflow": "MLFLOW_TRACKING_URI", "tensorboard": "TENSORBOARD_LOGGING_DIR"}
 """The variable that sets each service up, by its package, the first choice first."""
@@ -31,7 +30,7 @@ vertical-align: top; white-space: pre-wrap }}</style></head><body><h1>{title}</h
 
 
 def is_installed(package: str) -> bool:
-    """Whether the package can be imported; it is not. A folder of its name, such as a service's logs, is none."""
+    """Whether the package can be imported, found without importing it. A folder of its name does not count."""
     spec = importlib.util.find_spec(package)
     return spec is not None and spec.origin is not None
 
@@ -42,7 +41,7 @@ def how_to_install(package: str) -> str:
 
 
 class _Service(Logger):
-    """What the services share: a package, a link as it was given, and a run's id, which a resumed logger continues."""
+    """Base of the services' loggers: a package, a monitoring link, and the id of the service's run, kept on resume."""
 
     package: str
 
@@ -79,7 +78,7 @@ class _Service(Logger):
 
     @property
     def training_monitoring_link(self) -> str | None:
-        """Where the service's pages are, as it was given."""
+        """The address of the service's pages, as given."""
         return self._link
 
 
@@ -125,7 +124,7 @@ class WandbLogger(_Service):
         return None if self._run is None else self._run.url
 
     def close(self) -> None:
-        """Finish the W&B run, as failed where it has."""
+        """Finish the W&B run, as failed if it has failed."""
         if self._run is not None:
             self._run.finish(exit_code=int(self.failed))
             self._run = None

@@ -1,7 +1,7 @@
-"""The families of models that are taken: what each has beyond the common decoder, and what its config leaves unsaid.
+"""The supported model families, in the format of transformers' config.json: their tensors and their defaults.
 
-To add one: a `Family` in FAMILIES, and if it has tensors beyond these, a line in `model_spec._layer_shapes`. Whatever
-transformers would compute and we do not is refused in `refuse_unsupported`.
+To add one: a `Family` in FAMILIES, and if it has tensors beyond these, a line in `spec._expected_shapes`. Settings
+that transformers computes and the engine does not are refused in `refuse_unsupported`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
 
 @dataclass(frozen=True)
 class Family:
-    """A model type: its architecture and what its config does not say."""
+    """A model type: its architecture and the settings that its config does not hold."""
 
     architecture: str
     scalar_architecture: str
@@ -32,13 +32,13 @@ class Family:
     """None: the config's `attention_bias`, which then holds for the output projection too."""
     qk_norm: bool = False
     post_norms: bool = False
-    """Attention and feed-forward have a norm behind them too, and norms multiply by 1 + weight."""
+    """Attention and feed-forward have a norm after them too, and norms multiply by 1 + weight."""
     mlp_bias: bool = False
     """Whether the config's `mlp_bias` counts."""
     windows: str = ""
     """Which layers have a sliding window: "all", "pattern" (all but every n-th), "upper" (if switched on), or none."""
     defaults: Mapping[str, int | bool] = field(default_factory=dict)
-    """What transformers takes where the config has no such entry."""
+    """transformers' values for entries that the config does not have."""
 
 
 FAMILIES = {
@@ -102,7 +102,7 @@ _RELATED = {
 
 
 def family_of(path: Path, config: Mapping[str, Any]) -> Family:
-    """The family of a config read from `path`. Raises ModelRefused for one that is not taken, by name and reason."""
+    """The family of a config read from `path`. Raises ModelRefused for an unsupported one, with name and reason."""
     model_type = config.get("model_type")
     known = f"supported model types: {', '.join(sorted(FAMILIES))}"
     if not isinstance(model_type, str) or model_type not in FAMILIES:
@@ -178,7 +178,7 @@ def layer_windows(path: Path, config: Mapping[str, Any], layers: int) -> tuple[i
 
 
 def _kinds(path: Path, config: Mapping[str, Any], family: Family, layers: int, windowed: bool) -> list[str]:
-    """The kind of each layer, by what the config says beside `layer_types`."""
+    """The kind of each layer, by the entries of the config other than `layer_types`."""
 
     def number(name: str) -> int:
         value = config.get(name, family.defaults[name])

@@ -1,17 +1,18 @@
-"""What a stored model is, read from config.json and safetensors headers: enough to plan with, without torch.
+"""The shape of a stored model, read from config.json and safetensors headers: enough to plan with, without torch.
 
-A family (`model_families.py`) says which tensors an architecture has.
+A family (`families.py`) says which tensors an architecture has.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from harmony_core.errors import ModelRefused
-from harmony_core.model.families import FAMILIES, Family, family_of, is_scalar, layer_windows, refuse_unsupported
+from harmony_core.model.families import FAMILIES, family_of, is_scalar, layer_windows, refuse_unsupported
 from harmony_core.model.weight_files import INDEX, SINGLE, Tensor, read_headers
 from harmony_core.plain_files import damaged, exists, read_json, refuse_code
 
@@ -52,96 +53,84 @@ class ModelSpec:
     def read(cls, directory: Path) -> ModelSpec:
         """The spec of a model directory, every tensor's shape checked against the config.
 
-        Raises ModelRefused for what is not supported, VerificationError (naming the file) for what is damaged.
+        Raises ModelRefused for an unsupported model, VerificationError (naming the file) for a damaged one.
         """
         config = read_config(directory)
-        fields = _Fields(directory / "config.json", config)
-        family = FAMILIES[fields.model_type]
-        expected = _expected_shapes(fields, family)
-        windows = [w for w in layer_windows(fields.path, config, fields.num_layers) if w is not None]
+        spec = _shape(directory / "config.json", config)
+        expected = _expected_shapes(spec, config)
         tensors = read_headers(directory)
-        _compare(directory, tensors, expected, fields)
-        used = [tensors[name] for name in expected]
+        _compare(directory, tensors, expected, spec)
         sizes: Counter[str] = Counter()
-        for tensor in used:
-            sizes[tensor.dtype] += tensor.bytes
-        return cls(
-            architecture=family.scalar_architecture if fields.scalar else family.architecture,
-            model_type=fields.model_type,
-            vocab_size=fields.vocab_size,
-            hidden_size=fields.hidden_size,
-            intermediate_size=fields.intermediate_size,
-            num_layers=fields.num_layers,
-            num_heads=fields.num_heads,
-            num_kv_heads=fields.num_kv_heads,
-            head_dim=fields.head_dim,
-            tied=fields.tied,
-            max_positions=fields.max_positions,
-            stored_dtype=DTYPES[sizes.most_common(1)[0][0]],
-            num_parameters=sum(tensor.elements for tensor in used),
-            attention_bias=fields.qkv_bias(family),
-            qk_norm=family.qk_norm,
-            post_norms=family.post_norms,
-            window=windows[0] if windows else None,
-            windowed_layers=len(windows),
-            scalar=fields.scalar,
-        )
+        for name in expected:
+            sizes[tensors[name].dtype] += tensors[name].bytes
+        stored_dtype = DTYPES[sizes.most_common(1)[0][0]]
+        return replace(spec, stored_dtype=stored_dtype, num_parameters=sum(tensors[name].elements for name in expected))
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """config.json, if it is a model that is taken: family, layers, no code of its own, not quantised."""
+    """config.json, checked: a supported family, known layers, no code of its own, not quantised."""
     path = directory / "config.json"
     config = read_json(path)
     refuse_code(path, config)
     family_of(path, config)
     refuse_unsupported(path, config)
-    layer_windows(path, config, _Fields(path, config).num_layers)
+    _shape(path, config)
     return config
 
 
-class _Fields:
-    """Typed access to the numbers of a config."""
+def _shape(path: Path, config: Mapping[str, Any]) -> ModelSpec:
+    """The spec that a config describes, without the facts that only the tensors tell."""
+    family = FAMILIES[config["model_type"]]
 
-    def __init__(self, path: Path, config: dict[str, Any]) -> None:
-        self.path, self._config = path, config
-        self.model_type: str = config["model_type"]
-        self._defaults = FAMILIES[self.model_type].defaults
-        self.vocab_size = self._number("vocab_size")
-        self.hidden_size = self._number("hidden_size")
-        self.intermediate_size = self._number("intermediate_size")
-        self.num_layers = self._number("num_hidden_layers", most=10_000)
-        self.num_heads = self._number("num_attention_heads")
-        self.num_kv_heads = self._number("num_key_value_heads", self.num_heads)
-        self.head_dim = self._number("head_dim", self.hidden_size // self.num_heads)
-        self.max_positions = self._number("max_position_embeddings")
-        self.tied = self._flag("tie_word_embeddings")
-        self.attention_bias = self._flag("attention_bias")
-        self.mlp_bias = self._flag("mlp_bias")
-        self.scalar = is_scalar(config)
-        if self.num_heads % self.num_kv_heads:
-            raise damaged(path, f"{self.num_heads} heads cannot share {self.num_kv_heads} key-value heads")
-
-    def _number(self, name: str, default: int | None = None, most: int = 2**31) -> int:
-        value = self._config.get(name, self._defaults.get(name))
+    def number(name: str, default: int | None = None, most: int = 2**31) -> int:
+        value = config.get(name, family.defaults.get(name))
         value = default if value is None else value
         if type(value) is not int or not 0 < value <= most:
-            raise damaged(self.path, f"{name} is {str(value)[:40]!r}, not a positive whole number")
+            raise damaged(path, f"{name} is {str(value)[:40]!r}, not a positive whole number")
         return value
 
-    def _flag(self, name: str) -> bool:
-        value = self._config.get(name, self._defaults.get(name))
-        if value is not None and type(value) is not bool:
-            raise damaged(self.path, f"{name} is {str(value)[:40]!r}, not true or false")
-        return bool(value)
+    vocab_size, hidden_size, heads = number("vocab_size"), number("hidden_size"), number("num_attention_heads")
+    kv_heads, layers = number("num_key_value_heads", heads), number("num_hidden_layers", most=10_000)
+    attention_bias, scalar = _flag(path, config, "attention_bias"), is_scalar(config)
+    _flag(path, config, "mlp_bias")
+    if heads % kv_heads:
+        raise damaged(path, f"{heads} heads cannot share {kv_heads} key-value heads")
+    windows = [window for window in layer_windows(path, config, layers) if window is not None]
+    return ModelSpec(
+        architecture=family.scalar_architecture if scalar else family.architecture,
+        model_type=config["model_type"],
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=number("intermediate_size"),
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=number("head_dim", hidden_size // heads),
+        tied=_flag(path, config, "tie_word_embeddings"),
+        max_positions=number("max_position_embeddings"),
+        stored_dtype="",
+        num_parameters=0,
+        attention_bias=attention_bias if family.qkv_bias is None else family.qkv_bias,
+        qk_norm=family.qk_norm,
+        post_norms=family.post_norms,
+        window=windows[0] if windows else None,
+        windowed_layers=len(windows),
+        scalar=scalar,
+    )
 
-    def qkv_bias(self, family: Family) -> bool:
-        return self.attention_bias if family.qkv_bias is None else family.qkv_bias
+
+def _flag(path: Path, config: Mapping[str, Any], name: str) -> bool:
+    value = config.get(name, FAMILIES[config["model_type"]].defaults.get(name))
+    if value is not None and type(value) is not bool:
+        raise damaged(path, f"{name} is {str(value)[:40]!r}, not true or false")
+    return bool(value)
 
 
-def _layer_shapes(fields: _Fields, family: Family) -> dict[str, tuple[int, ...]]:
-    d, i = fields.hidden_size, fields.intermediate_size
-    q, kv = fields.num_heads * fields.head_dim, fields.num_kv_heads * fields.head_dim
-    shapes: dict[str, tuple[int, ...]] = {
+def _expected_shapes(spec: ModelSpec, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the model."""
+    family, d, i = FAMILIES[spec.model_type], spec.hidden_size, spec.intermediate_size
+    q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    layer: dict[str, tuple[int, ...]] = {
         "input_layernorm.weight": (d,),
         "post_attention_layernorm.weight": (d,),
         "self_attn.q_proj.weight": (q, d),
@@ -152,34 +141,29 @@ def _layer_shapes(fields: _Fields, family: Family) -> dict[str, tuple[int, ...]]
         "mlp.up_proj.weight": (i, d),
         "mlp.down_proj.weight": (d, i),
     }
-    if fields.qkv_bias(family):
-        shapes |= {"self_attn.q_proj.bias": (q,), "self_attn.k_proj.bias": (kv,), "self_attn.v_proj.bias": (kv,)}
-    if family.qkv_bias is None and fields.attention_bias:
-        shapes["self_attn.o_proj.bias"] = (d,)
+    if spec.attention_bias:
+        layer |= {"self_attn.q_proj.bias": (q,), "self_attn.k_proj.bias": (kv,), "self_attn.v_proj.bias": (kv,)}
+    if spec.attention_bias and family.qkv_bias is None:
+        layer["self_attn.o_proj.bias"] = (d,)
     if family.qk_norm:
-        shapes |= {"self_attn.q_norm.weight": (fields.head_dim,), "self_attn.k_norm.weight": (fields.head_dim,)}
+        layer |= {"self_attn.q_norm.weight": (spec.head_dim,), "self_attn.k_norm.weight": (spec.head_dim,)}
     if family.post_norms:
-        shapes |= {"pre_feedforward_layernorm.weight": (d,), "post_feedforward_layernorm.weight": (d,)}
-    if family.mlp_bias and fields.mlp_bias:
-        shapes |= {"mlp.gate_proj.bias": (i,), "mlp.up_proj.bias": (i,), "mlp.down_proj.bias": (d,)}
-    return shapes
-
-
-def _expected_shapes(fields: _Fields, family: Family) -> dict[str, tuple[int, ...]]:
-    layer = _layer_shapes(fields, family)
-    expected: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (fields.vocab_size, fields.hidden_size)}
-    for index in range(fields.num_layers):
+        layer |= {"pre_feedforward_layernorm.weight": (d,), "post_feedforward_layernorm.weight": (d,)}
+    if family.mlp_bias and config.get("mlp_bias"):
+        layer |= {"mlp.gate_proj.bias": (i,), "mlp.up_proj.bias": (i,), "mlp.down_proj.bias": (d,)}
+    expected: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (spec.vocab_size, d)}
+    for index in range(spec.num_layers):
         expected |= {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}
-    expected["model.norm.weight"] = (fields.hidden_size,)
-    if fields.scalar:
-        expected["score.weight"] = (1, fields.hidden_size)
-    elif not fields.tied:
-        expected["lm_head.weight"] = (fields.vocab_size, fields.hidden_size)
+    expected["model.norm.weight"] = (d,)
+    if spec.scalar:
+        expected["score.weight"] = (1, d)
+    elif not spec.tied:
+        expected["lm_head.weight"] = (spec.vocab_size, d)
     return expected
 
 
 def _compare(
-    directory: Path, tensors: dict[str, Tensor], expected: dict[str, tuple[int, ...]], fields: _Fields
+    directory: Path, tensors: dict[str, Tensor], expected: dict[str, tuple[int, ...]], spec: ModelSpec
 ) -> None:
     for name, shape in expected.items():
         if name not in tensors:
@@ -192,12 +176,12 @@ def _compare(
             )
     # A tied head stored again, and the rotary tables of old checkpoints, say nothing new.
     spare = {name for name in tensors if name.endswith("rotary_emb.inv_freq")}
-    if fields.tied:
+    if spec.tied:
         spare.add("lm_head.weight")
     extra = sorted(tensors.keys() - expected.keys() - spare)
     if extra:
         raise ModelRefused(
-            f"{directory / tensors[extra[0]].file}: tensor {extra[0][:100]!r} is not part of a {fields.model_type} "
+            f"{directory / tensors[extra[0]].file}: tensor {extra[0][:100]!r} is not part of a {spec.model_type} "
             f"model ({len(extra)} such)"
         )
 

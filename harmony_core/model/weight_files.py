@@ -1,7 +1,7 @@
-"""Which files a model's directory has, which of them are its weights, and what an adapter's config may say.
+"""The files of a model's directory, its weights among them, and the settings that an adapter's config may have.
 
-The one answer for registry and ranks. Nothing here knows an architecture. Every defect is an error that names the file
-and the reason. Format of the weights: https://github.com/huggingface/safetensors#format
+Registry and ranks both use this module, which is independent of architectures. Every defect is an error that names the
+file and the reason. Format of the weights: https://github.com/huggingface/safetensors#format
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ TOKENIZER_FILES = (
     *TEMPLATES.values(),
     "generation_config.json",
 )
-"""What goes with a model besides its config and its weights."""
+"""Files of a model besides its config and its weights."""
 
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz"})
 """Suffixes of files that may hold pickled objects; such a file is never opened."""
 
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-"""The stored types that are taken, with their size."""
+"""The supported stored types, with their size in bytes."""
 
 _MAX_HEADER = 64 * 1024 * 1024
 _CHUNK = 8 * 1024 * 1024
@@ -197,19 +197,19 @@ _HARMLESS = frozenset(
         *("eva_config", "corda_config", "lora_ga_config", "loftq_config"),
     }
 )
-"""Where it came from, how it began, and what peft itself ignores in the linear modules of a layer."""
+"""Settings about the origin and the start of an adapter, and those that peft ignores in a layer's linear modules."""
 
 _CHECKED = frozenset({"bias", "init_lora_weights", "modules_to_save", "layers_to_transform", "layers_pattern"})
 
 _STARTS = frozenset({"gaussian", "eva", "orthogonal", "mica"})
-"""Beginnings, beside peft's own, that leave the base as it is. Of all others the file holds what is to be added to a
+"""Initialisations, beside peft's default, that leave the base unchanged. With all others the adapter is relative to a
 base without its principal, or quantised, part."""
 
 
 def check_adapter_config(path: Path, config: Mapping[str, Any]) -> None:
     """Raise ModelRefused for a setting of the config at `path` with which peft would compute something else.
 
-    Which modules are saved whole is seen in the tensors, which are not looked at here.
+    Modules that are saved whole are found in the tensors, which are not read here.
     """
     if config.get("peft_type") != "LORA":
         raise ModelRefused(
@@ -237,7 +237,7 @@ def check_adapter_config(path: Path, config: Mapping[str, Any]) -> None:
 def adapter_targets(config: Mapping[str, Any], module: str) -> bool:
     """Whether peft would put the adapter on a module, such as "model.layers.0.self_attn.q_proj", as lists say.
 
-    A pattern in place of a list is somebody's program and is not run: what the file holds is believed.
+    A pattern in place of a list is not evaluated, since it is untrusted code: the tensors of the file are believed.
     """
 
     def named(names: object) -> bool:

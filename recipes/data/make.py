@@ -51,12 +51,12 @@ def preferences(letters: Iterable[str], seed: int = 0) -> str:
 
 def main(directory: Path) -> None:
     """Write the files."""
-    drawn = prompts()
-    names = {"sort-letters-preferences": drawn[:TRAINING], "sort-letters-preferences-held-out": drawn[TRAINING:]}
+    shuffled = prompts()
+    names = {"sort-letters-preferences": shuffled[:TRAINING], "sort-letters-preferences-held-out": shuffled[TRAINING:]}
     for name, chosen in names.items():
         (directory / f"{name}.jsonl").write_text(preferences(chosen), encoding="utf-8")
-    (directory / "sort-letters.jsonl").write_text(lines(drawn[:TRAINING]), encoding="utf-8")
-    (directory / "sort-letters-held-out.jsonl").write_text(lines(drawn[TRAINING:]), encoding="utf-8")
+    (directory / "sort-letters.jsonl").write_text(lines(shuffled[:TRAINING]), encoding="utf-8")
+    (directory / "sort-letters-held-out.jsonl").write_text(lines(shuffled[TRAINING:]), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -136,7 +136,7 @@ def test_every_row_is_trained_or_counted(name: str, seed: int) -> None:
         asyncio.run(training.run())
     except DataError as error:
         ended = error
-    feed = training.feed
+    feed = training.loader
     taken = Counter(rows[i] for i in feed.dataset.access_indices[: feed.dataset.idx])
     trained = Counter(question_of(question) for question, _ in model.trained)
     kinds = {kind: sum(n for row, n in taken.items() if row.startswith(kind)) for kind in KINDS}
@@ -164,7 +164,7 @@ def test_completions_fit_the_value_model_too() -> None:
     models = policy.as_model(), value.as_model()
     training = PPO(prompts, *models, length_grader(judge), samples_per_batch=4, epochs=1, value_only_fraction=0)
     asyncio.run(training.run())
-    assert len(policy.trained) == 12 and not training.feed.dropped
+    assert len(policy.trained) == 12 and not training.loader.dropped
     assert max(len(advantages) for _, (_, advantages, *_) in policy.trained) == 3
 
 

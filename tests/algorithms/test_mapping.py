@@ -7,14 +7,12 @@ from typing import Any
 
 import pytest
 
-from harmony_core.algorithms.mapping import (
+from harmony_core.algorithms.batch_loader import (
     async_map,
     async_map_batch,
     async_map_fallible,
-    get_minibatches,
-    sample_data,
-    weighted_mean,
 )
+from harmony_core.algorithms.rollout import get_minibatches, sample_data, weighted_mean
 from harmony_core.data.datasets import DataSet
 from harmony_core.errors import DataError, RankDied, SampleTooLong, TooManyFailures, UsageError
 from harmony_core.notifiers import StdoutJobNotifier

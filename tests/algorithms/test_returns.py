@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from harmony_core.algorithms.advantages import discounted_cumulative_rewards, gae_advantages, gae_td_returns
+from harmony_core.algorithms.tangents import discounted_cumulative_rewards, gae_advantages, gae_td_returns
 from harmony_core.errors import DataError
 
 VALUES, REWARDS = [0.5, -0.2, 0.1, 0.7], [0.0, 1.0, -0.5, 2.0]

@@ -10,7 +10,7 @@ import pytest
 
 from fake_policy import FakeModel, length_grader, prompts, questions
 from harmony_core.algorithms import GRPO, GSPO
-from harmony_core.algorithms.schedulers import CosineScheduler
+from harmony_core.algorithms.training import CosineScheduler
 from harmony_core.data.datasets import DataSet
 from harmony_core.errors import DataError, IgnoreGradeException, RankDied, TooManyFailures, UsageError
 from harmony_core.graders import BaseGrader
@@ -177,7 +177,7 @@ def test_dropped_prompts_never_cost_a_step_when_steps_are_counted() -> None:
     run = Run(prompts(10, frozenset({0, 7})), max_num_grpo_steps=5)
     run.go()
     assert [size for size, _ in run.model.steps] == [16] * 5
-    assert run.training.feed.dropped["prompt_too_long"] >= 2
+    assert run.training.loader.dropped["prompt_too_long"] >= 2
     assert run.metrics[-1]["completion_percentage"] == 1.0
 
 

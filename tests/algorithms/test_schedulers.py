@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from harmony_core.algorithms.schedulers import CombinedSchedule, CosineScheduler, CosineSchedulerWithoutWarmup
+from harmony_core.algorithms.training import CombinedSchedule, CosineScheduler, CosineSchedulerWithoutWarmup
 from harmony_core.errors import UsageError
 
 

@@ -9,7 +9,7 @@ from typing import Any, cast
 import pytest
 
 from harmony_core.algorithms import SFT, RecipeCallback
-from harmony_core.algorithms.schedulers import CosineScheduler
+from harmony_core.algorithms.training import CosineScheduler
 from harmony_core.client import TrainingModel
 from harmony_core.data.datasets import DataSet
 from harmony_core.errors import DataError, RankDied, SampleTooLong, TokenizationError, TooManyFailures, UsageError
@@ -112,7 +112,7 @@ def test_dropped_samples_are_counted_and_replaced(caplog: pytest.LogCaptureFixtu
     assert sorted(run.model.trained) == sorted(text for text in texts(32, long) if "short" in text)
     assert [size for size, _ in run.model.steps] == [8, 8, 8, 4]
     assert sum(metrics.get("dropped/sample_too_long", 0) for metrics in run.metrics) == 4
-    assert run.sft.feed.dropped == {"sample_too_long": 4}
+    assert run.sft.loader.dropped == {"sample_too_long": 4}
     assert "dropped 4 of 32 samples: 4 sample_too_long" in caplog.text
     assert run.progress[-1] == (32, 32)
 
@@ -131,7 +131,7 @@ def test_too_long_never_ends_a_run_and_more_than_half_is_said_once(caplog: pytes
         caplog.clear()
         run = Run(texts(300, {i for i in range(300) if i % 5}), samples_per_batch=size, epochs=2)
         run.go()
-        assert len(run.model.trained) == 120 and run.sft.feed.dropped == {"sample_too_long": 480}
+        assert len(run.model.trained) == 120 and run.sft.loader.dropped == {"sample_too_long": 480}
         (warning,) = (r.getMessage() for r in caplog.records if "more than half" in r.getMessage())
         assert "50 % 99, 90 % 99, 99 % 99, longest 99" in warning and "max_batch_size=99 would keep 99 %" in warning
     caplog.clear()
@@ -176,7 +176,7 @@ def test_other_failures_are_limited_by_a_rate(rows: int, which: range, rate: flo
             run = Run(bad(rows, which[:120]), samples_per_batch=size, max_failure_rate=rate)
         if not ends:
             run.go()
-            assert len(run.model.trained) + run.sft.feed.dropped.total() == run.sft.feed.total
+            assert len(run.model.trained) + run.sft.loader.dropped.total() == run.sft.loader.total
             continue
         with pytest.raises(DataError, match=r"tokenization_error.*cannot be told") as ended:
             run.go()
@@ -194,12 +194,12 @@ def test_rows_that_are_too_long_do_not_hide_others_that_fail() -> None:
         run.go()
     run = Run(mixed, samples_per_batch=4, max_failure_rate=0.4)
     run.go()
-    assert run.sft.feed.dropped == {"sample_too_long": 10, "tokenization_error": 10}
+    assert run.sft.loader.dropped == {"sample_too_long": 10, "tokenization_error": 10}
 
 
 def test_a_failure_rate_outlives_a_resumption() -> None:
-    first = Run(bad(400, range(0)), samples_per_batch=50).sft.feed
-    second = Run(bad(400, range(0)), samples_per_batch=50).sft.feed
+    first = Run(bad(400, range(0)), samples_per_batch=50).sft.loader
+    second = Run(bad(400, range(0)), samples_per_batch=50).sft.loader
 
     async def half(items: Any) -> Any:
         return [TokenizationError("no") if i % 2 else None for i, _ in enumerate(items)]

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
-from harmony_core.algorithms.showing import pieces_of, show_sample, token_texts
+from harmony_core.algorithms.rollout import pieces_of, show_sample, token_texts
 from harmony_core.journal import Piece, kept
 from harmony_core.text.threads import TokenizedThread
 from harmony_core.text.turns import GenerationRecord, Text, TokenTurn

@@ -15,7 +15,7 @@ from harmony_core.engine.model_table import ModelTable
 from harmony_core.engine.models import weights
 from harmony_core.engine.models.model import COMPILE_ERRORS, CausalLM
 from harmony_core.engine.models.parallel import TensorParallel
-from harmony_core.engine.training import state_files
+from harmony_core.engine.training import optimizer
 from harmony_core.errors import EngineError, MemoryRefused, ResourceError
 from harmony_core.rpc import progress
 from harmony_core.rpc.protocol import Clone, Load, LoraSettings, MakePool, ModelSource, Save, Spawn
@@ -76,7 +76,7 @@ def test_weights_that_are_no_numbers_are_not_saved(tmp_path: Path, lora: LoraSet
     assert live.trainer is not None
     save = Save(model="policy", directory=str(tmp_path), inference_only=False)
     table.save(save, write=True)
-    slot = live.trainer.gradients.slots[3]
+    slot = live.trainer.gradients.spans[3]
     with torch.no_grad():
         slot.parameter.view(-1)[1] = bad
     with pytest.raises(EngineError, match=f"'policy' is not saved: {slot.name} holds NaN or infinite values"):
@@ -90,7 +90,7 @@ def test_a_full_disk_is_told_once_all_ranks_have_gathered(
     table = ModelTable(CPU)
     table.spawn(request(build(tmp_path / "m"), "policy", train=True, compile=False), SINGLE, None)
     gathered: list[str] = []
-    for module in (weights, state_files):
+    for module in (weights, optimizer):
         real = module.gather_full
         monkeypatch.setattr(module, "gather_full", lambda *given, real=real: (gathered.append("x"), real(*given))[1])
     table.save(Save(model="policy", directory=str(tmp_path), inference_only=False), write=False)

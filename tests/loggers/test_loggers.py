@@ -17,7 +17,7 @@ from harmony_core.loggers import (
     StdoutLogger,
     get_prod_logger,
 )
-from harmony_core.loggers.table import Table
+from harmony_core.loggers.base import Table
 from harmony_core.notifiers import StdoutJobNotifier
 from harmony_core.recipe.context import RecipeContext
 from harmony_core.runs.run import Run
@@ -130,7 +130,7 @@ def test_a_service_that_is_down_takes_a_tenth_of_the_run(monkeypatch: pytest.Mon
             raise ConnectionError
 
     now, service = 1000.0, Down()
-    monkeypatch.setattr("harmony_core.loggers.choose.monotonic", lambda: now)
+    monkeypatch.setattr("harmony_core.loggers.local.monotonic", lambda: now)
     logger = CompositeLogger(Memory(), service)
     for _ in range(220):
         logger({"a": 1})
@@ -216,7 +216,7 @@ def test_what_a_context_logs_with_is_closed_when_its_run_ends(
 ) -> None:
     closed: list[bool] = []
     fake = type("Fake", (Memory,), {"close": lambda self: closed.append(self.failed)})
-    monkeypatch.setattr("harmony_core.loggers.choose._service", lambda ctx: fake())
+    monkeypatch.setattr("harmony_core.loggers.local._service", lambda ctx: fake())
     run, job = Run.create(Home.open(tmp_path), "r", []), StdoutJobNotifier("1")
     ctx = RecipeContext.create(None, run, None, tmp_path, job)  # type: ignore[arg-type]
     get_prod_logger(ctx)({"loss": 1})
@@ -237,8 +237,8 @@ def test_the_service_that_is_set_up_comes_second(
 
         training_monitoring_link = property(lambda self: self.given[2])  # type: ignore[assignment]
 
-    monkeypatch.setattr("harmony_core.loggers.choose.TBMetricsLogger", Fake)
-    monkeypatch.setattr("harmony_core.loggers.choose.is_installed", lambda package: True)
+    monkeypatch.setattr("harmony_core.loggers.local.TBMetricsLogger", Fake)
+    monkeypatch.setattr("harmony_core.loggers.local.is_installed", lambda package: True)
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path))
     monkeypatch.setenv("TENSORBOARD_MONITORING_LINK", "http://localhost:6006")
     logger = get_prod_logger()
@@ -256,10 +256,10 @@ def test_the_order_of_services(monkeypatch: pytest.MonkeyPatch, caplog: pytest.L
     for name in ("WandbLogger", "MLFlowLogger", "TBMetricsLogger"):
         fake = type(name, (Memory,), {"__init__": lambda self, *a, name=name, **k: made.append(name)})
         monkeypatch.setattr(fake, "is_available", staticmethod(lambda name=name: name not in hidden), raising=False)
-        monkeypatch.setattr(f"harmony_core.loggers.choose.{name}", fake)
+        monkeypatch.setattr(f"harmony_core.loggers.local.{name}", fake)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "file:x")
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "x")
-    monkeypatch.setattr("harmony_core.loggers.choose.is_installed", lambda package: True)
+    monkeypatch.setattr("harmony_core.loggers.local.is_installed", lambda package: True)
     for _ in range(3):
         get_prod_logger()
         hidden.add(made[-1])
@@ -270,7 +270,7 @@ def test_a_service_without_its_package_is_told(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
-    monkeypatch.setattr("harmony_core.loggers.choose.is_installed", lambda package: False)
+    monkeypatch.setattr("harmony_core.loggers.local.is_installed", lambda package: False)
     monkeypatch.setattr("harmony_core.loggers.services.is_installed", lambda package: False)
     assert isinstance(get_prod_logger(), StdoutLogger)
     assert caplog.messages == ['WANDB_API_KEY is set and wandb is not installed: pip install "harmony-core[wandb]"']

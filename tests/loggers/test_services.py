@@ -11,7 +11,7 @@ import pytest
 
 from harmony_core.errors import ResourceError
 from harmony_core.loggers import MLFlowLogger, TBMetricsLogger, WandbLogger
-from harmony_core.loggers.table import Table
+from harmony_core.loggers.base import Table
 from installed import needs
 
 TABLE = Table(["prompt", "score"]).add_row(["a", 0.5])

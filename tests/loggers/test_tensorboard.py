@@ -12,7 +12,7 @@ import pytest
 
 from harmony_core.errors import ResourceError
 from harmony_core.loggers import TBMetricsLogger
-from harmony_core.loggers.table import Table
+from harmony_core.loggers.base import Table
 from installed import needs
 
 

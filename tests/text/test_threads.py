@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from harmony_core.algorithms.rollout import prompt_of
+from harmony_core.algorithms.callbacks import prompt_of
 from harmony_core.errors import DataError, HarmonyError, TokenizationError
 from harmony_core.text.threads import (
     StringThread,

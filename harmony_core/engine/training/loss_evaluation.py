@@ -1,6 +1,9 @@
-"""From scored tokens to a loss, its ascent direction and its metrics, summed over a step; also a recipe's own loss.
+"""Evaluate a loss of ours or of the recipe on scored tokens, and sum up the metrics of a step.
 
-`check_cuts` says whether that is the same loss however its samples are cut into micro-batches and ordered in them.
+`check_cuts` compares a loss over many ways to cut its samples into micro-batches and to order them. `MetricSums`
+also sums the gap between the trainer's log-probs and those that the sampler recorded of the same tokens under the same
+weights. The two differ by rounding, since they multiply matrices of other shapes; a difference that grows is a bug, or
+training that has gone off-policy.
 """
 
 from __future__ import annotations
@@ -23,6 +26,11 @@ from harmony_core.rpc.protocol import CustomLoss
 
 CUSTOM = "custom"
 
+GAPS = ("sampler_logprob_diff_mean", "sampler_kl_k1", "sampler_kl_k2", "sampler_kl_k3")
+"""Metrics of the gap between sampler and trainer: absolute difference, and three estimates of the divergence."""
+
+_SUMMED = (*GAPS, *METRICS)
+
 Cut = list[list[int]]
 """Micro-batches of sample numbers."""
 
@@ -42,7 +50,7 @@ def evaluate(loss: str, scored: Scored, source: CustomLoss | None = None) -> tup
 
 
 def ascent(function: LossFunction, scored: Scored) -> tuple[float, list[Tensor], Sums]:
-    """What `evaluate` returns, of a function."""
+    """`evaluate` for a loss function."""
     given = [scored.values] if scored.entropies is None else [scored.values, scored.entropies]
     with torch.enable_grad():
         leaves = [tensor.detach().double().requires_grad_(True) for tensor in given]
@@ -73,9 +81,9 @@ def load(source: CustomLoss) -> Callable[..., Any]:
 
 
 def call(function: Callable[..., Any], scored: Scored) -> tuple[Tensor, Sums]:
-    """A recipe's function's sum of the loss. Raises LossFailed for what it raises, and for what is not one number.
+    """The sum of a loss function of the recipe. Raises LossFailed when it raises or returns anything but one number.
 
-    Random numbers that it draws are the same on all tensor-parallel ranks, and leave ours as they were.
+    Its random numbers are the same on all tensor-parallel ranks, and do not change the state of our generators.
     """
     name = getattr(function, "__name__", repr(function))
     device = scored.values.device
@@ -94,27 +102,34 @@ def call(function: Callable[..., Any], scored: Scored) -> tuple[Tensor, Sums]:
 
 
 class MetricSums:
-    """Sum and count of every metric of a step's micro-batches, on the device, so that none of them waits for it."""
+    """Sum and count of every metric of a step's micro-batches, on the device, so that no micro-batch waits for them."""
 
     def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(2 * len(METRICS), dtype=torch.float64, device=device)
+        self.sums = torch.zeros(2 * len(_SUMMED), dtype=torch.float64, device=device)
+        self.largest_gap = torch.zeros(1, dtype=torch.float64, device=device)
 
     def add(self, sums: Sums) -> None:
-        """What one micro-batch adds."""
+        """Add the metrics of one micro-batch."""
         for name, (total, count) in sums.items():
-            place = 2 * METRICS.index(name)
+            place = 2 * _SUMMED.index(name)
             self.sums[place] += total
             self.sums[place + 1] += count
 
-    def clear(self) -> None:
-        """Forget everything."""
-        self.sums.zero_()
+    def compare(self, logprobs: Tensor, places: Tensor, sampled: Tensor) -> None:
+        """Add the gap between `logprobs[places]` and the sampler's `sampled`, `[K]` float64."""
+        difference = logprobs.index_select(0, places).double() - sampled
+        distance, count = difference.abs(), float(len(difference))
+        # Schulman's three estimators of KL(sampler || trainer) for tokens that the sampler drew.
+        estimates = torch.stack([-difference, difference.square() / 2, torch.expm1(difference) - difference])
+        self.add({name: (total, count) for name, total in zip(GAPS, [distance.sum(), *estimates.sum(-1)], strict=True)})
+        self.largest_gap.clamp_(min=distance.max())
 
 
-def means(sums: Sequence[float]) -> dict[str, float]:
-    """From `MetricSums.sums`: what a step reports; nothing of metrics that no loss gave."""
-    pairs = zip(METRICS, sums[::2], sums[1::2], strict=True)
-    return {name: total / count for name, total, count in pairs if count}
+def means(sums: Sequence[float], largest_gap: float) -> dict[str, float]:
+    """The metrics of a step, from `MetricSums`; metrics without a count are left out."""
+    pairs = zip(_SUMMED, sums[::2], sums[1::2], strict=True)
+    found = {name: total / count for name, total, count in pairs if count}
+    return found | ({"sampler_logprob_diff_max": largest_gap, "sampler_tokens": sums[1]} if sums[1] else {})
 
 
 def check_cuts(

@@ -1,9 +1,9 @@
 """Every loss of ours as a formula over the scored tokens of a micro-batch; everything is float64.
 
-A loss is written as a sum: over tokens, samples or groups of samples, each term weighted and none of them divided by
-how many there are. The step divides once, by a denominator that the driver counts, so no loss can tell how samples
-were cut and packed. `Scored.fields` and `Scored.settings` have the names that the arguments of `TrainingModel.train_*`
-have; an option that was left out is not there.
+A loss is a weighted sum over tokens, samples or groups of samples, without a division by their number. The step divides
+once, by a denominator that the driver counts, so a loss does not depend on how samples were cut and packed.
+`Scored.fields` and `Scored.settings` have the names that the arguments of `TrainingModel.train_*` have; an option that
+was left out is not there.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ LossFunction = Callable[[Scored], tuple[Tensor, Sums]]
 """The sum of the loss as a scalar with gradient, and metrics without."""
 
 LOSSES: dict[str, LossFunction] = {}
-"""The closed table of what a micro-batch may name, beside "linear" and a function of the recipe's file."""
+"""The losses that a micro-batch may name, beside "linear" and a function of the recipe's file."""
 
 
 def formula(*names: str) -> Callable[[LossFunction], LossFunction]:
@@ -134,9 +134,9 @@ def _surrogate(
     settings: Mapping[str, float],
     logprobs: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """What is to be maximised, and where the clipping took the gradient away (or, with "cispo", bounded it).
+    """The objective, and a mask of the tokens whose gradient was clipped (or, with "cispo", bounded).
 
-    `bounds`: how far a ratio may be below and above 1.
+    `bounds`: the largest distances of a ratio below and above 1.
     "dual_clip" c: with a negative advantage A not below c * A (Ye et al., "Mastering Complex Control in MOBA Games"
     (2020), eq. 5). "cispo": the clipped ratio is a constant weight of A * logprob, so that every token keeps a
     gradient (MiniMax, "MiniMax-M1" (2025), eqs. 4 and 5).

@@ -1,19 +1,175 @@
-"""AdamW over flat state, updating the parameters where they lie.
+"""AdamW over flat buffers: gradients, moments, and float32 masters of half-precision weights.
+
+Reducing, checking and norms are then few large operations, and the parameters are updated where they lie. Order within
+a buffer: parameters split over the tensor-parallel ranks first, then the replicated ones; in each, matrices first. Each
+parameter's gradient is a view of its buffer, allocated once and never replaced.
 
 Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (2019), with the arithmetic of torch.optim.AdamW. The
-moments, and for half-precision parameters the float32 masters, are flat buffers laid out like the gradients.
+state on disk is one safetensors file with full-size tensors under the parameters' names: written tensor by tensor, so
+that a sharded model gathers one at a time, and read slice by slice, so that it may be loaded with another
+tensor-parallel size than it was saved with.
 """
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterator
+import struct
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from harmony_core.engine.training.gradients import FlatGradients, Slot
+from harmony_core.engine.models.parallel import Shard, TensorParallel, full_shape, gather_full, shard_of
+from harmony_core.errors import InternalError, VerificationError
+from harmony_core.rpc import progress
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+FILE = "optimizer.safetensors"
+_DTYPES = {torch.float32: "F32", torch.float64: "F64"}
+
+BUCKET_ELEMENTS = 4 << 20
+"""Elements that one all-reduce takes at a time: bounds the buffers of a communication library."""
+
+PIECE_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}
+"""Elements whose squares are summed in float32: a device sums them as a tree, which loses little."""
+
+
+@dataclass(frozen=True)
+class ParameterSpan:
+    """Where one parameter lies in the flat buffers: elements `[start, stop)`."""
+
+    name: str
+    parameter: nn.Parameter
+    start: int
+    stop: int
+    shard: Shard | None
+    """Its place in the tensor that the tensor-parallel ranks hold together; None for a replicated parameter."""
+
+    @property
+    def decays(self) -> bool:
+        """Weight decay is for matrices only."""
+        return self.parameter.ndim >= 2
+
+    def of(self, buffer: Tensor) -> Tensor:
+        """This parameter's part of a flat buffer, in the parameter's shape."""
+        return buffer[self.start : self.stop].view(self.parameter.shape)
+
+
+class FlatGradients:
+    """The gradient buffer of `parameters`, float32 at least, with one `ParameterSpan` for each of them."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], tp: TensorParallel) -> None:
+        self.tp = tp
+        self.spans = _layout(parameters, tp)
+        first = self.spans[0].parameter
+        self.low_precision = first.dtype.itemsize < 4
+        self.dtype = torch.float32 if self.low_precision else first.dtype
+        self.buffer = torch.zeros(self.spans[-1].stop, dtype=self.dtype, device=first.device)
+        self.first_replicated = next((s.start for s in self.spans if s.shard is None), self.spans[-1].stop)
+        self.views = [span.of(self.buffer) for span in self.spans]
+        self._hooks = [self._attach(span.parameter, view) for span, view in zip(self.spans, self.views, strict=True)]
+
+    def _attach(self, parameter: nn.Parameter, view: Tensor) -> RemovableHandle | None:
+        if parameter.dtype != self.dtype and not self.low_precision:
+            raise InternalError(f"trainable parameters of two types, {parameter.dtype} and {self.dtype}")
+        parameter.requires_grad_(True)
+        if not self.low_precision:
+            parameter.grad = view
+            return None
+
+        # Autograd accumulates in the parameter's type; half precision would lose small contributions.
+        def move(parameter: Tensor) -> None:
+            if parameter.grad is not None:
+                view.add_(parameter.grad)
+                parameter.grad = None
+
+        handle: RemovableHandle = parameter.register_post_accumulate_grad_hook(move)  # type: ignore[no-untyped-call]
+        return handle
+
+    def detach(self) -> None:
+        """Remove the gradients and hooks of the parameters."""
+        for span, hook in zip(self.spans, self._hooks, strict=True):
+            span.parameter.grad = None
+            if hook is not None:
+                hook.remove()
+
+    def clear(self) -> None:
+        """Set every gradient to zero."""
+        self.buffer.zero_()
+
+    def check_attached(self) -> None:
+        """Raise InternalError for a parameter whose gradient was replaced: it would not be trained."""
+        if not self.low_precision:
+            for span, view in zip(self.spans, self.views, strict=True):
+                if span.parameter.grad is not view:
+                    raise InternalError(f"the gradient of {span.name} was replaced")
+
+    def reduce(self, group: ProcessGroup | None) -> None:
+        """Sum over the replicas, then make the replicated part bit-identical on the tensor-parallel ranks."""
+        if group is not None and dist.get_world_size(group) > 1:
+            for bucket in torch.split(self.buffer, BUCKET_ELEMENTS):
+                dist.all_reduce(bucket, group=group)
+                progress.made()
+        replicated = self.buffer[self.first_replicated :]
+        if not self.tp.silent and replicated.numel():
+            # Equal up to rounding already; equal bits keep the copies from drifting apart over many steps.
+            for bucket in torch.split(replicated, BUCKET_ELEMENTS):
+                dist.broadcast(bucket, group=self.tp.group, group_src=0)
+
+    def of(self, parameter: nn.Parameter) -> Tensor | None:
+        """The view of the buffer that takes a parameter's gradient; None for a parameter that is not trained."""
+        views = (v for span, v in zip(self.spans, self.views, strict=True) if span.parameter is parameter)
+        return next(views, None)
+
+    def squared_norm(self) -> Tensor:
+        """Sum of squares over all parameters, float64 on the device: shards summed, replicated ones counted once."""
+        split = _squares(self.buffer[: self.first_replicated])
+        if not self.tp.silent:
+            dist.all_reduce(split, group=self.tp.group)
+        return split + _squares(self.buffer[self.first_replicated :])
+
+    def first_bad(self) -> str | None:
+        """Name of the first tensor with a NaN or an infinity, the same on all tensor-parallel ranks."""
+        bad = (span.name for span, view in zip(self.spans, self.views, strict=True) if not view.isfinite().all())
+        names = sorted(span.name for span in self.spans)
+        place = min((names.index(name) for name in bad), default=len(names))
+        if not self.tp.silent:
+            lowest = torch.tensor(place, device=self.buffer.device)
+            dist.all_reduce(lowest, dist.ReduceOp.MIN, group=self.tp.group)
+            place = int(lowest.item())
+        return names[place] if place < len(names) else None
+
+
+def _layout(parameters: Mapping[str, nn.Parameter], tp: TensorParallel) -> list[ParameterSpan]:
+    found = [(name, p, shard_of(p) if tp.size > 1 else None) for name, p in parameters.items()]
+    spans: list[ParameterSpan] = []
+    for name, parameter, shard in sorted(found, key=lambda entry: (entry[2] is None, entry[1].ndim < 2)):
+        if not parameter.is_contiguous():
+            raise InternalError(f"{name} is not contiguous, so it cannot be updated in place")
+        start = spans[-1].stop if spans else 0
+        spans.append(ParameterSpan(name, parameter, start, start + parameter.numel(), shard))
+    if not spans:
+        raise InternalError("a trainer without trainable parameters")
+    return spans
+
+
+def _squares(flat: Tensor) -> Tensor:
+    """Sum of squares; of pieces in the buffer's type, of their sums in float64."""
+    if not flat.numel():
+        return flat.new_zeros((), dtype=torch.float64)
+    pieces = [torch.linalg.vector_norm(piece) for piece in torch.split(flat, PIECE_ELEMENTS[flat.device.type])]
+    return torch.stack(pieces).double().square().sum()
+
 
 CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 24}
 """Elements updated at a time: bounds the one temporary of an update."""
@@ -29,7 +185,14 @@ class _Segment:
     stop: int
     decays: bool
     pieces: list[Tensor]
-    sizes: list[int]
+
+    @property
+    def sizes(self) -> list[int]:
+        return [piece.numel() for piece in self.pieces]
+
+
+_Entry = tuple[str, ParameterSpan, Tensor]
+"""A tensor of the state file: its name, and the part of a flat buffer that holds it."""
 
 
 class AdamW:
@@ -44,10 +207,11 @@ class AdamW:
         self.master: Tensor | None = torch.zeros_like(gradients.buffer) if gradients.low_precision else None
         single = gradients.buffer.dtype == torch.float32
         self._fused = gradients.buffer.is_cuda and single if fused is None else fused
+        alone: float = math.inf
+        most = CHUNK_ELEMENTS[gradients.buffer.device.type]
         if self._fused:
-            self._segments = list(_runs(gradients.slots, apart=self.master is None))
-        else:
-            self._segments = list(_segments(gradients.slots, CHUNK_ELEMENTS[gradients.buffer.device.type]))
+            alone, most = LARGE if gradients.low_precision else 0, len(gradients.buffer)
+        self._segments = list(_segments(gradients.spans, alone, most))
         self.refresh_masters()
 
     @property
@@ -62,14 +226,14 @@ class AdamW:
 
     @torch.no_grad()
     def refresh_masters(self) -> None:
-        """Take the masters from the parameters, after these were written from outside."""
+        """Copy the parameters to the masters, after the parameters were written from outside."""
         if self.master is not None:
-            for slot in self.gradients.slots:
-                slot.of(self.master).copy_(slot.parameter)
+            for span in self.gradients.spans:
+                span.of(self.master).copy_(span.parameter)
 
     @torch.no_grad()
     def update(self, lr: float, weight_decay: float, beta1: float, beta2: float, eps: float, scale: float) -> None:
-        """One step with `scale` times the accumulated gradients, in place; what becomes of these is not defined."""
+        """One step with `scale` times the accumulated gradients, in place; the gradients are undefined afterwards."""
         self.step_count += 1
         step_size = lr / (1 - beta1**self.step_count)
         root_correction = math.sqrt(1 - beta2**self.step_count)
@@ -87,9 +251,8 @@ class AdamW:
         masters = alone if self.master is None else self.master[run]
         assert masters is not None, "without masters every parameter is a segment"
         rounded = None if self.master is None else alone
-        update_in_one_pass(
-            self.gradients.buffer[run], self.exp_avg[run], self.exp_avg_sq[run], masters, rounded, **arguments
-        )
+        gradient, average, square = self.gradients.buffer[run], self.exp_avg[run], self.exp_avg_sq[run]
+        update_in_one_pass(gradient, average, square, masters, rounded, **arguments)
         if alone is None:
             torch._foreach_copy_(segment.pieces, list(torch.split(masters, segment.sizes)))
 
@@ -112,58 +275,99 @@ class AdamW:
         square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
         change = square.sqrt().div_(root_correction).add_(eps)
         torch.div(average, change, out=change)
-        if self.master is None:
-            _apply(segment.pieces, list(torch.split(change, segment.sizes)), keep, step_size)
-        else:
-            master = self.master[run]
-            _apply([master], [change], keep, step_size)
-            torch._foreach_copy_(segment.pieces, list(torch.split(master, segment.sizes)))
+        weights = segment.pieces if self.master is None else [self.master[run]]
+        if keep != 1.0:
+            torch._foreach_mul_(weights, keep)
+        changes = list(torch.split(change, [weight.numel() for weight in weights]))
+        torch._foreach_add_(weights, changes, alpha=-step_size)
+        if self.master is not None:
+            torch._foreach_copy_(segment.pieces, list(torch.split(weights[0], segment.sizes)))
+
+    def save(self, directory: Path, write: bool) -> None:
+        """Write the state; every rank of one replica takes part in the gathering, the one with `write` writes."""
+        entries = self._entries()
+        left = iter(entries)
+        try:
+            if write:
+                with open(directory / FILE, "wb") as file:
+                    file.write(self._header(entries))
+                    for _, span, buffer in left:
+                        for piece in torch.split(self._full(span, buffer).detach().reshape(-1), 1 << 22):
+                            file.write(piece.cpu().numpy().tobytes())
+                            progress.made()
+        finally:  # the other ranks gather whatever becomes of the file
+            for _, span, buffer in left:
+                self._full(span, buffer)
+
+    def load(self, directory: Path) -> None:
+        """Read this rank's slices and the step. Raises VerificationError, with nothing changed, if they do not fit."""
+        path = directory / FILE
+        entries = self._entries()
+        try:
+            with safe_open(path, framework="pt") as file:
+                step = _check(file, entries, path)
+                for name, span, buffer in entries:
+                    index: tuple[slice, ...] = ()
+                    if span.shard is not None:
+                        index = (slice(None),) * span.shard.dim + (slice(span.shard.start, span.shard.stop),)
+                    span.of(buffer).copy_(file.get_slice(name)[index] if index else file.get_tensor(name))
+                    progress.made()
+        except (SafetensorError, FileNotFoundError) as error:
+            raise VerificationError(f"{path} cannot be read: {error}", file=str(path)) from error
+        self.step_count = step
+
+    def _entries(self) -> list[_Entry]:
+        spans = sorted(self.gradients.spans, key=lambda span: span.name)
+        return [(f"{kind}.{span.name}", span, buffer) for kind, buffer in self.state().items() for span in spans]
+
+    def _full(self, span: ParameterSpan, buffer: Tensor) -> Tensor:
+        return gather_full(span.of(buffer), span.shard, self.gradients.tp)
+
+    def _header(self, entries: list[_Entry]) -> bytes:
+        header: dict[str, object] = {"__metadata__": {"format": "pt", "step": str(self.step_count)}}
+        offset = 0
+        for name, span, buffer in entries:
+            shape = full_shape(span.parameter)
+            end = offset + math.prod(shape) * buffer.element_size()
+            header[name] = {"dtype": _DTYPES[buffer.dtype], "shape": shape, "data_offsets": [offset, end]}
+            offset = end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        # The format wants the data aligned to 8 bytes; spaces may follow the JSON.
+        text += b" " * (-len(text) % 8)
+        return struct.pack("<Q", len(text)) + text
 
 
-def _apply(parameters: list[Tensor], changes: list[Tensor], keep: float, step_size: float) -> None:
-    if keep != 1.0:
-        torch._foreach_mul_(parameters, keep)
-    torch._foreach_add_(parameters, changes, alpha=-step_size)
+def _check(file: Any, entries: list[_Entry], path: Path) -> int:
+    """The step of a state file whose tensors are those of the entries."""
+
+    def fail(reason: str) -> VerificationError:
+        return VerificationError(f"{path}: {reason}", hint="the state was saved from another model", file=str(path))
+
+    stored = set(file.keys())
+    wanted = {name for name, _, _ in entries}
+    if stored != wanted:
+        odd = sorted(stored ^ wanted)
+        raise fail(f"{odd[0]} is {'missing' if odd[0] in wanted else 'not part of this optimizer'} ({len(odd)} such)")
+    for name, span, buffer in entries:
+        view, shape = file.get_slice(name), list(full_shape(span.parameter))
+        if list(view.get_shape()) != shape or view.get_dtype() != _DTYPES[buffer.dtype]:
+            raise fail(f"{name} is {view.get_dtype()}{list(view.get_shape())}, not {shape}")
+    step = (file.metadata() or {}).get("step", "")
+    if not step.isdecimal():
+        raise fail("the step is missing")
+    return int(step)
 
 
-def _segments(slots: list[Slot], most: int) -> Iterator[_Segment]:
-    """Cut the layout into runs of at most `most` elements, each with one decay setting."""
-    start, pieces, sizes, decays = 0, list[Tensor](), list[int](), True
-    for slot in slots:
-        if pieces and slot.decays != decays:
-            yield _Segment(start, slot.start, decays, pieces, sizes)
-            start, pieces, sizes = slot.start, [], []
-        decays = slot.decays
-        flat = slot.parameter.detach().view(-1)
-        taken = 0
-        while taken < flat.numel():
-            size = min(flat.numel() - taken, most - sum(sizes))
-            pieces.append(flat[taken : taken + size])
-            sizes.append(size)
-            taken += size
-            if sum(sizes) == most:
-                yield _Segment(start, start + most, decays, pieces, sizes)
-                start, pieces, sizes = start + most, [], []
-    if pieces:
-        yield _Segment(start, start + sum(sizes), decays, pieces, sizes)
+def _segments(spans: list[ParameterSpan], alone: float, most: int) -> Iterator[_Segment]:
+    """Runs of one decay setting, cut after `most` elements; parameters of at least `alone` elements by themselves."""
 
+    def key(span: ParameterSpan) -> tuple[bool, str]:
+        return span.decays, span.name if span.stop - span.start >= alone else ""
 
-def _runs(slots: list[Slot], apart: bool) -> Iterator[_Segment]:
-    """Large parameters one by one, small neighbours with one decay setting together; all one by one if `apart`."""
-    run: list[Slot] = []
-
-    def segment() -> _Segment:
-        pieces = [slot.parameter.detach().view(-1) for slot in run]
-        return _Segment(run[0].start, run[-1].stop, run[0].decays, pieces, [piece.numel() for piece in pieces])
-
-    for slot in slots:
-        large = apart or slot.stop - slot.start >= LARGE
-        if run and (large or slot.decays != run[0].decays):
-            yield segment()
-            run = []
-        run.append(slot)
-        if large:
-            yield segment()
-            run = []
-    if run:
-        yield segment()
+    for (decays, _), members in groupby(spans, key):
+        run = list(members)
+        for start in range(run[0].start, run[-1].stop, most):
+            stop = min(start + most, run[-1].stop)
+            parts = [(s.parameter.detach().view(-1), s.start) for s in run if s.start < stop and start < s.stop]
+            pieces = [flat[max(start - first, 0) : stop - first] for flat, first in parts]
+            yield _Segment(start, stop, decays, pieces)

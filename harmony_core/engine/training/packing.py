@@ -1,8 +1,16 @@
-"""A micro-batch message as tensors: samples back to back in one row, and which positions are scored."""
+"""A micro-batch's wire format as tensors (samples back to back, scored positions), and its memory on CPU.
+
+Ranks give every freed tensor above a megabyte back to the system, so that memory keeps to its plan. A micro-batch frees
+and takes gigabytes in small turns, and fresh pages from the kernel would cost it a third of its time. While one runs,
+the C library keeps freed memory (`kept_while_it_runs`). The holes between tensors that stay are given back where memory
+is at its most, before the head and before the backward pass, and everything at the end.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,6 +20,7 @@ from torch import Tensor
 
 from harmony_core.engine.training.losses import Scored
 from harmony_core.errors import InternalError
+from harmony_core.rpc import platform
 from harmony_core.rpc.protocol import CustomLoss, MicroBatch
 
 
@@ -30,18 +39,18 @@ class PackedBatch:
     coefficients: Tensor
     lengths: tuple[int, ...]
     sampled: tuple[Tensor, Tensor] | None = None
-    """`[K]` long, `[K]` float64: of which of the N the sampler's log-prob is known, and that. None: of none."""
+    """`[K]` long and `[K]` float64: places among the N with a log-prob of the sampler, and these log-probs."""
     counts: tuple[int, ...] = ()
-    """How many of the N each sample has."""
+    """The number of scored positions of each sample."""
     loss: str = "linear"
     custom: CustomLoss | None = None
     settings: Mapping[str, float] = field(default_factory=dict)
     fields: Mapping[str, Tensor] = field(default_factory=dict)
-    """`[N]` float64 by name: what the loss is given of each scored position."""
+    """`[N]` float64 by name: the per-token arguments of the loss."""
     group: int = 1
-    """So many adjacent samples belong together."""
+    """The number of adjacent samples that belong together."""
     parts: tuple[int, ...] = ()
-    """How many adjacent samples go through the model at once; (): all of them."""
+    """The numbers of adjacent samples that go through the model at once; (): all of them."""
     dropout: bool = True
 
     def cut(self) -> list[PackedBatch]:
@@ -72,8 +81,12 @@ class PackedBatch:
             sample, token, row = sample + size, tokens.stop, rows.stop
         return found
 
+    def scored(self, hidden: Tensor) -> Tensor:
+        """`[T, ...]` -> `[N, ...]`: the scored positions."""
+        return hidden if self.rows is None else hidden.index_select(0, self.rows)
+
     def given(self, values: Tensor, entropies: Tensor | None = None) -> Scored:
-        """What the loss is given, with the log-probs or values `[N]` of the scored positions."""
+        """The arguments of the loss, with the log-probs or values `[N]` of the scored positions."""
         return Scored(values, self.coefficients, self.counts, self.fields, self.settings, self.group, entropies)
 
 
@@ -131,3 +144,27 @@ def unpack(batch: MicroBatch, device: torch.device) -> PackedBatch:
         parts=tuple(parts.tolist()),
         dropout=batch.dropout,
     )
+
+
+LARGE_BYTES = 1 << 20
+"""Where hidden states are smaller than this, little goes back to the system anyhow."""
+_SETTING = "MALLOC_MMAP_THRESHOLD_"
+"""Without this variable the C library adapts by itself, and its limits are not changed."""
+_LARGEST_KEPT = 32 << 20
+"""Larger tensors still go back at once; the C library takes no larger limit."""
+_USUAL_TRIM = 128 << 10
+
+
+@contextmanager
+def kept_while_it_runs(applies: bool) -> Iterator[Callable[[], None]]:
+    """Keep freed memory inside, where `applies`; yields a function that gives the present holes back."""
+    usual = os.environ.get(_SETTING, "")
+    if not applies or not usual.isdecimal() or int(usual) >= _LARGEST_KEPT:
+        yield lambda: None
+        return
+    platform.set_heap_limits(mapped=_LARGEST_KEPT, trimmed=(1 << 31) - 1)
+    try:
+        yield platform.trim_heap
+    finally:
+        platform.set_heap_limits(mapped=int(usual), trimmed=_USUAL_TRIM)
+        platform.trim_heap()

@@ -1,4 +1,4 @@
-"""One model's training on one rank: accumulate un-normalised gradients over micro-batches, then one global step.
+"""The interface of this package: a trainer accumulates gradients over micro-batches and takes one global step.
 
 Nothing is divided before `optim_step`: gradients, numerators and counts are summed over micro-batches and replicas
 and divided once by the step's denominator, so how samples were cut, packed and spread never changes the step.
@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,14 +19,10 @@ from torch import Tensor, nn
 from harmony_core.engine.models.context import ForwardContext, PackedAttention, forward_context
 from harmony_core.engine.models.heads import linear_logprob_loss, scores, token_logprobs, token_logprobs_and_entropies
 from harmony_core.engine.models.model import CausalLM
-from harmony_core.engine.training import state_files
-from harmony_core.engine.training.gradients import FlatGradients
-from harmony_core.engine.training.logprob_gap import LogprobGap, metrics
 from harmony_core.engine.training.loss_evaluation import MetricSums, evaluate, means
 from harmony_core.engine.training.losses import wants_entropies
-from harmony_core.engine.training.malloc_tuning import LARGE_BYTES, kept_while_it_runs
-from harmony_core.engine.training.optimizer import AdamW
-from harmony_core.engine.training.packing import PackedBatch, unpack
+from harmony_core.engine.training.optimizer import AdamW, FlatGradients
+from harmony_core.engine.training.packing import LARGE_BYTES, PackedBatch, kept_while_it_runs, unpack
 from harmony_core.errors import EngineError, NothingToTrain, StepFailed, UsageError
 from harmony_core.rpc.protocol import MicroBatch, MicroBatchDone, OptimStep
 
@@ -62,12 +56,9 @@ class Trainer:
         self.optimizer = AdamW(self.gradients)
         # The head's gradient is as large as the embedding: it is added where it belongs, without a copy of it.
         self._head_gradient = self.gradients.of(model.head_weight) if score is None else None
-        # A trained adapter's dropout is not the sampler's: there would be nothing to learn from a difference.
+        # The sampler has no dropout, so the gap would only measure the dropout of a trained adapter.
         self._drops = adapter is not None and bool(model.adapters[adapter].settings.dropout)
-        self._agreement = LogprobGap(model.device)
-        self._metrics = MetricSums(model.device)
-        self._failed = False
-        self._reset_counts()
+        self._reset()
 
     @property
     def step(self) -> int:
@@ -131,9 +122,9 @@ class Trainer:
         started = time.perf_counter()
         if self._failed:
             raise StepFailed(f"step {self.step + 1} of {request.model!r} cannot be taken: a micro-batch failed")
-        with self._cleared_afterwards():
+        try:
             self.gradients.check_attached()
-            # Once they are summed, every rank has what one of them computed.
+            # After the sum, a bad value of one rank is on every rank.
             own = None if self.dp_group is None and self.model.tp.silent else self.gradients.buffer.sum()
             self.gradients.reduce(self.dp_group)
             numerator, weighted, samples, squares, reported = self._totals()
@@ -145,6 +136,8 @@ class Trainer:
                 self.optimizer.update(
                     request.lr, request.weight_decay, request.beta1, request.beta2, request.eps, clip / denominator
                 )
+        finally:
+            self.abandon()
         return {
             "loss": numerator / denominator,
             "grad_norm": norm,
@@ -159,31 +152,30 @@ class Trainer:
         }
 
     def abandon(self) -> None:
-        """Forget what was accumulated since the last step."""
+        """Discard the gradients and sums since the last step."""
         self.gradients.clear()
-        self._failed = False
-        self._reset_counts()
+        self._reset()
 
     def close(self) -> None:
-        """Let the parameters go; the trainer is not used afterwards."""
+        """Detach from the parameters; the trainer cannot be used afterwards."""
         self.gradients.detach()
 
     def weights_changed(self) -> None:
-        """To be called after the parameters were written from outside."""
+        """Call this after the parameters were written from outside."""
         self.optimizer.refresh_masters()
 
     def save_optimizer(self, directory: Path, write: bool) -> None:
         """Write the optimizer's state, full size, into `directory`; every rank calls, the one with `write` writes."""
-        state_files.save(self.optimizer, directory, write)
+        self.optimizer.save(directory, write)
 
     def load_optimizer(self, directory: Path) -> None:
         """Read the optimizer's state and step; raises VerificationError, with nothing changed, if it does not fit."""
-        state_files.load(self.optimizer, directory)
+        self.optimizer.load(directory)
 
     def rehearse(self, max_batch_tokens: int) -> None:
         """A worst-case micro-batch without any collective; RNG, gradients and moments are left as they were.
 
-        Raises whatever a real one would, an out-of-memory error first of all.
+        Raises the errors of a real one, such as out of memory.
         """
         device = self.model.device
         kept = self.gradients.buffer.clone() if self._samples else None
@@ -216,10 +208,7 @@ class Trainer:
         part runs again, with the gradient that the loss has there: the same one, since dropout draws the same.
         """
         found = [self._values_of(part, seed) for part, seed in zip(parts, seeds, strict=True)]
-        numerator, directions, sums = evaluate(
-            packed.loss, packed.given(*map(torch.cat, zip(*found, strict=True))), packed.custom
-        )
-        self._metrics.add(sums)
+        numerator, directions = self._evaluate(packed, *map(torch.cat, zip(*found, strict=True)))
         ends = [sum(part.counts) for part in parts]
         for part, seed, *known in zip(parts, seeds, *(torch.split(d, ends) for d in directions), strict=True):
             self._forward_backward(part, seed, known)
@@ -229,9 +218,7 @@ class Trainer:
     def _values_of(self, packed: PackedBatch, seed: int) -> list[Tensor]:
         """Log-probs, with entropies where the loss asks for them, or values `[N]`."""
         with forward_context(self._context(packed, seed)):
-            hidden = self.model.hidden_states(packed.tokens, packed.positions)
-            scored = hidden if packed.rows is None else hidden.index_select(0, packed.rows)
-            return self._head_of(scored, packed)
+            return self._head_of(packed.scored(self.model.hidden_states(packed.tokens, packed.positions)), packed)
 
     def _context(self, packed: PackedBatch, seed: int) -> ForwardContext:
         return ForwardContext(PackedAttention(packed.lengths), self.adapter, seed, packed.dropout)
@@ -252,21 +239,21 @@ class Trainer:
         """
         if not packed.targets.numel():
             return 0.0
-        # An adapter's micro-batch keeps so little that what it frees would be most of its memory.
+        # An adapter's micro-batch keeps little memory, and the freed part would be most of it.
         large = packed.tokens.numel() * self.model.hidden_size * self.model.dtype.itemsize >= LARGE_BYTES
         keep = large and self.adapter is None and self.model.device.type == "cpu"
         # Checkpointed layers run again in the backward pass and need the context there too.
         with kept_while_it_runs(keep) as give_back, forward_context(self._context(packed, seed)):
             hidden = self.model.hidden_states(packed.tokens, packed.positions)
             give_back()
-            scored = hidden if packed.rows is None else hidden.index_select(0, packed.rows)
+            scored = packed.scored(hidden)
             if self.score is not None:
                 return self._train_values(scored, self.score, packed, known)
             numerator, directions = None, [packed.coefficients]
             if known is not None:
                 numerator, directions = 0.0, known
             elif packed.loss != "linear":
-                numerator, directions = self._first_pass(scored, packed)
+                numerator, directions = self._evaluate(packed, *self._head_of(scored, packed))
             loss, logprobs = linear_logprob_loss(
                 self.model,
                 scored,
@@ -280,13 +267,12 @@ class Trainer:
             give_back()
             loss.backward()  # type: ignore[no-untyped-call]
         if packed.sampled is not None and not (packed.dropout and self._drops):
-            self._agreement.add(logprobs, *packed.sampled)
+            self._metrics.compare(logprobs, *packed.sampled)
         return -float((packed.coefficients * logprobs.double()).sum().item()) if numerator is None else numerator
 
-    def _first_pass(self, scored: Tensor, packed: PackedBatch) -> tuple[float, list[Tensor]]:
-        """A loss at the present log-probs, and the coefficients of the linear loss that has its gradient."""
-        given = packed.given(*self._head_of(scored, packed))
-        numerator, directions, sums = evaluate(packed.loss, given, packed.custom)
+    def _evaluate(self, packed: PackedBatch, *given: Tensor) -> tuple[float, list[Tensor]]:
+        """A loss of log-probs (and entropies) or values, and the coefficients of the linear loss with its gradient."""
+        numerator, directions, sums = evaluate(packed.loss, packed.given(*given), packed.custom)
         self._metrics.add(sums)
         return numerator, directions
 
@@ -301,8 +287,7 @@ class Trainer:
         if known is not None:
             numerator, direction = 0.0, known[0]
         else:
-            numerator, (direction,), sums = evaluate(packed.loss, packed.given(values))
-            self._metrics.add(sums)
+            numerator, (direction,) = self._evaluate(packed, values)
         values.backward(-direction.to(values.dtype))  # type: ignore[no-untyped-call]
         return numerator
 
@@ -311,20 +296,14 @@ class Trainer:
         text = f"{self.seed}/{self.step}/{batch.replica}/{self._micro_batches + part}"
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little")
 
-    def _reset_counts(self) -> None:
+    def _reset(self) -> None:
+        """Set the sums of a step to zero."""
+        self._failed = False
         self._micro_batches = 0
         self._numerator = 0.0
         self._weighted = 0
         self._samples = 0
-        self._agreement.clear()
-        self._metrics.clear()
-
-    @contextmanager
-    def _cleared_afterwards(self) -> Iterator[None]:
-        try:
-            yield
-        finally:
-            self.abandon()
+        self._metrics = MetricSums(self.model.device)
 
     def _denominator(self, request: OptimStep, samples: float) -> float:
         if samples and request.normalise == "sum":
@@ -342,15 +321,13 @@ class Trainer:
         Over all replicas. The one place in a step where the host waits for the device.
         """
         counts = torch.tensor([self._numerator, self._weighted, self._samples], dtype=torch.float64)
-        sums = torch.cat([counts.to(self.model.device), self._agreement.sums, self._metrics.sums])
+        sums = torch.cat([counts.to(self.model.device), self._metrics.sums])
         if self.dp_group is not None:
             dist.all_reduce(sums, group=self.dp_group)
-            dist.all_reduce(self._agreement.most, dist.ReduceOp.MAX, group=self.dp_group)
-        found = torch.cat([self.gradients.squared_norm()[None], self._agreement.most, sums]).tolist()
-        squares, most, numerator, weighted, samples, *others = found
-        compared = len(self._agreement.sums)
-        reported = metrics(others[:compared], most) | means(others[compared:])
-        return numerator, weighted, samples, squares, reported
+            dist.all_reduce(self._metrics.largest_gap, dist.ReduceOp.MAX, group=self.dp_group)
+        found = torch.cat([self.gradients.squared_norm()[None], self._metrics.largest_gap, sums]).tolist()
+        squares, largest_gap, numerator, weighted, samples, *others = found
+        return numerator, weighted, samples, squares, means(others, largest_gap)
 
     def _refuse_or_skip(self, request: OptimStep, own: Tensor | None) -> bool:
         """With a norm that is not finite, the same on every rank: True to skip the step. `own`: this rank's sum."""

@@ -10,8 +10,7 @@ from torch import nn
 
 from harmony_core.engine.models.parallel import TensorParallel
 from harmony_core.engine.training import optimizer
-from harmony_core.engine.training.gradients import FlatGradients
-from harmony_core.engine.training.optimizer import AdamW
+from harmony_core.engine.training.optimizer import AdamW, FlatGradients
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     raise RuntimeError("run by test_training_kernels.py")
@@ -38,7 +37,7 @@ def test_steps_equal_those_of_plain_operations(dtype: torch.dtype, monkeypatch: 
         for name, expected in plain.state().items():
             found = kernel.state()[name]
             assert (found - expected).norm() <= 1e-7 * expected.norm(), name
-        for slot, other in zip(kernel.gradients.slots, plain.gradients.slots, strict=True):
+        for slot, other in zip(kernel.gradients.spans, plain.gradients.spans, strict=True):
             found, expected = slot.parameter.detach().float(), other.parameter.detach().float()
             # The interpreter cuts off what a device rounds: one unit in the last place of bfloat16.
             tolerance = 1e-7 if dtype == torch.float32 else 2**-7

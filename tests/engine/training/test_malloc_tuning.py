@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from harmony_core.engine.training import malloc_tuning
+from harmony_core.engine.training.packing import kept_while_it_runs
 from harmony_core.rpc import platform
 
 
@@ -20,7 +20,7 @@ def test_limits_are_restored_and_pages_given_back_whatever_happens(
     calls: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "1048576")
-    with pytest.raises(ValueError, match="stop"), malloc_tuning.kept_while_it_runs(True) as give_back:
+    with pytest.raises(ValueError, match="stop"), kept_while_it_runs(True) as give_back:
         give_back()
         raise ValueError("stop")
     assert calls == [32 << 20, "trim", 1 << 20, "trim"]
@@ -34,7 +34,7 @@ def test_what_the_user_or_the_system_decided_stays(
         monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
     else:
         monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", setting)
-    with malloc_tuning.kept_while_it_runs(applies) as give_back:
+    with kept_while_it_runs(applies) as give_back:
         give_back()
     assert calls == []
 

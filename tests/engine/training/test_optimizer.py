@@ -14,9 +14,7 @@ from torch import nn
 from engine.training.trainer_cases import difference, make_trainer, micro_batch, optim_step, parameters, samples
 from harmony_core.engine.models.parallel import TensorParallel
 from harmony_core.engine.training import optimizer
-from harmony_core.engine.training.gradients import FlatGradients
-from harmony_core.engine.training.optimizer import AdamW
-from harmony_core.engine.training.state_files import FILE
+from harmony_core.engine.training.optimizer import FILE, AdamW, FlatGradients
 from harmony_core.errors import VerificationError
 from tiny_models import build
 
@@ -82,7 +80,7 @@ def test_the_norm_is_that_of_all_gradients() -> None:
     assert gradients.squared_norm().item() == pytest.approx(gradients.buffer.double().square().sum().item(), rel=1e-6)
     assert gradients.first_bad() is None
     gradients.views[2][0] = float("inf")
-    assert gradients.first_bad() == gradients.slots[2].name
+    assert gradients.first_bad() == gradients.spans[2].name
 
 
 def test_optimizer_state_round_trips_exactly_and_goes_on_as_if_never_stopped(llama: Path, tmp_path: Path) -> None:
@@ -93,7 +91,7 @@ def test_optimizer_state_round_trips_exactly_and_goes_on_as_if_never_stopped(lla
     trainer.save_optimizer(tmp_path, write=True)
     other = make_trainer(llama)
     with torch.no_grad():
-        for mine, theirs in zip(other.gradients.slots, trainer.gradients.slots, strict=True):
+        for mine, theirs in zip(other.gradients.spans, trainer.gradients.spans, strict=True):
             mine.parameter.copy_(theirs.parameter)
     other.load_optimizer(tmp_path)
     assert other.step == 3

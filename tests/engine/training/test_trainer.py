@@ -280,7 +280,7 @@ def test_half_precision_keeps_float32_masters_and_gradients(llama: Path) -> None
     assert moved > 40 * 2e-4 * 0.5
     master = trainer.optimizer.master
     assert master is not None
-    for slot in trainer.gradients.slots:
+    for slot in trainer.gradients.spans:
         assert torch.equal(slot.of(master).to(torch.bfloat16), slot.parameter)
 
 

@@ -87,7 +87,7 @@ def make_trainer(
 
 def gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
     """Full-size gradients by name."""
-    slots, views = trainer.gradients.slots, trainer.gradients.views
+    slots, views = trainer.gradients.spans, trainer.gradients.views
     return {
         slot.name: gather_full(view, shard_of(slot.parameter), trainer.model.tp).clone()
         for slot, view in zip(slots, views, strict=True)
@@ -98,7 +98,7 @@ def parameters(trainer: Trainer) -> dict[str, torch.Tensor]:
     """Full-size parameters by name."""
     return {
         slot.name: gather_full(slot.parameter.detach(), shard_of(slot.parameter), trainer.model.tp).clone()
-        for slot in trainer.gradients.slots
+        for slot in trainer.gradients.spans
     }
 
 
@@ -164,7 +164,7 @@ def curve(group: Group, directory: str, dtype: str, lora: bool, tp: int, steps: 
     parallel, dp_group, replica = group.grid(tp)
     replicas = group.size // tp
     trainer = make_trainer(Path(directory), dtype, lora, parallel, dp_group)
-    losses, norms, addresses = [], [], [slot.parameter.data_ptr() for slot in trainer.gradients.slots]
+    losses, norms, addresses = [], [], [slot.parameter.data_ptr() for slot in trainer.gradients.spans]
     for step in range(steps):
         chosen = samples(12, seed=step % 4)
         # Uneven on purpose: micro-batches of 5, 4 and 3 samples, so that with two replicas one has one of them.
@@ -175,11 +175,11 @@ def curve(group: Group, directory: str, dtype: str, lora: bool, tp: int, steps: 
         metrics = trainer.optim_step(optim_step(total_weight(chosen), lr=3e-3))
         losses.append(metrics["loss"])
         norms.append(metrics["grad_norm"])
-    replicated = [slot.parameter.detach().flatten() for slot in trainer.gradients.slots if not slot.split]
+    replicated = [slot.parameter.detach().flatten() for slot in trainer.gradients.spans if slot.shard is None]
     return {
         "losses": losses,
         "norms": norms,
-        "in_place": addresses == [slot.parameter.data_ptr() for slot in trainer.gradients.slots],
+        "in_place": addresses == [slot.parameter.data_ptr() for slot in trainer.gradients.spans],
         "replicated": pack_floats(torch.cat(replicated).tolist()).hex() if tp > 1 and replicated else "",
         "counts": [metrics["num_tokens"], metrics["num_samples"]],
     }
@@ -194,7 +194,7 @@ def bad_gradient(group: Group, directory: str, tp: int, rank: int, skip: bool) -
     trainer.accumulate(micro_batch(samples(4, seed=replica), replica))
     before = parameters(trainer)
     if group.rank == rank:
-        slot = next(s for s in trainer.gradients.slots if s.name == "model.layers.1.mlp.down_proj.weight")
+        slot = next(s for s in trainer.gradients.spans if s.name == "model.layers.1.mlp.down_proj.weight")
         slot.of(trainer.gradients.buffer)[0, 0] = float("nan")
     outcome: dict[str, Any] = {}
     try:
@@ -243,7 +243,7 @@ def _states_equal(one: Trainer, other: Trainer) -> bool:
         return {
             f"{kind} {slot.name}": gather_full(slot.of(buffer), shard_of(slot.parameter), trainer.model.tp)
             for kind, buffer in trainer.optimizer.state().items()
-            for slot in trainer.gradients.slots
+            for slot in trainer.gradients.spans
         }
 
     first, second = full(one), full(other)
