@@ -27,12 +27,11 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 from typing_extensions import TypeVar
 
+from harmony_core import data as dataset_kinds
 from harmony_core.config.argument_kinds import checked
-from harmony_core.data import kinds as dataset_kinds
 from harmony_core.data.columns import check_columns
-from harmony_core.data.datasets import load_threads
+from harmony_core.data.datasets import check_hub_name, is_hub_name, load_threads
 from harmony_core.data.files import paths_of
-from harmony_core.data.hub import check_hub_name, is_hub_name
 from harmony_core.errors import HarmonyError, ModelRefused, NotFoundError, UsageError, did_you_mean
 from harmony_core.journal import current
 from harmony_core.model import kinds as model_kinds

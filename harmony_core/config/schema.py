@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from harmony_core.config.problems import Path, dotted
-from harmony_core.config.yaml_source import parse_value, plain_scalar
+from harmony_core.config.yaml_source import Path, dotted, parse_value, plain_scalar
 from harmony_core.errors import nearest
 
 MAX_DEPTH = 6

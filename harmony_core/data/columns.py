@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
-from harmony_core.data.kinds import Format
+from harmony_core.data import Format
 from harmony_core.data.messages import ANSWER_NAMES, MEDIA_NAMES, USER_NAMES, from_json, kind_of, text_of
 from harmony_core.errors import DataError, UsageError, did_you_mean
 

@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from harmony_core.data import Format
 from harmony_core.data.columns import (
     FIELDS,
     Line,
@@ -20,7 +21,6 @@ from harmony_core.data.columns import (
     scalar,
     unpacked,
 )
-from harmony_core.data.kinds import Format
 from harmony_core.data.messages import (
     MEDIA,
     Said,

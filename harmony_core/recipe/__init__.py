@@ -1,1 +1,329 @@
-"""A recipe, what it is given, and how it is run."""
+"""A recipe: one Python file with one function marked `@recipe_main`, and the class of its configuration.
+
+Loading imports the recipe's code and nothing of the engine.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import inspect
+import os
+import re
+import tomllib
+import types
+import typing
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict
+
+from harmony_core.config.parameters import Parameter
+from harmony_core.errors import NotFoundError, RecipeLoadError, ResourceError, did_you_mean
+from harmony_core.options import RUNNER_FLAGS
+from harmony_core.plain_files import expanded
+from harmony_core.recipe_file import import_file
+
+_BLOCK = re.compile(r"^# /// adaptive[ \t]*\r?\n((?:#(?: [^\n]*)?\r?\n)*?)# ///[ \t]*\r?$", re.MULTILINE)
+_NAME = re.compile(r"\s*([A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)\s*(\[[^\]]*\])?\s*(.*)$", re.DOTALL)
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+MARK = "is_recipe_main"
+ENTRY = "main.py"
+
+SHAPES = "async def main(ctx: RecipeContext) or async def main(config: YourInputConfig, ctx: RecipeContext)"
+
+
+def recipe_main(func: F) -> F:
+    """Mark the function with which the recipe starts. It may be `async` or not."""
+    setattr(func, MARK, True)
+    return func
+
+
+class InputConfig(BaseModel):
+    """Base of a recipe's configuration: unknown keys are errors, docstrings under fields are their descriptions.
+
+    Numbers are finite; bounds of a field (`Field(gt=0, le=1)`) are told in its help and in errors.
+
+    A field annotated as a union of `InputConfig` classes is chosen by the key `union_variant`, whose value is the
+    name of the class. Unions of other types work as pydantic has them.
+    """
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    VARIANT: ClassVar[str] = "union_variant"
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        # Before pydantic looks at the annotations: the class's own name becomes one of its fields.
+        own = inspect.get_annotations(cls)
+        cls.__annotations__ = {cls.VARIANT: Literal[cls.__name__], **own}
+        setattr(cls, cls.VARIANT, cls.__name__)
+        super().__init_subclass__(**kwargs)
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        cls.tag_unions()
+
+    @classmethod
+    def tag_unions(cls) -> None:
+        """Make unions of `InputConfig` classes discriminated and defaults of names read, once annotations are known."""
+        changed = False
+        for name, info in cls.model_fields.items():
+            if isinstance(info.default, str | os.PathLike) and _names_something(info.annotation):
+                info.validate_default = changed = True
+            if info.discriminator is None and _is_variant_union(info.annotation) and not _is_annotated(cls, name):
+                info.discriminator = cls.VARIANT
+                changed = True
+        if changed:
+            cls.model_rebuild(force=True)
+
+    @classmethod
+    def load_from_file(cls, json_file: str | Path) -> Self:
+        """Validate the contents of a JSON file."""
+        return cls.model_validate_json(Path(json_file).read_text(encoding="utf-8"))
+
+
+def _names_something(annotation: Any) -> bool:
+    """Whether a field holds a model, a dataset or a grader: a default that is a string is then read as one, too."""
+    kinds = get_args(annotation) if get_origin(annotation) in (typing.Union, types.UnionType) else (annotation,)
+    return any(isinstance(kind, type) and issubclass(kind, Parameter) for kind in kinds)
+
+
+def _is_variant_union(annotation: Any) -> bool:
+    if get_origin(annotation) not in (typing.Union, types.UnionType):
+        return False
+    members = [member for member in get_args(annotation) if member is not type(None)]
+    return len(members) > 1 and all(isinstance(m, type) and issubclass(m, InputConfig) for m in members)
+
+
+def _is_annotated(cls: type, name: str) -> bool:
+    """Whether the author wrote `Annotated[A | B, ...]`: then the union is left as it is."""
+    for ancestor in cls.__mro__:
+        raw: Any = inspect.get_annotations(ancestor).get(name)
+        if raw is not None:
+            return get_origin(raw) is Annotated or (isinstance(raw, str) and "Annotated[" in raw.split("|")[0])
+    return False
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A loaded recipe."""
+
+    name: str
+    path: Path
+    main: Callable[..., Any]
+    config_type: type[InputConfig] | None
+    arguments: tuple[Literal["config", "context"], ...]
+    """What `main` takes, in order."""
+    doc: str
+    dependencies: tuple[str, ...] = ()
+    sha256: str = ""
+    where: str = field(default="", compare=False)
+    """`file:line` of the main function."""
+
+    def call(self, config: InputConfig | None, context: Any) -> Any:
+        """Call `main` with what it takes; of an `async` main, its coroutine."""
+        given = {"config": config, "context": context}
+        return self.main(*(given[argument] for argument in self.arguments))
+
+    @property
+    def spec(self) -> str:
+        """What names the recipe on a command line, from any directory."""
+        if built_in_recipes().get(self.path.stem) == self.path:
+            return self.path.stem
+        return f"{self.path}:{self.main.__name__}"
+
+    @functools.cached_property
+    def json_schema(self) -> dict[str, Any]:
+        """Of the configuration; an empty object where the recipe takes none."""
+        if self.config_type is None:
+            return {"type": "object", "properties": {}, "additionalProperties": False}
+        return self.config_type.model_json_schema()
+
+
+def load_recipe(spec: str) -> Recipe:
+    """Import the recipe that `path.py`, `path.py:function`, a directory with a main.py or a built-in name means.
+
+    Raises NotFoundError for what does not exist, RecipeLoadError for what is no recipe, ResourceError for packages
+    that its dependency block names and that are not installed.
+    """
+    path, function, built_in = locate(spec)
+    source = path.read_bytes()
+    dependencies = inline_dependencies(path, source)
+    missing = missing_packages(dependencies)
+    if missing:
+        raise ResourceError(
+            f"{path.name} needs {', '.join(missing)}, not installed here",
+            hint="pip install " + " ".join(f"'{name}'" for name in missing),
+            packages=list(missing),
+        )
+    module = import_file(path, importable_folder=not built_in)
+    main = _named(module, function, path) if function else _marked(module, path)
+    where = _line_of(main, path)
+    config_type, arguments = _signature(main, where)
+    if config_type is not None:
+        _check_fields(config_type, where)
+    return Recipe(
+        name=path.parent.name if path.name == ENTRY else path.stem,
+        path=path,
+        main=main,
+        config_type=config_type,
+        arguments=arguments,
+        doc=inspect.cleandoc(module.__doc__ or main.__doc__ or ""),
+        dependencies=dependencies,
+        sha256=hashlib.sha256(source).hexdigest(),
+        where=where,
+    )
+
+
+def built_in_recipes() -> dict[str, Path]:
+    """The recipes that come with the package, by name."""
+    spec = importlib.util.find_spec("harmony_core.recipes")
+    folders = list(spec.submodule_search_locations or ()) if spec else []
+    files = [file for folder in folders for file in sorted(Path(folder).glob("*.py"))]
+    return {file.stem: file for file in files if not file.stem.startswith("_")}
+
+
+def locate(spec: str) -> tuple[Path, str | None, bool]:
+    """The file, the function where one is named, and whether the recipe is a built-in. Raises NotFoundError."""
+    name, colon, function = spec.rpartition(":")
+    if not colon:
+        name, function = spec, ""
+    path = expanded(name)
+    if path.is_dir() and (path / ENTRY).is_file():
+        path = path / ENTRY
+    if path.suffix == ".py" and path.is_file():
+        return path.resolve(), function or None, False
+    known = built_in_recipes()
+    if name in known:
+        return known[name], function or None, True
+    if path.is_file():
+        raise RecipeLoadError(f"{name} is not a recipe: its name must end in .py")
+    raise NotFoundError(f"there is no recipe {name!r}", hint=_nearest_recipes(path, name, known))
+
+
+def _nearest_recipes(path: Path, name: str, known: dict[str, Path]) -> str:
+    if path.suffix == ".py" or "/" in name:
+        neighbours = sorted(str(path.parent / file.name) for file in path.parent.glob("*.py"))
+        return did_you_mean(str(path), neighbours)
+    return did_you_mean(name, [*known, *(file.name for file in Path.cwd().glob("*.py"))])
+
+
+def _named(module: types.ModuleType, name: str, path: Path) -> Callable[..., Any]:
+    found = getattr(module, name, None)
+    if not inspect.isfunction(found):
+        functions = [n for n, f in vars(module).items() if inspect.isfunction(f)]
+        raise NotFoundError(f"{path.name} has no function '{name}'", hint=did_you_mean(name, functions))
+    return found
+
+
+def _marked(module: types.ModuleType, path: Path) -> Callable[..., Any]:
+    marked = {id(f): f for f in vars(module).values() if callable(f) and getattr(f, MARK, False) is True}
+    own: list[Callable[..., Any]] = [f for f in marked.values() if f.__module__ == module.__name__]
+    own = own or list(marked.values())
+    if not own:
+        raise RecipeLoadError(
+            f"{path}:1: no function is marked with @recipe_main", hint=f"put @recipe_main above {SHAPES}"
+        )
+    if len(own) > 1:
+        places = ", ".join(f"{getattr(f, '__name__', f)} ({_line_of(f, path)})" for f in own)
+        raise RecipeLoadError(
+            f"{_line_of(own[1], path)}: {len(own)} functions are marked with @recipe_main: {places}",
+            hint=f"mark one, or name one: {path.name}:{getattr(own[0], '__name__', 'main')}",
+        )
+    return own[0]
+
+
+def _line_of(func: Callable[..., Any], path: Path) -> str:
+    code = getattr(inspect.unwrap(func), "__code__", None)
+    return f"{code.co_filename}:{code.co_firstlineno}" if code else f"{path}:1"
+
+
+def _signature(
+    main: Callable[..., Any], where: str
+) -> tuple[type[InputConfig] | None, tuple[Literal["config", "context"], ...]]:
+    """Match parameters by their annotations, in the order of declaration."""
+    from harmony_core.recipe.context import RecipeContext
+
+    try:
+        hints = typing.get_type_hints(main)
+    except (NameError, TypeError, AttributeError, SyntaxError) as error:
+        raise RecipeLoadError(f"{where}: an annotation of the main function means nothing: {error}") from error
+    config_type: type[InputConfig] | None = None
+    arguments: list[Literal["config", "context"]] = []
+    for parameter in inspect.signature(main).parameters.values():
+        hint = hints.get(parameter.name)
+        if isinstance(hint, type) and issubclass(hint, RecipeContext) and "context" not in arguments:
+            arguments.append("context")
+        elif isinstance(hint, type) and issubclass(hint, InputConfig) and "config" not in arguments:
+            config_type = hint
+            arguments.append("config")
+        elif parameter.default is parameter.empty or parameter.kind is not parameter.POSITIONAL_OR_KEYWORD:
+            shown = getattr(hint, "__name__", hint) if hint is not None else "nothing"
+            raise RecipeLoadError(
+                f"{where}: parameter '{parameter.name}' is annotated with {shown}, which a recipe is not given",
+                hint=f"write {SHAPES}",
+            )
+    return config_type, tuple(arguments)
+
+
+def _check_fields(config_type: type[InputConfig], where: str) -> None:
+    """Finish forward references, and refuse names that are flags of the runner."""
+    try:
+        config_type.model_rebuild()
+        config_type.tag_unions()
+    except Exception as error:  # pydantic raises its own and whatever a default factory raises
+        raise RecipeLoadError(f"{where}: {config_type.__name__} cannot be built: {error}") from error
+    clashes = sorted(RUNNER_FLAGS.intersection(config_type.model_fields) - {"seed"})
+    if clashes:
+        raise RecipeLoadError(
+            f"{where}: {config_type.__name__}.{clashes[0]} has the name of the runner's flag "
+            f"--{clashes[0].replace('_', '-')}",
+            hint=f"rename the field{'s ' + ', '.join(clashes) if len(clashes) > 1 else ''}",
+        )
+
+
+def inline_dependencies(path: Path, source: bytes) -> tuple[str, ...]:
+    """The requirements that the block lists. Raises RecipeLoadError for a block that is not valid."""
+    text = source.decode("utf-8-sig", errors="replace")
+    blocks = list(_BLOCK.finditer(text))
+    if not blocks:
+        return ()
+    line = text.count("\n", 0, blocks[0].start()) + 1
+    if len(blocks) > 1:
+        second = text.count("\n", 0, blocks[1].start()) + 1
+        raise RecipeLoadError(f"{path}:{second}: a second `# /// adaptive` block; one is allowed")
+    content = "".join(row[2:] if row.startswith("# ") else row[1:] for row in blocks[0][1].splitlines(keepends=True))
+    try:
+        found = tomllib.loads(content).get("dependencies", [])
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeLoadError(f"{path}:{line}: the `# /// adaptive` block is not valid TOML: {error}") from error
+    if not isinstance(found, list) or not all(isinstance(item, str) and _NAME.match(item) for item in found):
+        raise RecipeLoadError(f"{path}:{line}: `dependencies` must be a list of requirements")
+    return tuple(found)
+
+
+def missing_packages(requirements: Iterable[str]) -> list[str]:
+    """Those that are not installed, or not in a version that was asked for."""
+    return [requirement for requirement in requirements if not _is_met(requirement)]
+
+
+def _is_met(requirement: str) -> bool:
+    from packaging.requirements import InvalidRequirement, Requirement
+
+    try:
+        parsed = Requirement(requirement)
+    except InvalidRequirement:
+        return False
+    if parsed.marker is not None and not parsed.marker.evaluate():
+        return True
+    try:
+        return parsed.specifier.contains(version(parsed.name), prereleases=True)
+    except PackageNotFoundError:
+        return False

@@ -24,8 +24,8 @@ from harmony_core.launch import private_directory
 from harmony_core.memory.ledger import format_size
 from harmony_core.notifiers import ProgressSink, StdoutJobNotifier, say
 from harmony_core.options import EngineOptions, RunOptions
+from harmony_core.recipe import InputConfig, Recipe
 from harmony_core.recipe.context import RecipeContext
-from harmony_core.recipe.module import InputConfig, Recipe
 from harmony_core.recipe_file import RecipeFile
 from harmony_core.registry import Registry
 from harmony_core.rpc.tracebacks import place_of

@@ -20,8 +20,16 @@ from harmony_core import __version__
 from harmony_core.errors import NotFoundError, VerificationError, storing
 from harmony_core.home import Home
 from harmony_core.plain_files import discard, lock, write_json
-from harmony_core.registry import manifest as manifests
-from harmony_core.registry.keys import BUILTIN
+from harmony_core.registry.records import (
+    BUILTIN,
+    MANIFEST,
+    Manifest,
+    check_files,
+    digest_of,
+    list_files,
+    read_manifest,
+    record_files,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -83,20 +91,20 @@ def write_builtin(home: Home, directory: Path, key: str) -> None:
         stack.callback(shutil.rmtree, temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         _write_model(temporary)
-        files = manifests.record_files(temporary, manifests.list_files(temporary))
-        record = manifests.Manifest(
+        files = record_files(temporary, list_files(temporary))
+        record = Manifest(
             key=key,
             format="hf",
             kind="lm",
-            digest=manifests.digest_of("hf", files),
+            digest=digest_of("hf", files),
             files=files,
             source=key,
             harmony_core=__version__,
         )
-        write_json(temporary / manifests.NAME, msgspec.to_builtins(record))
+        write_json(temporary / MANIFEST, msgspec.to_builtins(record))
         with lock(home.locks / "builtin.lock"):
             try:
-                manifests.check_files(directory, manifests.read_manifest(directory, key))
+                check_files(directory, read_manifest(directory, key))
             except VerificationError:
                 if directory.exists():
                     discard(home, directory)

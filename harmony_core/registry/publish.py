@@ -34,17 +34,27 @@ from harmony_core.errors import (
 )
 from harmony_core.home import Home
 from harmony_core.plain_files import check_space, discard, fsync_path, refuse_links, try_lock, write_json
-from harmony_core.registry import manifest as manifests
 from harmony_core.registry.content import complete, inspect, take_tokenizer
-from harmony_core.registry.keys import BUILTIN, SCHEME, Reference, check_key, parse_reference
-from harmony_core.registry.versions import (
+from harmony_core.registry.records import (
+    BUILTIN,
     DEFAULT_NAMES,
     ENTRY_NAME,
+    MANIFEST,
     SCALAR,
+    SCHEME,
+    BaseRecord,
     Entry,
+    FileRecord,
+    Manifest,
     ModelVersion,
+    Reference,
+    check_key,
+    digest_of,
     entry_lock,
+    parse_reference,
     read_entry,
+    read_manifest,
+    record_files,
     write_entry,
 )
 from harmony_core.rpc.platform import start_time
@@ -111,17 +121,17 @@ class Staging:
             complete(self.directory, parent.weights_dir if parent else self.directory, stop_ids)
         content = inspect(location or self.directory, registry, base, in_place=location is not None)
         with storing(f"cannot store {key!r}"):
-            files = manifests.record_files(content.directory, content.files)
+            files = record_files(content.directory, content.files)
             published = self._published(key, run_id, files) if resumed else None
             if published is not None:
                 return published
-            record = manifests.Manifest(
+            record = Manifest(
                 key=key,
                 format=content.format,
                 kind=SCALAR if content.scalar else "lm",
-                digest=manifests.digest_of(content.format, files),
+                digest=digest_of(content.format, files),
                 files=files,
-                base=manifests.BaseRecord(content.base.ref, content.base.digest) if content.base else None,
+                base=BaseRecord(content.base.ref, content.base.digest) if content.base else None,
                 location=str(location.resolve()) if location else "",
                 source=source,
                 parent=parent.ref if parent else "",
@@ -133,16 +143,16 @@ class Staging:
             )
             if not location:
                 self._make_durable(content.files)
-            write_json(self.directory / manifests.NAME, msgspec.to_builtins(record))
+            write_json(self.directory / MANIFEST, msgspec.to_builtins(record))
             number = self._rename(key)
             self._describe(key, None if content.base else parent)
         return registry.resolve(f"{key}@{number}")
 
-    def _published(self, key: str, run_id: str, files: tuple[manifests.FileRecord, ...]) -> ModelVersion | None:
+    def _published(self, key: str, run_id: str, files: tuple[FileRecord, ...]) -> ModelVersion | None:
         """The version that a run has made of these files already; one that is damaged counts for nothing."""
         for number in self._registry.versions(key):
             with contextlib.suppress(VerificationError, NotFoundError):
-                record = manifests.read_manifest(self._registry.directory(key, number), key)
+                record = read_manifest(self._registry.directory(key, number), key)
                 if record.run_id == run_id and record.files == files:
                     return self._registry.resolve(f"{key}@{number}")
         return None
@@ -302,7 +312,7 @@ def _refuse_when_needed(registry: Registry, key: str, numbers: list[int], doomed
             f"{', '.join(sorted(doomed))}: still the base of {', '.join(adapters)}", hint="remove the adapter first"
         )
     for number in numbers:
-        user = _users(registry.directory(key, number) / manifests.NAME)
+        user = _users(registry.directory(key, number) / MANIFEST)
         if user:
             raise ConflictError(f"{key}@{number} is used by {user}", hint="wait for it to end, or stop it")
     left = set(registry.versions(key)) - set(numbers)
@@ -320,7 +330,7 @@ def _adapters(registry: Registry) -> Iterator[tuple[str, str]]:
     for key in registry.names():
         for number in registry.versions(key):
             with contextlib.suppress(VerificationError, NotFoundError):
-                record = manifests.read_manifest(registry.directory(key, number), key)
+                record = read_manifest(registry.directory(key, number), key)
                 if record.base:
                     yield f"{key}@{number}", record.base.ref
 

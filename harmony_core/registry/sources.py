@@ -31,9 +31,8 @@ from harmony_core.model.spec import ModelSpec, read_config
 from harmony_core.model.weight_files import PICKLE_SUFFIXES, TEMPLATES, TOKENIZER_FILES
 from harmony_core.plain_files import MIB, exists, expanded, place_file, read_json, read_plain
 from harmony_core.registry.content import SLOW_NEEDS, SLOW_TOKENIZERS, check_chat, has_template, inspect
-from harmony_core.registry.keys import BUILTIN, check_key, source_hint
 from harmony_core.registry.publish import Staging
-from harmony_core.registry.versions import ModelVersion
+from harmony_core.registry.records import BUILTIN, ModelVersion, check_key, source_hint
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

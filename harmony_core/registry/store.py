@@ -15,29 +15,30 @@ from harmony_core.errors import HarmonyError, NotFoundError, UsageError, Verific
 from harmony_core.home import Home
 from harmony_core.model.spec import ModelSpec, model_tp
 from harmony_core.plain_files import refuse_links
-from harmony_core.registry import manifest as manifests
 from harmony_core.registry.builtin import DEFAULTS, NAMES, builtin_directory, write_builtin
-from harmony_core.registry.keys import (
-    BUILTIN,
-    SCHEME,
-    Reference,
-    check_alias,
-    key_problem,
-    parse_reference,
-    source_hint,
-)
 from harmony_core.registry.publish import Staging, in_use, remove, stage
-from harmony_core.registry.sources import ImportOptions, import_model
-from harmony_core.registry.versions import (
+from harmony_core.registry.records import (
+    BUILTIN,
     DEFAULT_NAMES,
+    MANIFEST,
+    SCHEME,
     Defaults,
     Entry,
+    Manifest,
     ModelEntry,
     ModelVersion,
+    Reference,
     apply_setting,
+    check_alias,
+    check_files,
     edited_entry,
+    key_problem,
+    parse_reference,
     read_entry,
+    read_manifest,
+    source_hint,
 )
+from harmony_core.registry.sources import ImportOptions, import_model
 
 _VERSION_DIRECTORY = re.compile(r"v(\d{6,9})", re.ASCII)
 
@@ -105,9 +106,9 @@ class Registry:
         return number
 
     def _load(self, ref: str, directory: Path, entry: Entry, number: int) -> ModelVersion:
-        record = manifests.read_manifest(directory, entry.key)
+        record = read_manifest(directory, entry.key)
         path = Path(record.location) if record.location else directory
-        manifests.check_files(path, record)
+        check_files(path, record)
         base = self._base(ref, record)
         return ModelVersion(
             key=entry.key,
@@ -130,7 +131,7 @@ class Registry:
             bytes=sum(file.size for file in record.files),
         )
 
-    def _base(self, ref: str, record: manifests.Manifest) -> ModelVersion | None:
+    def _base(self, ref: str, record: Manifest) -> ModelVersion | None:
         if record.base is None:
             return None
         try:
@@ -219,7 +220,7 @@ class Registry:
         with contextlib.ExitStack() as stack:
             for used in (version, version.base):
                 if used and not used.key.startswith(BUILTIN):
-                    stack.enter_context(in_use(self.directory(used.key, used.version) / manifests.NAME))
+                    stack.enter_context(in_use(self.directory(used.key, used.version) / MANIFEST))
             yield
 
     def verify(self, ref: str, quick: bool = False) -> ModelVersion:
@@ -229,9 +230,9 @@ class Registry:
         """
         version = self.resolve(ref)
         record_at = version.path if version.key.startswith(BUILTIN) else self.directory(version.key, version.version)
-        record = manifests.read_manifest(record_at, version.key)
-        trusted = (record_at / manifests.NAME).stat().st_mtime_ns if quick else -1
-        manifests.check_files(version.path, record, full=True, trusted=trusted)
+        record = read_manifest(record_at, version.key)
+        trusted = (record_at / MANIFEST).stat().st_mtime_ns if quick else -1
+        check_files(version.path, record, full=True, trusted=trusted)
         return version
 
     def set_alias(self, key: str, alias: str, version: int | None) -> Entry:

@@ -1,0 +1,432 @@
+"""TODO"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from harmony_core.errors import NotFoundError, UsageError, VerificationError, did_you_mean
+from harmony_core.home import Home
+from harmony_core.model.spec import ModelSpec
+from harmony_core.model.weight_files import PICKLE_SUFFIXES, model_names
+from harmony_core.plain_files import MIB, damaged, exists, file_hash, lock, read_struct, write_json
+from harmony_core.text.turns import TemplateKwargs
+
+SCHEME = "model_registry://"
+BUILTIN = "builtin:"
+
+_SEGMENT = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}", re.ASCII)
+_VERSION = re.compile(r"[1-9][0-9]{0,8}", re.ASCII)
+_ALIAS = re.compile(r"[a-z][a-z0-9._-]{0,63}", re.ASCII)
+_HUB = re.compile(r"(hf:)?[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*", re.ASCII)
+_RULE = "up to four segments joined by '/', each of a-z, 0-9, '.', '_' and '-', starting with a letter or digit"
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A parsed reference: a key, with a version number, an alias, or neither (the newest version)."""
+
+    key: str
+    version: int | None = None
+    alias: str | None = None
+
+    def __str__(self) -> str:
+        tail = self.version if self.version is not None else self.alias
+        return self.key if tail is None else f"{self.key}@{tail}"
+
+
+def _segment_problem(segment: str) -> str:
+    if not _SEGMENT.fullmatch(segment):
+        return _RULE
+    if ".." in segment or segment.endswith("."):
+        return "no segment holds '..' or ends in '.'"
+    # Names that the layout itself uses.
+    if re.fullmatch(r"v\d{6,}", segment) or segment.endswith((".json", ".tmp")):
+        return "v000001 and names ending in .json or .tmp are the registry's own"
+    return ""
+
+
+def key_problem(key: str) -> str:
+    """Why this is no key, or ""."""
+    segments = key.split("/")
+    if len(segments) > 4:
+        return _RULE
+    return next((problem for segment in segments if (problem := _segment_problem(segment))), "")
+
+
+def check_key(key: str) -> None:
+    """Raise UsageError, with the rule and a key that would do, for what is no key."""
+    problem = key_problem(key)
+    if problem:
+        raise UsageError(f"{key[:100]!r} cannot be a model key: {problem}", hint=f"for example {slugify(key)!r}")
+
+
+def check_alias(alias: str) -> None:
+    """Raise UsageError for what is no alias; an alias starts with a letter, so it is no number."""
+    if not _ALIAS.fullmatch(alias):
+        raise UsageError(f"{alias[:100]!r} cannot be an alias: a-z first, then a-z, 0-9, '.', '_' and '-'")
+
+
+def parse_reference(text: str) -> Reference:
+    """`key`, `key@3`, `key@alias`, each also behind `model_registry://`. NotFoundError for what can name no model."""
+    plain = text.removeprefix(SCHEME)
+    key, at, tail = plain.partition("@")
+    problem = key_problem(key)
+    if problem:
+        raise NotFoundError(f"there is no model {text[:200]!r}: a key has {problem}", hint=source_hint(text), ref=text)
+    if not at:
+        return Reference(key)
+    if _VERSION.fullmatch(tail):
+        return Reference(key, version=int(tail))
+    if _ALIAS.fullmatch(tail):
+        return Reference(key, alias=tail)
+    raise NotFoundError(f"there is no model {text[:200]!r}: {tail[:100]!r} is neither a version nor an alias", ref=text)
+
+
+def source_hint(text: str) -> str:
+    """The `models add` line for a name that looks like a hub id or a path, else ""."""
+    if _HUB.fullmatch(text):
+        name = text.removeprefix("hf:")
+        return f"adaptive models add {slugify(name.split('/')[1])} hf:{name}"
+    if text.startswith(("/", "./", "../", "~")) and text.isprintable():
+        return f"a path is added first: adaptive models add KEY {text[:200]}"
+    return ""
+
+
+def slugify(name: str) -> str:
+    """The nearest key to any name: "My Model (v2)" -> "my-model-v2"; a key is returned unchanged."""
+    if not key_problem(name):
+        return name
+    segments = []
+    for segment in name.split("/")[:4]:
+        plain = re.sub(r"[^a-z0-9._-]+", "-", segment.lower(), flags=re.ASCII)
+        plain = re.sub(r"\.{2,}", ".", plain).strip("-._")[:64].strip("-._")
+        if plain:
+            segments.append(f"model-{plain.replace('.', '-')[:58]}" if _segment_problem(plain) else plain)
+    return "/".join(segments) or "model"
+
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+OPTIMIZER = "optimizer.safetensors"
+"""What a save may leave beside the weights."""
+SMALL_BYTES = MIB
+"""Up to here a file is hashed whenever it is looked at."""
+CONFIGS = {"hf": "config.json", "peft": "adapter_config.json"}
+
+
+class FileRecord(msgspec.Struct, frozen=True):
+    """One file: its path within the version, size in bytes, sha256 in hex."""
+
+    path: str
+    size: int
+    sha256: str
+
+
+class BaseRecord(msgspec.Struct, frozen=True):
+    """What an adapter belongs to."""
+
+    ref: str
+    digest: str
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """The record of one version."""
+
+    manifest: int = FORMAT
+    key: str
+    format: str
+    kind: str
+    digest: str
+    files: tuple[FileRecord, ...]
+    base: BaseRecord | None = None
+    location: str = ""
+    """Where the files are, when they were left in place (`--reference`); "" for beside the manifest."""
+    source: str = ""
+    parent: str = ""
+    run_id: str = ""
+    step: int | None = None
+    notes: tuple[str, ...] = ()
+    created: str = ""
+    harmony_core: str = ""
+
+
+def list_files(directory: Path) -> list[Path]:
+    """The files below a directory, sorted. Refuses links, special files and pickled files."""
+    found: list[Path] = []
+    for parent, directories, names in os.walk(directory):
+        for name in directories + names:
+            path = Path(parent, name)
+            if path.is_symlink() or not (path.is_file() or path.is_dir()):
+                raise damaged(path, "neither a plain file nor a directory")
+            if path.suffix in PICKLE_SUFFIXES:
+                raise damaged(path, "a file of a pickled kind, which is never read")
+        found.extend(Path(parent, name) for name in names)
+    return sorted(path for path in found if path != directory / MANIFEST)
+
+
+def record_files(directory: Path, paths: list[Path]) -> tuple[FileRecord, ...]:
+    """Size and hash of each file. Some are read at once: one thread hashes more slowly than most disks read."""
+    with ThreadPoolExecutor(8) as pool:
+        hashes = pool.map(file_hash, paths)
+        return tuple(
+            FileRecord(path.relative_to(directory).as_posix(), path.stat().st_size, digest)
+            for path, digest in zip(paths, hashes, strict=True)
+        )
+
+
+def digest_of(format: str, files: tuple[FileRecord, ...]) -> str:
+    """sha256 over the hashes of the config and the weights: equal digests load to equal models."""
+    parts = [
+        f"{record.path} {record.sha256}\n"
+        for record in sorted(files, key=lambda record: record.path)
+        if record.path == CONFIGS[format]
+        or ("/" not in record.path and record.path.endswith(".safetensors") and record.path != OPTIMIZER)
+    ]
+    return hashlib.sha256("".join(parts).encode()).hexdigest()
+
+
+def read_manifest(directory: Path, key: str) -> Manifest:
+    """The manifest of a version directory of `key`. Raises VerificationError."""
+    path = directory / MANIFEST
+    manifest = read_struct(path, Manifest, "a manifest")
+    if manifest.manifest != FORMAT:
+        raise damaged(path, f"written by a newer version (format {manifest.manifest})")
+    if manifest.key != key:
+        raise damaged(path, f"was published as {manifest.key!r}, and lies under {key!r}")
+    if manifest.format not in CONFIGS or not manifest.files:
+        raise damaged(path, f"unknown format {manifest.format!r}, or no files")
+    if manifest.digest != digest_of(manifest.format, manifest.files):
+        raise damaged(path, "its digest does not belong to its files")
+    for record in manifest.files:
+        if record.path.startswith("/") or ".." in Path(record.path).parts:
+            raise damaged(path, f"file name {record.path[:100]!r} leads elsewhere")
+    if manifest.location and not _was_added(manifest):
+        raise damaged(path, f"its location {manifest.location[:200]!r} is not what was added ({manifest.source[:200]})")
+    return manifest
+
+
+def _was_added(manifest: Manifest) -> bool:
+    """Whether the location of a version that was left in place is that of its source, and no link on the way is new."""
+    name = Path(manifest.location).name
+    if os.path.realpath(manifest.location) != manifest.location:
+        return False
+    if manifest.source.startswith("hf:"):
+        return name == manifest.source.rpartition("@")[2]
+    if manifest.source.startswith(BUILTIN):
+        return name.rpartition("-")[0] == manifest.source.removeprefix(BUILTIN)
+    return manifest.location == manifest.source
+
+
+def check_files(directory: Path, manifest: Manifest, full: bool = False, trusted: int = -1) -> None:
+    """Compare the files with the record: sizes, and hashes of small files; with `full`, every hash.
+
+    What would be read of the directory must be recorded; with `full` every file of one that is the registry's own. A
+    large file that was last written at `trusted` (in nanoseconds since 1970) or before is not hashed.
+    """
+    own = [] if manifest.location else list_files(directory)
+    for record in manifest.files:
+        path = directory / record.path
+        try:
+            state = path.stat()
+        except OSError as error:
+            raise damaged(path, error.strerror or str(error)) from error
+        if state.st_size != record.size:
+            raise damaged(path, f"{state.st_size} bytes, and {record.size} were recorded")
+        hashed = state.st_size <= SMALL_BYTES or (full and state.st_mtime_ns > trusted)
+        if hashed and (found := file_hash(path)) != record.sha256:
+            raise VerificationError(
+                f"{path}: its content differs from what was recorded (sha256 {found[:12]}, not {record.sha256[:12]})",
+                hint="add the model again, or restore the file",
+                path=str(path),
+                reason="content",
+            )
+    names = [path.relative_to(directory).as_posix() for path in own if full]
+    spare = sorted({*names, *model_names(directory)} - {record.path for record in manifest.files})
+    if spare:
+        more = f" ({', '.join(spare[1:9])} neither)" if spare[1:] else ""
+        raise damaged(directory / spare[0], f"is not in {MANIFEST}{more}: remove it, or add the model again with it")
+
+
+SCALAR = "scalar"
+"""The kind of models that have a scalar head in place of the vocabulary's; the others are of kind "lm"."""
+
+Default = int | dict[str, Any] | None
+
+ENTRY_NAME = "model.json"
+DEFAULT_NAMES = ("tp", "kv_cache_len", "tokens_to_generate", "chat_template_kwargs")
+SETTABLE = (*DEFAULT_NAMES, "trainable", "description")
+LIBRARY_DEFAULTS: dict[str, Default] = {"tp": 1, "kv_cache_len": None, "tokens_to_generate": 2048}
+"""What holds when nobody says otherwise. kv_cache_len None: up to 131,072 tokens, as much as fits."""
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """Inference defaults stored with a model; None where nothing is stored. `sources` names where each comes from."""
+
+    tp: int | None = None
+    kv_cache_len: int | None = None
+    tokens_to_generate: int | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    sources: dict[str, str] = field(default_factory=dict)
+
+    def effective(self) -> dict[str, tuple[Default, str]]:
+        """Name -> (value, where it comes from), the library's own default where nothing is stored."""
+        found: dict[str, tuple[Default, str]] = {}
+        for name in DEFAULT_NAMES:
+            value = getattr(self, name)
+            if value is not None:
+                found[name] = value, self.sources.get(name, "")
+            elif name in LIBRARY_DEFAULTS:
+                found[name] = LIBRARY_DEFAULTS[name], "library default"
+        return found
+
+
+@dataclass(frozen=True)
+class ModelVersion:
+    """One immutable version. `path` holds config.json or adapter_config.json and is directly loadable."""
+
+    key: str
+    version: int
+    ref: str
+    """The exact reference, such as "key@3"."""
+    path: Path
+    format: str
+    """"hf" (full weights) or "peft" (an adapter)."""
+    kind: str
+    trainable: bool
+    base: ModelVersion | None
+    """What an adapter belongs to."""
+    spec: ModelSpec
+    """Of the base weights."""
+    defaults: Defaults
+    digest: str
+    """sha256 over the config and the weights of this version."""
+    notes: tuple[str, ...] = ()
+    """What was left out or is missing, in words."""
+    source: str = ""
+    """Where it was imported from, such as "hf:org/name@commit"; "" when a run saved it."""
+    parent: str = ""
+    run_id: str = ""
+    step: int | None = None
+    created: str = ""
+    bytes: int = 0
+
+    @property
+    def scalar(self) -> bool:
+        """Whether it scores with a scalar head, and so does not generate."""
+        return self.kind == SCALAR
+
+    @property
+    def weights_dir(self) -> Path:
+        """The directory of the base weights."""
+        return self.base.path if self.base else self.path
+
+    @property
+    def weights_digest(self) -> str:
+        """The digest of the base weights."""
+        return self.base.digest if self.base else self.digest
+
+    @property
+    def tokenizer_dir(self) -> Path | None:
+        """The directory of the tokenizer, an adapter's own before its base's; None: raw tokens only."""
+        for directory in (self.path, self.weights_dir):
+            if exists(directory / "tokenizer.json"):
+                return directory
+        return None
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """One key in a listing. `problem` says why the newest version cannot be read."""
+
+    key: str
+    versions: tuple[int, ...]
+    aliases: dict[str, int]
+    description: str
+    newest: ModelVersion | None
+    problem: str = ""
+
+
+class Entry(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """The editable side of a key."""
+
+    key: str
+    description: str = ""
+    trainable: bool = True
+    aliases: dict[str, int] = msgspec.field(default_factory=dict)
+    defaults: dict[str, int | dict[str, Any]] = msgspec.field(default_factory=dict)
+    last_version: int = 0
+    """The highest number ever given, so that no number is given twice after a removal."""
+
+
+def read_entry(home: Home, key: str) -> Entry:
+    """The entry of a key. Raises VerificationError when model.json is damaged."""
+    path = home.models / key / ENTRY_NAME
+    try:
+        return read_struct(path, Entry, "a model.json; delete it to start from nothing")
+    except VerificationError:
+        if exists(path):
+            raise
+        return Entry(key=key)
+
+
+@contextlib.contextmanager
+def edited_entry(home: Home, key: str) -> Iterator[Entry]:
+    """An entry to change, under the key's lock; it is written when the block ends without an error."""
+    with entry_lock(home, key):
+        entry = read_entry(home, key)
+        yield entry
+        write_entry(home, key, entry)
+
+
+def entry_lock(home: Home, key: str) -> AbstractContextManager[None]:
+    """The lock that guards a key's model.json."""
+    return lock(home.locks / f"{key.replace('/', '~')}.lock")
+
+
+def write_entry(home: Home, key: str, entry: Entry) -> None:
+    """Replace a key's model.json, also while another process removes the key's directory."""
+    path = home.models / key / ENTRY_NAME
+    for _ in range(100):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            return write_json(path, msgspec.to_builtins(entry))
+    write_json(path, msgspec.to_builtins(entry))
+
+
+def apply_setting(entry: Entry, name: str, value: object) -> None:
+    """Set one thing; None takes it back. Raises UsageError for a name that cannot be set, or a value it cannot have."""
+    if name not in SETTABLE:
+        raise UsageError(f"{name[:100]!r} cannot be set on a model", hint=did_you_mean(name, SETTABLE))
+    if name == "description":
+        if value is not None and (not isinstance(value, str) or len(value) > 4000):
+            raise UsageError("description must be a text of at most 4,000 characters")
+        entry.description = value or ""
+    elif name == "trainable":
+        if value is not None and type(value) is not bool:
+            raise UsageError(f"trainable must be true or false, not {str(value)[:60]!r}")
+        entry.trainable = True if value is None else value
+    elif value is None:
+        entry.defaults.pop(name, None)
+    elif name == "chat_template_kwargs":
+        if not isinstance(value, Mapping):
+            raise UsageError(
+                f"chat_template_kwargs must be a JSON object, not {str(value)[:60]!r}",
+                hint="chat_template_kwargs='{\"enable_thinking\": false}'",
+            )
+        entry.defaults[name] = dict(TemplateKwargs(value))
+    elif type(value) is int and 0 < value < 2**31:
+        entry.defaults[name] = value
+    else:
+        raise UsageError(f"{name} must be a whole number above 0, or null to unset it, not {str(value)[:60]!r}")
