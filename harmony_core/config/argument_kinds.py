@@ -95,11 +95,10 @@ def check_arguments(function: Callable[..., Any], args: Sequence[Any], kwargs: M
             f"{name}: {error}", hint="it takes " + ", ".join(n for n in signature.parameters if n != "self")
         ) from None
     for argument, value in bound.arguments.items():
-        kind = kinds.get(argument, Any)
-        if not is_of(value, kind):
-            hints = [hint for known, hint in _HINTS.items() if known in _in_words(kind)]
-            shown = f"{' '.join(repr(value).split()):.80} ({type(value).__name__})"
-            raise UsageError(f"{name}: {argument} must be {_in_words(kind)}, not {shown}", hint="; ".join(hints))
+        if not is_of(value, kinds.get(argument, Any)):
+            wanted, shown = _in_words(kinds[argument]), f"{' '.join(repr(value).split()):.80} ({type(value).__name__})"
+            hint = "; ".join(hint for known, hint in _HINTS.items() if known in wanted)
+            raise UsageError(f"{name}: {argument} must be {wanted}, not {shown}", hint=hint)
 
 
 @cache

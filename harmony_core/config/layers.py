@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path as FilePath
 from typing import Any, TypeVar
 
@@ -68,10 +69,8 @@ class Resolved:
 
     def source_of(self, path: Path) -> Source | None:
         """The source of the place, or of the nearest place around it."""
-        for end in range(len(path), -1, -1):
-            if path[:end] in self.sources:
-                return self.sources[path[:end]]
-        return None
+        around = (path[:end] for end in range(len(path), -1, -1))
+        return next((self.sources[place] for place in around if place in self.sources), None)
 
     def source_at(self, path: Path) -> Source:
         """The source of the value at the path; what the layers do not have is a default."""
@@ -88,12 +87,11 @@ class Resolved:
 
 def assignments_from_env(environ: Mapping[str, str]) -> list[Assignment]:
     """`ADAPTIVE_CFG__LORA__R=8` sets `lora.r`."""
-    found = []
-    for name in sorted(environ):
-        if name.startswith(ENV_PREFIX):
-            names = tuple(part.lower() for part in name[len(ENV_PREFIX) :].split("__"))
-            found.append(Assignment(names, environ[name], Source("env", f"${name}")))
-    return found
+    return [
+        Assignment(tuple(name.removeprefix(ENV_PREFIX).lower().split("__")), environ[name], Source("env", f"${name}"))
+        for name in sorted(environ)
+        if name.startswith(ENV_PREFIX)
+    ]
 
 
 def resolve(schema: Schema, layers: Sequence[Layer]) -> Resolved:
@@ -111,15 +109,14 @@ def resolve(schema: Schema, layers: Sequence[Layer]) -> Resolved:
 
 def _merge(resolved: Resolved, into: dict[str, Any], data: dict[str, Any], path: Path, document: YamlDocument) -> None:
     for name, value in data.items():
-        place = (*path, name)
-        current = into.get(name)
+        place, current = (*path, name), into.get(name)
         if isinstance(current, dict) and isinstance(value, dict):
             resolved.sources[place] = document.sources[place]
             _merge(resolved, current, value, place, document)
-            continue
-        _forget(resolved, place, current)
-        into[name] = deepcopy(value)
-        resolved.sources.update({inner: document.sources[inner] for inner, _ in places(value, place)})
+        else:
+            _forget(resolved, place, current)
+            into[name] = deepcopy(value)
+            resolved.sources.update({inner: document.sources[inner] for inner, _ in places(value, place)})
 
 
 def _forget(resolved: Resolved, place: Path, value: Any) -> None:
@@ -128,51 +125,39 @@ def _forget(resolved: Resolved, place: Path, value: Any) -> None:
 
 
 def _assign(resolved: Resolved, schema: Schema, assignment: Assignment) -> None:
-    source = assignment.source
-    shown = dotted(assignment.names)
+    source, value = assignment.source, assignment.value
+    problem, type = None, "syntax"
     try:
         path, branches = schema.follow(list(assignment.names))
+        value = from_text(value, branches, schema) if isinstance(value, str) else value
+        problem, type = _set(resolved, path, value, source), "index"
     except UnknownKey as unknown:
         resolved.errors.append(_unknown_key(unknown, source))
-        return
-    value = assignment.value
-    if isinstance(value, str):
-        try:
-            value = from_text(value, branches, schema)
-        except ValueError as error:
-            resolved.errors.append(Issue(str(error), source, shown, "syntax"))
-            return
-    problem = _set(resolved, path, value, source)
+    except ValueError as error:
+        problem = str(error)
     if problem:
-        resolved.errors.append(Issue(problem, source, shown, "index"))
+        resolved.errors.append(Issue(problem, source, dotted(assignment.names), type))
 
 
 def _set(resolved: Resolved, path: Path, value: Any, source: Source) -> str | None:
     """Put the value at its path, making maps on the way. Returns what is wrong, if anything."""
     node: Any = resolved.data
-    for depth, key in enumerate(path):
-        last = depth == len(path) - 1
+    for depth, key in enumerate(path, 1):
         if isinstance(key, int):
             if key > len(node):
                 return f"the list has {len(node)} items"
-            if key == len(node):
-                node.append(None)
-        here = path[: depth + 1]
-        below = node[key] if isinstance(key, int) else node.get(key)
-        if last:
-            _forget(resolved, here, below)
-            node[key] = value
-            resolved.sources[here] = source
-            if isinstance(value, dict):
-                resolved.replaced.add(here)
-            return None
-        wanted = list if isinstance(path[depth + 1], int) else dict
-        if not isinstance(below, wanted):
+            node += [None] * (key == len(node))
+        here, below = path[:depth], node[key] if isinstance(key, int) else node.get(key)
+        last = depth == len(path)
+        wanted = object if last else list if isinstance(path[depth], int) else dict
+        if last or not isinstance(below, wanted):
             # A part of a block, given over a scalar or nothing, makes a block that has only this part.
             _forget(resolved, here, below)
-            below = node[key] = wanted()
+            node[key] = below = value if last else wanted()
             resolved.sources[here] = source
         node = below
+    if isinstance(value, dict):
+        resolved.replaced.add(path)
     return None
 
 
@@ -211,35 +196,32 @@ def _walk(resolved: Resolved, schema: Schema, nodes: list[Node], value: Any, pat
 
 
 def _fill(resolved: Resolved, schema: Schema, nodes: list[Node], value: dict[str, Any], path: Path) -> None:
-    blocks = [branch for node in nodes for branch in schema.branches(node) if "properties" in branch]
+    blocks = [branch["properties"] for node in nodes for branch in schema.branches(node) if "properties" in branch]
     if len(blocks) != 1 or path in resolved.replaced:
         return
-    for node in nodes:
-        default = node.get("default")
-        for name, inner in default.items() if isinstance(default, dict) else ():
-            if name not in value and not blocks[0]["properties"].get(name, {}).get("writeOnly"):  # a masked secret
-                value[name] = deepcopy(inner)
-                resolved.sources[(*path, name)] = DEFAULT
+    defaults = [node["default"] for node in nodes if isinstance(node.get("default"), dict)]
+    for name, inner in [item for default in defaults for item in default.items() if item[0] not in value]:
+        if not blocks[0].get(name, {}).get("writeOnly"):  # a masked secret
+            value[name] = deepcopy(inner)
+            resolved.sources[(*path, name)] = DEFAULT
 
 
 def _of_another_variant(resolved: Resolved, path: Path, name: str, other: Node, at_key: Source | None) -> Issue:
     message = f"belongs to {other.get('title', 'another variant')}, and the block is of another kind"
-    kinds = {source.kind for p, source in resolved.sources.items() if p[:-1] == path}
-    if len(kinds) > 1:
+    if len({source.kind for p, source in resolved.sources.items() if p[:-1] == path}) > 1:
         message += f"; to replace the whole block, give --{dotted(path)} '{{...}}'"
     return Issue(message, at_key, dotted((*path, name)), "unknown_key")
 
 
 def _unknown_key(unknown: UnknownKey, source: Source | None, schema: Schema | None = None) -> Issue:
-    message = "unknown key"
-    suggestions = unknown.suggestions
+    suggestions, here = unknown.suggestions, ""
     if not suggestions:
-        places = schema.parameters() if schema else ()
-        if elsewhere := next((dotted(p.path) for p in places if p.path[-1] == unknown.name), None):
-            suggestions = (elsewhere,)
-        elif 0 < len(unknown.options) <= 12:
-            message += f"; here may stand: {', '.join(unknown.options)}"
-    return Issue(message, source, dotted((*unknown.parent, unknown.name)), "unknown_key", suggestions)
+        elsewhere = (dotted(p.path) for p in (schema.parameters() if schema else ()) if p.path[-1] == unknown.name)
+        suggestions = tuple(islice(elsewhere, 1))
+        few = not suggestions and 0 < len(unknown.options) <= 12
+        here = f"; here may stand: {', '.join(unknown.options)}" if few else ""
+    name = dotted((*unknown.parent, unknown.name))
+    return Issue(f"unknown key{here}", source, name, "unknown_key", suggestions)
 
 
 def sources_of(data: Mapping[str, Any], resolved: Resolved) -> dict[str, str]:
@@ -262,9 +244,8 @@ def validate(model: type[ModelT], resolved: Resolved, schema: Schema) -> ModelT:
         known = {issue.path for issue in issues if issue.type != "duplicate"}
         meant = {name for issue in issues for name in _meant_by(issue)}
         details = _one_branch_each(error.errors(include_url=False), resolved.data, schema)
-        for found in (_issue(detail, resolved, schema) for detail in details):
-            if found.path not in known and not (found.type == "missing" and found.path in meant):
-                issues.append(found)
+        found = [_issue(detail, resolved, schema) for detail in details]
+        issues += [i for i in found if i.path not in known and not (i.type == "missing" and i.path in meant)]
         raise_if_any(issues)
         raise
     raise_if_any(issues)
@@ -290,28 +271,20 @@ def _one_branch_each(details: Iterable[ErrorDetails], data: Any, schema: Schema)
     kept: list[ErrorDetails] = []
     for detail in details:
         _, skipped = _place(detail["loc"], data)
-        missing_name = detail["type"] == "missing" and len(skipped) == 1
-        if skipped and not missing_name:
-            where, segment = skipped[0]
-            unions[where][segment].append(detail)
-        else:
-            kept.append(detail)
+        named = not skipped or (detail["type"] == "missing" and len(skipped) == 1)
+        (kept if named else unions[skipped[0][0]][skipped[0][1]]).append(detail)
     for where, by_branch in unions.items():
-        branches: list[list[ErrorDetails]] = list(by_branch.values())
+        branches: list[list[ErrorDetails]] = sorted(by_branch.values(), key=len)
         if len(branches) > 1 and all(len(b) == 1 and _place(b[0]["loc"], data)[0] == where for b in branches):
-            label = _label(where, schema)
+            label = schema.label({"anyOf": _branches(where, schema)})
             kept.append({**branches[0][0], "loc": where, "msg": f"Input should be {label}", "type": "union"})
         else:
-            kept += sorted(branches, key=len)[0]
+            kept += branches[0]
     return kept
 
 
 def _branches(path: Path, schema: Schema) -> list[Node]:
     return schema.follow([str(part) for part in path])[1]
-
-
-def _label(path: Path, schema: Schema) -> str:
-    return schema.label({"anyOf": _branches(path, schema)})
 
 
 def _issue(detail: ErrorDetails, resolved: Resolved, schema: Schema) -> Issue:
@@ -379,8 +352,8 @@ def settle_names(
         try:
             found = parameter.check(registry)
         except HarmonyError as error:
-            hint = f"; {error.hint}" if error.hint else ""
-            failures.append((error, Issue(error.message + hint, source, dotted(path), error.code)))
+            told = "; ".join(filter(None, (error.message, error.hint)))
+            failures.append((error, Issue(told, source, dotted(path), error.code)))
             return parameter
         if isinstance(parameter, Model):
             models[dotted(path)] = {"ref": found.ref, "digest": found.digest, "path": str(found.path)}

@@ -6,11 +6,12 @@ A parameter knows its name and how to check that the name means something (`chec
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib.util
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, cast
 
 from pydantic import (
     BaseModel,
@@ -73,8 +74,7 @@ class Parameter(BaseModel):
         if isinstance(data, cls):
             return data
         if isinstance(data, Parameter) and issubclass(cls, type(data)):
-            converted: Self = data._as(cls)
-            return converted
+            return cast("Self", data._as(cls))
         if isinstance(data, str | os.PathLike):
             return handler(cls._fields_from_string(os.fspath(data)))
         if not isinstance(data, Mapping):
@@ -120,12 +120,9 @@ class _KeyOnly(Parameter):
 
 def _kind_of(cls: type[BaseModel], base: type[KindT]) -> type[KindT]:
     """The type argument that a generic parameter was given, or `base` when there is none."""
-    for ancestor in cls.__mro__:
-        metadata = ancestor.__dict__.get("__pydantic_generic_metadata__") or {}
-        for argument in metadata.get("args", ()):
-            if isinstance(argument, type) and issubclass(argument, base):
-                return argument
-    return base
+    given = [ancestor.__dict__.get("__pydantic_generic_metadata__") or {} for ancestor in cls.__mro__]
+    arguments = [argument for metadata in given for argument in metadata.get("args", ())]
+    return next((kind for kind in arguments if isinstance(kind, type) and issubclass(kind, base)), base)
 
 
 class Model(_KeyOnly, Generic[ModelKindT]):
@@ -232,14 +229,9 @@ class Model(_KeyOnly, Generic[ModelKindT]):
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> InferenceModel:
         """`to_builder` and `spawn_inference` in one; an error is noted with the key."""
-        try:
-            builder = await self.to_builder(
-                ctx, kv_cache_len, tokens_to_generate, tp, extra_params, chat_template_kwargs
-            )
-            return await builder.spawn_inference(name)
-        except HarmonyError as error:
-            error.add_note(f"while spawning model '{self.model_key}' for inference as '{name}'")
-            raise
+        with self._noted("inference", name):
+            settings = (kv_cache_len, tokens_to_generate, tp, extra_params, chat_template_kwargs)
+            return await (await self.to_builder(ctx, *settings)).spawn_inference(name)
 
     @checked
     async def spawn_train(
@@ -252,13 +244,16 @@ class Model(_KeyOnly, Generic[ModelKindT]):
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> TrainingModel:
         """`to_builder` and `spawn_train` in one; `max_batch_size` in tokens; an error is noted with the key."""
-        try:
-            builder = await self.to_builder(
-                ctx, tp=tp, extra_params=extra_params, chat_template_kwargs=chat_template_kwargs
-            )
+        with self._noted("training", name):
+            builder = await self.to_builder(ctx, None, None, tp, extra_params, chat_template_kwargs)
             return await builder.spawn_train(name, max_batch_size)
+
+    @contextlib.contextmanager
+    def _noted(self, purpose: str, name: str) -> Iterator[None]:
+        try:
+            yield
         except HarmonyError as error:
-            error.add_note(f"while spawning model '{self.model_key}' for training as '{name}'")
+            error.add_note(f"while spawning model '{self.model_key}' for {purpose} as '{name}'")
             raise
 
 
@@ -345,8 +340,7 @@ class Dataset(Parameter, Generic[DatasetKindT]):
             file = expanded(self.local_file_path)
             paths_of(file)
             return file
-        shipped = shipped_data()
-        if self.dataset_key in shipped:
+        if self.dataset_key in (shipped := shipped_data()):
             return shipped[self.dataset_key]
         hint = did_you_mean(self.dataset_key, shipped)
         raise NotFoundError(
@@ -357,9 +351,7 @@ class Dataset(Parameter, Generic[DatasetKindT]):
     def check(self, registry: Registry) -> Path | str:
         """The file, or the hub's name. Raises NotFoundError, UsageError, ResourceError; the network is not asked."""
         check_columns(self.columns)
-        if is_hub_name(self.dataset_key):
-            return str(check_hub_name(self.dataset_key)[0])
-        return self.path()
+        return str(check_hub_name(self.dataset_key)[0]) if is_hub_name(self.dataset_key) else self.path()
 
     async def load(self, ctx: RecipeContext | None = None) -> Sequence[StringThread]:
         """Every row as a thread: a list, or of a large dataset a sequence that reads a thread when it is asked for.

@@ -67,40 +67,33 @@ class Schema:
 
     def resolve_reference(self, node: Node) -> Node:
         """The node with `$ref` and a lone `allOf` replaced by what they mean; siblings such as `default` win."""
-        while "$ref" in node:
-            target = self._definitions[node["$ref"].rsplit("/", 1)[1]]
-            node = {**target, **{k: v for k, v in node.items() if k != "$ref"}}
-        if len(node.get("allOf", ())) == 1:
-            inner = self.resolve_reference(node["allOf"][0])
-            node = {**inner, **{k: v for k, v in node.items() if k != "allOf"}}
+        while "$ref" in node or len(node.get("allOf", ())) == 1:
+            name = "$ref" if "$ref" in node else "allOf"
+            target = self._definitions[node[name].rsplit("/", 1)[1]] if name == "$ref" else node[name][0]
+            node = {**target, **{k: v for k, v in node.items() if k != name}}
         return node
 
     def branches(self, node: Node) -> list[Node]:
         """Every alternative of a union, flattened; a node that is no union is its only branch."""
         node = self.resolve_reference(node)
-        for key in ("anyOf", "oneOf"):
-            if key in node:
-                return [branch for option in node[key] for branch in self.branches(option)]
-        return [node]
+        options = node.get("anyOf") or node.get("oneOf")
+        return [branch for option in options for branch in self.branches(option)] if options else [node]
 
     def label(self, node: Node) -> str:
         """The type in words."""
         return "|".join(dict.fromkeys(self._branch_label(branch) for branch in self.branches(node)))
 
     def _branch_label(self, branch: Node) -> str:
-        if "const" in branch:
-            return str(branch["const"])
-        if "enum" in branch:
-            return "|".join(map(str, branch["enum"]))
         kind = branch.get("type")
+        if choices := choices_of(branch):
+            return "|".join(map(str, choices))
         if kind == "array":
             return f"list[{self.label(branch.get('items') or {})}]"
         if kind == "object" and "properties" not in branch:
             values = branch.get("additionalProperties")
             return f"dict[str, {self.label(values if isinstance(values, dict) else {})}]"
-        if kind == "string":
-            return str(branch.get("format", "str"))
-        return _NAMES.get(str(kind), str(branch.get("title", "any")))
+        name = branch.get("format", "str") if kind == "string" else _NAMES.get(str(kind), branch.get("title", "any"))
+        return str(name)
 
     def parameters(self) -> Iterator[Parameter]:
         """Every place with a fixed name, in the order of declaration, blocks before their contents."""
@@ -129,14 +122,13 @@ class Schema:
         self, raw: Node, branches: list[Node], path: tuple[str, ...], required: bool, variant: str
     ) -> Parameter:
         whole = self.resolve_reference(raw)
-        choices = [c for b in branches for c in b.get("enum", [b["const"]] if "const" in b else [])]
         return Parameter(
             path=path,
             type=self.label(raw),
             description=str(whole.get("description", "")).strip(),
             required=required,
             default=raw.get("default"),
-            choices=tuple(choices),
+            choices=tuple(choice for branch in branches for choice in choices_of(branch)),
             bounds=bounds_of(branches),
             is_bool={b.get("type") for b in branches} == {"boolean"},
             is_tag=len(branches) == 1 and "const" in branches[0],
@@ -156,15 +148,13 @@ class Schema:
         known: set[str] = set()
         key: str | int = name
         for branch in branches:
+            properties, extra = branch.get("properties", {}), branch.get("additionalProperties")
+            known |= set(properties)
             if branch.get("type") == "array":
                 if name.isdecimal() and len(name) < 7:
                     key = int(name)
                     found.append(branch.get("items") or {})
-                continue
-            properties = branch.get("properties", {})
-            known |= set(properties)
-            extra = branch.get("additionalProperties")
-            if name in properties:
+            elif name in properties:
                 found.append(properties[name])
             elif isinstance(extra, dict) or extra is True or is_open(branch):
                 found.append(extra if isinstance(extra, dict) else {})
@@ -184,8 +174,7 @@ class Schema:
     def narrowed(self, node: Node, value: dict[str, Any]) -> list[Node]:
         """The branches that a map may be meant as: of a tagged union, only the one that its tag names."""
         whole = self.resolve_reference(node)
-        tagged = whole.get("discriminator")
-        if tagged:
+        if tagged := whole.get("discriminator"):
             tag = value.get(tagged["propertyName"])
             if tag is None:  # missing or misspelt: any of them
                 return self.branches(node)
@@ -201,24 +190,24 @@ def bounds_of(branches: list[Node]) -> str:
     return ", ".join(f"{sign} {value:g}" if isinstance(value, float) else f"{sign} {value}" for sign, value in found)
 
 
+def choices_of(branch: Node) -> list[Any]:
+    """The values that a branch allows, where it lists them."""
+    return [branch["const"]] if "const" in branch else branch.get("enum", [])
+
+
 def is_open(branch: Node) -> bool:
-    """Whether a branch says nothing about what stands below it."""
-    if "properties" in branch or "enum" in branch or "const" in branch:
-        return False
-    return (branch.get("type") == "object" and "additionalProperties" not in branch) or "type" not in branch
+    """Whether a branch allows anything below it."""
+    free = "type" not in branch or (branch["type"] == "object" and "additionalProperties" not in branch)
+    return free and not branch.keys() & {"properties", "enum", "const"}
 
 
 def kinds_of(branches: list[Node]) -> set[str]:
     """JSON types that may stand here; `any` where a branch does not say."""
-    found: set[str] = set()
-    for branch in branches:
-        if "type" in branch:
-            found.add(branch["type"])
-        elif "const" in branch or "enum" in branch:
-            found |= {_KINDS[type(choice)] for choice in branch.get("enum", [branch.get("const")])}
-        else:
-            found.add("any")
-    return found
+    listed = {branch["type"] for branch in branches if "type" in branch}
+    others = [choices_of(branch) for branch in branches if "type" not in branch]
+    return (
+        listed | {_KINDS[type(choice)] for choices in others for choice in choices} | {"any" for c in others if not c}
+    )
 
 
 def from_text(text: str, branches: list[Node], schema: Schema) -> Any:
@@ -239,8 +228,8 @@ def from_text(text: str, branches: list[Node], schema: Schema) -> Any:
     if "string" in kinds:
         return text
     if "array" in kinds and kind not in ("object", "array"):
-        items = [branch.get("items") or {} for branch in branches if branch.get("type") == "array"]
-        inner = [branch for item in items for branch in schema.branches(item)]
+        lists = [branch for branch in branches if branch.get("type") == "array"]
+        inner = [below for branch in lists for below in schema.branches(branch.get("items") or {})]
         return [from_text(part.strip(), inner, schema) for part in text.split(",")] if text.strip() else []
     return value
 

@@ -7,6 +7,7 @@ directly, and nothing is ever constructed from a tag. Scalars are YAML 1.2: `1e-
 
 from __future__ import annotations
 
+import contextlib
 import re
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping
@@ -29,9 +30,7 @@ def dotted(path: Path) -> str:
 
 def holds(node: Any, key: str | int) -> bool:
     """Whether a map has the key, or a list the index."""
-    if isinstance(node, list):
-        return isinstance(key, int) and 0 <= key < len(node)
-    return isinstance(node, dict) and key in node
+    return key in node if isinstance(node, dict) else isinstance(node, list) and key in range(len(node))
 
 
 def places(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
@@ -56,9 +55,7 @@ class Source:
 
     def at_key(self) -> Source:
         """The same source, pointing at the key."""
-        if not self.key_line:
-            return self
-        return Source(self.kind, self.name, self.key_line, self.key_column)
+        return Source(self.kind, self.name, self.key_line, self.key_column) if self.key_line else self
 
     def __str__(self) -> str:
         if self.kind == "default":
@@ -93,14 +90,10 @@ class Issue:
     def as_data(self) -> dict[str, Any]:
         """For `--json`."""
         data: dict[str, Any] = {"path": self.path, "type": self.type, "message": self.message}
-        if self.source is not None:
-            source: dict[str, Any] = {"kind": self.source.kind, "name": self.source.name}
-            if self.source.line:
-                source |= {"line": self.source.line, "column": self.source.column}
-            data["source"] = source
-        if self.suggestions:
-            data["suggestions"] = list(self.suggestions)
-        return data
+        if (source := self.source) is not None:
+            place = {"line": source.line, "column": source.column} if source.line else {}
+            data["source"] = {"kind": source.kind, "name": source.name, **place}
+        return data | ({"suggestions": list(self.suggestions)} if self.suggestions else {})
 
 
 def in_reading_order(issues: Iterable[Issue]) -> list[Issue]:
@@ -108,7 +101,7 @@ def in_reading_order(issues: Iterable[Issue]) -> list[Issue]:
 
     def place(issue: Issue) -> tuple[int, str, int, int]:
         source = issue.source or DEFAULT
-        rank = {"file": 0, "env": 1, "flag": 2, "default": 3}[source.kind]
+        rank = ("file", "env", "flag", "default").index(source.kind)
         return (rank, source.name if rank == 0 else "", source.line, source.column)
 
     return sorted(dict.fromkeys(issues), key=place)
@@ -116,8 +109,7 @@ def in_reading_order(issues: Iterable[Issue]) -> list[Issue]:
 
 def raise_if_any(issues: Iterable[Issue]) -> None:
     """Raise ConfigError holding all of them."""
-    ordered = in_reading_order(issues)
-    if ordered:
+    if ordered := in_reading_order(issues):
         message = str(ordered[0]) if len(ordered) == 1 else f"the configuration is not valid: {len(ordered)} problems"
         raise ConfigError(message, issues=map(str, ordered), errors=[issue.as_data() for issue in ordered])
 
@@ -154,15 +146,12 @@ class YamlDocument:
 
 def plain_scalar(text: str) -> Any:
     """What unquoted text means."""
-    if text in _WORDS:
-        return _WORDS[text]
-    if _INT.fullmatch(text):
-        digits = text.replace("_", "")
-        # Python refuses longer ones (its limit against quadratic conversion); no field means them as numbers.
-        return int(digits) if len(digits) < 400 else text
+    digits = text.replace("_", "")
+    if _INT.fullmatch(text) and len(digits) < 400:  # Python refuses long ones (its limit against quadratic conversion)
+        return int(digits)
     if _FLOAT.fullmatch(text):
-        return float(text.replace("_", "").lower().replace(".inf", "inf").replace(".nan", "nan"))
-    return text
+        return float(digits.lower().replace(".inf", "inf").replace(".nan", "nan"))
+    return _WORDS.get(text, text)
 
 
 def load_yaml_file(path: FilePath, name: str | None = None) -> YamlDocument:
@@ -182,14 +171,12 @@ def load_yaml_file(path: FilePath, name: str | None = None) -> YamlDocument:
 def load_yaml(raw: bytes | str, name: str) -> YamlDocument:
     """Parse one document whose top level is a map. Never raises: `issues` holds what is wrong."""
     builder = _Builder(name)
-    text = builder.decode(raw)
-    if text is not None:
-        try:
-            builder.read(text)
-        except (yaml.MarkedYAMLError, yaml.reader.ReaderError) as error:
-            builder.syntax_error(text, error)
-        except _TooMuch:
-            pass  # the issue is recorded; the rest of the text is not looked at
+    with contextlib.suppress(_TooMuch):  # the issue is recorded; the rest of the text is not looked at
+        if (text := builder.decode(raw)) is not None:
+            try:
+                builder.read(text)
+            except (yaml.MarkedYAMLError, yaml.reader.ReaderError) as error:
+                builder.syntax_error(text, error)
     return builder.document
 
 
@@ -242,14 +229,13 @@ class _Builder:
             depth += isinstance(event, yaml.CollectionStartEvent)
             depth -= isinstance(event, yaml.CollectionEndEvent)
             aliases += isinstance(event, yaml.AliasEvent)
-            if depth > MAX_DEPTH or aliases > MAX_ALIASES:
-                what = f"nested deeper than {MAX_DEPTH} levels" if depth > MAX_DEPTH else f"over {MAX_ALIASES} aliases"
-                self._too_much(what, event)
-        node = yaml.compose(text, Loader=_Loader)
-        if node is None:
-            return
+            if depth > MAX_DEPTH:
+                self._too_much(f"nested deeper than {MAX_DEPTH} levels", event)
+            if aliases > MAX_ALIASES:
+                self._too_much(f"over {MAX_ALIASES} aliases", event)
         sources: dict[Path, Source] = {}
-        value = self._value(node, (), None, sources)
+        node = yaml.compose(text, Loader=_Loader)
+        value = None if node is None else self._value(node, (), None, sources)
         if isinstance(value, dict):
             self.document.data, self.document.sources = value, sources
         elif value is not None:

@@ -61,26 +61,24 @@ class Reading:
         return self._plans[names]
 
     def _made(self, names: tuple[str, ...]) -> Plan:
-        mapped = [name for name in self.columns.values() if name is not None]
         for what, wanted in self.columns.items():
             if wanted is not None and wanted not in names:
                 raise DataError(f"has no column '{wanted}' for '{what}'; {did_you_mean(wanted, names)}")
         by_known = {name.lower(): name for name in names} | {name: name for name in names}
+        mapped = set(self.columns.values())
         plan: Plan = {}
         for what, usual in FIELDS.items():
+            pairs = [(known, by_known[known]) for known in usual if known in by_known]
+            plan[what] = tuple((known, name) for known, name in pairs if name not in mapped)
             if what in self.columns:
-                chosen = self.columns[what]
-                plan[what] = () if chosen is None else ((what, chosen),)
-            else:
-                found = [(known, by_known[known]) for known in usual if known in by_known]
-                plan[what] = tuple((known, name) for known, name in found if name not in mapped)
+                plan[what] = tuple((what, chosen) for chosen in [self.columns[what]] if chosen is not None)
         return plan
 
 
 def check_columns(columns: Mapping[str, str | None]) -> None:
     """Raises UsageError for a key that is none of `FIELDS`."""
-    for name in columns.keys() - FIELDS.keys():
-        raise UsageError(f"columns: there is no '{name}'", hint=f"there is: {', '.join(FIELDS)}")
+    if unknown := columns.keys() - FIELDS.keys():
+        raise UsageError(f"columns: there is no '{min(unknown)}'", hint=f"there is: {', '.join(FIELDS)}")
 
 
 class Row:
@@ -94,10 +92,8 @@ class Row:
 
     def name(self, what: str, among: tuple[str, ...] | None = None) -> str | None:
         """The first column that holds something and is not null; `among` usual names only, or the one mapped to it."""
-        for known, name in self.plan[what]:
-            if self.line[name] is not None and (among is None or known in among or known == what):
-                return name
-        return None
+        usual = [name for known, name in self.plan[what] if among is None or known in among or known == what]
+        return next((name for name in usual if self.line[name] is not None), None)
 
     def get(self, what: str) -> Any:
         """The value, or None."""
@@ -125,12 +121,11 @@ class Row:
         own = self.line[name] if name is not None else None
         if name is None or not isinstance(own, dict):
             return {column: value for column, value in self.line.items() if column not in self.taken}
-        if own.keys() <= _PLATFORM and {"id", "created_at"} <= own.keys():
+        if {"id", "created_at"} <= own.keys() <= _PLATFORM:
             labels = {"labels": own["labels"]} if own.get("labels") else {}
             own = as_object(own.get("external_data"), "metadata.external_data") | labels
         rest = {c: value for c, value in self.line.items() if c not in self.taken and c != name}
-        twice = [c for c in rest.keys() & own.keys() if rest[c] != own[c]]
-        if twice:
+        if twice := [c for c in rest.keys() & own.keys() if rest[c] != own[c]]:
             raise DataError(f"'{min(twice)}' is a column and stands in '{name}' with another value: rename one")
         return own | rest
 
@@ -238,16 +233,13 @@ def refuse_unknown(line: Mapping[str, Any]) -> NoReturn:
 
 def _suggestion(line: Iterable[str], wanted: tuple[str, ...]) -> str:
     """Names a column that looks like a misspelt one of those that are wanted."""
-    for name in line:
-        meant = get_close_matches(name, wanted, 1, 0.8) if name not in wanted and len(name) <= 40 else []
-        if meant:
-            return f" ('{name}': did you mean {meant[0]}?)"
-    return ""
+    unknown = [name for name in line if name not in wanted and len(name) <= 40]
+    pairs = [(name, meant) for name in unknown for meant in get_close_matches(name, wanted, 1, 0.8)]
+    return f" ('{pairs[0][0]}': did you mean {pairs[0][1]}?)" if pairs else ""
 
 
 def _example(line: Mapping[str, Any]) -> str:
     """How `columns` may be written for this row."""
     texts = [name for name, value in line.items() if isinstance(value, str) and len(name) <= 40]
-    if len(texts) < 2:
-        return ""
-    return f"; say which column holds what, as in columns: {{user: {texts[0]}, assistant: {texts[1]}}}"
+    example = "; say which column holds what, as in columns: {{user: {}, assistant: {}}}"
+    return example.format(*texts) if len(texts) > 1 else ""

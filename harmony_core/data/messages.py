@@ -85,15 +85,13 @@ def _read_message(message: dict[str, Any], where: str, roles: Mapping[str, str])
     if message.get(role_name) is None:
         raise DataError(f"'{where}.{role_name}' is {'null' if role_name in message else 'missing'}")
     role, content = role_of(message[role_name], where, roles), message.get(content_name)
-    if len(message) == 2 and isinstance(content, str) and role not in ("tool", "function_call"):
-        return [Said(Turn(role, (text_fragment(content, where),), 0.0))]
     if shown := next((name for name in MEDIA_NAMES if message.get(name)), None):
         raise DataError(f"'{where}.{shown}' {MEDIA}")
-    names = [name for name in message if name not in _READ and name not in (role_name, content_name)]
-    unread = {name: message[name] for name in names if message[name] is not None}
+    read = {role_name, content_name, *_READ}
+    unread = {name: value for name, value in message.items() if name not in read and value is not None}
     thoughts = _reasoning(message, where)
-    called = [name for name in ("tool_calls", "function_call") if message.get(name)]
-    calls = [call for name in called for call in calls_in(message[name], f"{where}.{name}")]
+    told = [(name, message[name]) for name in ("tool_calls", "function_call") if message.get(name)]
+    calls = [call for name, raw in told for call in calls_in(raw, f"{where}.{name}")]
     if role == "function_call":
         role, calls, content = "assistant", [*calls, *calls_in(content, f"{where}.{content_name}")], ""
     elif content is None and not calls and not thoughts:
@@ -104,13 +102,13 @@ def _read_message(message: dict[str, Any], where: str, roles: Mapping[str, str])
     if role == "tool" and not any(isinstance(part, ToolResponse) for part in parts):
         call_id, name = (text_of(unread.pop(n, None), f"{where}.{n}") or None for n in ("tool_call_id", "name"))
         parts = [ToolResponse(call_id, _joined(parts), name)]
-    before = []
-    if role == "user" and (answers := tuple(part for part in parts if isinstance(part, ToolResponse))):
-        before = [Said(Turn("tool", answers, 0.0))]  # as Anthropic writes what a tool answered
-        parts = [part for part in parts if part not in answers]
-    if parts or thoughts or calls or not before:
-        before.append(Said(Turn(role, (*thoughts, *parts, *calls), 0.0), weight_of(message, f"{where}."), unread))
-    return before
+    # Anthropic writes what a tool answered into the user's turn.
+    answers = tuple(part for part in parts if isinstance(part, ToolResponse)) if role == "user" else ()
+    own = (*thoughts, *(part for part in parts if part not in answers), *calls)
+    tool = [Said(Turn("tool", answers, 0.0))] if answers else []
+    if tool and not own:
+        return tool
+    return [*tool, Said(Turn(role, own, 0.0), weight_of(message, f"{where}."), unread)]
 
 
 def role_of(name: Any, where: str, roles: Mapping[str, str]) -> str:
@@ -130,17 +128,13 @@ def role_of(name: Any, where: str, roles: Mapping[str, str]) -> str:
 def weight_of(fields: Mapping[str, Any], where: str = "") -> float | None:
     """What a message or row says of its weight; None for nothing. Raises DataError for what cannot be honoured."""
     weight = None
-    for name in WEIGHT_NAMES:
-        value = fields.get(name)
-        if value is None:
-            continue
+    for name, value in [(name, fields[name]) for name in WEIGHT_NAMES if fields.get(name) is not None]:
         scale = name in WEIGHT_NAMES[:2]
         if not isinstance(value, int | float) or not 0 <= value <= 1e6 or (not scale and value not in (0, 1)):
             raise DataError(f"'{where}{name}' must be {'a weight, 0 or more' if scale else 'true or false'}")
         weight = float(value) if weight is None else weight * value
-    for name in _MASK_NAMES:
-        if fields.get(name):
-            raise DataError(f"'{where}{name}' is not read: a turn is trained whole, with one 'weight'")
+    if masked := next((name for name in _MASK_NAMES if fields.get(name)), ""):
+        raise DataError(f"'{where}{masked}' is not read: a turn is trained whole, with one 'weight'")
     return weight
 
 
@@ -212,8 +206,8 @@ def _fragment(part: Any, where: str) -> AnyFragment:
     if kind == "tool_use":
         return _call({**part, "arguments": part.get("input")}, where)
     if kind == "tool_result":
-        said = _joined(_fragments(part.get("content") or "", where))
-        return ToolResponse(text_of(part.get("tool_use_id"), f"{where}.tool_use_id") or None, said)
+        call_id = text_of(part.get("tool_use_id"), f"{where}.tool_use_id") or None
+        return ToolResponse(call_id, _joined(_fragments(part.get("content") or "", where)))
     if kind in _MEDIA_PARTS or (kind == "image" and "url" not in part):
         raise DataError(f"a part of type '{kind}' {MEDIA}")
     return from_public(part)

@@ -187,9 +187,8 @@ def read_row(line: Line, reading: Reading) -> ReadRow:
     into `metadata["res"]`.
     """
     row = Row(line, reading)
-    for _, media in row.plan["media"]:
-        if line[media]:
-            raise DataError(f"'{media}' {MEDIA}")
+    if media := next((name for _, name in row.plan["media"] if line[name]), ""):
+        raise DataError(f"'{media}' {MEDIA}")
     pair = row.name("chosen") is not None or row.name("rejected") is not None
     if reading.kind == "preference" or (pair and reading.kind is None):
         return _preference(row)
@@ -197,10 +196,8 @@ def read_row(line: Line, reading: Reading) -> ReadRow:
         refuse_unanswered(line, pair)
     implied = _split(_sides(row)) if pair and reading.kind == "prompts" else []
     row.taken.clear()  # of a pair the answers are metadata here
-    if implied:
-        shape, talk = "preference", with_system(row, implied)
-    else:
-        shape, talk = conversation(row, reading.kind != "prompts")
+    found = ("preference", with_system(row, implied)) if implied else conversation(row, reading.kind != "prompts")
+    shape, talk = found
     kind: Format = reading.kind or ("feedbacks" if row.get("feedbacks") else "completions")
     if reading.kind is None and kind == "completions" and not answered(talk):
         refuse_foreign(line)

@@ -5,6 +5,7 @@ Loading imports the recipe's code and nothing of the engine.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.util
@@ -14,7 +15,7 @@ import re
 import tomllib
 import types
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -73,14 +74,16 @@ class InputConfig(BaseModel):
     @classmethod
     def tag_unions(cls) -> None:
         """Make unions of `InputConfig` classes discriminated and defaults of names read, once annotations are known."""
-        changed = False
-        for name, info in cls.model_fields.items():
-            if isinstance(info.default, str | os.PathLike) and _names_something(info.annotation):
-                info.validate_default = changed = True
-            if info.discriminator is None and _is_variant_union(info.annotation) and not _is_annotated(cls, name):
-                info.discriminator = cls.VARIANT
-                changed = True
-        if changed:
+        fields = cls.model_fields.items()
+        unions = [info for name, info in fields if _is_variant_union(info.annotation) and not _is_annotated(cls, name)]
+        texts = [info for _, info in fields if isinstance(info.default, str | os.PathLike)]
+        named = [info for info in texts if _names_something(info.annotation)]
+        untagged = [info for info in unions if info.discriminator is None]
+        for info in named:
+            info.validate_default = True
+        for info in untagged:
+            info.discriminator = cls.VARIANT
+        if named or untagged:
             cls.model_rebuild(force=True)
 
     @classmethod
@@ -89,26 +92,27 @@ class InputConfig(BaseModel):
         return cls.model_validate_json(Path(json_file).read_text(encoding="utf-8"))
 
 
+def _members(annotation: Any) -> list[Any]:
+    """The types of a union, without None; of anything else the annotation alone."""
+    members = get_args(annotation) if get_origin(annotation) in (typing.Union, types.UnionType) else (annotation,)
+    return [member for member in members if member is not type(None)]
+
+
 def _names_something(annotation: Any) -> bool:
     """Whether a field holds a model, a dataset or a grader: a default that is a string is then read as one, too."""
-    kinds = get_args(annotation) if get_origin(annotation) in (typing.Union, types.UnionType) else (annotation,)
-    return any(isinstance(kind, type) and issubclass(kind, Parameter) for kind in kinds)
+    return any(isinstance(kind, type) and issubclass(kind, Parameter) for kind in _members(annotation))
 
 
 def _is_variant_union(annotation: Any) -> bool:
-    if get_origin(annotation) not in (typing.Union, types.UnionType):
-        return False
-    members = [member for member in get_args(annotation) if member is not type(None)]
+    members = _members(annotation)
     return len(members) > 1 and all(isinstance(m, type) and issubclass(m, InputConfig) for m in members)
 
 
 def _is_annotated(cls: type, name: str) -> bool:
     """Whether the author wrote `Annotated[A | B, ...]`: then the union is left as it is."""
-    for ancestor in cls.__mro__:
-        raw: Any = inspect.get_annotations(ancestor).get(name)
-        if raw is not None:
-            return get_origin(raw) is Annotated or (isinstance(raw, str) and "Annotated[" in raw.split("|")[0])
-    return False
+    written: list[Any] = [inspect.get_annotations(ancestor).get(name) for ancestor in cls.__mro__]
+    raw = next((annotation for annotation in written if annotation is not None), None)
+    return get_origin(raw) is Annotated or (isinstance(raw, str) and "Annotated[" in raw.split("|")[0])
 
 
 @dataclass(frozen=True)
@@ -135,16 +139,14 @@ class Recipe:
     @property
     def spec(self) -> str:
         """What names the recipe on a command line, from any directory."""
-        if built_in_recipes().get(self.path.stem) == self.path:
-            return self.path.stem
-        return f"{self.path}:{self.main.__name__}"
+        built_in = built_in_recipes().get(self.path.stem) == self.path
+        return self.path.stem if built_in else f"{self.path}:{self.main.__name__}"
 
     @functools.cached_property
     def json_schema(self) -> dict[str, Any]:
         """Of the configuration; an empty object where the recipe takes none."""
-        if self.config_type is None:
-            return {"type": "object", "properties": {}, "additionalProperties": False}
-        return self.config_type.model_json_schema()
+        empty = {"type": "object", "properties": {}, "additionalProperties": False}
+        return self.config_type.model_json_schema() if self.config_type else empty
 
 
 def load_recipe(spec: str) -> Recipe:
@@ -156,8 +158,7 @@ def load_recipe(spec: str) -> Recipe:
     path, function, built_in = locate(spec)
     source = path.read_bytes()
     dependencies = inline_dependencies(path, source)
-    missing = missing_packages(dependencies)
-    if missing:
+    if missing := [requirement for requirement in dependencies if not _is_met(requirement)]:
         raise ResourceError(
             f"{path.name} needs {', '.join(missing)}, not installed here",
             hint="pip install " + " ".join(f"'{name}'" for name in missing),
@@ -200,8 +201,7 @@ def locate(spec: str) -> tuple[Path, str | None, bool]:
         path = path / ENTRY
     if path.suffix == ".py" and path.is_file():
         return path.resolve(), function or None, False
-    known = built_in_recipes()
-    if name in known:
+    if name in (known := built_in_recipes()):
         return known[name], function or None, True
     if path.is_file():
         raise RecipeLoadError(f"{name} is not a recipe: its name must end in .py")
@@ -225,8 +225,7 @@ def _named(module: types.ModuleType, name: str, path: Path) -> Callable[..., Any
 
 def _marked(module: types.ModuleType, path: Path) -> Callable[..., Any]:
     marked = {id(f): f for f in vars(module).values() if callable(f) and getattr(f, MARK, False) is True}
-    own: list[Callable[..., Any]] = [f for f in marked.values() if f.__module__ == module.__name__]
-    own = own or list(marked.values())
+    own = [f for f in marked.values() if f.__module__ == module.__name__] or list(marked.values())
     if not own:
         raise RecipeLoadError(
             f"{path}:1: no function is marked with @recipe_main", hint=f"put @recipe_main above {SHAPES}"
@@ -280,8 +279,7 @@ def _check_fields(config_type: type[InputConfig], where: str) -> None:
         config_type.tag_unions()
     except Exception as error:  # pydantic raises its own and whatever a default factory raises
         raise RecipeLoadError(f"{where}: {config_type.__name__} cannot be built: {error}") from error
-    clashes = sorted(RUNNER_FLAGS.intersection(config_type.model_fields) - {"seed"})
-    if clashes:
+    if clashes := sorted(RUNNER_FLAGS.intersection(config_type.model_fields) - {"seed"}):
         raise RecipeLoadError(
             f"{where}: {config_type.__name__}.{clashes[0]} has the name of the runner's flag "
             f"--{clashes[0].replace('_', '-')}",
@@ -293,37 +291,26 @@ def inline_dependencies(path: Path, source: bytes) -> tuple[str, ...]:
     """The requirements that the block lists. Raises RecipeLoadError for a block that is not valid."""
     text = source.decode("utf-8-sig", errors="replace")
     blocks = list(_BLOCK.finditer(text))
+    lines = [text.count("\n", 0, block.start()) + 1 for block in blocks]
     if not blocks:
         return ()
-    line = text.count("\n", 0, blocks[0].start()) + 1
     if len(blocks) > 1:
-        second = text.count("\n", 0, blocks[1].start()) + 1
-        raise RecipeLoadError(f"{path}:{second}: a second `# /// adaptive` block; one is allowed")
+        raise RecipeLoadError(f"{path}:{lines[1]}: a second `# /// adaptive` block; one is allowed")
     content = "".join(row[2:] if row.startswith("# ") else row[1:] for row in blocks[0][1].splitlines(keepends=True))
     try:
         found = tomllib.loads(content).get("dependencies", [])
     except tomllib.TOMLDecodeError as error:
-        raise RecipeLoadError(f"{path}:{line}: the `# /// adaptive` block is not valid TOML: {error}") from error
+        raise RecipeLoadError(f"{path}:{lines[0]}: the `# /// adaptive` block is not valid TOML: {error}") from error
     if not isinstance(found, list) or not all(isinstance(item, str) and _NAME.match(item) for item in found):
-        raise RecipeLoadError(f"{path}:{line}: `dependencies` must be a list of requirements")
+        raise RecipeLoadError(f"{path}:{lines[0]}: `dependencies` must be a list of requirements")
     return tuple(found)
-
-
-def missing_packages(requirements: Iterable[str]) -> list[str]:
-    """Those that are not installed, or not in a version that was asked for."""
-    return [requirement for requirement in requirements if not _is_met(requirement)]
 
 
 def _is_met(requirement: str) -> bool:
     from packaging.requirements import InvalidRequirement, Requirement
 
-    try:
+    with contextlib.suppress(InvalidRequirement, PackageNotFoundError):
         parsed = Requirement(requirement)
-    except InvalidRequirement:
-        return False
-    if parsed.marker is not None and not parsed.marker.evaluate():
-        return True
-    try:
-        return parsed.specifier.contains(version(parsed.name), prereleases=True)
-    except PackageNotFoundError:
-        return False
+        unneeded = parsed.marker is not None and not parsed.marker.evaluate()
+        return unneeded or parsed.specifier.contains(version(parsed.name), prereleases=True)
+    return False

@@ -173,11 +173,9 @@ class RecipeContext:
         """
         if op not in _COMPARE:
             raise UsageError(f"gate '{name}': {op!r} is no comparison", hint=f"one of {' '.join(_COMPARE)}")
-        value, threshold = float(value), float(threshold)
-        passed = not math.isnan(value) and _COMPARE[op](value, threshold)
-        gate = Gate(name, value, op, threshold, passed)
-        self.gates.append(gate)
-        self.run.events.write("gate", plain(vars(gate)))
+        passed = not math.isnan(value) and _COMPARE[op](float(value), float(threshold))
+        self.gates.append(Gate(name, float(value), op, float(threshold), passed))
+        self.run.events.write("gate", plain(vars(self.gates[-1])))
         return passed
 
     def at_end(self, call: Callable[[bool], None]) -> None:
@@ -259,8 +257,7 @@ class RecipeContextManager:
     ) -> None:
         assert self._ctx is not None, "the context manager was not entered"
         if exc is None:
-            await self._ctx.aclose()
-            return
+            return await self._ctx.aclose()
         self._ctx.job.report_error("".join(traceback.format_exception(exc)))
         await self._ctx.client.aclose()
         self._ctx._end(getattr(exc, "exit_code", 1))

@@ -140,8 +140,7 @@ def _settle_checkpoints(run: Run, outcome: Outcome, keep: bool) -> None:
     if outcome.resume is not None and outcome.exit_code not in (0, 2, 8):
         at = "{checkpoint}, {stage} at {completion:.1%}".format_map(outcome.resume)
         say(f"to go on from {at}: {outcome.resume['command']}")
-    names = store.names()
-    if names and outcome.exit_code == 0 and outcome.resume is None and not keep:
+    if (names := store.names()) and outcome.exit_code == 0 and outcome.resume is None and not keep:
         freed = store.clear()
         run.events.write("checkpoints.deleted", {"checkpoints": names, "bytes": freed})
         told = "every trained model is saved (--keep-checkpoints 2 keeps them)"

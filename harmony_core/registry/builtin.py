@@ -14,15 +14,12 @@ import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from harmony_core import __version__
 from harmony_core.errors import NotFoundError, VerificationError, storing
 from harmony_core.home import Home
 from harmony_core.plain_files import discard, lock, write_json
 from harmony_core.registry.records import (
     BUILTIN,
-    MANIFEST,
     Manifest,
     check_files,
     digest_of,
@@ -101,12 +98,12 @@ def write_builtin(home: Home, directory: Path, key: str) -> None:
             source=key,
             harmony_core=__version__,
         )
-        write_json(temporary / MANIFEST, msgspec.to_builtins(record))
+        record.write(temporary)
         with lock(home.locks / "builtin.lock"):
             try:
                 check_files(directory, read_manifest(directory, key))
             except VerificationError:
-                if directory.exists():
+                with contextlib.suppress(FileNotFoundError):
                     discard(home, directory)
                 os.rename(temporary, directory)
 

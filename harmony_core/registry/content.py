@@ -24,7 +24,7 @@ from harmony_core.model.weight_files import (
     weight_names,
 )
 from harmony_core.plain_files import damaged, exists, place_file, read_json, refuse_code, write_json
-from harmony_core.registry.records import MANIFEST, ModelVersion, list_files, slugify
+from harmony_core.registry.records import MANIFEST, ModelVersion, first_reason, list_files, slugify
 from harmony_core.rpc.protocol import LoraSettings
 
 if TYPE_CHECKING:
@@ -46,10 +46,8 @@ def find_base(registry: Registry, directory: Path, base: ModelVersion | str | No
 
     A name is a reference, or what a registered model was imported from.
     """
-    if isinstance(base, ModelVersion):
-        return _whole(base)
     if base:
-        return _whole(registry.resolve(base))
+        return _whole(registry.resolve(base) if isinstance(base, str) else base)
     path = directory / "adapter_config.json"
     config = read_json(path)
     name, commit = config.get("base_model_name_or_path"), config.get("revision")
@@ -99,31 +97,26 @@ def check_adapter(directory: Path, base: ModelVersion) -> bool:
     path = directory / "adapter_config.json"
     config = read_json(path)
     refuse_code(path, config)
-    _check_config(path, config)
+    check_adapter_config(path, config)
+    if type(rank := config.get("r")) is not int or not 0 < rank <= 65536:
+        raise damaged(path, f"r is {str(rank)[:40]!r}, not a positive whole number")
     if weight_names(directory, "adapter_model") != [ADAPTER]:
         raise damaged(directory, f"an adapter in several files, and not in {ADAPTER}")
     tensors = read_headers(directory, "adapter_model")
-    head = tensors.pop(_HEAD, None)
-    if not tensors:
-        raise damaged(directory / ADAPTER, "holds no tensor")
-    if head is not None and head.shape != (1, base.spec.hidden_size):
-        raise damaged(directory / ADAPTER, f"{_HEAD!r} has shape {list(head.shape)}, not [1, {base.spec.hidden_size}]")
-    if head is None and _saves_head(path, config):
-        raise damaged(directory / ADAPTER, f"{_HEAD!r} is missing, and {path.name} says it is there")
+    head, size = tensors.pop(_HEAD, None), base.spec.hidden_size
+    reason = first_reason(
+        (not tensors, "holds no tensor"),
+        (head and head.shape != (1, size), f"{_HEAD!r} has shape {list(head.shape) if head else ''}, not [1, {size}]"),
+        (not head and _saves_head(path, config), f"{_HEAD!r} is missing, and {path.name} says it is there"),
+    )
+    if reason:
+        raise damaged(directory / ADAPTER, reason)
     for tensor in tensors.values():
         _check_tensor(directory / ADAPTER, tensor, config, base)
     halves = Counter(re.sub(r"lora_[AB]", "lora_?", name) for name in tensors)
-    lonely = next((name for name, count in halves.items() if count != 2), None)
-    if lonely:
+    if lonely := next((name for name, count in halves.items() if count != 2), ""):
         raise damaged(directory / ADAPTER, f"{lonely!r} has one of its two halves only")
     return head is not None
-
-
-def _check_config(path: Path, config: dict[str, Any]) -> None:
-    check_adapter_config(path, config)
-    rank = config.get("r")
-    if type(rank) is not int or not 0 < rank <= 65536:
-        raise damaged(path, f"r is {str(rank)[:40]!r}, not a positive whole number")
 
 
 def _saves_head(path: Path, config: dict[str, Any]) -> bool:
@@ -208,14 +201,11 @@ def inspect(directory: Path, registry: Registry, base: ModelVersion | str | None
     `in_place`: it is somebody else's directory, of which only a model's own files count.
     """
     adapter = exists(directory / "adapter_config.json")
-    belongs: ModelVersion | None = None
-    own_head = False
     if adapter:
-        belongs = find_base(registry, directory, base)
-        own_head = check_adapter(directory, belongs)
-        spec = belongs.spec
+        belongs: ModelVersion | None = (found := find_base(registry, directory, base))
+        own_head, spec = check_adapter(directory, found), found.spec
     elif exists(directory / "config.json"):
-        spec = ModelSpec.read(directory)
+        belongs, own_head, spec = None, False, ModelSpec.read(directory)
         _refuse_two_heads(directory, spec)
     else:
         raise damaged(directory, "holds neither config.json nor adapter_config.json")
@@ -244,8 +234,7 @@ def _check_tokenizer(directory: Path, vocab_size: int) -> tuple[str, ...]:
     """What the tokenizer lacks, in words. Raises for one that cannot be used, or does not belong to the model."""
     path = directory / "tokenizer.json"
     if not exists(path):
-        slow = next((name for name in SLOW_TOKENIZERS if (directory / name).is_file()), None)
-        if slow:
+        if slow := next((name for name in SLOW_TOKENIZERS if (directory / name).is_file()), None):
             raise ModelRefused(
                 f"{directory / slow}: a tokenizer without tokenizer.json",
                 hint=f"AutoTokenizer.from_pretrained({str(directory)!r}).save_pretrained({str(directory)!r}) makes one"
@@ -264,21 +253,19 @@ def _check_tokenizer(directory: Path, vocab_size: int) -> tuple[str, ...]:
     if any(number not in added for number in beyond.values()):
         highest = max(beyond.values())
         raise ModelRefused(f"{path}: token {highest} does not fit a model with {vocab_size} tokens")
-    notes = []
-    if beyond:
+    notes = (
         # Fine-tunes often come with a padding token that the weights have no row for.
-        notes.append(f"the model does not know the added tokens {', '.join(sorted(beyond)[:5])}")
-    if not has_template(directory):
-        notes.append("no chat template: it serves calls with raw tokens only")
-    return tuple(notes)
+        (beyond, f"the model does not know the added tokens {', '.join(sorted(beyond)[:5])}"),
+        (not has_template(directory), "no chat template: it serves calls with raw tokens only"),
+    )
+    return tuple(note for applies, note in notes if applies)
 
 
 def has_template(directory: Path) -> bool:
     """Whether the directory holds a chat template."""
-    if exists(directory / "chat_template.jinja"):
-        return True
     config = directory / "tokenizer_config.json"
-    return exists(config) and bool(read_json(config).get("chat_template"))
+    stored = exists(config) and read_json(config).get("chat_template")
+    return bool(stored) or exists(directory / "chat_template.jinja")
 
 
 def take_tokenizer(parent: ModelVersion, directory: Path) -> None:
@@ -346,8 +333,7 @@ def complete(directory: Path, config: Path, stop_ids: AbstractSet[int]) -> None:
     if exists(directory / "tokenizer.json"):
         path = directory / "tokenizer_config.json"
         settings = read_json(path) if exists(path) else {}
-        known = _readable_tokenizer(settings)
-        if known != settings:
+        if (known := _readable_tokenizer(settings)) != settings:
             write_json(path, known)
     path = directory / "generation_config.json"
     if exists(path):
@@ -358,23 +344,21 @@ def complete(directory: Path, config: Path, stop_ids: AbstractSet[int]) -> None:
         settings = {name: stored[name] for name in names if stored.get(name) is not None}
     ends = settings.get("eos_token_id")
     ids = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    if not stop_ids <= set(ids):
-        ids = [*ids, *sorted(stop_ids - set(ids))]
+    if missing := sorted(stop_ids - set(ids)):
+        ids = [*ids, *missing]
         settings["eos_token_id"] = ids if len(ids) > 1 else ids[0]
         # Marked as made from config.json, which names one token, it would be made again.
         settings.pop("_from_model_config", None)
-    elif exists(path):
-        return
-    write_json(path, settings)
+    if missing or not exists(path):
+        write_json(path, settings)
 
 
 def _readable_tokenizer(settings: dict[str, Any]) -> dict[str, Any]:
     known = dict(settings)
     if known.get("tokenizer_class") not in _KNOWN:
         known["tokenizer_class"] = _PLAIN
-    extra = known.get("extra_special_tokens")
-    if isinstance(extra, list):
+    if isinstance(known.get("extra_special_tokens"), list):
         # transformers 4 has tokens with a name under this one, and these under the other.
-        del known["extra_special_tokens"]
+        extra = known.pop("extra_special_tokens")
         known["additional_special_tokens"] = [*known.get("additional_special_tokens", ()), *extra]
     return known

@@ -21,8 +21,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from harmony_core import __version__
 from harmony_core.errors import (
     ConflictError,
@@ -33,7 +31,7 @@ from harmony_core.errors import (
     storing,
 )
 from harmony_core.home import Home
-from harmony_core.plain_files import check_space, discard, fsync_path, refuse_links, try_lock, write_json
+from harmony_core.plain_files import check_space, discard, fsync_path, refuse_links, try_lock
 from harmony_core.registry.content import complete, inspect, take_tokenizer
 from harmony_core.registry.records import (
     BUILTIN,
@@ -75,12 +73,10 @@ def stage(registry: Registry, expected_bytes: int = 0) -> Iterator[Staging]:
     directory = home.staging / f"{_owner(os.getpid())}~{uuid.uuid4().hex}"
     with storing("cannot write a model"):
         directory.mkdir()
-    try:
-        with _opened(directory) as descriptor:
-            try_lock(descriptor)
-            yield Staging(registry, directory)
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
+    with contextlib.ExitStack() as stack:
+        stack.callback(shutil.rmtree, directory, ignore_errors=True)
+        try_lock(stack.enter_context(_opened(directory)))
+        yield Staging(registry, directory)
 
 
 class Staging:
@@ -122,8 +118,7 @@ class Staging:
         content = inspect(location or self.directory, registry, base, in_place=location is not None)
         with storing(f"cannot store {key!r}"):
             files = record_files(content.directory, content.files)
-            published = self._published(key, run_id, files) if resumed else None
-            if published is not None:
+            if resumed and (published := self._published(key, run_id, files)):
                 return published
             record = Manifest(
                 key=key,
@@ -143,18 +138,17 @@ class Staging:
             )
             if not location:
                 self._make_durable(content.files)
-            write_json(self.directory / MANIFEST, msgspec.to_builtins(record))
+            record.write(self.directory)
             number = self._rename(key)
             self._describe(key, None if content.base else parent)
         return registry.resolve(f"{key}@{number}")
 
     def _published(self, key: str, run_id: str, files: tuple[FileRecord, ...]) -> ModelVersion | None:
         """The version that a run has made of these files already; one that is damaged counts for nothing."""
-        for number in self._registry.versions(key):
+        for ref, record in _records(self._registry, key):
             with contextlib.suppress(VerificationError, NotFoundError):
-                record = read_manifest(self._registry.directory(key, number), key)
                 if record.run_id == run_id and record.files == files:
-                    return self._registry.resolve(f"{key}@{number}")
+                    return self._registry.resolve(ref)
         return None
 
     def _make_durable(self, files: list[Path]) -> None:
@@ -173,7 +167,7 @@ class Staging:
         for _ in range(10_000):
             refuse_links(models, parent)
             parent.mkdir(parents=True, exist_ok=True)
-            number = max([*self._registry.versions(key), self._last_version(key)]) + 1
+            number = max([*self._registry.versions(key), _settings(self._home, key).last_version]) + 1
             try:
                 os.rename(self.directory, parent / f"v{number:06d}")
             except OSError as error:
@@ -185,12 +179,6 @@ class Staging:
                 parent = parent.parent
             return number
         raise ResourceError(f"cannot store {key!r}: another process keeps changing it")
-
-    def _last_version(self, key: str) -> int:
-        try:
-            return read_entry(self._home, key).last_version
-        except VerificationError:
-            return 0  # a damaged model.json must not cost a trained model
 
     def _describe(self, key: str, parent: ModelVersion | None) -> None:
         """A new key begins with its parent's settings; an adapter has its base's anyway, as they are at the time."""
@@ -306,43 +294,43 @@ def _chosen(registry: Registry, reference: Reference, every: bool) -> list[int]:
 
 
 def _refuse_when_needed(registry: Registry, key: str, numbers: list[int], doomed: set[str]) -> None:
-    adapters = [name for name, base in _adapters(registry) if base in doomed and name not in doomed]
+    records = [found for stored in registry.names() for found in _records(registry, stored)]
+    adapters = [ref for ref, record in records if record.base and record.base.ref in doomed and ref not in doomed]
     if adapters:
         raise ConflictError(
             f"{', '.join(sorted(doomed))}: still the base of {', '.join(adapters)}", hint="remove the adapter first"
         )
     for number in numbers:
-        user = _users(registry.directory(key, number) / MANIFEST)
-        if user:
+        if user := _users(registry.directory(key, number) / MANIFEST):
             raise ConflictError(f"{key}@{number} is used by {user}", hint="wait for it to end, or stop it")
     left = set(registry.versions(key)) - set(numbers)
+    aliases = [name for name, number in _settings(registry.home, key).aliases.items() if number in numbers]
+    if left and aliases:
+        raise ConflictError(
+            f"{', '.join(sorted(doomed))}: has the alias {aliases[0]!r}",
+            hint=f"move it first: adaptive models alias {key} {aliases[0]}={max(left)}",
+        )
+
+
+def _settings(home: Home, key: str) -> Entry:
+    """The settings of a key. A damaged model.json counts as an empty one: it must not cost a trained model."""
     with contextlib.suppress(VerificationError):
-        aliases = [name for name, number in read_entry(registry.home, key).aliases.items() if number in numbers]
-        if left and aliases:
-            raise ConflictError(
-                f"{', '.join(sorted(doomed))}: has the alias {aliases[0]!r}",
-                hint=f"move it first: adaptive models alias {key} {aliases[0]}={max(left)}",
-            )
+        return read_entry(home, key)
+    return Entry(key=key)
 
 
-def _adapters(registry: Registry) -> Iterator[tuple[str, str]]:
-    """(adapter, its base) for every stored adapter that can be read."""
-    for key in registry.names():
-        for number in registry.versions(key):
-            with contextlib.suppress(VerificationError, NotFoundError):
-                record = read_manifest(registry.directory(key, number), key)
-                if record.base:
-                    yield f"{key}@{number}", record.base.ref
+def _records(registry: Registry, key: str) -> Iterator[tuple[str, Manifest]]:
+    """Reference and manifest of each version of a key that can be read."""
+    for number in registry.versions(key):
+        with contextlib.suppress(VerificationError, NotFoundError):
+            yield f"{key}@{number}", read_manifest(registry.directory(key, number), key)
 
 
 def _tidy(registry: Registry, key: str, highest: int) -> None:
     """Remember the numbers that were given, or, with nothing left, take the key's directories away."""
     directory = registry.home.models / key
     if registry.versions(key):
-        try:
-            entry = read_entry(registry.home, key)
-        except VerificationError:
-            entry = Entry(key=key)
+        entry = _settings(registry.home, key)
         entry.last_version = max(entry.last_version, highest)
         write_entry(registry.home, key, entry)
         return

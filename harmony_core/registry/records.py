@@ -1,4 +1,8 @@
-"""TODO"""
+"""What the registry keeps about a model: its key, the manifest of each version, and the settings of the key.
+
+A key is checked against one allow-list before it becomes a path. manifest.json is the last file written into a version:
+a directory without it is no version. model.json holds the settings; without it nothing is set.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import contextlib
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -15,12 +19,11 @@ from typing import Any
 
 import msgspec
 
-from harmony_core.errors import NotFoundError, UsageError, VerificationError, did_you_mean
+from harmony_core.errors import NotFoundError, UsageError, VerificationError
 from harmony_core.home import Home
 from harmony_core.model.spec import ModelSpec
 from harmony_core.model.weight_files import PICKLE_SUFFIXES, model_names
 from harmony_core.plain_files import MIB, damaged, exists, file_hash, lock, read_struct, write_json
-from harmony_core.text.turns import TemplateKwargs
 
 SCHEME = "model_registry://"
 BUILTIN = "builtin:"
@@ -45,29 +48,29 @@ class Reference:
         return self.key if tail is None else f"{self.key}@{tail}"
 
 
+def first_reason(*checks: tuple[object, str]) -> str:
+    """The reason of the first check that is true; "" when none is."""
+    return next((reason for wrong, reason in checks if wrong), "")
+
+
 def _segment_problem(segment: str) -> str:
-    if not _SEGMENT.fullmatch(segment):
-        return _RULE
-    if ".." in segment or segment.endswith("."):
-        return "no segment holds '..' or ends in '.'"
-    # Names that the layout itself uses.
-    if re.fullmatch(r"v\d{6,}", segment) or segment.endswith((".json", ".tmp")):
-        return "v000001 and names ending in .json or .tmp are the registry's own"
-    return ""
+    taken = re.fullmatch(r"v\d{6,}", segment) or segment.endswith((".json", ".tmp"))  # the layout's own names
+    return first_reason(
+        (not _SEGMENT.fullmatch(segment), _RULE),
+        (".." in segment or segment.endswith("."), "no segment holds '..' or ends in '.'"),
+        (taken, "v000001 and names ending in .json or .tmp are the registry's own"),
+    )
 
 
 def key_problem(key: str) -> str:
     """Why this is no key, or ""."""
     segments = key.split("/")
-    if len(segments) > 4:
-        return _RULE
-    return next((problem for segment in segments if (problem := _segment_problem(segment))), "")
+    return _RULE if len(segments) > 4 else next(filter(None, map(_segment_problem, segments)), "")
 
 
 def check_key(key: str) -> None:
     """Raise UsageError, with the rule and a key that would do, for what is no key."""
-    problem = key_problem(key)
-    if problem:
+    if problem := key_problem(key):
         raise UsageError(f"{key[:100]!r} cannot be a model key: {problem}", hint=f"for example {slugify(key)!r}")
 
 
@@ -79,17 +82,13 @@ def check_alias(alias: str) -> None:
 
 def parse_reference(text: str) -> Reference:
     """`key`, `key@3`, `key@alias`, each also behind `model_registry://`. NotFoundError for what can name no model."""
-    plain = text.removeprefix(SCHEME)
-    key, at, tail = plain.partition("@")
-    problem = key_problem(key)
-    if problem:
+    key, at, tail = text.removeprefix(SCHEME).partition("@")
+    if problem := key_problem(key):
         raise NotFoundError(f"there is no model {text[:200]!r}: a key has {problem}", hint=source_hint(text), ref=text)
-    if not at:
-        return Reference(key)
+    if not at or _ALIAS.fullmatch(tail):
+        return Reference(key, alias=tail or None)
     if _VERSION.fullmatch(tail):
         return Reference(key, version=int(tail))
-    if _ALIAS.fullmatch(tail):
-        return Reference(key, alias=tail)
     raise NotFoundError(f"there is no model {text[:200]!r}: {tail[:100]!r} is neither a version nor an alias", ref=text)
 
 
@@ -140,25 +139,38 @@ class BaseRecord(msgspec.Struct, frozen=True):
     digest: str
 
 
-class Manifest(msgspec.Struct, frozen=True, kw_only=True):
-    """The record of one version."""
+class Description(msgspec.Struct, frozen=True, kw_only=True):
+    """What a version is and where it comes from."""
 
-    manifest: int = FORMAT
     key: str
     format: str
+    """"hf" (full weights) or "peft" (an adapter)."""
     kind: str
     digest: str
-    files: tuple[FileRecord, ...]
-    base: BaseRecord | None = None
-    location: str = ""
-    """Where the files are, when they were left in place (`--reference`); "" for beside the manifest."""
+    """sha256 over the config and the weights of this version."""
     source: str = ""
+    """Where it was imported from, such as "hf:org/name@commit"; "" when a run saved it."""
     parent: str = ""
     run_id: str = ""
     step: int | None = None
     notes: tuple[str, ...] = ()
+    """What was left out or is missing, in words."""
     created: str = ""
+
+
+class Manifest(Description, frozen=True, kw_only=True):
+    """The record of one version."""
+
+    manifest: int = FORMAT
+    files: tuple[FileRecord, ...]
+    base: BaseRecord | None = None
+    location: str = ""
+    """Where the files are, when they were left in place (`--reference`); "" for beside the manifest."""
     harmony_core: str = ""
+
+    def write(self, directory: Path) -> None:
+        """Make the directory a version."""
+        write_json(directory / MANIFEST, msgspec.to_builtins(self))
 
 
 def list_files(directory: Path) -> list[Path]:
@@ -199,33 +211,35 @@ def digest_of(format: str, files: tuple[FileRecord, ...]) -> str:
 def read_manifest(directory: Path, key: str) -> Manifest:
     """The manifest of a version directory of `key`. Raises VerificationError."""
     path = directory / MANIFEST
-    manifest = read_struct(path, Manifest, "a manifest")
-    if manifest.manifest != FORMAT:
-        raise damaged(path, f"written by a newer version (format {manifest.manifest})")
-    if manifest.key != key:
-        raise damaged(path, f"was published as {manifest.key!r}, and lies under {key!r}")
-    if manifest.format not in CONFIGS or not manifest.files:
-        raise damaged(path, f"unknown format {manifest.format!r}, or no files")
-    if manifest.digest != digest_of(manifest.format, manifest.files):
-        raise damaged(path, "its digest does not belong to its files")
-    for record in manifest.files:
-        if record.path.startswith("/") or ".." in Path(record.path).parts:
-            raise damaged(path, f"file name {record.path[:100]!r} leads elsewhere")
-    if manifest.location and not _was_added(manifest):
-        raise damaged(path, f"its location {manifest.location[:200]!r} is not what was added ({manifest.source[:200]})")
-    return manifest
+    found = read_struct(path, Manifest, "a manifest")
+    known = found.format in CONFIGS
+    outside = [file.path for file in found.files if file.path.startswith("/") or ".." in Path(file.path).parts]
+    reason = first_reason(
+        (found.manifest != FORMAT, f"written by a newer version (format {found.manifest})"),
+        (found.key != key, f"was published as {found.key!r}, and lies under {key!r}"),
+        (not known or not found.files, f"unknown format {found.format!r}, or no files"),
+        (known and found.digest != digest_of(found.format, found.files), "its digest does not belong to its files"),
+        (outside, f"file name {''.join(outside[:1])[:100]!r} leads elsewhere"),
+        (
+            found.location and not _was_added(found),
+            f"its location {found.location[:200]!r} is not what was added ({found.source[:200]})",
+        ),
+    )
+    if reason:
+        raise damaged(path, reason)
+    return found
 
 
 def _was_added(manifest: Manifest) -> bool:
     """Whether the location of a version that was left in place is that of its source, and no link on the way is new."""
-    name = Path(manifest.location).name
-    if os.path.realpath(manifest.location) != manifest.location:
-        return False
-    if manifest.source.startswith("hf:"):
-        return name == manifest.source.rpartition("@")[2]
-    if manifest.source.startswith(BUILTIN):
-        return name.rpartition("-")[0] == manifest.source.removeprefix(BUILTIN)
-    return manifest.location == manifest.source
+    name, source = Path(manifest.location).name, manifest.source
+    if source.startswith("hf:"):
+        same = name == source.rpartition("@")[2]
+    elif source.startswith(BUILTIN):
+        same = name.rpartition("-")[0] == source.removeprefix(BUILTIN)
+    else:
+        same = manifest.location == source
+    return same and os.path.realpath(manifest.location) == manifest.location
 
 
 def check_files(directory: Path, manifest: Manifest, full: bool = False, trusted: int = -1) -> None:
@@ -265,7 +279,6 @@ Default = int | dict[str, Any] | None
 
 ENTRY_NAME = "model.json"
 DEFAULT_NAMES = ("tp", "kv_cache_len", "tokens_to_generate", "chat_template_kwargs")
-SETTABLE = (*DEFAULT_NAMES, "trainable", "description")
 LIBRARY_DEFAULTS: dict[str, Default] = {"tp": 1, "kv_cache_len": None, "tokens_to_generate": 2048}
 """What holds when nobody says otherwise. kv_cache_len None: up to 131,072 tokens, as much as fits."""
 
@@ -282,44 +295,24 @@ class Defaults:
 
     def effective(self) -> dict[str, tuple[Default, str]]:
         """Name -> (value, where it comes from), the library's own default where nothing is stored."""
-        found: dict[str, tuple[Default, str]] = {}
-        for name in DEFAULT_NAMES:
-            value = getattr(self, name)
-            if value is not None:
-                found[name] = value, self.sources.get(name, "")
-            elif name in LIBRARY_DEFAULTS:
-                found[name] = LIBRARY_DEFAULTS[name], "library default"
-        return found
+        stored = {name: getattr(self, name) for name in DEFAULT_NAMES}
+        known = {name: (value, self.sources.get(name, "")) for name, value in stored.items() if value is not None}
+        return {name: (value, "library default") for name, value in LIBRARY_DEFAULTS.items()} | known
 
 
-@dataclass(frozen=True)
-class ModelVersion:
+class ModelVersion(Description, frozen=True, kw_only=True):
     """One immutable version. `path` holds config.json or adapter_config.json and is directly loadable."""
 
-    key: str
     version: int
     ref: str
     """The exact reference, such as "key@3"."""
     path: Path
-    format: str
-    """"hf" (full weights) or "peft" (an adapter)."""
-    kind: str
     trainable: bool
     base: ModelVersion | None
-    """What an adapter belongs to."""
+    """The model that an adapter belongs to."""
     spec: ModelSpec
     """Of the base weights."""
     defaults: Defaults
-    digest: str
-    """sha256 over the config and the weights of this version."""
-    notes: tuple[str, ...] = ()
-    """What was left out or is missing, in words."""
-    source: str = ""
-    """Where it was imported from, such as "hf:org/name@commit"; "" when a run saved it."""
-    parent: str = ""
-    run_id: str = ""
-    step: int | None = None
-    created: str = ""
     bytes: int = 0
 
     @property
@@ -340,10 +333,7 @@ class ModelVersion:
     @property
     def tokenizer_dir(self) -> Path | None:
         """The directory of the tokenizer, an adapter's own before its base's; None: raw tokens only."""
-        for directory in (self.path, self.weights_dir):
-            if exists(directory / "tokenizer.json"):
-                return directory
-        return None
+        return next((path for path in (self.path, self.weights_dir) if exists(path / "tokenizer.json")), None)
 
 
 @dataclass(frozen=True)
@@ -398,35 +388,10 @@ def entry_lock(home: Home, key: str) -> AbstractContextManager[None]:
 def write_entry(home: Home, key: str, entry: Entry) -> None:
     """Replace a key's model.json, also while another process removes the key's directory."""
     path = home.models / key / ENTRY_NAME
-    for _ in range(100):
+    for last in (*[False] * 100, True):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileNotFoundError):
+        try:
             return write_json(path, msgspec.to_builtins(entry))
-    write_json(path, msgspec.to_builtins(entry))
-
-
-def apply_setting(entry: Entry, name: str, value: object) -> None:
-    """Set one thing; None takes it back. Raises UsageError for a name that cannot be set, or a value it cannot have."""
-    if name not in SETTABLE:
-        raise UsageError(f"{name[:100]!r} cannot be set on a model", hint=did_you_mean(name, SETTABLE))
-    if name == "description":
-        if value is not None and (not isinstance(value, str) or len(value) > 4000):
-            raise UsageError("description must be a text of at most 4,000 characters")
-        entry.description = value or ""
-    elif name == "trainable":
-        if value is not None and type(value) is not bool:
-            raise UsageError(f"trainable must be true or false, not {str(value)[:60]!r}")
-        entry.trainable = True if value is None else value
-    elif value is None:
-        entry.defaults.pop(name, None)
-    elif name == "chat_template_kwargs":
-        if not isinstance(value, Mapping):
-            raise UsageError(
-                f"chat_template_kwargs must be a JSON object, not {str(value)[:60]!r}",
-                hint="chat_template_kwargs='{\"enable_thinking\": false}'",
-            )
-        entry.defaults[name] = dict(TemplateKwargs(value))
-    elif type(value) is int and 0 < value < 2**31:
-        entry.defaults[name] = value
-    else:
-        raise UsageError(f"{name} must be a whole number above 0, or null to unset it, not {str(value)[:60]!r}")
+        except FileNotFoundError:
+            if last:
+                raise

@@ -9,7 +9,9 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
 
 from harmony_core.errors import HarmonyError, NotFoundError, UsageError, VerificationError, did_you_mean
 from harmony_core.home import Home
@@ -23,12 +25,12 @@ from harmony_core.registry.records import (
     MANIFEST,
     SCHEME,
     Defaults,
+    Description,
     Entry,
     Manifest,
     ModelEntry,
     ModelVersion,
     Reference,
-    apply_setting,
     check_alias,
     check_files,
     edited_entry,
@@ -39,7 +41,16 @@ from harmony_core.registry.records import (
     source_hint,
 )
 from harmony_core.registry.sources import ImportOptions, import_model
+from harmony_core.text.turns import TemplateKwargs
 
+_COUNT = (Annotated[int, msgspec.Meta(gt=0, lt=2**31)], "a whole number above 0, or null to unset it", "")
+_SETTINGS: dict[str, tuple[Any, str, str]] = {
+    **dict.fromkeys(("tp", "kv_cache_len", "tokens_to_generate"), _COUNT),
+    "chat_template_kwargs": (dict[str, Any], "a JSON object", "chat_template_kwargs='{\"enable_thinking\": false}'"),
+    "trainable": (bool, "true or false", ""),
+    "description": (Annotated[str, msgspec.Meta(max_length=4000)], "a text of at most 4,000 characters", ""),
+}
+"""For each setting its type, the type in words, and an example."""
 _VERSION_DIRECTORY = re.compile(r"v(\d{6,9})", re.ASCII)
 
 
@@ -78,10 +89,9 @@ class Registry:
         """A generated model, written first if it is missing or damaged."""
         directory = builtin_directory(self.home, key.removeprefix(BUILTIN))
         entry = Entry(key=key, defaults=DEFAULTS)
-        try:
+        with contextlib.suppress(VerificationError):
             return self._load(key, directory, entry, 1)
-        except VerificationError:
-            write_builtin(self.home, directory, key)
+        write_builtin(self.home, directory, key)
         return self._load(key, directory, entry, 1)
 
     def number(self, reference: Reference) -> int:
@@ -91,15 +101,13 @@ class Registry:
         if not known:
             hint = source_hint(str(reference)) or did_you_mean(key, self.names()) or "adaptive models list"
             raise NotFoundError(f"there is no model {str(reference)!r}", hint=hint, ref=str(reference))
+        number = known[-1] if reference.version is None else reference.version
         if reference.alias is not None:
             aliases = read_entry(self.home, key).aliases
-            number = aliases.get(reference.alias)
-            if number is None:
-                raise NotFoundError(
-                    f"{key!r} has no alias {reference.alias!r}", hint=did_you_mean(reference.alias, aliases)
-                )
-        else:
-            number = known[-1] if reference.version is None else reference.version
+            if reference.alias not in aliases:
+                hint = did_you_mean(reference.alias, aliases)
+                raise NotFoundError(f"{key!r} has no alias {reference.alias!r}", hint=hint)
+            number = aliases[reference.alias]
         if number not in known:
             versions = ", ".join(map(str, known[-12:]))
             raise NotFoundError(f"{key!r} has no version {number}", hint=f"versions: {versions}", ref=str(reference))
@@ -110,24 +118,16 @@ class Registry:
         path = Path(record.location) if record.location else directory
         check_files(path, record)
         base = self._base(ref, record)
+        lineage = {name: getattr(record, name) for name in Description.__struct_fields__}
         return ModelVersion(
-            key=entry.key,
+            **lineage,
             version=number,
             ref=ref,
             path=path,
-            format=record.format,
-            kind=record.kind,
             trainable=entry.trainable,
             base=base,
             spec=base.spec if base else ModelSpec.read(path),
             defaults=_defaults(entry, base),
-            digest=record.digest,
-            notes=record.notes,
-            source=record.source,
-            parent=record.parent,
-            run_id=record.run_id,
-            step=record.step,
-            created=record.created,
             bytes=sum(file.size for file in record.files),
         )
 
@@ -253,8 +253,7 @@ class Registry:
             if source == name or source.partition("@")[0] == f"hf:{name}":
                 return found.newest
         path = Path(name)
-        number = _VERSION_DIRECTORY.fullmatch(path.name)
-        if number and path.is_relative_to(self.home.models):
+        if (number := _VERSION_DIRECTORY.fullmatch(path.name)) and path.is_relative_to(self.home.models):
             return self.resolve(f"{path.parent.relative_to(self.home.models)}@{int(number[1])}")
         generated = (self._builtin(BUILTIN + known) for known in NAMES)
         return next((version for version in generated if version.path == path), None)
@@ -269,17 +268,16 @@ class Registry:
             raise UsageError(
                 f"{version.key} is generated and keeps no settings", hint=f"adaptive models add KEY {version.key}"
             )
-
         if (given := values.get("chat_template_kwargs")) and isinstance(given, Mapping):
             _check_variables(version, given)
         with edited_entry(self.home, version.key) as entry:
             for name, value in values.items():
-                apply_setting(entry, name, value)
-            tp = entry.defaults.get("tp")
-            if tp is not None and tp not in model_tp(version.spec):
-                allowed = ", ".join(map(str, model_tp(version.spec)))
+                _apply_setting(entry, name, value)
+            tp, allowed = entry.defaults.get("tp"), model_tp(version.spec)
+            if tp is not None and tp not in allowed:
                 raise UsageError(
-                    f"tp={tp} does not divide {key!r} ({version.spec.num_heads} heads)", hint=f"tp may be {allowed}"
+                    f"tp={tp} does not divide {key!r} ({version.spec.num_heads} heads)",
+                    hint=f"tp may be {', '.join(map(str, allowed))}",
                 )
         return self.resolve(version.key)
 
@@ -296,13 +294,31 @@ def _check_variables(version: ModelVersion, given: Mapping[str, Any]) -> None:
 
 def _defaults(entry: Entry, base: ModelVersion | None) -> Defaults:
     """A key's own defaults; an adapter takes from its base what it does not set."""
-    values: dict[str, Any] = {}
-    sources: dict[str, str] = {}
     origin = entry.key if entry.key.startswith(BUILTIN) else f"stored with {entry.key}"
-    for name in DEFAULT_NAMES:
-        inherited = getattr(base.defaults, name) if base else None
-        if name in entry.defaults:
-            values[name], sources[name] = entry.defaults[name], origin
-        elif base and inherited is not None:
-            values[name], sources[name] = inherited, base.defaults.sources.get(name, base.ref)
-    return Defaults(**values, sources=sources)
+    known: dict[str, Any] = {name: (value, origin) for name, value in entry.defaults.items()}
+    if base:
+        inherited = {name: getattr(base.defaults, name) for name in DEFAULT_NAMES}
+        sources = base.defaults.sources
+        known = {n: (v, sources.get(n, base.ref)) for n, v in inherited.items() if v is not None} | known
+    values = {name: known[name][0] for name in DEFAULT_NAMES if name in known}
+    return Defaults(**values, sources={name: known[name][1] for name in values})
+
+
+def _apply_setting(entry: Entry, name: str, value: object) -> None:
+    """Set one thing; None takes it back. Raises UsageError for a name that cannot be set, or a value it cannot have."""
+    if name not in _SETTINGS:
+        raise UsageError(f"{name[:100]!r} cannot be set on a model", hint=did_you_mean(name, _SETTINGS))
+    wanted, words, example = _SETTINGS[name]
+    plain = dict(value) if isinstance(value, Mapping) else value
+    try:
+        given = msgspec.convert(plain, wanted | None)
+    except msgspec.ValidationError:
+        raise UsageError(f"{name} must be {words}, not {str(value)[:60]!r}", hint=example) from None
+    if name == "description":
+        entry.description = given or ""
+    elif name == "trainable":
+        entry.trainable = given is not False
+    elif given is None:
+        entry.defaults.pop(name, None)
+    else:
+        entry.defaults[name] = dict(TemplateKwargs(given)) if isinstance(given, dict) else given
