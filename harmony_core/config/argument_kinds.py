@@ -23,7 +23,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @runtime_checkable
 class InferenceModel(Protocol):
-    """What every handle of a live model has."""
+    """A handle of a live model, known by this method."""
 
     def get_builder_args(self) -> dict[str, Any]:
         """Its settings."""
@@ -31,7 +31,7 @@ class InferenceModel(Protocol):
 
 @runtime_checkable
 class TrainingModel(InferenceModel, Protocol):
-    """What only a handle of a model that trains has."""
+    """A handle of a model that trains, known by this method."""
 
     def get_optim_step(self) -> int:
         """Its steps."""
@@ -85,7 +85,7 @@ def checked(function: F) -> F:
 
 
 def check_arguments(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Raise UsageError for what `checked` refuses."""
+    """Raise UsageError for arguments that do not fit the annotations; see `checked`."""
     signature, kinds = _described(function)
     name = function.__qualname__.removesuffix(".__init__").rpartition(".<locals>.")[2]
     try:

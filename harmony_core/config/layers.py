@@ -59,13 +59,13 @@ Layer = YamlDocument | Assignment
 
 @dataclass
 class Resolved:
-    """What the layers say together."""
+    """The merged layers, with the source of each value and the problems found."""
 
     data: dict[str, Any] = field(default_factory=dict)
     sources: dict[Path, Source] = field(default_factory=dict)
     errors: list[Issue] = field(default_factory=list)
     replaced: set[Path] = field(default_factory=set)
-    """Blocks that a flag gave whole; nothing of their default remains."""
+    """Blocks that a flag gave whole, so that their default is not merged in."""
 
     def source_of(self, path: Path) -> Source | None:
         """The source of the place, or of the nearest place around it."""
@@ -73,7 +73,7 @@ class Resolved:
         return next((self.sources[place] for place in around if place in self.sources), None)
 
     def source_at(self, path: Path) -> Source:
-        """The source of the value at the path; what the layers do not have is a default."""
+        """The source of the value at the path; DEFAULT for a value that the layers do not set."""
         node: Any = self.data
         for key in path:
             if holds(node, key):
@@ -140,7 +140,7 @@ def _assign(resolved: Resolved, schema: Schema, assignment: Assignment) -> None:
 
 
 def _set(resolved: Resolved, path: Path, value: Any, source: Source) -> str | None:
-    """Put the value at its path, making maps on the way. Returns what is wrong, if anything."""
+    """Put the value at its path, making maps on the way. Returns the problem, if there is one."""
     node: Any = resolved.data
     for depth, key in enumerate(path, 1):
         if isinstance(key, int):
@@ -300,24 +300,19 @@ def _issue(detail: ErrorDetails, resolved: Resolved, schema: Schema) -> Issue:
         return Issue("unknown key", source.at_key() if source else None, dotted(path), "unknown_key")
     if kind == "union_tag_not_found":
         message = f"the block must say which it is: {detail['ctx']['discriminator']}" if "ctx" in detail else message
-    elif _is_plain(detail["input"]) and not kind.startswith(("value_error", "assertion")):
-        message += f", got {_shown(detail['input'])}"
+    elif (got := _got(detail["input"])) and not kind.startswith(("value_error", "assertion")):
+        message += got
         if kind.startswith(_NUMERIC) and (allowed := bounds_of(_branches(path, schema))):
             message += f" (allowed: {allowed})"
     return Issue(message, source, dotted(path), kind)
 
 
-def _is_plain(value: Any) -> bool:
-    return (
-        value is None
-        or isinstance(value, int | float)
-        or (isinstance(value, str) and (len(value) <= 60 or value.isdecimal()))
-    )
-
-
-def _shown(value: Any) -> str:
+def _got(value: Any) -> str:
+    """Names a plain value; "" for long texts and anything else."""
     text = "null" if value is None else repr(value)
-    return text if len(text) <= 64 else f"{text[:20]}... ({len(text)} characters)"
+    number, short = isinstance(value, int | float), isinstance(value, str) and (len(value) <= 60 or value.isdecimal())
+    shown = text if len(text) <= 64 else f"{text[:20]}... ({len(text)} characters)"
+    return f", got {shown}" if value is None or number or short else ""
 
 
 def _meant_by(issue: Issue) -> list[str]:
@@ -369,7 +364,7 @@ def settle_names(
 
 
 def _rebuilt(value: Any, path: Path, visit: Callable[[Parameter, Path], Parameter]) -> Any:
-    """The value with every parameter replaced by what `visit` returns; what holds none is kept as it is."""
+    """The value with `visit` applied to every parameter in it; parts without parameters are returned unchanged."""
     if isinstance(value, Parameter):
         return visit(value, path)
     if isinstance(value, BaseModel):

@@ -1,6 +1,6 @@
-"""What a recipe's configuration may name: models, datasets, graders. Each is written as a plain string.
+"""Models, datasets and graders in a recipe's configuration. Each is written as a plain string.
 
-A parameter knows its name and how to check that the name means something (`check`); it opens nothing by itself.
+A parameter holds the name; `check` looks the name up, and `load` or `spawn_...` opens it.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Parameter(BaseModel):
     """The field that a bare string fills."""
 
     def __init__(self, name: str | os.PathLike[str] | None = None, /, **fields: Any) -> None:
-        """`Dataset("rows.jsonl")` means what `rows.jsonl` does in a YAML file or a flag. Raises UsageError."""
+        """`Dataset("rows.jsonl")` equals `rows.jsonl` in a YAML file or a flag. Raises UsageError."""
         if name is not None:
             if not isinstance(name, str | os.PathLike):
                 raise UsageError(f"a {type(self).__name__} is named by a string, not by {name!r}")
@@ -76,23 +76,17 @@ class Parameter(BaseModel):
         if isinstance(data, Parameter) and issubclass(cls, type(data)):
             return cast("Self", data._as(cls))
         if isinstance(data, str | os.PathLike):
-            return handler(cls._fields_from_string(os.fspath(data)))
+            return handler({cls.key_field: os.fspath(data)})
         if not isinstance(data, Mapping):
             raise ValueError(f"expected a name as a string, got {type(data).__name__}")
-        if isinstance(data.get(cls.key_field), str):
-            data = {**cls._fields_from_string(data[cls.key_field]), **data}
         return handler(data)
-
-    @classmethod
-    def _fields_from_string(cls, text: str) -> dict[str, Any]:
-        return {cls.key_field: text}
 
     def _as(self, cls: type[Any]) -> Any:
         """The same parameter as an instance of a subclass."""
         return cls(**{name: getattr(self, name) for name in type(self).model_fields})
 
     def check(self, registry: Registry) -> Any:
-        """Raise unless the name means something that can be used as asked; nothing is started or loaded."""
+        """Look the name up, without starting or loading anything. Raises an error if it cannot be used as asked."""
         raise NotImplementedError
 
     def __hash__(self) -> int:
@@ -100,7 +94,7 @@ class Parameter(BaseModel):
 
 
 class _KeyOnly(Parameter):
-    """A parameter that is nothing but its key: serialises to it, and is described as a string."""
+    """A parameter with a key as its only field: it is serialised and described as that string."""
 
     schema_format: ClassVar[str]
 
@@ -119,7 +113,7 @@ class _KeyOnly(Parameter):
 
 
 def _kind_of(cls: type[BaseModel], base: type[KindT]) -> type[KindT]:
-    """The type argument that a generic parameter was given, or `base` when there is none."""
+    """The type argument of a generic parameter; `base` for one without an argument."""
     given = [ancestor.__dict__.get("__pydantic_generic_metadata__") or {} for ancestor in cls.__mro__]
     arguments = [argument for metadata in given for argument in metadata.get("args", ())]
     return next((kind for kind in arguments if isinstance(kind, type) and issubclass(kind, base)), base)
@@ -137,7 +131,7 @@ class Model(_KeyOnly, Generic[ModelKindT]):
 
     @classmethod
     def kind(cls) -> type[model_kinds.ModelKind]:
-        """What the recipe needs of the model: `Model[model_kinds.Trainable].kind() is model_kinds.Trainable`."""
+        """The kind of model that is asked for: `Model[model_kinds.Trainable].kind() is model_kinds.Trainable`."""
         return _kind_of(cls, model_kinds.ModelKind)
 
     @classmethod
@@ -266,7 +260,7 @@ class Grader(_KeyOnly):
     grader_key: str = Field(min_length=1)
 
     def check(self, registry: Registry) -> None:
-        """Always refused: a key means something only to a control plane."""
+        """Always raises UsageError: the keys of graders belong to a control plane."""
         raise UsageError(
             f"grader '{self.grader_key}' cannot be loaded: graders are kept by a control plane, and there is none",
             hint="build the grader in the recipe",
@@ -296,9 +290,9 @@ class Dataset(Parameter, Generic[DatasetKindT]):
     local_file_path: str | None = None
     """The file, where it is one."""
     columns: dict[str, str | None] = Field(default_factory=dict)
-    """Which column holds what (`user: question`), or that a column of this name is nothing special (`tools: null`)."""
+    """The column of each field (`user: question`); null leaves the usual column to the metadata (`tools: null`)."""
     roles: dict[str, str] = Field(default_factory=dict)
-    """What further names of roles mean (`narrator: user`)."""
+    """The role that each further name of a role stands for (`narrator: user`)."""
     max_refused: int = Field(default=0, ge=0)
     """Bad rows that are left out with a warning; more are an error."""
 
@@ -368,6 +362,11 @@ class Dataset(Parameter, Generic[DatasetKindT]):
 
 def shipped_data() -> dict[str, Path]:
     """The datasets that come with the package, by name."""
+    return shipped_files("data/*.jsonl")
+
+
+def shipped_files(pattern: str) -> dict[str, Path]:
+    """Files that come with the package's recipes, by name; the package is found without importing it."""
     spec = importlib.util.find_spec("harmony_core.recipes")
     folders = list(spec.submodule_search_locations or ()) if spec else []
-    return {file.stem: file for folder in folders for file in sorted(Path(folder, "data").glob("*.jsonl"))}
+    return {file.stem: file for folder in folders for file in sorted(Path(folder).glob(pattern))}

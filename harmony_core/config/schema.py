@@ -1,9 +1,9 @@
-"""A recipe's JSON schema: a list of parameters, what may stand at a dotted name, and what a text means there."""
+"""A recipe's JSON schema: its parameters, the types allowed at a dotted name, and how a text is read there."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from harmony_core.config.yaml_source import Path, dotted, parse_value, plain_scalar
@@ -15,7 +15,7 @@ MAX_DEPTH = 6
 Node = dict[str, Any]
 
 _NAMES = {"integer": "int", "number": "float", "string": "str", "boolean": "bool", "null": "null"}
-_KINDS: dict[type, str] = {
+_TYPES: dict[type, str] = {
     type(None): "null",
     bool: "boolean",
     int: "integer",
@@ -55,18 +55,18 @@ class Parameter:
     is_tag: bool
     """A constant that only says which class this is."""
     variant: str
-    """The branch of a union in which the parameter exists, or nothing."""
+    """The branch of a union to which the parameter belongs; "" outside of unions."""
 
 
 class Schema:
-    """Wraps what `model_json_schema()` returns."""
+    """Wraps the result of `model_json_schema()`."""
 
     def __init__(self, schema: Node) -> None:
         self.root = schema
         self._definitions: dict[str, Node] = schema.get("$defs", {})
 
     def resolve_reference(self, node: Node) -> Node:
-        """The node with `$ref` and a lone `allOf` replaced by what they mean; siblings such as `default` win."""
+        """The node with `$ref` and a single `allOf` resolved; siblings such as `default` win."""
         while "$ref" in node or len(node.get("allOf", ())) == 1:
             name = "$ref" if "$ref" in node else "allOf"
             target = self._definitions[node[name].rsplit("/", 1)[1]] if name == "$ref" else node[name][0]
@@ -74,7 +74,7 @@ class Schema:
         return node
 
     def branches(self, node: Node) -> list[Node]:
-        """Every alternative of a union, flattened; a node that is no union is its only branch."""
+        """Every alternative of a union, flattened; any other node is its own only branch."""
         node = self.resolve_reference(node)
         options = node.get("anyOf") or node.get("oneOf")
         return [branch for option in options for branch in self.branches(option)] if options else [node]
@@ -102,41 +102,35 @@ class Schema:
     def _parameters(
         self, node: Node, path: tuple[str, ...], variant: str, above: frozenset[str], defaults: Node
     ) -> Iterator[Parameter]:
-        """`defaults` is what the field above gives the block as its default; it wins over the block's own."""
+        """`defaults` holds the default of the field above; it wins over the block's own defaults."""
         node = self.resolve_reference(node)
         required = set(node.get("required", ()))
         for name, raw in node.get("properties", {}).items():
             branches = self.branches(raw)
-            parameter = self._parameter(raw, branches, (*path, name), name in required, variant)
-            yield replace(parameter, default=defaults[name]) if name in defaults else parameter
+            default = raw.get("default")
+            yield Parameter(
+                path=(*path, name),
+                type=self.label(raw),
+                description=str(self.resolve_reference(raw).get("description", "")).strip(),
+                required=name in required,
+                default=defaults.get(name, default),
+                choices=tuple(choice for branch in branches for choice in choices_of(branch)),
+                bounds=bounds_of(branches),
+                is_bool={branch.get("type") for branch in branches} == {"boolean"},
+                is_tag=len(branches) == 1 and "const" in branches[0],
+                variant=variant,
+            )
             blocks = [branch for branch in branches if "properties" in branch]
             for block in blocks:
                 title = str(block.get("title", ""))
                 if title in above or len(path) + 1 >= MAX_DEPTH:
                     continue
                 inner = title if len(blocks) > 1 else variant
-                given = parameter.default if len(blocks) == 1 and isinstance(parameter.default, dict) else {}
+                given = default if len(blocks) == 1 and isinstance(default, dict) else {}
                 yield from self._parameters(block, (*path, name), inner, above | {title}, given)
 
-    def _parameter(
-        self, raw: Node, branches: list[Node], path: tuple[str, ...], required: bool, variant: str
-    ) -> Parameter:
-        whole = self.resolve_reference(raw)
-        return Parameter(
-            path=path,
-            type=self.label(raw),
-            description=str(whole.get("description", "")).strip(),
-            required=required,
-            default=raw.get("default"),
-            choices=tuple(choice for branch in branches for choice in choices_of(branch)),
-            bounds=bounds_of(branches),
-            is_bool={b.get("type") for b in branches} == {"boolean"},
-            is_tag=len(branches) == 1 and "const" in branches[0],
-            variant=variant,
-        )
-
     def step(self, nodes: list[Node], name: str, parent: Path) -> tuple[str | int, list[Node]]:
-        """From what may stand at `parent` to what may stand at `name` below it; kebab-case is folded for fields.
+        """The key and the nodes allowed at `name` below the `nodes` of `parent`; kebab-case is folded for fields.
 
         Raises UnknownKey.
         """
@@ -163,7 +157,7 @@ class Schema:
         return key, found
 
     def follow(self, names: list[str]) -> tuple[Path, list[Node]]:
-        """A dotted name, split, to its path and the branches of what may stand there. Raises UnknownKey."""
+        """A dotted name, split, to its path and the branches allowed there. Raises UnknownKey."""
         path: Path = ()
         nodes = [self.root]
         for name in names:
@@ -185,7 +179,7 @@ class Schema:
 
 
 def bounds_of(branches: list[Node]) -> str:
-    """The allowed range in words, or nothing."""
+    """The allowed range in words; "" without bounds."""
     found = [(sign, branch[key]) for branch in branches for key, sign in _BOUNDS.items() if key in branch]
     return ", ".join(f"{sign} {value:g}" if isinstance(value, float) else f"{sign} {value}" for sign, value in found)
 
@@ -201,33 +195,28 @@ def is_open(branch: Node) -> bool:
     return free and not branch.keys() & {"properties", "enum", "const"}
 
 
-def kinds_of(branches: list[Node]) -> set[str]:
-    """JSON types that may stand here; `any` where a branch does not say."""
-    listed = {branch["type"] for branch in branches if "type" in branch}
-    others = [choices_of(branch) for branch in branches if "type" not in branch]
-    return (
-        listed | {_KINDS[type(choice)] for choices in others for choice in choices} | {"any" for c in others if not c}
-    )
+def types_of(branches: list[Node]) -> set[str]:
+    """JSON types that the branches allow; `any` for a branch without a type."""
+    each = [{b["type"]} if "type" in b else {_TYPES[type(c)] for c in choices_of(b)} or {"any"} for b in branches]
+    return set[str]().union(*each)
 
 
 def from_text(text: str, branches: list[Node], schema: Schema) -> Any:
-    """The value that `text` means for these branches.
+    """The value of `text` for these branches.
 
     Where only text fits, it is taken as typed: `on` and `007` stay text. Everything else is read as YAML; text that
     fits nothing else is text where text is allowed; a list may be written with commas. Raises ValueError.
     """
-    kinds = kinds_of(branches)
-    if text in _NULLS and "null" in kinds:
+    allowed = types_of(branches)
+    if text in _NULLS and "null" in allowed:
         return None
-    if kinds <= {"string", "null"}:
-        return text
-    value = _as_yaml(text, "string" in kinds)
-    kind = _KINDS[type(value)]
-    if kind in kinds or "any" in kinds or (kind == "integer" and "number" in kinds):
+    value = text if allowed <= {"string", "null"} else _as_yaml(text, "string" in allowed)
+    found = _TYPES[type(value)]
+    if found in allowed or "any" in allowed or (found == "integer" and "number" in allowed):
         return value
-    if "string" in kinds:
+    if "string" in allowed:
         return text
-    if "array" in kinds and kind not in ("object", "array"):
+    if "array" in allowed and found not in ("object", "array"):
         lists = [branch for branch in branches if branch.get("type") == "array"]
         inner = [below for branch in lists for below in schema.branches(branch.get("items") or {})]
         return [from_text(part.strip(), inner, schema) for part in text.split(",")] if text.strip() else []

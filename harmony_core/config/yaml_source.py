@@ -1,7 +1,7 @@
-"""YAML as configuration: plain data, the position of every value, and every problem found, from untrusted text.
+"""YAML as configuration: plain data with the position of every value, and all problems of an untrusted text.
 
 Limits on size, depth and aliases are checked on the events, before nodes are made of them; data is built from the nodes
-directly, and nothing is ever constructed from a tag. Scalars are YAML 1.2: `1e-5` is a number; `on`, `no`, `12:30`,
+directly, and tags construct no objects. Scalars are YAML 1.2: `1e-5` is a number; `on`, `no`, `12:30`,
 `007` and dates are text.
 """
 
@@ -34,7 +34,7 @@ def holds(node: Any, key: str | int) -> bool:
 
 
 def places(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """Every place in plain data with what stands there: the whole first, blocks before their contents."""
+    """Every place in plain data with its value: the whole first, blocks before their contents."""
     yield path, value
     items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
     for key, inner in items:
@@ -97,7 +97,7 @@ class Issue:
 
 
 def in_reading_order(issues: Iterable[Issue]) -> list[Issue]:
-    """Files first, by line; then the environment, flags and what has no place."""
+    """Files first, by line; then the environment, flags, and issues without a source."""
 
     def place(issue: Issue) -> tuple[int, str, int, int]:
         source = issue.source or DEFAULT
@@ -132,11 +132,12 @@ _WORDS: dict[str, Any] = {
 }
 _PREFIX = "tag:yaml.org,2002:"
 _PLAIN = "plain"
+_USUAL_TAGS = {"scalar": "str", "sequence": "seq", "mapping": "map"}
 
 
 @dataclass
 class YamlDocument:
-    """What a file says: `data` is dicts, lists and scalars; `sources` has the position of each value by path."""
+    """A parsed file: `data` holds dicts, lists and scalars, `sources` the position of each value by path."""
 
     name: str
     data: dict[str, Any] = field(default_factory=dict)
@@ -145,7 +146,7 @@ class YamlDocument:
 
 
 def plain_scalar(text: str) -> Any:
-    """What unquoted text means."""
+    """The value of unquoted text."""
     digits = text.replace("_", "")
     if _INT.fullmatch(text) and len(digits) < 400:  # Python refuses long ones (its limit against quadratic conversion)
         return int(digits)
@@ -155,7 +156,7 @@ def plain_scalar(text: str) -> Any:
 
 
 def load_yaml_file(path: FilePath, name: str | None = None) -> YamlDocument:
-    """Read and parse a file. Raises NotFoundError or ResourceError; what is wrong inside is in `issues`."""
+    """Read and parse a file. Raises NotFoundError or ResourceError; problems of the text are in `issues`."""
     shown = name or str(path)
     try:
         with path.open("rb") as file:
@@ -169,7 +170,7 @@ def load_yaml_file(path: FilePath, name: str | None = None) -> YamlDocument:
 
 
 def load_yaml(raw: bytes | str, name: str) -> YamlDocument:
-    """Parse one document whose top level is a map. Never raises: `issues` holds what is wrong."""
+    """Parse one document whose top level is a map. Problems are kept in `issues`."""
     builder = _Builder(name)
     with contextlib.suppress(_TooMuch):  # the issue is recorded; the rest of the text is not looked at
         if (text := builder.decode(raw)) is not None:
@@ -196,7 +197,7 @@ class _Loader(_Parser):  # type: ignore[misc]
     """Leaves plain scalars untagged, so that YAML 1.1 does not read them and an explicit tag can be told."""
 
     def resolve(self, kind: type[yaml.Node], value: str | None, implicit: tuple[bool, bool]) -> str:
-        """The tag of a node that has none."""
+        """The tag of an untagged node."""
         plain = kind is yaml.ScalarNode and implicit[0]
         return _PLAIN if plain else str(super().resolve(kind, value, implicit))
 
@@ -223,7 +224,7 @@ class _Builder:
             return None
 
     def read(self, text: str) -> None:
-        """Take the whole stream: one document or none. What could exhaust the composer is refused before it begins."""
+        """Take the whole stream: one document or none. Limits are checked before the composer begins."""
         depth = aliases = 0
         for event in yaml.parse(text, Loader=_Loader):
             depth += isinstance(event, yaml.CollectionStartEvent)
@@ -256,7 +257,7 @@ class _Builder:
         return Source("file", self.document.name, line, column)
 
     def _value(self, node: yaml.Node, path: Path, key: Any, sources: dict[Path, Source]) -> Any:
-        """The value of a node; what an alias names is met, and built, once more."""
+        """The value of a node; the target of an alias is built again for each use."""
         self._values += 1
         if self._values > MAX_VALUES:
             self._too_much(f"more than {MAX_VALUES:,} values, aliases expanded", node)
@@ -264,11 +265,15 @@ class _Builder:
         if id(node) in self._open:
             self._issue("contains itself", source, path)
             return None
+        if node.tag == _PLAIN:
+            return plain_scalar(node.value)
+        if node.tag not in ("!", _PREFIX + _USUAL_TAGS[node.id]):
+            shown = node.tag.replace(_PREFIX, "!!")[:60]
+            self._issue(f"the tag {shown} is not allowed; configuration is plain data", source, path, "tag")
         if isinstance(node, yaml.ScalarNode):
-            return self._scalar(node, path, source)
+            return str(node.value)
         if len(self._open) == MAX_DEPTH:
             self._too_much(f"nested deeper than {MAX_DEPTH} levels, aliases expanded", node)
-        self._refuse_tag(node, path, source)
         self._open.add(id(node))
         if isinstance(node, yaml.SequenceNode):
             value: Any = [self._value(item, (*path, i), None, sources) for i, item in enumerate(node.value)]
@@ -295,31 +300,13 @@ class _Builder:
                 first[name] = self._source(key)
                 items[name] = self._value(value, (*path, name), key, sources)
         for other, below in merged:
-            self._merge(items, other, path, below, sources)
+            if isinstance(other, dict):  # the keys of another map that this one does not have
+                new = other.keys() - items.keys()
+                items |= {name: value for name, value in other.items() if name in new}
+                sources |= {p: source for p, source in below.items() if p != path and p[len(path)] in new}
+            else:
+                self._issue("`<<` takes a map", below[path], path)
         return items
-
-    def _merge(self, items: dict[str, Any], other: Any, path: Path, below: dict[Path, Source], sources: Any) -> None:
-        """`<<`: the keys of another map, where this one does not have them."""
-        if not isinstance(other, dict):
-            self._issue("`<<` takes a map", below[path], path)
-            return
-        new = other.keys() - items.keys()
-        items |= {name: value for name, value in other.items() if name in new}
-        sources |= {p: source for p, source in below.items() if p != path and p[len(path)] in new}
-
-    def _scalar(self, node: yaml.ScalarNode, path: Path, source: Source) -> Any:
-        if node.tag == _PLAIN:
-            return plain_scalar(node.value)
-        if node.tag in ("!", _PREFIX + "str"):
-            return str(node.value)
-        self._refuse_tag(node, path, source)
-        return None
-
-    def _refuse_tag(self, node: yaml.Node, path: Path, source: Source) -> None:
-        usual = _PREFIX + ("seq" if isinstance(node, yaml.SequenceNode) else "map")
-        if node.tag not in ("!", usual):
-            shown = node.tag.replace(_PREFIX, "!!")[:60]
-            self._issue(f"the tag {shown} is not allowed; configuration is plain data", source, path, "tag")
 
     def _too_much(self, message: str, at: Any, path: Path = ()) -> NoReturn:
         self._issue(message, self._source(at), path)

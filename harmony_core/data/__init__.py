@@ -1,6 +1,7 @@
-"""What a recipe needs of a dataset's lines, named as a type argument: `Dataset[dataset_kinds.Prompt]`.
+"""Datasets: the shapes in which people keep conversations, read and checked.
 
-Each kind names the line format that is read; a bare `Dataset` lets the first line decide.
+Here are the kinds of rows that a recipe may ask for, as a type argument: `Dataset[dataset_kinds.Prompt]`. A bare
+`Dataset` takes the kind of its first row.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ Format = Literal["prompts", "completions", "feedbacks", "preference"]
 
 
 class DatasetKind:
-    """Base of the kinds; `kind` is the format that every line must have, None for the first line's."""
+    """Base of the kinds. `kind` is the format that every row must have; None takes the format of the first row."""
 
     kind: ClassVar[Format | None] = None
 

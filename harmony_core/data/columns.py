@@ -1,4 +1,4 @@
-"""A row's columns: by which names what is looked for, and what is left over."""
+"""The columns of a row: the names under which each field is looked for, and the columns left for the metadata."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from typing import Any, NoReturn
 
 from harmony_core.data import Format
-from harmony_core.data.messages import ANSWER_NAMES, MEDIA_NAMES, USER_NAMES, from_json, kind_of, text_of
+from harmony_core.data.messages import ANSWER_NAMES, MEDIA_NAMES, USER_NAMES, from_json, json_type, text_of
 from harmony_core.errors import DataError, UsageError, did_you_mean
 
 Line = dict[str, Any]
@@ -32,7 +32,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "media": MEDIA_NAMES,
     "metadata": ("metadata",),
 }
-"""What a row may hold, and the columns in which it is looked for, first name first. The keys of `columns`."""
+"""The fields of a row, and the columns in which each is looked for, first name first. The keys of `columns`."""
 
 Plan = dict[str, tuple[tuple[str, str], ...]]
 """For each of `FIELDS` the usual names that a row's columns have, with the columns; a mapped one under the field's."""
@@ -43,7 +43,7 @@ _PLATFORM = {"id", "created_at", "model_id", "external_data", "labels"}
 
 @dataclass(frozen=True)
 class Reading:
-    """How rows are read: the kind that all must have, what columns and roles mean, which value is the feedback."""
+    """How rows are read: the kind that all must have, the meaning of columns and roles, the value used as feedback."""
 
     kind: Format | None = None
     feedback_key: str | None = None
@@ -52,7 +52,7 @@ class Reading:
     _plans: dict[tuple[str, ...], Plan] = field(default_factory=dict, repr=False, compare=False)
 
     def plan(self, line: Line) -> Plan:
-        """The columns of a row in which each thing may be. Raises DataError for one that `columns` names in vain."""
+        """The columns of a row in which each field may be. Raises DataError if one of `columns` is missing."""
         names = tuple(line)
         if names not in self._plans:
             if len(self._plans) > _MAX_PLANS:
@@ -76,7 +76,7 @@ class Reading:
 
 
 def check_columns(columns: Mapping[str, str | None]) -> None:
-    """Raises UsageError for a key that is none of `FIELDS`."""
+    """Raises UsageError for a key that is not in `FIELDS`."""
     if unknown := columns.keys() - FIELDS.keys():
         raise UsageError(f"columns: there is no '{min(unknown)}'", hint=f"there is: {', '.join(FIELDS)}")
 
@@ -106,17 +106,17 @@ class Row:
         return unpacked(self.line[name], name)
 
     def text(self, what: str) -> str:
-        """The text of a column, taken; "" where there is none. Raises DataError for anything else."""
+        """Take a column and return its text; "" for a missing one. Raises DataError for a value that is not text."""
         name = self.name(what)
         return "" if name is None else text_of(self.take(name), name)
 
     def object(self, what: str) -> Line:
-        """The object of a column, {} where there is none. Raises DataError for anything else."""
+        """The object in a column; {} for a missing one. Raises DataError for a value that is not an object."""
         name = self.name(what)
         return {} if name is None else as_object(self.line[name], name)
 
     def metadata(self) -> Line:
-        """What was not taken, under its names; the column `metadata` is spread. Raises DataError for a name twice."""
+        """The columns not taken, and the fields of the column `metadata`. Raises DataError for conflicting names."""
         name = self.name("metadata")
         own = self.line[name] if name is not None else None
         if name is None or not isinstance(own, dict):
@@ -133,7 +133,7 @@ class Row:
 def unpacked(value: Any, name: str, sure: bool = False) -> Any:
     """A list or object that stands in the column as JSON text, as CSV files have it, if it is one of messages.
 
-    `sure`: it is, whatever it looks like. Raises DataError for what Python prints in place of JSON.
+    `sure` decodes every list and object. Raises DataError for a list as Python prints it.
     """
     if not isinstance(value, str) or value[:1] not in ("[", "{"):
         return value
@@ -151,7 +151,7 @@ def as_object(value: Any, name: str) -> Line:
     if isinstance(value, str) and value[:1] == "{":
         value = from_json(value, value)
     if value is not None and not isinstance(value, dict):
-        raise DataError(f"'{name}' must be an object, not {kind_of(value)}")
+        raise DataError(f"'{name}' must be an object, not {json_type(value)}")
     return value or {}
 
 

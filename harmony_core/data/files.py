@@ -1,6 +1,7 @@
-"""Files of rows: JSON lines as they lie on the disk; all others are written as JSON lines first.
+"""Files of rows: JSON lines, CSV, Parquet and Arrow (by pyarrow), each optionally gzipped.
 
-They go into a file that has no name and ends with the process. So any row can be read again, and none stays in memory.
+JSON lines are read where they are. Other formats are first written as JSON lines into an unnamed temporary file, so
+that any row can be read again without holding the rows in memory.
 """
 
 from __future__ import annotations
@@ -120,7 +121,7 @@ def _typed(origin: str, what: str) -> Iterator[None]:
 
 MAX_LINE_BYTES = 16 * 1024 * 1024
 MAX_UNPACKED_RATIO = 200
-"""Text compresses to a tenth, seldom to less; what grows more is refused beyond `LEAST_UNPACKED_BYTES`."""
+"""Text compresses to about a tenth; a file that grows more than this is refused beyond `LEAST_UNPACKED_BYTES`."""
 LEAST_UNPACKED_BYTES = 1024**3
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv", ".arrow", ".feather")
 _OTHER_SUFFIXES = ("", ".md", ".py", ".yaml", ".yml", ".lock")
@@ -207,7 +208,7 @@ def _suffix(path: Path) -> str:
 
 
 def open_rows(path: Path) -> RowFile:
-    """The rows of a file, whose kind its first bytes and its suffix tell. Raises DataError, ResourceError."""
+    """The rows of a file. Its first bytes and its suffix decide the format. Raises DataError, ResourceError."""
     if not path.is_file():
         raise DataError(f"{path}: is neither a file nor a directory")
     try:
@@ -234,9 +235,7 @@ def _rows_of(file: IO[bytes], path: Path) -> RowFile:
         return as_lines(origin, arrow_rows(file, origin))
     if suffix in (".csv", ".tsv"):
         return as_lines(origin, csv_rows(file, origin, "\t" if suffix == ".tsv" else ",", MAX_LINE_BYTES))
-    if _is_array(file, path):
-        return as_lines(origin, _items(file, origin))
-    return RowFile(origin, file)
+    return as_lines(origin, _items(file, origin)) if _is_array(file, path) else RowFile(origin, file)
 
 
 def as_lines(origin: str, rows: Iterable[tuple[int, Any]]) -> RowFile:

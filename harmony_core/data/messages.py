@@ -1,7 +1,7 @@
 """Lists of messages, in the forms in which people write them, as turns.
 
 A message is `{"role", "content"}`, ShareGPT's `{"from", "value"}` or `[role, content]`; a list may also hold questions
-with their answers (`{"input", "output"}`) or texts that take turns. Reasons never repeat what a message says.
+with their answers (`{"input", "output"}`) or texts that take turns. Error messages never quote the contents.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ROLES = {
     **dict.fromkeys(("tool", "function", "observation", "tool_response", "function_response", "ipython"), "tool"),
     **dict.fromkeys(("function_call", "tool_call"), "function_call"),
 }
-"""The role that each name of a role means; `function_call` is a turn of the assistant whose text is the call."""
+"""The role for each name of a role; `function_call` is a turn of the assistant whose text is the call."""
 
 USER_NAMES = ("prompt", "instruction", "question", "problem", "query", "user", "human", "input")
 ANSWER_NAMES = ("completion", "output", "response", "solution", "answer", "assistant")
@@ -45,7 +45,7 @@ _PART_FIELDS |= {"thinking", "id", "input", "tool_use_id"}
 
 
 class Said(NamedTuple):
-    """One turn of weight 0, what it says of its own weight, and the fields that nothing reads."""
+    """One turn of weight 0, the weight that its message sets, and the message's fields that are not read."""
 
     turn: Turn
     mark: float | None = None
@@ -53,7 +53,7 @@ class Said(NamedTuple):
 
 
 def read_messages(raw: Sequence[Any], where: str, roles: Mapping[str, str]) -> list[Said]:
-    """The turns that a list holds. `roles` says what further names of roles mean. Raises DataError."""
+    """The turns of a list of messages. `roles` maps further names of roles to roles. Raises DataError."""
     said: list[Said] = []
     texts = all(isinstance(text, str) for text in raw) and bool(raw) and raw[0].lower() not in ROLES
     for index, message in enumerate(raw):
@@ -68,7 +68,7 @@ def read_messages(raw: Sequence[Any], where: str, roles: Mapping[str, str]) -> l
         elif isinstance(message, list | tuple) and len(message) == 2:
             message = {"role": message[0], "content": message[1]}
         if not isinstance(message, dict):
-            raise DataError(f"'{place}' must be an object with 'role' and 'content', not {kind_of(message)}")
+            raise DataError(f"'{place}' must be an object with 'role' and 'content', not {json_type(message)}")
         if message.get("role", message.get("from")) is None:
             asked, answer = (next((n for n in names if n in message), "") for names in (USER_NAMES, ANSWER_NAMES))
             if asked and answer:
@@ -112,9 +112,9 @@ def _read_message(message: dict[str, Any], where: str, roles: Mapping[str, str])
 
 
 def role_of(name: Any, where: str, roles: Mapping[str, str]) -> str:
-    """What a name of a role means. Raises DataError for one that is not known."""
+    """The role for a name. Raises DataError for an unknown name."""
     if not isinstance(name, str):
-        raise DataError(f"'{where}': a turn's role must be a string, not {kind_of(name)}")
+        raise DataError(f"'{where}': a turn's role must be a string, not {json_type(name)}")
     known = roles.get(name) or ROLES.get(name) or ROLES.get(name.lower())
     if known is None:
         shown = name if re.fullmatch(r"[\w .-]{1,40}", name) else "..."
@@ -126,7 +126,7 @@ def role_of(name: Any, where: str, roles: Mapping[str, str]) -> str:
 
 
 def weight_of(fields: Mapping[str, Any], where: str = "") -> float | None:
-    """What a message or row says of its weight; None for nothing. Raises DataError for what cannot be honoured."""
+    """The weight that a message or row sets, if it sets one. Raises DataError for a weight that cannot be applied."""
     weight = None
     for name, value in [(name, fields[name]) for name in WEIGHT_NAMES if fields.get(name) is not None]:
         scale = name in WEIGHT_NAMES[:2]
@@ -141,12 +141,12 @@ def weight_of(fields: Mapping[str, Any], where: str = "") -> float | None:
 def text_of(value: Any, where: str) -> str:
     """Text, "" for null. Raises DataError for anything else."""
     if value is not None and not isinstance(value, str):
-        raise DataError(f"'{where}' must be text, not {kind_of(value)}")
+        raise DataError(f"'{where}' must be text, not {json_type(value)}")
     return value or ""
 
 
 def from_json(text: str, otherwise: Any) -> Any:
-    """What JSON says, or `otherwise` for what is none."""
+    """The value of JSON text; `otherwise` for text that is not JSON."""
     try:
         return msgspec.json.decode(text)
     except (msgspec.DecodeError, RecursionError):
@@ -189,7 +189,9 @@ def _fragments(content: Any, where: str) -> list[AnyFragment]:
     if isinstance(content, str):
         return [text_fragment(content, where)]
     if not isinstance(content, list):
-        raise DataError(f"'{where}': the content of a turn must be text or a list of fragments, not {kind_of(content)}")
+        raise DataError(
+            f"'{where}': the content of a turn must be text or a list of fragments, not {json_type(content)}"
+        )
     try:
         return [_fragment(part, where) for part in content]
     except HarmonyError as error:
@@ -219,7 +221,7 @@ def _joined(parts: Sequence[AnyFragment]) -> str:
     return "".join(part.text for part in parts if isinstance(part, Text))
 
 
-def kind_of(value: Any) -> str:
-    """What JSON calls a value's type."""
+def json_type(value: Any) -> str:
+    """The JSON name of a value's type."""
     names = {dict: "an object", list: "an array", str: "text", bool: "a boolean", type(None): "null"}
     return names.get(type(value), "a number")

@@ -1,6 +1,6 @@
-"""One row of a dataset as a thread: its shape and kind, what of it is trained, and every way in which it can be wrong.
+"""One row of a dataset as a thread: its shape, its kind, and the weights of its turns. Bad rows raise DataError.
 
-What becomes no turn goes to the thread's metadata under its name. Reasons never repeat a row's content.
+Columns that become no turn go to the thread's metadata under their names. Error messages never quote a row's content.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from harmony_core.data.messages import (
     Said,
     calls_in,
     from_json,
-    kind_of,
+    json_type,
     read_messages,
     text_fragment,
     text_of,
@@ -38,7 +38,7 @@ from harmony_core.text.threads import StringThread, Turn, fragment_turn
 
 _SHAPES = {"prompt": "prompt/completion", "instruction": "Alpaca"}
 _ANSWERS_OF_PROMPTS = ("completion", "response", "output", "assistant")
-"""Beside a prompt, `answer` and `solution` are mostly what a grader compares with: they are metadata."""
+"""Beside a prompt, `answer` and `solution` are usually a grader's reference: they stay metadata."""
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 _TRANSCRIPT = re.compile(r"\n\n(Human|Assistant):[ ]?")
 _TEMPLATED = re.compile(
@@ -103,7 +103,7 @@ def said_in(text: str, name: str, role: str) -> list[Said]:
 
 
 def answer_in(value: Any, name: str, roles: Mapping[str, str]) -> list[Said]:
-    """An answer as text, fragments, a message, or a list of messages; nothing for what is empty. Raises DataError."""
+    """An answer as text, fragments, a message, or a list of messages; no turns for an empty value. Raises DataError."""
     if value in ("", [], {}):
         return []
     first = value[0] if isinstance(value, list) else None
@@ -119,14 +119,14 @@ def answer_in(value: Any, name: str, roles: Mapping[str, str]) -> list[Said]:
         except HarmonyError as error:
             raise DataError(f"'{name}': {error.message}") from None
     else:
-        raise DataError(f"'{name}' must be text or a list of messages, not {kind_of(value)}")
+        raise DataError(f"'{name}' must be text or a list of messages, not {json_type(value)}")
     if not answered(talk):
         raise DataError(f"'{name}' must end with the assistant's turn")
     return talk
 
 
 def _messages_column(row: Row) -> str | None:
-    """The column with a list of messages. Raises DataError where one that can be nothing else is none."""
+    """The column with a list of messages. Raises DataError if a column that must hold one does not."""
     columns = row.reading.columns
     if columns.get("user") and not columns.get("messages"):
         return None
@@ -159,7 +159,7 @@ def _asked(row: Row, user: str) -> list[Said]:
 
 
 def _add_answer(row: Row, talk: list[Said], among: tuple[str, ...]) -> None:
-    """Append what a column answers: text, messages, or with `tools` the calls in `answers`."""
+    """Append the answer of a column: text, messages, or with `tools` the calls in `answers`."""
     name = row.name("assistant", among)
     if name is not None:
         answer = answer_in(row.take(name), name, row.reading.roles)
@@ -180,9 +180,9 @@ class ReadRow(NamedTuple):
 
 
 def read_row(line: Line, reading: Reading) -> ReadRow:
-    """The thread of a row, weighted as its kind says. Raises DataError.
+    """The thread of a row, with the weights of its kind. Raises DataError.
 
-    prompts: no weights; completions, feedbacks: the last assistant turn, or what the messages say of their weights;
+    prompts: no weights; completions, feedbacks: the last assistant turn, or the weights that the messages set;
     preference: the prompt without weights, both completions as text in the metadata. A `feedback_key` puts its value
     into `metadata["res"]`.
     """
@@ -216,10 +216,10 @@ def read_row(line: Line, reading: Reading) -> ReadRow:
 
 
 def thread_of(talk: list[Said], scale: float, metadata: Line) -> StringThread:
-    """The thread of turns, with what their messages say beside as `metadata["message_fields"]`.
+    """The thread of turns; the fields of their messages that were not read become `metadata["message_fields"]`.
 
-    The last turn's weight is `scale`. Where a message says its own, that counts times `scale`, and assistant turns that
-    say nothing have 1 times `scale`, too.
+    The last turn's weight is `scale`. If a message sets its own weight, that is multiplied by `scale`, and all other
+    assistant turns have the weight `scale`, too.
     """
     marked = any(said.mark is not None for said in talk)
     if any(said.unread for said in talk):
@@ -262,7 +262,7 @@ def _prompt(row: Row, talk: list[Said]) -> StringThread:
 
 
 def _scale(row: Row, kind: Format) -> float:
-    """The row's weight; nothing for an answer whose label is false, but among feedbacks."""
+    """The row's weight; 0 for a completion whose label is false."""
     if kind == "completions" and scalar(row.get("label")) is False:
         return 0.0
     value = scalar(row.get("weight"))
@@ -277,7 +277,7 @@ def _feedback(row: Row, key: str) -> float | bool:
         raise DataError(f"has no feedback '{key}': {did_you_mean(key, feedbacks or row.line)}")
     value = scalar(named[key])
     if not isinstance(value, int | float):
-        raise DataError(f"feedback '{key}' must be a number or a boolean, not {kind_of(value)}")
+        raise DataError(f"feedback '{key}' must be a number or a boolean, not {json_type(value)}")
     return value
 
 
@@ -327,7 +327,7 @@ def _sides(row: Row) -> dict[str, list[Said]]:
 
 
 def _split(sides: dict[str, list[Said]]) -> list[Said]:
-    """The prompt with which both of two whole conversations begin; nothing where they are answers only."""
+    """The common prompt of two whole conversations; empty if the columns hold answers only."""
     chosen, other = sides.values()
     same = [said.turn for said in chosen[:-1]] == [said.turn for said in other[:-1]]
     if not same or not answered(chosen) or not answered(other):

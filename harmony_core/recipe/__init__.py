@@ -1,6 +1,11 @@
-"""A recipe: one Python file with one function marked `@recipe_main`, and the class of its configuration.
+"""A recipe, what it is given, and how it is run.
 
-Loading imports the recipe's code and nothing of the engine.
+A recipe is one Python file with one function marked `@recipe_main`, and the class of its configuration. Loading it
+imports the recipe's code, but not the engine. It may list the packages that it needs; they are checked, not installed:
+
+# /// adaptive
+# dependencies = ["numpy>=2"]
+# ///
 """
 
 from __future__ import annotations
@@ -8,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import importlib.util
 import inspect
 import os
 import re
@@ -23,7 +27,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args, g
 
 from pydantic import BaseModel, ConfigDict
 
-from harmony_core.config.parameters import Parameter
+from harmony_core.config.parameters import Parameter, shipped_files
 from harmony_core.errors import NotFoundError, RecipeLoadError, ResourceError, did_you_mean
 from harmony_core.options import RUNNER_FLAGS
 from harmony_core.plain_files import expanded
@@ -93,7 +97,7 @@ class InputConfig(BaseModel):
 
 
 def _members(annotation: Any) -> list[Any]:
-    """The types of a union, without None; of anything else the annotation alone."""
+    """The types of a union without None; for another annotation the annotation itself."""
     members = get_args(annotation) if get_origin(annotation) in (typing.Union, types.UnionType) else (annotation,)
     return [member for member in members if member is not type(None)]
 
@@ -124,7 +128,7 @@ class Recipe:
     main: Callable[..., Any]
     config_type: type[InputConfig] | None
     arguments: tuple[Literal["config", "context"], ...]
-    """What `main` takes, in order."""
+    """The arguments of `main`, in order."""
     doc: str
     dependencies: tuple[str, ...] = ()
     sha256: str = ""
@@ -132,28 +136,28 @@ class Recipe:
     """`file:line` of the main function."""
 
     def call(self, config: InputConfig | None, context: Any) -> Any:
-        """Call `main` with what it takes; of an `async` main, its coroutine."""
+        """Call `main` with its arguments; an `async` main returns its coroutine."""
         given = {"config": config, "context": context}
         return self.main(*(given[argument] for argument in self.arguments))
 
     @property
     def spec(self) -> str:
-        """What names the recipe on a command line, from any directory."""
+        """The recipe's name on a command line, from any directory."""
         built_in = built_in_recipes().get(self.path.stem) == self.path
         return self.path.stem if built_in else f"{self.path}:{self.main.__name__}"
 
     @functools.cached_property
     def json_schema(self) -> dict[str, Any]:
-        """Of the configuration; an empty object where the recipe takes none."""
+        """The schema of the configuration; that of an empty object for a recipe without one."""
         empty = {"type": "object", "properties": {}, "additionalProperties": False}
         return self.config_type.model_json_schema() if self.config_type else empty
 
 
 def load_recipe(spec: str) -> Recipe:
-    """Import the recipe that `path.py`, `path.py:function`, a directory with a main.py or a built-in name means.
+    """Import a recipe by `path.py`, `path.py:function`, a directory with a main.py, or the name of a built-in one.
 
-    Raises NotFoundError for what does not exist, RecipeLoadError for what is no recipe, ResourceError for packages
-    that its dependency block names and that are not installed.
+    Raises NotFoundError for a missing file, RecipeLoadError for a file that is not a recipe, ResourceError for packages
+    of its dependency block that are not installed.
     """
     path, function, built_in = locate(spec)
     source = path.read_bytes()
@@ -185,10 +189,7 @@ def load_recipe(spec: str) -> Recipe:
 
 def built_in_recipes() -> dict[str, Path]:
     """The recipes that come with the package, by name."""
-    spec = importlib.util.find_spec("harmony_core.recipes")
-    folders = list(spec.submodule_search_locations or ()) if spec else []
-    files = [file for folder in folders for file in sorted(Path(folder).glob("*.py"))]
-    return {file.stem: file for file in files if not file.stem.startswith("_")}
+    return {name: file for name, file in shipped_files("*.py").items() if not name.startswith("_")}
 
 
 def locate(spec: str) -> tuple[Path, str | None, bool]:

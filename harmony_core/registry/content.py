@@ -1,4 +1,4 @@
-"""Whether a directory is a model that may be published, which of its files belong to it, and what others read of it."""
+"""Checks of a directory that shall become a model or an adapter, and edits that let other libraries read it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 _HEAD = "base_model.model.score.weight"
 """A scalar head in peft's files."""
 _HEAD_MODULES = frozenset({"score", "classifier"})
-"""What peft saves whole for sequence classification: models have a module of one of these names."""
+"""Modules that peft saves whole for sequence classification: models have one of these names."""
 _NAME = re.compile(
     r"base_model\.model\.(model\.layers\.(\d{1,5})\.(?:self_attn|mlp)\.(\w+))\.lora_([AB])\.weight",
     re.ASCII,
@@ -44,7 +44,7 @@ _NAME = re.compile(
 def find_base(registry: Registry, directory: Path, base: ModelVersion | str | None) -> ModelVersion:
     """The version that an adapter belongs to: the one given, else the one its config names.
 
-    A name is a reference, or what a registered model was imported from.
+    A name is a reference, or the source of a registered model.
     """
     if base:
         return _whole(registry.resolve(base) if isinstance(base, str) else base)
@@ -121,8 +121,7 @@ def check_adapter(directory: Path, base: ModelVersion) -> bool:
 
 def _saves_head(path: Path, config: dict[str, Any]) -> bool:
     """Whether an adapter's config says that a scalar head is saved whole. Raises ModelRefused for other modules."""
-    named = config.get("modules_to_save")
-    if not named:
+    if not (named := config.get("modules_to_save")):
         return False
     if not isinstance(named, list) or not set(named) <= _HEAD_MODULES or "score" not in named:
         raise ModelRefused(
@@ -196,12 +195,11 @@ class Content:
 
 
 def inspect(directory: Path, registry: Registry, base: ModelVersion | str | None, in_place: bool) -> Content:
-    """Check a whole directory: format, shapes, tokenizer; no code, no pickle, no link.
+    """Check a whole directory: format, shapes, tokenizer; code, pickled files and links are refused.
 
-    `in_place`: it is somebody else's directory, of which only a model's own files count.
+    `in_place`: the directory is not the registry's own, and only the files of the model are looked at.
     """
-    adapter = exists(directory / "adapter_config.json")
-    if adapter:
+    if adapter := exists(directory / "adapter_config.json"):
         belongs: ModelVersion | None = (found := find_base(registry, directory, base))
         own_head, spec = check_adapter(directory, found), found.spec
     elif exists(directory / "config.json"):
@@ -231,7 +229,7 @@ def _refuse_two_heads(directory: Path, spec: ModelSpec) -> None:
 
 
 def _check_tokenizer(directory: Path, vocab_size: int) -> tuple[str, ...]:
-    """What the tokenizer lacks, in words. Raises for one that cannot be used, or does not belong to the model."""
+    """Notes on missing parts of the tokenizer. Raises for one that cannot be used, or does not fit the model."""
     path = directory / "tokenizer.json"
     if not exists(path):
         if slow := next((name for name in SLOW_TOKENIZERS if (directory / name).is_file()), None):
@@ -269,11 +267,14 @@ def has_template(directory: Path) -> bool:
 
 
 def take_tokenizer(parent: ModelVersion, directory: Path) -> None:
-    """Give a directory its parent's tokenizer and generation config, where it has none of its own."""
+    """Give a directory its parent's tokenizer and generation config, if it has no own ones."""
+    from harmony_core.text.tokenizer_files import load_tokenizer
+
     source = None if exists(directory / "tokenizer.json") else parent.tokenizer_dir
-    if source and (directory / "adapter_config.json").exists() and _has_more(source, parent.spec.vocab_size):
-        # Beside an adapter peft reads it as a wish for more rows, which it would make up.
-        source = None
+    if source and (directory / "adapter_config.json").exists():
+        vocabulary = load_tokenizer(source / "tokenizer.json").get_vocab(with_added_tokens=True)
+        # Beside an adapter peft reads further tokens as a wish for more rows, which it would make up.
+        source = source if max(vocabulary.values(), default=0) < parent.spec.vocab_size else None
     for name in TOKENIZER_FILES:
         origins = (parent.path, parent.weights_dir) if name == "generation_config.json" else (source,)
         origin = next((folder / name for folder in origins if folder and exists(folder / name)), None)
@@ -282,16 +283,9 @@ def take_tokenizer(parent: ModelVersion, directory: Path) -> None:
             place_file(origin, directory / name, share=False)
 
 
-def _has_more(directory: Path, vocab_size: int) -> bool:
-    from harmony_core.text.tokenizer_files import load_tokenizer
-
-    tokenizer = load_tokenizer(directory / "tokenizer.json")
-    return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0) >= vocab_size
-
-
 def check_chat(directory: Path, vocab_size: int) -> None:
     """Raise TokenizationError for a template that cannot be compiled or that lacks a filter, a test or a name, and for
-    an end token that is none. A directory without tokenizer has nothing to check.
+    an end token that the tokenizer lacks. A directory without tokenizer passes.
     """
     if not exists(directory / "tokenizer.json"):
         return
@@ -328,7 +322,7 @@ def _check_template(template: ChatTemplate) -> None:
 def complete(directory: Path, config: Path, stop_ids: AbstractSet[int]) -> None:
     """Edit the tokenizer's and the generation's settings in `directory`; `config`: the model's directory.
 
-    Raises VerificationError for a file that is no JSON object.
+    Raises VerificationError for a file that is not a JSON object.
     """
     if exists(directory / "tokenizer.json"):
         path = directory / "tokenizer_config.json"

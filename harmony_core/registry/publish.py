@@ -1,7 +1,7 @@
 """Writing a version: everything into a private directory first, then one rename. And removing versions.
 
 A version becomes visible whole or not at all. Two writers of one key get two numbers, because renaming onto an
-existing version fails. What a killed writer leaves is swept by the next one, once its owner is known to be dead. All
+existing version fails. The next writer sweeps the files of a killed one, once its owner is known to be dead. All
 this is correct also where locks are not. A version that something still needs is not removed.
 """
 
@@ -103,8 +103,8 @@ class Staging:
     ) -> ModelVersion:
         """Check, record and publish the directory as the next version of `key`; returns it resolved.
 
-        `parent` gives the tokenizer, where none was written, and a new key's inference defaults. `base` is what an
-        adapter belongs to; unset, the name in its adapter_config.json is looked up. With `location` the files stay
+        `parent` gives the tokenizer, where none was written, and a new key's inference defaults. `base` is the model
+        of an adapter; unset, the name in its adapter_config.json is looked up. With `location` the files stay
         there and only the record is stored. With `resumed` a version that run `run_id` has published with the same
         bytes is returned instead. `stop_ids`, the tokens that end a turn, are for files of our own making, which are
         then completed for other libraries. Raises ModelRefused, VerificationError, or ResourceError (disk).
@@ -144,7 +144,7 @@ class Staging:
         return registry.resolve(f"{key}@{number}")
 
     def _published(self, key: str, run_id: str, files: tuple[FileRecord, ...]) -> ModelVersion | None:
-        """The version that a run has made of these files already; one that is damaged counts for nothing."""
+        """The version that a run has already made of these files; damaged ones are skipped."""
         for ref, record in _records(self._registry, key):
             with contextlib.suppress(VerificationError, NotFoundError):
                 if record.run_id == run_id and record.files == files:
@@ -198,7 +198,7 @@ def _owner(pid: int) -> str:
 
 
 def sweep(home: Home) -> list[str]:
-    """Remove what dead writers left in staging, and what is left in the trash. Returns the names removed."""
+    """Remove directories of dead writers from staging, and empty the trash. Returns the names removed."""
     removed = []
     for path in home.staging.iterdir():
         if _abandoned(path):
@@ -235,14 +235,14 @@ def _opened(path: Path) -> Iterator[int]:
 
 @contextlib.contextmanager
 def in_use(manifest: Path) -> Iterator[None]:
-    """Say with a shared lock on its manifest that a version is being used. Nothing happens on a disk without locks."""
+    """Mark a version as used by a shared lock on its manifest. It has no effect on a disk without locks."""
     with _opened(manifest) as descriptor:
         try_lock(descriptor, shared=True)
         yield
 
 
 def _users(manifest: Path) -> str:
-    """Who uses a version, in words; "" for nobody."""
+    """The processes that use a version, in words; "" for an unused one."""
     with contextlib.suppress(OSError), _opened(manifest) as descriptor:
         if not try_lock(descriptor):
             return f"a running process{_pids(os.fstat(descriptor).st_ino)}"
@@ -253,8 +253,7 @@ def _pids(inode: int) -> str:
     """Processes with a lock on an inode, from /proc/locks: `1: FLOCK ADVISORY READ 1234 08:01:5678 0 EOF`."""
     with contextlib.suppress(OSError):
         lines = [line.split() for line in Path("/proc/locks").read_text(encoding="ascii").splitlines()]
-        found = [line[4] for line in lines if len(line) > 5 and line[5].rpartition(":")[2] == str(inode)]
-        if found:
+        if found := [line[4] for line in lines if len(line) > 5 and line[5].rpartition(":")[2] == str(inode)]:
             return f" (pid {', '.join(found)})"
     return ""
 
@@ -262,7 +261,7 @@ def _pids(inode: int) -> str:
 def remove(registry: Registry, ref: str, every: bool) -> list[str]:
     """Remove one version, or with `every` all versions of a key; returns the references removed.
 
-    Raises ConflictError naming what still refers to one of them.
+    Raises ConflictError naming the adapter, process or alias that still needs one of them.
     """
     if ref.removeprefix(SCHEME).startswith(BUILTIN):
         raise UsageError(f"{ref!r} is generated, not stored: there is nothing to remove")
@@ -327,7 +326,7 @@ def _records(registry: Registry, key: str) -> Iterator[tuple[str, Manifest]]:
 
 
 def _tidy(registry: Registry, key: str, highest: int) -> None:
-    """Remember the numbers that were given, or, with nothing left, take the key's directories away."""
+    """Remember the numbers that were given; after the last version, remove the key's directories."""
     directory = registry.home.models / key
     if registry.versions(key):
         entry = _settings(registry.home, key)

@@ -1,7 +1,7 @@
-"""What the registry keeps about a model: its key, the manifest of each version, and the settings of the key.
+"""The registry's records of a model: its key, the manifest of each version, and the settings of the key.
 
 A key is checked against one allow-list before it becomes a path. manifest.json is the last file written into a version:
-a directory without it is no version. model.json holds the settings; without it nothing is set.
+a directory without it is not a version. model.json holds the settings, and may be missing.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Reference:
 
 
 def first_reason(*checks: tuple[object, str]) -> str:
-    """The reason of the first check that is true; "" when none is."""
+    """The reason of the first check that is true; "" if all are false."""
     return next((reason for wrong, reason in checks if wrong), "")
 
 
@@ -63,25 +63,25 @@ def _segment_problem(segment: str) -> str:
 
 
 def key_problem(key: str) -> str:
-    """Why this is no key, or ""."""
+    """The reason why a key is not valid; "" for a valid one."""
     segments = key.split("/")
     return _RULE if len(segments) > 4 else next(filter(None, map(_segment_problem, segments)), "")
 
 
 def check_key(key: str) -> None:
-    """Raise UsageError, with the rule and a key that would do, for what is no key."""
+    """Raise UsageError, with the rule and a valid example, for an invalid key."""
     if problem := key_problem(key):
         raise UsageError(f"{key[:100]!r} cannot be a model key: {problem}", hint=f"for example {slugify(key)!r}")
 
 
 def check_alias(alias: str) -> None:
-    """Raise UsageError for what is no alias; an alias starts with a letter, so it is no number."""
+    """Raise UsageError for an invalid alias; it starts with a letter, so that it cannot be taken for a version."""
     if not _ALIAS.fullmatch(alias):
         raise UsageError(f"{alias[:100]!r} cannot be an alias: a-z first, then a-z, 0-9, '.', '_' and '-'")
 
 
 def parse_reference(text: str) -> Reference:
-    """`key`, `key@3`, `key@alias`, each also behind `model_registry://`. NotFoundError for what can name no model."""
+    """`key`, `key@3`, `key@alias`, each also behind `model_registry://`. NotFoundError for an invalid one."""
     key, at, tail = text.removeprefix(SCHEME).partition("@")
     if problem := key_problem(key):
         raise NotFoundError(f"there is no model {text[:200]!r}: a key has {problem}", hint=source_hint(text), ref=text)
@@ -109,8 +109,7 @@ def slugify(name: str) -> str:
     segments = []
     for segment in name.split("/")[:4]:
         plain = re.sub(r"[^a-z0-9._-]+", "-", segment.lower(), flags=re.ASCII)
-        plain = re.sub(r"\.{2,}", ".", plain).strip("-._")[:64].strip("-._")
-        if plain:
+        if plain := re.sub(r"\.{2,}", ".", plain).strip("-._")[:64].strip("-._"):
             segments.append(f"model-{plain.replace('.', '-')[:58]}" if _segment_problem(plain) else plain)
     return "/".join(segments) or "model"
 
@@ -118,7 +117,7 @@ def slugify(name: str) -> str:
 MANIFEST = "manifest.json"
 FORMAT = 1
 OPTIMIZER = "optimizer.safetensors"
-"""What a save may leave beside the weights."""
+"""The optimizer's state, which a save may leave beside the weights."""
 SMALL_BYTES = MIB
 """Up to here a file is hashed whenever it is looked at."""
 CONFIGS = {"hf": "config.json", "peft": "adapter_config.json"}
@@ -133,14 +132,15 @@ class FileRecord(msgspec.Struct, frozen=True):
 
 
 class BaseRecord(msgspec.Struct, frozen=True):
-    """What an adapter belongs to."""
+    """The base of an adapter."""
 
     ref: str
     digest: str
 
 
-class Description(msgspec.Struct, frozen=True, kw_only=True):
-    """What a version is and where it comes from."""
+@dataclass(frozen=True, kw_only=True)
+class Description:
+    """A version's format, kind and origin."""
 
     key: str
     format: str
@@ -154,11 +154,12 @@ class Description(msgspec.Struct, frozen=True, kw_only=True):
     run_id: str = ""
     step: int | None = None
     notes: tuple[str, ...] = ()
-    """What was left out or is missing, in words."""
+    """Files left out and missing parts, in words."""
     created: str = ""
 
 
-class Manifest(Description, frozen=True, kw_only=True):
+@dataclass(frozen=True, kw_only=True)
+class Manifest(Description):
     """The record of one version."""
 
     manifest: int = FORMAT
@@ -245,7 +246,7 @@ def _was_added(manifest: Manifest) -> bool:
 def check_files(directory: Path, manifest: Manifest, full: bool = False, trusted: int = -1) -> None:
     """Compare the files with the record: sizes, and hashes of small files; with `full`, every hash.
 
-    What would be read of the directory must be recorded; with `full` every file of one that is the registry's own. A
+    Every file that a reader would open must be recorded; with `full` every file of a directory of the registry. A
     large file that was last written at `trusted` (in nanoseconds since 1970) or before is not hashed.
     """
     own = [] if manifest.location else list_files(directory)
@@ -266,8 +267,7 @@ def check_files(directory: Path, manifest: Manifest, full: bool = False, trusted
                 reason="content",
             )
     names = [path.relative_to(directory).as_posix() for path in own if full]
-    spare = sorted({*names, *model_names(directory)} - {record.path for record in manifest.files})
-    if spare:
+    if spare := sorted({*names, *model_names(directory)} - {record.path for record in manifest.files}):
         more = f" ({', '.join(spare[1:9])} neither)" if spare[1:] else ""
         raise damaged(directory / spare[0], f"is not in {MANIFEST}{more}: remove it, or add the model again with it")
 
@@ -280,7 +280,7 @@ Default = int | dict[str, Any] | None
 ENTRY_NAME = "model.json"
 DEFAULT_NAMES = ("tp", "kv_cache_len", "tokens_to_generate", "chat_template_kwargs")
 LIBRARY_DEFAULTS: dict[str, Default] = {"tp": 1, "kv_cache_len": None, "tokens_to_generate": 2048}
-"""What holds when nobody says otherwise. kv_cache_len None: up to 131,072 tokens, as much as fits."""
+"""Defaults of settings that are not stored. kv_cache_len None: up to 131,072 tokens, as much as fits."""
 
 
 @dataclass(frozen=True)
@@ -300,7 +300,8 @@ class Defaults:
         return {name: (value, "library default") for name, value in LIBRARY_DEFAULTS.items()} | known
 
 
-class ModelVersion(Description, frozen=True, kw_only=True):
+@dataclass(frozen=True, kw_only=True)
+class ModelVersion(Description):
     """One immutable version. `path` holds config.json or adapter_config.json and is directly loadable."""
 
     version: int

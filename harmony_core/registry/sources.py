@@ -48,7 +48,7 @@ class ImportOptions:
     reference: bool = False
     """Leave the files where they are."""
     base: str | None = None
-    """What an adapter belongs to."""
+    """The base of an adapter."""
     chat_template: Path | None = None
     """A file that replaces the chat template."""
 
@@ -114,7 +114,7 @@ def finish_import(
     parent: ModelVersion | None = None,
     converted: bool = False,
 ) -> ModelVersion:
-    """Publish what was brought into `staging` from `directory`, with its chat template in its place."""
+    """Publish the files brought into `staging` from `directory`, with the chat template added."""
     from harmony_core.text import tokenization, tokenizer_trial
 
     with storing(f"cannot import {directory}"):
@@ -230,7 +230,7 @@ def _refuse_early(api: HfApi, name: str, commit: str, names: list[str]) -> None:
 
 @contextlib.contextmanager
 def hub_errors(name: str, revision: str | None, what: str = "model") -> Iterator[None]:
-    """Turn the client's exceptions into ours; `what` is the repository's kind."""
+    """Turn the client's exceptions into typed errors; `what` is the kind of repository."""
     from huggingface_hub import errors
 
     offline = "without a network, name a directory of files"
@@ -254,6 +254,7 @@ def hub_errors(name: str, revision: str | None, what: str = "model") -> Iterator
         for kind, told, message, hint in known:
             if isinstance(error, kind):
                 raise told(message, hint=hint) from error
+        assert isinstance(error, OSError), "the table has all others"
         raise storage_error(f"cannot fetch hf:{name}", error) from error
 
 
@@ -300,7 +301,7 @@ def _in_package(name: str) -> Path:
 
 
 def _convert(path: Path, directory: Path) -> None:
-    """Run the converter. It finds the file in a directory of its own, and nothing beside it."""
+    """Run the converter on a link to the file in an otherwise empty directory."""
     private = directory / "input"
     with storing(f"cannot convert {path}"):
         private.mkdir(mode=0o700)

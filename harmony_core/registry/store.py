@@ -1,4 +1,4 @@
-"""The registry: versioned models by name. The directory tree is the truth; there is no index to go stale."""
+"""The registry: versioned models by name. It reads the directory tree each time, and keeps no index."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from harmony_core.errors import HarmonyError, NotFoundError, UsageError, Verific
 from harmony_core.home import Home
 from harmony_core.model.spec import ModelSpec, model_tp
 from harmony_core.plain_files import refuse_links
-from harmony_core.registry.builtin import DEFAULTS, NAMES, builtin_directory, write_builtin
+from harmony_core.registry.builtin import DEFAULTS, NAMES, REVISION, write_builtin
 from harmony_core.registry.publish import Staging, in_use, remove, stage
 from harmony_core.registry.records import (
     BUILTIN,
@@ -87,7 +87,11 @@ class Registry:
 
     def _builtin(self, key: str) -> ModelVersion:
         """A generated model, written first if it is missing or damaged."""
-        directory = builtin_directory(self.home, key.removeprefix(BUILTIN))
+        name = key.removeprefix(BUILTIN)
+        if name not in NAMES:
+            known = ", ".join(BUILTIN + known for known in NAMES)
+            raise NotFoundError(f"there is no model '{BUILTIN}{name[:100]}'", hint=f"there is: {known}")
+        directory = self.home.cache / "builtin" / f"{name}-{REVISION}"
         entry = Entry(key=key, defaults=DEFAULTS)
         with contextlib.suppress(VerificationError):
             return self._load(key, directory, entry, 1)
@@ -97,8 +101,7 @@ class Registry:
     def number(self, reference: Reference) -> int:
         """The version number that a reference means. Raises NotFoundError."""
         key = reference.key
-        known = self.versions(key)
-        if not known:
+        if not (known := self.versions(key)):
             hint = source_hint(str(reference)) or did_you_mean(key, self.names()) or "adaptive models list"
             raise NotFoundError(f"there is no model {str(reference)!r}", hint=hint, ref=str(reference))
         number = known[-1] if reference.version is None else reference.version
@@ -118,7 +121,7 @@ class Registry:
         path = Path(record.location) if record.location else directory
         check_files(path, record)
         base = self._base(ref, record)
-        lineage = {name: getattr(record, name) for name in Description.__struct_fields__}
+        lineage = {name: getattr(record, name) for name in Description.__dataclass_fields__}
         return ModelVersion(
             **lineage,
             version=number,
@@ -147,7 +150,7 @@ class Registry:
         return self.home.models / key / f"v{number:06d}"
 
     def versions(self, key: str) -> list[int]:
-        """Published version numbers of a key, ascending; empty when there is no such key, or it cannot be one."""
+        """Published version numbers of a key, ascending; empty for an unknown or invalid key."""
         if key_problem(key):
             return []
         try:
@@ -188,7 +191,7 @@ class Registry:
     def stage(self, expected_bytes: int = 0) -> AbstractContextManager[Staging]:
         """Write a version: `with registry.stage() as staging`, fill `staging.directory`, then `staging.publish`.
 
-        What was not published at the end of the block is removed. Raises ResourceError when `expected_bytes` do not fit
+        An unpublished directory is removed at the end of the block. Raises ResourceError if `expected_bytes` do not fit
         on the disk.
         """
         return stage(self, expected_bytes)
@@ -247,7 +250,7 @@ class Registry:
         return entry
 
     def imported_from(self, name: str) -> ModelVersion | None:
-        """The newest full model that came from a hub id or a path, or lies at that path; None when there is none."""
+        """The newest full model that came from a hub id or a path, or lies at that path, if there is one."""
         for found in self.list():
             source = found.newest.source if found.newest and not found.newest.base else ""
             if source == name or source.partition("@")[0] == f"hf:{name}":
@@ -261,7 +264,7 @@ class Registry:
     def set_defaults(self, key: str, values: dict[str, object]) -> ModelVersion:
         """Edit a key's inference defaults (`tp`, `kv_cache_len`, ...), description, trainability.
 
-        None takes a value back. Nothing is changed unless everything can be. Returns the newest version.
+        None unsets a value. All values are checked before one is stored. Returns the newest version.
         """
         version = self.resolve(key)
         if version.key.startswith(BUILTIN):
@@ -293,7 +296,7 @@ def _check_variables(version: ModelVersion, given: Mapping[str, Any]) -> None:
 
 
 def _defaults(entry: Entry, base: ModelVersion | None) -> Defaults:
-    """A key's own defaults; an adapter takes from its base what it does not set."""
+    """A key's defaults; an adapter inherits the others from its base."""
     origin = entry.key if entry.key.startswith(BUILTIN) else f"stored with {entry.key}"
     known: dict[str, Any] = {name: (value, origin) for name, value in entry.defaults.items()}
     if base:
@@ -305,7 +308,7 @@ def _defaults(entry: Entry, base: ModelVersion | None) -> Defaults:
 
 
 def _apply_setting(entry: Entry, name: str, value: object) -> None:
-    """Set one thing; None takes it back. Raises UsageError for a name that cannot be set, or a value it cannot have."""
+    """Set one thing; None takes it back. Raises UsageError for an unknown name or an invalid value."""
     if name not in _SETTINGS:
         raise UsageError(f"{name[:100]!r} cannot be set on a model", hint=did_you_mean(name, _SETTINGS))
     wanted, words, example = _SETTINGS[name]
