@@ -35,6 +35,9 @@ from harmony_core.registry import Registry
 
 ENV_PREFIX = "ADAPTIVE_CFG__"
 
+_NUMERIC = ("finite", "greater", "less", "int", "float")
+ModelT = TypeVar("ModelT", bound=BaseModel)
+
 
 @dataclass(frozen=True)
 class Assignment:
@@ -228,11 +231,6 @@ def sources_of(data: Mapping[str, Any], resolved: Resolved) -> dict[str, str]:
     """Where each leaf came from, by dotted name."""
     leaves = (path for path, value in places(data) if not (value and isinstance(value, Mapping | list)))
     return {dotted(path): str(resolved.source_at(path)) for path in leaves}
-
-
-_NUMERIC = ("finite", "greater", "less", "int", "float")
-
-ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
 def validate(model: type[ModelT], resolved: Resolved, schema: Schema) -> ModelT:

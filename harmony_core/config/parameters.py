@@ -105,11 +105,8 @@ class _KeyOnly(Parameter):
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        return {"type": "string", "format": cls.schema_format, "minLength": 1} | cls._schema_extra()
-
-    @classmethod
-    def _schema_extra(cls) -> dict[str, Any]:
-        return {}
+        kind = {"kind": cls.kind().kind} if issubclass(cls, Model) else {}
+        return {"type": "string", "format": cls.schema_format, "minLength": 1, **kind}
 
 
 def _kind_of(cls: type[BaseModel], base: type[KindT]) -> type[KindT]:
@@ -133,10 +130,6 @@ class Model(_KeyOnly, Generic[ModelKindT]):
     def kind(cls) -> type[model_kinds.ModelKind]:
         """The kind of model that is asked for: `Model[model_kinds.Trainable].kind() is model_kinds.Trainable`."""
         return _kind_of(cls, model_kinds.ModelKind)
-
-    @classmethod
-    def _schema_extra(cls) -> dict[str, Any]:
-        return {"kind": cls.kind().kind}
 
     def _as(self, cls: type[Any]) -> Any:
         model = super()._as(cls)

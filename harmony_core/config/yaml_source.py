@@ -22,6 +22,25 @@ from harmony_core.errors import ConfigError, NotFoundError, ResourceError, did_y
 Path = tuple[str | int, ...]
 """A place in the configuration: keys of maps, indices of lists."""
 
+MAX_BYTES = 1_000_000
+MAX_DEPTH = 64
+MAX_ALIASES = 100
+MAX_VALUES = 200_000
+_Parser: type[Any] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_INT = re.compile(r"[-+]?(?:0|[1-9][0-9_]*)")
+_FLOAT = re.compile(
+    r"[-+]?(?:(?:\.[0-9]+|[0-9][0-9_]*\.[0-9_]*)(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+|\.(?:inf|Inf|INF))"
+    r"|\.(?:nan|NaN|NAN)"
+)
+_WORDS: dict[str, Any] = {
+    **dict.fromkeys(("", "~", "null", "Null", "NULL"), None),
+    **dict.fromkeys(("true", "True", "TRUE"), True),
+    **dict.fromkeys(("false", "False", "FALSE"), False),
+}
+_PREFIX = "tag:yaml.org,2002:"
+_PLAIN = "plain"
+_USUAL_TAGS = {yaml.ScalarNode: "str", yaml.SequenceNode: "seq", yaml.MappingNode: "map"}
+
 
 def dotted(path: Path) -> str:
     """`("datasets", 0, "path")` -> `datasets.0.path`."""
@@ -112,27 +131,6 @@ def raise_if_any(issues: Iterable[Issue]) -> None:
     if ordered := in_reading_order(issues):
         message = str(ordered[0]) if len(ordered) == 1 else f"the configuration is not valid: {len(ordered)} problems"
         raise ConfigError(message, issues=map(str, ordered), errors=[issue.as_data() for issue in ordered])
-
-
-MAX_BYTES = 1_000_000
-MAX_DEPTH = 64
-MAX_ALIASES = 100
-MAX_VALUES = 200_000
-
-_Parser: type[Any] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-_INT = re.compile(r"[-+]?(?:0|[1-9][0-9_]*)")
-_FLOAT = re.compile(
-    r"[-+]?(?:(?:\.[0-9]+|[0-9][0-9_]*\.[0-9_]*)(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+|\.(?:inf|Inf|INF))"
-    r"|\.(?:nan|NaN|NAN)"
-)
-_WORDS: dict[str, Any] = {
-    **dict.fromkeys(("", "~", "null", "Null", "NULL"), None),
-    **dict.fromkeys(("true", "True", "TRUE"), True),
-    **dict.fromkeys(("false", "False", "FALSE"), False),
-}
-_PREFIX = "tag:yaml.org,2002:"
-_PLAIN = "plain"
-_USUAL_TAGS = {"scalar": "str", "sequence": "seq", "mapping": "map"}
 
 
 @dataclass
@@ -267,7 +265,7 @@ class _Builder:
             return None
         if node.tag == _PLAIN:
             return plain_scalar(node.value)
-        if node.tag not in ("!", _PREFIX + _USUAL_TAGS[node.id]):
+        if node.tag not in ("!", _PREFIX + _USUAL_TAGS[type(node)]):
             shown = node.tag.replace(_PREFIX, "!!")[:60]
             self._issue(f"the tag {shown} is not allowed; configuration is plain data", source, path, "tag")
         if isinstance(node, yaml.ScalarNode):

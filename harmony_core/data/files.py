@@ -31,6 +31,18 @@ from harmony_core.errors import DataError, NotFoundError, ResourceError, did_you
 from harmony_core.home import Home
 from harmony_core.text.threads import StringThread
 
+MAX_LINE_BYTES = 16 * 1024 * 1024
+MAX_UNPACKED_RATIO = 200
+"""Text compresses to about a tenth; a file that grows more than this is refused beyond `LEAST_UNPACKED_BYTES`."""
+LEAST_UNPACKED_BYTES = 1024**3
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv", ".arrow", ".feather")
+_OTHER_SUFFIXES = ("", ".md", ".py", ".yaml", ".yml", ".lock")
+"""Of files that may lie beside data."""
+_NOT_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+_SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval)(?=$|[-_.\d])", re.IGNORECASE)
+_PACKED = {b"\x28\xb5\x2f\xfd": "zstd -d", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"PK\x03\x04": "unzip"}
+_READ_BYTES = 16 * 1024
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _BATCH_ROWS = 256
 _MAX_GROUP_BYTES = 8 * 1024**3
 """Of a row group, as its file declares them: it is unpacked whole."""
@@ -61,29 +73,34 @@ def csv_rows(file: IO[bytes], origin: str, separator: str, limit: int) -> Rows:
         text.detach()  # the file is the caller's to close
 
 
-def parquet_rows(file: IO[bytes], origin: str) -> Rows:
-    """Raises DataError, and ResourceError without pyarrow."""
-    parquet = _library("pyarrow.parquet")
-    with _typed(origin, "Parquet"):
-        table = parquet.ParquetFile(file)
-        groups = [table.metadata.row_group(index) for index in range(table.num_row_groups)]
-        if any(group.total_byte_size > _MAX_GROUP_BYTES for group in groups):
-            raise DataError(f"{origin}: has a row group of more than {_MAX_GROUP_BYTES} bytes: write smaller ones")
-        yield from numbered(table.iter_batches(batch_size=_BATCH_ROWS))
+def table_rows(file: IO[bytes], origin: str) -> Rows:
+    """Of a Parquet file, an Arrow file (mapped into memory) or an Arrow stream.
 
-
-def arrow_rows(file: IO[bytes], origin: str) -> Rows:
-    """Of an Arrow file, which is mapped into memory, or stream. Raises DataError, ResourceError without pyarrow."""
-    arrow = _library("pyarrow")
-    with _typed(origin, "Arrow"):
-        source = arrow.memory_map(origin) if file.name == origin else file
-        if file.read(6) == b"ARROW1":
+    Raises DataError, and ResourceError without pyarrow.
+    """
+    try:
+        arrow, parquet = importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
+    except ModuleNotFoundError:
+        raise ResourceError("Parquet and Arrow files need pyarrow", hint="pip install 'harmony-core[data]'") from None
+    head = file.read(6)
+    file.seek(0)
+    format = "Parquet" if head.startswith(b"PAR1") else "Arrow"
+    try:
+        source = arrow.memory_map(origin) if format == "Arrow" and file.name == origin else file
+        if format == "Parquet":
+            table = parquet.ParquetFile(source)
+            groups = (table.metadata.row_group(index) for index in range(table.num_row_groups))
+            if any(group.total_byte_size > _MAX_GROUP_BYTES for group in groups):
+                raise DataError(f"{origin}: has a row group of more than {_MAX_GROUP_BYTES} bytes: write smaller ones")
+            batches = table.iter_batches(batch_size=_BATCH_ROWS)
+        elif head == b"ARROW1":
             reader = arrow.ipc.open_file(source)
             batches = (reader.get_batch(index) for index in range(reader.num_record_batches))
         else:
-            file.seek(0)
             batches = iter(arrow.ipc.open_stream(source))
         yield from numbered(batches)
+    except (arrow.ArrowException, OSError, ValueError) as error:
+        raise DataError(f"{origin}: not {format}, or damaged: {str(error).splitlines()[0][:200]}") from None
 
 
 def numbered(batches: Iterable[Any]) -> Rows:
@@ -101,36 +118,6 @@ def _without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _without_nulls(inner) for name, inner in value.items() if inner is not None}
     return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
-
-
-def _library(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError:
-        raise ResourceError("Parquet and Arrow files need pyarrow", hint="pip install 'harmony-core[data]'") from None
-
-
-@contextlib.contextmanager
-def _typed(origin: str, what: str) -> Iterator[None]:
-    arrow = _library("pyarrow")
-    try:
-        yield
-    except (arrow.ArrowException, OSError, ValueError) as error:
-        raise DataError(f"{origin}: not {what}, or damaged: {str(error).splitlines()[0][:200]}") from None
-
-
-MAX_LINE_BYTES = 16 * 1024 * 1024
-MAX_UNPACKED_RATIO = 200
-"""Text compresses to about a tenth; a file that grows more than this is refused beyond `LEAST_UNPACKED_BYTES`."""
-LEAST_UNPACKED_BYTES = 1024**3
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv", ".arrow", ".feather")
-_OTHER_SUFFIXES = ("", ".md", ".py", ".yaml", ".yml", ".lock")
-"""Of files that may lie beside data."""
-_NOT_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
-_SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval)(?=$|[-_.\d])", re.IGNORECASE)
-_PACKED = {b"\x28\xb5\x2f\xfd": "zstd -d", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"PK\x03\x04": "unzip"}
-_READ_BYTES = 16 * 1024
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class RowFile:
@@ -229,13 +216,15 @@ def _rows_of(file: IO[bytes], path: Path) -> RowFile:
     for magic, command in _PACKED.items():
         if head.startswith(magic):
             raise DataError(f"{path}: is compressed in a way that is not read (gzip is): {command} {path.name}")
-    if head.startswith(b"PAR1"):
-        return as_lines(origin, parquet_rows(file, origin))
-    if head.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
-        return as_lines(origin, arrow_rows(file, origin))
-    if suffix in (".csv", ".tsv"):
-        return as_lines(origin, csv_rows(file, origin, "\t" if suffix == ".tsv" else ",", MAX_LINE_BYTES))
-    return as_lines(origin, _items(file, origin)) if _is_array(file, path) else RowFile(origin, file)
+    if head.startswith((b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")):
+        rows: Iterable[tuple[int, Any]] = table_rows(file, origin)
+    elif suffix in (".csv", ".tsv"):
+        rows = csv_rows(file, origin, "\t" if suffix == ".tsv" else ",", MAX_LINE_BYTES)
+    elif _is_array(file, path):
+        rows = _items(file, origin)
+    else:
+        return RowFile(origin, file)
+    return as_lines(origin, rows)
 
 
 def as_lines(origin: str, rows: Iterable[tuple[int, Any]]) -> RowFile:

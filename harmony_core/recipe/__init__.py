@@ -225,8 +225,11 @@ def _named(module: types.ModuleType, name: str, path: Path) -> Callable[..., Any
 
 
 def _marked(module: types.ModuleType, path: Path) -> Callable[..., Any]:
-    marked = {id(f): f for f in vars(module).values() if callable(f) and getattr(f, MARK, False) is True}
-    own = [f for f in marked.values() if f.__module__ == module.__name__] or list(marked.values())
+    found: list[Callable[..., Any]] = [
+        f for f in vars(module).values() if callable(f) and getattr(f, MARK, False) is True
+    ]
+    marked = list({id(f): f for f in found}.values())
+    own = [f for f in marked if f.__module__ == module.__name__] or marked
     if not own:
         raise RecipeLoadError(
             f"{path}:1: no function is marked with @recipe_main", hint=f"put @recipe_main above {SHAPES}"

@@ -40,6 +40,21 @@ _NAME = re.compile(
     re.ASCII,
 )
 
+SLOW_TOKENIZERS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt")
+"""Files of tokenizers from which a tokenizer.json has to be made first."""
+SLOW_NEEDS = "; for that transformers needs: pip install sentencepiece protobuf tiktoken"
+"""Said of those named *.model."""
+_QUESTION = {"role": "user", "content": "Hello"}
+_TRIALS = (([_QUESTION], True), ([_QUESTION, {"role": "assistant", "content": "Hi"}], False))
+_ANOTHER = "take another template: --chat-template FILE"
+_PLAIN = "PreTrainedTokenizerFast"
+"""The class that takes tokenizer.json as it is, under a name that every version of transformers knows."""
+_KNOWN = frozenset(
+    f"{name}Tokenizer{fast}"
+    for name in ("CodeLlama", "Cohere", "GPT2", "GPTNeoX", "Gemma", "Llama", "Qwen2", "T5")
+    for fast in ("", "Fast")
+) | {_PLAIN}
+
 
 def find_base(registry: Registry, directory: Path, base: ModelVersion | str | None) -> ModelVersion:
     """The version that an adapter belongs to: the one given, else the one its config names.
@@ -161,24 +176,6 @@ def _check_tensor(path: Path, tensor: Tensor, config: dict[str, Any], base: Mode
             f"{list(expected)}",
             hint="is it another model's adapter?",
         )
-
-
-SLOW_TOKENIZERS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt")
-"""Files of tokenizers from which a tokenizer.json has to be made first."""
-
-SLOW_NEEDS = "; for that transformers needs: pip install sentencepiece protobuf tiktoken"
-"""Said of those named *.model."""
-
-_QUESTION = {"role": "user", "content": "Hello"}
-_TRIALS = (([_QUESTION], True), ([_QUESTION, {"role": "assistant", "content": "Hi"}], False))
-_ANOTHER = "take another template: --chat-template FILE"
-_PLAIN = "PreTrainedTokenizerFast"
-"""The class that takes tokenizer.json as it is, under a name that every version of transformers knows."""
-_KNOWN = frozenset(
-    f"{name}Tokenizer{fast}"
-    for name in ("CodeLlama", "Cohere", "GPT2", "GPTNeoX", "Gemma", "Llama", "Qwen2", "T5")
-    for fast in ("", "Fast")
-) | {_PLAIN}
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,21 @@ _ALIAS = re.compile(r"[a-z][a-z0-9._-]{0,63}", re.ASCII)
 _HUB = re.compile(r"(hf:)?[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*", re.ASCII)
 _RULE = "up to four segments joined by '/', each of a-z, 0-9, '.', '_' and '-', starting with a letter or digit"
 
+MANIFEST = "manifest.json"
+FORMAT = 1
+OPTIMIZER = "optimizer.safetensors"
+"""The optimizer's state, which a save may leave beside the weights."""
+SMALL_BYTES = MIB
+"""Up to here a file is hashed whenever it is looked at."""
+CONFIGS = {"hf": "config.json", "peft": "adapter_config.json"}
+SCALAR = "scalar"
+"""The kind of models that have a scalar head in place of the vocabulary's; the others are of kind "lm"."""
+Default = int | dict[str, Any] | None
+ENTRY_NAME = "model.json"
+DEFAULT_NAMES = ("tp", "kv_cache_len", "tokens_to_generate", "chat_template_kwargs")
+LIBRARY_DEFAULTS: dict[str, Default] = {"tp": 1, "kv_cache_len": None, "tokens_to_generate": 2048}
+"""Defaults of settings that are not stored. kv_cache_len None: up to 131,072 tokens, as much as fits."""
+
 
 @dataclass(frozen=True)
 class Reference:
@@ -112,15 +127,6 @@ def slugify(name: str) -> str:
         if plain := re.sub(r"\.{2,}", ".", plain).strip("-._")[:64].strip("-._"):
             segments.append(f"model-{plain.replace('.', '-')[:58]}" if _segment_problem(plain) else plain)
     return "/".join(segments) or "model"
-
-
-MANIFEST = "manifest.json"
-FORMAT = 1
-OPTIMIZER = "optimizer.safetensors"
-"""The optimizer's state, which a save may leave beside the weights."""
-SMALL_BYTES = MIB
-"""Up to here a file is hashed whenever it is looked at."""
-CONFIGS = {"hf": "config.json", "peft": "adapter_config.json"}
 
 
 class FileRecord(msgspec.Struct, frozen=True):
@@ -270,17 +276,6 @@ def check_files(directory: Path, manifest: Manifest, full: bool = False, trusted
     if spare := sorted({*names, *model_names(directory)} - {record.path for record in manifest.files}):
         more = f" ({', '.join(spare[1:9])} neither)" if spare[1:] else ""
         raise damaged(directory / spare[0], f"is not in {MANIFEST}{more}: remove it, or add the model again with it")
-
-
-SCALAR = "scalar"
-"""The kind of models that have a scalar head in place of the vocabulary's; the others are of kind "lm"."""
-
-Default = int | dict[str, Any] | None
-
-ENTRY_NAME = "model.json"
-DEFAULT_NAMES = ("tp", "kv_cache_len", "tokens_to_generate", "chat_template_kwargs")
-LIBRARY_DEFAULTS: dict[str, Default] = {"tp": 1, "kv_cache_len": None, "tokens_to_generate": 2048}
-"""Defaults of settings that are not stored. kv_cache_len None: up to 131,072 tokens, as much as fits."""
 
 
 @dataclass(frozen=True)
