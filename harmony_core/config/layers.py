@@ -1,7 +1,9 @@
-"""Layers of configuration merged into one tree, each place with the source that set it. No pydantic, no command line.
+"""A recipe's configuration from its layers: merged into one tree, validated as its class, and its names looked up.
 
-Precedence is the order of the layers: the caller gives YAML files in order, then the environment, then flags; the
-defaults are the schema's own and are filled in by validation. Maps merge, lists and scalars are replaced.
+Each value keeps the source that set it. Precedence is the order of the layers: the caller gives YAML files in order,
+then the environment, then flags; validation fills in the defaults of the schema. Maps merge, lists and scalars are
+replaced. Pydantic's errors get the places in which the values were written. Models, datasets and graders that the
+configuration names are checked before anything starts.
 """
 
 from __future__ import annotations

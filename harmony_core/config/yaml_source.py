@@ -2,7 +2,7 @@
 
 Limits on size, depth and aliases are checked on the events, before nodes are made of them; data is built from the nodes
 directly, and tags construct no objects. Scalars are YAML 1.2: `1e-5` is a number; `on`, `no`, `12:30`,
-`007` and dates are text.
+`007` and dates are text. A `Source` says where a value was written, an `Issue` names a problem and its source.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One row of a dataset as a thread: its shape, its kind, and the weights of its turns. Bad rows raise DataError.
+"""The formats of rows: a row of a dataset as a thread, with its shape, its kind, and the weights of its turns.
 
 Columns that become no turn go to the thread's metadata under their names. Error messages never quote a row's content.
 """

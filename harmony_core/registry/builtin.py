@@ -1,4 +1,4 @@
-"""Models that need no download: written from a seed into the home's cache when first asked for.
+"""Built-in models in a format fixed byte for byte: written from a seed into the home's cache on first use.
 
 Every weight is integer arithmetic on PCG64's raw stream, so that the bytes are the same on every machine.
 """

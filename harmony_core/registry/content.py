@@ -1,4 +1,7 @@
-"""Checks of a directory that shall become a model or an adapter, and edits that let other libraries read it."""
+"""Checks of a directory that shall become a model or an adapter, and edits that let other libraries read it.
+
+A peft adapter must be a plain LoRA whose tensors fit a registered base.
+"""
 
 from __future__ import annotations
 
