@@ -265,11 +265,12 @@ class _Builder:
             return None
         if node.tag == _PLAIN:
             return plain_scalar(node.value)
-        if node.tag not in ("!", _PREFIX + _USUAL_TAGS[type(node)]):
+        allowed = node.tag in ("!", _PREFIX + _USUAL_TAGS[type(node)])
+        if not allowed:
             shown = node.tag.replace(_PREFIX, "!!")[:60]
             self._issue(f"the tag {shown} is not allowed; configuration is plain data", source, path, "tag")
         if isinstance(node, yaml.ScalarNode):
-            return str(node.value)
+            return str(node.value) if allowed else None
         if len(self._open) == MAX_DEPTH:
             self._too_much(f"nested deeper than {MAX_DEPTH} levels, aliases expanded", node)
         self._open.add(id(node))
