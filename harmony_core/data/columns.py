@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
@@ -47,9 +48,9 @@ class Reading:
 
     kind: Format | None = None
     feedback_key: str | None = None
-    columns: Mapping[str, str | None] = field(default_factory=dict)
-    roles: Mapping[str, str] = field(default_factory=dict)
-    _plans: dict[tuple[str, ...], Plan] = field(default_factory=dict, repr=False, compare=False)
+    columns: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
+    roles: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    _plans: dict[tuple[str, ...], Plan] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     def plan(self, line: Line) -> Plan:
         """The columns of a row in which each field may be. Raises DataError if one of `columns` is missing."""
@@ -61,17 +62,17 @@ class Reading:
         return self._plans[names]
 
     def _made(self, names: tuple[str, ...]) -> Plan:
-        for what, wanted in self.columns.items():
+        for field, wanted in self.columns.items():
             if wanted is not None and wanted not in names:
-                raise DataError(f"has no column '{wanted}' for '{what}'; {did_you_mean(wanted, names)}")
+                raise DataError(f"has no column '{wanted}' for '{field}'; {did_you_mean(wanted, names)}")
         by_known = {name.lower(): name for name in names} | {name: name for name in names}
         mapped = set(self.columns.values())
         plan: Plan = {}
-        for what, usual in FIELDS.items():
+        for field, usual in FIELDS.items():
             pairs = [(known, by_known[known]) for known in usual if known in by_known]
-            plan[what] = tuple((known, name) for known, name in pairs if name not in mapped)
-            if what in self.columns:
-                plan[what] = tuple((what, chosen) for chosen in [self.columns[what]] if chosen is not None)
+            plan[field] = tuple((known, name) for known, name in pairs if name not in mapped)
+            if field in self.columns:
+                plan[field] = tuple((field, chosen) for chosen in [self.columns[field]] if chosen is not None)
         return plan
 
 
@@ -90,14 +91,14 @@ class Row:
         self.plan = reading.plan(line)
         self.taken: set[str] = set()
 
-    def name(self, what: str, among: tuple[str, ...] | None = None) -> str | None:
+    def name(self, field: str, among: tuple[str, ...] | None = None) -> str | None:
         """The first column that holds something and is not null; `among` usual names only, or the one mapped to it."""
-        usual = [name for known, name in self.plan[what] if among is None or known in among or known == what]
+        usual = [name for known, name in self.plan[field] if among is None or known in among or known == field]
         return next((name for name in usual if self.line[name] is not None), None)
 
-    def get(self, what: str) -> Any:
+    def get(self, field: str) -> Any:
         """The value, or None."""
-        name = self.name(what)
+        name = self.name(field)
         return None if name is None else self.line[name]
 
     def take(self, name: str) -> Any:
@@ -105,14 +106,14 @@ class Row:
         self.taken.add(name)
         return unpacked(self.line[name], name)
 
-    def text(self, what: str) -> str:
+    def text(self, field: str) -> str:
         """Take a column and return its text; "" for a missing one. Raises DataError for a value that is not text."""
-        name = self.name(what)
+        name = self.name(field)
         return "" if name is None else text_of(self.take(name), name)
 
-    def object(self, what: str) -> Line:
+    def object(self, field: str) -> Line:
         """The object in a column; {} for a missing one. Raises DataError for a value that is not an object."""
-        name = self.name(what)
+        name = self.name(field)
         return {} if name is None else as_object(self.line[name], name)
 
     def metadata(self) -> Line:
@@ -198,9 +199,9 @@ _FOREIGN: tuple[tuple[tuple[str, ...], str, str], ...] = (
 
 def refuse_foreign(line: Mapping[str, Any], answered: bool = False) -> None:
     """Raises DataError for a row of a format that is not read; `answered`: though it seems to have an answer."""
-    for columns, what, how in _FOREIGN[:4] if answered else _FOREIGN:
+    for columns, format, how in _FOREIGN[:4] if answered else _FOREIGN:
         if all(column in line for column in columns) and any(line[column] is not None for column in columns):
-            raise DataError(f"holds {what} ({', '.join(columns)}): {how}")
+            raise DataError(f"holds {format} ({', '.join(columns)}): {how}")
 
 
 def refuse_unanswered(line: Mapping[str, Any], pair: bool) -> NoReturn:

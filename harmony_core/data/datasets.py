@@ -288,11 +288,11 @@ def convert_sample_dict(
             ]
         except (KeyError, TypeError, IndexError, AttributeError) as error:
             raise DataError(f"a sample has no turns of the expected shape: {error!r}") from None
-        said = read_messages(turns, turns_key or "turns", {})
-        while trim_final_assistant_turns and said and said[-1].turn.role == "assistant":
-            said.pop()
+        parsed = read_messages(turns, turns_key or "turns", {})
+        while trim_final_assistant_turns and parsed and parsed[-1].turn.role == "assistant":
+            parsed.pop()
         rest = {} if turns_key is None else {key: value for key, value in sample.items() if key != turns_key}
-        return thread_of(said, 1.0, rest)
+        return thread_of(parsed, 1.0, rest)
 
     return convert
 

@@ -44,23 +44,23 @@ _PART_FIELDS = {"type", "text", "call_id", "name", "arguments", "content", "url"
 _PART_FIELDS |= {"thinking", "id", "input", "tool_use_id"}
 
 
-class Said(NamedTuple):
+class ParsedMessage(NamedTuple):
     """One turn of weight 0, the weight that its message sets, and the message's fields that are not read."""
 
     turn: Turn
-    mark: float | None = None
+    weight: float | None = None
     unread: dict[str, Any] = {}  # noqa: RUF012  never changed
 
 
-def read_messages(raw: Sequence[Any], where: str, roles: Mapping[str, str]) -> list[Said]:
+def read_messages(raw: Sequence[Any], where: str, roles: Mapping[str, str]) -> list[ParsedMessage]:
     """The turns of a list of messages. `roles` maps further names of roles to roles. Raises DataError."""
-    said: list[Said] = []
+    parsed: list[ParsedMessage] = []
     texts = all(isinstance(text, str) for text in raw) and bool(raw) and raw[0].lower() not in ROLES
     for index, message in enumerate(raw):
         if type(message) is dict and len(message) == 2:
             role, content = message.get("role"), message.get("content")
             if role in _PLAIN and type(content) is str and "<" not in content:  # as most are
-                said.append(Said(Turn(role, (Text(content),), 0.0)))
+                parsed.append(ParsedMessage(Turn(role, (Text(content),), 0.0)))
                 continue
         place = f"{where}[{index}]"
         if isinstance(message, str) and texts:
@@ -73,13 +73,13 @@ def read_messages(raw: Sequence[Any], where: str, roles: Mapping[str, str]) -> l
             asked, answer = (next((n for n in names if n in message), "") for names in (USER_NAMES, ANSWER_NAMES))
             if asked and answer:
                 rest = {name: value for name, value in message.items() if name not in (asked, answer)}
-                said += _read_message({"role": "user", "content": message[asked]}, f"{place}.{asked}", roles)
+                parsed += _read_message({"role": "user", "content": message[asked]}, f"{place}.{asked}", roles)
                 message = {"role": "assistant", "content": message[answer], **rest}
-        said += _read_message(message, place, roles)
-    return said
+        parsed += _read_message(message, place, roles)
+    return parsed
 
 
-def _read_message(message: dict[str, Any], where: str, roles: Mapping[str, str]) -> list[Said]:
+def _read_message(message: dict[str, Any], where: str, roles: Mapping[str, str]) -> list[ParsedMessage]:
     role_name = "from" if message.get("role") is None and "from" in message else "role"
     content_name = "value" if message.get("content") is None and "value" in message else "content"
     if message.get(role_name) is None:
@@ -105,10 +105,10 @@ def _read_message(message: dict[str, Any], where: str, roles: Mapping[str, str])
     # Anthropic writes what a tool answered into the user's turn.
     answers = tuple(part for part in parts if isinstance(part, ToolResponse)) if role == "user" else ()
     own = (*thoughts, *(part for part in parts if part not in answers), *calls)
-    tool = [Said(Turn("tool", answers, 0.0))] if answers else []
+    tool = [ParsedMessage(Turn("tool", answers, 0.0))] if answers else []
     if tool and not own:
         return tool
-    return [*tool, Said(Turn(role, own, 0.0), weight_of(message, f"{where}."), unread)]
+    return [*tool, ParsedMessage(Turn(role, own, 0.0), weight_of(message, f"{where}."), unread)]
 
 
 def role_of(name: Any, where: str, roles: Mapping[str, str]) -> str:
@@ -172,10 +172,10 @@ def _call(raw: Any, where: str) -> FunctionCall:
 
 
 def _reasoning(message: Mapping[str, Any], where: str) -> list[AnyFragment]:
-    said = {text_of(message.get(name), f"{where}.{name}") for name in _REASONING_NAMES} - {""}
-    if len(said) > 1:
+    thoughts = {text_of(message.get(name), f"{where}.{name}") for name in _REASONING_NAMES} - {""}
+    if len(thoughts) > 1:
         raise DataError(f"'{where}' has two different thoughts among {', '.join(_REASONING_NAMES)}")
-    return [Reasoning(text) for text in said]
+    return [Reasoning(text) for text in thoughts]
 
 
 def text_fragment(content: str, where: str) -> Text:
