@@ -183,21 +183,20 @@ def _walk(resolved: Resolved, schema: Schema, nodes: list[Node], value: Any, pat
     branches = [branch for node in nodes for branch in schema.narrowed(node, value)]
     maps = [branch for branch in branches if branch.get("type") == "object" or is_open(branch)]
     for name, inner in value.items() if maps else ():
-        source = resolved.source_of((*path, name))
+        place = (*path, name)
+        source = resolved.source_of(place)
         at_key = source.at_key() if source else None
         try:
             key, below = schema.step(maps, name, path)
         except UnknownKey as unknown:
             other = next((b for node in nodes for b in schema.branches(node) if name in b.get("properties", {})), None)
-            if other is not None:
-                resolved.errors.append(_of_another_variant(resolved, path, name, other, at_key))
-            else:
-                resolved.errors.append(_unknown_key(unknown, at_key, schema))
-            continue
-        if key != name and isinstance(key, str):  # `learning-rate` is for flags; a file has the field's own name
-            resolved.errors.append(Issue("unknown key", at_key, dotted((*path, name)), "unknown_key", (key,)))
-            continue
-        _walk(resolved, schema, below, inner, (*path, name))
+            variant = _of_another_variant(resolved, place, other, at_key) if other is not None else None
+            resolved.errors.append(variant or _unknown_key(unknown, at_key, schema))
+        else:
+            if key == name or isinstance(key, int):
+                _walk(resolved, schema, below, inner, place)
+            else:  # `learning-rate` is for flags; a file has the field's own name
+                resolved.errors.append(Issue("unknown key", at_key, dotted(place), "unknown_key", (key,)))
 
 
 def _fill(resolved: Resolved, schema: Schema, nodes: list[Node], value: dict[str, Any], path: Path) -> None:
@@ -211,11 +210,11 @@ def _fill(resolved: Resolved, schema: Schema, nodes: list[Node], value: dict[str
             resolved.sources[(*path, name)] = DEFAULT
 
 
-def _of_another_variant(resolved: Resolved, path: Path, name: str, other: Node, at_key: Source | None) -> Issue:
+def _of_another_variant(resolved: Resolved, place: Path, other: Node, at_key: Source | None) -> Issue:
     message = f"belongs to {other.get('title', 'another variant')}, and the block is of another kind"
-    if len({source.kind for p, source in resolved.sources.items() if p[:-1] == path}) > 1:
-        message += f"; to replace the whole block, give --{dotted(path)} '{{...}}'"
-    return Issue(message, at_key, dotted((*path, name)), "unknown_key")
+    if len({source.kind for p, source in resolved.sources.items() if p[:-1] == place[:-1]}) > 1:
+        message += f"; to replace the whole block, give --{dotted(place[:-1])} '{{...}}'"
+    return Issue(message, at_key, dotted(place), "unknown_key")
 
 
 def _unknown_key(unknown: UnknownKey, source: Source | None, schema: Schema | None = None) -> Issue:
@@ -342,8 +341,7 @@ def settle_names(
     def settled(parameter: Parameter, path: Path) -> Parameter:
         source = resolved.source_at(path)
         if isinstance(parameter, Dataset):
-            folder = folders.get(source.kind) or FilePath(source.name).absolute().parent
-            parameter = parameter.with_base(folder)
+            parameter = parameter.with_base(folders.get(source.kind) or FilePath(source.name).absolute().parent)
         try:
             found = parameter.check(registry)
         except HarmonyError as error:
@@ -356,10 +354,10 @@ def settle_names(
 
     config = _rebuilt(config, (), settled)
     if failures:
-        error = min((error for error, _ in failures), key=lambda error: error.exit_code)
-        issues = [issue for _, issue in failures]
+        errors, issues = zip(*failures, strict=True)
         message = str(issues[0]) if len(issues) == 1 else f"{len(issues)} names in the configuration cannot be used"
-        raise type(error)(message, issues=[str(i) for i in issues], errors=[i.as_data() for i in issues])
+        first = min(errors, key=lambda error: error.exit_code)
+        raise type(first)(message, issues=[str(i) for i in issues], errors=[i.as_data() for i in issues])
     return config, models
 
 

@@ -171,11 +171,7 @@ def load_yaml(raw: bytes | str, name: str) -> YamlDocument:
     """Parse one document whose top level is a map. Problems are kept in `issues`."""
     builder = _Builder(name)
     with contextlib.suppress(_TooMuch):  # the issue is recorded; the rest of the text is not looked at
-        if (text := builder.decode(raw)) is not None:
-            try:
-                builder.read(text)
-            except (yaml.MarkedYAMLError, yaml.reader.ReaderError) as error:
-                builder.syntax_error(text, error)
+        builder.read(raw)
     return builder.document
 
 
@@ -208,30 +204,35 @@ class _Builder:
         self._open: set[int] = set()
         self._values = 0
 
-    def decode(self, raw: bytes | str) -> str | None:
-        """UTF-8 with or without a byte order mark."""
+    def read(self, raw: bytes | str) -> None:
+        """Take the whole stream, UTF-8 with or without a byte order mark: one document or none."""
+        data = raw.encode("utf-8", "surrogateescape") if isinstance(raw, str) else raw
         if len(raw) > MAX_BYTES:
-            self._issue(f"larger than {MAX_BYTES // 1_000_000} MB", Source("file", self.document.name, 1, 1))
-            return None
-        if isinstance(raw, str):
-            raw = raw.encode("utf-8", "surrogateescape")
+            self._too_much(f"larger than {MAX_BYTES // 1_000_000} MB", self._at("", 0))
         try:
-            return raw.decode("utf-8-sig")
+            self._compose(data.decode("utf-8-sig"))
         except UnicodeDecodeError as error:
-            self._issue("not UTF-8", self._at(raw.decode("latin-1"), error.start))
-            return None
+            self._issue("not UTF-8", self._at(data.decode("latin-1"), error.start))
+        except yaml.MarkedYAMLError as error:
+            mark = error.problem_mark or error.context_mark
+            at = Source("file", self.document.name, mark.line + 1, mark.column + 1) if mark else None
+            self._issue(f"not valid YAML: {', '.join(filter(None, (error.context, error.problem)))}", at)
+        except yaml.reader.ReaderError as error:
+            position = error.position if isinstance(error.position, int) else 0
+            place = self._at(data.decode("utf-8-sig"), position)
+            self._issue("a control character, which YAML does not allow", place)
 
-    def read(self, text: str) -> None:
-        """Take the whole stream: one document or none. Limits are checked before the composer begins."""
+    def _compose(self, text: str) -> None:
+        """Limits are checked before the composer begins."""
         depth = aliases = 0
         for event in yaml.parse(text, Loader=_Loader):
             depth += isinstance(event, yaml.CollectionStartEvent)
             depth -= isinstance(event, yaml.CollectionEndEvent)
             aliases += isinstance(event, yaml.AliasEvent)
             if depth > MAX_DEPTH:
-                self._too_much(f"nested deeper than {MAX_DEPTH} levels", event)
+                self._too_much(f"nested deeper than {MAX_DEPTH} levels", self._source(event))
             if aliases > MAX_ALIASES:
-                self._too_much(f"over {MAX_ALIASES} aliases", event)
+                self._too_much(f"over {MAX_ALIASES} aliases", self._source(event))
         sources: dict[Path, Source] = {}
         node = yaml.compose(text, Loader=_Loader)
         value = None if node is None else self._value(node, (), None, sources)
@@ -240,26 +241,16 @@ class _Builder:
         elif value is not None:
             self._issue("the top level must be a map of keys to values", sources.get(()))
 
-    def syntax_error(self, text: str, error: yaml.MarkedYAMLError | yaml.reader.ReaderError) -> None:
-        """The parser's own complaint, at its place."""
-        if isinstance(error, yaml.MarkedYAMLError):
-            mark = error.problem_mark or error.context_mark
-            at = Source("file", self.document.name, mark.line + 1, mark.column + 1) if mark else None
-            self._issue(f"not valid YAML: {', '.join(filter(None, (error.context, error.problem)))}", at)
-        else:
-            position = error.position if isinstance(error.position, int) else 0
-            self._issue("a control character, which YAML does not allow", self._at(text, position))
-
     def _at(self, text: str, position: int) -> Source:
         line, column = text.count("\n", 0, position) + 1, position - text.rfind("\n", 0, position)
         return Source("file", self.document.name, line, column)
 
     def _value(self, node: yaml.Node, path: Path, key: Any, sources: dict[Path, Source]) -> Any:
         """The value of a node; the target of an alias is built again for each use."""
+        source = sources[path] = self._source(node, key)
         self._values += 1
         if self._values > MAX_VALUES:
-            self._too_much(f"more than {MAX_VALUES:,} values, aliases expanded", node)
-        source = sources[path] = self._source(node, key)
+            self._too_much(f"more than {MAX_VALUES:,} values, aliases expanded", self._source(node))
         if id(node) in self._open:
             self._issue("contains itself", source, path)
             return None
@@ -272,7 +263,7 @@ class _Builder:
         if isinstance(node, yaml.ScalarNode):
             return str(node.value) if allowed else None
         if len(self._open) == MAX_DEPTH:
-            self._too_much(f"nested deeper than {MAX_DEPTH} levels, aliases expanded", node)
+            self._too_much(f"nested deeper than {MAX_DEPTH} levels, aliases expanded", self._source(node))
         self._open.add(id(node))
         if isinstance(node, yaml.SequenceNode):
             value: Any = [self._value(item, (*path, i), None, sources) for i, item in enumerate(node.value)]
@@ -287,7 +278,7 @@ class _Builder:
         first: dict[str, Source] = {}
         for key, value in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                self._too_much("a key must be plain text", key, path)
+                self._too_much("a key must be plain text", self._source(key), path)
             name = str(key.value)
             if name == "<<" and key.tag == _PLAIN:
                 below: dict[Path, Source] = {}
@@ -307,8 +298,8 @@ class _Builder:
                 self._issue("`<<` takes a map", below[path], path)
         return items
 
-    def _too_much(self, message: str, at: Any, path: Path = ()) -> NoReturn:
-        self._issue(message, self._source(at), path)
+    def _too_much(self, message: str, at: Source, path: Path = ()) -> NoReturn:
+        self._issue(message, at, path)
         raise _TooMuch
 
     def _source(self, node: Any, key: Any = None) -> Source:
