@@ -30,7 +30,7 @@ from . import output
 from .streams import Signals, Streams
 
 if TYPE_CHECKING:
-    from harmony_core.recipe.module import Recipe
+    from harmony_core.recipe import Recipe
 
 COMMANDS = {
     "run": "Run a recipe.",
@@ -190,7 +190,7 @@ def _add(app: typer.Typer, name: str, text: str, words: list[str], reply: Reply,
 
 def _recipe(words: list[str], completing: bool) -> Recipe | None:
     """The recipe that the words name, loaded before they are parsed: its flags are part of the command."""
-    from harmony_core.recipe.module import load_recipe
+    from harmony_core.recipe import load_recipe
 
     from .run import recipe_word
 

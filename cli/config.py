@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from harmony_core.recipe.module import Recipe
+from harmony_core.recipe import Recipe
 
 from . import output
 from .flags import Invocation, command

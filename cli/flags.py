@@ -32,7 +32,7 @@ from harmony_core.config import (
 )
 from harmony_core.errors import UsageError
 from harmony_core.options import RUNNER_FLAGS
-from harmony_core.recipe.module import InputConfig, Recipe
+from harmony_core.recipe import InputConfig, Recipe
 
 if TYPE_CHECKING:
     from harmony_core.registry import Registry

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from harmony_core.errors import ConflictError, NotFoundError, ResourceError, did_you_mean
-from harmony_core.recipe.module import built_in_recipes
+from harmony_core.recipe import built_in_recipes
 
 from . import output
 

@@ -12,7 +12,7 @@ from typing import Any
 from harmony_core.config import Resolved, YamlDocument, as_yaml, load_yaml, places
 from harmony_core.errors import HarmonyError, NotFoundError, UsageError, VerificationError
 from harmony_core.home import Home
-from harmony_core.recipe.module import Recipe, locate
+from harmony_core.recipe import Recipe, locate
 from harmony_core.redaction import MASK, Redactor
 from harmony_core.runs.checkpoint_files import Checkpoint, CheckpointStore
 from harmony_core.runs.checkpoints import compare, differences, going_on

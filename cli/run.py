@@ -17,7 +17,7 @@ from typer import Argument, Option
 from harmony_core.errors import UsageError
 from harmony_core.memory.sizes import LEAST_SECONDS, MAX_SECONDS
 from harmony_core.options import RunOptions
-from harmony_core.recipe.module import Recipe
+from harmony_core.recipe import Recipe
 
 from . import output
 from .flags import Configured, Invocation, command, names_of

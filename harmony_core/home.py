@@ -1,6 +1,6 @@
-"""Where things lie on this machine: one directory that holds models, runs and what is being written.
+"""The home directory of this machine: models, runs, and files that are being written.
 
-It knows paths and the format version, not what is in the files.
+It defines paths and the format version; the format of the files belongs to their modules.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ class Home:
         """One directory for each run."""
         self.locks = path / "locks"
         self.cache = path / "cache"
-        """What can be made again: generated models, hashes."""
+        """Files that can be made again: generated models, hashes."""
         self.trash = path / "trash"
-        """What is being deleted."""
+        """Directories that are being deleted."""
 
     @classmethod
     def open(cls, path: Path | str | None = None, writes: bool = True) -> Home:
         """The given directory, else `$ADAPTIVE_HOME`, else `~/.adaptive`; created when it is missing.
 
-        Raises ResourceError when it cannot be written, which without `writes` is no matter, or was made by a newer
-        version.
+        Raises ResourceError for a home of a newer version, and for one that cannot be written; with `writes=False` a
+        readable one is enough.
         """
         chosen = expanded(path or os.environ.get(ENVIRONMENT) or "~/.adaptive")
         home = cls(Path(os.path.abspath(chosen)))

@@ -22,7 +22,7 @@ import numpy  # noqa: F401 - what a first save imports: a kill is to hit the sav
 import harmony_core.text.tokenizer_files  # noqa: F401
 from harmony_core.home import Home
 from harmony_core.registry import Registry
-from harmony_core.registry.manifest import NAME
+from harmony_core.registry.records import MANIFEST
 
 WATCHED = {"open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.link", "os.chmod", "fcntl.flock", "os.scandir"}
 
@@ -59,8 +59,8 @@ def save_naively(registry: Registry, key: str, source: Path) -> str:
     directory.mkdir(parents=True)
     for path in source.iterdir():
         shutil.copyfile(path, directory / path.name)
-    record = json.loads((source.parent / NAME).read_text()) | {"key": key}
-    (directory / NAME).write_text(json.dumps(record))
+    record = json.loads((source.parent / MANIFEST).read_text()) | {"key": key}
+    (directory / MANIFEST).write_text(json.dumps(record))
     return f"{key}@{number}"
 
 

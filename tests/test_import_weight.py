@@ -23,7 +23,7 @@ GROUPS = {
     "memory": ("harmony_core.memory.plan",),
     "client": ("harmony_core.client", "harmony_core.client.spawning", "harmony_core.launch.supervisor"),
     "context": ("harmony_core.recipe.context",),
-    "recipe": ("harmony_core.recipe.module", "harmony_core.recipe.execution"),
+    "recipe": ("harmony_core.recipe", "harmony_core.recipe.execution"),
     "aliases": (
         *("adaptive_harmony", "adaptive_harmony.common", "adaptive_harmony.core.utils"),
         *("adaptive_harmony.metric_logger", "adaptive_harmony.parameters", "adaptive_harmony.runtime"),

@@ -56,7 +56,7 @@ EDGES: dict[str, str] = {
 
 OWNERS: dict[str, tuple[str, ...]] = {
     "accelerate": (),  # it is run as a command
-    "huggingface_hub": ("harmony_core.engine", "harmony_core.registry.sources", "harmony_core.data.hub"),
+    "huggingface_hub": ("harmony_core.engine", "harmony_core.registry.sources", "harmony_core.data.datasets"),
     "jinja2": ("harmony_core.text.chat_template", "harmony_core.runs.report.page"),
     "mlflow": (),  # imported by name, when its logger is made
     "peft": ("harmony_core.engine.models.adapters",),
@@ -96,7 +96,7 @@ WITHOUT_A_REASON = {
     "harmony_core.launch.liveness",
     "harmony_core.launch.supervisor",
     "harmony_core.recipe.execution",
-    "harmony_core.registry.adapters",
+    "harmony_core.registry.content",
     "harmony_core.registry.builtin",
     "harmony_core.runs.report.parts",
     "harmony_core.text.places",

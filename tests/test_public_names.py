@@ -54,8 +54,14 @@ def test_a_package_offers_all_that_it_imports(module: str) -> None:
     assert set(importlib.import_module(module).__all__) == own_imports(module)
 
 
+def has_code(module: str) -> bool:
+    """Whether the module defines something itself, instead of only collecting names of others."""
+    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    return any(isinstance(node, ast.ClassDef | ast.FunctionDef) for node in tree.body)
+
+
 def test_every_package_with_a_public_face_says_so() -> None:
-    packages = {module: file for module, file in MODULES.items() if file.name == "__init__.py"}
+    packages = [module for module, file in MODULES.items() if file.name == "__init__.py" and not has_code(module)]
     silent = [
         module
         for module in packages

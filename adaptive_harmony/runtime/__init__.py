@@ -7,8 +7,8 @@ from harmony_core.notifiers import (
     StdoutJobNotifier,
     StdoutStageNotifier,
 )
+from harmony_core.recipe import InputConfig, recipe_main
 from harmony_core.recipe.context import RecipeConfig, RecipeContext, RecipeContextManager
-from harmony_core.recipe.module import InputConfig, recipe_main
 
 __all__ = [
     "InputConfig",

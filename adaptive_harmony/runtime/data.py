@@ -1,5 +1,5 @@
 """The base of a recipe's configuration."""
 
-from harmony_core.recipe.module import InputConfig
+from harmony_core.recipe import InputConfig
 
 __all__ = ["InputConfig"]

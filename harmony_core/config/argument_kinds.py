@@ -23,7 +23,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @runtime_checkable
 class InferenceModel(Protocol):
-    """What every handle of a live model has."""
+    """A handle of a live model, known by this method."""
 
     def get_builder_args(self) -> dict[str, Any]:
         """Its settings."""
@@ -31,7 +31,7 @@ class InferenceModel(Protocol):
 
 @runtime_checkable
 class TrainingModel(InferenceModel, Protocol):
-    """What only a handle of a model that trains has."""
+    """A handle of a model that trains, known by this method."""
 
     def get_optim_step(self) -> int:
         """Its steps."""
@@ -85,7 +85,7 @@ def checked(function: F) -> F:
 
 
 def check_arguments(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Raise UsageError for what `checked` refuses."""
+    """Raise UsageError for arguments that do not fit the annotations; see `checked`."""
     signature, kinds = _described(function)
     name = function.__qualname__.removesuffix(".__init__").rpartition(".<locals>.")[2]
     try:
@@ -95,11 +95,10 @@ def check_arguments(function: Callable[..., Any], args: Sequence[Any], kwargs: M
             f"{name}: {error}", hint="it takes " + ", ".join(n for n in signature.parameters if n != "self")
         ) from None
     for argument, value in bound.arguments.items():
-        kind = kinds.get(argument, Any)
-        if not is_of(value, kind):
-            hints = [hint for known, hint in _HINTS.items() if known in _in_words(kind)]
-            shown = f"{' '.join(repr(value).split()):.80} ({type(value).__name__})"
-            raise UsageError(f"{name}: {argument} must be {_in_words(kind)}, not {shown}", hint="; ".join(hints))
+        if not is_of(value, kinds.get(argument, Any)):
+            wanted, shown = _in_words(kinds[argument]), f"{' '.join(repr(value).split()):.80} ({type(value).__name__})"
+            hint = "; ".join(hint for known, hint in _HINTS.items() if known in wanted)
+            raise UsageError(f"{name}: {argument} must be {wanted}, not {shown}", hint=hint)
 
 
 @cache

@@ -1,16 +1,17 @@
-"""What a recipe's configuration may name: models, datasets, graders. Each is written as a plain string.
+"""Models, datasets and graders in a recipe's configuration. Each is written as a plain string.
 
-A parameter knows its name and how to check that the name means something (`check`); it opens nothing by itself.
+A parameter holds the name; `check` looks the name up, and `load` or `spawn_...` opens it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib.util
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, cast
 
 from pydantic import (
     BaseModel,
@@ -27,13 +28,12 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 from typing_extensions import TypeVar
 
+from harmony_core import data as dataset_kinds
 from harmony_core import model as model_kinds
 from harmony_core.config.argument_kinds import checked
-from harmony_core.data import kinds as dataset_kinds
 from harmony_core.data.columns import check_columns
-from harmony_core.data.datasets import load_threads
+from harmony_core.data.datasets import check_hub_name, is_hub_name, load_threads
 from harmony_core.data.files import paths_of
-from harmony_core.data.hub import check_hub_name, is_hub_name
 from harmony_core.errors import HarmonyError, ModelRefused, NotFoundError, UsageError, did_you_mean
 from harmony_core.journal import current
 from harmony_core.plain_files import expanded
@@ -60,7 +60,7 @@ class Parameter(BaseModel):
     """The field that a bare string fills."""
 
     def __init__(self, name: str | os.PathLike[str] | None = None, /, **fields: Any) -> None:
-        """`Dataset("rows.jsonl")` means what `rows.jsonl` does in a YAML file or a flag. Raises UsageError."""
+        """`Dataset("rows.jsonl")` equals `rows.jsonl` in a YAML file or a flag. Raises UsageError."""
         if name is not None:
             if not isinstance(name, str | os.PathLike):
                 raise UsageError(f"a {type(self).__name__} is named by a string, not by {name!r}")
@@ -74,26 +74,19 @@ class Parameter(BaseModel):
         if isinstance(data, cls):
             return data
         if isinstance(data, Parameter) and issubclass(cls, type(data)):
-            converted: Self = data._as(cls)
-            return converted
+            return cast("Self", data._as(cls))
         if isinstance(data, str | os.PathLike):
-            return handler(cls._fields_from_string(os.fspath(data)))
+            return handler({cls.key_field: os.fspath(data)})
         if not isinstance(data, Mapping):
             raise ValueError(f"expected a name as a string, got {type(data).__name__}")
-        if isinstance(data.get(cls.key_field), str):
-            data = {**cls._fields_from_string(data[cls.key_field]), **data}
         return handler(data)
-
-    @classmethod
-    def _fields_from_string(cls, text: str) -> dict[str, Any]:
-        return {cls.key_field: text}
 
     def _as(self, cls: type[Any]) -> Any:
         """The same parameter as an instance of a subclass."""
         return cls(**{name: getattr(self, name) for name in type(self).model_fields})
 
     def check(self, registry: Registry) -> Any:
-        """Raise unless the name means something that can be used as asked; nothing is started or loaded."""
+        """Look the name up, without starting or loading anything. Raises an error if it cannot be used as asked."""
         raise NotImplementedError
 
     def __hash__(self) -> int:
@@ -101,7 +94,7 @@ class Parameter(BaseModel):
 
 
 class _KeyOnly(Parameter):
-    """A parameter that is nothing but its key: serialises to it, and is described as a string."""
+    """A parameter with a key as its only field: it is serialised and described as that string."""
 
     schema_format: ClassVar[str]
 
@@ -112,21 +105,15 @@ class _KeyOnly(Parameter):
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        return {"type": "string", "format": cls.schema_format, "minLength": 1} | cls._schema_extra()
-
-    @classmethod
-    def _schema_extra(cls) -> dict[str, Any]:
-        return {}
+        kind = {"kind": cls.kind().kind} if issubclass(cls, Model) else {}
+        return {"type": "string", "format": cls.schema_format, "minLength": 1, **kind}
 
 
 def _kind_of(cls: type[BaseModel], base: type[KindT]) -> type[KindT]:
-    """The type argument that a generic parameter was given, or `base` when there is none."""
-    for ancestor in cls.__mro__:
-        metadata = ancestor.__dict__.get("__pydantic_generic_metadata__") or {}
-        for argument in metadata.get("args", ()):
-            if isinstance(argument, type) and issubclass(argument, base):
-                return argument
-    return base
+    """The type argument of a generic parameter; `base` for one without an argument."""
+    given = [ancestor.__dict__.get("__pydantic_generic_metadata__") or {} for ancestor in cls.__mro__]
+    arguments = [argument for metadata in given for argument in metadata.get("args", ())]
+    return next((kind for kind in arguments if isinstance(kind, type) and issubclass(kind, base)), base)
 
 
 class Model(_KeyOnly, Generic[ModelKindT]):
@@ -141,12 +128,8 @@ class Model(_KeyOnly, Generic[ModelKindT]):
 
     @classmethod
     def kind(cls) -> type[model_kinds.ModelKind]:
-        """What the recipe needs of the model: `Model[model_kinds.Trainable].kind() is model_kinds.Trainable`."""
+        """The kind of model that is asked for: `Model[model_kinds.Trainable].kind() is model_kinds.Trainable`."""
         return _kind_of(cls, model_kinds.ModelKind)
-
-    @classmethod
-    def _schema_extra(cls) -> dict[str, Any]:
-        return {"kind": cls.kind().kind}
 
     def _as(self, cls: type[Any]) -> Any:
         model = super()._as(cls)
@@ -233,14 +216,9 @@ class Model(_KeyOnly, Generic[ModelKindT]):
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> InferenceModel:
         """`to_builder` and `spawn_inference` in one; an error is noted with the key."""
-        try:
-            builder = await self.to_builder(
-                ctx, kv_cache_len, tokens_to_generate, tp, extra_params, chat_template_kwargs
-            )
-            return await builder.spawn_inference(name)
-        except HarmonyError as error:
-            error.add_note(f"while spawning model '{self.model_key}' for inference as '{name}'")
-            raise
+        with self._noted("inference", name):
+            settings = (kv_cache_len, tokens_to_generate, tp, extra_params, chat_template_kwargs)
+            return await (await self.to_builder(ctx, *settings)).spawn_inference(name)
 
     @checked
     async def spawn_train(
@@ -253,13 +231,16 @@ class Model(_KeyOnly, Generic[ModelKindT]):
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> TrainingModel:
         """`to_builder` and `spawn_train` in one; `max_batch_size` in tokens; an error is noted with the key."""
-        try:
-            builder = await self.to_builder(
-                ctx, tp=tp, extra_params=extra_params, chat_template_kwargs=chat_template_kwargs
-            )
+        with self._noted("training", name):
+            builder = await self.to_builder(ctx, None, None, tp, extra_params, chat_template_kwargs)
             return await builder.spawn_train(name, max_batch_size)
+
+    @contextlib.contextmanager
+    def _noted(self, purpose: str, name: str) -> Iterator[None]:
+        try:
+            yield
         except HarmonyError as error:
-            error.add_note(f"while spawning model '{self.model_key}' for training as '{name}'")
+            error.add_note(f"while spawning model '{self.model_key}' for {purpose} as '{name}'")
             raise
 
 
@@ -272,7 +253,7 @@ class Grader(_KeyOnly):
     grader_key: str = Field(min_length=1)
 
     def check(self, registry: Registry) -> None:
-        """Always refused: a key means something only to a control plane."""
+        """Always raises UsageError: the keys of graders belong to a control plane."""
         raise UsageError(
             f"grader '{self.grader_key}' cannot be loaded: graders are kept by a control plane, and there is none",
             hint="build the grader in the recipe",
@@ -302,9 +283,9 @@ class Dataset(Parameter, Generic[DatasetKindT]):
     local_file_path: str | None = None
     """The file, where it is one."""
     columns: dict[str, str | None] = Field(default_factory=dict)
-    """Which column holds what (`user: question`), or that a column of this name is nothing special (`tools: null`)."""
+    """The column of each field (`user: question`); null leaves the usual column to the metadata (`tools: null`)."""
     roles: dict[str, str] = Field(default_factory=dict)
-    """What further names of roles mean (`narrator: user`)."""
+    """The role that each further name of a role stands for (`narrator: user`)."""
     max_refused: int = Field(default=0, ge=0)
     """Bad rows that are left out with a warning; more are an error."""
 
@@ -346,8 +327,7 @@ class Dataset(Parameter, Generic[DatasetKindT]):
             file = expanded(self.local_file_path)
             paths_of(file)
             return file
-        shipped = shipped_data()
-        if self.dataset_key in shipped:
+        if self.dataset_key in (shipped := shipped_data()):
             return shipped[self.dataset_key]
         hint = did_you_mean(self.dataset_key, shipped)
         raise NotFoundError(
@@ -358,9 +338,7 @@ class Dataset(Parameter, Generic[DatasetKindT]):
     def check(self, registry: Registry) -> Path | str:
         """The file, or the hub's name. Raises NotFoundError, UsageError, ResourceError; the network is not asked."""
         check_columns(self.columns)
-        if is_hub_name(self.dataset_key):
-            return str(check_hub_name(self.dataset_key)[0])
-        return self.path()
+        return str(check_hub_name(self.dataset_key)[0]) if is_hub_name(self.dataset_key) else self.path()
 
     async def load(self, ctx: RecipeContext | None = None) -> Sequence[StringThread]:
         """Every row as a thread: a list, or of a large dataset a sequence that reads a thread when it is asked for.
@@ -377,6 +355,11 @@ class Dataset(Parameter, Generic[DatasetKindT]):
 
 def shipped_data() -> dict[str, Path]:
     """The datasets that come with the package, by name."""
+    return shipped_files("data/*.jsonl")
+
+
+def shipped_files(pattern: str) -> dict[str, Path]:
+    """Files that come with the package's recipes, by name; the package is found without importing it."""
     spec = importlib.util.find_spec("harmony_core.recipes")
     folders = list(spec.submodule_search_locations or ()) if spec else []
-    return {file.stem: file for folder in folders for file in sorted(Path(folder, "data").glob("*.jsonl"))}
+    return {file.stem: file for folder in folders for file in sorted(Path(folder).glob(pattern))}

@@ -1,29 +1,31 @@
-"""YAML as configuration: plain data, the position of every value, and every problem found, from untrusted text.
+"""YAML as configuration: plain data with the position of every value, and all problems of an untrusted text.
 
 Limits on size, depth and aliases are checked on the events, before nodes are made of them; data is built from the nodes
-directly, and nothing is ever constructed from a tag. Scalars are YAML 1.2: `1e-5` is a number; `on`, `no`, `12:30`,
-`007` and dates are text.
+directly, and tags construct no objects. Scalars are YAML 1.2: `1e-5` is a number; `on`, `no`, `12:30`,
+`007` and dates are text. A `Source` says where a value was written, an `Issue` names a problem and its source.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path as FilePath
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import yaml
 
-from harmony_core.config.problems import Issue, Path, Source, dotted
-from harmony_core.errors import NotFoundError, ResourceError, did_you_mean
+from harmony_core.errors import ConfigError, NotFoundError, ResourceError, did_you_mean
+
+Path = tuple[str | int, ...]
+"""A place in the configuration: keys of maps, indices of lists."""
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 64
 MAX_ALIASES = 100
 MAX_VALUES = 200_000
-
 _Parser: type[Any] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _INT = re.compile(r"[-+]?(?:0|[1-9][0-9_]*)")
 _FLOAT = re.compile(
@@ -37,11 +39,103 @@ _WORDS: dict[str, Any] = {
 }
 _PREFIX = "tag:yaml.org,2002:"
 _PLAIN = "plain"
+_USUAL_TAGS = {yaml.ScalarNode: "str", yaml.SequenceNode: "seq", yaml.MappingNode: "map"}
+
+
+def dotted(path: Path) -> str:
+    """`("datasets", 0, "path")` -> `datasets.0.path`."""
+    return ".".join(map(str, path))
+
+
+def holds(node: Any, key: str | int) -> bool:
+    """Whether a map has the key, or a list the index."""
+    return key in node if isinstance(node, dict) else isinstance(node, list) and key in range(len(node))
+
+
+def places(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """Every place in plain data with its value: the whole first, blocks before their contents."""
+    yield path, value
+    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield from places(inner, (*path, key))
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a value was written. Lines and columns count from 1; 0 where the source is not a file."""
+
+    kind: Literal["default", "file", "env", "flag"]
+    name: str = ""
+    line: int = 0
+    column: int = 0
+    key_line: int = 0
+    """Where the value's key stands, for errors that are about the key."""
+    key_column: int = 0
+
+    def at_key(self) -> Source:
+        """The same source, pointing at the key."""
+        return Source(self.kind, self.name, self.key_line, self.key_column) if self.key_line else self
+
+    def __str__(self) -> str:
+        if self.kind == "default":
+            return "default"
+        return f"{self.name}:{self.line}:{self.column}" if self.line else self.name
+
+
+DEFAULT = Source("default")
+
+
+@dataclass(frozen=True)
+class Issue:
+    """One thing that is wrong with the configuration."""
+
+    message: str
+    source: Source | None = None
+    path: str = ""
+    type: str = "invalid"
+    suggestions: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        text = f"{self.path}: {self.message}" if self.path and not self._flag_says_it() else self.message
+        if self.source is not None and self.source.kind != "default":
+            text = f"{self.source}: {text}"
+        if self.suggestions:
+            text += f" (did you mean {' or '.join(self.suggestions)}?)"
+        return text
+
+    def _flag_says_it(self) -> bool:
+        return self.source is not None and self.source.name == f"--{self.path.replace('_', '-')}"
+
+    def as_data(self) -> dict[str, Any]:
+        """For `--json`."""
+        data: dict[str, Any] = {"path": self.path, "type": self.type, "message": self.message}
+        if (source := self.source) is not None:
+            place = {"line": source.line, "column": source.column} if source.line else {}
+            data["source"] = {"kind": source.kind, "name": source.name, **place}
+        return data | ({"suggestions": list(self.suggestions)} if self.suggestions else {})
+
+
+def in_reading_order(issues: Iterable[Issue]) -> list[Issue]:
+    """Files first, by line; then the environment, flags, and issues without a source."""
+
+    def place(issue: Issue) -> tuple[int, str, int, int]:
+        source = issue.source or DEFAULT
+        rank = ("file", "env", "flag", "default").index(source.kind)
+        return (rank, source.name if rank == 0 else "", source.line, source.column)
+
+    return sorted(dict.fromkeys(issues), key=place)
+
+
+def raise_if_any(issues: Iterable[Issue]) -> None:
+    """Raise ConfigError holding all of them."""
+    if ordered := in_reading_order(issues):
+        message = str(ordered[0]) if len(ordered) == 1 else f"the configuration is not valid: {len(ordered)} problems"
+        raise ConfigError(message, issues=map(str, ordered), errors=[issue.as_data() for issue in ordered])
 
 
 @dataclass
 class YamlDocument:
-    """What a file says: `data` is dicts, lists and scalars; `sources` has the position of each value by path."""
+    """A parsed file: `data` holds dicts, lists and scalars, `sources` the position of each value by path."""
 
     name: str
     data: dict[str, Any] = field(default_factory=dict)
@@ -50,20 +144,17 @@ class YamlDocument:
 
 
 def plain_scalar(text: str) -> Any:
-    """What unquoted text means."""
-    if text in _WORDS:
-        return _WORDS[text]
-    if _INT.fullmatch(text):
-        digits = text.replace("_", "")
-        # Python refuses longer ones (its limit against quadratic conversion); no field means them as numbers.
-        return int(digits) if len(digits) < 400 else text
+    """The value of unquoted text."""
+    digits = text.replace("_", "")
+    if _INT.fullmatch(text) and len(digits) < 400:  # Python refuses long ones (its limit against quadratic conversion)
+        return int(digits)
     if _FLOAT.fullmatch(text):
-        return float(text.replace("_", "").lower().replace(".inf", "inf").replace(".nan", "nan"))
-    return text
+        return float(digits.lower().replace(".inf", "inf").replace(".nan", "nan"))
+    return _WORDS.get(text, text)
 
 
 def load_yaml_file(path: FilePath, name: str | None = None) -> YamlDocument:
-    """Read and parse a file. Raises NotFoundError or ResourceError; what is wrong inside is in `issues`."""
+    """Read and parse a file. Raises NotFoundError or ResourceError; problems of the text are in `issues`."""
     shown = name or str(path)
     try:
         with path.open("rb") as file:
@@ -77,16 +168,10 @@ def load_yaml_file(path: FilePath, name: str | None = None) -> YamlDocument:
 
 
 def load_yaml(raw: bytes | str, name: str) -> YamlDocument:
-    """Parse one document whose top level is a map. Never raises: `issues` holds what is wrong."""
+    """Parse one document whose top level is a map. Problems are kept in `issues`."""
     builder = _Builder(name)
-    text = builder.decode(raw)
-    if text is not None:
-        try:
-            builder.read(text)
-        except (yaml.MarkedYAMLError, yaml.reader.ReaderError) as error:
-            builder.syntax_error(text, error)
-        except _TooMuch:
-            pass  # the issue is recorded; the rest of the text is not looked at
+    with contextlib.suppress(_TooMuch):  # the issue is recorded; the rest of the text is not looked at
+        builder.read(raw)
     return builder.document
 
 
@@ -106,7 +191,7 @@ class _Loader(_Parser):  # type: ignore[misc]
     """Leaves plain scalars untagged, so that YAML 1.1 does not read them and an explicit tag can be told."""
 
     def resolve(self, kind: type[yaml.Node], value: str | None, implicit: tuple[bool, bool]) -> str:
-        """The tag of a node that has none."""
+        """The tag of an untagged node."""
         plain = kind is yaml.ScalarNode and implicit[0]
         return _PLAIN if plain else str(super().resolve(kind, value, implicit))
 
@@ -119,67 +204,66 @@ class _Builder:
         self._open: set[int] = set()
         self._values = 0
 
-    def decode(self, raw: bytes | str) -> str | None:
-        """UTF-8 with or without a byte order mark."""
+    def read(self, raw: bytes | str) -> None:
+        """Take the whole stream, UTF-8 with or without a byte order mark: one document or none."""
+        data = raw.encode("utf-8", "surrogateescape") if isinstance(raw, str) else raw
         if len(raw) > MAX_BYTES:
-            self._issue(f"larger than {MAX_BYTES // 1_000_000} MB", Source("file", self.document.name, 1, 1))
-            return None
-        if isinstance(raw, str):
-            raw = raw.encode("utf-8", "surrogateescape")
+            self._too_much(f"larger than {MAX_BYTES // 1_000_000} MB", self._at("", 0))
         try:
-            return raw.decode("utf-8-sig")
+            self._compose(data.decode("utf-8-sig"))
         except UnicodeDecodeError as error:
-            self._issue("not UTF-8", self._at(raw.decode("latin-1"), error.start))
-            return None
+            self._issue("not UTF-8", self._at(data.decode("latin-1"), error.start))
+        except yaml.MarkedYAMLError as error:
+            mark = error.problem_mark or error.context_mark
+            at = Source("file", self.document.name, mark.line + 1, mark.column + 1) if mark else None
+            self._issue(f"not valid YAML: {', '.join(filter(None, (error.context, error.problem)))}", at)
+        except yaml.reader.ReaderError as error:
+            position = error.position if isinstance(error.position, int) else 0
+            place = self._at(data.decode("utf-8-sig"), position)
+            self._issue("a control character, which YAML does not allow", place)
 
-    def read(self, text: str) -> None:
-        """Take the whole stream: one document or none. What could exhaust the composer is refused before it begins."""
+    def _compose(self, text: str) -> None:
+        """Limits are checked before the composer begins."""
         depth = aliases = 0
         for event in yaml.parse(text, Loader=_Loader):
             depth += isinstance(event, yaml.CollectionStartEvent)
             depth -= isinstance(event, yaml.CollectionEndEvent)
             aliases += isinstance(event, yaml.AliasEvent)
-            if depth > MAX_DEPTH or aliases > MAX_ALIASES:
-                what = f"nested deeper than {MAX_DEPTH} levels" if depth > MAX_DEPTH else f"over {MAX_ALIASES} aliases"
-                self._too_much(what, event)
-        node = yaml.compose(text, Loader=_Loader)
-        if node is None:
-            return
+            if depth > MAX_DEPTH:
+                self._too_much(f"nested deeper than {MAX_DEPTH} levels", self._source(event))
+            if aliases > MAX_ALIASES:
+                self._too_much(f"over {MAX_ALIASES} aliases", self._source(event))
         sources: dict[Path, Source] = {}
-        value = self._value(node, (), None, sources)
+        node = yaml.compose(text, Loader=_Loader)
+        value = None if node is None else self._value(node, (), None, sources)
         if isinstance(value, dict):
             self.document.data, self.document.sources = value, sources
         elif value is not None:
             self._issue("the top level must be a map of keys to values", sources.get(()))
-
-    def syntax_error(self, text: str, error: yaml.MarkedYAMLError | yaml.reader.ReaderError) -> None:
-        """The parser's own complaint, at its place."""
-        if isinstance(error, yaml.MarkedYAMLError):
-            mark = error.problem_mark or error.context_mark
-            at = Source("file", self.document.name, mark.line + 1, mark.column + 1) if mark else None
-            self._issue(f"not valid YAML: {', '.join(filter(None, (error.context, error.problem)))}", at)
-        else:
-            position = error.position if isinstance(error.position, int) else 0
-            self._issue("a control character, which YAML does not allow", self._at(text, position))
 
     def _at(self, text: str, position: int) -> Source:
         line, column = text.count("\n", 0, position) + 1, position - text.rfind("\n", 0, position)
         return Source("file", self.document.name, line, column)
 
     def _value(self, node: yaml.Node, path: Path, key: Any, sources: dict[Path, Source]) -> Any:
-        """The value of a node; what an alias names is met, and built, once more."""
+        """The value of a node; the target of an alias is built again for each use."""
+        source = sources[path] = self._source(node, key)
         self._values += 1
         if self._values > MAX_VALUES:
-            self._too_much(f"more than {MAX_VALUES:,} values, aliases expanded", node)
-        source = sources[path] = self._source(node, key)
+            self._too_much(f"more than {MAX_VALUES:,} values, aliases expanded", self._source(node))
         if id(node) in self._open:
             self._issue("contains itself", source, path)
             return None
+        if node.tag == _PLAIN:
+            return plain_scalar(node.value)
+        allowed = node.tag in ("!", _PREFIX + _USUAL_TAGS[type(node)])
+        if not allowed:
+            shown = node.tag.replace(_PREFIX, "!!")[:60]
+            self._issue(f"the tag {shown} is not allowed; configuration is plain data", source, path, "tag")
         if isinstance(node, yaml.ScalarNode):
-            return self._scalar(node, path, source)
+            return str(node.value) if allowed else None
         if len(self._open) == MAX_DEPTH:
-            self._too_much(f"nested deeper than {MAX_DEPTH} levels, aliases expanded", node)
-        self._refuse_tag(node, path, source)
+            self._too_much(f"nested deeper than {MAX_DEPTH} levels, aliases expanded", self._source(node))
         self._open.add(id(node))
         if isinstance(node, yaml.SequenceNode):
             value: Any = [self._value(item, (*path, i), None, sources) for i, item in enumerate(node.value)]
@@ -194,7 +278,7 @@ class _Builder:
         first: dict[str, Source] = {}
         for key, value in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                self._too_much("a key must be plain text", key, path)
+                self._too_much("a key must be plain text", self._source(key), path)
             name = str(key.value)
             if name == "<<" and key.tag == _PLAIN:
                 below: dict[Path, Source] = {}
@@ -206,34 +290,16 @@ class _Builder:
                 first[name] = self._source(key)
                 items[name] = self._value(value, (*path, name), key, sources)
         for other, below in merged:
-            self._merge(items, other, path, below, sources)
+            if isinstance(other, dict):  # the keys of another map that this one does not have
+                new = other.keys() - items.keys()
+                items |= {name: value for name, value in other.items() if name in new}
+                sources |= {p: source for p, source in below.items() if p != path and p[len(path)] in new}
+            else:
+                self._issue("`<<` takes a map", below[path], path)
         return items
 
-    def _merge(self, items: dict[str, Any], other: Any, path: Path, below: dict[Path, Source], sources: Any) -> None:
-        """`<<`: the keys of another map, where this one does not have them."""
-        if not isinstance(other, dict):
-            self._issue("`<<` takes a map", below[path], path)
-            return
-        new = other.keys() - items.keys()
-        items |= {name: value for name, value in other.items() if name in new}
-        sources |= {p: source for p, source in below.items() if p != path and p[len(path)] in new}
-
-    def _scalar(self, node: yaml.ScalarNode, path: Path, source: Source) -> Any:
-        if node.tag == _PLAIN:
-            return plain_scalar(node.value)
-        if node.tag in ("!", _PREFIX + "str"):
-            return str(node.value)
-        self._refuse_tag(node, path, source)
-        return None
-
-    def _refuse_tag(self, node: yaml.Node, path: Path, source: Source) -> None:
-        usual = _PREFIX + ("seq" if isinstance(node, yaml.SequenceNode) else "map")
-        if node.tag not in ("!", usual):
-            shown = node.tag.replace(_PREFIX, "!!")[:60]
-            self._issue(f"the tag {shown} is not allowed; configuration is plain data", source, path, "tag")
-
-    def _too_much(self, message: str, at: Any, path: Path = ()) -> NoReturn:
-        self._issue(message, self._source(at), path)
+    def _too_much(self, message: str, at: Source, path: Path = ()) -> NoReturn:
+        self._issue(message, at, path)
         raise _TooMuch
 
     def _source(self, node: Any, key: Any = None) -> Source:

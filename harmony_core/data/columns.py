@@ -1,14 +1,15 @@
-"""A row's columns: by which names what is looked for, and what is left over."""
+"""The columns of a row: the names under which each field is looked for, and the columns left for the metadata."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
-from harmony_core.data.kinds import Format
-from harmony_core.data.messages import ANSWER_NAMES, MEDIA_NAMES, USER_NAMES, from_json, kind_of, text_of
+from harmony_core.data import Format
+from harmony_core.data.messages import ANSWER_NAMES, MEDIA_NAMES, USER_NAMES, from_json, json_type, text_of
 from harmony_core.errors import DataError, UsageError, did_you_mean
 
 Line = dict[str, Any]
@@ -32,7 +33,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "media": MEDIA_NAMES,
     "metadata": ("metadata",),
 }
-"""What a row may hold, and the columns in which it is looked for, first name first. The keys of `columns`."""
+"""The fields of a row, and the columns in which each is looked for, first name first. The keys of `columns`."""
 
 Plan = dict[str, tuple[tuple[str, str], ...]]
 """For each of `FIELDS` the usual names that a row's columns have, with the columns; a mapped one under the field's."""
@@ -43,16 +44,16 @@ _PLATFORM = {"id", "created_at", "model_id", "external_data", "labels"}
 
 @dataclass(frozen=True)
 class Reading:
-    """How rows are read: the kind that all must have, what columns and roles mean, which value is the feedback."""
+    """How rows are read: the kind that all must have, the meaning of columns and roles, the value used as feedback."""
 
     kind: Format | None = None
     feedback_key: str | None = None
-    columns: Mapping[str, str | None] = field(default_factory=dict)
-    roles: Mapping[str, str] = field(default_factory=dict)
-    _plans: dict[tuple[str, ...], Plan] = field(default_factory=dict, repr=False, compare=False)
+    columns: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
+    roles: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    _plans: dict[tuple[str, ...], Plan] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     def plan(self, line: Line) -> Plan:
-        """The columns of a row in which each thing may be. Raises DataError for one that `columns` names in vain."""
+        """The columns of a row in which each field may be. Raises DataError if one of `columns` is missing."""
         names = tuple(line)
         if names not in self._plans:
             if len(self._plans) > _MAX_PLANS:
@@ -61,26 +62,24 @@ class Reading:
         return self._plans[names]
 
     def _made(self, names: tuple[str, ...]) -> Plan:
-        mapped = [name for name in self.columns.values() if name is not None]
-        for what, wanted in self.columns.items():
+        for field, wanted in self.columns.items():
             if wanted is not None and wanted not in names:
-                raise DataError(f"has no column '{wanted}' for '{what}'; {did_you_mean(wanted, names)}")
+                raise DataError(f"has no column '{wanted}' for '{field}'; {did_you_mean(wanted, names)}")
         by_known = {name.lower(): name for name in names} | {name: name for name in names}
+        mapped = set(self.columns.values())
         plan: Plan = {}
-        for what, usual in FIELDS.items():
-            if what in self.columns:
-                chosen = self.columns[what]
-                plan[what] = () if chosen is None else ((what, chosen),)
-            else:
-                found = [(known, by_known[known]) for known in usual if known in by_known]
-                plan[what] = tuple((known, name) for known, name in found if name not in mapped)
+        for field, usual in FIELDS.items():
+            pairs = [(known, by_known[known]) for known in usual if known in by_known]
+            plan[field] = tuple((known, name) for known, name in pairs if name not in mapped)
+            if field in self.columns:
+                plan[field] = tuple((field, chosen) for chosen in [self.columns[field]] if chosen is not None)
         return plan
 
 
 def check_columns(columns: Mapping[str, str | None]) -> None:
-    """Raises UsageError for a key that is none of `FIELDS`."""
-    for name in columns.keys() - FIELDS.keys():
-        raise UsageError(f"columns: there is no '{name}'", hint=f"there is: {', '.join(FIELDS)}")
+    """Raises UsageError for a key that is not in `FIELDS`."""
+    if unknown := columns.keys() - FIELDS.keys():
+        raise UsageError(f"columns: there is no '{min(unknown)}'", hint=f"there is: {', '.join(FIELDS)}")
 
 
 class Row:
@@ -92,16 +91,14 @@ class Row:
         self.plan = reading.plan(line)
         self.taken: set[str] = set()
 
-    def name(self, what: str, among: tuple[str, ...] | None = None) -> str | None:
+    def name(self, field: str, among: tuple[str, ...] | None = None) -> str | None:
         """The first column that holds something and is not null; `among` usual names only, or the one mapped to it."""
-        for known, name in self.plan[what]:
-            if self.line[name] is not None and (among is None or known in among or known == what):
-                return name
-        return None
+        usual = [name for known, name in self.plan[field] if among is None or known in among or known == field]
+        return next((name for name in usual if self.line[name] is not None), None)
 
-    def get(self, what: str) -> Any:
+    def get(self, field: str) -> Any:
         """The value, or None."""
-        name = self.name(what)
+        name = self.name(field)
         return None if name is None else self.line[name]
 
     def take(self, name: str) -> Any:
@@ -109,28 +106,27 @@ class Row:
         self.taken.add(name)
         return unpacked(self.line[name], name)
 
-    def text(self, what: str) -> str:
-        """The text of a column, taken; "" where there is none. Raises DataError for anything else."""
-        name = self.name(what)
+    def text(self, field: str) -> str:
+        """Take a column and return its text; "" for a missing one. Raises DataError for a value that is not text."""
+        name = self.name(field)
         return "" if name is None else text_of(self.take(name), name)
 
-    def object(self, what: str) -> Line:
-        """The object of a column, {} where there is none. Raises DataError for anything else."""
-        name = self.name(what)
+    def object(self, field: str) -> Line:
+        """The object in a column; {} for a missing one. Raises DataError for a value that is not an object."""
+        name = self.name(field)
         return {} if name is None else as_object(self.line[name], name)
 
     def metadata(self) -> Line:
-        """What was not taken, under its names; the column `metadata` is spread. Raises DataError for a name twice."""
+        """The columns not taken, and the fields of the column `metadata`. Raises DataError for conflicting names."""
         name = self.name("metadata")
         own = self.line[name] if name is not None else None
         if name is None or not isinstance(own, dict):
             return {column: value for column, value in self.line.items() if column not in self.taken}
-        if own.keys() <= _PLATFORM and {"id", "created_at"} <= own.keys():
+        if {"id", "created_at"} <= own.keys() <= _PLATFORM:
             labels = {"labels": own["labels"]} if own.get("labels") else {}
             own = as_object(own.get("external_data"), "metadata.external_data") | labels
         rest = {c: value for c, value in self.line.items() if c not in self.taken and c != name}
-        twice = [c for c in rest.keys() & own.keys() if rest[c] != own[c]]
-        if twice:
+        if twice := [c for c in rest.keys() & own.keys() if rest[c] != own[c]]:
             raise DataError(f"'{min(twice)}' is a column and stands in '{name}' with another value: rename one")
         return own | rest
 
@@ -138,7 +134,7 @@ class Row:
 def unpacked(value: Any, name: str, sure: bool = False) -> Any:
     """A list or object that stands in the column as JSON text, as CSV files have it, if it is one of messages.
 
-    `sure`: it is, whatever it looks like. Raises DataError for what Python prints in place of JSON.
+    `sure` decodes every list and object. Raises DataError for a list as Python prints it.
     """
     if not isinstance(value, str) or value[:1] not in ("[", "{"):
         return value
@@ -156,7 +152,7 @@ def as_object(value: Any, name: str) -> Line:
     if isinstance(value, str) and value[:1] == "{":
         value = from_json(value, value)
     if value is not None and not isinstance(value, dict):
-        raise DataError(f"'{name}' must be an object, not {kind_of(value)}")
+        raise DataError(f"'{name}' must be an object, not {json_type(value)}")
     return value or {}
 
 
@@ -203,9 +199,9 @@ _FOREIGN: tuple[tuple[tuple[str, ...], str, str], ...] = (
 
 def refuse_foreign(line: Mapping[str, Any], answered: bool = False) -> None:
     """Raises DataError for a row of a format that is not read; `answered`: though it seems to have an answer."""
-    for columns, what, how in _FOREIGN[:4] if answered else _FOREIGN:
+    for columns, format, how in _FOREIGN[:4] if answered else _FOREIGN:
         if all(column in line for column in columns) and any(line[column] is not None for column in columns):
-            raise DataError(f"holds {what} ({', '.join(columns)}): {how}")
+            raise DataError(f"holds {format} ({', '.join(columns)}): {how}")
 
 
 def refuse_unanswered(line: Mapping[str, Any], pair: bool) -> NoReturn:
@@ -238,16 +234,13 @@ def refuse_unknown(line: Mapping[str, Any]) -> NoReturn:
 
 def _suggestion(line: Iterable[str], wanted: tuple[str, ...]) -> str:
     """Names a column that looks like a misspelt one of those that are wanted."""
-    for name in line:
-        meant = get_close_matches(name, wanted, 1, 0.8) if name not in wanted and len(name) <= 40 else []
-        if meant:
-            return f" ('{name}': did you mean {meant[0]}?)"
-    return ""
+    unknown = [name for name in line if name not in wanted and len(name) <= 40]
+    pairs = [(name, meant) for name in unknown for meant in get_close_matches(name, wanted, 1, 0.8)]
+    return f" ('{pairs[0][0]}': did you mean {pairs[0][1]}?)" if pairs else ""
 
 
 def _example(line: Mapping[str, Any]) -> str:
     """How `columns` may be written for this row."""
     texts = [name for name, value in line.items() if isinstance(value, str) and len(name) <= 40]
-    if len(texts) < 2:
-        return ""
-    return f"; say which column holds what, as in columns: {{user: {texts[0]}, assistant: {texts[1]}}}"
+    example = "; say which column holds what, as in columns: {{user: {}, assistant: {}}}"
+    return example.format(*texts) if len(texts) > 1 else ""

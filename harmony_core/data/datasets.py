@@ -1,24 +1,34 @@
-"""Datasets: files of rows as threads, and the shuffled iterator that training takes samples from."""
+"""Datasets: the rows of files and of the Hugging Face hub as threads, and the shuffled iterator that training reads.
+
+A dataset of the hub (`hf:owner/name[@revision][:config][:split]`) is read by the `datasets` library, which treats its
+files as data and runs no code of theirs. The commit that a revision means is looked up once and noted in the home,
+beside the files of that commit: a later run reads the same rows, and needs no network.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import logging
+import os
+import re
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 import msgspec
 
+from harmony_core.data import Format
 from harmony_core.data import files as dataset_files
 from harmony_core.data.columns import Line, Reading, check_columns
-from harmony_core.data.files import RowFile, Threads, as_lines, open_rows, paths_of
-from harmony_core.data.hub import hub_rows, is_hub_name
-from harmony_core.data.kinds import Format
-from harmony_core.data.messages import kind_of, read_messages
+from harmony_core.data.files import SUFFIXES, RowFile, Threads, as_lines, numbered, open_rows, paths_of
+from harmony_core.data.messages import json_type, read_messages
 from harmony_core.data.shapes import read_row, thread_of
-from harmony_core.errors import DataError
+from harmony_core.errors import DataError, NotFoundError, ResourceError, UsageError, VerificationError, did_you_mean
+from harmony_core.home import Home
+from harmony_core.plain_files import read_json, write_json
+from harmony_core.registry.sources import hub_errors
 from harmony_core.text.row_lengths import Drops
 from harmony_core.text.threads import StringThread
 
@@ -28,6 +38,9 @@ MAX_REPORTED = 20
 HELD_ROWS = 50_000
 """A dataset of more rows, or more than `HELD_BYTES` of text, is not held in memory."""
 HELD_BYTES = 64 * 1024 * 1024
+
+_PART = r"[A-Za-z0-9][\w.-]{0,95}"
+_SOURCE = re.compile(rf"hf:({_PART}/{_PART})(?:@([\w./-]{{1,200}}))?(?::([\w.-]+))?(?::([\w.-]+))?")
 
 T = TypeVar("T")
 
@@ -64,7 +77,7 @@ def load_threads(
 
 
 class _Loading:
-    """Reads every row once: what the first one decides, where each lies, and the threads while they are few."""
+    """Reads every row once. Keeps the first row's shape, the place of each row, and the threads while they are few."""
 
     def __init__(self, reading: Reading, max_refused: int) -> None:
         self._reading = reading
@@ -110,7 +123,7 @@ class _Loading:
         return read_row(_parse(data), self._reading).thread
 
     def _read(self, number: int, data: bytes) -> StringThread | None:
-        """The row's thread; None where none is held and its like have shown that it can be read."""
+        """The row's thread; None for a row that is not held and passes the quick check of `_plain_rows`."""
         if len(data) > dataset_files.MAX_LINE_BYTES:
             raise DataError(f"longer than {dataset_files.MAX_LINE_BYTES} bytes; not read further")
         if self.threads is None and self._is_plain is not None and self._is_plain(data):
@@ -137,7 +150,7 @@ def _parse(data: bytes) -> Line:
     except (msgspec.DecodeError, RecursionError) as error:
         raise DataError(f"not JSON: {str(error).removeprefix('JSON is malformed: ')}") from None
     if not isinstance(line, dict):
-        raise DataError(f"must be one JSON object, not {kind_of(line)}")
+        raise DataError(f"must be one JSON object, not {json_type(line)}")
     return line
 
 
@@ -156,10 +169,10 @@ _LAST = {"completions": ("assistant", "gpt"), "prompts": ("user", "human")}
 
 
 def _plain_rows(line: Line, shape: str, kind: Format, reading: Reading) -> Callable[[bytes], bool] | None:
-    """A function that says of a row's JSON whether the row is surely read, with the shape and kind that this row has.
+    """A quick check of a row's JSON: true only for rows that can be read and have the shape and kind of this row.
 
-    Most rows of a large file are lists of plain messages: these are checked while they are decoded. It may say no to
-    rows that are read, too. None if that depends on more than the messages: on another column, or a feedback's value.
+    Most rows of a large file are lists of plain messages: these are checked while they are decoded. Other rows fail
+    the check and are read in full. None if it depends on more than the messages: on another column, or a feedback.
     """
     plan = reading.plan(line)
     if shape not in _SHAPES or len(plan["messages"]) != 1 or sum(map(len, plan.values())) != 1 or reading.roles:
@@ -203,7 +216,7 @@ class DataSet(Generic[T]):
         self.seed = seed
         self.idx = 0
         self.drops = Drops()
-        """What became of the samples, as far as those who train on them say so."""
+        """Counts of samples that training classes dropped, by reason."""
         self.rng = np.random.default_rng(seed)
         self.access_indices: list[int] = self.rng.permutation(len(threads)).tolist()
 
@@ -275,11 +288,11 @@ def convert_sample_dict(
             ]
         except (KeyError, TypeError, IndexError, AttributeError) as error:
             raise DataError(f"a sample has no turns of the expected shape: {error!r}") from None
-        said = read_messages(turns, turns_key or "turns", {})
-        while trim_final_assistant_turns and said and said[-1].turn.role == "assistant":
-            said.pop()
+        parsed = read_messages(turns, turns_key or "turns", {})
+        while trim_final_assistant_turns and parsed and parsed[-1].turn.role == "assistant":
+            parsed.pop()
         rest = {} if turns_key is None else {key: value for key, value in sample.items() if key != turns_key}
-        return thread_of(said, 1.0, rest)
+        return thread_of(parsed, 1.0, rest)
 
     return convert
 
@@ -287,3 +300,101 @@ def convert_sample_dict(
 def load_from_hf(repo: str, split: str, convert_sample_fn: Callable[..., StringThread]) -> list[StringThread]:
     """Every sample of a split of a Hugging Face dataset. Raises ResourceError without the `datasets` package."""
     return [convert_sample_fn(sample) for _, sample in hub_rows(f"hf:{repo}:{split}")]
+
+
+def is_hub_name(source: object) -> bool:
+    """Whether a dataset's name means one of the hub."""
+    return isinstance(source, str) and source.startswith("hf:")
+
+
+def check_hub_name(source: str) -> re.Match[str]:
+    """The parts of a name. Raises UsageError, and ResourceError without the library."""
+    if not (match := _SOURCE.fullmatch(source)):
+        raise UsageError(f"{source[:200]!r} is no dataset of the hub", hint="hf:owner/name[@revision][:config][:split]")
+    if importlib.util.find_spec("datasets") is None:
+        raise ResourceError(f"{source} needs the datasets package", hint="pip install 'harmony-core[data]'")
+    return match
+
+
+def hub_rows(source: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows of one split by their number from 1.
+
+    Raises NotFoundError, DataError, UsageError, ResourceError (network, offline, disk).
+    """
+    name, revision, first, second = check_hub_name(source).groups()
+    home = Home.open().path / "datasets"
+    pin = _pinned(home, source, name, revision, first, second)
+    split = second or (first if first != pin["config"] else None)
+    library = importlib.import_module("datasets")
+    library.disable_progress_bars()
+    try:
+        named = {"data_files": pin["files"]} if pin["files"] else {"name": pin["config"]}
+        splits = library.load_dataset(str(home / pin["directory"]), **named, cache_dir=str(home / "tables"))
+    except (library.exceptions.DatasetsError, ValueError, OSError) as error:
+        raise DataError(f"{source}: cannot be read: {(str(error).splitlines() or [''])[0][:300]}") from error
+    if split is None and len(splits) > 1:
+        raise NotFoundError(f"{source} has several splits: {', '.join(splits)}", hint=f"{source}:{next(iter(splits))}")
+    if split is not None and split not in splits:
+        raise NotFoundError(f"{source} has no split '{split}'", hint=did_you_mean(split, splits))
+    return numbered(splits[split or next(iter(splits))].data.to_batches())
+
+
+def _pinned(
+    home: Path, source: str, name: str, revision: str | None, first: str | None, second: str | None
+) -> dict[str, Any]:
+    """Directory, config and its files by split; fetched when this is asked for the first time."""
+    from huggingface_hub import DatasetCard, HfApi
+
+    note = home / "pins" / f"{name}@{revision or 'main'}.json".replace("/", "--")
+    known: dict[str, Any] = read_json(note) if note.is_file() else {"parts": {}}
+    asked = ":".join(part for part in (first, second and "*") if part)
+    pin: dict[str, Any] = known["parts"].get(asked)
+    if pin and (home / pin["directory"]).is_dir():
+        return pin
+    api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
+    with hub_errors(name, revision, "dataset"):
+        info = api.dataset_info(name, revision=known.get("commit", revision))
+        where: dict[str, Any] = {"repo_type": "dataset", "revision": info.sha, "cache_dir": home / "files"}
+        configs = []
+        if any(sibling.rfilename == "README.md" for sibling in info.siblings or ()):
+            card = DatasetCard.load(Path(api.hf_hub_download(name, "README.md", **where)), ignore_metadata_errors=True)
+            configs = [config for config in _listed(card.data.get("configs") or []) if isinstance(config, dict)]
+        paths = [path for config in configs for files in _files_of(config).values() for path in files]
+        paths += [str(config.get("data_dir", "")) for config in configs]
+        if outside := [path for path in paths if path.startswith("/") or ".." in path or ":" in path]:
+            raise VerificationError(f"{source}: its card names {outside[0][:80]!r}, which is no file of the dataset")
+        config = _config_of(configs, source, first, second)
+        files = _files_of(config)
+        wanted = [path for paths in files.values() for path in paths] or [f"*{suffix}*" for suffix in SUFFIXES]
+        directory = Path(api.snapshot_download(name, allow_patterns=["README.md", *wanted], **where))
+    pin = {"directory": str(directory.relative_to(home)), "config": config.get("config_name"), "files": files}
+    note.parent.mkdir(parents=True, exist_ok=True)
+    write_json(note, {"commit": info.sha, "parts": known["parts"] | {asked: pin}})
+    return pin
+
+
+def _config_of(configs: list[dict[str, Any]], source: str, first: str | None, second: str | None) -> dict[str, Any]:
+    """The config of a dataset's card that is asked for; {} for a card without configs. Raises NotFoundError."""
+    by_name = {str(config.get("config_name")): config for config in configs}
+    if first in by_name:
+        return by_name[str(first)]
+    if second is not None and first != "default":
+        raise NotFoundError(f"{source} has no config '{first}'", hint=did_you_mean(str(first), by_name))
+    usual = [config for config in configs if len(configs) == 1 or config.get("default")] or [by_name.get("default", {})]
+    if configs and not usual[0]:
+        names = list(by_name)
+        raise NotFoundError(f"{source} has several configs: {', '.join(names)}", hint=f"name one, as in ...:{names[0]}")
+    return usual[0]
+
+
+def _files_of(config: dict[str, Any]) -> dict[str, list[str]]:
+    """The files of each split, as a card names them; {} where it does not."""
+    splits: dict[str, list[str]] = {}
+    for file in _listed(config.get("data_files") or []):
+        entry = file if isinstance(file, dict) else {"path": file}
+        splits.setdefault(str(entry.get("split", "train")), []).extend(map(str, _listed(entry.get("path"))))
+    return splits
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]

@@ -1,13 +1,17 @@
-"""Files of rows: JSON lines as they lie on the disk; all others are written as JSON lines first.
+"""Files of rows: JSON lines, CSV, Parquet and Arrow (by pyarrow), each optionally gzipped.
 
-They go into a file that has no name and ends with the process. So any row can be read again, and none stays in memory.
+JSON lines are read where they are. Other formats are first written as JSON lines into an unnamed temporary file, so
+that any row can be read again without holding the rows in memory.
 """
 
 from __future__ import annotations
 
 import contextlib
+import csv
 import gzip
 import hashlib
+import importlib
+import io
 import mmap
 import os
 import re
@@ -23,14 +27,13 @@ from typing import IO, Any, overload
 import msgspec
 
 from harmony_core.data.columns import Line
-from harmony_core.data.tables import arrow_rows, csv_rows, parquet_rows
-from harmony_core.errors import DataError, NotFoundError, did_you_mean, storing
+from harmony_core.errors import DataError, NotFoundError, ResourceError, did_you_mean, storing
 from harmony_core.home import Home
 from harmony_core.text.threads import StringThread
 
 MAX_LINE_BYTES = 16 * 1024 * 1024
 MAX_UNPACKED_RATIO = 200
-"""Text compresses to a tenth, seldom to less; what grows more is refused beyond `LEAST_UNPACKED_BYTES`."""
+"""Text compresses to about a tenth; a file that grows more than this is refused beyond `LEAST_UNPACKED_BYTES`."""
 LEAST_UNPACKED_BYTES = 1024**3
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv", ".arrow", ".feather")
 _OTHER_SUFFIXES = ("", ".md", ".py", ".yaml", ".yml", ".lock")
@@ -40,6 +43,81 @@ _SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval)(?=$|[-_.\d])", 
 _PACKED = {b"\x28\xb5\x2f\xfd": "zstd -d", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"PK\x03\x04": "unzip"}
 _READ_BYTES = 16 * 1024
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_BATCH_ROWS = 256
+_MAX_GROUP_BYTES = 8 * 1024**3
+"""Of a row group, as its file declares them: it is unpacked whole."""
+
+Rows = Iterator[tuple[int, dict[str, Any]]]
+"""Rows by their number from 1."""
+
+
+def csv_rows(file: IO[bytes], origin: str, separator: str, limit: int) -> Rows:
+    """All cells are text; an empty one is null. The number is the line on which the row ends. Raises DataError."""
+    csv.field_size_limit(limit)
+    text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+    reader = csv.reader(text, delimiter=separator, strict=True)
+    try:
+        names = next(reader, [])
+        if len(set(names)) < len(names):
+            raise DataError(f"{origin}:1: two columns have one name")
+        for cells in reader:
+            if len(cells) > len(names) or (cells and len(cells) < len(names)):
+                raise DataError(f"{origin}:{reader.line_num}: has {len(cells)} cells for {len(names)} columns")
+            if cells:
+                yield reader.line_num, dict(zip(names, (cell or None for cell in cells), strict=True))
+    except csv.Error as error:
+        raise DataError(f"{origin}:{reader.line_num}: not CSV: {error}") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{origin}:{reader.line_num}: not UTF-8: {error.reason}") from None
+    finally:
+        text.detach()  # the file is the caller's to close
+
+
+def table_rows(file: IO[bytes], origin: str) -> Rows:
+    """Of a Parquet file, an Arrow file (mapped into memory) or an Arrow stream.
+
+    Raises DataError, and ResourceError without pyarrow.
+    """
+    try:
+        arrow, parquet = importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
+    except ModuleNotFoundError:
+        raise ResourceError("Parquet and Arrow files need pyarrow", hint="pip install 'harmony-core[data]'") from None
+    head = file.read(6)
+    file.seek(0)
+    format = "Parquet" if head.startswith(b"PAR1") else "Arrow"
+    try:
+        source = arrow.memory_map(origin) if format == "Arrow" and file.name == origin else file
+        if format == "Parquet":
+            table = parquet.ParquetFile(source)
+            groups = (table.metadata.row_group(index) for index in range(table.num_row_groups))
+            if any(group.total_byte_size > _MAX_GROUP_BYTES for group in groups):
+                raise DataError(f"{origin}: has a row group of more than {_MAX_GROUP_BYTES} bytes: write smaller ones")
+            batches = table.iter_batches(batch_size=_BATCH_ROWS)
+        elif head == b"ARROW1":
+            reader = arrow.ipc.open_file(source)
+            batches = (reader.get_batch(index) for index in range(reader.num_record_batches))
+        else:
+            batches = iter(arrow.ipc.open_stream(source))
+        yield from numbered(batches)
+    except (arrow.ArrowException, OSError, ValueError) as error:
+        raise DataError(f"{origin}: not {format}, or damaged: {str(error).splitlines()[0][:200]}") from None
+
+
+def numbered(batches: Iterable[Any]) -> Rows:
+    """The rows of Arrow's batches, without the nulls inside objects: in a table each has the fields of all."""
+    number = 0
+    for batch in batches:
+        batch.validate(full=True)  # offsets of a damaged file point anywhere
+        for start in range(0, batch.num_rows, _BATCH_ROWS):
+            for row in batch.slice(start, _BATCH_ROWS).to_pylist():
+                number += 1
+                yield number, {name: _without_nulls(value) for name, value in row.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nulls(inner) for name, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 class RowFile:
@@ -117,7 +195,7 @@ def _suffix(path: Path) -> str:
 
 
 def open_rows(path: Path) -> RowFile:
-    """The rows of a file, whose kind its first bytes and its suffix tell. Raises DataError, ResourceError."""
+    """The rows of a file. Its first bytes and its suffix decide the format. Raises DataError, ResourceError."""
     if not path.is_file():
         raise DataError(f"{path}: is neither a file nor a directory")
     try:
@@ -138,15 +216,15 @@ def _rows_of(file: IO[bytes], path: Path) -> RowFile:
     for magic, command in _PACKED.items():
         if head.startswith(magic):
             raise DataError(f"{path}: is compressed in a way that is not read (gzip is): {command} {path.name}")
-    if head.startswith(b"PAR1"):
-        return as_lines(origin, parquet_rows(file, origin))
-    if head.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
-        return as_lines(origin, arrow_rows(file, origin))
-    if suffix in (".csv", ".tsv"):
-        return as_lines(origin, csv_rows(file, origin, "\t" if suffix == ".tsv" else ",", MAX_LINE_BYTES))
-    if _is_array(file, path):
-        return as_lines(origin, _items(file, origin))
-    return RowFile(origin, file)
+    if head.startswith((b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")):
+        rows: Iterable[tuple[int, Any]] = table_rows(file, origin)
+    elif suffix in (".csv", ".tsv"):
+        rows = csv_rows(file, origin, "\t" if suffix == ".tsv" else ",", MAX_LINE_BYTES)
+    elif _is_array(file, path):
+        rows = _items(file, origin)
+    else:
+        return RowFile(origin, file)
+    return as_lines(origin, rows)
 
 
 def as_lines(origin: str, rows: Iterable[tuple[int, Any]]) -> RowFile:

@@ -1,7 +1,7 @@
 """Lists of messages, in the forms in which people write them, as turns.
 
 A message is `{"role", "content"}`, ShareGPT's `{"from", "value"}` or `[role, content]`; a list may also hold questions
-with their answers (`{"input", "output"}`) or texts that take turns. Reasons never repeat what a message says.
+with their answers (`{"input", "output"}`) or texts that take turns. Error messages never quote the contents.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ROLES = {
     **dict.fromkeys(("tool", "function", "observation", "tool_response", "function_response", "ipython"), "tool"),
     **dict.fromkeys(("function_call", "tool_call"), "function_call"),
 }
-"""The role that each name of a role means; `function_call` is a turn of the assistant whose text is the call."""
+"""The role for each name of a role; `function_call` is a turn of the assistant whose text is the call."""
 
 USER_NAMES = ("prompt", "instruction", "question", "problem", "query", "user", "human", "input")
 ANSWER_NAMES = ("completion", "output", "response", "solution", "answer", "assistant")
@@ -44,23 +44,23 @@ _PART_FIELDS = {"type", "text", "call_id", "name", "arguments", "content", "url"
 _PART_FIELDS |= {"thinking", "id", "input", "tool_use_id"}
 
 
-class Said(NamedTuple):
-    """One turn of weight 0, what it says of its own weight, and the fields that nothing reads."""
+class ParsedMessage(NamedTuple):
+    """One turn of weight 0, the weight that its message sets, and the message's fields that are not read."""
 
     turn: Turn
-    mark: float | None = None
+    weight: float | None = None
     unread: dict[str, Any] = {}  # noqa: RUF012  never changed
 
 
-def read_messages(raw: Sequence[Any], where: str, roles: Mapping[str, str]) -> list[Said]:
-    """The turns that a list holds. `roles` says what further names of roles mean. Raises DataError."""
-    said: list[Said] = []
+def read_messages(raw: Sequence[Any], where: str, roles: Mapping[str, str]) -> list[ParsedMessage]:
+    """The turns of a list of messages. `roles` maps further names of roles to roles. Raises DataError."""
+    parsed: list[ParsedMessage] = []
     texts = all(isinstance(text, str) for text in raw) and bool(raw) and raw[0].lower() not in ROLES
     for index, message in enumerate(raw):
         if type(message) is dict and len(message) == 2:
             role, content = message.get("role"), message.get("content")
             if role in _PLAIN and type(content) is str and "<" not in content:  # as most are
-                said.append(Said(Turn(role, (Text(content),), 0.0)))
+                parsed.append(ParsedMessage(Turn(role, (Text(content),), 0.0)))
                 continue
         place = f"{where}[{index}]"
         if isinstance(message, str) and texts:
@@ -68,32 +68,30 @@ def read_messages(raw: Sequence[Any], where: str, roles: Mapping[str, str]) -> l
         elif isinstance(message, list | tuple) and len(message) == 2:
             message = {"role": message[0], "content": message[1]}
         if not isinstance(message, dict):
-            raise DataError(f"'{place}' must be an object with 'role' and 'content', not {kind_of(message)}")
+            raise DataError(f"'{place}' must be an object with 'role' and 'content', not {json_type(message)}")
         if message.get("role", message.get("from")) is None:
             asked, answer = (next((n for n in names if n in message), "") for names in (USER_NAMES, ANSWER_NAMES))
             if asked and answer:
                 rest = {name: value for name, value in message.items() if name not in (asked, answer)}
-                said += _read_message({"role": "user", "content": message[asked]}, f"{place}.{asked}", roles)
+                parsed += _read_message({"role": "user", "content": message[asked]}, f"{place}.{asked}", roles)
                 message = {"role": "assistant", "content": message[answer], **rest}
-        said += _read_message(message, place, roles)
-    return said
+        parsed += _read_message(message, place, roles)
+    return parsed
 
 
-def _read_message(message: dict[str, Any], where: str, roles: Mapping[str, str]) -> list[Said]:
+def _read_message(message: dict[str, Any], where: str, roles: Mapping[str, str]) -> list[ParsedMessage]:
     role_name = "from" if message.get("role") is None and "from" in message else "role"
     content_name = "value" if message.get("content") is None and "value" in message else "content"
     if message.get(role_name) is None:
         raise DataError(f"'{where}.{role_name}' is {'null' if role_name in message else 'missing'}")
     role, content = role_of(message[role_name], where, roles), message.get(content_name)
-    if len(message) == 2 and isinstance(content, str) and role not in ("tool", "function_call"):
-        return [Said(Turn(role, (text_fragment(content, where),), 0.0))]
     if shown := next((name for name in MEDIA_NAMES if message.get(name)), None):
         raise DataError(f"'{where}.{shown}' {MEDIA}")
-    names = [name for name in message if name not in _READ and name not in (role_name, content_name)]
-    unread = {name: message[name] for name in names if message[name] is not None}
+    read = {role_name, content_name, *_READ}
+    unread = {name: value for name, value in message.items() if name not in read and value is not None}
     thoughts = _reasoning(message, where)
-    called = [name for name in ("tool_calls", "function_call") if message.get(name)]
-    calls = [call for name in called for call in calls_in(message[name], f"{where}.{name}")]
+    told = [(name, message[name]) for name in ("tool_calls", "function_call") if message.get(name)]
+    calls = [call for name, raw in told for call in calls_in(raw, f"{where}.{name}")]
     if role == "function_call":
         role, calls, content = "assistant", [*calls, *calls_in(content, f"{where}.{content_name}")], ""
     elif content is None and not calls and not thoughts:
@@ -104,19 +102,19 @@ def _read_message(message: dict[str, Any], where: str, roles: Mapping[str, str])
     if role == "tool" and not any(isinstance(part, ToolResponse) for part in parts):
         call_id, name = (text_of(unread.pop(n, None), f"{where}.{n}") or None for n in ("tool_call_id", "name"))
         parts = [ToolResponse(call_id, _joined(parts), name)]
-    before = []
-    if role == "user" and (answers := tuple(part for part in parts if isinstance(part, ToolResponse))):
-        before = [Said(Turn("tool", answers, 0.0))]  # as Anthropic writes what a tool answered
-        parts = [part for part in parts if part not in answers]
-    if parts or thoughts or calls or not before:
-        before.append(Said(Turn(role, (*thoughts, *parts, *calls), 0.0), weight_of(message, f"{where}."), unread))
-    return before
+    # Anthropic writes what a tool answered into the user's turn.
+    answers = tuple(part for part in parts if isinstance(part, ToolResponse)) if role == "user" else ()
+    own = (*thoughts, *(part for part in parts if part not in answers), *calls)
+    tool = [ParsedMessage(Turn("tool", answers, 0.0))] if answers else []
+    if tool and not own:
+        return tool
+    return [*tool, ParsedMessage(Turn(role, own, 0.0), weight_of(message, f"{where}."), unread)]
 
 
 def role_of(name: Any, where: str, roles: Mapping[str, str]) -> str:
-    """What a name of a role means. Raises DataError for one that is not known."""
+    """The role for a name. Raises DataError for an unknown name."""
     if not isinstance(name, str):
-        raise DataError(f"'{where}': a turn's role must be a string, not {kind_of(name)}")
+        raise DataError(f"'{where}': a turn's role must be a string, not {json_type(name)}")
     known = roles.get(name) or ROLES.get(name) or ROLES.get(name.lower())
     if known is None:
         shown = name if re.fullmatch(r"[\w .-]{1,40}", name) else "..."
@@ -128,31 +126,27 @@ def role_of(name: Any, where: str, roles: Mapping[str, str]) -> str:
 
 
 def weight_of(fields: Mapping[str, Any], where: str = "") -> float | None:
-    """What a message or row says of its weight; None for nothing. Raises DataError for what cannot be honoured."""
+    """The weight that a message or row sets, if it sets one. Raises DataError for a weight that cannot be applied."""
     weight = None
-    for name in WEIGHT_NAMES:
-        value = fields.get(name)
-        if value is None:
-            continue
+    for name, value in [(name, fields[name]) for name in WEIGHT_NAMES if fields.get(name) is not None]:
         scale = name in WEIGHT_NAMES[:2]
         if not isinstance(value, int | float) or not 0 <= value <= 1e6 or (not scale and value not in (0, 1)):
             raise DataError(f"'{where}{name}' must be {'a weight, 0 or more' if scale else 'true or false'}")
         weight = float(value) if weight is None else weight * value
-    for name in _MASK_NAMES:
-        if fields.get(name):
-            raise DataError(f"'{where}{name}' is not read: a turn is trained whole, with one 'weight'")
+    if masked := next((name for name in _MASK_NAMES if fields.get(name)), ""):
+        raise DataError(f"'{where}{masked}' is not read: a turn is trained whole, with one 'weight'")
     return weight
 
 
 def text_of(value: Any, where: str) -> str:
     """Text, "" for null. Raises DataError for anything else."""
     if value is not None and not isinstance(value, str):
-        raise DataError(f"'{where}' must be text, not {kind_of(value)}")
+        raise DataError(f"'{where}' must be text, not {json_type(value)}")
     return value or ""
 
 
 def from_json(text: str, otherwise: Any) -> Any:
-    """What JSON says, or `otherwise` for what is none."""
+    """The value of JSON text; `otherwise` for text that is not JSON."""
     try:
         return msgspec.json.decode(text)
     except (msgspec.DecodeError, RecursionError):
@@ -178,10 +172,10 @@ def _call(raw: Any, where: str) -> FunctionCall:
 
 
 def _reasoning(message: Mapping[str, Any], where: str) -> list[AnyFragment]:
-    said = {text_of(message.get(name), f"{where}.{name}") for name in _REASONING_NAMES} - {""}
-    if len(said) > 1:
+    thoughts = {text_of(message.get(name), f"{where}.{name}") for name in _REASONING_NAMES} - {""}
+    if len(thoughts) > 1:
         raise DataError(f"'{where}' has two different thoughts among {', '.join(_REASONING_NAMES)}")
-    return [Reasoning(text) for text in said]
+    return [Reasoning(text) for text in thoughts]
 
 
 def text_fragment(content: str, where: str) -> Text:
@@ -195,7 +189,9 @@ def _fragments(content: Any, where: str) -> list[AnyFragment]:
     if isinstance(content, str):
         return [text_fragment(content, where)]
     if not isinstance(content, list):
-        raise DataError(f"'{where}': the content of a turn must be text or a list of fragments, not {kind_of(content)}")
+        raise DataError(
+            f"'{where}': the content of a turn must be text or a list of fragments, not {json_type(content)}"
+        )
     try:
         return [_fragment(part, where) for part in content]
     except HarmonyError as error:
@@ -212,8 +208,8 @@ def _fragment(part: Any, where: str) -> AnyFragment:
     if kind == "tool_use":
         return _call({**part, "arguments": part.get("input")}, where)
     if kind == "tool_result":
-        said = _joined(_fragments(part.get("content") or "", where))
-        return ToolResponse(text_of(part.get("tool_use_id"), f"{where}.tool_use_id") or None, said)
+        call_id = text_of(part.get("tool_use_id"), f"{where}.tool_use_id") or None
+        return ToolResponse(call_id, _joined(_fragments(part.get("content") or "", where)))
     if kind in _MEDIA_PARTS or (kind == "image" and "url" not in part):
         raise DataError(f"a part of type '{kind}' {MEDIA}")
     return from_public(part)
@@ -225,7 +221,7 @@ def _joined(parts: Sequence[AnyFragment]) -> str:
     return "".join(part.text for part in parts if isinstance(part, Text))
 
 
-def kind_of(value: Any) -> str:
-    """What JSON calls a value's type."""
+def json_type(value: Any) -> str:
+    """The JSON name of a value's type."""
     names = {dict: "an object", list: "an array", str: "text", bool: "a boolean", type(None): "null"}
     return names.get(type(value), "a number")

@@ -1,6 +1,6 @@
-"""One row of a dataset as a thread: its shape and kind, what of it is trained, and every way in which it can be wrong.
+"""The formats of rows: a row of a dataset as a thread, with its shape, its kind, and the weights of its turns.
 
-What becomes no turn goes to the thread's metadata under its name. Reasons never repeat a row's content.
+Columns that become no turn go to the thread's metadata under their names. Error messages never quote a row's content.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from harmony_core.data import Format
 from harmony_core.data.columns import (
     FIELDS,
     Line,
@@ -20,13 +21,12 @@ from harmony_core.data.columns import (
     scalar,
     unpacked,
 )
-from harmony_core.data.kinds import Format
 from harmony_core.data.messages import (
     MEDIA,
-    Said,
+    ParsedMessage,
     calls_in,
     from_json,
-    kind_of,
+    json_type,
     read_messages,
     text_fragment,
     text_of,
@@ -38,7 +38,7 @@ from harmony_core.text.turns import Reasoning, Text
 
 _SHAPES = {"prompt": "prompt/completion", "instruction": "Alpaca"}
 _ANSWERS_OF_PROMPTS = ("completion", "response", "output", "assistant")
-"""Beside a prompt, `answer` and `solution` are mostly what a grader compares with: they are metadata."""
+"""Beside a prompt, `answer` and `solution` are usually a grader's reference: they stay metadata."""
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 _TRANSCRIPT = re.compile(r"\n\n(Human|Assistant):[ ]?")
 _TEMPLATED = re.compile(
@@ -47,12 +47,12 @@ _TEMPLATED = re.compile(
 )
 
 
-def answered(talk: list[Said]) -> bool:
+def answered(messages: list[ParsedMessage]) -> bool:
     """Whether the assistant has the last word."""
-    return bool(talk) and talk[-1].turn.role == "assistant"
+    return bool(messages) and messages[-1].turn.role == "assistant"
 
 
-def conversation(row: Row, with_answer: bool) -> tuple[str, list[Said]]:
+def conversation(row: Row, with_answer: bool) -> tuple[str, list[ParsedMessage]]:
     """The row's shape in words, and its turns; without those of the columns that answer unless `with_answer`.
 
     Raises DataError for a row of no shape that is read.
@@ -61,72 +61,72 @@ def conversation(row: Row, with_answer: bool) -> tuple[str, list[Said]]:
     if (name := _messages_column(row)) is not None:
         raw = row.line[name]
         row.taken.add(name)
-        talk = read_messages(raw, name, row.reading.roles)
+        messages = read_messages(raw, name, row.reading.roles)
         shape = "ShareGPT" if isinstance(raw[0], Mapping) and "from" in raw[0] else "messages"
-        among: tuple[str, ...] = ("completion",) if answered(talk) else ("completion", "output", "response")
+        among: tuple[str, ...] = ("completion",) if answered(messages) else ("completion", "output", "response")
     elif (user := row.name("user")) is not None:
         if not columns.get("user") and not columns.get("assistant"):
             refuse_foreign(row.line, answered=True)
-        talk, shape = _asked(row, user), _SHAPES.get(user, "question/answer")
+        messages, shape = _question(row, user), _SHAPES.get(user, "question/answer")
         among = _ANSWERS_OF_PROMPTS if user == "prompt" else tuple(n for n in FIELDS["assistant"] if n != user)
     elif (name := row.name("text")) is not None:
         refuse_foreign(row.line, answered=True)
-        talk = said_in(row.text("text"), name, "assistant" if with_answer else "user")
+        messages = messages_in(row.text("text"), name, "assistant" if with_answer else "user")
         shape, among = "plain text", ()
     else:
         refuse_unknown(row.line)
     if with_answer and (among or columns.get("assistant")):
-        _add_answer(row, talk, among)
-    return shape, with_system(row, talk)
+        _add_answer(row, messages, among)
+    return shape, with_system(row, messages)
 
 
-def with_system(row: Row, talk: list[Said]) -> list[Said]:
+def with_system(row: Row, messages: list[ParsedMessage]) -> list[ParsedMessage]:
     """The turns behind the system prompt of a column. Raises DataError where they begin with another one."""
     text = row.text("system")
-    if not text or (talk and talk[0].turn.role == "system" and talk[0].turn.text == text):
-        return talk
-    if talk and talk[0].turn.role == "system":
+    if not text or (messages and messages[0].turn.role == "system" and messages[0].turn.text == text):
+        return messages
+    if messages and messages[0].turn.role == "system":
         raise DataError("has a system prompt in a column and another one among its messages")
-    return [Said(Turn("system", (text_fragment(text, "system"),), 0.0)), *talk]
+    return [ParsedMessage(Turn("system", (text_fragment(text, "system"),), 0.0)), *messages]
 
 
-def said_in(text: str, name: str, role: str) -> list[Said]:
+def messages_in(text: str, name: str, role: str) -> list[ParsedMessage]:
     """A text as one turn, or as those of a transcript of Anthropic's. Raises DataError for template markers."""
     pieces = _TRANSCRIPT.split(text)
     if len(pieces) > 1 and not pieces[0].strip():
         spoken = zip(pieces[1::2], pieces[2::2], strict=True)
-        talk = [Said(Turn(_SPEAKERS[who], (text_fragment(said, name),), 0.0)) for who, said in spoken]
-        return talk[:-1] if answered(talk) and not talk[-1].turn.text.strip() else talk
+        messages = [ParsedMessage(Turn(_SPEAKERS[who], (text_fragment(said, name),), 0.0)) for who, said in spoken]
+        return messages[:-1] if answered(messages) and not messages[-1].turn.text.strip() else messages
     if _TEMPLATED.match(text):
         raise DataError(f"'{name}' is written with a chat template's markers: write it as 'messages' without them")
-    return [Said(Turn(role, (text_fragment(text, name),), 0.0))]
+    return [ParsedMessage(Turn(role, (text_fragment(text, name),), 0.0))]
 
 
-def answer_in(value: Any, name: str, roles: Mapping[str, str]) -> list[Said]:
-    """An answer as text, fragments, a message, or a list of messages; nothing for what is empty. Raises DataError."""
+def answer_in(value: Any, name: str, roles: Mapping[str, str]) -> list[ParsedMessage]:
+    """An answer as text, fragments, a message, or a list of messages; no turns for an empty value. Raises DataError."""
     if value in ("", [], {}):
         return []
     first = value[0] if isinstance(value, list) else None
     if isinstance(value, dict) or (isinstance(first, str) and len(value) == 2):
-        talk = read_messages([value], name, roles)
+        messages = read_messages([value], name, roles)
     elif isinstance(first, dict) and ("role" in first or "from" in first):
-        talk = read_messages(value, name, roles)
+        messages = read_messages(value, name, roles)
     elif isinstance(value, str):
-        talk = [Said(Turn("assistant", (text_fragment(value, name),), 0.0))]
+        messages = [ParsedMessage(Turn("assistant", (text_fragment(value, name),), 0.0))]
     elif isinstance(first, dict):
         try:
-            talk = [Said(fragment_turn("assistant", value))]
+            messages = [ParsedMessage(fragment_turn("assistant", value))]
         except HarmonyError as error:
             raise DataError(f"'{name}': {error.message}") from None
     else:
-        raise DataError(f"'{name}' must be text or a list of messages, not {kind_of(value)}")
-    if not answered(talk):
+        raise DataError(f"'{name}' must be text or a list of messages, not {json_type(value)}")
+    if not answered(messages):
         raise DataError(f"'{name}' must end with the assistant's turn")
-    return talk
+    return messages
 
 
 def _messages_column(row: Row) -> str | None:
-    """The column with a list of messages. Raises DataError where one that can be nothing else is none."""
+    """The column with a list of messages. Raises DataError if a column that must hold one does not."""
     columns = row.reading.columns
     if columns.get("user") and not columns.get("messages"):
         return None
@@ -141,34 +141,34 @@ def _messages_column(row: Row) -> str | None:
     return None
 
 
-def _asked(row: Row, user: str) -> list[Said]:
+def _question(row: Row, user: str) -> list[ParsedMessage]:
     """The turns of a question in columns: earlier ones, then the question with its context below it."""
-    talk: list[Said] = []
+    messages: list[ParsedMessage] = []
     if (history := row.name("history")) is not None:
         pairs = unpacked(row.take(history), history, sure=True)
         if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
             raise DataError(f"'{history}' must be a list of [question, answer]")
-        talk = read_messages([{"user": asked, "assistant": answer} for asked, answer in pairs], history, {})
-    question = said_in(text_of(row.take(user), user), user, "user")
+        messages = read_messages([{"user": asked, "assistant": answer} for asked, answer in pairs], history, {})
+    question = messages_in(text_of(row.take(user), user), user, "user")
     context = row.name("context", tuple(name for name in FIELDS["context"] if name != user))
     below = text_of(row.take(context), context) if context is not None else ""
     if below:
         text = "\n\n".join(part for part in (question[-1].turn.text, below) if part)
-        question[-1] = Said(Turn("user", (text_fragment(text, user),), 0.0))
-    return talk + question
+        question[-1] = ParsedMessage(Turn("user", (text_fragment(text, user),), 0.0))
+    return messages + question
 
 
-def _add_answer(row: Row, talk: list[Said], among: tuple[str, ...]) -> None:
-    """Append what a column answers: text, messages, or with `tools` the calls in `answers`."""
+def _add_answer(row: Row, messages: list[ParsedMessage], among: tuple[str, ...]) -> None:
+    """Append the answer of a column: text, messages, or with `tools` the calls in `answers`."""
     name = row.name("assistant", among)
     if name is not None:
         answer = answer_in(row.take(name), name, row.reading.roles)
         if len(answer) == 1 and (thought := row.text("reasoning")):
             turn = answer[0].turn
             answer = [answer[0]._replace(turn=Turn(turn.role, (Reasoning(thought), *turn.fragments), 0.0))]
-        talk += answer
-    elif not answered(talk) and row.line.get("answers") and row.get("tools"):
-        talk.append(Said(Turn("assistant", tuple(calls_in(row.take("answers"), "answers")), 0.0)))
+        messages += answer
+    elif not answered(messages) and row.line.get("answers") and row.get("tools"):
+        messages.append(ParsedMessage(Turn("assistant", tuple(calls_in(row.take("answers"), "answers")), 0.0)))
 
 
 class ReadRow(NamedTuple):
@@ -180,35 +180,32 @@ class ReadRow(NamedTuple):
 
 
 def read_row(line: Line, reading: Reading) -> ReadRow:
-    """The thread of a row, weighted as its kind says. Raises DataError.
+    """The thread of a row, with the weights of its kind. Raises DataError.
 
-    prompts: no weights; completions, feedbacks: the last assistant turn, or what the messages say of their weights;
+    prompts: no weights; completions, feedbacks: the last assistant turn, or the weights that the messages set;
     preference: the prompt without weights, both completions as text in the metadata. A `feedback_key` puts its value
     into `metadata["res"]`.
     """
     row = Row(line, reading)
-    for _, media in row.plan["media"]:
-        if line[media]:
-            raise DataError(f"'{media}' {MEDIA}")
+    if media := next((name for _, name in row.plan["media"] if line[name]), ""):
+        raise DataError(f"'{media}' {MEDIA}")
     pair = row.name("chosen") is not None or row.name("rejected") is not None
     if reading.kind == "preference" or (pair and reading.kind is None):
         return _preference(row)
-    if pair and reading.kind != "prompts" and not any(row.name(what) for what in ("messages", "user", "text")):
+    if pair and reading.kind != "prompts" and not any(row.name(field) for field in ("messages", "user", "text")):
         refuse_unanswered(line, pair)
     implied = _split(_sides(row)) if pair and reading.kind == "prompts" else []
     row.taken.clear()  # of a pair the answers are metadata here
-    if implied:
-        shape, talk = "preference", with_system(row, implied)
-    else:
-        shape, talk = conversation(row, reading.kind != "prompts")
+    found = ("preference", with_system(row, implied)) if implied else conversation(row, reading.kind != "prompts")
+    shape, messages = found
     kind: Format = reading.kind or ("feedbacks" if row.get("feedbacks") else "completions")
-    if reading.kind is None and kind == "completions" and not answered(talk):
+    if reading.kind is None and kind == "completions" and not answered(messages):
         refuse_foreign(line)
         kind = "prompts"
     if kind == "prompts":
-        thread = _prompt(row, talk)
-    elif answered(talk):
-        thread = _thread(row, talk, _scale(row, kind))
+        thread = _prompt(row, messages)
+    elif answered(messages):
+        thread = _thread(row, messages, _scale(row, kind))
     else:
         refuse_unanswered(line, pair)
     if reading.feedback_key is not None:
@@ -218,54 +215,54 @@ def read_row(line: Line, reading: Reading) -> ReadRow:
     return ReadRow(thread, shape, kind)
 
 
-def thread_of(talk: list[Said], scale: float, metadata: Line) -> StringThread:
-    """The thread of turns, with what their messages say beside as `metadata["message_fields"]`.
+def thread_of(messages: list[ParsedMessage], scale: float, metadata: Line) -> StringThread:
+    """The thread of turns; the fields of their messages that were not read become `metadata["message_fields"]`.
 
-    The last turn's weight is `scale`. Where a message says its own, that counts times `scale`, and assistant turns that
-    say nothing have 1 times `scale`, too.
+    The last turn's weight is `scale`. If a message sets its own weight, that is multiplied by `scale`, and all other
+    assistant turns have the weight `scale`, too.
     """
-    marked = any(said.mark is not None for said in talk)
-    if any(said.unread for said in talk):
-        metadata["message_fields"] = [said.unread for said in talk]
-    turns, last = [], len(talk) - 1
-    for index, (turn, mark, _) in enumerate(talk):
-        own = (index == last or (marked and turn.role == "assistant")) if mark is None else mark
-        turns.append(Turn(turn.role, turn.fragments, scale * own) if own and scale else turn)
-    return StringThread.from_turns(turns, metadata)
+    marked = any(parsed.weight is not None for parsed in messages)
+    if any(parsed.unread for parsed in messages):
+        metadata["message_fields"] = [parsed.unread for parsed in messages]
+    weighted, last = [], len(messages) - 1
+    for index, (turn, weight, _) in enumerate(messages):
+        own = (index == last or (marked and turn.role == "assistant")) if weight is None else weight
+        weighted.append(Turn(turn.role, turn.fragments, scale * own) if own and scale else turn)
+    return StringThread.from_turns(weighted, metadata)
 
 
-def _thread(row: Row, talk: list[Said], scale: float) -> StringThread:
+def _thread(row: Row, messages: list[ParsedMessage], scale: float) -> StringThread:
     kwargs = row.object("template_kwargs")
     if tools := _tools(row):
         kwargs = {**kwargs, "tools": tools}
-    thread = thread_of(talk, scale, row.metadata())
+    thread = thread_of(messages, scale, row.metadata())
     return thread.with_template_kwargs(**kwargs) if kwargs else thread
 
 
-def _prompt(row: Row, talk: list[Said]) -> StringThread:
+def _prompt(row: Row, messages: list[ParsedMessage]) -> StringThread:
     """Without the assistant's last turns; the last one's text is kept as `metadata["completion"]`.
 
     Where that is not all that they hold, `metadata["completion_turns"]` has their messages.
     """
-    count = len(talk)
-    while count and talk[count - 1].turn.role == "assistant":
+    count = len(messages)
+    while count and messages[count - 1].turn.role == "assistant":
         count -= 1
     if not count:
         raise DataError("has assistant messages only, so that no prompt is left")
-    thread = _thread(row, talk[:count], 0.0)
-    if cut := talk[count:]:
-        text, parts = cut[-1].turn.text, [part for said in cut for part in said.turn.fragments]
+    thread = _thread(row, messages[:count], 0.0)
+    if cut := messages[count:]:
+        text, parts = cut[-1].turn.text, [part for parsed in cut for part in parsed.turn.fragments]
         whole = len(cut) == 1 and not cut[0].unread and all(isinstance(part, Text) for part in parts)
         if thread.metadata.setdefault("completion", text) != text or not whole:
             thread.metadata["completion_turns"] = [
-                {"role": "assistant", "content": [part.public() for part in said.turn.fragments]} | said.unread
-                for said in cut
+                {"role": "assistant", "content": [part.public() for part in parsed.turn.fragments]} | parsed.unread
+                for parsed in cut
             ]
     return thread
 
 
 def _scale(row: Row, kind: Format) -> float:
-    """The row's weight; nothing for an answer whose label is false, but among feedbacks."""
+    """The row's weight; 0 for a completion whose label is false."""
     if kind == "completions" and scalar(row.get("label")) is False:
         return 0.0
     value = scalar(row.get("weight"))
@@ -280,7 +277,7 @@ def _feedback(row: Row, key: str) -> float | bool:
         raise DataError(f"has no feedback '{key}': {did_you_mean(key, feedbacks or row.line)}")
     value = scalar(named[key])
     if not isinstance(value, int | float):
-        raise DataError(f"feedback '{key}' must be a number or a boolean, not {kind_of(value)}")
+        raise DataError(f"feedback '{key}' must be a number or a boolean, not {json_type(value)}")
     return value
 
 
@@ -302,45 +299,45 @@ def _tools(row: Row) -> list[Line]:
 def _preference(row: Row) -> ReadRow:
     sides = _sides(row)
     prompt, answers = _split(sides), [_answer_text(side[-1], name) for name, side in sides.items()]
-    talk = with_system(row, prompt) if prompt else conversation(row, with_answer=False)[1]
-    if answered(talk):
+    messages = with_system(row, prompt) if prompt else conversation(row, with_answer=False)[1]
+    if answered(messages):
         raise DataError("its prompt ends with the assistant's turn, before the two completions")
     if _scale(row, "preference") != 1:
         raise DataError("has a weight, which a pair cannot have")
-    if any(said.unread for side in sides.values() for said in side):
+    if any(parsed.unread for side in sides.values() for parsed in side):
         row.taken -= sides.keys()
-    thread = _thread(row, talk, 0.0)
+    thread = _thread(row, messages, 0.0)
     thread.metadata |= {"preferred_completion": answers[0], "other_completion": answers[1]}
     return ReadRow(thread, "preference", "preference")
 
 
-def _sides(row: Row) -> dict[str, list[Said]]:
+def _sides(row: Row) -> dict[str, list[ParsedMessage]]:
     """The turns of both completions by their columns."""
     sides = {}
-    for what in ("chosen", "rejected"):
-        name = row.name(what)
+    for field in ("chosen", "rejected"):
+        name = row.name(field)
         if name is None:
-            raise DataError(f"has no '{what}' (or '{FIELDS[what][1]}'): a pair needs 'chosen' and 'rejected'")
+            raise DataError(f"has no '{field}' (or '{FIELDS[field][1]}'): a pair needs 'chosen' and 'rejected'")
         value = row.take(name)
-        side = said_in(value, name, "assistant") if isinstance(value, str) and value else []
+        side = messages_in(value, name, "assistant") if isinstance(value, str) and value else []
         sides[name] = side or answer_in(value, name, row.reading.roles)
     if not all(sides.values()):
         raise DataError("both completions must be text that is not empty")
     return sides
 
 
-def _split(sides: dict[str, list[Said]]) -> list[Said]:
-    """The prompt with which both of two whole conversations begin; nothing where they are answers only."""
+def _split(sides: dict[str, list[ParsedMessage]]) -> list[ParsedMessage]:
+    """The common prompt of two whole conversations; empty if the columns hold answers only."""
     chosen, other = sides.values()
-    same = [said.turn for said in chosen[:-1]] == [said.turn for said in other[:-1]]
+    same = [parsed.turn for parsed in chosen[:-1]] == [parsed.turn for parsed in other[:-1]]
     if not same or not answered(chosen) or not answered(other):
         raise DataError("'chosen' and 'rejected' must differ in the assistant's last turn alone")
     return chosen[:-1]
 
 
-def _answer_text(said: Said, name: str) -> str:
-    if said.mark not in (None, 1.0) or not all(isinstance(part, Text) for part in said.turn.fragments):
+def _answer_text(parsed: ParsedMessage, name: str) -> str:
+    if parsed.weight not in (None, 1.0) or not all(isinstance(part, Text) for part in parsed.turn.fragments):
         raise DataError(f"'{name}' has a weight, a call or a thought: a pair is of two texts")
-    if not said.turn.text:
+    if not parsed.turn.text:
         raise DataError("both completions must be text that is not empty")
-    return said.turn.text
+    return parsed.turn.text

@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from harmony_core.config.problems import Issue
-from harmony_core.config.yaml_source import load_yaml_file
+from harmony_core.config.yaml_source import Issue, load_yaml_file
 from harmony_core.errors import ConfigError
 
 _HARMLESS: dict[str, tuple[Any, ...]] = {

@@ -1,4 +1,4 @@
-"""What a recipe is given: the client, its run's files and notifier, and the gates that it may declare.
+"""The recipe's context: the client, its run's files and notifier, and the gates that it may declare.
 
 The command line makes a context with `RecipeContext.create`. A notebook or a script gets one, with an engine and a run
 of its own, from `await RecipeContext.load()` or `async with RecipeContext.from_config(config) as ctx`.
@@ -93,9 +93,9 @@ class RecipeContext:
     """Handed to a recipe's main function."""
 
     control_plane: None = None
-    """A registry service; there is none here."""
+    """A remote registry service; always None here."""
     checkpoint_restore_data: dict[str, Any] | None = None
-    """What a resumed run continues from."""
+    """The state from which a resumed run continues."""
 
     client: HarmonyClient
     """Builds models: `ctx.client.model("key")`."""
@@ -124,7 +124,7 @@ class RecipeContext:
         job: StdoutJobNotifier,
         config: RecipeConfig | None = None,
     ) -> Self:
-        """For whoever runs recipes: a context over parts that exist."""
+        """For code that runs recipes: a context over existing parts."""
         ctx = cls.__new__(cls)
         ctx.client, ctx.run, ctx.registry, ctx.job = client, run, registry, job
         ctx.config = config or RecipeConfig(job_id=job.job_id)
@@ -158,7 +158,7 @@ class RecipeContext:
 
     @property
     def artifacts_dir(self) -> Path:
-        """For what the job leaves: `<working_dir>/job_<id>/artifacts`."""
+        """For files that the job leaves: `<working_dir>/job_<id>/artifacts`."""
         return _made(self._working_dir / f"job_{self.job.job_id}" / "artifacts")
 
     @property
@@ -173,11 +173,9 @@ class RecipeContext:
         """
         if op not in _COMPARE:
             raise UsageError(f"gate '{name}': {op!r} is no comparison", hint=f"one of {' '.join(_COMPARE)}")
-        value, threshold = float(value), float(threshold)
-        passed = not math.isnan(value) and _COMPARE[op](value, threshold)
-        gate = Gate(name, value, op, threshold, passed)
-        self.gates.append(gate)
-        self.run.events.write("gate", plain(vars(gate)))
+        passed = not math.isnan(value) and _COMPARE[op](float(value), float(threshold))
+        self.gates.append(Gate(name, float(value), op, float(threshold), passed))
+        self.run.events.write("gate", plain(vars(self.gates[-1])))
         return passed
 
     def at_end(self, call: Callable[[bool], None]) -> None:
@@ -185,7 +183,7 @@ class RecipeContext:
         self._endings.append(call)
 
     def end(self, failed: bool) -> None:
-        """For whoever runs recipes: make the calls of `at_end`, the last one first."""
+        """For code that runs recipes: make the calls of `at_end`, the last one first."""
         while self._endings:
             self._endings.pop()(failed)
 
@@ -210,7 +208,7 @@ class RecipeContext:
 
 
 class RecipeContextManager:
-    """What `RecipeContext.from_config` returns: awaitable, and an async context manager that closes."""
+    """The result of `RecipeContext.from_config`: awaitable, and an async context manager that closes."""
 
     def __init__(self, config: RecipeConfig) -> None:
         self._config = config
@@ -259,8 +257,7 @@ class RecipeContextManager:
     ) -> None:
         assert self._ctx is not None, "the context manager was not entered"
         if exc is None:
-            await self._ctx.aclose()
-            return
+            return await self._ctx.aclose()
         self._ctx.job.report_error("".join(traceback.format_exception(exc)))
         await self._ctx.client.aclose()
         self._ctx._end(getattr(exc, "exit_code", 1))

@@ -24,8 +24,8 @@ from harmony_core.launch import private_directory
 from harmony_core.memory.ledger import format_size
 from harmony_core.notifiers import ProgressSink, StdoutJobNotifier, say
 from harmony_core.options import EngineOptions, RunOptions
+from harmony_core.recipe import InputConfig, Recipe
 from harmony_core.recipe.context import RecipeContext
-from harmony_core.recipe.module import InputConfig, Recipe
 from harmony_core.recipe_file import RecipeFile
 from harmony_core.registry import Registry
 from harmony_core.rpc.tracebacks import place_of
@@ -60,7 +60,7 @@ async def execute(
     sink: ProgressSink | None = None,
     resumed: Checkpoint | None = None,
 ) -> Outcome:
-    """Run the recipe to its end and stop the engine. Never raises what the recipe raised: it is in the outcome.
+    """Run the recipe to its end and stop the engine. An exception of the recipe is kept in the outcome, not raised.
 
     `sink` draws progress. `stop` was entered around the event loop. The run goes on from the checkpoint `resumed`.
     """
@@ -134,14 +134,13 @@ async def _end_after_fault(client: HarmonyClient, grace: float, stop: Interrupti
 
 
 def _settle_checkpoints(run: Run, outcome: Outcome, keep: bool) -> None:
-    """Say how the run can go on; delete what it has no use for, unless that is to be kept."""
+    """Say how the run can be resumed; delete checkpoints that are no longer needed, unless `keep`."""
     store = CheckpointStore(run.directory / "checkpoints")
     outcome.resume = going_on(store, run.id, outcome.status)
     if outcome.resume is not None and outcome.exit_code not in (0, 2, 8):
         at = "{checkpoint}, {stage} at {completion:.1%}".format_map(outcome.resume)
         say(f"to go on from {at}: {outcome.resume['command']}")
-    names = store.names()
-    if names and outcome.exit_code == 0 and outcome.resume is None and not keep:
+    if (names := store.names()) and outcome.exit_code == 0 and outcome.resume is None and not keep:
         freed = store.clear()
         run.events.write("checkpoints.deleted", {"checkpoints": names, "bytes": freed})
         told = "every trained model is saved (--keep-checkpoints 2 keeps them)"
@@ -244,10 +243,9 @@ def _last_words(run: Run, outcome: Outcome, stop: Interruption, exit_code: int) 
 
 @contextlib.contextmanager
 def _forgotten(outcome: Outcome) -> Iterator[None]:
-    """Coroutines that were never awaited, and tasks whose failure nobody saw, fail the run: work was lost.
+    """Fail a run that would succeed if it left coroutines unawaited or failures of tasks unseen: work was lost.
 
-    Only where the run would have been good: a recipe that failed, was stopped, or was planned up to a line, leaves
-    such things behind.
+    A recipe that failed, was stopped, or was planned up to a line usually leaves some behind; there they are ignored.
     """
     loop = asyncio.get_running_loop()
     old_handler, old_depth = loop.get_exception_handler(), sys.get_coroutine_origin_tracking_depth()

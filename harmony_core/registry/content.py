@@ -1,30 +1,52 @@
-"""Whether a directory is a model that may be published, which of its files belong to it, and what others read of it."""
+"""Checks of a directory that shall become a model or an adapter, and edits that let other libraries read it.
+
+A peft adapter must be a plain LoRA whose tensors fit a registered base.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import re
+from collections import Counter
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harmony_core.errors import ModelRefused, TokenizationError
+from harmony_core.errors import ModelRefused, NotFoundError, TokenizationError
 from harmony_core.model.spec import ModelSpec
-from harmony_core.model.weight_files import TOKENIZER_FILES, model_names, read_headers, same_values
+from harmony_core.model.weight_files import (
+    ADAPTER,
+    TOKENIZER_FILES,
+    Tensor,
+    adapter_targets,
+    check_adapter_config,
+    model_names,
+    read_headers,
+    same_values,
+    weight_names,
+)
 from harmony_core.plain_files import damaged, exists, place_file, read_json, refuse_code, write_json
-from harmony_core.registry.adapters import check_adapter, find_base
-from harmony_core.registry.manifest import list_files
-from harmony_core.registry.versions import ModelVersion
+from harmony_core.registry.records import MANIFEST, ModelVersion, first_reason, list_files, slugify
+from harmony_core.rpc.protocol import LoraSettings
 
 if TYPE_CHECKING:
     from harmony_core.registry.store import Registry
     from harmony_core.text.chat_template import ChatTemplate
 
+_HEAD = "base_model.model.score.weight"
+"""A scalar head in peft's files."""
+_HEAD_MODULES = frozenset({"score", "classifier"})
+"""Modules that peft saves whole for sequence classification: models have one of these names."""
+_NAME = re.compile(
+    r"base_model\.model\.(model\.layers\.(\d{1,5})\.(?:self_attn|mlp)\.(\w+))\.lora_([AB])\.weight",
+    re.ASCII,
+)
+
 SLOW_TOKENIZERS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt")
 """Files of tokenizers from which a tokenizer.json has to be made first."""
-
 SLOW_NEEDS = "; for that transformers needs: pip install sentencepiece protobuf tiktoken"
 """Said of those named *.model."""
-
 _QUESTION = {"role": "user", "content": "Hello"}
 _TRIALS = (([_QUESTION], True), ([_QUESTION, {"role": "assistant", "content": "Hi"}], False))
 _ANOTHER = "take another template: --chat-template FILE"
@@ -35,6 +57,128 @@ _KNOWN = frozenset(
     for name in ("CodeLlama", "Cohere", "GPT2", "GPTNeoX", "Gemma", "Llama", "Qwen2", "T5")
     for fast in ("", "Fast")
 ) | {_PLAIN}
+
+
+def find_base(registry: Registry, directory: Path, base: ModelVersion | str | None) -> ModelVersion:
+    """The version that an adapter belongs to: the one given, else the one its config names.
+
+    A name is a reference, or the source of a registered model.
+    """
+    if base:
+        return _whole(registry.resolve(base) if isinstance(base, str) else base)
+    path = directory / "adapter_config.json"
+    config = read_json(path)
+    name, commit = config.get("base_model_name_or_path"), config.get("revision")
+    if not isinstance(name, str) or not name:
+        raise ModelRefused(f"{path}: names no base model", hint="say which one with --base KEY")
+    with contextlib.suppress(NotFoundError):
+        return _whole(registry.resolve(name))
+    imported = _recorded(registry, directory)
+    if imported is None:
+        imported = registry.imported_from(name)
+        if isinstance(commit, str) and re.fullmatch("[0-9a-f]{40}", commit):
+            name = f"{name}@{commit}"
+            # Another commit's weights may have the same shapes.
+            imported = imported if imported and imported.source == f"hf:{name}" else None
+    if imported is None:
+        origin = name if name.startswith(("/", ".")) else f"hf:{name}"
+        line = f"adaptive models add {slugify(name.rpartition('/')[2])} {origin}"
+        raise NotFoundError(
+            f"{path}: its base model {name[:200]!r} is not in the registry",
+            hint=f"add it ({line}), or say which one with --base KEY",
+        )
+    return _whole(imported)
+
+
+def _recorded(registry: Registry, directory: Path) -> ModelVersion | None:
+    """The base that another home's record beside the adapter names, if this home has it, with the same bytes."""
+    path = directory / MANIFEST
+    record = read_json(path).get("base") if exists(path) else None
+    if isinstance(record, dict):
+        with contextlib.suppress(NotFoundError):
+            found = registry.resolve(str(record.get("ref")))
+            return found if found.digest == record.get("digest") else None
+    return None
+
+
+def _whole(base: ModelVersion) -> ModelVersion:
+    if base.base is not None:
+        raise ModelRefused(f"{base.ref} is an adapter itself", hint=f"its base is {base.base.ref}")
+    return base
+
+
+def check_adapter(directory: Path, base: ModelVersion) -> bool:
+    """Raise ModelRefused or VerificationError unless the adapter is a plain LoRA whose tensors fit the base.
+
+    True if it has a scalar head beside its halves, as peft saves one: the module "score", whole.
+    """
+    path = directory / "adapter_config.json"
+    config = read_json(path)
+    refuse_code(path, config)
+    check_adapter_config(path, config)
+    if type(rank := config.get("r")) is not int or not 0 < rank <= 65536:
+        raise damaged(path, f"r is {str(rank)[:40]!r}, not a positive whole number")
+    if weight_names(directory, "adapter_model") != [ADAPTER]:
+        raise damaged(directory, f"an adapter in several files, and not in {ADAPTER}")
+    tensors = read_headers(directory, "adapter_model")
+    head, size = tensors.pop(_HEAD, None), base.spec.hidden_size
+    reason = first_reason(
+        (not tensors, "holds no tensor"),
+        (head and head.shape != (1, size), f"{_HEAD!r} has shape {list(head.shape) if head else ''}, not [1, {size}]"),
+        (not head and _saves_head(path, config), f"{_HEAD!r} is missing, and {path.name} says it is there"),
+    )
+    if reason:
+        raise damaged(directory / ADAPTER, reason)
+    for tensor in tensors.values():
+        _check_tensor(directory / ADAPTER, tensor, config, base)
+    halves = Counter(re.sub(r"lora_[AB]", "lora_?", name) for name in tensors)
+    if lonely := next((name for name, count in halves.items() if count != 2), ""):
+        raise damaged(directory / ADAPTER, f"{lonely!r} has one of its two halves only")
+    return head is not None
+
+
+def _saves_head(path: Path, config: dict[str, Any]) -> bool:
+    """Whether an adapter's config says that a scalar head is saved whole. Raises ModelRefused for other modules."""
+    if not (named := config.get("modules_to_save")):
+        return False
+    if not isinstance(named, list) or not set(named) <= _HEAD_MODULES or "score" not in named:
+        raise ModelRefused(
+            f"{path}: modules_to_save={str(named)[:80]} is not supported",
+            hint="plain LoRA on a layer's linear modules is, and a scalar head named score",
+        )
+    return True
+
+
+def module_shape(spec: ModelSpec, module: str) -> tuple[int, int]:
+    """(output, input) features of a layer's linear module."""
+    q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    d, i = spec.hidden_size, spec.intermediate_size
+    shapes = {"q_proj": (q, d), "k_proj": (kv, d), "v_proj": (kv, d), "o_proj": (d, q), "down_proj": (d, i)}
+    return shapes.get(module, (i, d))
+
+
+def _check_tensor(path: Path, tensor: Tensor, config: dict[str, Any], base: ModelVersion) -> None:
+    match = _NAME.fullmatch(tensor.name)
+    if not match or match[3] not in LoraSettings().targets:
+        raise ModelRefused(f"{path}: tensor {tensor.name[:120]!r} is not a LoRA half of a layer's linear module")
+    if int(match[2]) >= base.spec.num_layers:
+        raise ModelRefused(
+            f"{path}: tensor {tensor.name!r} is for layer {match[2]}; {base.ref} has {base.spec.num_layers}"
+        )
+    if not adapter_targets(config, match[1]):
+        raise ModelRefused(
+            f"{path}: tensor {tensor.name!r} is for a module that target_modules and layers_to_transform in "
+            "adapter_config.json leave out, so peft would read over it"
+        )
+    rank = config["r"]
+    out_features, in_features = module_shape(base.spec, match[3])
+    expected = (rank, in_features) if match[4] == "A" else (out_features, rank)
+    if tensor.shape != expected:
+        raise ModelRefused(
+            f"{path}: tensor {tensor.name!r} has shape {list(tensor.shape)}, and {base.ref} with rank {rank} needs "
+            f"{list(expected)}",
+            hint="is it another model's adapter?",
+        )
 
 
 @dataclass(frozen=True)
@@ -51,19 +195,15 @@ class Content:
 
 
 def inspect(directory: Path, registry: Registry, base: ModelVersion | str | None, in_place: bool) -> Content:
-    """Check a whole directory: format, shapes, tokenizer; no code, no pickle, no link.
+    """Check a whole directory: format, shapes, tokenizer; code, pickled files and links are refused.
 
-    `in_place`: it is somebody else's directory, of which only a model's own files count.
+    `in_place`: the directory is not the registry's own, and only the files of the model are looked at.
     """
-    adapter = exists(directory / "adapter_config.json")
-    belongs: ModelVersion | None = None
-    own_head = False
-    if adapter:
-        belongs = find_base(registry, directory, base)
-        own_head = check_adapter(directory, belongs)
-        spec = belongs.spec
+    if adapter := exists(directory / "adapter_config.json"):
+        belongs: ModelVersion | None = (found := find_base(registry, directory, base))
+        own_head, spec = check_adapter(directory, found), found.spec
     elif exists(directory / "config.json"):
-        spec = ModelSpec.read(directory)
+        belongs, own_head, spec = None, False, ModelSpec.read(directory)
         _refuse_two_heads(directory, spec)
     else:
         raise damaged(directory, "holds neither config.json nor adapter_config.json")
@@ -89,11 +229,10 @@ def _refuse_two_heads(directory: Path, spec: ModelSpec) -> None:
 
 
 def _check_tokenizer(directory: Path, vocab_size: int) -> tuple[str, ...]:
-    """What the tokenizer lacks, in words. Raises for one that cannot be used, or does not belong to the model."""
+    """Notes on missing parts of the tokenizer. Raises for one that cannot be used, or does not fit the model."""
     path = directory / "tokenizer.json"
     if not exists(path):
-        slow = next((name for name in SLOW_TOKENIZERS if (directory / name).is_file()), None)
-        if slow:
+        if slow := next((name for name in SLOW_TOKENIZERS if (directory / name).is_file()), None):
             raise ModelRefused(
                 f"{directory / slow}: a tokenizer without tokenizer.json",
                 hint=f"AutoTokenizer.from_pretrained({str(directory)!r}).save_pretrained({str(directory)!r}) makes one"
@@ -112,29 +251,30 @@ def _check_tokenizer(directory: Path, vocab_size: int) -> tuple[str, ...]:
     if any(number not in added for number in beyond.values()):
         highest = max(beyond.values())
         raise ModelRefused(f"{path}: token {highest} does not fit a model with {vocab_size} tokens")
-    notes = []
-    if beyond:
+    notes = (
         # Fine-tunes often come with a padding token that the weights have no row for.
-        notes.append(f"the model does not know the added tokens {', '.join(sorted(beyond)[:5])}")
-    if not has_template(directory):
-        notes.append("no chat template: it serves calls with raw tokens only")
-    return tuple(notes)
+        (beyond, f"the model does not know the added tokens {', '.join(sorted(beyond)[:5])}"),
+        (not has_template(directory), "no chat template: it serves calls with raw tokens only"),
+    )
+    return tuple(note for applies, note in notes if applies)
 
 
 def has_template(directory: Path) -> bool:
     """Whether the directory holds a chat template."""
-    if exists(directory / "chat_template.jinja"):
-        return True
     config = directory / "tokenizer_config.json"
-    return exists(config) and bool(read_json(config).get("chat_template"))
+    stored = exists(config) and read_json(config).get("chat_template")
+    return bool(stored) or exists(directory / "chat_template.jinja")
 
 
 def take_tokenizer(parent: ModelVersion, directory: Path) -> None:
-    """Give a directory its parent's tokenizer and generation config, where it has none of its own."""
+    """Give a directory its parent's tokenizer and generation config, if it has no own ones."""
+    from harmony_core.text.tokenizer_files import load_tokenizer
+
     source = None if exists(directory / "tokenizer.json") else parent.tokenizer_dir
-    if source and (directory / "adapter_config.json").exists() and _has_more(source, parent.spec.vocab_size):
-        # Beside an adapter peft reads it as a wish for more rows, which it would make up.
-        source = None
+    if source and (directory / "adapter_config.json").exists():
+        vocabulary = load_tokenizer(source / "tokenizer.json").get_vocab(with_added_tokens=True)
+        # Beside an adapter peft reads further tokens as a wish for more rows, which it would make up.
+        source = source if max(vocabulary.values(), default=0) < parent.spec.vocab_size else None
     for name in TOKENIZER_FILES:
         origins = (parent.path, parent.weights_dir) if name == "generation_config.json" else (source,)
         origin = next((folder / name for folder in origins if folder and exists(folder / name)), None)
@@ -143,16 +283,9 @@ def take_tokenizer(parent: ModelVersion, directory: Path) -> None:
             place_file(origin, directory / name, share=False)
 
 
-def _has_more(directory: Path, vocab_size: int) -> bool:
-    from harmony_core.text.tokenizer_files import load_tokenizer
-
-    tokenizer = load_tokenizer(directory / "tokenizer.json")
-    return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0) >= vocab_size
-
-
 def check_chat(directory: Path, vocab_size: int) -> None:
     """Raise TokenizationError for a template that cannot be compiled or that lacks a filter, a test or a name, and for
-    an end token that is none. A directory without tokenizer has nothing to check.
+    an end token that the tokenizer lacks. A directory without tokenizer passes.
     """
     if not exists(directory / "tokenizer.json"):
         return
@@ -189,13 +322,12 @@ def _check_template(template: ChatTemplate) -> None:
 def complete(directory: Path, config: Path, stop_ids: AbstractSet[int]) -> None:
     """Edit the tokenizer's and the generation's settings in `directory`; `config`: the model's directory.
 
-    Raises VerificationError for a file that is no JSON object.
+    Raises VerificationError for a file that is not a JSON object.
     """
     if exists(directory / "tokenizer.json"):
         path = directory / "tokenizer_config.json"
         settings = read_json(path) if exists(path) else {}
-        known = _readable_tokenizer(settings)
-        if known != settings:
+        if (known := _readable_tokenizer(settings)) != settings:
             write_json(path, known)
     path = directory / "generation_config.json"
     if exists(path):
@@ -206,23 +338,21 @@ def complete(directory: Path, config: Path, stop_ids: AbstractSet[int]) -> None:
         settings = {name: stored[name] for name in names if stored.get(name) is not None}
     ends = settings.get("eos_token_id")
     ids = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    if not stop_ids <= set(ids):
-        ids = [*ids, *sorted(stop_ids - set(ids))]
+    if missing := sorted(stop_ids - set(ids)):
+        ids = [*ids, *missing]
         settings["eos_token_id"] = ids if len(ids) > 1 else ids[0]
         # Marked as made from config.json, which names one token, it would be made again.
         settings.pop("_from_model_config", None)
-    elif exists(path):
-        return
-    write_json(path, settings)
+    if missing or not exists(path):
+        write_json(path, settings)
 
 
 def _readable_tokenizer(settings: dict[str, Any]) -> dict[str, Any]:
     known = dict(settings)
     if known.get("tokenizer_class") not in _KNOWN:
         known["tokenizer_class"] = _PLAIN
-    extra = known.get("extra_special_tokens")
-    if isinstance(extra, list):
+    if isinstance(known.get("extra_special_tokens"), list):
         # transformers 4 has tokens with a name under this one, and these under the other.
-        del known["extra_special_tokens"]
+        extra = known.pop("extra_special_tokens")
         known["additional_special_tokens"] = [*known.get("additional_special_tokens", ()), *extra]
     return known

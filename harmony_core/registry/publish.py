@@ -1,7 +1,7 @@
 """Writing a version: everything into a private directory first, then one rename. And removing versions.
 
 A version becomes visible whole or not at all. Two writers of one key get two numbers, because renaming onto an
-existing version fails. What a killed writer leaves is swept by the next one, once its owner is known to be dead. All
+existing version fails. The next writer sweeps the files of a killed one, once its owner is known to be dead. All
 this is correct also where locks are not. A version that something still needs is not removed.
 """
 
@@ -21,8 +21,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from harmony_core import __version__
 from harmony_core.errors import (
     ConflictError,
@@ -33,18 +31,28 @@ from harmony_core.errors import (
     storing,
 )
 from harmony_core.home import Home
-from harmony_core.plain_files import check_space, discard, fsync_path, refuse_links, try_lock, write_json
-from harmony_core.registry import manifest as manifests
+from harmony_core.plain_files import check_space, discard, fsync_path, refuse_links, try_lock
 from harmony_core.registry.content import complete, inspect, take_tokenizer
-from harmony_core.registry.keys import BUILTIN, SCHEME, Reference, check_key, parse_reference
-from harmony_core.registry.versions import (
+from harmony_core.registry.records import (
+    BUILTIN,
     DEFAULT_NAMES,
     ENTRY_NAME,
+    MANIFEST,
     SCALAR,
+    SCHEME,
+    BaseRecord,
     Entry,
+    FileRecord,
+    Manifest,
     ModelVersion,
+    Reference,
+    check_key,
+    digest_of,
     entry_lock,
+    parse_reference,
     read_entry,
+    read_manifest,
+    record_files,
     write_entry,
 )
 from harmony_core.rpc.platform import start_time
@@ -65,12 +73,10 @@ def stage(registry: Registry, expected_bytes: int = 0) -> Iterator[Staging]:
     directory = home.staging / f"{_owner(os.getpid())}~{uuid.uuid4().hex}"
     with storing("cannot write a model"):
         directory.mkdir()
-    try:
-        with _opened(directory) as descriptor:
-            try_lock(descriptor)
-            yield Staging(registry, directory)
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
+    with contextlib.ExitStack() as stack:
+        stack.callback(shutil.rmtree, directory, ignore_errors=True)
+        try_lock(stack.enter_context(_opened(directory)))
+        yield Staging(registry, directory)
 
 
 class Staging:
@@ -97,8 +103,8 @@ class Staging:
     ) -> ModelVersion:
         """Check, record and publish the directory as the next version of `key`; returns it resolved.
 
-        `parent` gives the tokenizer, where none was written, and a new key's inference defaults. `base` is what an
-        adapter belongs to; unset, the name in its adapter_config.json is looked up. With `location` the files stay
+        `parent` gives the tokenizer, where none was written, and a new key's inference defaults. `base` is the model
+        of an adapter; unset, the name in its adapter_config.json is looked up. With `location` the files stay
         there and only the record is stored. With `resumed` a version that run `run_id` has published with the same
         bytes is returned instead. `stop_ids`, the tokens that end a turn, are for files of our own making, which are
         then completed for other libraries. Raises ModelRefused, VerificationError, or ResourceError (disk).
@@ -111,17 +117,16 @@ class Staging:
             complete(self.directory, parent.weights_dir if parent else self.directory, stop_ids)
         content = inspect(location or self.directory, registry, base, in_place=location is not None)
         with storing(f"cannot store {key!r}"):
-            files = manifests.record_files(content.directory, content.files)
-            published = self._published(key, run_id, files) if resumed else None
-            if published is not None:
+            files = record_files(content.directory, content.files)
+            if resumed and (published := self._published(key, run_id, files)):
                 return published
-            record = manifests.Manifest(
+            record = Manifest(
                 key=key,
                 format=content.format,
                 kind=SCALAR if content.scalar else "lm",
-                digest=manifests.digest_of(content.format, files),
+                digest=digest_of(content.format, files),
                 files=files,
-                base=manifests.BaseRecord(content.base.ref, content.base.digest) if content.base else None,
+                base=BaseRecord(content.base.ref, content.base.digest) if content.base else None,
                 location=str(location.resolve()) if location else "",
                 source=source,
                 parent=parent.ref if parent else "",
@@ -133,18 +138,17 @@ class Staging:
             )
             if not location:
                 self._make_durable(content.files)
-            write_json(self.directory / manifests.NAME, msgspec.to_builtins(record))
+            record.write(self.directory)
             number = self._rename(key)
             self._describe(key, None if content.base else parent)
         return registry.resolve(f"{key}@{number}")
 
-    def _published(self, key: str, run_id: str, files: tuple[manifests.FileRecord, ...]) -> ModelVersion | None:
-        """The version that a run has made of these files already; one that is damaged counts for nothing."""
-        for number in self._registry.versions(key):
+    def _published(self, key: str, run_id: str, files: tuple[FileRecord, ...]) -> ModelVersion | None:
+        """The version that a run has already made of these files; damaged ones are skipped."""
+        for ref, record in _records(self._registry, key):
             with contextlib.suppress(VerificationError, NotFoundError):
-                record = manifests.read_manifest(self._registry.directory(key, number), key)
                 if record.run_id == run_id and record.files == files:
-                    return self._registry.resolve(f"{key}@{number}")
+                    return self._registry.resolve(ref)
         return None
 
     def _make_durable(self, files: list[Path]) -> None:
@@ -163,7 +167,7 @@ class Staging:
         for _ in range(10_000):
             refuse_links(models, parent)
             parent.mkdir(parents=True, exist_ok=True)
-            number = max([*self._registry.versions(key), self._last_version(key)]) + 1
+            number = max([*self._registry.versions(key), _settings(self._home, key).last_version]) + 1
             try:
                 os.rename(self.directory, parent / f"v{number:06d}")
             except OSError as error:
@@ -175,12 +179,6 @@ class Staging:
                 parent = parent.parent
             return number
         raise ResourceError(f"cannot store {key!r}: another process keeps changing it")
-
-    def _last_version(self, key: str) -> int:
-        try:
-            return read_entry(self._home, key).last_version
-        except VerificationError:
-            return 0  # a damaged model.json must not cost a trained model
 
     def _describe(self, key: str, parent: ModelVersion | None) -> None:
         """A new key begins with its parent's settings; an adapter has its base's anyway, as they are at the time."""
@@ -200,7 +198,7 @@ def _owner(pid: int) -> str:
 
 
 def sweep(home: Home) -> list[str]:
-    """Remove what dead writers left in staging, and what is left in the trash. Returns the names removed."""
+    """Remove directories of dead writers from staging, and empty the trash. Returns the names removed."""
     removed = []
     for path in home.staging.iterdir():
         if _abandoned(path):
@@ -237,14 +235,14 @@ def _opened(path: Path) -> Iterator[int]:
 
 @contextlib.contextmanager
 def in_use(manifest: Path) -> Iterator[None]:
-    """Say with a shared lock on its manifest that a version is being used. Nothing happens on a disk without locks."""
+    """Mark a version as used by a shared lock on its manifest. It has no effect on a disk without locks."""
     with _opened(manifest) as descriptor:
         try_lock(descriptor, shared=True)
         yield
 
 
 def _users(manifest: Path) -> str:
-    """Who uses a version, in words; "" for nobody."""
+    """The processes that use a version, in words; "" for an unused one."""
     with contextlib.suppress(OSError), _opened(manifest) as descriptor:
         if not try_lock(descriptor):
             return f"a running process{_pids(os.fstat(descriptor).st_ino)}"
@@ -255,8 +253,7 @@ def _pids(inode: int) -> str:
     """Processes with a lock on an inode, from /proc/locks: `1: FLOCK ADVISORY READ 1234 08:01:5678 0 EOF`."""
     with contextlib.suppress(OSError):
         lines = [line.split() for line in Path("/proc/locks").read_text(encoding="ascii").splitlines()]
-        found = [line[4] for line in lines if len(line) > 5 and line[5].rpartition(":")[2] == str(inode)]
-        if found:
+        if found := [line[4] for line in lines if len(line) > 5 and line[5].rpartition(":")[2] == str(inode)]:
             return f" (pid {', '.join(found)})"
     return ""
 
@@ -264,7 +261,7 @@ def _pids(inode: int) -> str:
 def remove(registry: Registry, ref: str, every: bool) -> list[str]:
     """Remove one version, or with `every` all versions of a key; returns the references removed.
 
-    Raises ConflictError naming what still refers to one of them.
+    Raises ConflictError naming the adapter, process or alias that still needs one of them.
     """
     if ref.removeprefix(SCHEME).startswith(BUILTIN):
         raise UsageError(f"{ref!r} is generated, not stored: there is nothing to remove")
@@ -296,43 +293,43 @@ def _chosen(registry: Registry, reference: Reference, every: bool) -> list[int]:
 
 
 def _refuse_when_needed(registry: Registry, key: str, numbers: list[int], doomed: set[str]) -> None:
-    adapters = [name for name, base in _adapters(registry) if base in doomed and name not in doomed]
+    records = [found for stored in registry.names() for found in _records(registry, stored)]
+    adapters = [ref for ref, record in records if record.base and record.base.ref in doomed and ref not in doomed]
     if adapters:
         raise ConflictError(
             f"{', '.join(sorted(doomed))}: still the base of {', '.join(adapters)}", hint="remove the adapter first"
         )
     for number in numbers:
-        user = _users(registry.directory(key, number) / manifests.NAME)
-        if user:
+        if user := _users(registry.directory(key, number) / MANIFEST):
             raise ConflictError(f"{key}@{number} is used by {user}", hint="wait for it to end, or stop it")
     left = set(registry.versions(key)) - set(numbers)
+    aliases = [name for name, number in _settings(registry.home, key).aliases.items() if number in numbers]
+    if left and aliases:
+        raise ConflictError(
+            f"{', '.join(sorted(doomed))}: has the alias {aliases[0]!r}",
+            hint=f"move it first: adaptive models alias {key} {aliases[0]}={max(left)}",
+        )
+
+
+def _settings(home: Home, key: str) -> Entry:
+    """The settings of a key. A damaged model.json counts as an empty one: it must not cost a trained model."""
     with contextlib.suppress(VerificationError):
-        aliases = [name for name, number in read_entry(registry.home, key).aliases.items() if number in numbers]
-        if left and aliases:
-            raise ConflictError(
-                f"{', '.join(sorted(doomed))}: has the alias {aliases[0]!r}",
-                hint=f"move it first: adaptive models alias {key} {aliases[0]}={max(left)}",
-            )
+        return read_entry(home, key)
+    return Entry(key=key)
 
 
-def _adapters(registry: Registry) -> Iterator[tuple[str, str]]:
-    """(adapter, its base) for every stored adapter that can be read."""
-    for key in registry.names():
-        for number in registry.versions(key):
-            with contextlib.suppress(VerificationError, NotFoundError):
-                record = manifests.read_manifest(registry.directory(key, number), key)
-                if record.base:
-                    yield f"{key}@{number}", record.base.ref
+def _records(registry: Registry, key: str) -> Iterator[tuple[str, Manifest]]:
+    """Reference and manifest of each version of a key that can be read."""
+    for number in registry.versions(key):
+        with contextlib.suppress(VerificationError, NotFoundError):
+            yield f"{key}@{number}", read_manifest(registry.directory(key, number), key)
 
 
 def _tidy(registry: Registry, key: str, highest: int) -> None:
-    """Remember the numbers that were given, or, with nothing left, take the key's directories away."""
+    """Remember the numbers that were given; after the last version, remove the key's directories."""
     directory = registry.home.models / key
     if registry.versions(key):
-        try:
-            entry = read_entry(registry.home, key)
-        except VerificationError:
-            entry = Entry(key=key)
+        entry = _settings(registry.home, key)
         entry.last_version = max(entry.last_version, highest)
         write_entry(registry.home, key, entry)
         return

@@ -15,10 +15,11 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from harmony_core import confined
 from harmony_core.errors import (
+    HarmonyError,
     ModelRefused,
     NotFoundError,
     ResourceError,
@@ -31,9 +32,8 @@ from harmony_core.model.spec import ModelSpec, read_config
 from harmony_core.model.weight_files import PICKLE_SUFFIXES, TEMPLATES, TOKENIZER_FILES
 from harmony_core.plain_files import MIB, exists, expanded, place_file, read_json, read_plain
 from harmony_core.registry.content import SLOW_NEEDS, SLOW_TOKENIZERS, check_chat, has_template, inspect
-from harmony_core.registry.keys import BUILTIN, check_key, source_hint
 from harmony_core.registry.publish import Staging
-from harmony_core.registry.versions import ModelVersion
+from harmony_core.registry.records import BUILTIN, ModelVersion, check_key, source_hint
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -48,7 +48,7 @@ class ImportOptions:
     reference: bool = False
     """Leave the files where they are."""
     base: str | None = None
-    """What an adapter belongs to."""
+    """The base of an adapter."""
     chat_template: Path | None = None
     """A file that replaces the chat template."""
 
@@ -86,8 +86,10 @@ def import_directory(
 
     Config and weights are checked before a byte is copied.
     """
+    from harmony_core.text import tokenizer_files
+
     if parent is None:
-        _try_tokenizer(directory)
+        tokenizer_files.check(directory)
     checked = inspect(directory, registry, options.base, in_place=True)
     with registry.stage(_bytes_to_copy(registry, checked.files)) as staging:
         if options.reference:
@@ -112,24 +114,16 @@ def finish_import(
     parent: ModelVersion | None = None,
     converted: bool = False,
 ) -> ModelVersion:
-    """Publish what was brought into `staging` from `directory`, with its chat template in its place."""
+    """Publish the files brought into `staging` from `directory`, with the chat template added."""
+    from harmony_core.text import tokenization, tokenizer_files
+
     with storing(f"cannot import {directory}"):
         _write_template(directory, staging, options)
     if converted:
-        _try_tokenizer(staging.directory)
+        tokenizer_files.check(staging.directory)
     _check_chat(staging.directory, base)
-    stop_ids = None
-    if converted:
-        from harmony_core.text.tokenization import ChatTokenizer
-
-        stop_ids = ChatTokenizer.load(staging.directory).stop_ids
+    stop_ids = tokenization.ChatTokenizer.load(staging.directory).stop_ids if converted else None
     return staging.publish(key, base=base, source=source, parent=parent, notes=_left_out(directory), stop_ids=stop_ids)
-
-
-def _try_tokenizer(directory: Path) -> None:
-    from harmony_core.text import tokenizer_files
-
-    tokenizer_files.check(directory)
 
 
 def _check_chat(directory: Path, base: ModelVersion | None) -> None:
@@ -139,8 +133,7 @@ def _check_chat(directory: Path, base: ModelVersion | None) -> None:
 def _bytes_to_copy(registry: Registry, files: list[Path]) -> int:
     """Size of the files on other disks than the home's; those on its own are shared with the source."""
     here = registry.home.staging.stat().st_dev
-    states = [path.stat() for path in files]
-    return sum(state.st_size for state in states if state.st_dev != here)
+    return sum(state.st_size for state in map(Path.stat, files) if state.st_dev != here)
 
 
 def _left_out(directory: Path) -> tuple[str, ...]:
@@ -200,10 +193,9 @@ def import_hub(registry: Registry, key: str, source: str, options: ImportOptions
     """
     from huggingface_hub import HfApi, constants
 
-    match = _SOURCE.fullmatch(source)
-    if not match:
+    if not (match := _SOURCE.fullmatch(source)):
         raise UsageError(f"{source[:200]!r} is not a hub id", hint="hf:org/name or hf:org/name@revision")
-    name, revision = match[1], match[2]
+    name, revision = match.groups()
     api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
     with hub_errors(name, revision):
         if constants.is_offline_mode():
@@ -223,8 +215,7 @@ def _refuse_early(api: HfApi, name: str, commit: str, names: list[str]) -> None:
     if not any(file.endswith(".safetensors") and "/" not in file for file in names):
         reason = f"only pickled weights, which are never read ({pickled[0]})" if pickled else "no safetensors weights"
         raise VerificationError(f"hf:{name}: {reason}", hint="another repository may hold it converted")
-    slow = [file for file in names if file in SLOW_TOKENIZERS]
-    if slow and "tokenizer.json" not in names:
+    if (slow := [file for file in names if file in SLOW_TOKENIZERS]) and "tokenizer.json" not in names:
         raise VerificationError(
             f"hf:{name}: a tokenizer without tokenizer.json ({slow[0]})",
             hint="save it once with transformers (AutoTokenizer...save_pretrained), and add that directory"
@@ -239,36 +230,32 @@ def _refuse_early(api: HfApi, name: str, commit: str, names: list[str]) -> None:
 
 @contextlib.contextmanager
 def hub_errors(name: str, revision: str | None, what: str = "model") -> Iterator[None]:
-    """Turn the client's exceptions into ours; `what` is the repository's kind."""
+    """Turn the client's exceptions into typed errors; `what` is the kind of repository."""
     from huggingface_hub import errors
 
+    offline = "without a network, name a directory of files"
+    offline += ": adaptive models add KEY DIRECTORY" if what == "model" else ""
     try:
         yield
-    except errors.GatedRepoError as error:
-        raise ResourceError(
-            f"hf:{name} is gated", hint=f"accept its terms at the hub's page of {name}, then log in: hf auth login"
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise NotFoundError(
-            f"the hub has no {what} {name!r}, or it is private", hint="check the name; for a private one: hf auth login"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise NotFoundError(f"hf:{name} has no revision {revision!r}") from error
-    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as error:
-        raise ResourceError(
-            f"hf:{name} cannot be fetched: {_first_line(error)}",
-            hint="without a network, name a directory of files"
-            + (": adaptive models add KEY DIRECTORY" if what == "model" else ""),
-        ) from error
-    # The client's HTTP library, whose name depends on the client's version.
-    except errors.HTTPError as error:  # type: ignore[attr-defined]
-        raise ResourceError(f"hf:{name} cannot be fetched: {_first_line(error)}", hint="try again later") from error
-    except OSError as error:
+    # HTTPError is of the client's HTTP library, whose name depends on the client's version.
+    except (OSError, errors.HTTPError) as error:  # type: ignore[attr-defined]
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        fetch = f"hf:{name} cannot be fetched: {lines[0][:300]}"
+        terms = f"accept its terms at the hub's page of {name}, then log in: hf auth login"
+        missing = f"the hub has no {what} {name!r}, or it is private"
+        private = "check the name; for a private one: hf auth login"
+        known: tuple[tuple[Any, type[HarmonyError], str, str], ...] = (
+            (errors.GatedRepoError, ResourceError, f"hf:{name} is gated", terms),
+            (errors.RepositoryNotFoundError, NotFoundError, missing, private),
+            (errors.RevisionNotFoundError, NotFoundError, f"hf:{name} has no revision {revision!r}", ""),
+            ((errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError), ResourceError, fetch, offline),
+            (errors.HTTPError, ResourceError, fetch, "try again later"),  # type: ignore[attr-defined]
+        )
+        for kind, told, message, hint in known:
+            if isinstance(error, kind):
+                raise told(message, hint=hint) from error
+        assert isinstance(error, OSError), "the table has all others"
         raise storage_error(f"cannot fetch hf:{name}", error) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
 
 
 CONVERTER = "harmony_core.engine.convert_gguf"
@@ -314,7 +301,7 @@ def _in_package(name: str) -> Path:
 
 
 def _convert(path: Path, directory: Path) -> None:
-    """Run the converter. It finds the file in a directory of its own, and nothing beside it."""
+    """Run the converter on a link to the file in an otherwise empty directory."""
     private = directory / "input"
     with storing(f"cannot convert {path}"):
         private.mkdir(mode=0o700)

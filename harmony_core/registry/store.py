@@ -1,4 +1,4 @@
-"""The registry: versioned models by name. The directory tree is the truth; there is no index to go stale."""
+"""The registry: versioned models by name. It reads the directory tree each time, and keeps no index."""
 
 from __future__ import annotations
 
@@ -9,36 +9,48 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
 
 from harmony_core.errors import HarmonyError, NotFoundError, UsageError, VerificationError, did_you_mean
 from harmony_core.home import Home
 from harmony_core.model.spec import ModelSpec, model_tp
 from harmony_core.plain_files import refuse_links
-from harmony_core.registry import manifest as manifests
-from harmony_core.registry.builtin import DEFAULTS, NAMES, builtin_directory, write_builtin
-from harmony_core.registry.keys import (
-    BUILTIN,
-    SCHEME,
-    Reference,
-    check_alias,
-    key_problem,
-    parse_reference,
-    source_hint,
-)
+from harmony_core.registry.builtin import DEFAULTS, NAMES, REVISION, write_builtin
 from harmony_core.registry.publish import Staging, in_use, remove, stage
-from harmony_core.registry.sources import ImportOptions, import_model
-from harmony_core.registry.versions import (
+from harmony_core.registry.records import (
+    BUILTIN,
     DEFAULT_NAMES,
+    MANIFEST,
+    SCHEME,
     Defaults,
+    Description,
     Entry,
+    Manifest,
     ModelEntry,
     ModelVersion,
-    apply_setting,
+    Reference,
+    check_alias,
+    check_files,
     edited_entry,
+    key_problem,
+    parse_reference,
     read_entry,
+    read_manifest,
+    source_hint,
 )
+from harmony_core.registry.sources import ImportOptions, import_model
+from harmony_core.text.turns import TemplateKwargs
 
+_COUNT = (Annotated[int, msgspec.Meta(gt=0, lt=2**31)], "a whole number above 0, or null to unset it", "")
+_SETTINGS: dict[str, tuple[Any, str, str]] = {
+    **dict.fromkeys(("tp", "kv_cache_len", "tokens_to_generate"), _COUNT),
+    "chat_template_kwargs": (dict[str, Any], "a JSON object", "chat_template_kwargs='{\"enable_thinking\": false}'"),
+    "trainable": (bool, "true or false", ""),
+    "description": (Annotated[str, msgspec.Meta(max_length=4000)], "a text of at most 4,000 characters", ""),
+}
+"""For each setting its type, the type in words, and an example."""
 _VERSION_DIRECTORY = re.compile(r"v(\d{6,9})", re.ASCII)
 
 
@@ -75,62 +87,54 @@ class Registry:
 
     def _builtin(self, key: str) -> ModelVersion:
         """A generated model, written first if it is missing or damaged."""
-        directory = builtin_directory(self.home, key.removeprefix(BUILTIN))
+        name = key.removeprefix(BUILTIN)
+        if name not in NAMES:
+            known = ", ".join(BUILTIN + known for known in NAMES)
+            raise NotFoundError(f"there is no model '{BUILTIN}{name[:100]}'", hint=f"there is: {known}")
+        directory = self.home.cache / "builtin" / f"{name}-{REVISION}"
         entry = Entry(key=key, defaults=DEFAULTS)
-        try:
+        with contextlib.suppress(VerificationError):
             return self._load(key, directory, entry, 1)
-        except VerificationError:
-            write_builtin(self.home, directory, key)
+        write_builtin(self.home, directory, key)
         return self._load(key, directory, entry, 1)
 
     def number(self, reference: Reference) -> int:
         """The version number that a reference means. Raises NotFoundError."""
         key = reference.key
-        known = self.versions(key)
-        if not known:
+        if not (known := self.versions(key)):
             hint = source_hint(str(reference)) or did_you_mean(key, self.names()) or "adaptive models list"
             raise NotFoundError(f"there is no model {str(reference)!r}", hint=hint, ref=str(reference))
+        number = known[-1] if reference.version is None else reference.version
         if reference.alias is not None:
             aliases = read_entry(self.home, key).aliases
-            number = aliases.get(reference.alias)
-            if number is None:
-                raise NotFoundError(
-                    f"{key!r} has no alias {reference.alias!r}", hint=did_you_mean(reference.alias, aliases)
-                )
-        else:
-            number = known[-1] if reference.version is None else reference.version
+            if reference.alias not in aliases:
+                hint = did_you_mean(reference.alias, aliases)
+                raise NotFoundError(f"{key!r} has no alias {reference.alias!r}", hint=hint)
+            number = aliases[reference.alias]
         if number not in known:
             versions = ", ".join(map(str, known[-12:]))
             raise NotFoundError(f"{key!r} has no version {number}", hint=f"versions: {versions}", ref=str(reference))
         return number
 
     def _load(self, ref: str, directory: Path, entry: Entry, number: int) -> ModelVersion:
-        record = manifests.read_manifest(directory, entry.key)
+        record = read_manifest(directory, entry.key)
         path = Path(record.location) if record.location else directory
-        manifests.check_files(path, record)
+        check_files(path, record)
         base = self._base(ref, record)
+        lineage = {name: getattr(record, name) for name in Description.__dataclass_fields__}
         return ModelVersion(
-            key=entry.key,
+            **lineage,
             version=number,
             ref=ref,
             path=path,
-            format=record.format,
-            kind=record.kind,
             trainable=entry.trainable,
             base=base,
             spec=base.spec if base else ModelSpec.read(path),
             defaults=_defaults(entry, base),
-            digest=record.digest,
-            notes=record.notes,
-            source=record.source,
-            parent=record.parent,
-            run_id=record.run_id,
-            step=record.step,
-            created=record.created,
             bytes=sum(file.size for file in record.files),
         )
 
-    def _base(self, ref: str, record: manifests.Manifest) -> ModelVersion | None:
+    def _base(self, ref: str, record: Manifest) -> ModelVersion | None:
         if record.base is None:
             return None
         try:
@@ -146,7 +150,7 @@ class Registry:
         return self.home.models / key / f"v{number:06d}"
 
     def versions(self, key: str) -> list[int]:
-        """Published version numbers of a key, ascending; empty when there is no such key, or it cannot be one."""
+        """Published version numbers of a key, ascending; empty for an unknown or invalid key."""
         if key_problem(key):
             return []
         try:
@@ -187,7 +191,7 @@ class Registry:
     def stage(self, expected_bytes: int = 0) -> AbstractContextManager[Staging]:
         """Write a version: `with registry.stage() as staging`, fill `staging.directory`, then `staging.publish`.
 
-        What was not published at the end of the block is removed. Raises ResourceError when `expected_bytes` do not fit
+        An unpublished directory is removed at the end of the block. Raises ResourceError if `expected_bytes` do not fit
         on the disk.
         """
         return stage(self, expected_bytes)
@@ -219,7 +223,7 @@ class Registry:
         with contextlib.ExitStack() as stack:
             for used in (version, version.base):
                 if used and not used.key.startswith(BUILTIN):
-                    stack.enter_context(in_use(self.directory(used.key, used.version) / manifests.NAME))
+                    stack.enter_context(in_use(self.directory(used.key, used.version) / MANIFEST))
             yield
 
     def verify(self, ref: str, quick: bool = False) -> ModelVersion:
@@ -229,9 +233,9 @@ class Registry:
         """
         version = self.resolve(ref)
         record_at = version.path if version.key.startswith(BUILTIN) else self.directory(version.key, version.version)
-        record = manifests.read_manifest(record_at, version.key)
-        trusted = (record_at / manifests.NAME).stat().st_mtime_ns if quick else -1
-        manifests.check_files(version.path, record, full=True, trusted=trusted)
+        record = read_manifest(record_at, version.key)
+        trusted = (record_at / MANIFEST).stat().st_mtime_ns if quick else -1
+        check_files(version.path, record, full=True, trusted=trusted)
         return version
 
     def set_alias(self, key: str, alias: str, version: int | None) -> Entry:
@@ -246,14 +250,13 @@ class Registry:
         return entry
 
     def imported_from(self, name: str) -> ModelVersion | None:
-        """The newest full model that came from a hub id or a path, or lies at that path; None when there is none."""
+        """The newest full model that came from a hub id or a path, or lies at that path, if there is one."""
         for found in self.list():
             source = found.newest.source if found.newest and not found.newest.base else ""
             if source == name or source.partition("@")[0] == f"hf:{name}":
                 return found.newest
         path = Path(name)
-        number = _VERSION_DIRECTORY.fullmatch(path.name)
-        if number and path.is_relative_to(self.home.models):
+        if (number := _VERSION_DIRECTORY.fullmatch(path.name)) and path.is_relative_to(self.home.models):
             return self.resolve(f"{path.parent.relative_to(self.home.models)}@{int(number[1])}")
         generated = (self._builtin(BUILTIN + known) for known in NAMES)
         return next((version for version in generated if version.path == path), None)
@@ -261,24 +264,23 @@ class Registry:
     def set_defaults(self, key: str, values: dict[str, object]) -> ModelVersion:
         """Edit a key's inference defaults (`tp`, `kv_cache_len`, ...), description, trainability.
 
-        None takes a value back. Nothing is changed unless everything can be. Returns the newest version.
+        None unsets a value. All values are checked before one is stored. Returns the newest version.
         """
         version = self.resolve(key)
         if version.key.startswith(BUILTIN):
             raise UsageError(
                 f"{version.key} is generated and keeps no settings", hint=f"adaptive models add KEY {version.key}"
             )
-
         if (given := values.get("chat_template_kwargs")) and isinstance(given, Mapping):
             _check_variables(version, given)
         with edited_entry(self.home, version.key) as entry:
             for name, value in values.items():
-                apply_setting(entry, name, value)
-            tp = entry.defaults.get("tp")
-            if tp is not None and tp not in model_tp(version.spec):
-                allowed = ", ".join(map(str, model_tp(version.spec)))
+                _apply_setting(entry, name, value)
+            tp, allowed = entry.defaults.get("tp"), model_tp(version.spec)
+            if tp is not None and tp not in allowed:
                 raise UsageError(
-                    f"tp={tp} does not divide {key!r} ({version.spec.num_heads} heads)", hint=f"tp may be {allowed}"
+                    f"tp={tp} does not divide {key!r} ({version.spec.num_heads} heads)",
+                    hint=f"tp may be {', '.join(map(str, allowed))}",
                 )
         return self.resolve(version.key)
 
@@ -294,14 +296,32 @@ def _check_variables(version: ModelVersion, given: Mapping[str, Any]) -> None:
 
 
 def _defaults(entry: Entry, base: ModelVersion | None) -> Defaults:
-    """A key's own defaults; an adapter takes from its base what it does not set."""
-    values: dict[str, Any] = {}
-    sources: dict[str, str] = {}
+    """A key's defaults; an adapter inherits the others from its base."""
     origin = entry.key if entry.key.startswith(BUILTIN) else f"stored with {entry.key}"
-    for name in DEFAULT_NAMES:
-        inherited = getattr(base.defaults, name) if base else None
-        if name in entry.defaults:
-            values[name], sources[name] = entry.defaults[name], origin
-        elif base and inherited is not None:
-            values[name], sources[name] = inherited, base.defaults.sources.get(name, base.ref)
-    return Defaults(**values, sources=sources)
+    known: dict[str, Any] = {name: (value, origin) for name, value in entry.defaults.items()}
+    if base:
+        inherited = {name: getattr(base.defaults, name) for name in DEFAULT_NAMES}
+        sources = base.defaults.sources
+        known = {n: (v, sources.get(n, base.ref)) for n, v in inherited.items() if v is not None} | known
+    values = {name: known[name][0] for name in DEFAULT_NAMES if name in known}
+    return Defaults(**values, sources={name: known[name][1] for name in values})
+
+
+def _apply_setting(entry: Entry, name: str, value: object) -> None:
+    """Set one thing; None takes it back. Raises UsageError for an unknown name or an invalid value."""
+    if name not in _SETTINGS:
+        raise UsageError(f"{name[:100]!r} cannot be set on a model", hint=did_you_mean(name, _SETTINGS))
+    wanted, words, example = _SETTINGS[name]
+    plain = dict(value) if isinstance(value, Mapping) else value
+    try:
+        given = msgspec.convert(plain, wanted | None)
+    except msgspec.ValidationError:
+        raise UsageError(f"{name} must be {words}, not {str(value)[:60]!r}", hint=example) from None
+    if name == "description":
+        entry.description = given or ""
+    elif name == "trainable":
+        entry.trainable = given is not False
+    elif given is None:
+        entry.defaults.pop(name, None)
+    else:
+        entry.defaults[name] = dict(TemplateKwargs(given)) if isinstance(given, dict) else given

@@ -21,7 +21,7 @@ RECIPE = """\
     from pydantic import BaseModel, Field
     from harmony_core.recipe.context import RecipeContext
     from harmony_core.config.parameters import Dataset, Model, model_kinds
-    from harmony_core.recipe.module import InputConfig, recipe_main
+    from harmony_core.recipe import InputConfig, recipe_main
 
     class Lora(BaseModel):
         r: int = Field(16, ge=1)

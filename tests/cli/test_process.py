@@ -18,7 +18,7 @@ LIGHT_HELP = {*HEAVY, "pydantic", "yaml", "rich.markdown", "numpy"}
 WAITS = """
 import asyncio, time
 from harmony_core.recipe.context import RecipeContext
-from harmony_core.recipe.module import InputConfig, recipe_main
+from harmony_core.recipe import InputConfig, recipe_main
 
 class Config(InputConfig):
     block: bool = False
@@ -133,7 +133,7 @@ def test_ascii_streams_and_forced_colour(folder: Path) -> None:
 
 def test_a_terminal_gets_a_bar_and_its_cursor_back(folder: Path) -> None:
     (folder / "bar.py").write_text(
-        "from harmony_core.recipe.context import RecipeContext\nfrom harmony_core.recipe.module import recipe_main\n"
+        "from harmony_core.recipe.context import RecipeContext\nfrom harmony_core.recipe import recipe_main\n"
         "@recipe_main\nasync def main(ctx: RecipeContext):\n    stage = ctx.job.stage_notifier('Working')\n"
         "    for done in range(4):\n        stage.report_progress(3, done)\n        print('row', done)\n"
     )

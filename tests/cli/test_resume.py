@@ -180,7 +180,7 @@ def test_the_flag_needs_a_run_to_change(adaptive: Any) -> None:
 KEYED = """
 from harmony_core.recipe.context import RecipeContext
 from harmony_core.options import RunOptions
-from harmony_core.recipe.module import InputConfig, recipe_main
+from harmony_core.recipe import InputConfig, recipe_main
 
 class Config(InputConfig):
     api_key: str | None = None

@@ -104,7 +104,7 @@ def test_a_run_and_what_it_leaves(adaptive: Any) -> None:
 def test_json_is_one_object_and_prints_go_to_stderr(adaptive: Any) -> None:
     Path("loud.py").write_text(
         "import os, subprocess\nfrom harmony_core.recipe.context import RecipeContext\n"
-        "from harmony_core.recipe.module import recipe_main\nprint('at import')\n"
+        "from harmony_core.recipe import recipe_main\nprint('at import')\n"
         "@recipe_main\nasync def main(ctx: RecipeContext):\n"
         "    os.write(1, b'raw\\n')\n    subprocess.run(['echo', 'from a child'])\n    return float('inf')\n"
     )
@@ -152,7 +152,7 @@ def test_quiet_says_only_what_is_wrong(adaptive: Any) -> None:
 def test_secrets_given_as_flags_are_not_kept(adaptive: Any) -> None:
     Path("secret.py").write_text(
         "from harmony_core.recipe.context import RecipeContext\n"
-        "from harmony_core.recipe.module import InputConfig, recipe_main\n"
+        "from harmony_core.recipe import InputConfig, recipe_main\n"
         "class Config(InputConfig):\n    api_key: str = ''\n"
         "@recipe_main\nasync def main(config: Config, ctx: RecipeContext):\n    raise ValueError(config.api_key)\n"
     )

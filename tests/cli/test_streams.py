@@ -31,7 +31,7 @@ import asyncio, logging, subprocess, sys
 from pathlib import Path
 from rich.console import Console
 from harmony_core.recipe.context import RecipeContext
-from harmony_core.recipe.module import InputConfig, recipe_main
+from harmony_core.recipe import InputConfig, recipe_main
 
 class Config(InputConfig):
     wait: bool = False

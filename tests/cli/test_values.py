@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from harmony_core.recipe.module import built_in_recipes, load_recipe
+from harmony_core.recipe import built_in_recipes, load_recipe
 
 HUGE = "1" * 400
 

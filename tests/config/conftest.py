@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field
 
 from harmony_core.config import Assignment, Resolved, Schema, Source, load_yaml, resolve, validate
 from harmony_core.errors import ConfigError
-from harmony_core.recipe.module import InputConfig
+from harmony_core.recipe import InputConfig
 
 
 class Schedule(StrEnum):

@@ -11,7 +11,7 @@ from harmony_core.config import Assignment, Layer, Resolved, Schema, Source, loa
 from harmony_core.config.parameters import Dataset, Model, model_kinds
 from harmony_core.errors import ModelRefused, NotFoundError
 from harmony_core.home import Home
-from harmony_core.recipe.module import InputConfig
+from harmony_core.recipe import InputConfig
 from harmony_core.registry import Registry
 
 

@@ -11,8 +11,8 @@ from pydantic import BaseModel, ValidationError
 from harmony_core.config.parameters import Dataset, Grader, Model, dataset_kinds, model_kinds, shipped_data
 from harmony_core.errors import DataError, ModelRefused, NotFoundError, UsageError
 from harmony_core.home import Home
+from harmony_core.recipe import InputConfig
 from harmony_core.recipe.context import RecipeContext
-from harmony_core.recipe.module import InputConfig
 from harmony_core.registry import Registry
 
 

@@ -20,7 +20,6 @@ from dataset_table import WRITERS, as_parquet, json_lines
 from harmony_core.algorithms.checkpointing import digest_of_samples
 from harmony_core.data import datasets
 from harmony_core.data import files as dataset_files
-from harmony_core.data import tables as dataset_tables
 from harmony_core.data.datasets import DataSet, load_threads
 from harmony_core.data.files import Threads
 from harmony_core.errors import DataError, HarmonyError, NotFoundError, ResourceError
@@ -107,7 +106,7 @@ def test_what_unpacks_to_too_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(dataset_files, "LEAST_UNPACKED_BYTES", 1 << 20)
     (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(b" " * (8 << 20)))
     assert "unpacks to more than" in refused(tmp_path / "d.jsonl.gz")
-    monkeypatch.setattr(dataset_tables, "_MAX_GROUP_BYTES", 10)
+    monkeypatch.setattr(dataset_files, "_MAX_GROUP_BYTES", 10)
     (tmp_path / "d.parquet").write_bytes(as_parquet(rows("a")))
     assert "has a row group of more than 10 bytes" in refused(tmp_path / "d.parquet")
 

@@ -12,7 +12,7 @@ import pytest
 
 from dataset_table import as_parquet, json_lines
 from harmony_core.config.parameters import Dataset
-from harmony_core.data import hub as dataset_hub
+from harmony_core.data import datasets as dataset_hub
 from harmony_core.data.datasets import convert_sample_dict, load_from_hf, load_threads
 from harmony_core.errors import DataError, HarmonyError, NotFoundError, ResourceError, UsageError, VerificationError
 from hub_server import COMMIT, Hub, serve

@@ -14,7 +14,7 @@ from harmony_core.memory import fit as memory_fit
 from harmony_core.memory import ledger
 from harmony_core.model.families import FAMILIES
 from harmony_core.options import RUNNER_FLAGS
-from harmony_core.recipe.module import built_in_recipes
+from harmony_core.recipe import built_in_recipes
 from harmony_core.runs.checkpoints import PATIENCE_SECONDS
 from harmony_core.runs.interruption import GRACE_SECONDS
 

@@ -15,8 +15,8 @@ import pytest
 from harmony_core.errors import MemoryRefused, NotFoundError
 from harmony_core.home import Home
 from harmony_core.options import EngineOptions, RunOptions
+from harmony_core.recipe import load_recipe
 from harmony_core.recipe.execution import execute
-from harmony_core.recipe.module import load_recipe
 from harmony_core.registry import Registry
 from harmony_core.runs.interruption import Interruption
 from harmony_core.runs.outcome import Outcome, exit_code_of
@@ -28,7 +28,7 @@ import asyncio, sys, time
 from pydantic import BaseModel
 from harmony_core.recipe.context import RecipeContext
 from harmony_core.errors import *
-from harmony_core.recipe.module import InputConfig, recipe_main
+from harmony_core.recipe import InputConfig, recipe_main
 from harmony_core.text.threads import StringThread
 """
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from harmony_core.recipe.module import built_in_recipes, load_recipe
+from harmony_core.recipe import built_in_recipes, load_recipe
 
 NAMES = sorted(built_in_recipes())
 LAST_LINE = re.compile(r"held-out accuracy: (\d\.\d\d)")

@@ -7,7 +7,7 @@ import pytest
 from harmony_core.errors import HarmonyError, NotFoundError, UsageError
 from harmony_core.home import Home
 from harmony_core.registry import Registry, slugify
-from harmony_core.registry.keys import Reference, check_alias, check_key, key_problem, parse_reference, source_hint
+from harmony_core.registry.records import Reference, check_alias, check_key, key_problem, parse_reference, source_hint
 
 GOOD = [
     "a",

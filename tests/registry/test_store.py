@@ -20,7 +20,7 @@ from harmony_core.errors import (
 )
 from harmony_core.home import Home
 from harmony_core.registry import ModelVersion, Registry
-from harmony_core.registry.manifest import SMALL_BYTES
+from harmony_core.registry.records import SMALL_BYTES
 
 
 def publish(registry: Registry, key: str, seed: int = 0, **options: Any) -> ModelVersion:

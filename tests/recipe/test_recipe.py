@@ -13,12 +13,12 @@ from pydantic import BaseModel, Field, ValidationError
 
 from harmony_core.errors import NotFoundError, RecipeLoadError, ResourceError
 from harmony_core.options import RUNNER_FLAGS
-from harmony_core.recipe.module import InputConfig, built_in_recipes, load_recipe, recipe_main
+from harmony_core.recipe import InputConfig, built_in_recipes, load_recipe, recipe_main
 
 HEAD = """\
 from __future__ import annotations
 from harmony_core.recipe.context import RecipeContext
-from harmony_core.recipe.module import InputConfig, recipe_main
+from harmony_core.recipe import InputConfig, recipe_main
 """
 
 Write = Callable[..., str]
