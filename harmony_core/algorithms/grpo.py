@@ -72,6 +72,7 @@ class GRPO(Training):
     A subclass may override `gen_data`, `train_sample` and `get_train_batch_logs`.
     """
 
+    _hooks = ("gen_data", "train_sample", "get_train_batch_logs")
     _loss = "train_grpo"
 
     @keeps_settings

@@ -72,6 +72,8 @@ class PPO(Training):
     A subclass may override `generate_sample`, `train_ppo`, `train_value` and `get_train_batch_logs`.
     """
 
+    _hooks = ("generate_sample", "train_ppo", "train_value", "get_train_batch_logs")
+
     @keeps_settings
     def __init__(
         self,

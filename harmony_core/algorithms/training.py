@@ -8,7 +8,7 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial, update_wrapper
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, ParamSpec, TypeVar
 
 from harmony_core.algorithms.batch_loader import BatchLoader, settle
 from harmony_core.algorithms.callbacks import outcome_of
@@ -25,15 +25,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-HOOKS: dict[str, tuple[str, ...]] = {
-    "SFT": (),
-    "DPO": ("process_sample",),
-    "RewardModelling": ("train_rm",),
-    "GRPO": ("gen_data", "train_sample", "get_train_batch_logs"),
-    "PPO": ("generate_sample", "train_ppo", "train_value", "get_train_batch_logs"),
-}
-"""By class, which calls each of them with one argument; GSPO has those of GRPO."""
-
 OURS = "harmony_core."
 
 A = TypeVar("A")
@@ -41,8 +32,12 @@ B = TypeVar("B")
 
 
 class Training:
-    """Takes a step for each batch of the feed, with a reference model where there is one."""
+    """Takes a step for each batch of the feed, with a reference model where there is one.
 
+    `_hooks`: the methods that a subclass may override. A training class calls each of them with one argument.
+    """
+
+    _hooks: ClassVar[tuple[str, ...]] = ()
     settings: dict[str, Any]
     model: TrainingModel
     logger: Logger
@@ -155,13 +150,13 @@ def keeps_settings(init: Callable[Concatenate[S, P], None]) -> Callable[Concaten
 def check_overrides(training: Training) -> None:
     """Raise UsageError for a method of a subclass that its training class would never call, or could not call."""
     lineage = type(training).__mro__
-    ours = [cls for cls in lineage if cls.__module__.startswith(OURS)]
-    hooks = next(HOOKS[cls.__name__] for cls in ours if cls.__name__ in HOOKS)
+    ours = [cls for cls in lineage if issubclass(cls, Training) and cls.__module__.startswith(OURS)]
+    hooks = ours[0]._hooks
     methods = {
         name for cls in ours for name, value in vars(cls).items() if callable(value) or isinstance(value, property)
     }
     public = {name for name in methods if not name.startswith("_")}
-    never = (public | {name for names in HOOKS.values() for name in names}) - {"run", *hooks}
+    never = (public | _all_hooks(Training)) - {"run", *hooks}
     called = f"it calls {', '.join(hooks)}" if hooks else "pass callbacks=, or write a loop of your own"
     for cls in lineage[: lineage.index(ours[0])]:
         for name in vars(cls):
@@ -169,6 +164,11 @@ def check_overrides(training: Training) -> None:
                 raise UsageError(f"{cls.__name__} overrides {name}, which {ours[0].__name__} never calls", hint=called)
             if name in hooks:
                 _check_callable(training, cls, name)
+
+
+def _all_hooks(cls: type[Training]) -> set[str]:
+    """Those of a class and of all below it: the hook of another class is a likely mistake."""
+    return {*cls._hooks}.union(*map(_all_hooks, cls.__subclasses__()))
 
 
 def _check_callable(training: Training, cls: type, name: str) -> None:

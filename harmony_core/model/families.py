@@ -1,6 +1,6 @@
 """The families of models that are taken: what each has beyond the common decoder, and what its config leaves unsaid.
 
-To add one: a `Family` in FAMILIES, and if it has tensors beyond these, a line in `model_spec._layer_shapes`. Whatever
+To add one: a `Family` in FAMILIES, and if it has tensors beyond these, a line in `_layer_shapes` of `spec.py`. Whatever
 transformers would compute and we do not is refused in `refuse_unsupported`.
 """
 

@@ -1,6 +1,6 @@
 """What a stored model is, read from config.json and safetensors headers: enough to plan with, without torch.
 
-A family (`model_families.py`) says which tensors an architecture has.
+A family (`families.py`) says which tensors an architecture has.
 """
 
 from __future__ import annotations
