@@ -28,6 +28,7 @@ class Owner(Protocol):
     """What a training class gives its loop."""
 
     settings: dict[str, Any]
+    default_settings: dict[str, Any]
     feed: BatchLoader[Any]
     logger: Logger
     stage_notifier: StageNotifier
@@ -63,6 +64,7 @@ class StepLoop:
             parts={"feed": self.feed, "logger": self.logger, "loop": self},
             samples=dataset,
             settings=owner.settings,
+            defaults=owner.default_settings,
             callbacks=callbacks,
             frequency=checkpoint_frequency,
             restore_data=checkpoint_restore_data,

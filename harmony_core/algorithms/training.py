@@ -39,6 +39,7 @@ class Training:
 
     _hooks: ClassVar[tuple[str, ...]] = ()
     settings: dict[str, Any]
+    default_settings: dict[str, Any]
     model: TrainingModel
     logger: Logger
     stage_notifier: StageNotifier
@@ -121,6 +122,8 @@ P = ParamSpec("P")
 def keeps_settings(init: Callable[Concatenate[S, P], None]) -> Callable[Concatenate[S, P], None]:
     """Keep a constructor's plain arguments, defaults included, as `self.settings`, and log them once it is done.
 
+    `self.default_settings`: their defaults, `inspect.Parameter.empty` where there is none.
+
     Arguments of another kind than annotated are refused. Numbers, text, mappings and schedules are plain; what only
     concerns checkpoints is left out, and `max_failure_rate`, which changes no step. Raises UsageError for methods of a
     subclass that would never be called.
@@ -139,6 +142,7 @@ def keeps_settings(init: Callable[Concatenate[S, P], None]) -> Callable[Concaten
             and name != "max_failure_rate"
             and (isinstance(value, bool | int | float | str | Mapping) or name.startswith("lr_scheduler"))
         }
+        self.default_settings = {name: signature.parameters[name].default for name in self.settings}
         init(self, *args, **kwargs)
         described = {"algorithm": type(self).__name__, "samples": len(bound.arguments["dataset"])}
         self.logger.log_config(described | self.settings)
