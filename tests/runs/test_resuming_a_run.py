@@ -104,7 +104,7 @@ def two_stages(folder: Path, *words: str) -> tuple[str, ...]:
 
 def test_the_recipe_of_two_stages_goes_on_in_the_second(home: Path, tmp_path: Path) -> None:
     words = two_stages(tmp_path, "--sft-epochs", "0.1", "--save-as", "twice")
-    told = interrupted(home, tmp_path, *words, at="step 8 ", by=signal.SIGINT, code=130)
+    told = interrupted(home, tmp_path, *words, at="step 8 ", by=signal.SIGHUP, code=75)
     assert re.search(r"to go on from checkpoint-0000\d\d, GRPO at ", told), told
     done = adaptive(home, tmp_path, "run", "sft_then_grpo", "--resume", "--json")
     assert "SFT had finished and is skipped" in done.stderr and "GRPO goes on at" in done.stderr
