@@ -24,6 +24,7 @@ import json
 import logging
 import random
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from harmony_core.algorithms.callbacks import RecipeCallback
@@ -58,8 +59,8 @@ class Checkpointing:
 
     `models` by role; `parts` by name: other objects with a state, such as the data; `samples`: the training data;
     `settings`: the hyper-parameters (a scheduler stands for its values at 0, 0.1, ... 1). Data and settings must be the
-    same on resume. `generators`: Python's or numpy's, owned by the class. `frequency`: the fraction of the run after
-    which a checkpoint is due.
+    same on resume; a setting that a checkpoint of an earlier version lacks must be that of `defaults`. `generators`:
+    Python's or numpy's, owned by the class. `frequency`: the fraction of the run after which a checkpoint is due.
 
     Outside of a run (no checkpoints in the stage's job) nothing is saved.
     """
@@ -73,6 +74,7 @@ class Checkpointing:
         parts: Mapping[str, Stateful],
         samples: Sequence[Any],
         settings: Mapping[str, Any],
+        defaults: Mapping[str, Any] = MappingProxyType({}),
         callbacks: Sequence[RecipeCallback] = (),
         generators: Mapping[str, random.Random | np.random.Generator] | None = None,
         frequency: float = 0.2,
@@ -94,6 +96,7 @@ class Checkpointing:
         self._parts = parts
         self._samples = samples
         self._settings = settings
+        self._defaults = defaults
         self._callbacks = callbacks
         self._generators = generators or {}
         self._facts: dict[str, Any] = {}
@@ -212,7 +215,7 @@ class Checkpointing:
         where = self.stage.stage_name
         hint = "resume with what the run was started with, or start a new run"
         with taking_back(checkpoint):
-            compare(where, record["facts"], self._facts, hint)
+            compare(where, self._with_later_settings(record["facts"]), self._facts, hint)
             if not self._run.allow_change:
                 compare(where, record["lesser_facts"], self._lesser_facts, "add --allow-change to go on nevertheless")
             states = self._states()
@@ -227,6 +230,13 @@ class Checkpointing:
             for name, generator in self._generators.items():
                 _set_generator_state(generator, record["generators"][name])
             self._last_saved = record["completion_percentage"]
+
+    def _with_later_settings(self, facts: dict[str, Any]) -> dict[str, Any]:
+        """The facts of a checkpoint with the settings that came later, where these do what was done without them."""
+        known = facts["settings"]
+        later = {name: self._settings[name] for name in self._settings.keys() & self._defaults.keys() - known.keys()}
+        same = {name: value for name, value in later.items() if value == self._defaults[name]}
+        return {**facts, "settings": {**known, **_as_stored(_plain(same))}}
 
     async def _skip(self, checkpoint: Checkpoint, record: dict[str, Any]) -> dict[str, float]:
         """Restore a finished stage's weights and return its result."""

@@ -41,6 +41,8 @@ class DPO(Training):
     measured before each step, at the price of a forward pass. A subclass may override `process_sample`.
     """
 
+    _hooks = ("process_sample",)
+
     @keeps_settings
     def __init__(
         self,

@@ -77,6 +77,7 @@ class GRPO(RolloutTraining):
     A subclass may override `gen_data`, `train_sample` and `get_train_batch_logs`.
     """
 
+    _hooks = ("gen_data", "train_sample", "get_train_batch_logs")
     _loss = "train_grpo"
     completions_per_sample: int
 

@@ -13,12 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from harmony_core.algorithms.batch_loader import BatchLoader, at_least
 from harmony_core.algorithms.callbacks import RecipeCallback
-from harmony_core.algorithms.rollout import (
-    Rollout,
-    RolloutTraining,
-    completion_metrics,
-    prompts_of,
-)
+from harmony_core.algorithms.rollout import Rollout, RolloutTraining, completion_metrics, prompts_of
 from harmony_core.algorithms.tangents import discounted_cumulative_rewards, explained_variance, gae_advantages
 from harmony_core.algorithms.training import (
     CombinedSchedule,
@@ -83,6 +78,7 @@ class PPO(RolloutTraining):
     A subclass may override `generate_sample`, `train_ppo`, `train_value` and `get_train_batch_logs`.
     """
 
+    _hooks = ("generate_sample", "train_ppo", "train_value", "get_train_batch_logs")
     gae_lambda: float
     gae_gamma: float
     whiten_advantages: bool

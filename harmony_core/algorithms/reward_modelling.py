@@ -27,6 +27,8 @@ class RewardModelling(Training):
     override `train_rm`.
     """
 
+    _hooks = ("train_rm",)
+
     @keeps_settings
     def __init__(
         self,

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, update_wrapper
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, ParamSpec, TypeVar
 
 from harmony_core.algorithms.batch_loader import BatchLoader, in_words, settle, too_many_failures
 from harmony_core.algorithms.callbacks import RecipeCallback, invoke_callbacks, result_of
@@ -120,6 +120,7 @@ class StepLoop:
             parts={"feed": self.loader, "logger": self.logger, "loop": self},
             samples=dataset,
             settings=owner.settings,
+            defaults=owner.default_settings,
             callbacks=callbacks,
             frequency=checkpoint_frequency,
             restore_data=checkpoint_restore_data,
@@ -203,15 +204,6 @@ async def check_first_rows(rows: Rows, loader: BatchLoader[Any]) -> None:
         raise too_many_failures(reasons, f"first {len(first)}", loader.max_failure_rate, errors[-1]) from errors[-1]
 
 
-HOOKS: dict[str, tuple[str, ...]] = {
-    "SFT": (),
-    "DPO": ("process_sample",),
-    "RewardModelling": ("train_rm",),
-    "GRPO": ("gen_data", "train_sample", "get_train_batch_logs"),
-    "PPO": ("generate_sample", "train_ppo", "train_value", "get_train_batch_logs"),
-}
-"""By class, which calls each of them with one argument; GSPO has those of GRPO."""
-
 A = TypeVar("A")
 B = TypeVar("B")
 
@@ -219,10 +211,13 @@ B = TypeVar("B")
 class Training:
     """Base of the training classes: one step for each batch of the loader, until it is done.
 
-    The plain arguments of a constructor are attributes of the same names (`keeps_settings`).
+    The plain arguments of a constructor are attributes of the same names (`keeps_settings`). A class calls each of the
+    methods named in `_hooks` with one argument; a subclass may override these.
     """
 
+    _hooks: ClassVar[tuple[str, ...]] = ()
     settings: dict[str, Any]
+    default_settings: dict[str, Any]
     model: TrainingModel
     logger: Logger
     stage_notifier: StageNotifier
@@ -313,9 +308,9 @@ P = ParamSpec("P")
 def keeps_settings(init: Callable[Concatenate[S, P], None]) -> Callable[Concatenate[S, P], None]:
     """Keep a constructor's plain arguments, with defaults, as `self.settings` and as attributes; log them afterwards.
 
-    Arguments of another kind than annotated are refused. Numbers, text, mappings and schedules are plain; arguments for
-    checkpoints and `max_failure_rate`, which change no step, are left out. Raises UsageError for methods of a subclass
-    that would never be called.
+    Their defaults are `self.default_settings`. Arguments of another kind than annotated are refused. Numbers, text,
+    mappings and schedules are plain; arguments for checkpoints and `max_failure_rate`, which change no step, are left
+    out. Raises UsageError for methods of a subclass that would never be called.
     """
     signature = inspect.signature(init)
 
@@ -331,6 +326,7 @@ def keeps_settings(init: Callable[Concatenate[S, P], None]) -> Callable[Concaten
             and name != "max_failure_rate"
             and (isinstance(value, bool | int | float | str | Mapping) or name.startswith("lr_scheduler"))
         }
+        self.default_settings = {name: signature.parameters[name].default for name in self.settings}
         vars(self).update(self.settings)
         init(self, *args, **kwargs)
         described = {"algorithm": type(self).__name__, "samples": len(bound.arguments["dataset"])}
@@ -343,13 +339,13 @@ def keeps_settings(init: Callable[Concatenate[S, P], None]) -> Callable[Concaten
 def check_overrides(training: Training) -> None:
     """Raise UsageError for a method of a subclass that its training class never calls, or could not call."""
     lineage = type(training).__mro__
-    ours = [cls for cls in lineage if cls.__module__.startswith("harmony_core.")]
-    hooks = next(HOOKS[cls.__name__] for cls in ours if cls.__name__ in HOOKS)
+    ours = [cls for cls in lineage if issubclass(cls, Training) and cls.__module__.startswith("harmony_core.")]
+    hooks = ours[0]._hooks
     methods = {
         name for cls in ours for name, value in vars(cls).items() if callable(value) or isinstance(value, property)
     }
     public = {name for name in methods if not name.startswith("_")}
-    never = (public | {name for names in HOOKS.values() for name in names}) - {"run", *hooks}
+    never = (public | _all_hooks(Training)) - {"run", *hooks}
     called = f"it calls {', '.join(hooks)}" if hooks else "pass callbacks=, or write a loop of your own"
     for cls in lineage[: lineage.index(ours[0])]:
         for name in vars(cls):
@@ -357,6 +353,11 @@ def check_overrides(training: Training) -> None:
                 raise UsageError(f"{cls.__name__} overrides {name}, which {ours[0].__name__} never calls", hint=called)
             if name in hooks:
                 _check_callable(training, cls, name)
+
+
+def _all_hooks(cls: type[Training]) -> set[str]:
+    """Those of a class and of all below it: the hook of another class is a likely mistake."""
+    return {*cls._hooks}.union(*map(_all_hooks, cls.__subclasses__()))
 
 
 def _check_callable(training: Training, cls: type, name: str) -> None:

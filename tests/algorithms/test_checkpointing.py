@@ -409,6 +409,15 @@ def test_restore_data_must_be_that_of_the_run(story: Story) -> None:
         Checkpointing("SFT", job.stage_notifier("s"), models={}, parts={}, samples=[], settings={}, frequency=0)
 
 
+@pytest.mark.parametrize(("later", "taken"), [(4.0, True), (5.0, False)])
+def test_a_setting_that_a_checkpoint_of_before_lacks_must_be_its_default(later: float, taken: bool) -> None:
+    stage = StdoutJobNotifier(sink=lambda stage, done, total: None).stage_notifier("s")
+    settings, defaults = {"lr": 0.1, "epochs": 1, "later": later}, {"epochs": 1, "later": 4.0}
+    checkpointing = Checkpointing("X", stage, models={}, parts={}, samples=[], settings=settings, defaults=defaults)
+    facts = checkpointing._with_later_settings({"settings": {"lr": 0.2, "epochs": 2}})
+    assert facts == {"settings": {"lr": 0.2, "epochs": 2, **({"later": 4.0} if taken else {})}}
+
+
 async def draws(store: CheckpointStore, resume: bool) -> list[list[Any]]:
     """What is drawn before and after a checkpoint; with `resume` only what is drawn after it."""
     job = StdoutJobNotifier(sink=lambda stage, done, total: None)

@@ -10,7 +10,6 @@ import pytest
 from engines import pair
 from fake_policy import FakeModel, length_grader, prompts
 from harmony_core.algorithms import DPO, GRPO, GSPO, PPO, SFT, RewardModelling
-from harmony_core.algorithms.training import HOOKS
 from harmony_core.errors import UsageError
 from harmony_core.loggers import EventLogger
 from harmony_core.text.threads import StringThread
@@ -54,8 +53,7 @@ def overriding(cls: type[Any], calls: list[str]) -> type[Any]:
 
         return hook
 
-    names = HOOKS.get(cls.__name__, HOOKS["GRPO"])
-    made = type(f"My{cls.__name__}", (cls,), {name: noting(name) for name in names})
+    made = type(f"My{cls.__name__}", (cls,), {name: noting(name) for name in cls._hooks})
     return made
 
 
@@ -66,7 +64,7 @@ def test_every_hook_is_called_and_changes_nothing_by_itself(name: str) -> None:
     plain, mine = Built(cls), Built(overriding(cls, calls))
     assert plain.go() == mine.go() and plain.metrics == mine.metrics
     assert plain.model.trained == mine.model.trained and len(plain.model.trained) >= 4
-    assert set(calls) == set(HOOKS.get(name, HOOKS["GRPO"]))
+    assert set(calls) == set(cls._hooks)
 
 
 def test_documented_overrides_of_grpo() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import pty
@@ -20,8 +19,6 @@ from typing import Any
 import pytest
 from harmony_core.cli.streams import Streams, _Lasting
 
-from harmony_core import redaction
-from harmony_core.redaction import MASK, KeptPrints, Redactor
 from leftovers import running, wait_until
 
 ROWS = 50
@@ -221,31 +218,6 @@ def test_a_pipe_that_is_full_and_not_blocking_is_waited_for() -> None:
     reader.join()
     os.close(read)
     assert shown == data
-
-
-def test_kept_prints_mask_secrets_and_say_where_something_is_missing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    kept, write, full = KeptPrints(), os.write, False
-
-    def writing(descriptor: int, data: bytes) -> int:
-        if full:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return write(descriptor, data)
-
-    monkeypatch.setattr(redaction.os, "write", writing)
-    kept.write(b"before canary")
-    kept.begin(tmp_path / "logs" / "stdout.log", Redactor(["canary12"]))
-    kept.write(b"12 \xff\n")
-    full = True
-    kept.write(b"lost\n")
-    full = False
-    kept.write(b"after\nunfinished")
-    kept.end()
-    kept.write(b"late")
-    text = (tmp_path / "logs" / "stdout.log").read_bytes()
-    assert text == f"before {MASK} ".encode() + b"\xff\n\n[5 bytes could not be written here]\nafter\nunfinished"
-    assert kept.lost == 5
 
 
 def test_streams_are_left_alone_unless_the_process_is_ours(capsys: pytest.CaptureFixture[str]) -> None:

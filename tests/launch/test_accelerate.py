@@ -68,7 +68,7 @@ async def test_one_rank_has_a_process_group_of_one(tmp_path: Path):
 
 
 async def test_two_runs_of_two_ranks_at_once_whatever_the_user_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A hostile saved accelerate default, and variables of another torchrun, change nothing."""
+    """A hostile saved accelerate default, and variables of another torchrun, change nothing; nor do runs each other."""
     for home in (tmp_path / ".cache/huggingface", tmp_path / "hf"):
         (home / "accelerate").mkdir(parents=True)
         (home / "accelerate/default_config.yaml").write_text(HOSTILE)
@@ -89,6 +89,19 @@ async def test_two_runs_of_two_ranks_at_once_whatever_the_user_saved(tmp_path: P
         ranks = await one.ready()
         for _ in range(200):
             assert await ask(ranks[1], Dealloc(model="x")) == Nothing()
+        await an_exception_on_one_rank_is_named_while_the_other_waits_for_it(one)
+        assert not two.failure.done(), "the other run goes on"
+
+
+async def an_exception_on_one_rank_is_named_while_the_other_waits_for_it(supervisor: Supervisor) -> None:
+    ranks = await supervisor.ready()
+    waiting = asyncio.create_task(ask(ranks[0], STEP))
+    await until(lambda: ranks[0].phase == type(STEP).__name__)
+    with pytest.raises(RankError, match="rank 1: ValueError: boom") as error:
+        await ask(ranks[1], Dealloc(model="raise"))
+    with pytest.raises(RankError) as same:
+        await waiting
+    assert same.value is error.value
 
 
 async def test_a_broken_import_is_told_verbatim_before_any_rendezvous(tmp_path: Path):
@@ -101,18 +114,6 @@ async def test_a_broken_import_is_told_verbatim_before_any_rendezvous(tmp_path: 
     async with started(tmp_path, 2, command=[sys.executable, "-P", str(script)]) as supervisor:
         with pytest.raises(RankError, match="rank 1: ModuleNotFoundError: No module named 'no_such_module'"):
             await asyncio.wait_for(supervisor.ready(), 120)
-
-
-async def test_an_exception_on_one_rank_is_named_while_the_other_waits_for_it(tmp_path: Path):
-    async with started(tmp_path, 2) as supervisor:
-        ranks = await supervisor.ready()
-        waiting = asyncio.create_task(ask(ranks[0], STEP))
-        await until(lambda: ranks[0].phase == type(STEP).__name__)
-        with pytest.raises(RankError, match="rank 1: ValueError: boom") as error:
-            await ask(ranks[1], Dealloc(model="raise"))
-        with pytest.raises(RankError) as same:
-            await waiting
-        assert same.value is error.value
 
 
 @pytest.mark.slow

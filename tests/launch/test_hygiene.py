@@ -108,7 +108,7 @@ def sweep(tmp_path: Path, runtime: Path) -> None:
         assert list(runtime.iterdir()) == []
 
 
-@pytest.mark.parametrize("victim", ["driver", "rank1"])
+@pytest.mark.parametrize("victim", ["driver", pytest.param("rank1", marks=pytest.mark.slow)])
 def test_kill_one_of_a_real_run(tmp_path: Path, victim: str):
     kill_and_look(tmp_path, victim, "echo", signal.SIGKILL, f"real-{victim}-{os.getpid()}")
 

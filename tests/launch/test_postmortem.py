@@ -66,7 +66,7 @@ async def test_of_real_ranks_too(tmp_path: Path, number: int):
         await kill_one(supervisor, f"{SEED}/{number}", seconds=8)
 
 
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("sent", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL])
 async def test_the_only_rank_is_named_when_it_dies_before_it_connects(tmp_path: Path, sent: signal.Signals):
     """Accelerate starts it without torchrun, and says how it ended in words of its own."""
     script = tmp_path / "dies.py"

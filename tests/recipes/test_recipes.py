@@ -85,11 +85,16 @@ def test_the_yaml_beside_it_is_valid_commented_and_holds_the_defaults(name: str)
 
 
 def test_training_saving_and_asking(home: Path, tmp_path: Path) -> None:
-    """`sft` on its defaults in an empty home and an empty folder, as short as it gets, then `generate`."""
-    done = result(adaptive(home, tmp_path, "sft", "--epochs", "0.05", "--json"))
+    """`sft` in an empty home and an empty folder, as short as two ranks need to share the work; then `generate`."""
+    done = result(adaptive(home, tmp_path, "sft", "--epochs", "0.1", "--num-processes", "2", "--json"))
     assert done["result"]["model"] == "sft@1"
     assert done["result"]["completion_percentage"] == 1.0
     assert done["result"]["loss"] > 0
+    tokens = [0, 0]
+    for event in map(json.loads, (home / "runs" / done["run"] / "events.jsonl").read_text("utf-8").splitlines()):
+        if event["type"] == "micro_batch":
+            tokens[event["rank"]] += event["data"]["tokens"]
+    assert min(tokens) >= 0.4 * sum(tokens)
     asked = adaptive(home, tmp_path, "generate", "--model", "sft", "--prompt", "zebra", "--max-tokens", "4")
     assert asked.returncode == 0, asked.stderr
     assert asked.stdout.strip()

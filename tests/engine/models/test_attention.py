@@ -56,15 +56,27 @@ def test_decoding_with_lengths_on_the_device_equals_whole_forward_passes(
 
 
 def varlen_by_sequence(
-    q: Tensor, k: Tensor, v: Tensor, bounds: tuple[Tensor, Tensor], longest: tuple[int, int], scale: float, window: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_bounds: Tensor,
+    k_bounds: Tensor,
+    *longest: int,
+    scale: float,
+    window_size: tuple[int, int],
+    **options: bool,
 ) -> Tensor:
-    """What the flash kernels compute of sequences back to back: the last query sees the last key."""
+    """What the flash kernels compute of sequences back to back: the last query sees the last key.
+
+    `window_size`: how many keys before and after its own position a query sees; -1: all of them.
+    """
+    bounds, (left, right) = (q_bounds, k_bounds), window_size
     assert longest == tuple(int(b.diff().max()) for b in bounds)
     outputs = []
     for q1, q2, k1, k2 in zip(*(edge for b in bounds for edge in (b[:-1], b[1:])), strict=True):
         queries, keys, values = q[q1:q2].transpose(0, 1), k[k1:k2].transpose(0, 1), v[k1:k2].transpose(0, 1)
         distance = torch.arange(k2 - k1 - (q2 - q1), k2 - k1)[:, None] - torch.arange(k2 - k1)
-        seen = (distance >= 0) & (distance < (window or 10**6))
+        seen = (distance >= -right) & (distance <= (left if left >= 0 else 10**6))
         outputs.append(
             F.scaled_dot_product_attention(queries, keys, values, attn_mask=seen, scale=scale, enable_gqa=True)
         )
@@ -77,7 +89,7 @@ def test_the_variable_length_calls_ask_for_the_right_tokens(
 ) -> None:
     """The path of CUDA devices on a CPU, with the flash kernel written out."""
     monkeypatch.setattr(attention_cuda, "applies", lambda q: True)
-    monkeypatch.setattr(attention_cuda, "_varlen", varlen_by_sequence)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_by_sequence)
     monkeypatch.setattr(attention_cuda, "GATHERED_TOKENS", gathered)
     model = load_model(Path(directories[name]), TensorParallel.single(), CPU, torch.float64)
     assert paged_cases.worst_difference(model, tiny_models.reference(Path(directories[name]), torch.float64)) < 1e-9
