@@ -1,14 +1,17 @@
-"""Packs samples into micro-batches in call order. Plain data: no token is looked at."""
+"""Packs the samples of a step into micro-batches, in call order, and counts what divides the step."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from asyncio import Future, wait
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import NamedTuple
 
-from harmony_core.rpc.protocol import CustomLoss, MicroBatch, pack_doubles, pack_floats, pack_ints
+from harmony_core.errors import NothingToTrain, UsageError
+from harmony_core.rpc.protocol import CustomLoss, Message, MicroBatch
+from harmony_core.rpc.wire import pack_doubles, pack_floats, pack_ints
 
 WINDOW_BATCHES = 4
 """A window is cut once this many full micro-batches for each replica are pending: enough to pack well, early enough
@@ -153,6 +156,67 @@ class SampleQueue:
         self._pending = []
         self._tokens = 0
         return cut
+
+
+def require_weight(weights: Iterable[float]) -> float:
+    """The sum of a sample's weights. Raises NothingToTrain if it is 0."""
+    if (total := sum(weights)) <= 0:
+        raise NothingToTrain(
+            "the sample has no weighted token",
+            hint="give an assistant turn a weight, as with_weight_last_assistant_turn() does",
+        )
+    return total
+
+
+@dataclass
+class PendingStep:
+    """The samples that were accepted since the last optimizer step of a model."""
+
+    model: str
+    queue: SampleQueue
+    totals: dict[str, float] = field(default_factory=dict)
+    samples: int = 0
+    gradient: bool = False
+    """Whether any of them has one: tangents may all be zero."""
+    sent: list[Future[Message]] = field(default_factory=list)
+    """The answers of its micro-batches; number i goes to replica i mod dp."""
+    answered: int = 0
+
+    def add(self, accepted: Accepted) -> Iterator[list[list[Sample]]]:
+        """Queue the samples of one call, which count as one; yields the micro-batches that are full."""
+        self.totals[accepted.unit] = self.totals.get(accepted.unit, 0.0) + accepted.amount
+        self.samples += 1
+        for group in accepted.groups:
+            self.gradient = self.gradient or any(any(sample.coefficients) for sample in group)
+            yield self.queue.add(*group)
+
+    async def room(self, most: int) -> None:
+        """Wait while more than `most` of the micro-batches sent so far are unanswered.
+
+        Later ones do not count: of a thousand samples that wait, each is woken once.
+        """
+        while self.answered < len(self.sent) and self.sent[self.answered].done():
+            self.answered += 1
+        if len(self.sent) - self.answered > most:
+            await wait([self.sent[-most - 1]])
+
+    def denominator(self, normalise: str) -> float:
+        """The number that divides the step. Raises NothingToTrain without samples, UsageError for mixed units."""
+        if self.samples == 0:
+            raise NothingToTrain(
+                f"optim_step of {self.model!r}: no sample was accepted since the last one",
+                hint="await at least one train_* call before optim_step",
+            )
+        total = sum(self.totals.values())
+        if normalise == "mean" and len(self.totals) > 1:
+            units = " and ".join(sorted(self.totals))
+            raise UsageError(
+                f"one step of {self.model!r} mixes losses that are normalised differently: {units}",
+                hint='call optim_step between them, or optim_step(..., normalise="sum")',
+            )
+        if normalise == "mean" and total == 0 and self.gradient:
+            raise NothingToTrain(f"the step of {self.model!r} has a denominator of 0")
+        return total or 1.0
 
 
 def parts(batch: Sequence[Sample], capacity: int) -> list[int]:

@@ -4,25 +4,69 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import subprocess
 import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any, TypeVar, cast
 
-from harmony_core.client.capacity import Machine
-from harmony_core.errors import ConflictError, HarmonyError, InternalError
+from harmony_core.errors import ConflictError, HarmonyError, InternalError, ResourceError, UsageError
 from harmony_core.launch import private_directory
+from harmony_core.launch.launcher import Launch, resolve
 from harmony_core.launch.supervisor import RankHandle, Supervisor
+from harmony_core.memory.ledger import Ledger, host_capacity, parse_assume
 from harmony_core.notifiers import say
 from harmony_core.options import EngineOptions
 from harmony_core.registry import ModelVersion, Registry
-from harmony_core.rpc.protocol import Cancel, Clone, Event, Load, Message, OptimStep, Reblock, Save, SetStep
+from harmony_core.rpc.protocol import Cancel, Clone, Event, Load, Message, OptimStep, Reblock, Save, SetStep, Spawn
 
-if TYPE_CHECKING:
-    from harmony_core.client.live import PlannedCopy
+CUDA_BASELINE_BYTES = 1 << 30
+"""What a rank takes of its device before its first model: context, libraries, communication buffers."""
+
+CUDA_USABLE = 0.95
+"""Of the free memory: the rest is what torch's allocator keeps in pieces too small to use."""
+
+
+def find_machine(options: EngineOptions) -> tuple[Launch, Ledger]:
+    """The ranks that the options and this machine (or the assumed one) give, and their memory, of which all is free.
+
+    Raises ResourceError, ConfigError.
+    """
+    if options.assume:
+        _check_mode(options, "cuda")
+        devices = parse_assume(options.assume)
+        world_size = options.num_processes or len(devices)
+        if world_size > len(devices):
+            raise UsageError(f"--num-processes {world_size} on an assumed machine of {len(devices)} devices")
+        return Launch("cuda", world_size), Ledger(devices[:world_size])
+    launch = resolve(options.num_processes, options.device, options.accelerate_config)
+    _check_mode(options, launch.device)
+    if launch.device == "cpu":
+        host = host_capacity(options.memory, ranks=launch.world_size)
+        return launch, Ledger(host, ranks=launch.world_size)
+    return launch, Ledger([min(b, options.memory or b) for b in cuda_free_bytes(launch.devices)])
+
+
+def _check_mode(options: EngineOptions, device: str) -> None:
+    if options.deterministic and device != "cpu":
+        raise ResourceError(
+            "--deterministic is for ranks on CPU: on CUDA sampler and trainer use kernels whose last bits differ",
+            hint="--device cpu, or leave it out: optim_step's sampler_logprob_* metrics report the difference",
+        )
+
+
+def cuda_free_bytes(devices: list[str]) -> list[int]:
+    """Free bytes of the named CUDA devices, as the driver's own tool reports them, less what a process costs."""
+    query = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits", "-i", ",".join(devices)]
+    try:
+        shown = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        raise ResourceError("the memory of the CUDA devices cannot be read: nvidia-smi failed") from error
+    return [max(0, int(int(line) * 2**20 * CUDA_USABLE) - CUDA_BASELINE_BYTES) for line in shown.split()]
+
 
 Answer = TypeVar("Answer", bound=Message)
 EventSink = Callable[[str, dict[str, Any], int | None], None]
@@ -61,16 +105,16 @@ class Engine:
         self.options = options
         self.registry = registry
         self.events = events
-        self.machine = Machine.find(options)
-        self.ledger = self.machine.ledger()
-        self.names: set[str] = set()
+        self.launch, self.ledger = find_machine(options)
+        self.spawns: dict[str, Spawn] = {}
+        """Of each model that lives or is being made."""
         self.request_numbers: dict[str, int] = {}
         """Of each live model, the number of its next request that draws a seed."""
         self.unsaved: set[object] = set()
         """One entry for each model, live or freed, whose weights have changed since it was last saved."""
         self.tp_values: set[int] = set()
         self.planned: list[dict[str, Any]] = []
-        self.planned_copies: dict[str, PlannedCopy] = {}
+        self.planned_copies: dict[str, Spawn] = {}
         """Of each live model, the copy whose memory is promised and that is not made yet."""
         self._held_versions = contextlib.ExitStack()
         self._held_references: set[str] = set()
@@ -90,12 +134,12 @@ class Engine:
     @property
     def world_size(self) -> int:
         """Number of ranks, known before they are up."""
-        return self.machine.world_size
+        return self.launch.world_size
 
     @property
     def compiles(self) -> bool:
         """Whether layers are to be compiled, where a compiler is found."""
-        return self.options.compile and self.machine.device == "cuda"
+        return self.options.compile and self.launch.device == "cuda"
 
     @property
     def closed(self) -> bool:
@@ -115,7 +159,7 @@ class Engine:
         def on_event(rank: int, event: Event) -> None:
             write(event.type, event.data, rank)
 
-        self._launching = loop.create_task(Supervisor.start(options, self.machine.launch, on_event), name="start-ranks")
+        self._launching = loop.create_task(Supervisor.start(options, self.launch, on_event), name="start-ranks")
         # A failure is told now, and raised to whoever needs the ranks; nobody may, and then it is not an error.
         self._launching.add_done_callback(partial(_launched, write))
         logs = self.options.log_dir if self.options.temporary_logs else None
@@ -141,7 +185,7 @@ class Engine:
 
     def forget(self, name: str) -> None:
         """Give back what is promised to a model, and to a copy of it that was not made."""
-        self.names.discard(name)
+        self.spawns.pop(name, None)
         self.request_numbers.pop(name, None)
         for promised in (name, part_of(name, "loaded weights"), part_of(name, "pool")):
             self.ledger.release(promised)

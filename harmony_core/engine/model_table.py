@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from msgspec import structs
 from safetensors import SafetensorError
 from torch import nn
 
@@ -26,7 +27,7 @@ from harmony_core.engine.training import state_files
 from harmony_core.engine.training.trainer import Trainer
 from harmony_core.errors import ConflictError, EngineError, MemoryRefused, ModelRefused, ResourceError, storage_error
 from harmony_core.rpc.platform import missing_tool
-from harmony_core.rpc.protocol import Clone, Load, MakePool, Ranges, Save, Spawn, Spawned
+from harmony_core.rpc.protocol import Clone, Load, MakePool, Save, Spawn
 from harmony_core.rpc.wire import Failure
 
 if TYPE_CHECKING:
@@ -53,20 +54,21 @@ class BaseWeights:
 class SpawnedModel:
     """One spawn on this rank. `poison` is the first failure of a sample that was accepted since the last step."""
 
-    name: str
+    spawn: Spawn
     base: BaseWeights
-    adapter: str | None
-    trainer: Trainer | None
-    runner: Runner | None
-    """None where there is a scalar head, and in a copy that was not asked to generate yet."""
-    kv_tokens: int
-    max_batch_tokens: int
-    frozen_version: int = 0
+    adapter: str | None = None
     score: nn.Parameter | None = None
     """The scalar head, `[1, d]`; None for a model with a vocabulary head."""
-    tokenless: Ranges = ()
-    """Ids that are no token of the tokenizer, and are never drawn."""
+    trainer: Trainer | None = None
+    runner: Runner | None = None
+    """None where there is a scalar head, and in a copy that was not asked to generate yet."""
+    frozen_version: int = 0
     poison: Failure | None = None
+
+    @property
+    def name(self) -> str:
+        """The name of the spawn."""
+        return self.spawn.name
 
     @property
     def model(self) -> CausalLM:
@@ -89,18 +91,18 @@ class SpawnedModel:
             torch.cuda.reset_peak_memory_stats(device)
         return values
 
-    def spawned(self) -> Spawned:
-        """What this rank holds for it."""
-        base_bytes = self.model.parameter_bytes()
-        return Spawned(
-            parameter_bytes=self.model.parameter_bytes(self.adapter),
-            shared_bytes=base_bytes if self.base.users > 1 else 0,
-            gradient_bytes=self.trainer.gradient_bytes if self.trainer else 0,
-            optimizer_bytes=self.trainer.state_bytes if self.trainer else 0,
-            kv_bytes=self.runner.cache.bytes if self.runner else 0,
-            num_parameters=self.model.num_parameters(),
-            trainable_parameters=self.trainer.num_trainable if self.trainer else 0,
-        )
+    def held(self) -> dict[str, int]:
+        """The bytes that this rank holds for it, those of them that other spawns hold too, and its parameters."""
+        trainer = self.trainer
+        return {
+            "parameter_bytes": self.model.parameter_bytes(self.adapter),
+            "shared_bytes": self.model.parameter_bytes() if self.base.users > 1 else 0,
+            "gradient_bytes": trainer.gradient_bytes if trainer else 0,
+            "optimizer_bytes": trainer.state_bytes if trainer else 0,
+            "kv_bytes": self.runner.cache.bytes if self.runner else 0,
+            "num_parameters": self.model.num_parameters(),
+            "trainable_parameters": trainer.num_trainable if trainer else 0,
+        }
 
 
 class ModelTable:
@@ -124,6 +126,10 @@ class ModelTable:
             raise ConflictError(f"no model named {name!r} is live on this rank")
         return model
 
+    def live(self) -> list[SpawnedModel]:
+        """Every model, in the order of their spawns."""
+        return list(self._models.values())
+
     def spawn(self, request: Spawn, tp: TensorParallel, replicas: ProcessGroup | None) -> SpawnedModel:
         """Build a spawn and rehearse it. On an error everything it took is given back.
 
@@ -133,50 +139,52 @@ class ModelTable:
             return self._spawn(request, tp, replicas)
 
     def _spawn(self, request: Spawn, tp: TensorParallel, replicas: ProcessGroup | None) -> SpawnedModel:
-        full_training = request.train and request.lora is None and not request.source.adapter
-        base = self._take_weights(request, tp, private=full_training)
-        adapter: str | None = None
-        trainer: Trainer | None = None
+        made = SpawnedModel(request, self._take_weights(request, tp))
+        with self._building(made):
+            model = made.model
+            made.adapter = self._make_adapter(model, request)
+            made.score = head_of(model, made.adapter) if request.scalar else None
+            if request.compile:
+                self._compile(model, request.name)
+            if request.train:
+                made.base.checkpointed_layers = max(made.base.checkpointed_layers, request.checkpointed_layers)
+                model.set_checkpointed_layers(made.base.checkpointed_layers)
+                made.trainer = Trainer(model, made.adapter, dp_group=replicas, seed=request.seed, score=made.score)
+            self._make_runner(made)
+            if made.trainer is not None:
+                short = min(SHORT_REHEARSAL_TOKENS, request.max_batch_tokens)
+                made.trainer.rehearse(request.max_batch_tokens if request.rehearse else short)
+            if made.runner is not None:
+                made.runner.prepare()
+        return made
+
+    @contextmanager
+    def _building(self, made: SpawnedModel) -> Iterator[None]:
+        """The model is in the table once it is whole; on an error everything that it took is given back."""
         built = False
         try:
-            adapter = self._make_adapter(base.model, request)
-            score = head_of(base.model, adapter) if request.scalar else None
-            if request.compile:
-                self._compile(base.model, request.name)
-            if request.train:
-                base.checkpointed_layers = max(base.checkpointed_layers, request.checkpointed_layers)
-                base.model.set_checkpointed_layers(base.checkpointed_layers)
-                trainer = Trainer(base.model, adapter, dp_group=replicas, seed=request.seed, score=score)
-            kv_tokens, tokenless = request.kv_tokens, request.tokenless
-            runner = self._runner(base.model, adapter, score, kv_tokens, tokenless)
-            made = (request.name, base, adapter, trainer, runner, kv_tokens, request.max_batch_tokens)
-            hosted = SpawnedModel(*made, score=score, tokenless=tokenless)
-            if trainer is not None:
-                short = min(SHORT_REHEARSAL_TOKENS, request.max_batch_tokens)
-                trainer.rehearse(request.max_batch_tokens if request.rehearse else short)
-            if runner is not None:
-                runner.prepare()
-            self._models[request.name] = hosted
+            yield
+            self._models[made.name] = made
             built = True
-            return hosted
         finally:
             if not built:
-                if trainer is not None:
-                    trainer.close()
-                self._give_back(base, adapter)
+                if made.trainer is not None:
+                    made.trainer.close()
+                self._give_back(made.base, made.adapter)
 
-    def _take_weights(self, request: Spawn, tp: TensorParallel, private: bool) -> BaseWeights:
+    def _take_weights(self, request: Spawn, tp: TensorParallel) -> BaseWeights:
         dtype = _dtype(request.dtype, self.device)
         key = (request.source.digest, tp.size, dtype)
-        if not private and key in self._shared:
+        if not request.private and key in self._shared:
             self._shared[key].users += 1
             return self._shared[key]
-        # Shared weights keep their vocabulary head, which other spawns of them need.
-        scalar = request.source.scalar or (private and request.scalar)
         directory = Path(request.source.weights)
-        model = load_model(directory, tp, self.device, dtype, deterministic=self._deterministic, scalar=scalar)
-        base = BaseWeights(model, None if private else key)
-        if not private:
+        # Shared weights keep their vocabulary head, which other spawns of them need.
+        model = load_model(
+            directory, tp, self.device, dtype, deterministic=self._deterministic, scalar=request.headless
+        )
+        base = BaseWeights(model, None if request.private else key)
+        if not request.private:
             self._shared[key] = base
         return base
 
@@ -192,28 +200,23 @@ class ModelTable:
         model.compile()
 
     def _make_adapter(self, model: CausalLM, request: Spawn) -> str | None:
-        if request.lora is None and not request.source.adapter:
+        if request.lora is None:
             return None
         name = self._new_adapter_name()
-        if request.lora is not None:
-            adapters.add_lora(model, name, request.lora)
-        else:
+        if request.source.adapter:
             adapters.load_adapter(model, name, Path(request.source.adapter))
+        else:
+            adapters.add_lora(model, name, request.lora)
         if request.scalar and SCORE not in model.adapters[name].parameters:
             adapters.add_score(model, name)
         return name
 
-    def _runner(
-        self,
-        model: CausalLM,
-        adapter: str | None,
-        score: nn.Parameter | None,
-        kv_tokens: int,
-        tokenless: Ranges,
-    ) -> Runner | None:
-        if score is not None:
-            return None
-        return Runner(model, kv_tokens, adapter=adapter, notify=self._announce, tokenless=tokenless)
+    def _make_runner(self, made: SpawnedModel) -> None:
+        spawn = made.spawn
+        if not spawn.scalar:
+            made.runner = Runner(
+                made.model, spawn.kv_tokens, adapter=made.adapter, notify=self._announce, tokenless=spawn.tokenless
+            )
 
     def _new_adapter_name(self) -> str:
         """A name of our own: a spawn's may hold characters that a module's may not."""
@@ -234,35 +237,27 @@ class ModelTable:
         """
         source = self.get(request.source)
         with _refused(f"{request.name!r} was promised a copy of {request.source!r}", request.name):
-            base, adapter, built = source.base, None, False
+            base = source.base
             if base.key is None:
                 base = BaseWeights(source.model.copy_weights(), None)
             else:
                 base.users += 1
-            try:
+            made = SpawnedModel(source.spawn.copied(request.name), base, frozen_version=source.version())
+            with self._building(made):
                 if source.adapter is not None:
-                    adapter = self._new_adapter_name()
-                    adapters.copy_adapter(source.model, source.adapter, adapter)
-                score = None if source.score is None else head_of(base.model, adapter)
-                built = True
-            finally:
-                if not built:
-                    self._give_back(base, adapter)
-        batch, version = source.max_batch_tokens, source.version()
-        made = (request.name, base, adapter, None, None, 0, batch, version, score)
-        hosted = SpawnedModel(*made, source.tokenless)
-        self._models[request.name] = hosted
-        return hosted
+                    made.adapter = self._new_adapter_name()
+                    adapters.copy_adapter(source.model, source.adapter, made.adapter)
+                made.score = None if source.score is None else head_of(base.model, made.adapter)
+        return made
 
     def make_pool(self, request: MakePool) -> SpawnedModel:
         """Give a model its pages, from when on it generates. Raises MemoryRefused as `spawn` does."""
         hosted = self.get(request.model)
         with _refused(f"the pool of {request.model!r} was promised its memory", request.model):
-            tokens, tokenless = request.kv_tokens, hosted.tokenless
-            runner = self._runner(hosted.model, hosted.adapter, hosted.score, tokens, tokenless)
-            assert runner is not None, "no model with a scalar head asks for pages"
-            hosted.runner, hosted.kv_tokens = runner, tokens
-            runner.prepare()
+            hosted.spawn = structs.replace(hosted.spawn, kv_tokens=request.kv_tokens)
+            self._make_runner(hosted)
+            assert hosted.runner is not None, "no model with a scalar head asks for pages"
+            hosted.runner.prepare()
         return hosted
 
     def drop_pool(self, name: str) -> None:
@@ -270,7 +265,7 @@ class ModelTable:
         hosted = self.get(name)
         if hosted.runner is not None:
             hosted.runner.close()
-        hosted.runner, hosted.kv_tokens = None, 0
+        hosted.runner, hosted.spawn = None, structs.replace(hosted.spawn, kv_tokens=0)
 
     def dealloc(self, name: str) -> None:
         """Free a model; one that is not here is fine."""

@@ -202,8 +202,7 @@ def _init_distributed(topology: Topology, channel: RankChannel) -> Store:
     """
     import torch.distributed as dist
 
-    from harmony_core.engine.doors import closing_doors
-    from harmony_core.engine.store import ChannelStore
+    from harmony_core.engine.groups import ChannelStore, closing_doors
 
     # Documented names that torch.distributed re-exports without saying so to type checkers.
     patience = timedelta(seconds=INIT_TIMEOUT)

@@ -11,16 +11,18 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
+import numpy as np
+import torch
+from torch import Tensor
 
 from harmony_core.engine.groups import Block, Groups
 from harmony_core.engine.inference.runner import Pending
 from harmony_core.engine.inference.scheduler import Scheduler
-from harmony_core.engine.leader import Leader
-from harmony_core.engine.model_table import ModelTable, SpawnedModel
-from harmony_core.engine.order import (
+from harmony_core.engine.leader import (
     GenerateWork,
     GlobalWork,
     Instruction,
+    Leader,
     ModelQueue,
     Outcome,
     ReplicaQueue,
@@ -33,7 +35,11 @@ from harmony_core.engine.order import (
     encode_instruction,
     encode_outcome,
 )
-from harmony_core.engine.scoring import score
+from harmony_core.engine.model_table import ModelTable, SpawnedModel
+from harmony_core.engine.models.context import ForwardContext, PackedAttention, forward_context
+from harmony_core.engine.models.heads import token_logprobs
+from harmony_core.engine.models.model import CausalLM
+from harmony_core.engine.models.scalar import scores
 from harmony_core.errors import InternalError, LossFailed, StepFailed
 from harmony_core.rpc import progress
 from harmony_core.rpc.protocol import (
@@ -49,6 +55,7 @@ from harmony_core.rpc.protocol import (
     OptimStep,
     Reblock,
     Save,
+    Score,
     SetStep,
     Shutdown,
     Spawn,
@@ -60,6 +67,31 @@ from harmony_core.rpc.wire import Failure, error_of, failure_of
 if TYPE_CHECKING:
     from harmony_core.engine.topology import Topology
     from harmony_core.rpc.rank_channel import RankChannel
+
+
+@torch.no_grad()
+def score(model: CausalLM, adapter: str | None, requests: list[Score], head: Tensor | None = None) -> list[bytes]:
+    """For each request float32 log-probs `[T]` of its targets; a negative target is not asked for and gives 0.
+
+    With a scalar `head` the values at the positions of the targets, whatever these are.
+    """
+    tokens = [np.frombuffer(request.tokens, "<i4").astype(np.int64) for request in requests]
+    targets = np.concatenate([np.frombuffer(request.targets, "<i4").astype(np.int64) for request in requests])
+    lengths = [len(sequence) for sequence in tokens]
+    positions = np.concatenate([np.arange(length) for length in lengths])
+
+    def put(array: np.ndarray[tuple[int], np.dtype[np.int64]]) -> torch.Tensor:
+        return torch.from_numpy(array).to(model.device)
+
+    asked = np.flatnonzero(targets >= 0)
+    values = np.zeros(len(targets), dtype=np.float32)
+    with forward_context(ForwardContext(PackedAttention(tuple(lengths)), adapter)):
+        hidden = model.hidden_states(put(np.concatenate(tokens)), put(positions))
+        if len(asked):
+            rows = hidden[put(asked)]
+            found = token_logprobs(model, rows, put(targets[asked])) if head is None else scores(model, rows, head)
+            values[asked] = found.float().cpu().numpy()
+    return [part.astype("<f4").tobytes() for part in np.split(values, np.cumsum(lengths)[:-1])]
 
 
 Result = TypeVar("Result")
@@ -77,7 +109,6 @@ class Worker:
         backend = "gloo" if topology.device.type == "cpu" else "nccl"
         self._groups = Groups(topology.rank, topology.world_size, backend)
         self._models = ModelTable(topology.device, topology.deterministic, self._announce)
-        self._tp: dict[str, int] = {}
         self._block: Block = self._groups.block(1)
         self._leader: Leader | None = Leader(channel)
         self._running = True
@@ -118,7 +149,7 @@ class Worker:
         All ranks of a block go by the same instructions, so they settle the same step at the same time.
         """
         hosted = self._models.get(instruction.model)
-        plan = instruction.plans.get(self._topology.rank // self._tp[instruction.model])
+        plan = instruction.plans.get(self._topology.rank // self._models.get(instruction.model).spawn.tp)
         runner = hosted.runner
         assert runner is not None, "no model without pages has a scheduler"
         launched = None if plan is None else self._tried(lambda: runner.launch(plan))
@@ -148,7 +179,7 @@ class Worker:
             outcomes = [decode_outcome(o) for o in self._block.exchange(encode_outcome(outcome))]
         if step is None or self._leader is None:
             return
-        tp = self._tp[instruction.model]
+        tp = self._models.get(instruction.model).spawn.tp
         first = self._block.first
         parts = {r: outcomes[r * tp - first : (r + 1) * tp - first] for r in _replicas(instruction)}
         self._leader.answer(step, parts)
@@ -165,7 +196,7 @@ class Worker:
 
     def _run(self, instruction: TrainWork | ScoreWork) -> Outcome:
         hosted = self._models.get(instruction.model)
-        replica = self._topology.rank // self._tp[instruction.model]
+        replica = self._topology.rank // self._models.get(instruction.model).spawn.tp
         if isinstance(instruction, ScoreWork):
             requests = instruction.requests.get(replica)
             return Outcome(
@@ -215,7 +246,7 @@ class Worker:
         if isinstance(message, MakePool):
             return self._announced(self._models.make_pool(message))
         if isinstance(message, Save):
-            if self._topology.rank < self._tp[message.model]:
+            if self._topology.rank < self._models.get(message.model).spawn.tp:
                 self._models.save(message, write=self._topology.rank == 0)
         elif isinstance(message, Load):
             if self._leader is not None:
@@ -250,9 +281,8 @@ class Worker:
         self._channel.event(what, fields)
 
     def _announced(self, hosted: SpawnedModel) -> Message:
-        spawned = hosted.spawned()
-        self._channel.event("spawn", {"model": hosted.name, **msgspec.to_builtins(spawned)})
-        return spawned
+        self._channel.event("spawn", {"model": hosted.name, **hosted.held()})
+        return Nothing()
 
     def _agree(self, failure: Failure | None) -> list[Failure]:
         """The failures on all ranks, lowest rank first."""
@@ -269,36 +299,31 @@ class Worker:
     def _registered(self, message: Message) -> None:
         """Note who serves a model from now on, or that nobody does."""
         if isinstance(message, Spawn | Clone):
-            tp = message.tp if isinstance(message, Spawn) else self._tp[message.source]
-            self._tp[message.name] = tp
             if self._leader is not None:
-                self._leader.order.add_model(self._queue(message.name, tp))
+                self._leader.order.add_model(self._queue(self._models.get(message.name)))
         elif isinstance(message, MakePool):
             queue = self._leader.order.model(message.model) if self._leader is not None else None
             for replica in queue.replicas.values() if queue is not None else ():
                 replica.scheduler = self._scheduler(self._models.get(message.model))
-        elif isinstance(message, Dealloc):
-            self._tp.pop(message.model, None)
-            if self._leader is not None:
-                self._leader.forget(message.model)
+        elif isinstance(message, Dealloc) and self._leader is not None:
+            self._leader.forget(message.model)
 
-    def _queue(self, name: str, tp: int) -> ModelQueue:
-        hosted = self._models.get(name)
-        first, stop = self._block.first, self._block.first + self._block.size
+    def _queue(self, hosted: SpawnedModel) -> ModelQueue:
+        tp, first, stop = hosted.spawn.tp, self._block.first, self._block.first + self._block.size
         replicas = {replica: ReplicaQueue(self._scheduler(hosted)) for replica in range(first // tp, stop // tp)}
-        return ModelQueue(name, hosted.max_batch_tokens, replicas)
+        return ModelQueue(hosted.name, hosted.spawn.max_batch_tokens, replicas)
 
     def _scheduler(self, hosted: SpawnedModel) -> Scheduler | None:
         name = hosted.name
         if hosted.runner is None:
             return None
         return Scheduler(
-            kv_tokens=hosted.kv_tokens,
+            kv_tokens=hosted.spawn.kv_tokens,
             max_positions=hosted.model.max_positions,
             vocab_size=hosted.model.vocab_size,
             # By name: a model that is given up must not live on, with its memory, in what knows its version.
             version=lambda: self._models.get(name).version(),
-            prefill_tokens=hosted.max_batch_tokens,
+            prefill_tokens=hosted.spawn.max_batch_tokens,
             max_splits=hosted.runner.max_splits,
         )
 
@@ -313,9 +338,9 @@ class Worker:
             return
         assert self._leader is not None, "blocks only grow, so a leader was one before"
         self._leader.order.continue_from(max(int(s) for s in seqs))
-        for name, tp in self._tp.items():
-            self._leader.order.remove_model(name)
-            self._leader.order.add_model(self._queue(name, tp))
+        for hosted in self._models.live():
+            self._leader.order.remove_model(hosted.name)
+            self._leader.order.add_model(self._queue(hosted))
 
     def _agree_on_poison(self, message: OptimStep, step: Step | None) -> None:
         """A step whose samples failed anywhere is taken nowhere."""

@@ -17,12 +17,11 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
-from harmony_core.rpc.phase_note import PhaseNote
 from harmony_core.rpc.protocol import METHODS, Beat, Event, Hello, Message
-from harmony_core.rpc.store import StoreValues
-from harmony_core.rpc.wire import Failure, FrameDecoder, WireError, encode, error_of, failure_of
+from harmony_core.rpc.wire import Failure, FrameDecoder, StoreValues, WireError, encode, error_of, failure_of
 
 BEAT_SECONDS = 1.0
 DRIVER_GONE = 17
@@ -43,6 +42,32 @@ class Incoming:
 
 READER, WRITER = "rank-reader", "rank-writer"
 """Names of the two threads."""
+
+
+_NOTE_BYTES = 64
+
+
+class PhaseNote:
+    """What a rank does now, in a file beside the socket that both sides hold open: beats come once a second only.
+
+    It stays readable when the rank is dead and the file is removed.
+    """
+
+    def __init__(self, socket: str | Path, rank: int) -> None:
+        self._file = os.open(Path(socket).with_name(f"phase-{rank}"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+    def write(self, phase: str) -> None:
+        """Replace the note; about a microsecond."""
+        os.pwrite(self._file, phase.encode()[:_NOTE_BYTES].ljust(_NOTE_BYTES), 0)
+
+    def read(self) -> str:
+        """What was written last, "" before that and once it is closed."""
+        return "" if self._file < 0 else os.pread(self._file, _NOTE_BYTES, 0).decode("utf-8", "replace").strip()
+
+    def close(self) -> None:
+        """Let go of the file."""
+        os.close(self._file)
+        self._file = -1
 
 
 class RankChannel:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import itertools
 import linecache
+import sys
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 
 import harmony_core
 
@@ -86,6 +87,17 @@ def place_of(error: BaseException) -> str | None:
     """`file:line` of the author's innermost frame."""
     own = [frame for frame in frames_in(error.__traceback__) if is_own(frame)]
     return f"{own[-1].filename}:{own[-1].line}" if own else None
+
+
+def callers_line(otherwise: str) -> str:
+    """file:line of the nearest caller that is the author's own code."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        here = Frame(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name)
+        if is_own(here):
+            return f"{Path(here.filename).name}:{here.line}"
+        frame = frame.f_back
+    return otherwise
 
 
 def _folded(frames: list[Frame]) -> Iterator[str]:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from harmony_core.memory.sizes import PAGE_SIZE
+from harmony_core.memory.plan import PAGE_SIZE
 
 TOKEN_BYTES = 4
 """Token ids are int32."""

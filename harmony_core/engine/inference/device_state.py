@@ -21,7 +21,7 @@ from harmony_core.engine.inference.sampling_parameters import FILTERED, GREEDY
 from harmony_core.engine.inference.staging import ROW_BYTES, Padding, Rows, Staging
 from harmony_core.engine.models.context import DecodeAttention, ForwardContext, forward_context
 from harmony_core.engine.models.model import CausalLM
-from harmony_core.memory.sizes import DECODE_SPLIT, PAGE_SHARING
+from harmony_core.memory.plan import DECODE_SPLIT, PAGE_SHARING
 
 
 def most_splits(kv_tokens: int, rows: int, longest: int) -> int:

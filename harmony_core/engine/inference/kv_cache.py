@@ -13,7 +13,7 @@ from torch import Tensor
 
 from harmony_core.engine.inference.blocks import pages_for
 from harmony_core.errors import ResourceError
-from harmony_core.memory.sizes import PAGE_SIZE
+from harmony_core.memory.plan import PAGE_SIZE
 
 _COPIED_AT_ONCE = 16
 """Pages on their way at a time."""

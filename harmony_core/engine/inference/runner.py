@@ -26,7 +26,7 @@ from harmony_core.engine.inference.staging import Staging
 from harmony_core.engine.inference.step import Layout, StepPlan, StepResult, float64, int32
 from harmony_core.engine.models.context import ForwardContext, PagedAttention, forward_context
 from harmony_core.engine.models.model import CausalLM
-from harmony_core.memory.sizes import LOGITS_AT_ONCE, MAX_RUNNING, PAGE_SIZE
+from harmony_core.memory.plan import LOGITS_AT_ONCE, MAX_RUNNING, PAGE_SIZE
 from harmony_core.rpc.protocol import Ranges
 
 _STATISTICS = (

@@ -28,7 +28,7 @@ from harmony_core.engine.inference.sequence import Sequence, check_sampling
 from harmony_core.engine.inference.slots import SlotTable
 from harmony_core.engine.inference.step import Finished, StepPlan, StepResult, float64, int32
 from harmony_core.errors import DataError, EngineError, HarmonyError, PromptTooLong
-from harmony_core.memory.sizes import DECODE_SPLIT, MAX_RUNNING, PAGE_SIZE
+from harmony_core.memory.plan import DECODE_SPLIT, MAX_RUNNING, PAGE_SIZE
 from harmony_core.rpc.protocol import Sampling
 
 READS_IN_A_ROW = 4

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from harmony_core.engine.models.context import PackedAttention, PagedAttention
-from harmony_core.memory.sizes import PADDING_SHARE
+from harmony_core.memory.plan import PADDING_SHARE
 
 PADDING_TOKENS = 64
 """Padded tokens always allowed in a group: below this an extra call costs more than it saves."""
