@@ -21,11 +21,21 @@ from harmony_core.memory.ledger import Ledger, host_capacity, parse_assume
 from harmony_core.notifiers import say
 from harmony_core.options import EngineOptions
 from harmony_core.registry import ModelVersion, Registry
-from harmony_core.rpc.protocol import Cancel, Clone, Event, Load, Message, OptimStep, Reblock, Save, SetStep, Spawn
+from harmony_core.rpc.protocol import (
+    Cancel,
+    Clone,
+    Event,
+    Load,
+    Message,
+    OptimStep,
+    Reblock,
+    Save,
+    SetStep,
+    Spawn,
+)
 
 CUDA_BASELINE_BYTES = 1 << 30
 """What a rank takes of its device before its first model: context, libraries, communication buffers."""
-
 CUDA_USABLE = 0.95
 """Of the free memory: the rest is what torch's allocator keeps in pieces too small to use."""
 

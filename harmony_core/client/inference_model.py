@@ -117,7 +117,7 @@ class InferenceModel:
             "tokens_to_generate": live.spawn.tokens_to_generate,
             "use_adapter": live.spawn.lora is not None,
             "max_batch_size": live.spawn.max_batch_tokens,
-            "max_seqlen": live.spawn.context,
+            "max_seqlen": live.spawn.max_seqlen or live.spawn.spec.max_positions,
             "scalar": live.spawn.scalar,
         }
 

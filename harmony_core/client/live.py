@@ -51,8 +51,8 @@ class Limit(NamedTuple):
 def of_context(spawn: Spawn) -> list[Limit]:
     """The model's context, and the part of it that its builder allows."""
     context = Limit(spawn.spec.max_positions, "", "the model's context")
-    allowed = Limit(spawn.context, "max_seqlen", "max_seqlen")
-    return [context] if allowed.tokens == context.tokens else [context, allowed]
+    allowed = spawn.max_seqlen
+    return [context] if allowed in (None, context.tokens) else [context, Limit(allowed, "max_seqlen", "max_seqlen")]
 
 
 def of_batch(spawn: Spawn) -> Limit:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from msgspec import structs
 
 from harmony_core.client.engine import Engine, EventSink
-from harmony_core.client.storage import SCHEME, source_of
+from harmony_core.client.storage import SCHEME
 from harmony_core.config.argument_kinds import checked, whole
 from harmony_core.errors import HarmonyError, ModelRefused, NotFoundError, UsageError
 from harmony_core.home import Home
@@ -56,6 +56,8 @@ class ModelBuilder:
     @classmethod
     def of(cls, engine: Engine, version: ModelVersion) -> ModelBuilder:
         """A builder with the registry's defaults, and the engine's."""
+        from harmony_core.client.spawning import source_of
+
         defaults, cpu = version.defaults, engine.launch.device == "cpu"
         asked = Spawn(
             spec=version.spec,

@@ -19,7 +19,7 @@ from harmony_core.errors import ConflictError, ModelRefused, UsageError
 from harmony_core.memory import plan as memory
 from harmony_core.model.spec import check_tp
 from harmony_core.rpc.platform import missing_tool
-from harmony_core.rpc.protocol import Clone, Dealloc, MakePool, Message, Nothing, Spawn
+from harmony_core.rpc.protocol import Clone, Dealloc, MakePool, Message, ModelSource, Nothing, Spawn
 from harmony_core.text import tokenizer_files
 from harmony_core.text.tokenization import ChatTokenizer
 from harmony_core.text.tokenizer_files import TokenizerFiles
@@ -134,8 +134,17 @@ def _checkpointed(planned: Spawn, free: int, transient: int) -> Spawn:
 def _pool_that_fits(planned: Spawn, free: int, transient: int) -> int:
     """Half of what is left beside everything else, at most the default; at least one context."""
     needed = memory.plan(planned).total
-    half = needed + max(free - needed, 0) // 2
-    return max(memory.default_kv_tokens(planned, half, transient), min(planned.context, LEAST_KV_TOKENS))
+    half, context = needed + max(free - needed, 0) // 2, planned.max_seqlen or planned.spec.max_positions
+    return max(
+        memory.default_kv_tokens(planned, half, transient),
+        min(context, LEAST_KV_TOKENS),
+    )
+
+
+def source_of(version: ModelVersion) -> ModelSource:
+    """Where the ranks find a version's bytes."""
+    adapter = str(version.path) if version.format == "peft" else ""
+    return ModelSource(weights=str(version.weights_dir), digest=version.weights_digest, adapter=adapter)
 
 
 def _seed(engine: Engine, name: str) -> int:

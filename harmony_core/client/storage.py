@@ -13,11 +13,12 @@ from typing import Any, TypeVar
 from msgspec import structs
 
 from harmony_core.client.live import LiveModel
+from harmony_core.client.spawning import source_of
 from harmony_core.errors import ModelRefused, ResourceError
 from harmony_core.memory.plan import plan
 from harmony_core.notifiers import say
 from harmony_core.registry import ModelVersion, slugify
-from harmony_core.rpc.protocol import Load, ModelSource, Nothing, Save
+from harmony_core.rpc.protocol import Load, Nothing, Save
 
 SCHEME = "model_registry://"
 RETRY_SECONDS = 10.0
@@ -25,12 +26,6 @@ SAVE_WAIT = 600.0
 """Seconds that a save waits for room unless the run says how long; in CI nobody is there to make any."""
 
 Saved = TypeVar("Saved")
-
-
-def source_of(version: ModelVersion) -> ModelSource:
-    """Where the ranks find a version's bytes."""
-    adapter = str(version.path) if version.format == "peft" else ""
-    return ModelSource(weights=str(version.weights_dir), digest=version.weights_digest, adapter=adapter)
 
 
 async def save_live(live: LiveModel, name: str, inference_only: bool) -> str:

@@ -18,7 +18,8 @@ from torch.distributed import DistStoreError, Store  # type: ignore[attr-defined
 from harmony_core.engine.models.parallel import TensorParallel
 from harmony_core.engine.topology import COLLECTIVE_TIMEOUT, IDLE_TIMEOUT
 from harmony_core.errors import EngineError
-from harmony_core.rpc import platform, progress
+from harmony_core.rpc import platform
+from harmony_core.rpc.rank_channel import progress
 from harmony_core.rpc.wire import MAX_VALUE_BYTES, StoreAdd, StoreGet, StoreSet
 
 if TYPE_CHECKING:

@@ -31,10 +31,9 @@ from typing import TYPE_CHECKING, Any, cast
 from harmony_core import __version__
 from harmony_core.engine.topology import COLLECTIVE_TIMEOUT, OPTIONS, Topology
 from harmony_core.options import INIT_TIMEOUT
-from harmony_core.rpc import progress
 from harmony_core.rpc.platform import die_with_parent
 from harmony_core.rpc.protocol import PROTOCOL_VERSION, Hello
-from harmony_core.rpc.rank_channel import DRIVER_GONE, IDLE, READER, WRITER, RankChannel
+from harmony_core.rpc.rank_channel import DRIVER_GONE, IDLE, READER, WRITER, RankChannel, progress
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]

@@ -41,7 +41,6 @@ from harmony_core.engine.models.heads import token_logprobs
 from harmony_core.engine.models.model import CausalLM
 from harmony_core.engine.models.scalar import scores
 from harmony_core.errors import InternalError, LossFailed, StepFailed
-from harmony_core.rpc import progress
 from harmony_core.rpc.protocol import (
     AbandonStep,
     Clone,
@@ -61,7 +60,7 @@ from harmony_core.rpc.protocol import (
     Spawn,
     StepMetrics,
 )
-from harmony_core.rpc.rank_channel import IDLE
+from harmony_core.rpc.rank_channel import IDLE, progress
 from harmony_core.rpc.wire import Failure, error_of, failure_of
 
 if TYPE_CHECKING:

@@ -108,6 +108,7 @@ class Spawn(Message, frozen=True):  # type: ignore[misc]  # msgspec takes a froz
     kv_tokens: int = 0
     """Tokens in the page pool of each replica."""
     max_seqlen: int | None = None
+    """Most tokens of a sequence, prompt and completion together; None for the model's context."""
     tokens_to_generate: int = 2048
     """Most new tokens of one request."""
     tokenless: Ranges = ()
@@ -122,11 +123,6 @@ class Spawn(Message, frozen=True):  # type: ignore[misc]  # msgspec takes a froz
     promised_bytes: int = 0
     copied_from: str = ""
     """The live model of which it is a frozen copy."""
-
-    @property
-    def context(self) -> int:
-        """Most tokens of a sequence, prompt and completion together."""
-        return self.max_seqlen or self.spec.max_positions
 
     @property
     def element(self) -> int:

@@ -44,6 +44,25 @@ READER, WRITER = "rank-reader", "rank-writer"
 """Names of the two threads."""
 
 
+class Progress:
+    """Progress within a phase: long work tells it piece by piece, so that silence means a hang."""
+
+    def __init__(self) -> None:
+        self._listener: Callable[[], None] | None = None
+
+    def report_to(self, listener: Callable[[], None]) -> None:
+        """Have `listener` called for every piece from now on; it must be quick."""
+        self._listener = listener
+
+    def made(self, *_: object) -> None:
+        """A piece is done: a layer, what a compiler made for it, a tensor read or written, a collective."""
+        if self._listener is not None:
+            self._listener()
+
+
+progress = Progress()
+"""Of this process, which is one rank with one engine thread: its channel listens, and its beats carry the news."""
+
 _NOTE_BYTES = 64
 
 

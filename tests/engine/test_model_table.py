@@ -19,8 +19,8 @@ from harmony_core.engine.models.parallel import TensorParallel
 from harmony_core.engine.training import state_files
 from harmony_core.errors import EngineError, MemoryRefused, ResourceError
 from harmony_core.model.spec import ModelSpec
-from harmony_core.rpc import progress
 from harmony_core.rpc.protocol import Clone, Load, LoraSettings, MakePool, ModelSource, Save, Spawn
+from harmony_core.rpc.rank_channel import progress
 from tiny_models import build
 
 CPU = torch.device("cpu")

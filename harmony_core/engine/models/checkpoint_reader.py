@@ -17,7 +17,7 @@ from harmony_core.engine.models.parallel import Shard
 from harmony_core.errors import VerificationError
 from harmony_core.model.weight_files import read_headers
 from harmony_core.plain_files import real_path
-from harmony_core.rpc import progress
+from harmony_core.rpc.rank_channel import progress
 
 
 class CheckpointReader:

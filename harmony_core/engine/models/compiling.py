@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
 from harmony_core.engine.models import attention
-from harmony_core.rpc import progress
+from harmony_core.rpc.rank_channel import progress
 
 RECOMPILE_LIMIT = 4096
 """Variants of one function that are compiled before the rest runs uncompiled, without a word. Each layer is four

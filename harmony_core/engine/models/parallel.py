@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from harmony_core.rpc import progress
+from harmony_core.rpc.rank_channel import progress
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -21,7 +21,7 @@ from harmony_core.engine.models.model import CausalLM
 from harmony_core.engine.models.parallel import full_shape, gather_full, shard_of
 from harmony_core.engine.models.scalar import architecture_with_score
 from harmony_core.engine.models.stored_config import both_forms
-from harmony_core.rpc import progress
+from harmony_core.rpc.rank_channel import progress
 
 FILE_BYTES = 4 << 30
 """One file's worth of tensors is what the writing rank holds at a time."""

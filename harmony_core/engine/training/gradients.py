@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from harmony_core.engine.models.parallel import TensorParallel, shard_of
 from harmony_core.errors import InternalError
-from harmony_core.rpc import progress
+from harmony_core.rpc.rank_channel import progress
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -19,7 +19,7 @@ from harmony_core.engine.models.parallel import gather_full, shard_of
 from harmony_core.engine.training.gradients import Slot
 from harmony_core.engine.training.optimizer import AdamW
 from harmony_core.errors import VerificationError
-from harmony_core.rpc import progress
+from harmony_core.rpc.rank_channel import progress
 
 FILE = "optimizer.safetensors"
 _DTYPES = {torch.float32: "F32", torch.float64: "F64"}
