@@ -20,7 +20,7 @@ to keep the ranks busy while the recipe still submits."""
 
 @dataclass(frozen=True)
 class Loss:
-    """What samples must have in common to share a micro-batch, as in `MicroBatch`."""
+    """The loss of a sample: equal for all samples of a micro-batch, as in `MicroBatch`."""
 
     name: str = "linear"
     settings: tuple[tuple[str, float], ...] = ()
@@ -37,7 +37,7 @@ LINEAR = Loss()
 class Sample:
     """One sequence to train on: inputs, their targets, and a coefficient for each target, as in `MicroBatch`.
 
-    `sampler_logprobs`: what the sampler recorded of the targets under the present weights, NaN where there is none.
+    `sampler_logprobs`: the sampler's records of the targets under the present weights, NaN where there is none.
     `fields`: one value for each target whose coefficient is not 0. `on_last`: it is scored at its thread's last token,
     which in other samples is a target only, and no input.
     """
@@ -69,7 +69,7 @@ Group = list[Sample]
 
 
 class Accepted(NamedTuple):
-    """What one call gives: samples, and what they add to the step's denominator.
+    """The samples of one call, and their share of the step's denominator.
 
     They belong together in one micro-batch, unless they may lie `apart`.
     """
@@ -81,7 +81,7 @@ class Accepted(NamedTuple):
 
     @property
     def groups(self) -> list[Group]:
-        """The samples, by what must share a micro-batch."""
+        """The samples, in groups of which each shares a micro-batch."""
         return [[sample] for sample in self.samples] if self.apart else [self.samples]
 
 

@@ -1,4 +1,4 @@
-"""The driver's side of the ranks: one order for all requests, which replica runs where, and what memory is promised."""
+"""The driver's side of the ranks: one order for all requests, the replicas' places, and the memory promised."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from harmony_core.rpc.protocol import (
 )
 
 CUDA_BASELINE_BYTES = 1 << 30
-"""What a rank takes of its device before its first model: context, libraries, communication buffers."""
+"""Bytes that a rank takes of its device before its first model: context, libraries, communication buffers."""
 CUDA_USABLE = 0.95
 """Of the free memory: the rest is what torch's allocator keeps in pieces too small to use."""
 
@@ -69,7 +69,7 @@ def _check_mode(options: EngineOptions, device: str) -> None:
 
 
 def cuda_free_bytes(devices: list[str]) -> list[int]:
-    """Free bytes of the named CUDA devices, as the driver's own tool reports them, less what a process costs."""
+    """Free bytes of the named CUDA devices, as the driver's own tool reports them, less the cost of a process."""
     query = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits", "-i", ",".join(devices)]
     try:
         shown = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
@@ -85,7 +85,7 @@ FAILED = "engine.failed"
 """The event of the failure that ends the engine."""
 
 _CHANGES = (OptimStep, Load, SetStep)
-"""What changes a model that is saved."""
+"""Requests that change the weights of a model."""
 
 
 class Request:
@@ -98,7 +98,7 @@ class Request:
         self.cancelled = False
 
     def cancel(self) -> None:
-        """Tell the replica that nobody waits any more; it answers in its own time."""
+        """Tell the replica that the answer is not needed any more; it answers in its own time."""
         self.cancelled = True
         if self.handle is not None and not self.future.done():
             self.handle.connection.cast(Cancel(call=self.call))
@@ -138,7 +138,7 @@ class Engine:
         self._idle.set()
         self._held: deque[Callable[[], None]] | None = None
         self._unchanged: dict[str, deque[Callable[[], None] | asyncio.Future[None]]] = {}
-        """Of each model that is being saved, what waits for that: requests, and whoever is to save it next."""
+        """Of each model that is being saved, the requests and the further saves that wait for it."""
         self._closed = False
 
     @property
@@ -159,7 +159,7 @@ class Engine:
     def start(self) -> None:
         """Begin to start the ranks; returns at once. Does nothing in a dry run.
 
-        They are stopped when nobody refers to this engine any more: what watches them does not.
+        They are stopped when the last reference to this engine is gone; the watching tasks hold none.
         """
         if self.options.dry_run:
             return
@@ -170,7 +170,7 @@ class Engine:
             write(event.type, event.data, rank)
 
         self._launching = loop.create_task(Supervisor.start(options, self.launch, on_event), name="start-ranks")
-        # A failure is told now, and raised to whoever needs the ranks; nobody may, and then it is not an error.
+        # A failure is told now, and raised by calls that need the ranks; without such a call it is no error.
         self._launching.add_done_callback(partial(_launched, write))
         logs = self.options.log_dir if self.options.temporary_logs else None
         weakref.finalize(self, _end_forgotten, loop, self._launching, self._held_versions, logs)
@@ -194,7 +194,7 @@ class Engine:
         return await asyncio.shield(self._launching.result().failure)
 
     def forget(self, name: str) -> None:
-        """Give back what is promised to a model, and to a copy of it that was not made."""
+        """Give back the memory promised to a model, and to a copy of it that was not made."""
         self.spawns.pop(name, None)
         self.request_numbers.pop(name, None)
         for promised in (name, part_of(name, "loaded weights"), part_of(name, "pool")):
@@ -217,7 +217,7 @@ class Engine:
 
     @contextlib.asynccontextmanager
     async def unchanged(self, model: str) -> AsyncIterator[None]:
-        """In here what would change a model's weights waits, with all that follows it; only its `Save` does not."""
+        """In here requests that would change a model's weights wait, with all that follow; only its `Save` does not."""
         if model in self._unchanged:
             turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._unchanged[model].append(turn)
@@ -234,7 +234,7 @@ class Engine:
             self._go_on(model)
 
     def _go_on(self, model: str) -> None:
-        """Send what has waited, up to where the next one saves the model."""
+        """Send the requests that have waited, up to the next save of the model."""
         waiting = self._unchanged[model]
         while waiting:
             following = waiting.popleft()
@@ -322,7 +322,7 @@ def part_of(name: str, part: str) -> str:
 
 
 def _launched(write: EventSink, launching: asyncio.Task[Supervisor]) -> None:
-    """Have the failure of the ranks told when it happens, whatever the recipe is doing then."""
+    """Have the failure of the ranks told when it happens, also while the recipe does something else."""
     if launching.cancelled():
         return
     error = launching.exception()
@@ -352,7 +352,7 @@ def _end_forgotten(
     held: contextlib.ExitStack,
     logs: Path | None,
 ) -> None:
-    """Stop the ranks of an engine that nobody refers to, at the interpreter's end at the latest, and remove its logs.
+    """Stop the ranks of an engine without references, at the interpreter's end at the latest, and remove its logs.
 
     May be called by the garbage collector, on any thread.
     """
@@ -375,7 +375,7 @@ def _end_forgotten(
 
 
 def _own_future() -> asyncio.Future[Any]:
-    """A future whose error is no news to asyncio when nobody awaits it any more, as after a cancelled call."""
+    """A future whose error asyncio does not report when it is never awaited, as after a cancelled call."""
     future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
     future.add_done_callback(lambda done: None if done.cancelled() else done.exception())
     return future

@@ -41,7 +41,7 @@ class Timings:
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """What a handle adds to each of its requests."""
+    """The settings that a handle adds to each of its requests."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -92,14 +92,14 @@ class InferenceModel:
         return self._with(min_gen_len=int(min_num_tokens))
 
     def max_seqlen(self, max_seqlen: int, setting: str = "max_seqlen") -> Self:
-        """A copy that generates at most up to so many tokens, the prompt's included; `setting`: what asks for that."""
+        """A copy that generates at most up to so many tokens, the prompt's included; `setting` asks for that."""
         if max_seqlen < 2:
             raise UsageError(f"max_seqlen must be at least 2, not {max_seqlen}")
         return self._with(limits=(*self._settings.limits, Limit(max_seqlen, setting, setting)))
 
     @property
     def longest_completion(self) -> int:
-        """The most new tokens that are asked for, whatever room the prompt leaves."""
+        """The most new tokens that are asked for; the prompt may leave room for fewer."""
         cap = self._live.spawn.tokens_to_generate
         return min(self._settings.max_gen_len or cap, cap)
 
@@ -293,7 +293,7 @@ class InferenceModel:
         return [v for v, t in zip(values, asked, strict=True) if t != SKIPPED]
 
     async def _score(self, ids: Sequence[int], targets: Sequence[int]) -> list[float]:
-        """What the ranks give each target behind as many of the ids."""
+        """The log-prob or value of each target behind as many of the ids, from the ranks."""
         live, tokens = self._live, ids[: len(targets)]
         live.require_ranks()
         if not tokens:

@@ -1,4 +1,4 @@
-"""What the driver knows of one live model; its handles share it."""
+"""One live model on the driver, which its handles share, and the limits of its sequences."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def of_pool(spawn: Spawn) -> Limit:
 def check_length(
     live: LiveModel, error: type[TooLong], tokens: int, what: str, limits: Sequence[Limit], beyond: int = 0
 ) -> None:
-    """Raise `error`, naming the limit that binds and what helps, where `tokens` and `beyond` more are above a limit."""
+    """Raise `error` where `tokens` and `beyond` more are above a limit, naming that limit and settings that help."""
     needed = tokens + beyond
     short = [limit for limit in limits if limit.tokens < needed]
     if not short:
@@ -136,7 +136,7 @@ class DryRunEnded(Exception):
 
 
 class LiveModel:
-    """A spawned model: where it runs, its limits, and what is under way. Frees itself when no handle is left."""
+    """A spawned model: its record, its pending step and its requests under way. Frees itself when no handle is left."""
 
     def __init__(self, engine: Engine, version: ModelVersion, tokenizer: ChatTokenizer | None, spawn: Spawn) -> None:
         self.engine = engine
@@ -230,7 +230,7 @@ class LiveModel:
         return tokens
 
     def whole(self, thread: AnyThread) -> TokenizedThread:
-        """The thread's tokens through what the template writes behind the last turn."""
+        """The thread's tokens, with those that the template writes behind the last turn."""
         if isinstance(thread, StringThread):
             return self.tokenizer.tokenize(thread)
         return thread if self.version.tokenizer_dir is None else self.tokenizer.completed(thread)
@@ -238,7 +238,7 @@ class LiveModel:
     def sample(
         self, thread: TokenizedThread, coefficients: list[float], loss: Loss, fields: dict[str, list[float]]
     ) -> Sample:
-        """A thread as inputs and targets of a loss, with what the sampler recorded of them."""
+        """A thread as inputs and targets of a loss, with the sampler's records of them."""
         tokens = thread.token_ids
         return Sample(tokens[:-1], tokens[1:], coefficients, self._recorded(thread), loss, fields)
 
@@ -289,7 +289,7 @@ class LiveModel:
         check_length(self, SampleTooLong, max(sample.thread_tokens for sample in samples), what + " {} tokens", limits)
 
     def _tell_dropout(self, loss: Loss) -> None:
-        """Say once of a model what its adapter's dropout means to a loss on what was sampled."""
+        """Warn once of a model that its adapter's dropout and a loss on samples do not go together."""
         lora = self.spawn.lora
         if lora is None or not lora.dropout or self._told_dropout or (loss.dropout and loss.custom is None):
             return
@@ -323,7 +323,7 @@ class LiveModel:
         return closed.denominator(normalise)
 
     def follow_step(self, posted: asyncio.Future[list[Message]]) -> None:
-        """Count an optimizer step that was sent to the ranks, whether or not somebody waits for it."""
+        """Count an optimizer step that was sent to the ranks, also where its answer is not awaited."""
         self._steps_under_way += 1
         self.changed()
 

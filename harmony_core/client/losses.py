@@ -1,7 +1,7 @@
 """The table of losses, and from the arguments of a call to the samples that the ranks get.
 
 A row of the table is the signature of a `TrainingModel.train_<name>` with a `Row` over it. The annotation of each
-argument says what it holds; it is checked by that and travels to the ranks under its own name, where the formula in
+argument says its kind of value; it is checked by that and travels to the ranks under its own name, where the formula in
 `engine/training/losses.py` reads it. The documentation's table is made from the rows.
 """
 
@@ -116,10 +116,10 @@ Adjust = Callable[[TokenizedThread, Fields, Settings], None]
 class Row:
     """One loss, as the decorator of its `train_<name>`: the signature says the rest.
 
-    `unit`: what a step is divided by, unless `normalise` says otherwise. `of_values`: it needs a scalar head.
+    `unit`: a step is divided by their number, unless `normalise` says otherwise. `of_values`: it needs a scalar head.
     `on_last`: scored at the last token of the thread in place of its weighted ones. `of_sampled`: an adapter's dropout
     is off, since the sampler has none. `adjust` has the last word on fields and settings.
-    `threads`: the arguments that are threads, which make one group; `kinds`: what each of the others holds.
+    `threads`: the arguments that are threads, which make one group; `kinds`: the kind of value of each of the others.
     """
 
     unit: str
@@ -151,7 +151,7 @@ ROWS: dict[str, Row] = {}
 
 
 def _kind(hint: Any) -> Kind | None:
-    """What an annotation, also one of an optional argument, says beside the type."""
+    """The kind of value in an annotation, also in that of an optional argument."""
     notes = (note for part in (hint, *get_args(hint)) for note in getattr(part, "__metadata__", ()))
     return next((note for note in notes if isinstance(note, Kind)), None)
 
@@ -220,7 +220,7 @@ def per_sample(name: str, value: float) -> float:
 
 
 def averaged(mask: list[float], normalise: str | float) -> tuple[list[float], str, float]:
-    """Each token's weight in the loss, and what the sample adds to the step's denominator, in which unit.
+    """Each token's weight in the loss, the unit of the step's denominator, and the sample's share of it.
 
     "token": the mean over all tokens of the step (DAPO; Yu et al. 2025). "sequence": the mean over samples of each
     sample's mean (GRPO as published; Shao et al. 2024). A number: the sum over tokens, by that number for each sample

@@ -102,7 +102,7 @@ class ModelBuilder:
         return ModelBuilder(self._engine, self._version, self._asked, self._variables | kwargs)
 
     def max_seqlen(self, max_seqlen: int) -> ModelBuilder:
-        """Longest sequence, prompt and completion together; unset: what the model was made for."""
+        """Longest sequence, prompt and completion together; unset: the model's context."""
         limit = self._version.spec.max_positions
         if not 2 <= whole("max_seqlen", max_seqlen, 2) <= limit:
             raise UsageError(f"max_seqlen must be between 2 and {limit} for {self._version.ref}, not {max_seqlen}")
@@ -298,7 +298,7 @@ class HarmonyClient:
         return bool(self._engine.unsaved)
 
     def memory(self) -> dict[str, Any]:
-        """What is promised and what is free, in bytes per rank."""
+        """The promised and the free memory, in bytes per rank."""
         return self._engine.ledger.snapshot()
 
     def session_id(self) -> str:

@@ -98,7 +98,7 @@ def _check(engine: Engine, asked: Spawn) -> None:
 
 
 def _planned(engine: Engine, asked: Spawn) -> Spawn:
-    """What is asked for, and where it leaves a size open, the size that fits."""
+    """The record as asked, with sizes that fit where it leaves them open."""
     ledger, seed = engine.ledger, _seed(engine, asked.name)
     missing = missing_tool() if asked.compile else ""
     if missing:
@@ -132,7 +132,7 @@ def _checkpointed(planned: Spawn, free: int, transient: int) -> Spawn:
 
 
 def _pool_that_fits(planned: Spawn, free: int, transient: int) -> int:
-    """Half of what is left beside everything else, at most the default; at least one context."""
+    """Tokens of half the memory that is left, at most the default; at least one context."""
     needed = memory.plan(planned).total
     half, context = needed + max(free - needed, 0) // 2, planned.max_seqlen or planned.spec.max_positions
     return max(
@@ -163,7 +163,7 @@ def _tokenizer(version: ModelVersion, variables: TemplateKwargs) -> ChatTokenize
 
 @contextmanager
 def _promised(engine: Engine, planned: Spawn, ways_out: Callable[[int, int], list[str]]) -> Iterator[None]:
-    """The name and its memory are taken; both are given back when what follows fails. Raises MemoryRefused."""
+    """The name and its memory are taken; both are given back when the body fails. Raises MemoryRefused."""
     engine.ledger.promise(planned.name, memory.plan(planned), weights_key=planned.weights_key, ways_out=ways_out)
     engine.spawns[planned.name] = planned
     try:
@@ -244,7 +244,7 @@ async def clone(live: LiveModel) -> LiveModel:
 
 
 async def make_pool(live: LiveModel) -> None:
-    """Promise a copy that is asked to generate its pages: as many as were asked for its model, else what fits."""
+    """Promise a copy that is asked to generate its pages: as many as were asked for its model, else as fit."""
     engine = live.engine
     async with engine.spawn_order:
         live.require_live()

@@ -23,7 +23,7 @@ from harmony_core.rpc.protocol import Load, Nothing, Save
 SCHEME = "model_registry://"
 RETRY_SECONDS = 10.0
 SAVE_WAIT = 600.0
-"""Seconds that a save waits for room unless the run says how long; in CI nobody is there to make any."""
+"""Seconds that a save waits for room unless the run says how long; 0 in CI, where no one frees any."""
 
 Saved = TypeVar("Saved")
 
@@ -60,13 +60,13 @@ async def _save(live: LiveModel, key: str, inference_only: bool, changes: int) -
 
 
 def _base_of(live: LiveModel) -> ModelVersion | None:
-    """What an adapter's files name as its base."""
+    """The version that an adapter's files name as its base."""
     return (live.version.base or live.version) if live.spawn.lora else None
 
 
 def _save_message(live: LiveModel, directory: Path, inference_only: bool) -> Save:
     base = _base_of(live)
-    # What other tools can open: our keys say nothing to them.
+    # A name that other tools can open: they do not know our keys.
     name, _, commit = base.source.removeprefix("hf:").partition("@") if base else ("", "", "")
     if base and not base.source.startswith("hf:"):
         name, commit = str(base.path), ""
@@ -76,7 +76,7 @@ def _save_message(live: LiveModel, directory: Path, inference_only: bool) -> Sav
 
 
 def _expected_bytes(live: LiveModel, inference_only: bool) -> int:
-    """What a save will write, over all tensor-parallel ranks."""
+    """Bytes that a save will write, over all tensor-parallel ranks."""
     held = plan(live.spawn)
     weights = held.adapter if live.spawn.lora else held.weights
     return (weights + (0 if inference_only else held.optimizer)) * live.spawn.tp
@@ -129,7 +129,7 @@ class ModelState:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What must be the same for a saved state to mean the same."""
+        """Facts that must be equal for a saved state to mean the same."""
         live = self._live
         spawn = live.spawn
         return {
@@ -141,7 +141,7 @@ class ModelState:
 
     @property
     def lesser_facts(self) -> dict[str, Any]:
-        """What changes nothing but the rounding."""
+        """Facts that change only the rounding."""
         return {"max_batch_size": self._live.spawn.max_batch_tokens}
 
     @property
@@ -161,7 +161,7 @@ class ModelState:
 
     @property
     def expected_bytes(self) -> int:
-        """What `save` will write."""
+        """Bytes that `save` will write."""
         return _expected_bytes(self._live, inference_only=False)
 
     async def save(self, directory: Path) -> None:
@@ -170,7 +170,7 @@ class ModelState:
         await self._live.engine.run_global(_save_message(self._live, directory, inference_only=False), Nothing)
 
     async def load(self, directory: Path, step: int) -> None:
-        """Take back what `save` wrote, after `step` optimizer steps. Raises VerificationError, ModelRefused."""
+        """Take back the files of `save`, after `step` optimizer steps. Raises VerificationError, ModelRefused."""
         live = self._live
         live.require_ranks()
         place = {"adapter" if live.spawn.lora else "weights": str(directory)}
@@ -183,7 +183,7 @@ class ModelState:
     async def when_there_is_room(
         states: Sequence[ModelState], attempt: Callable[[], Awaitable[Saved]], patient: bool = True
     ) -> Saved:
-        """What `attempt` returns, which writes these models as they are now: what would change them waits meanwhile.
+        """The result of `attempt`, which writes these models as they are now: requests that change them wait meanwhile.
 
         It finds the disk full: it is made again and again, as long as the run waits for room; once if not `patient`.
         """

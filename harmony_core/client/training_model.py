@@ -242,13 +242,13 @@ class TrainingModel(InferenceModel):
         return self._live.take(lambda: losses.groups(self._live, threads, loss, per_token, group, denominator))
 
     def cut_micro_batches(self) -> None:
-        """Send what is queued now, in micro-batches that need not be full. The step stays the same."""
+        """Send the queued samples now, in micro-batches that need not be full. The step stays the same."""
         self._live.require_ranks()
         self._live.cut()
 
     @property
     def row_gauge(self) -> RowGauge | None:
-        """What tells how long rows are for this model; None without a tokenizer."""
+        """Measures how long rows are for this model; None without a tokenizer."""
         live = self._live
         return None if live.version.tokenizer_dir is None else RowGauge(live.tokenizer, live.spawn)
 
@@ -310,7 +310,7 @@ class TrainingModel(InferenceModel):
         return InferenceModel(self._live, self._settings)
 
     def plan_clone(self) -> None:
-        """Promise the memory of the next `clone_inf` now, so that what does not fit is refused before the training.
+        """Promise the memory of the next `clone_inf` now, so that a refusal comes before the training.
 
         Raises MemoryRefused.
         """

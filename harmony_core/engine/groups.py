@@ -1,4 +1,4 @@
-"""Who talks to whom: the control group of all ranks, blocks under one leader, and the groups of each tp value.
+"""The groups of ranks: the control group of all ranks, blocks under one leader, those of each tp value, the store.
 
 Control traffic (instructions, outcomes, agreement) goes over gloo on every device; model collectives over the device's
 own backend. Groups are created by all ranks in the same order, so only while a global request is executed.
@@ -47,7 +47,7 @@ def closing_doors() -> Iterator[None]:
 
 
 def exchange(payload: bytes, group: ProcessGroup | None, size: int) -> list[bytes]:
-    """Everybody's bytes, in rank order, on every member."""
+    """The bytes of every member, in rank order, on each of them."""
     if size == 1:
         return [payload]
     lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(size)]
@@ -64,7 +64,7 @@ def exchange(payload: bytes, group: ProcessGroup | None, size: int) -> list[byte
 
 
 class Block:
-    """Consecutive ranks. The first, the leader, hears requests and decides; all execute what it announces."""
+    """Consecutive ranks. The first, the leader, hears requests and decides; all execute its instructions."""
 
     def __init__(self, first: int, size: int, rank: int, group: ProcessGroup | None) -> None:
         self.first = first
@@ -142,9 +142,9 @@ class Groups:
 
 
 class ChannelStore(Store):
-    """What process groups need to find each other. Keep a reference: theirs do not keep it alive.
+    """torch's store over a rank's channel to the driver, by which process groups find each other. Keep a reference.
 
-    Any thread may call it, those of NCCL included. What the driver does not answer in time raises DistStoreError.
+    Any thread may call it, those of NCCL included. A question without an answer in time raises DistStoreError.
     """
 
     def __init__(self, channel: RankChannel, timeout: timedelta) -> None:

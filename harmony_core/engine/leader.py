@@ -1,4 +1,8 @@
-"""The deciding half of a leader: requests in, steps out, answers back. The host executes what it decides."""
+"""A leader's decisions: requests in, one instruction at a time out, answers back. The worker executes. No tensors.
+
+Global requests run in the driver's sequence, each once every micro-batch that was sent to its model before it has run.
+Between them, models with pending work take turns, one step each; within a model training, scoring and generation do.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +83,7 @@ Instruction = GlobalWork | TrainWork | ScoreWork | GenerateWork | Settle
 
 
 class Outcome(msgspec.Struct):
-    """What one rank made of an instruction: an answer, or a failure, or neither when it had no part in it."""
+    """One rank's result of an instruction: an answer, or a failure, or neither when it had no part in it."""
 
     failure: Failure | None = None
     trained: MicroBatchDone | None = None
@@ -172,7 +176,7 @@ class Order:
         self._turn.append(queue.name)
 
     def remove_model(self, name: str) -> ModelQueue | None:
-        """Forget a model; what it still had pending."""
+        """Forget a model; returns its pending work."""
         if name in self._models:
             self._turn.remove(name)
         return self._models.pop(name, None)
@@ -333,7 +337,7 @@ class Leader:
             self._channel.fail(call, ConflictError("the request was cancelled"))
 
     def forget(self, model: str) -> None:
-        """A model is gone: what it still had pending fails."""
+        """A model is gone: its pending requests fail."""
         removed = self.order.remove_model(model)
         if removed is not None:
             self._fail_pending(removed)
@@ -349,7 +353,7 @@ class Leader:
                 self._channel.fail(call, gone)
 
     def answer(self, step: Step, outcomes: dict[int, list[Outcome]]) -> None:
-        """Tell the driver what became of a step. `outcomes`: those of each replica's ranks, first rank first."""
+        """Tell the driver the result of a step. `outcomes`: those of each replica's ranks, first rank first."""
         instruction = step.instruction
         for number, ranks in outcomes.items():
             failure = next((o.failure for o in ranks if o.failure is not None), None)

@@ -80,7 +80,7 @@ class SpawnedModel:
         return self.trainer.step if self.trainer else self.frozen_version
 
     def statistics(self) -> dict[str, float]:
-        """Totals of what the runner has done, and this rank's device memory in bytes; peaks since the last call."""
+        """Totals of the runner's work, and this rank's device memory in bytes; peaks since the last call."""
         values = dict(self.runner.statistics) if self.runner else {}
         device = self.model.device
         if device.type == "cuda":
@@ -111,7 +111,7 @@ class ModelTable:
     def __init__(
         self, device: torch.device, deterministic: bool = False, announce: Announce = lambda _what, _fields: None
     ) -> None:
-        """`announce` is told what takes long, or is not as it should be: an event's type and fields."""
+        """`announce` is told of long work and of shortcomings: an event's type and fields."""
         self.device = device
         self._announce = announce
         self._deterministic = deterministic
@@ -252,31 +252,31 @@ class ModelTable:
 
     def make_pool(self, request: MakePool) -> SpawnedModel:
         """Give a model its pages, from when on it generates. Raises MemoryRefused as `spawn` does."""
-        hosted = self.get(request.model)
+        live = self.get(request.model)
         with _refused(f"the pool of {request.model!r} was promised its memory", request.model):
-            hosted.spawn = structs.replace(hosted.spawn, kv_tokens=request.kv_tokens)
-            self._make_runner(hosted)
-            assert hosted.runner is not None, "no model with a scalar head asks for pages"
-            hosted.runner.prepare()
-        return hosted
+            live.spawn = structs.replace(live.spawn, kv_tokens=request.kv_tokens)
+            self._make_runner(live)
+            assert live.runner is not None, "no model with a scalar head asks for pages"
+            live.runner.prepare()
+        return live
 
     def drop_pool(self, name: str) -> None:
         """Take a model's pages away again."""
-        hosted = self.get(name)
-        if hosted.runner is not None:
-            hosted.runner.close()
-        hosted.runner, hosted.spawn = None, structs.replace(hosted.spawn, kv_tokens=0)
+        live = self.get(name)
+        if live.runner is not None:
+            live.runner.close()
+        live.runner, live.spawn = None, structs.replace(live.spawn, kv_tokens=0)
 
     def dealloc(self, name: str) -> None:
         """Free a model; one that is not here is fine."""
-        hosted = self._models.pop(name, None)
-        if hosted is not None:
-            if hosted.trainer is not None:
-                hosted.trainer.close()
-            if hosted.runner is not None:
-                hosted.runner.close()
-            base, adapter = hosted.base, hosted.adapter
-            del hosted
+        live = self._models.pop(name, None)
+        if live is not None:
+            if live.trainer is not None:
+                live.trainer.close()
+            if live.runner is not None:
+                live.runner.close()
+            base, adapter = live.base, live.adapter
+            del live
             self._give_back(base, adapter)
             # Adapters, and some layers, refer to themselves: without a collection their weights would stay.
             del base
@@ -287,14 +287,14 @@ class ModelTable:
     def save(self, request: Save, write: bool) -> None:
         """Gather over the tensor-parallel ranks and, where `write`, store.
 
-        Raises EngineError for weights with a NaN or an infinity, which nobody can use, and ResourceError.
+        Raises EngineError for weights with a NaN or an infinity, which are of no use, and ResourceError.
         """
-        hosted = self.get(request.model)
+        live = self.get(request.model)
         bad: str | None = None
         failures: list[Exception] = []
         for part in (self._save_weights, self._save_optimizer):
             try:
-                bad = part(hosted, request, write and not failures) or bad
+                bad = part(live, request, write and not failures) or bad
             except (OSError, SafetensorError) as error:  # told when the other ranks wait for nothing more
                 failures.append(error)
         if failures:
@@ -306,48 +306,48 @@ class ModelTable:
                 tensor=bad,
             )
 
-    def _save_weights(self, hosted: SpawnedModel, request: Save, write: bool) -> str | None:
+    def _save_weights(self, live: SpawnedModel, request: Save, write: bool) -> str | None:
         directory = Path(request.directory)
-        if hosted.adapter is None:
-            return weights.save_model(hosted.model, directory, write=write)
+        if live.adapter is None:
+            return weights.save_model(live.model, directory, write=write)
         base, revision = request.base, request.base_revision
-        return weights.save_adapter(hosted.model, hosted.adapter, directory, base, write=write, revision=revision)
+        return weights.save_adapter(live.model, live.adapter, directory, base, write=write, revision=revision)
 
-    def _save_optimizer(self, hosted: SpawnedModel, request: Save, write: bool) -> None:
-        if not request.inference_only and hosted.trainer is not None:
-            hosted.trainer.save_optimizer(Path(request.directory), write=write)
+    def _save_optimizer(self, live: SpawnedModel, request: Save, write: bool) -> None:
+        if not request.inference_only and live.trainer is not None:
+            live.trainer.save_optimizer(Path(request.directory), write=write)
 
     def load(self, request: Load) -> None:
         """Replace weights in place, and the optimizer's state where the source has one.
 
         Shared base weights are immutable: a model that uses them gets a private copy first.
         """
-        hosted = self.get(request.model)
-        if hosted.adapter is None and hosted.base.key is not None:
-            self._make_private(hosted)
+        live = self.get(request.model)
+        if live.adapter is None and live.base.key is not None:
+            self._make_private(live)
         directory = Path(request.source.adapter or request.source.weights)
-        weights.load_into(hosted.model, directory, adapter=hosted.adapter)
-        if hosted.runner is not None:
-            hosted.runner.weights_changed()
-        if hosted.trainer is not None:
-            hosted.trainer.weights_changed()
+        weights.load_into(live.model, directory, adapter=live.adapter)
+        if live.runner is not None:
+            live.runner.weights_changed()
+        if live.trainer is not None:
+            live.trainer.weights_changed()
             if (directory / state_files.FILE).is_file():
-                hosted.trainer.load_optimizer(directory)
+                live.trainer.load_optimizer(directory)
 
-    def _make_private(self, hosted: SpawnedModel) -> None:
-        copy = BaseWeights(hosted.model.copy_weights(), None)
-        self._give_back(hosted.base, None)
-        hosted.base = copy
+    def _make_private(self, live: SpawnedModel) -> None:
+        copy = BaseWeights(live.model.copy_weights(), None)
+        self._give_back(live.base, None)
+        live.base = copy
         # The pages stay: sequences under way keep their keys and values.
-        if hosted.runner is not None:
-            hosted.runner.rebind(copy.model)
-        if hosted.score is not None:
-            hosted.score = head_of(copy.model, hosted.adapter)
+        if live.runner is not None:
+            live.runner.rebind(copy.model)
+        if live.score is not None:
+            live.score = head_of(copy.model, live.adapter)
 
 
 @contextmanager
 def _refused(promised: str, name: str) -> Iterator[None]:
-    """Say in our own words what the device or the compiler refuses."""
+    """Turn refusals of the device and of the compiler into errors of ours."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:
@@ -374,7 +374,7 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def _as_os_error(error: Exception) -> OSError:
-    """What the system said; safetensors only quotes it."""
+    """The system's error; safetensors only quotes it."""
     if isinstance(error, OSError):
         return error
     number = re.search(r"os error (\d+)", str(error))

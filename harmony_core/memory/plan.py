@@ -1,6 +1,6 @@
 """The closed-form memory plan of a spawn: which bytes each rank will hold, from its record alone, without torch.
 
-Every term is derived from what the engine allocates; tests compare the sums with measured memory.
+Every term is derived from the engine's allocations; tests compare the sums with measured memory.
 
 Shapes: T tokens in a micro-batch, d hidden size, q = heads x head_dim and kv = kv_heads x head_dim (a rank's part),
 i feed-forward width (a rank's part), v vocabulary (a rank's part), r adapter rank.
@@ -41,7 +41,7 @@ _OUTER_HIDDEN = 3
 """Hidden states outside of the layers: the last one, its normalised form, the gradient that comes from the head."""
 _ROPE_TABLES = 2
 _GRAPH_BYTES = 192 << 20
-"""Graphs themselves, workspaces of matrix products while they are recorded, and what is lost to rounding."""
+"""Graphs themselves, workspaces of matrix products while they are recorded, and losses to rounding."""
 _INDEX_BYTES = 80
 """Ten 64-bit numbers a token: ids, positions, targets, coefficients, gather indices."""
 
@@ -84,7 +84,7 @@ def weight_elements(spec: ModelSpec, tp: int, headless: bool = False) -> int:
 
 
 def _window_masks(spawn: Spawn) -> int:
-    """Bytes of what says, on CPU, which tokens lie in each other's sliding window; all layers share it.
+    """Bytes of the masks for sliding windows on CPU, which all layers share.
 
     The most is that of one sequence which fills the micro-batch.
     """
@@ -244,7 +244,7 @@ def _inference(spawn: Spawn) -> int:
 
 
 DEFAULT_KV_TOKENS = 131_072
-"""Most tokens of a pool whose size nobody asked for."""
+"""Most tokens of a pool whose size was left to the plan."""
 
 BATCH_STEP = 16
 """Computed micro-batch sizes are multiples of this."""
@@ -253,7 +253,7 @@ BATCH_STEP = 16
 def choose_checkpointing(spawn: Spawn, free: int, transient: int = 0) -> int:
     """The fewest layers to recompute so that the spawn fits; as many as helps most if it does not fit anyhow.
 
-    `free`: bytes per rank that no model holds; `transient`: what the largest live model needs while it works.
+    `free`: bytes per rank that no model holds; `transient`: bytes of the largest live model while it works.
     """
     if not spawn.train:
         return 0
@@ -276,7 +276,7 @@ def largest_batch(spawn: Spawn, free: int, transient: int = 0) -> int:
 
 
 def default_kv_tokens(spawn: Spawn, free: int, transient: int = 0) -> int:
-    """Tokens of a pool that nobody sized: up to 131,072, as many as fit after everything else, 0 if none."""
+    """Tokens of a pool of no given size: up to 131,072, as many as fit after everything else, 0 if none."""
 
     def fits(tokens: int) -> bool:
         return _fits(plan(replace(spawn, kv_tokens=tokens)), free, transient)
@@ -323,7 +323,7 @@ def ways_out(
 def ways_out_with_copy(source: Spawn, free: int, transient: int, *, generating: bool = False) -> list[str]:
     """Changes of a training spawn, each enough by itself, with which a copy of it fits beside it.
 
-    `free`: bytes per rank that no other model holds; `transient`: what the largest of the others needs while it works.
+    `free`: bytes per rank that no other model holds; `transient`: those of the largest of the others while it works.
     `generating`: the copy has a pool as large as the spawn's.
     """
 

@@ -29,19 +29,19 @@ from harmony_core.rpc.wire import (
 )
 
 HELLO_SECONDS = 10.0
-"""A peer that has not said who it is by then is cut off."""
+"""A peer that has not sent its Hello by then is cut off."""
 
 
 MAX_STORE_BYTES = 64 << 20
 """For everything that the store of the ranks holds: keys, values, and ranks that wait."""
 _ENTRY_BYTES = 256
-"""What an entry costs beside its own bytes."""
+"""The cost of an entry beside its own bytes."""
 
 Answer = Callable[[StoreValues], None]
 
 
 class Listener:
-    """Told what happens on a connection. `lost` comes once and last."""
+    """Hears the events of a connection. `lost` comes once and last."""
 
     def hello(self, connection: Connection, message: Hello) -> None:
         """The first frame, and the only one until `accept`."""
@@ -121,7 +121,7 @@ class Connection(asyncio.Protocol):
             _fail(future, error)
 
     def close(self) -> None:
-        """Close the socket; what was written is still sent."""
+        """Close the socket; bytes already written are still sent."""
         if self._transport is not None:
             self._transport.close()
 
@@ -209,7 +209,7 @@ class Connection(asyncio.Protocol):
 def _fail(future: asyncio.Future[Message], error: HarmonyError) -> None:
     if not future.done():
         future.set_exception(error)
-        future.exception()  # marks it as seen: a call that nobody awaits any more is not a warning
+        future.exception()  # marks it as seen: a call that is not awaited any more is not a warning
 
 
 class RankStore:
@@ -225,7 +225,7 @@ class RankStore:
         self._waiting: list[tuple[list[str], Answer]] = []
 
     def ask(self, request: Message, answer: Answer) -> None:
-        """Answer now, or a `StoreGet` that waits later. Raises EngineError for what does not fit."""
+        """Answer now, or a `StoreGet` that waits later. Raises EngineError when the store is full."""
         if isinstance(request, StoreGet):
             if not self._answered(request.keys, answer):
                 if request.wait:

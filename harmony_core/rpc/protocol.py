@@ -175,7 +175,7 @@ class MakePool(Message):
 
 
 class Inspect(Message):
-    """Ask what a model has done and what memory its ranks use."""
+    """Ask for a model's counters and the memory of its ranks."""
 
     model: str
 
@@ -222,7 +222,7 @@ class Save(Message):
     directory: str
     inference_only: bool
     base: str = ""
-    """What a saved adapter names as its base: a path, or a hub id with `base_revision`, its commit."""
+    """The base that a saved adapter names: a path, or a hub id with `base_revision`, its commit."""
     base_revision: str = ""
 
 
@@ -303,7 +303,7 @@ class Cancel(Message):
 class Score(Message):
     """Raw log-probs of `targets`, position by position, given the tokens up to there; negative ones are not asked for.
 
-    Of a model with a scalar head: the values there, whatever the target.
+    Of a model with a scalar head: the values there, for any target.
     """
 
     model: str
@@ -333,7 +333,7 @@ class MicroBatch(Message):
     are not scored. The loss "linear" is -sum(coefficient * logprob(target)): a coefficient is a token's weight
     (language modelling) or its tangent. Every other loss is a function of all scored tokens, in which a coefficient
     is the weight of its token.
-    sampler_logprobs: float32, or empty: what the sampler recorded of each target under the present weights (raw
+    sampler_logprobs: float32, or empty: the sampler's record of each target under the present weights (raw
     distribution), to be compared with; NaN where there is none.
     loss: a name in the ranks' table of losses, or "custom". settings: its hyper-parameters. fields: float64, one for
     each scored position, in order. group: so many adjacent samples belong together, 2 for pairs.
@@ -358,7 +358,7 @@ class MicroBatch(Message):
 
 
 class MicroBatchDone(Message):
-    """What came back from the forward and backward passes, of which one has the tokens of a part."""
+    """The result of the forward and backward passes, of which one has the tokens of a part."""
 
     numerator: float
     """The loss, summed."""

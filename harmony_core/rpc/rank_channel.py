@@ -1,7 +1,7 @@
 """A rank's end of its socket. Loads no torch; none of its threads issues a collective.
 
-One thread reads requests into `inbox`, one writes what could not be sent at once and a beat every second. The engine
-thread takes from `inbox` and answers. When the driver goes away the process ends at once.
+One thread reads requests into `inbox`, one writes a beat every second, and frames that the socket did not take at once.
+The engine thread takes from `inbox` and answers. When the driver goes away the process ends at once.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ _NOTE_BYTES = 64
 
 
 class PhaseNote:
-    """What a rank does now, in a file beside the socket that both sides hold open: beats come once a second only.
+    """The phase of a rank, in a file beside the socket that both sides hold open: beats come once a second only.
 
     It stays readable when the rank is dead and the file is removed.
     """
@@ -80,7 +80,7 @@ class PhaseNote:
         os.pwrite(self._file, phase.encode()[:_NOTE_BYTES].ljust(_NOTE_BYTES), 0)
 
     def read(self) -> str:
-        """What was written last, "" before that and once it is closed."""
+        """The phase that was written last, "" before that and once it is closed."""
         return "" if self._file < 0 else os.pread(self._file, _NOTE_BYTES, 0).decode("utf-8", "replace").strip()
 
     def close(self) -> None:
@@ -115,7 +115,7 @@ class RankChannel:
 
     @classmethod
     def connect(cls, path: str, hello: Hello, on_driver_gone: Callable[[], None] = lambda: None) -> RankChannel:
-        """Connect to the driver's socket, say who we are, and start the two threads. Raises OSError."""
+        """Connect to the driver's socket, send the Hello, and start the two threads. Raises OSError."""
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         sock.connect(path)
         channel = cls(sock, hello.rank, PhaseNote(path, hello.rank), on_driver_gone)
@@ -126,7 +126,7 @@ class RankChannel:
 
     @property
     def phase(self) -> str:
-        """What the engine thread does; `IDLE` while it waits for work. Shown in beats and in errors."""
+        """The work of the engine thread; `IDLE` while it waits. Shown in beats and in errors."""
         return self._phase[0]
 
     @phase.setter
@@ -135,7 +135,7 @@ class RankChannel:
         self._note.write(name)
 
     def progressed(self) -> None:
-        """A piece of the phase is done: what counts as a hang begins anew."""
+        """A piece of the phase is done: the time that counts as a hang begins anew."""
         self._phase = (self._phase[0], time.monotonic())
 
     def reply(self, id: int, message: Message) -> None:
@@ -182,7 +182,7 @@ class RankChannel:
         self._flushed.wait(timeout)
 
     def _send(self, frame: bytes) -> None:
-        """Send at once what the socket takes; the writer thread sends the rest. Never blocks."""
+        """Send as much as the socket takes at once; the writer thread sends the rest. Never blocks."""
         with self._lock:
             if not self._outbox:
                 try:
@@ -218,7 +218,7 @@ class RankChannel:
                     self._flushed.set()
                     return
                 frame = self._outbox[0]
-            self._socket.sendall(frame)  # unlocked: while the outbox holds this frame, nobody else sends
+            self._socket.sendall(frame)  # unlocked: while the outbox holds this frame, no other thread sends
             with self._lock:
                 self._outbox.popleft()
 

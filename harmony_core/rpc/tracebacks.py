@@ -59,7 +59,7 @@ _BUILT_IN = Path(harmony_core.__file__).parent / "recipes"
 
 
 def describe(error: BaseException) -> list[str]:
-    """Lines that say what was raised and where in the author's code; causes after it."""
+    """Lines with the exception and its place in the author's code; causes after it."""
     lines: list[str] = []
     seen: set[int] = set()
     current: BaseException | None = error
@@ -101,7 +101,7 @@ def callers_line(otherwise: str) -> str:
 
 
 def _folded(frames: list[Frame]) -> Iterator[str]:
-    """The author's frames, from the first of them on; what lies before it is ours by construction."""
+    """The author's frames, from the first of them on; the frames before it are ours by construction."""
     first = next((i for i, frame in enumerate(frames) if is_own(frame)), len(frames))
     shown = 0
     for own, group in itertools.groupby(frames[first:], is_own):

@@ -1,4 +1,4 @@
-"""Frames: what a message looks like as bytes, and how an error crosses as data.
+"""Frames: messages as bytes, and errors as data.
 
     u32 header length | u64 body length | header | body          little-endian
 
@@ -24,7 +24,7 @@ Kind = Literal["call", "ok", "err", "event", "cast"]
 MAX_HEADER_BYTES = 4096
 MAX_BODY_BYTES = 1 << 30
 MAX_HELLO_BYTES = 1 << 16
-"""The most that a peer may send before it has said who it is."""
+"""The most that a peer may send before its Hello is accepted."""
 
 MAX_VALUE_BYTES = 1 << 20
 """Of one value in the store of the ranks."""
@@ -87,7 +87,7 @@ class StoreValues(Message):
 
 
 ASKED: tuple[type[Message], ...] = (StoreSet, StoreAdd, StoreGet)
-"""The closed table of what a rank may ask of the driver."""
+"""The closed table of the questions of ranks to the driver."""
 
 
 class Frame(msgspec.Struct):
