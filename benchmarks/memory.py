@@ -12,16 +12,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from common import Job, Row, Run, Shape, Words, engine, main, options, run_job, statistics
+from msgspec.structs import replace
 from shapes import packed_lengths
 
 from harmony_core.client import HarmonyClient, TrainingModel
-from harmony_core.memory.plan import Shape as Spawned
 from harmony_core.memory.plan import plan
 from harmony_core.model.spec import ModelSpec
-from harmony_core.rpc.protocol import LoraSettings
+from harmony_core.rpc.protocol import LoraSettings, Spawn
 
 ROWS = ("free", "limited")
 
@@ -41,12 +41,12 @@ class Configuration:
         kind = "LoRA" if self.lora else "full"
         return f"{kind} {self.shape.name}, {self.tokens} tokens, KV {self.kv_tokens}"
 
-    def spawned(self, run: Run) -> Spawned:
+    def spawned(self, run: Run) -> Spawn:
         """As the memory plan sees it, nothing recomputed."""
-        return Spawned(
+        return Spawn(
             spec=ModelSpec.read(run.home.path / "weights" / self.shape.name),
-            tp=1,
             train=True,
+            private=not self.lora,
             lora=LoraSettings(rank=16) if self.lora else None,
             max_batch_tokens=self.tokens,
             kv_tokens=self.kv_tokens,

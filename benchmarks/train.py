@@ -14,16 +14,17 @@ import asyncio
 import statistics as numbers
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from common import MATRIX_RATE, Row, Run, Shape, Words, engine, main, options, statistics
+from msgspec.structs import replace
 from shapes import packed_lengths
 
 from harmony_core.client import HarmonyClient, TrainingModel
 from harmony_core.launch.launcher import installed_devices
-from harmony_core.memory.plan import Shape as Spawned
 from harmony_core.memory.plan import plan
 from harmony_core.model.spec import ModelSpec
+from harmony_core.rpc.protocol import Spawn
 from harmony_core.text.threads import StringThread
 
 ROWS = ("full", "lora", "update", "padded", "trl", "tp2")
@@ -157,11 +158,10 @@ class Training:
 
     async def recomputed(self) -> Steps:
         """Steps with every layer recomputed: the engine is given just the memory that this takes."""
-        shape = Spawned(
+        shape = Spawn(
             spec=ModelSpec.read(self.run.home.path / "weights" / self.shape.name),
-            tp=1,
             train=True,
-            lora=None,
+            private=True,
             max_batch_tokens=self.sizes.tokens,
             kv_tokens=self.sizes.kv_tokens,
             device=self.run.device,

@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, Option
 
 from harmony_core.errors import UsageError
-from harmony_core.memory.sizes import LEAST_SECONDS, MAX_SECONDS
-from harmony_core.options import RunOptions
+from harmony_core.options import LEAST_SECONDS, MAX_SECONDS, RunOptions
 from harmony_core.recipe import Recipe
 
 from . import output

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from harmony_core.client import TrainingModel
-from harmony_core.client.custom_losses import Values, of_sample
+from harmony_core.client.losses import Values, of_sample
 from harmony_core.errors import UsageError, VerificationError
 from harmony_core.text.threads import StringThread, TokenizedThread
 

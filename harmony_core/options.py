@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harmony_core.errors import UsageError
-from harmony_core.memory.sizes import LEAST_SECONDS, MAX_SECONDS
 
 if TYPE_CHECKING:
     from harmony_core.recipe_file import RecipeFile
@@ -19,6 +18,10 @@ if TYPE_CHECKING:
 
 VARIABLE = "ADAPTIVE_RANK_OPTIONS"
 """The environment variable in which ranks find the flags."""
+
+MAX_SECONDS = 3650 * 86400
+LEAST_SECONDS = {"hang_timeout": 0.0, "silence_timeout": 2.0, "fault_grace": 0.0, "save_wait": 0.0}
+"""The bounds of the times that a run's author may set."""
 
 INIT_TIMEOUT = 300.0
 """Seconds for all ranks to be ready."""

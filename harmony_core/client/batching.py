@@ -1,14 +1,17 @@
-"""Packs samples into micro-batches in call order. Plain data: no token is looked at."""
+"""Packs the samples of a step into micro-batches, in call order, and counts what divides the step."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from asyncio import Future, wait
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import NamedTuple
 
-from harmony_core.rpc.protocol import CustomLoss, MicroBatch, pack_doubles, pack_floats, pack_ints
+from harmony_core.errors import NothingToTrain, UsageError
+from harmony_core.rpc.protocol import CustomLoss, Message, MicroBatch
+from harmony_core.rpc.wire import pack_doubles, pack_floats, pack_ints
 
 WINDOW_BATCHES = 4
 """A window is cut once this many full micro-batches for each replica are pending: enough to pack well, early enough
@@ -17,7 +20,7 @@ to keep the ranks busy while the recipe still submits."""
 
 @dataclass(frozen=True)
 class Loss:
-    """What samples must have in common to share a micro-batch, as in `MicroBatch`."""
+    """The loss of a sample: equal for all samples of a micro-batch, as in `MicroBatch`."""
 
     name: str = "linear"
     settings: tuple[tuple[str, float], ...] = ()
@@ -34,7 +37,7 @@ LINEAR = Loss()
 class Sample:
     """One sequence to train on: inputs, their targets, and a coefficient for each target, as in `MicroBatch`.
 
-    `sampler_logprobs`: what the sampler recorded of the targets under the present weights, NaN where there is none.
+    `sampler_logprobs`: the sampler's records of the targets under the present weights, NaN where there is none.
     `fields`: one value for each target whose coefficient is not 0. `on_last`: it is scored at its thread's last token,
     which in other samples is a target only, and no input.
     """
@@ -66,7 +69,7 @@ Group = list[Sample]
 
 
 class Accepted(NamedTuple):
-    """What one call gives: samples, and what they add to the step's denominator.
+    """The samples of one call, and their share of the step's denominator.
 
     They belong together in one micro-batch, unless they may lie `apart`.
     """
@@ -78,7 +81,7 @@ class Accepted(NamedTuple):
 
     @property
     def groups(self) -> list[Group]:
-        """The samples, by what must share a micro-batch."""
+        """The samples, in groups of which each shares a micro-batch."""
         return [[sample] for sample in self.samples] if self.apart else [self.samples]
 
 
@@ -153,6 +156,67 @@ class SampleQueue:
         self._pending = []
         self._tokens = 0
         return cut
+
+
+def require_weight(weights: Iterable[float]) -> float:
+    """The sum of a sample's weights. Raises NothingToTrain if it is 0."""
+    if (total := sum(weights)) <= 0:
+        raise NothingToTrain(
+            "the sample has no weighted token",
+            hint="give an assistant turn a weight, as with_weight_last_assistant_turn() does",
+        )
+    return total
+
+
+@dataclass
+class PendingStep:
+    """The samples that were accepted since the last optimizer step of a model."""
+
+    model: str
+    queue: SampleQueue
+    totals: dict[str, float] = field(default_factory=dict)
+    samples: int = 0
+    gradient: bool = False
+    """Whether any of them has one: tangents may all be zero."""
+    sent: list[Future[Message]] = field(default_factory=list)
+    """The answers of its micro-batches; number i goes to replica i mod dp."""
+    answered: int = 0
+
+    def add(self, accepted: Accepted) -> Iterator[list[list[Sample]]]:
+        """Queue the samples of one call, which count as one; yields the micro-batches that are full."""
+        self.totals[accepted.unit] = self.totals.get(accepted.unit, 0.0) + accepted.amount
+        self.samples += 1
+        for group in accepted.groups:
+            self.gradient = self.gradient or any(any(sample.coefficients) for sample in group)
+            yield self.queue.add(*group)
+
+    async def room(self, most: int) -> None:
+        """Wait while more than `most` of the micro-batches sent so far are unanswered.
+
+        Later ones do not count: of a thousand samples that wait, each is woken once.
+        """
+        while self.answered < len(self.sent) and self.sent[self.answered].done():
+            self.answered += 1
+        if len(self.sent) - self.answered > most:
+            await wait([self.sent[-most - 1]])
+
+    def denominator(self, normalise: str) -> float:
+        """The number that divides the step. Raises NothingToTrain without samples, UsageError for mixed units."""
+        if self.samples == 0:
+            raise NothingToTrain(
+                f"optim_step of {self.model!r}: no sample was accepted since the last one",
+                hint="await at least one train_* call before optim_step",
+            )
+        total = sum(self.totals.values())
+        if normalise == "mean" and len(self.totals) > 1:
+            units = " and ".join(sorted(self.totals))
+            raise UsageError(
+                f"one step of {self.model!r} mixes losses that are normalised differently: {units}",
+                hint='call optim_step between them, or optim_step(..., normalise="sum")',
+            )
+        if normalise == "mean" and total == 0 and self.gradient:
+            raise NothingToTrain(f"the step of {self.model!r} has a denominator of 0")
+        return total or 1.0
 
 
 def parts(batch: Sequence[Sample], capacity: int) -> list[int]:

@@ -1,28 +1,82 @@
-"""The driver's side of the ranks: one order for all requests, which replica runs where, and what memory is promised."""
+"""The driver's side of the ranks: one order for all requests, the replicas' places, and the memory promised."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import subprocess
 import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any, TypeVar, cast
 
-from harmony_core.client.capacity import Machine
-from harmony_core.errors import ConflictError, HarmonyError, InternalError
+from harmony_core.errors import ConflictError, HarmonyError, InternalError, ResourceError, UsageError
 from harmony_core.launch import private_directory
+from harmony_core.launch.launcher import Launch, resolve
 from harmony_core.launch.supervisor import RankHandle, Supervisor
+from harmony_core.memory.ledger import Ledger, host_capacity, parse_assume
 from harmony_core.notifiers import say
 from harmony_core.options import EngineOptions
 from harmony_core.registry import ModelVersion, Registry
-from harmony_core.rpc.protocol import Cancel, Clone, Event, Load, Message, OptimStep, Reblock, Save, SetStep
+from harmony_core.rpc.protocol import (
+    Cancel,
+    Clone,
+    Event,
+    Load,
+    Message,
+    OptimStep,
+    Reblock,
+    Save,
+    SetStep,
+    Spawn,
+)
 
-if TYPE_CHECKING:
-    from harmony_core.client.live import PlannedCopy
+CUDA_BASELINE_BYTES = 1 << 30
+"""Bytes that a rank takes of its device before its first model: context, libraries, communication buffers."""
+CUDA_USABLE = 0.95
+"""Of the free memory: the rest is what torch's allocator keeps in pieces too small to use."""
+
+
+def find_machine(options: EngineOptions) -> tuple[Launch, Ledger]:
+    """The ranks that the options and this machine (or the assumed one) give, and their memory, of which all is free.
+
+    Raises ResourceError, ConfigError.
+    """
+    if options.assume:
+        _check_mode(options, "cuda")
+        devices = parse_assume(options.assume)
+        world_size = options.num_processes or len(devices)
+        if world_size > len(devices):
+            raise UsageError(f"--num-processes {world_size} on an assumed machine of {len(devices)} devices")
+        return Launch("cuda", world_size), Ledger(devices[:world_size])
+    launch = resolve(options.num_processes, options.device, options.accelerate_config)
+    _check_mode(options, launch.device)
+    if launch.device == "cpu":
+        host = host_capacity(options.memory, ranks=launch.world_size)
+        return launch, Ledger(host, ranks=launch.world_size)
+    return launch, Ledger([min(b, options.memory or b) for b in cuda_free_bytes(launch.devices)])
+
+
+def _check_mode(options: EngineOptions, device: str) -> None:
+    if options.deterministic and device != "cpu":
+        raise ResourceError(
+            "--deterministic is for ranks on CPU: on CUDA sampler and trainer use kernels whose last bits differ",
+            hint="--device cpu, or leave it out: optim_step's sampler_logprob_* metrics report the difference",
+        )
+
+
+def cuda_free_bytes(devices: list[str]) -> list[int]:
+    """Free bytes of the named CUDA devices, as the driver's own tool reports them, less the cost of a process."""
+    query = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits", "-i", ",".join(devices)]
+    try:
+        shown = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        raise ResourceError("the memory of the CUDA devices cannot be read: nvidia-smi failed") from error
+    return [max(0, int(int(line) * 2**20 * CUDA_USABLE) - CUDA_BASELINE_BYTES) for line in shown.split()]
+
 
 Answer = TypeVar("Answer", bound=Message)
 EventSink = Callable[[str, dict[str, Any], int | None], None]
@@ -31,7 +85,7 @@ FAILED = "engine.failed"
 """The event of the failure that ends the engine."""
 
 _CHANGES = (OptimStep, Load, SetStep)
-"""What changes a model that is saved."""
+"""Requests that change the weights of a model."""
 
 
 class Request:
@@ -44,7 +98,7 @@ class Request:
         self.cancelled = False
 
     def cancel(self) -> None:
-        """Tell the replica that nobody waits any more; it answers in its own time."""
+        """Tell the replica that the answer is not needed any more; it answers in its own time."""
         self.cancelled = True
         if self.handle is not None and not self.future.done():
             self.handle.connection.cast(Cancel(call=self.call))
@@ -61,16 +115,16 @@ class Engine:
         self.options = options
         self.registry = registry
         self.events = events
-        self.machine = Machine.find(options)
-        self.ledger = self.machine.ledger()
-        self.names: set[str] = set()
+        self.launch, self.ledger = find_machine(options)
+        self.spawns: dict[str, Spawn] = {}
+        """Of each model that lives or is being made."""
         self.request_numbers: dict[str, int] = {}
         """Of each live model, the number of its next request that draws a seed."""
         self.unsaved: set[object] = set()
         """One entry for each model, live or freed, whose weights have changed since it was last saved."""
         self.tp_values: set[int] = set()
         self.planned: list[dict[str, Any]] = []
-        self.planned_copies: dict[str, PlannedCopy] = {}
+        self.planned_copies: dict[str, Spawn] = {}
         """Of each live model, the copy whose memory is promised and that is not made yet."""
         self._held_versions = contextlib.ExitStack()
         self._held_references: set[str] = set()
@@ -84,18 +138,18 @@ class Engine:
         self._idle.set()
         self._held: deque[Callable[[], None]] | None = None
         self._unchanged: dict[str, deque[Callable[[], None] | asyncio.Future[None]]] = {}
-        """Of each model that is being saved, what waits for that: requests, and whoever is to save it next."""
+        """Of each model that is being saved, the requests and the further saves that wait for it."""
         self._closed = False
 
     @property
     def world_size(self) -> int:
         """Number of ranks, known before they are up."""
-        return self.machine.world_size
+        return self.launch.world_size
 
     @property
     def compiles(self) -> bool:
         """Whether layers are to be compiled, where a compiler is found."""
-        return self.options.compile and self.machine.device == "cuda"
+        return self.options.compile and self.launch.device == "cuda"
 
     @property
     def closed(self) -> bool:
@@ -105,7 +159,7 @@ class Engine:
     def start(self) -> None:
         """Begin to start the ranks; returns at once. Does nothing in a dry run.
 
-        They are stopped when nobody refers to this engine any more: what watches them does not.
+        They are stopped when the last reference to this engine is gone; the watching tasks hold none.
         """
         if self.options.dry_run:
             return
@@ -115,8 +169,8 @@ class Engine:
         def on_event(rank: int, event: Event) -> None:
             write(event.type, event.data, rank)
 
-        self._launching = loop.create_task(Supervisor.start(options, self.machine.launch, on_event), name="start-ranks")
-        # A failure is told now, and raised to whoever needs the ranks; nobody may, and then it is not an error.
+        self._launching = loop.create_task(Supervisor.start(options, self.launch, on_event), name="start-ranks")
+        # A failure is told now, and raised by calls that need the ranks; without such a call it is no error.
         self._launching.add_done_callback(partial(_launched, write))
         logs = self.options.log_dir if self.options.temporary_logs else None
         weakref.finalize(self, _end_forgotten, loop, self._launching, self._held_versions, logs)
@@ -140,8 +194,8 @@ class Engine:
         return await asyncio.shield(self._launching.result().failure)
 
     def forget(self, name: str) -> None:
-        """Give back what is promised to a model, and to a copy of it that was not made."""
-        self.names.discard(name)
+        """Give back the memory promised to a model, and to a copy of it that was not made."""
+        self.spawns.pop(name, None)
         self.request_numbers.pop(name, None)
         for promised in (name, part_of(name, "loaded weights"), part_of(name, "pool")):
             self.ledger.release(promised)
@@ -163,7 +217,7 @@ class Engine:
 
     @contextlib.asynccontextmanager
     async def unchanged(self, model: str) -> AsyncIterator[None]:
-        """In here what would change a model's weights waits, with all that follows it; only its `Save` does not."""
+        """In here requests that would change a model's weights wait, with all that follow; only its `Save` does not."""
         if model in self._unchanged:
             turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._unchanged[model].append(turn)
@@ -180,7 +234,7 @@ class Engine:
             self._go_on(model)
 
     def _go_on(self, model: str) -> None:
-        """Send what has waited, up to where the next one saves the model."""
+        """Send the requests that have waited, up to the next save of the model."""
         waiting = self._unchanged[model]
         while waiting:
             following = waiting.popleft()
@@ -268,7 +322,7 @@ def part_of(name: str, part: str) -> str:
 
 
 def _launched(write: EventSink, launching: asyncio.Task[Supervisor]) -> None:
-    """Have the failure of the ranks told when it happens, whatever the recipe is doing then."""
+    """Have the failure of the ranks told when it happens, also while the recipe does something else."""
     if launching.cancelled():
         return
     error = launching.exception()
@@ -298,7 +352,7 @@ def _end_forgotten(
     held: contextlib.ExitStack,
     logs: Path | None,
 ) -> None:
-    """Stop the ranks of an engine that nobody refers to, at the interpreter's end at the latest, and remove its logs.
+    """Stop the ranks of an engine without references, at the interpreter's end at the latest, and remove its logs.
 
     May be called by the garbage collector, on any thread.
     """
@@ -321,7 +375,7 @@ def _end_forgotten(
 
 
 def _own_future() -> asyncio.Future[Any]:
-    """A future whose error is no news to asyncio when nobody awaits it any more, as after a cancelled call."""
+    """A future whose error asyncio does not report when it is never awaited, as after a cancelled call."""
     future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
     future.add_done_callback(lambda done: None if done.cancelled() else done.exception())
     return future

@@ -8,23 +8,12 @@ from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self, overload
 
-from harmony_core.client.limits import Limit, check_length, of_batch, of_context, of_pool
-from harmony_core.client.live import LiveModel
+from harmony_core.client.live import Limit, LiveModel, check_length, of_batch, of_context, of_pool
 from harmony_core.client.losses import AnyThread
 from harmony_core.config.argument_kinds import checked_class
 from harmony_core.errors import DataError, PromptTooLong, UsageError
-from harmony_core.rpc.protocol import (
-    Generate,
-    Generated,
-    Inspect,
-    Inspected,
-    Sampling,
-    Score,
-    Scored,
-    pack_ints,
-    unpack_floats,
-    unpack_ints,
-)
+from harmony_core.rpc.protocol import Generate, Generated, Inspect, Inspected, Sampling, Score, Scored
+from harmony_core.rpc.wire import pack_ints, unpack_floats, unpack_ints
 from harmony_core.text.threads import StringThread, TokenizedThread, check_last_turn
 
 SKIPPED = -1
@@ -52,7 +41,7 @@ class Timings:
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """What a handle adds to each of its requests."""
+    """The settings that a handle adds to each of its requests."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -71,7 +60,7 @@ class InferenceModel:
 
     def __repr__(self) -> str:
         live = self._live
-        return f"{type(self).__name__}({live.name!r}, model={live.version.ref!r}, tp={live.placement.tp})"
+        return f"{type(self).__name__}({live.name!r}, model={live.version.ref!r}, tp={live.spawn.tp})"
 
     def _with(self, **changes: Any) -> Self:
         other = copy.copy(self)
@@ -103,33 +92,33 @@ class InferenceModel:
         return self._with(min_gen_len=int(min_num_tokens))
 
     def max_seqlen(self, max_seqlen: int, setting: str = "max_seqlen") -> Self:
-        """A copy that generates at most up to so many tokens, the prompt's included; `setting`: what asks for that."""
+        """A copy that generates at most up to so many tokens, the prompt's included; `setting` asks for that."""
         if max_seqlen < 2:
             raise UsageError(f"max_seqlen must be at least 2, not {max_seqlen}")
         return self._with(limits=(*self._settings.limits, Limit(max_seqlen, setting, setting)))
 
     @property
     def longest_completion(self) -> int:
-        """The most new tokens that are asked for, whatever room the prompt leaves."""
-        cap = self._live.placement.tokens_to_generate
+        """The most new tokens that are asked for; the prompt may leave room for fewer."""
+        cap = self._live.spawn.tokens_to_generate
         return min(self._settings.max_gen_len or cap, cap)
 
     def is_scalar(self) -> bool:
         """Whether the model has a scalar head in place of its language-model head."""
-        return self._live.placement.scalar
+        return self._live.spawn.scalar
 
     def get_builder_args(self) -> dict[str, Any]:
         """The settings that this model was spawned with; "path" is its exact registry reference."""
         live = self._live
         return {
             "path": f"model_registry://{live.version.ref}",
-            "tp": live.placement.tp,
-            "kv_cache_len": live.placement.kv_tokens,
-            "tokens_to_generate": live.placement.tokens_to_generate,
-            "use_adapter": live.placement.lora,
-            "max_batch_size": live.placement.max_batch_tokens,
-            "max_seqlen": live.placement.context,
-            "scalar": live.placement.scalar,
+            "tp": live.spawn.tp,
+            "kv_cache_len": live.spawn.kv_tokens,
+            "tokens_to_generate": live.spawn.tokens_to_generate,
+            "use_adapter": live.spawn.lora is not None,
+            "max_batch_size": live.spawn.max_batch_tokens,
+            "max_seqlen": live.spawn.max_seqlen or live.spawn.spec.max_positions,
+            "scalar": live.spawn.scalar,
         }
 
     @overload
@@ -213,13 +202,13 @@ class InferenceModel:
                 f"{live.name!r} has a scalar head: it scores and cannot generate",
                 hint="spawn a model with a vocabulary head to generate with",
             )
-        if not live.placement.kv_tokens:
+        if not live.spawn.kv_tokens:
             from harmony_core.client.spawning import make_pool
 
             await make_pool(live)
         live.require_ranks()
         settings = self._settings
-        limits = [*of_context(live.placement), of_pool(live.placement), *settings.limits]
+        limits = [*of_context(live.spawn), of_pool(live.spawn), *settings.limits]
         check_length(live, PromptTooLong, len(prompt), "the prompt has {} tokens and needs room for more", limits, 1)
         if not prompt:
             raise DataError("an empty prompt cannot be continued", hint="give at least one token")
@@ -304,12 +293,12 @@ class InferenceModel:
         return [v for v, t in zip(values, asked, strict=True) if t != SKIPPED]
 
     async def _score(self, ids: Sequence[int], targets: Sequence[int]) -> list[float]:
-        """What the ranks give each target behind as many of the ids."""
+        """The log-prob or value of each target behind as many of the ids, from the ranks."""
         live, tokens = self._live, ids[: len(targets)]
         live.require_ranks()
         if not tokens:
             return []
-        limits = [of_batch(live.placement), *of_context(live.placement)]
+        limits = [of_batch(live.spawn), *of_context(live.spawn)]
         if len(tokens) > min(limits).tokens:
             # The last token of a thread is a target only.
             thread = len(tokens) + (not self.is_scalar())

@@ -1,42 +1,122 @@
-"""What the driver knows of one live model; its handles share it."""
+"""One live model on the driver, which its handles share, and the limits of its sequences."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import math
-import sys
-from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from harmony_core.client.batching import Accepted, Loss, Sample, SampleQueue, micro_batch
+from msgspec import structs
+
+from harmony_core.client.batching import Accepted, Loss, PendingStep, Sample, SampleQueue, micro_batch, require_weight
 from harmony_core.client.engine import Engine, Request, part_of
-from harmony_core.client.limits import Placement, check_length, of_batch, of_context
 from harmony_core.client.losses import AnyThread, check_head
 from harmony_core.errors import (
     ConflictError,
     DataError,
     HarmonyError,
     ModelRefused,
-    NothingToTrain,
     SampleTooLong,
+    TooLong,
     UsageError,
 )
-from harmony_core.memory.fit import could_fit
 from harmony_core.memory.ledger import Plan
-from harmony_core.memory.plan import weight_elements
+from harmony_core.memory.plan import could_fit, weight_elements
 from harmony_core.request_seeds import request_seed
-from harmony_core.rpc.protocol import Dealloc, Message, StepMetrics
-from harmony_core.rpc.tracebacks import Frame, is_own
+from harmony_core.rpc.protocol import Dealloc, Message, Spawn, StepMetrics
+from harmony_core.rpc.tracebacks import callers_line
+from harmony_core.text.row_lengths import Lengths, Rows
 from harmony_core.text.threads import StringThread, TokenizedThread
 
 if TYPE_CHECKING:
     from harmony_core.registry import ModelVersion
     from harmony_core.text.tokenization import ChatTokenizer
+
+
+class Limit(NamedTuple):
+    """At most `tokens` in a sequence because of `name`; `setting` raises it, "" where nothing does.
+
+    Of equal limits the least is one that nothing raises.
+    """
+
+    tokens: int
+    setting: str
+    name: str
+
+
+def of_context(spawn: Spawn) -> list[Limit]:
+    """The model's context, and the part of it that its builder allows."""
+    context = Limit(spawn.spec.max_positions, "", "the model's context")
+    allowed = spawn.max_seqlen
+    return [context] if allowed in (None, context.tokens) else [context, Limit(allowed, "max_seqlen", "max_seqlen")]
+
+
+def of_batch(spawn: Spawn) -> Limit:
+    """Tokens in one pass: the recipe's `max_batch_size`, or what every inference model takes."""
+    setting = "max_batch_size" if spawn.train else ""
+    return Limit(spawn.max_batch_tokens, setting, setting or "what an inference model scores at once")
+
+
+def of_pool(spawn: Spawn) -> Limit:
+    """Tokens in the pool of one replica."""
+    return Limit(spawn.kv_tokens, "kv_cache_len", "kv_cache_len")
+
+
+def check_length(
+    live: LiveModel, error: type[TooLong], tokens: int, what: str, limits: Sequence[Limit], beyond: int = 0
+) -> None:
+    """Raise `error` where `tokens` and `beyond` more are above a limit, naming that limit and settings that help."""
+    needed = tokens + beyond
+    short = [limit for limit in limits if limit.tokens < needed]
+    if not short:
+        return
+    binding, settings = min(short), sorted({limit.setting for limit in short})
+    ways = [" and ".join(f"{setting}={needed}" for setting in settings)] if live.would_fit(settings, needed) else []
+    raise error(
+        f"{what.format(tokens)}; {live.name!r} takes at most {binding.tokens} ({binding.name})",
+        hint="; or ".join([*ways, f"shorten it to at most {binding.tokens - beyond} tokens"]),
+        tokens=tokens,
+        limit=binding.tokens,
+        needed=needed,
+        setting=binding.setting,
+        context=live.version.spec.max_positions,
+    )
+
+
+@dataclass(frozen=True)
+class RowGauge:
+    """How long rows are for a training model. Asks no rank, and outlives the model."""
+
+    tokenizer: ChatTokenizer
+    spawn: Spawn
+
+    def rows(self, name: str, rows: Sequence[Any], prompts: bool, others: Sequence[RowGauge] = ()) -> Rows:
+        """A dataset of samples (threads, or tuples of them) or of prompts; the models of `others` train it as well."""
+        spawns = [each.spawn for each in (self, *others)]
+        limits = [limit for each in spawns for limit in (of_context(each)[0], of_batch(each))]
+        limits += [*of_context(self.spawn), of_pool(self.spawn)] if prompts else []
+        limit, context = min(limits), of_context(self.spawn)[0]
+        # A prompt leaves room for a token at least.
+        lengths = Lengths(limit.tokens - prompts, limit.setting, int(prompts), context.tokens)
+        return Rows(name, rows, partial(self._parts, prompts), lengths)
+
+    def _parts(self, prompts: bool, row: Any) -> list[int]:
+        """Tokens of each part of a row; of a tuple, whose threads are not split, of the longest."""
+        if prompts:
+            return [len(self.tokenizer.prompt_ids(row))]
+        if not isinstance(row, StringThread):
+            return [max(len(self._whole([self.tokenizer.tokenize(thread)])[0].token_ids) for thread in row)]
+        return [len(part.token_ids) for part in self._whole(self.tokenizer.parts(row))]
+
+    def _whole(self, parts: list[TokenizedThread]) -> list[TokenizedThread]:
+        if not self.spawn.scalar:
+            require_weight(weight for part in parts for weight in part.token_weights[1:])
+        return parts
+
 
 log = logging.getLogger(__name__)
 
@@ -55,50 +135,15 @@ class DryRunEnded(Exception):
         self.where = where
 
 
-def _callers_line() -> str:
-    """file:line of the nearest caller that is the author's own code."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        here = Frame(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name)
-        if is_own(here):
-            return f"{Path(here.filename).name}:{here.line}"
-        frame = frame.f_back
-    return "the recipe"
-
-
-@dataclass
-class PendingStep:
-    """What has been accepted since the last optimizer step."""
-
-    queue: SampleQueue
-    totals: dict[str, float] = field(default_factory=dict)
-    samples: int = 0
-    gradient: bool = False
-    """Whether any of them has one: tangents may all be zero."""
-    batches: deque[Request] = field(default_factory=deque)
-    next_batch: int = 0
-    """Micro-batch i goes to replica i mod dp."""
-
-
-@dataclass(frozen=True)
-class PlannedCopy:
-    """A copy whose memory is promised, and that is not made yet."""
-
-    name: str
-    placement: Placement
-
-
 class LiveModel:
-    """A spawned model: where it runs, its limits, and what is under way. Frees itself when no handle is left."""
+    """A spawned model: its record, its pending step and its requests under way. Frees itself when no handle is left."""
 
-    def __init__(
-        self, engine: Engine, name: str, version: ModelVersion, tokenizer: ChatTokenizer | None, placement: Placement
-    ) -> None:
+    def __init__(self, engine: Engine, version: ModelVersion, tokenizer: ChatTokenizer | None, spawn: Spawn) -> None:
         self.engine = engine
-        self.name = name
+        self.name = spawn.name
         self.version = version
-        self.placement = placement
-        self.replicas = engine.world_size // placement.tp
+        self.spawn = spawn
+        self.replicas = engine.world_size // spawn.tp
         self.step = 0
         self._told_dropout = False
         self.changes = 0
@@ -107,17 +152,17 @@ class LiveModel:
         self._steps_under_way = 0
         self.generating = asyncio.Semaphore(MAX_GENERATING * self.replicas)
         """Held by each generation that is under way on the ranks."""
-        self.pending = PendingStep(SampleQueue(placement.max_batch_tokens, self.replicas))
+        self.pending = self._begin_step()
         self._tokenizer = tokenizer
         self._outstanding = [0] * self.replicas
-        engine.request_numbers[name] = 0
+        engine.request_numbers[spawn.name] = 0
         self._owns_weights = False
         self._freed = False
         self._loop = asyncio.get_running_loop()
 
-    def copied(self, name: str, placement: Placement) -> LiveModel:
-        """The record of a frozen copy of this model."""
-        return LiveModel(self.engine, name, self.version, self._tokenizer, placement)
+    def copied(self, spawn: Spawn) -> LiveModel:
+        """A frozen copy of this model."""
+        return LiveModel(self.engine, self.version, self._tokenizer, spawn)
 
     @property
     def tokenizer(self) -> ChatTokenizer:
@@ -136,12 +181,10 @@ class LiveModel:
 
     def would_fit(self, settings: Sequence[str], tokens: int) -> bool:
         """Whether the model would fit, in its place, with these settings at so many tokens; "" cannot be set."""
-        shape, ledger = self.placement.shape, self.engine.ledger.without(self.name)
-        if "max_batch_size" in settings:
-            shape = replace(shape, max_batch_tokens=tokens)
-        if "kv_cache_len" in settings:
-            shape = replace(shape, kv_tokens=tokens)
-        return "" not in settings and could_fit(shape, ledger.free, ledger.transient)
+        fields = {"max_batch_size": "max_batch_tokens", "kv_cache_len": "kv_tokens"}
+        changed = structs.replace(self.spawn, **{fields[name]: tokens for name in settings if name in fields})
+        ledger = self.engine.ledger.without(self.name)
+        return "" not in settings and could_fit(changed, ledger.free, ledger.transient)
 
     def require_live(self) -> None:
         """Raises ConflictError when the model was deallocated."""
@@ -152,7 +195,7 @@ class LiveModel:
         """Before any request: the model must be live, and not only planned. Raises DryRunEnded, ConflictError."""
         self.require_live()
         if self.engine.options.dry_run:
-            raise DryRunEnded(_callers_line())
+            raise DryRunEnded(callers_line("the recipe"))
 
     def next_request_seed(self) -> int:
         """The seed of the model's next request."""
@@ -165,7 +208,7 @@ class LiveModel:
     def post(self, replica: int, message: Message, cost: int) -> Request:
         """Send a request of `cost` tokens to a replica."""
         self._outstanding[replica] += cost
-        request = self.engine.post_replica(self.placement.tp, replica, message)
+        request = self.engine.post_replica(self.spawn.tp, replica, message)
 
         def answered(_: asyncio.Future[Message]) -> None:
             self._outstanding[replica] -= cost
@@ -187,7 +230,7 @@ class LiveModel:
         return tokens
 
     def whole(self, thread: AnyThread) -> TokenizedThread:
-        """The thread's tokens through what the template writes behind the last turn."""
+        """The thread's tokens, with those that the template writes behind the last turn."""
         if isinstance(thread, StringThread):
             return self.tokenizer.tokenize(thread)
         return thread if self.version.tokenizer_dir is None else self.tokenizer.completed(thread)
@@ -195,7 +238,7 @@ class LiveModel:
     def sample(
         self, thread: TokenizedThread, coefficients: list[float], loss: Loss, fields: dict[str, list[float]]
     ) -> Sample:
-        """A thread as inputs and targets of a loss, with what the sampler recorded of them."""
+        """A thread as inputs and targets of a loss, with the sampler's records of them."""
         tokens = thread.token_ids
         return Sample(tokens[:-1], tokens[1:], coefficients, self._recorded(thread), loss, fields)
 
@@ -217,18 +260,19 @@ class LiveModel:
     def take(self, build: Callable[[], list[Accepted]]) -> Coroutine[Any, Any, None]:
         """Validate and queue now, so that the order of calls is the order of samples; report when awaited."""
         refused: HarmonyError | None = None
-        if not self.placement.train:
+        if not self.spawn.train:
             raise UsageError(f"model {self.name!r} was spawned for inference", hint="use spawn_train")
         try:
             self.require_ranks()
             found = build()
             for accepted in found:
-                check_head(self.name, self.placement.scalar, accepted.samples[0].loss.name)
+                check_head(self.name, self.spawn.scalar, accepted.samples[0].loss.name)
                 for group in accepted.groups:
                     self._check_length(group)
             self._tell_dropout(found[0].samples[0].loss)
             for accepted in found:
-                self.accept(accepted.groups, accepted.unit, accepted.amount)
+                for batches in self.pending.add(accepted):
+                    self._send(batches)
         except HarmonyError as error:
             refused = error
         return self._taken(refused)
@@ -236,17 +280,17 @@ class LiveModel:
     async def _taken(self, refused: HarmonyError | None) -> None:
         if refused is not None:
             raise refused
-        await self.room()
+        await self.pending.room(MAX_UNANSWERED * self.replicas)
 
     def _check_length(self, samples: Sequence[Sample]) -> None:
         """Each sequence must fit a micro-batch and the context; those that belong together need not fit together."""
         what = "the sample has" if len(samples) == 1 else f"the longest of {len(samples)} sequences has"
-        limits = [of_context(self.placement)[0], of_batch(self.placement)]
+        limits = [of_context(self.spawn)[0], of_batch(self.spawn)]
         check_length(self, SampleTooLong, max(sample.thread_tokens for sample in samples), what + " {} tokens", limits)
 
     def _tell_dropout(self, loss: Loss) -> None:
-        """Say once of a model what its adapter's dropout means to a loss on what was sampled."""
-        lora = self.placement.shape.lora
+        """Warn once of a model that its adapter's dropout and a loss on samples do not go together."""
+        lora = self.spawn.lora
         if lora is None or not lora.dropout or self._told_dropout or (loss.dropout and loss.custom is None):
             return
         self._told_dropout = True
@@ -256,32 +300,30 @@ class LiveModel:
         else:
             log.warning("train_custom gives log-probs under %s: their ratio to sampled ones is not 1", what)
 
-    def accept(self, groups: Sequence[Sequence[Sample]], unit: str, amount: float) -> None:
-        """Queue the validated samples of one call and add `amount` of `unit` to the step's denominator.
-
-        Those of a group belong together; all count as one.
-        """
-        self.require_ranks()
-        self.pending.totals[unit] = self.pending.totals.get(unit, 0.0) + amount
-        self.pending.samples += 1
-        for group in groups:
-            self.pending.gradient = self.pending.gradient or any(any(sample.coefficients) for sample in group)
-            self._send(self.pending.queue.add(*group))
-
     def cut(self) -> None:
         """Cut and send what is pending, without a step."""
         self._send(self.pending.queue.cut())
 
     def _send(self, batches: list[list[Sample]]) -> None:
-        pending = self.pending
         for batch in batches:
-            replica = pending.next_batch % self.replicas
-            pending.next_batch += 1
-            message = micro_batch(self.name, replica, batch, self.placement.max_batch_tokens)
-            pending.batches.append(self.post(replica, message, sum(map(len, batch))))
+            replica = len(self.pending.sent) % self.replicas
+            message = micro_batch(self.name, replica, batch, self.spawn.max_batch_tokens)
+            self.pending.sent.append(self.post(replica, message, sum(map(len, batch))).future)
+
+    def _begin_step(self) -> PendingStep:
+        return PendingStep(self.name, SampleQueue(self.spawn.max_batch_tokens, self.replicas))
+
+    def close_step(self, normalise: str) -> float:
+        """Cut and send what is pending, and begin the next step. Returns the denominator.
+
+        Raises NothingToTrain when nothing was accepted, UsageError for mixed units.
+        """
+        self.cut()
+        closed, self.pending = self.pending, self._begin_step()
+        return closed.denominator(normalise)
 
     def follow_step(self, posted: asyncio.Future[list[Message]]) -> None:
-        """Count an optimizer step that was sent to the ranks, whether or not somebody waits for it."""
+        """Count an optimizer step that was sent to the ranks, also where its answer is not awaited."""
         self._steps_under_way += 1
         self.changed()
 
@@ -309,46 +351,11 @@ class LiveModel:
         """How many optimizer steps the weights have seen; None while a step is under way."""
         return None if self._steps_under_way else self.step
 
-    async def room(self) -> None:
-        """Wait while too many of the micro-batches sent so far are unanswered.
-
-        Later ones do not count: of a thousand samples that wait, each is woken once.
-        """
-        batches, most = self.pending.batches, MAX_UNANSWERED * self.replicas
-        while batches and batches[0].future.done():
-            batches.popleft()
-        if len(batches) > most:
-            await asyncio.wait([batches[-most - 1].future])
-
-    def close_step(self, normalise: str) -> float:
-        """Cut and send what is pending, and begin the next step. Returns the denominator.
-
-        Raises NothingToTrain when nothing was accepted, UsageError for mixed units.
-        """
-        pending = self.pending
-        self._send(pending.queue.cut())
-        self.pending = PendingStep(SampleQueue(self.placement.max_batch_tokens, self.replicas))
-        if pending.samples == 0:
-            raise NothingToTrain(
-                f"optim_step of {self.name!r}: no sample was accepted since the last one",
-                hint="await at least one train_* call before optim_step",
-            )
-        total = sum(pending.totals.values())
-        if normalise == "mean" and len(pending.totals) > 1:
-            units = " and ".join(sorted(pending.totals))
-            raise UsageError(
-                f"one step of {self.name!r} mixes losses that are normalised differently: {units}",
-                hint='call optim_step between them, or optim_step(..., normalise="sum")',
-            )
-        if normalise == "mean" and total == 0 and pending.gradient:
-            raise NothingToTrain(f"the step of {self.name!r} has a denominator of 0")
-        return total or 1.0
-
     def promise_own_weights(self) -> None:
         """Promise memory for weights that are no longer shared with other spawns. Raises MemoryRefused."""
-        if self.placement.weights_key and not self._owns_weights:
-            shape = self.placement.shape
-            weights = weight_elements(shape.spec, shape.tp, shape.headless) * shape.element
+        spawn = self.spawn
+        if not spawn.private and not self._owns_weights:
+            weights = weight_elements(spawn.spec, spawn.tp, spawn.headless) * spawn.element
             self.engine.ledger.promise(part_of(self.name, "loaded weights"), Plan(weights=weights))
             self._owns_weights = True
 

@@ -14,30 +14,23 @@ from typing import TYPE_CHECKING, Any
 from msgspec import structs
 
 from harmony_core.client.engine import part_of
-from harmony_core.client.limits import Placement
-from harmony_core.client.live import LiveModel, PlannedCopy
-from harmony_core.client.storage import source_of
+from harmony_core.client.live import LiveModel
 from harmony_core.errors import ConflictError, ModelRefused, UsageError
-from harmony_core.memory import fit as memory_fit
 from harmony_core.memory import plan as memory
 from harmony_core.model.spec import check_tp
-from harmony_core.plain_files import read_json
 from harmony_core.rpc.platform import missing_tool
-from harmony_core.rpc.protocol import Clone, Dealloc, LoraSettings, MakePool, Message, Spawn, Spawned
+from harmony_core.rpc.protocol import Clone, Dealloc, MakePool, Message, ModelSource, Nothing, Spawn
 from harmony_core.text import tokenizer_files
 from harmony_core.text.tokenization import ChatTokenizer
 from harmony_core.text.tokenizer_files import TokenizerFiles
 from harmony_core.text.turns import TemplateKwargs
 
 if TYPE_CHECKING:
-    from harmony_core.client.builder import ModelBuilder
     from harmony_core.client.engine import Engine
     from harmony_core.registry import ModelVersion
 
 LEAST_KV_TOKENS = 1024
-"""A pool that nobody sized is not made smaller than this, or than one context."""
-PREFILL_TOKENS = 8192
-"""Most tokens that an inference model takes in one pass."""
+"""A pool whose size was left to the plan is not made smaller than this, or than one context."""
 
 
 @lru_cache(maxsize=32)
@@ -51,116 +44,107 @@ def load_tokenizer(directory: Path, variables: TemplateKwargs) -> ChatTokenizer:
     return ChatTokenizer(_read_tokenizer(directory), variables)
 
 
-async def spawn(
-    engine: Engine, version: ModelVersion, builder: ModelBuilder, name: str, max_batch_size: int | None
-) -> LiveModel:
-    """A live model named `name`; for training when `max_batch_size` is given."""
-    check_tp(version.spec, builder.resolved_tp(), engine.world_size)
-    _check_blocks(engine, version, builder.resolved_tp())
+async def spawn(engine: Engine, version: ModelVersion, asked: Spawn, variables: TemplateKwargs) -> LiveModel:
+    """A live model as `asked`, its tokenizer's chat template with these variables."""
+    check_tp(version.spec, asked.tp, engine.world_size)
+    for other in engine.tp_values:
+        if asked.tp % other and other % asked.tp:
+            raise ModelRefused(
+                f"{version.ref} with tp={asked.tp} cannot run beside a model with tp={other}: "
+                "the tp values of a run must divide one another",
+                hint=f"use tp={other} for both",
+            )
     async with engine.spawn_order:
-        placement = _place(engine, version, builder, name, max_batch_size)
-        shape, tokenizer = placement.shape, _tokenizer(version, builder.resolved_template_kwargs())
-        there = engine.ledger.holds(_shared_key(version, shape.tp, shape.dtype))
+        _check(engine, asked)
+        planned = _planned(engine, asked)
+        tokenizer = _tokenizer(version, variables)
+        if tokenizer is not None and not planned.scalar:
+            planned = structs.replace(planned, tokenless=tokenizer.tokenless(version.spec.vocab_size))
+        there = engine.ledger.holds(planned.shared_key)
 
         def ways_out(free: int, transient: int) -> list[str]:
-            return memory_fit.ways_out(
-                shape, free, engine.world_size, transient, base_live=there, beside=engine.tp_values
+            return memory.ways_out(
+                planned, free, engine.world_size, transient, base_live=there, beside=engine.tp_values
             )
 
-        described = _described(engine, name, version, placement)
-        with _promised(engine, name, placement, ways_out):
-            if shape.train:
-                described["room_for_copy"] = _copy_fits(engine, placement)
+        described = _described(engine, planned)
+        with _promised(engine, planned, ways_out):
+            if planned.train:
+                copy = memory.plan(planned.copied(""))
+                described["room_for_copy"] = engine.ledger.fits(copy, planned.weights_key)
             engine.hold(version)
             engine.events("spawn.planned", described, None)
             if not engine.options.dry_run:
                 await engine.ready()
-                await engine.reblock(shape.tp)
-                await _run_spawn(engine, name, _message(engine, version, name, placement, tokenizer))
-        engine.tp_values.add(shape.tp)
+                await engine.reblock(planned.tp)
+                await _run_spawn(engine, planned.name, planned)
+        engine.tp_values.add(planned.tp)
         engine.planned.append(described)
-        return LiveModel(engine, name, version, tokenizer, placement)
+        return LiveModel(engine, version, tokenizer, planned)
 
 
-def _check_blocks(engine: Engine, version: ModelVersion, tp: int) -> None:
-    for other in engine.tp_values:
-        if tp % other and other % tp:
-            raise ModelRefused(
-                f"{version.ref} with tp={tp} cannot run beside a model with tp={other}: "
-                "the tp values of a run must divide one another",
-                hint=f"use tp={other} for both",
-            )
-
-
-def _check_mode(engine: Engine, dtype: str) -> None:
-    if engine.options.deterministic and dtype != "float32":
+def _check(engine: Engine, asked: Spawn) -> None:
+    if not asked.name:
+        raise UsageError("a spawned model needs a name")
+    if asked.name in engine.spawns:
+        raise ConflictError(
+            f"a model named {asked.name!r} is live already", hint="choose another name, or dealloc() it"
+        )
+    if engine.options.deterministic and asked.dtype != "float32":
         raise ModelRefused(
-            f"dtype {dtype!r} in the deterministic mode, which computes in float32",
+            f"dtype {asked.dtype!r} in the deterministic mode, which computes in float32",
             hint="leave dtype() out, or run without --deterministic",
         )
 
 
-def _place(
-    engine: Engine, version: ModelVersion, builder: ModelBuilder, name: str, max_batch_size: int | None
-) -> Placement:
-    """What is asked for, and where nothing is, what fits."""
-    if not name:
-        raise UsageError("a spawned model needs a name")
-    if name in engine.names:
-        raise ConflictError(f"a model named {name!r} is live already", hint="choose another name, or dealloc() it")
-    settings, spec, tp, scalar = builder.settings, version.spec, builder.resolved_tp(), builder.resolved_scalar()
-    dtype = settings.dtype or ("float32" if engine.machine.device == "cpu" else "bfloat16")
-    _check_mode(engine, dtype)
-    train, lora = max_batch_size is not None, stored_lora(version) if version.format == "peft" else None
-    if settings.use_adapter and version.format == "hf":
-        lora = structs.replace(settings.lora, seed=_seed(engine, name))
-    private = train and lora is None
-    weights_key = "" if private else _shared_key(version, tp, dtype)
-    # What does not generate needs no pages.
-    explicit_kv = 0 if scalar else settings.kv_cache_len or version.defaults.kv_cache_len
-    free, transient, context = engine.ledger.free, engine.ledger.transient, settings.max_seqlen or spec.max_positions
-    shape = memory.Shape(
-        spec=spec,
-        tp=tp,
-        train=train,
-        lora=lora,
-        max_batch_tokens=max_batch_size or min(PREFILL_TOKENS, spec.max_positions),
-        kv_tokens=1 if explicit_kv is None else explicit_kv,
-        device=engine.machine.device,
-        dtype=dtype,
-        compiled=engine.compiles and not missing_tool(),
-        checkpointed_layers=0,
-        scalar=scalar,
-        headless=spec.scalar or (scalar and private),
-        weights_shared=not private and engine.ledger.holds(weights_key),
+def _planned(engine: Engine, asked: Spawn) -> Spawn:
+    """The record as asked, with sizes that fit where it leaves them open."""
+    ledger, seed = engine.ledger, _seed(engine, asked.name)
+    missing = missing_tool() if asked.compile else ""
+    if missing:
+        reason = f"this machine has {missing}"
+        engine.events("not_compiled", {"model": asked.name, "reason": reason}, 0)
+    found = structs.replace(
+        asked,
+        seed=seed,
+        lora=structs.replace(asked.lora, seed=seed) if asked.lora and not asked.source.adapter else asked.lora,
+        compile=asked.compile and not missing,
+        kv_tokens=1 if asked.kv_cache_len is None else asked.kv_cache_len,
+        weights_shared=not asked.private and ledger.holds(asked.weights_key),
     )
-    shape = _checkpointed(shape, free, transient)
-    if train and not scalar:
+    free, transient = ledger.free, ledger.transient
+    found = _checkpointed(found, free, transient)
+    if found.train and not found.scalar:
         # Where there is room for a reference, neither the pool nor activations that could be recomputed take it.
-        rest = free - memory.plan(memory.copy_of(shape)).resident
-        if memory_fit.could_fit(shape, rest, transient):
-            free, shape = rest, _checkpointed(shape, rest, transient)
-    if explicit_kv is None:
-        tokens = pool_that_fits(shape, free, transient, context)
-        shape = _checkpointed(replace(shape, kv_tokens=tokens), free, transient)
-    return Placement(
-        context=context,
-        explicit_kv=explicit_kv,
-        tokens_to_generate=builder.resolved_tokens_to_generate(),
-        shape=shape,
-        plan=memory.plan(shape),
-        weights_key=weights_key,
+        rest = free - memory.plan(found.copied("")).resident
+        if memory.could_fit(found, rest, transient):
+            free, found = rest, _checkpointed(found, rest, transient)
+    if found.kv_cache_len is None:
+        tokens = _pool_that_fits(found, free, transient)
+        found = _checkpointed(structs.replace(found, kv_tokens=tokens), free, transient)
+    return structs.replace(found, promised_bytes=memory.plan(found).total)
+
+
+def _checkpointed(planned: Spawn, free: int, transient: int) -> Spawn:
+    """The spawn with as many layers checkpointed as it needs to fit."""
+    plain = structs.replace(planned, checkpointed_layers=0)
+    return structs.replace(planned, checkpointed_layers=memory.choose_checkpointing(plain, free, transient))
+
+
+def _pool_that_fits(planned: Spawn, free: int, transient: int) -> int:
+    """Tokens of half the memory that is left, at most the default; at least one context."""
+    needed = memory.plan(planned).total
+    half, context = needed + max(free - needed, 0) // 2, planned.max_seqlen or planned.spec.max_positions
+    return max(
+        memory.default_kv_tokens(planned, half, transient),
+        min(context, LEAST_KV_TOKENS),
     )
 
 
-def _checkpointed(shape: memory.Shape, free: int, transient: int) -> memory.Shape:
-    """The shape with as many layers checkpointed as it needs to fit."""
-    layers = memory_fit.choose_checkpointing(replace(shape, checkpointed_layers=0), free, transient)
-    return replace(shape, checkpointed_layers=layers)
-
-
-def _shared_key(version: ModelVersion, tp: int, dtype: str) -> str:
-    return f"{version.weights_digest}/{tp}/{dtype}"
+def source_of(version: ModelVersion) -> ModelSource:
+    """Where the ranks find a version's bytes."""
+    adapter = str(version.path) if version.format == "peft" else ""
+    return ModelSource(weights=str(version.weights_dir), digest=version.weights_digest, adapter=adapter)
 
 
 def _seed(engine: Engine, name: str) -> int:
@@ -177,79 +161,45 @@ def _tokenizer(version: ModelVersion, variables: TemplateKwargs) -> ChatTokenize
     return load_tokenizer(directory, variables) if directory is not None else None
 
 
-def _message(
-    engine: Engine, version: ModelVersion, name: str, placement: Placement, tokenizer: ChatTokenizer | None
-) -> Spawn:
-    shape = placement.shape
-    return Spawn(
-        name=name,
-        source=source_of(version),
-        tp=shape.tp,
-        train=shape.train,
-        max_batch_tokens=shape.max_batch_tokens,
-        kv_tokens=shape.kv_tokens,
-        scalar=shape.scalar,
-        lora=shape.lora if version.format == "hf" else None,
-        dtype=shape.dtype,
-        checkpointed_layers=shape.checkpointed_layers,
-        promised_bytes=placement.plan.total,
-        seed=_seed(engine, name),
-        rehearse=engine.options.rehearse or shape.device == "cuda",
-        compile=engine.compiles,
-        tokenless=tokenizer.tokenless(shape.spec.vocab_size) if tokenizer and not shape.scalar else (),
-    )
-
-
-WaysOut = Callable[[int, int], list[str]]
-
-
 @contextmanager
-def _promised(engine: Engine, name: str, placement: Placement, ways_out: WaysOut) -> Iterator[None]:
-    """The name and its memory are taken; both are given back when what follows fails. Raises MemoryRefused."""
-    engine.ledger.promise(name, placement.plan, weights_key=placement.weights_key, ways_out=ways_out)
-    engine.names.add(name)
+def _promised(engine: Engine, planned: Spawn, ways_out: Callable[[int, int], list[str]]) -> Iterator[None]:
+    """The name and its memory are taken; both are given back when the body fails. Raises MemoryRefused."""
+    engine.ledger.promise(planned.name, memory.plan(planned), weights_key=planned.weights_key, ways_out=ways_out)
+    engine.spawns[planned.name] = planned
     try:
         yield
     except BaseException:
-        engine.forget(name)
+        engine.forget(planned.name)
         raise
 
 
-def _described(engine: Engine, name: str, version: ModelVersion, placement: Placement) -> dict[str, Any]:
+def _described(engine: Engine, planned: Spawn) -> dict[str, Any]:
     """A spawn as plain data, for events and the dry run's report. Bytes are per rank."""
-    shape, plan = placement.shape, placement.plan
+    plan = memory.plan(planned)
     return {
-        "name": name,
-        "model": version.ref,
-        "kind": "train" if shape.train else "inference",
-        "adapter": placement.lora,
-        "scalar": shape.scalar,
-        "tp": shape.tp,
-        "replicas": engine.world_size // shape.tp,
-        "max_batch_size": shape.max_batch_tokens,
-        "kv_cache_len": shape.kv_tokens,
-        "tokens_to_generate": placement.tokens_to_generate,
-        "checkpointed_layers": shape.checkpointed_layers,
+        "name": planned.name,
+        "model": planned.ref,
+        "kind": "train" if planned.train else "inference",
+        "adapter": planned.lora is not None,
+        "scalar": planned.scalar,
+        "tp": planned.tp,
+        "replicas": engine.world_size // planned.tp,
+        "max_batch_size": planned.max_batch_tokens,
+        "kv_cache_len": planned.kv_tokens,
+        "tokens_to_generate": planned.tokens_to_generate,
+        "checkpointed_layers": planned.checkpointed_layers,
         "bytes": {**plan.parts(), "total": plan.total},
     }
-
-
-def pool_that_fits(shape: memory.Shape, free: int, transient: int, context: int) -> int:
-    """Half of what is left beside everything else, at most the default; at least one context."""
-    needed = memory.plan(shape).total
-    half = needed + max(free - needed, 0) // 2
-    return max(memory_fit.default_kv_tokens(shape, half, transient), min(context, LEAST_KV_TOKENS))
 
 
 async def _run_spawn(engine: Engine, name: str, message: Message) -> None:
     """Run a spawn on all ranks; a cancelled caller leaves no model behind."""
     posted = engine.post_global(message)
     try:
-        answers = await asyncio.shield(posted)
+        await asyncio.shield(posted)
     except asyncio.CancelledError:
         posted.add_done_callback(lambda done: _undo_spawn(engine, name, done))
         raise
-    assert all(isinstance(answer, Spawned) for answer in answers)
 
 
 def _undo_spawn(engine: Engine, name: str, done: asyncio.Future[list[Message]]) -> None:
@@ -257,95 +207,75 @@ def _undo_spawn(engine: Engine, name: str, done: asyncio.Future[list[Message]]) 
         engine.post_global(Dealloc(model=name))
 
 
-def stored_lora(version: ModelVersion) -> LoraSettings:
-    """The settings of a stored adapter, as far as its memory depends on them."""
-    config = read_json(version.path / "adapter_config.json")
-    targets = config["target_modules"]
-    # A pattern may mean any of the modules that an adapter can have.
-    lora = LoraSettings(rank=config["r"], dropout=float(config.get("lora_dropout") or 0.0))
-    return lora if isinstance(targets, str) else structs.replace(lora, targets=tuple(targets))
-
-
-def plan_copy(live: LiveModel) -> PlannedCopy:
+def plan_copy(live: LiveModel) -> Spawn:
     """Promise the memory of the next frozen copy of a live model, which only scores; once until it is made.
 
     Raises MemoryRefused with changes of the model's own spawn that leave room.
     """
-    engine, placement = live.engine, live.placement
+    engine = live.engine
     live.require_live()
-    planned = engine.planned_copies.get(live.name)
-    if planned is not None:
-        return planned
+    if (promised := engine.planned_copies.get(live.name)) is not None:
+        return promised
     number = 1
-    while f"{live.name}-clone-{number}" in engine.names:
+    while f"{live.name}-clone-{number}" in engine.spawns:
         number += 1
-    name, shape = f"{live.name}-clone-{number}", memory.copy_of(placement.shape)
-    copied = replace(placement, shape=shape, plan=memory.plan(shape), copied_from=(live.name, placement))
-    with _promised(engine, name, copied, lambda free, _: _with_copy(engine, copied, free)):
-        described = _described(engine, name, live.version, copied)
+    copied = live.spawn.copied(f"{live.name}-clone-{number}")
+    with _promised(engine, copied, lambda free, _: _with_copy(engine, copied, free)):
+        described = _described(engine, copied)
         engine.events("spawn.planned", described, None)
         engine.planned.append(described)
-        engine.planned_copies[live.name] = PlannedCopy(name, copied)
-        return engine.planned_copies[live.name]
+        engine.planned_copies[live.name] = copied
+        return copied
 
 
 async def clone(live: LiveModel) -> LiveModel:
     """A frozen copy of a live model's trained state, promised and spawned like any other model."""
     engine = live.engine
     async with engine.spawn_order:
-        planned = plan_copy(live)
+        copied = plan_copy(live)
         del engine.planned_copies[live.name]
         try:
             if not engine.options.dry_run:
-                await _run_spawn(engine, planned.name, Clone(source=live.name, name=planned.name))
+                await _run_spawn(engine, copied.name, Clone(source=live.name, name=copied.name))
         except BaseException:
-            engine.forget(planned.name)
+            engine.forget(copied.name)
             raise
-        return live.copied(planned.name, planned.placement)
+        return live.copied(copied)
 
 
 async def make_pool(live: LiveModel) -> None:
-    """Promise a copy that is asked to generate its pages: as many as its model has, if somebody said how many."""
+    """Promise a copy that is asked to generate its pages: as many as were asked for its model, else as fit."""
     engine = live.engine
     async with engine.spawn_order:
         live.require_live()
-        placement = live.placement
-        if placement.kv_tokens:
+        copied = live.spawn
+        if copied.kv_tokens:
             return
         # With what the copy holds already, of which only the pool is new.
-        own, transient = placement.plan.resident, engine.ledger.transient
-        free = engine.ledger.free + own
-        tokens = placement.explicit_kv or pool_that_fits(placement.shape, free, transient, placement.context)
-        shape = replace(placement.shape, kv_tokens=tokens)
-        plan = memory.plan(shape)
-        added = replace(plan, weights=0, adapter=0)
-        grown = replace(placement, shape=shape, plan=plan)
+        own = memory.plan(copied).resident
+        tokens = copied.kv_cache_len or _pool_that_fits(copied, engine.ledger.free + own, engine.ledger.transient)
+        grown = structs.replace(copied, kv_tokens=tokens)
+        added = replace(memory.plan(grown), weights=0, adapter=0)
         pool = part_of(live.name, "pool")
         engine.ledger.promise(pool, added, ways_out=lambda free, _: _with_copy(engine, grown, free + own))
         try:
-            described = _described(engine, live.name, live.version, grown)
+            described = _described(engine, grown)
             engine.events("pool.planned", described, None)
             engine.planned[:] = [described if entry["name"] == live.name else entry for entry in engine.planned]
             if not engine.options.dry_run:
-                await engine.run_global(MakePool(model=live.name, kv_tokens=tokens), Spawned)
+                await engine.run_global(MakePool(model=live.name, kv_tokens=tokens), Nothing)
         except BaseException:
             engine.ledger.release(pool)
             raise
-        live.placement = grown
+        live.spawn = engine.spawns[live.name] = grown
 
 
-def _copy_fits(engine: Engine, placement: Placement) -> bool:
-    return engine.ledger.fits(memory.plan(memory.copy_of(placement.shape)), placement.weights_key)
-
-
-def _with_copy(engine: Engine, copied: Placement, free: int) -> list[str]:
-    """What the model of a copy could have been spawned with, so that the copy, with pages or without, would fit."""
-    assert copied.copied_from is not None
-    name, source = copied.copied_from
-    if name not in engine.names:
+def _with_copy(engine: Engine, copied: Spawn, free: int) -> list[str]:
+    """Other settings of the model of a copy with which the copy, with pages or without, would fit."""
+    source = engine.spawns.get(copied.copied_from)
+    if source is None:
         return []
-    others = engine.ledger.transient_beside(name)
-    ways = memory_fit.ways_out_with_copy(
-        source.shape, free + source.plan.resident, others, generating=copied.shape.kv_tokens > 0
-    )
-    return [f"{way} for {name!r}" for way in ways]
+    free += memory.plan(source).resident
+    others = engine.ledger.transient_beside(source.name)
+    ways = memory.ways_out_with_copy(source, free, others, generating=copied.kv_tokens > 0)
+    return [f"{way} for {source.name!r}" for way in ways]

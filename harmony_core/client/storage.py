@@ -10,26 +10,22 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from msgspec import structs
+
 from harmony_core.client.live import LiveModel
+from harmony_core.client.spawning import source_of
 from harmony_core.errors import ModelRefused, ResourceError
+from harmony_core.memory.plan import plan
 from harmony_core.notifiers import say
 from harmony_core.registry import ModelVersion, slugify
-from harmony_core.rpc.protocol import Load, ModelSource, Nothing, Save
+from harmony_core.rpc.protocol import Load, Nothing, Save
 
 SCHEME = "model_registry://"
 RETRY_SECONDS = 10.0
 SAVE_WAIT = 600.0
-"""Seconds that a save waits for room unless the run says how long; in CI nobody is there to make any."""
+"""Seconds that a save waits for room unless the run says how long; 0 in CI, where no one frees any."""
 
 Saved = TypeVar("Saved")
-
-
-def source_of(version: ModelVersion) -> ModelSource:
-    """Where the ranks find a version's bytes."""
-    adapter = str(version.path) if version.format == "peft" else ""
-    return ModelSource(
-        weights=str(version.weights_dir), digest=version.weights_digest, adapter=adapter, scalar=version.spec.scalar
-    )
 
 
 async def save_live(live: LiveModel, name: str, inference_only: bool) -> str:
@@ -64,13 +60,13 @@ async def _save(live: LiveModel, key: str, inference_only: bool, changes: int) -
 
 
 def _base_of(live: LiveModel) -> ModelVersion | None:
-    """What an adapter's files name as its base."""
-    return (live.version.base or live.version) if live.placement.lora else None
+    """The version that an adapter's files name as its base."""
+    return (live.version.base or live.version) if live.spawn.lora else None
 
 
 def _save_message(live: LiveModel, directory: Path, inference_only: bool) -> Save:
     base = _base_of(live)
-    # What other tools can open: our keys say nothing to them.
+    # A name that other tools can open: they do not know our keys.
     name, _, commit = base.source.removeprefix("hf:").partition("@") if base else ("", "", "")
     if base and not base.source.startswith("hf:"):
         name, commit = str(base.path), ""
@@ -80,17 +76,18 @@ def _save_message(live: LiveModel, directory: Path, inference_only: bool) -> Sav
 
 
 def _expected_bytes(live: LiveModel, inference_only: bool) -> int:
-    """What a save will write, over all tensor-parallel ranks."""
-    plan = live.placement.plan
-    held = plan.adapter if live.placement.lora else plan.weights
-    return (held + (0 if inference_only else plan.optimizer)) * live.placement.tp
+    """Bytes that a save will write, over all tensor-parallel ranks."""
+    held = plan(live.spawn)
+    weights = held.adapter if live.spawn.lora else held.weights
+    return (weights + (0 if inference_only else held.optimizer)) * live.spawn.tp
 
 
 async def load_into(live: LiveModel, path: str) -> None:
     """Replace a live model's weights by a stored version's. Raises ModelRefused when they are of another shape."""
     version = live.engine.registry.resolve(path.removeprefix(SCHEME))
-    if (version.format == "peft") != live.placement.lora:
-        have, want = ("an adapter", "full weights") if live.placement.lora else ("full weights", "an adapter")
+    adapter = live.spawn.lora is not None
+    if (version.format == "peft") != adapter:
+        have, want = ("an adapter", "full weights") if adapter else ("full weights", "an adapter")
         raise ModelRefused(f"{version.ref} cannot be loaded into {live.name!r}: it holds {want}, the model {have}")
     _check_heads(live, version)
     ours, theirs = live.version.spec, version.spec
@@ -102,7 +99,7 @@ async def load_into(live: LiveModel, path: str) -> None:
             )
     live.require_ranks()
     live.engine.hold(version)
-    if not live.placement.train and not live.placement.lora:
+    if not live.spawn.train and not adapter:
         live.promise_own_weights()
     await live.engine.run_global(Load(model=live.name, source=source_of(version)), Nothing)
 
@@ -110,13 +107,13 @@ async def load_into(live: LiveModel, path: str) -> None:
 def _check_heads(live: LiveModel, version: ModelVersion) -> None:
     """Weights with a scalar head go only where there is one, and whole ones not over weights shared with policies."""
     kinds = {True: "a scalar head", False: "a vocabulary head"}
-    if version.scalar != live.placement.scalar:
+    if version.scalar != live.spawn.scalar:
         raise ModelRefused(
             f"{version.ref} cannot be loaded into {live.name!r}: it has {kinds[version.scalar]}, "
-            f"the model {kinds[live.placement.scalar]}",
+            f"the model {kinds[live.spawn.scalar]}",
             hint=f"spawn {version.ref} itself",
         )
-    if version.format == "hf" and version.scalar and not live.placement.shape.headless:
+    if version.format == "hf" and version.scalar and not live.spawn.headless:
         raise ModelRefused(
             f"{version.ref} cannot be loaded into {live.name!r}: that one's scalar head is on weights that have a "
             "vocabulary head too",
@@ -132,20 +129,20 @@ class ModelState:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What must be the same for a saved state to mean the same."""
+        """Facts that must be equal for a saved state to mean the same."""
         live = self._live
-        placement = live.placement
+        spawn = live.spawn
         return {
             "base": live.version.digest,
-            "adapter": placement.lora,
-            "scalar": placement.scalar,
-            "tp": placement.tp,
+            "adapter": spawn.lora is not None,
+            "scalar": spawn.scalar,
+            "tp": spawn.tp,
         }
 
     @property
     def lesser_facts(self) -> dict[str, Any]:
-        """What changes nothing but the rounding."""
-        return {"max_batch_size": self._live.placement.max_batch_tokens}
+        """Facts that change only the rounding."""
+        return {"max_batch_size": self._live.spawn.max_batch_tokens}
 
     @property
     def step(self) -> int | None:
@@ -164,7 +161,7 @@ class ModelState:
 
     @property
     def expected_bytes(self) -> int:
-        """What `save` will write."""
+        """Bytes that `save` will write."""
         return _expected_bytes(self._live, inference_only=False)
 
     async def save(self, directory: Path) -> None:
@@ -173,23 +170,20 @@ class ModelState:
         await self._live.engine.run_global(_save_message(self._live, directory, inference_only=False), Nothing)
 
     async def load(self, directory: Path, step: int) -> None:
-        """Take back what `save` wrote, after `step` optimizer steps. Raises VerificationError, ModelRefused."""
+        """Take back the files of `save`, after `step` optimizer steps. Raises VerificationError, ModelRefused."""
         live = self._live
         live.require_ranks()
-        source = source_of(live.version)
-        files = str(directory)
-        adapter = files if live.placement.lora else ""
-        weights, scalar = (source.weights, source.scalar) if adapter else (files, live.placement.scalar)
-        message = ModelSource(weights=weights, digest=source.digest, adapter=adapter, scalar=scalar)
+        place = {"adapter" if live.spawn.lora else "weights": str(directory)}
+        source = structs.replace(live.spawn.source, **place)
         live.changed()
-        await live.engine.run_global(Load(model=live.name, source=message), Nothing)
+        await live.engine.run_global(Load(model=live.name, source=source), Nothing)
         live.step = step
 
     @staticmethod
     async def when_there_is_room(
         states: Sequence[ModelState], attempt: Callable[[], Awaitable[Saved]], patient: bool = True
     ) -> Saved:
-        """What `attempt` returns, which writes these models as they are now: what would change them waits meanwhile.
+        """The result of `attempt`, which writes these models as they are now: requests that change them wait meanwhile.
 
         It finds the disk full: it is made again and again, as long as the run waits for room; once if not `patient`.
         """

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
-from harmony_core.client import custom_losses, losses
-from harmony_core.client.batching import LINEAR, Accepted
-from harmony_core.client.custom_losses import Values
+from harmony_core.client import losses
+from harmony_core.client.batching import LINEAR, Accepted, require_weight
 from harmony_core.client.inference_model import InferenceModel
-from harmony_core.client.limits import RowGauge, check_growth, require_weight
+from harmony_core.client.live import RowGauge
 from harmony_core.client.losses import (
     AboveOne,
     AboveZero,
@@ -23,13 +23,14 @@ from harmony_core.client.losses import (
     PerToken,
     Row,
     Setting,
+    Values,
 )
 from harmony_core.client.storage import ModelState, save_live
 from harmony_core.config.argument_kinds import checked_class, whole
-from harmony_core.errors import HarmonyError, UsageError
+from harmony_core.errors import HarmonyError, TokenizationError, UsageError
 from harmony_core.rpc.protocol import AbandonStep, Message, OptimStep, SetStep, StepMetrics
 from harmony_core.text.threads import TokenizedThread
-from harmony_core.text.tokenization import MAX_GROWTH
+from harmony_core.text.tokenization import MAX_GROWTH, growth
 
 Queued = Coroutine[Any, Any, None]
 
@@ -58,7 +59,7 @@ class TrainingModel(InferenceModel):
 
         def build() -> list[Accepted]:
             parts = [thread] if isinstance(thread, TokenizedThread) else live.tokenizer.parts(thread)
-            check_growth(parts, max_growth)
+            _check_growth(parts, max_growth)
             total = require_weight(weight for part in parts for weight in part.token_weights[1:])
             samples = [live.sample(live.tokenized(part), part.token_weights[1:], LINEAR, {}) for part in parts]
             return [Accepted(samples, "weighted tokens", total, apart=True)]
@@ -83,7 +84,7 @@ class TrainingModel(InferenceModel):
         where there are none or the weights have changed since; the step's metrics compare them with the trainer's.
         """
         given = inp_tokens, image_patches, tangents, tgt_tokens, denominator, sampler_logprobs
-        return self._live.take(lambda: [custom_losses.linear(self._live, *given)])
+        return self._live.take(lambda: [losses.linear(self._live, *given)])
 
     def _train(self, name: str, arguments: Mapping[str, Any]) -> Queued:
         """Queue a sample of a loss of the table."""
@@ -238,18 +239,18 @@ class TrainingModel(InferenceModel):
         The function must be deterministic, and may call nothing of torch.distributed. What it raises on a rank fails
         the step. Raises UsageError for a function that ranks cannot import, DataError for fields that do not fit.
         """
-        return self._live.take(lambda: custom_losses.groups(self._live, threads, loss, per_token, group, denominator))
+        return self._live.take(lambda: losses.groups(self._live, threads, loss, per_token, group, denominator))
 
     def cut_micro_batches(self) -> None:
-        """Send what is queued now, in micro-batches that need not be full. The step stays the same."""
+        """Send the queued samples now, in micro-batches that need not be full. The step stays the same."""
         self._live.require_ranks()
         self._live.cut()
 
     @property
     def row_gauge(self) -> RowGauge | None:
-        """What tells how long rows are for this model; None without a tokenizer."""
+        """Measures how long rows are for this model; None without a tokenizer."""
         live = self._live
-        return None if live.version.tokenizer_dir is None else RowGauge(live.tokenizer, live.placement)
+        return None if live.version.tokenizer_dir is None else RowGauge(live.tokenizer, live.spawn)
 
     def optim_step(
         self,
@@ -309,7 +310,7 @@ class TrainingModel(InferenceModel):
         return InferenceModel(self._live, self._settings)
 
     def plan_clone(self) -> None:
-        """Promise the memory of the next `clone_inf` now, so that what does not fit is refused before the training.
+        """Promise the memory of the next `clone_inf` now, so that a refusal comes before the training.
 
         Raises MemoryRefused.
         """
@@ -375,3 +376,14 @@ def _step_message(
         beta2=float(betas[1]),
         eps=Setting(0.0, included=False).checked("eps", eps),
     )
+
+
+def _check_growth(parts: Sequence[TokenizedThread], most: float) -> None:
+    """Raise TokenizationError where a thread's parts have more than `most` times its tokens."""
+    grown = growth(parts)
+    if grown > most:
+        raise TokenizationError(
+            f"the chat template writes earlier turns otherwise once others follow: trained in {len(parts)} parts the "
+            f"thread takes {grown:.3g} times its tokens, and at most {most:g} times were asked for",
+            hint=f"max_growth={math.ceil(grown)}, or weight the last turn alone, or a template that keeps earlier ones",
+        )

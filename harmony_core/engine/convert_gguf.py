@@ -1,6 +1,6 @@
 """`python -m harmony_core.engine.convert_gguf FILE DIRECTORY NAME`: a GGUF file becomes a Hugging Face directory.
 
-Nothing but FILE lies where FILE lies: transformers looks around. NAME is what errors call it.
+FILE must be alone in its folder: transformers looks around. Errors call it NAME.
 
 transformers reads the file; we see to it that the weights come out as numbers (by default they stay quantised), in
 bfloat16 where that loses nothing and in float32 else. Prints one line of JSON: {"ok": true}, or {"error": ...}.
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 ARCHITECTURES = frozenset({"llama", "qwen2", "qwen3"})
-"""What is converted: of other families transformers does not read all that such a file says (scaled rotation)."""
+"""The families that are converted: of others transformers does not read all that such a file says (scaled rotation)."""
 
 _READ = ("blk.", "token_embd.", "output_norm.", "output.")
 _TOKENS = "tokenizer.ggml."
@@ -50,7 +50,7 @@ def convert(source: Path, directory: Path) -> None:
 
 @dataclass(frozen=True)
 class _Described:
-    """What the file's own metadata says."""
+    """The file's own metadata."""
 
     architecture: str
     tokens: list[str]
@@ -60,7 +60,7 @@ class _Described:
     """Of the special tokens, by the names in config.json."""
     tensors: int
     unread: list[str]
-    """What transformers reads over, although it changes the numbers."""
+    """Entries that transformers ignores, although they change the numbers."""
 
 
 def _describe(source: Path) -> _Described:
@@ -153,10 +153,10 @@ def _write_model(source: Path, directory: Path, described: _Described) -> None:
     if all(_exact_in_bfloat16(parameter) for parameter in model.parameters()):
         model = model.to(torch.bfloat16)
     for name, value in described.ids.items():
-        # What the file does not name would be the class's default, some other token.
+        # A token that the file does not name would be the class's default, some other token.
         setattr(model.config, name, value)
         setattr(model.generation_config, name, value)
-    # What remains of the quantiser would make a plain directory look quantised.
+    # The remains of the quantiser would make a plain directory look quantised.
     model.hf_quantizer = None
     for name in ("quantization_config", "_pre_quantization_dtype"):
         model.config.__dict__.pop(name, None)
@@ -173,7 +173,7 @@ def _exact_in_bfloat16(parameter: torch.Tensor) -> bool:
 
 
 def _with_causes(error: BaseException) -> str:
-    """An error and what it came from: libraries tell the reason in the one that theirs hides."""
+    """An error and its causes: libraries hide the reason behind errors of their own."""
     found: list[str] = []
     reason: BaseException | None = error
     while reason is not None and len(found) < 4:

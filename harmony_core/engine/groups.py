@@ -1,4 +1,4 @@
-"""Who talks to whom: the control group of all ranks, blocks under one leader, and the groups of each tp value.
+"""The groups of ranks: the control group of all ranks, blocks under one leader, those of each tp value, the store.
 
 Control traffic (instructions, outcomes, agreement) goes over gloo on every device; model collectives over the device's
 own backend. Groups are created by all ranks in the same order, so only while a global request is executed.
@@ -6,24 +6,48 @@ own backend. Groups are created by all ranks in the same order, so only while a 
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
+from torch.distributed import DistStoreError, Store  # type: ignore[attr-defined]
 
-from harmony_core.engine.doors import closing_doors
 from harmony_core.engine.models.parallel import TensorParallel
 from harmony_core.engine.topology import COLLECTIVE_TIMEOUT, IDLE_TIMEOUT
-from harmony_core.rpc import progress
+from harmony_core.errors import EngineError
+from harmony_core.rpc import platform
+from harmony_core.rpc.rank_channel import progress
+from harmony_core.rpc.wire import MAX_VALUE_BYTES, StoreAdd, StoreGet, StoreSet
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+    from harmony_core.rpc.protocol import Message
+    from harmony_core.rpc.rank_channel import RankChannel
+
+
+@contextmanager
+def closing_doors() -> Iterator[None]:
+    """For making gloo groups: each listens, for anyone, until it is freed. Once it is complete, nothing gets in.
+
+    Raises EngineError if another user was there before.
+    """
+    before = platform.listening_sockets()
+    yield
+    for descriptor in platform.listening_sockets() - before:
+        platform.drop_connections(descriptor)
+    if strangers := platform.foreign_peers():
+        raise EngineError(
+            f"user {strangers[0]} has connected to a port over which the ranks find each other",
+            hint="start the run again, out of that user's reach: in a network namespace of its own",
+        )
+
 
 def exchange(payload: bytes, group: ProcessGroup | None, size: int) -> list[bytes]:
-    """Everybody's bytes, in rank order, on every member."""
+    """The bytes of every member, in rank order, on each of them."""
     if size == 1:
         return [payload]
     lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(size)]
@@ -40,7 +64,7 @@ def exchange(payload: bytes, group: ProcessGroup | None, size: int) -> list[byte
 
 
 class Block:
-    """Consecutive ranks. The first, the leader, hears requests and decides; all execute what it announces."""
+    """Consecutive ranks. The first, the leader, hears requests and decides; all execute its instructions."""
 
     def __init__(self, first: int, size: int, rank: int, group: ProcessGroup | None) -> None:
         self.first = first
@@ -112,3 +136,46 @@ class Groups:
             here = TensorParallel.single() if tp == 1 else TensorParallel(size=tp, rank=self.rank % tp, group=mine)
             self._parallel[tp] = here, replicas
         return self._parallel[tp]
+
+
+# Documented names that torch.distributed re-exports without saying so to type checkers.
+
+
+class ChannelStore(Store):
+    """torch's store over a rank's channel to the driver, by which process groups find each other. Keep a reference.
+
+    Any thread may call it, those of NCCL included. A question without an answer in time raises DistStoreError.
+    """
+
+    def __init__(self, channel: RankChannel, timeout: timedelta) -> None:
+        super().__init__()
+        self._channel, self._timeout = channel, timeout
+
+    def set(self, key: str, value: str | bytes) -> None:
+        """Put a value under a key."""
+        value = value.encode() if isinstance(value, str) else value
+        if len(value) > MAX_VALUE_BYTES:
+            raise ValueError(f"{len(value)} bytes for {key!r}: the ranks' store takes at most {MAX_VALUE_BYTES}")
+        self._ask(StoreSet(key=key, value=value))
+
+    def get(self, key: str) -> bytes:
+        """The value under a key, once it is there."""
+        return (self._ask(StoreGet(keys=[key], wait=True)) or [b""])[0]
+
+    def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:
+        """Return when all keys are there."""
+        self._ask(StoreGet(keys=list(keys), wait=True), timeout)
+
+    def check(self, keys: Sequence[str]) -> bool:
+        """Whether all keys are there now."""
+        return self._ask(StoreGet(keys=list(keys), wait=False)) is not None
+
+    def add(self, key: str, amount: int) -> int:
+        """Add to the number under a key; the sum."""
+        return int((self._ask(StoreAdd(key=key, amount=amount)) or [b"0"])[0])
+
+    def _ask(self, request: Message, timeout: timedelta | None = None) -> list[bytes] | None:
+        try:
+            return self._channel.ask(request, (timeout or self._timeout).total_seconds())
+        except TimeoutError as error:
+            raise DistStoreError(f"rendezvous: {error}") from None

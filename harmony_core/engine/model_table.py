@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from msgspec import structs
 from safetensors import SafetensorError
 from torch import nn
 
@@ -25,7 +26,7 @@ from harmony_core.engine.training import optimizer
 from harmony_core.engine.training.trainer import Trainer
 from harmony_core.errors import ConflictError, EngineError, MemoryRefused, ModelRefused, ResourceError, storage_error
 from harmony_core.rpc.platform import missing_tool
-from harmony_core.rpc.protocol import Clone, Load, MakePool, Ranges, Save, Spawn, Spawned
+from harmony_core.rpc.protocol import Clone, Load, MakePool, Save, Spawn
 from harmony_core.rpc.wire import Failure
 
 if TYPE_CHECKING:
@@ -52,20 +53,21 @@ class BaseWeights:
 class SpawnedModel:
     """One spawn on this rank. `poison` is the first failure of a sample that was accepted since the last step."""
 
-    name: str
+    spawn: Spawn
     base: BaseWeights
-    adapter: str | None
-    trainer: Trainer | None
-    runner: Runner | None
-    """None where there is a scalar head, and in a copy that was not asked to generate yet."""
-    kv_tokens: int
-    max_batch_tokens: int
-    frozen_version: int = 0
+    adapter: str | None = None
     score: nn.Parameter | None = None
     """The scalar head, `[1, d]`; None for a model with a vocabulary head."""
-    tokenless: Ranges = ()
-    """Ids that are no token of the tokenizer, and are never drawn."""
+    trainer: Trainer | None = None
+    runner: Runner | None = None
+    """None where there is a scalar head, and in a copy that was not asked to generate yet."""
+    frozen_version: int = 0
     poison: Failure | None = None
+
+    @property
+    def name(self) -> str:
+        """The name of the spawn."""
+        return self.spawn.name
 
     @property
     def model(self) -> CausalLM:
@@ -77,7 +79,7 @@ class SpawnedModel:
         return self.trainer.step if self.trainer else self.frozen_version
 
     def statistics(self) -> dict[str, float]:
-        """Totals of what the runner has done, and this rank's device memory in bytes; peaks since the last call."""
+        """Totals of the runner's work, and this rank's device memory in bytes; peaks since the last call."""
         values = dict(self.runner.statistics) if self.runner else {}
         device = self.model.device
         if device.type == "cuda":
@@ -88,18 +90,18 @@ class SpawnedModel:
             torch.cuda.reset_peak_memory_stats(device)
         return values
 
-    def spawned(self) -> Spawned:
-        """What this rank holds for it."""
-        base_bytes = self.model.parameter_bytes()
-        return Spawned(
-            parameter_bytes=self.model.parameter_bytes(self.adapter),
-            shared_bytes=base_bytes if self.base.users > 1 else 0,
-            gradient_bytes=self.trainer.gradient_bytes if self.trainer else 0,
-            optimizer_bytes=self.trainer.state_bytes if self.trainer else 0,
-            kv_bytes=self.runner.cache.bytes if self.runner else 0,
-            num_parameters=self.model.num_parameters(),
-            trainable_parameters=self.trainer.num_trainable if self.trainer else 0,
-        )
+    def held(self) -> dict[str, int]:
+        """The bytes that this rank holds for it, those of them that other spawns hold too, and its parameters."""
+        trainer = self.trainer
+        return {
+            "parameter_bytes": self.model.parameter_bytes(self.adapter),
+            "shared_bytes": self.model.parameter_bytes() if self.base.users > 1 else 0,
+            "gradient_bytes": trainer.gradient_bytes if trainer else 0,
+            "optimizer_bytes": trainer.state_bytes if trainer else 0,
+            "kv_bytes": self.runner.cache.bytes if self.runner else 0,
+            "num_parameters": self.model.num_parameters(),
+            "trainable_parameters": trainer.num_trainable if trainer else 0,
+        }
 
 
 class ModelTable:
@@ -108,7 +110,7 @@ class ModelTable:
     def __init__(
         self, device: torch.device, deterministic: bool = False, announce: Announce = lambda _what, _fields: None
     ) -> None:
-        """`announce` is told what takes long, or is not as it should be: an event's type and fields."""
+        """`announce` is told of long work and of shortcomings: an event's type and fields."""
         self.device = device
         self._announce = announce
         self._deterministic = deterministic
@@ -123,6 +125,10 @@ class ModelTable:
             raise ConflictError(f"no model named {name!r} is live on this rank")
         return model
 
+    def live(self) -> list[SpawnedModel]:
+        """Every model, in the order of their spawns."""
+        return list(self._models.values())
+
     def spawn(self, request: Spawn, tp: TensorParallel, replicas: ProcessGroup | None) -> SpawnedModel:
         """Build a spawn and rehearse it. On an error everything it took is given back.
 
@@ -132,50 +138,52 @@ class ModelTable:
             return self._spawn(request, tp, replicas)
 
     def _spawn(self, request: Spawn, tp: TensorParallel, replicas: ProcessGroup | None) -> SpawnedModel:
-        full_training = request.train and request.lora is None and not request.source.adapter
-        base = self._take_weights(request, tp, private=full_training)
-        adapter: str | None = None
-        trainer: Trainer | None = None
+        made = SpawnedModel(request, self._take_weights(request, tp))
+        with self._building(made):
+            model = made.model
+            made.adapter = self._make_adapter(model, request)
+            made.score = head_of(model, made.adapter) if request.scalar else None
+            if request.compile:
+                self._compile(model, request.name)
+            if request.train:
+                made.base.checkpointed_layers = max(made.base.checkpointed_layers, request.checkpointed_layers)
+                model.set_checkpointed_layers(made.base.checkpointed_layers)
+                made.trainer = Trainer(model, made.adapter, dp_group=replicas, seed=request.seed, score=made.score)
+            self._make_runner(made)
+            if made.trainer is not None:
+                short = min(SHORT_REHEARSAL_TOKENS, request.max_batch_tokens)
+                made.trainer.rehearse(request.max_batch_tokens if request.rehearse else short)
+            if made.runner is not None:
+                made.runner.prepare()
+        return made
+
+    @contextmanager
+    def _building(self, made: SpawnedModel) -> Iterator[None]:
+        """The model is in the table once it is whole; on an error everything that it took is given back."""
         built = False
         try:
-            adapter = self._make_adapter(base.model, request)
-            score = head_of(base.model, adapter) if request.scalar else None
-            if request.compile:
-                self._compile(base.model, request.name)
-            if request.train:
-                base.checkpointed_layers = max(base.checkpointed_layers, request.checkpointed_layers)
-                base.model.set_checkpointed_layers(base.checkpointed_layers)
-                trainer = Trainer(base.model, adapter, dp_group=replicas, seed=request.seed, score=score)
-            kv_tokens, tokenless = request.kv_tokens, request.tokenless
-            runner = self._runner(base.model, adapter, score, kv_tokens, tokenless)
-            made = (request.name, base, adapter, trainer, runner, kv_tokens, request.max_batch_tokens)
-            hosted = SpawnedModel(*made, score=score, tokenless=tokenless)
-            if trainer is not None:
-                short = min(SHORT_REHEARSAL_TOKENS, request.max_batch_tokens)
-                trainer.rehearse(request.max_batch_tokens if request.rehearse else short)
-            if runner is not None:
-                runner.prepare()
-            self._models[request.name] = hosted
+            yield
+            self._models[made.name] = made
             built = True
-            return hosted
         finally:
             if not built:
-                if trainer is not None:
-                    trainer.close()
-                self._give_back(base, adapter)
+                if made.trainer is not None:
+                    made.trainer.close()
+                self._give_back(made.base, made.adapter)
 
-    def _take_weights(self, request: Spawn, tp: TensorParallel, private: bool) -> BaseWeights:
+    def _take_weights(self, request: Spawn, tp: TensorParallel) -> BaseWeights:
         dtype = _dtype(request.dtype, self.device)
         key = (request.source.digest, tp.size, dtype)
-        if not private and key in self._shared:
+        if not request.private and key in self._shared:
             self._shared[key].users += 1
             return self._shared[key]
-        # Shared weights keep their vocabulary head, which other spawns of them need.
-        scalar = request.source.scalar or (private and request.scalar)
         directory = Path(request.source.weights)
-        model = load_model(directory, tp, self.device, dtype, deterministic=self._deterministic, scalar=scalar)
-        base = BaseWeights(model, None if private else key)
-        if not private:
+        # Shared weights keep their vocabulary head, which other spawns of them need.
+        model = load_model(
+            directory, tp, self.device, dtype, deterministic=self._deterministic, scalar=request.headless
+        )
+        base = BaseWeights(model, None if request.private else key)
+        if not request.private:
             self._shared[key] = base
         return base
 
@@ -191,28 +199,23 @@ class ModelTable:
         model.compile()
 
     def _make_adapter(self, model: CausalLM, request: Spawn) -> str | None:
-        if request.lora is None and not request.source.adapter:
+        if request.lora is None:
             return None
         name = self._new_adapter_name()
-        if request.lora is not None:
-            adapters.add_lora(model, name, request.lora)
-        else:
+        if request.source.adapter:
             adapters.load_adapter(model, name, Path(request.source.adapter))
+        else:
+            adapters.add_lora(model, name, request.lora)
         if request.scalar and SCORE not in model.adapters[name].parameters:
             adapters.add_score(model, name)
         return name
 
-    def _runner(
-        self,
-        model: CausalLM,
-        adapter: str | None,
-        score: nn.Parameter | None,
-        kv_tokens: int,
-        tokenless: Ranges,
-    ) -> Runner | None:
-        if score is not None:
-            return None
-        return Runner(model, kv_tokens, adapter=adapter, notify=self._announce, tokenless=tokenless)
+    def _make_runner(self, made: SpawnedModel) -> None:
+        spawn = made.spawn
+        if not spawn.scalar:
+            made.runner = Runner(
+                made.model, spawn.kv_tokens, adapter=made.adapter, notify=self._announce, tokenless=spawn.tokenless
+            )
 
     def _new_adapter_name(self) -> str:
         """A name of our own: a spawn's may hold characters that a module's may not."""
@@ -233,54 +236,46 @@ class ModelTable:
         """
         source = self.get(request.source)
         with _refused(f"{request.name!r} was promised a copy of {request.source!r}", request.name):
-            base, adapter, built = source.base, None, False
+            base = source.base
             if base.key is None:
                 base = BaseWeights(source.model.copy_weights(), None)
             else:
                 base.users += 1
-            try:
+            made = SpawnedModel(source.spawn.copied(request.name), base, frozen_version=source.version())
+            with self._building(made):
                 if source.adapter is not None:
-                    adapter = self._new_adapter_name()
-                    adapters.copy_adapter(source.model, source.adapter, adapter)
-                score = None if source.score is None else head_of(base.model, adapter)
-                built = True
-            finally:
-                if not built:
-                    self._give_back(base, adapter)
-        batch, version = source.max_batch_tokens, source.version()
-        made = (request.name, base, adapter, None, None, 0, batch, version, score)
-        hosted = SpawnedModel(*made, source.tokenless)
-        self._models[request.name] = hosted
-        return hosted
+                    made.adapter = self._new_adapter_name()
+                    adapters.copy_adapter(source.model, source.adapter, made.adapter)
+                made.score = None if source.score is None else head_of(base.model, made.adapter)
+        return made
 
     def make_pool(self, request: MakePool) -> SpawnedModel:
         """Give a model its pages, from when on it generates. Raises MemoryRefused as `spawn` does."""
-        hosted = self.get(request.model)
+        live = self.get(request.model)
         with _refused(f"the pool of {request.model!r} was promised its memory", request.model):
-            tokens, tokenless = request.kv_tokens, hosted.tokenless
-            runner = self._runner(hosted.model, hosted.adapter, hosted.score, tokens, tokenless)
-            assert runner is not None, "no model with a scalar head asks for pages"
-            hosted.runner, hosted.kv_tokens = runner, tokens
-            runner.prepare()
-        return hosted
+            live.spawn = structs.replace(live.spawn, kv_tokens=request.kv_tokens)
+            self._make_runner(live)
+            assert live.runner is not None, "no model with a scalar head asks for pages"
+            live.runner.prepare()
+        return live
 
     def drop_pool(self, name: str) -> None:
         """Take a model's pages away again."""
-        hosted = self.get(name)
-        if hosted.runner is not None:
-            hosted.runner.close()
-        hosted.runner, hosted.kv_tokens = None, 0
+        live = self.get(name)
+        if live.runner is not None:
+            live.runner.close()
+        live.runner, live.spawn = None, structs.replace(live.spawn, kv_tokens=0)
 
     def dealloc(self, name: str) -> None:
         """Free a model; one that is not here is fine."""
-        hosted = self._models.pop(name, None)
-        if hosted is not None:
-            if hosted.trainer is not None:
-                hosted.trainer.close()
-            if hosted.runner is not None:
-                hosted.runner.close()
-            base, adapter = hosted.base, hosted.adapter
-            del hosted
+        live = self._models.pop(name, None)
+        if live is not None:
+            if live.trainer is not None:
+                live.trainer.close()
+            if live.runner is not None:
+                live.runner.close()
+            base, adapter = live.base, live.adapter
+            del live
             self._give_back(base, adapter)
             # Adapters, and some layers, refer to themselves: without a collection their weights would stay.
             del base
@@ -291,14 +286,14 @@ class ModelTable:
     def save(self, request: Save, write: bool) -> None:
         """Gather over the tensor-parallel ranks and, where `write`, store.
 
-        Raises EngineError for weights with a NaN or an infinity, which nobody can use, and ResourceError.
+        Raises EngineError for weights with a NaN or an infinity, which are of no use, and ResourceError.
         """
-        hosted = self.get(request.model)
+        live = self.get(request.model)
         bad: str | None = None
         failures: list[Exception] = []
         for part in (self._save_weights, self._save_optimizer):
             try:
-                bad = part(hosted, request, write and not failures) or bad
+                bad = part(live, request, write and not failures) or bad
             except (OSError, SafetensorError) as error:  # told when the other ranks wait for nothing more
                 failures.append(error)
         if failures:
@@ -310,48 +305,48 @@ class ModelTable:
                 tensor=bad,
             )
 
-    def _save_weights(self, hosted: SpawnedModel, request: Save, write: bool) -> str | None:
+    def _save_weights(self, live: SpawnedModel, request: Save, write: bool) -> str | None:
         directory = Path(request.directory)
-        if hosted.adapter is None:
-            return weights.save_model(hosted.model, directory, write=write)
+        if live.adapter is None:
+            return weights.save_model(live.model, directory, write=write)
         base, revision = request.base, request.base_revision
-        return weights.save_adapter(hosted.model, hosted.adapter, directory, base, write=write, revision=revision)
+        return weights.save_adapter(live.model, live.adapter, directory, base, write=write, revision=revision)
 
-    def _save_optimizer(self, hosted: SpawnedModel, request: Save, write: bool) -> None:
-        if not request.inference_only and hosted.trainer is not None:
-            hosted.trainer.save_optimizer(Path(request.directory), write=write)
+    def _save_optimizer(self, live: SpawnedModel, request: Save, write: bool) -> None:
+        if not request.inference_only and live.trainer is not None:
+            live.trainer.save_optimizer(Path(request.directory), write=write)
 
     def load(self, request: Load) -> None:
         """Replace weights in place, and the optimizer's state where the source has one.
 
         Shared base weights are immutable: a model that uses them gets a private copy first.
         """
-        hosted = self.get(request.model)
-        if hosted.adapter is None and hosted.base.key is not None:
-            self._make_private(hosted)
+        live = self.get(request.model)
+        if live.adapter is None and live.base.key is not None:
+            self._make_private(live)
         directory = Path(request.source.adapter or request.source.weights)
-        weights.load_into(hosted.model, directory, adapter=hosted.adapter)
-        if hosted.runner is not None:
-            hosted.runner.weights_changed()
-        if hosted.trainer is not None:
-            hosted.trainer.weights_changed()
+        weights.load_into(live.model, directory, adapter=live.adapter)
+        if live.runner is not None:
+            live.runner.weights_changed()
+        if live.trainer is not None:
+            live.trainer.weights_changed()
             if (directory / optimizer.FILE).is_file():
-                hosted.trainer.load_optimizer(directory)
+                live.trainer.load_optimizer(directory)
 
-    def _make_private(self, hosted: SpawnedModel) -> None:
-        copy = BaseWeights(hosted.model.copy_weights(), None)
-        self._give_back(hosted.base, None)
-        hosted.base = copy
+    def _make_private(self, live: SpawnedModel) -> None:
+        copy = BaseWeights(live.model.copy_weights(), None)
+        self._give_back(live.base, None)
+        live.base = copy
         # The pages stay: sequences under way keep their keys and values.
-        if hosted.runner is not None:
-            hosted.runner.rebind(copy.model)
-        if hosted.score is not None:
-            hosted.score = head_of(copy.model, hosted.adapter)
+        if live.runner is not None:
+            live.runner.rebind(copy.model)
+        if live.score is not None:
+            live.score = head_of(copy.model, live.adapter)
 
 
 @contextmanager
 def _refused(promised: str, name: str) -> Iterator[None]:
-    """Say in our own words what the device or the compiler refuses."""
+    """Turn refusals of the device and of the compiler into errors of ours."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:
@@ -378,7 +373,7 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def _as_os_error(error: Exception) -> OSError:
-    """What the system said; safetensors only quotes it."""
+    """The system's error; safetensors only quotes it."""
     if isinstance(error, OSError):
         return error
     number = re.search(r"os error (\d+)", str(error))

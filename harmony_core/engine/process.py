@@ -1,4 +1,4 @@
-"""One rank, from its first instruction: log file, death signal, connection, torch, process group, host.
+"""One rank, from its first instruction: log file, death signal, connection, torch, process group, worker.
 
 Order matters. The output goes to its file and the driver hears of us before anything slow or fallible happens; torch
 and the engine are imported before the rendezvous, so that a broken import on one rank keeps no other waiting.
@@ -31,10 +31,9 @@ from typing import TYPE_CHECKING, Any, cast
 from harmony_core import __version__
 from harmony_core.engine.topology import COLLECTIVE_TIMEOUT, OPTIONS, Topology
 from harmony_core.options import INIT_TIMEOUT
-from harmony_core.rpc import progress
 from harmony_core.rpc.platform import die_with_parent
 from harmony_core.rpc.protocol import PROTOCOL_VERSION, Hello
-from harmony_core.rpc.rank_channel import DRIVER_GONE, IDLE, READER, WRITER, RankChannel
+from harmony_core.rpc.rank_channel import DRIVER_GONE, IDLE, READER, WRITER, RankChannel, progress
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
@@ -47,7 +46,7 @@ READY = "rank_ready"
 """The event by which a rank says that it takes requests, and how many seconds each part of its start took."""
 
 LIBRARIES = ("torch", "torch.distributed", "transformers.modeling_utils", "transformers.models.auto")
-"""What the engine imports of others, so that it can be timed apart."""
+"""Libraries that the engine imports, so that they can be timed apart."""
 
 
 def begin() -> RankChannel:
@@ -83,7 +82,7 @@ def begin() -> RankChannel:
 def _redirect_output(pipe: Path, told: str) -> None:
     """Send this process's output, that of native code included, to the reader that keeps it; `told` comes first."""
     try:
-        descriptor = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)  # fails where nobody reads
+        descriptor = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)  # fails without a reader
     except OSError:
         os._exit(DRIVER_GONE)
     os.set_blocking(descriptor, True)
@@ -101,7 +100,7 @@ def _thread_failed(failed: threading.ExceptHookArgs) -> None:
 
 
 def _sweep(socket_path: str) -> None:
-    """Remove what the driver, which is gone, can no longer remove."""
+    """Remove the files of the driver, which is gone and cannot do so."""
     shutil.rmtree(Path(socket_path).parent, ignore_errors=True)
 
 
@@ -113,7 +112,7 @@ def _torch_version() -> str:
 
 
 def run_rank(load: Callable[[], Serve], libraries: Sequence[str] = ()) -> None:
-    """A rank's whole life. `load` imports the engine and returns what serves the channel. Does not return.
+    """A rank's whole life. `load` imports the engine and returns the function that serves the channel. Does not return.
 
     `libraries` are modules to import before that.
     """
@@ -124,7 +123,7 @@ def run_rank(load: Callable[[], Serve], libraries: Sequence[str] = ()) -> None:
 
 
 def live(channel: RankChannel, work: Callable[[], None]) -> None:
-    """Do `work` at the edge of the process: whatever it raises, the driver is told. Does not return."""
+    """Do `work` at the edge of the process: every exception is told to the driver. Does not return."""
     try:
         work()
     except BaseException as error:
@@ -139,7 +138,7 @@ class _Stopwatch:
     """Seconds by name; `lap` gives a name the time since the last one."""
 
     def __init__(self) -> None:
-        # The interpreter and our first modules are up: what they cost is the processor time so far.
+        # The interpreter and our first modules are up: their cost is the processor time so far.
         self.seconds = {"python": time.process_time()}
         self._last = time.perf_counter()
 
@@ -196,14 +195,13 @@ def _topology(rank: int) -> Topology:
 
 
 def _init_distributed(topology: Topology, channel: RankChannel) -> Store:
-    """The default group, for the device's tensors; what else travels has gloo groups of its own (`engine.groups`).
+    """The default group, for the device's tensors; other data have gloo groups of their own (`engine.groups`).
 
     Returns the store over which ranks find each other. torch does not keep it alive: the caller does.
     """
     import torch.distributed as dist
 
-    from harmony_core.engine.doors import closing_doors
-    from harmony_core.engine.store import ChannelStore
+    from harmony_core.engine.groups import ChannelStore, closing_doors
 
     # Documented names that torch.distributed re-exports without saying so to type checkers.
     patience = timedelta(seconds=INIT_TIMEOUT)

@@ -15,7 +15,7 @@ OPTIONS = RunOptions.of_rank()
 
 COLLECTIVE_TIMEOUT = timedelta(seconds=3 * OPTIONS.hang_timeout or 365 * 86400)
 """For collectives whose members are all under way: torch gives up on one that takes longer. The driver does so sooner,
-and says who is waited for."""
+and names the rank that is waited for."""
 
 IDLE_TIMEOUT = timedelta(days=365)
 """For gloo groups on which ranks wait for the next announcement, which comes when the recipe wants it."""

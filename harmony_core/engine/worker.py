@@ -11,16 +11,18 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
+import numpy as np
+import torch
+from torch import Tensor
 
 from harmony_core.engine.groups import Block, Groups
 from harmony_core.engine.inference.runner import Pending
 from harmony_core.engine.inference.scheduler import Scheduler
-from harmony_core.engine.leader import Leader
-from harmony_core.engine.model_table import ModelTable, SpawnedModel
-from harmony_core.engine.order import (
+from harmony_core.engine.leader import (
     GenerateWork,
     GlobalWork,
     Instruction,
+    Leader,
     ModelQueue,
     Outcome,
     ReplicaQueue,
@@ -33,9 +35,11 @@ from harmony_core.engine.order import (
     encode_instruction,
     encode_outcome,
 )
-from harmony_core.engine.scoring import score
+from harmony_core.engine.model_table import ModelTable, SpawnedModel
+from harmony_core.engine.models.context import ForwardContext, PackedAttention, forward_context
+from harmony_core.engine.models.heads import scores, token_logprobs
+from harmony_core.engine.models.model import CausalLM
 from harmony_core.errors import InternalError, LossFailed, StepFailed
-from harmony_core.rpc import progress
 from harmony_core.rpc.protocol import (
     AbandonStep,
     Clone,
@@ -49,12 +53,13 @@ from harmony_core.rpc.protocol import (
     OptimStep,
     Reblock,
     Save,
+    Score,
     SetStep,
     Shutdown,
     Spawn,
     StepMetrics,
 )
-from harmony_core.rpc.rank_channel import IDLE
+from harmony_core.rpc.rank_channel import IDLE, progress
 from harmony_core.rpc.wire import Failure, error_of, failure_of
 
 if TYPE_CHECKING:
@@ -62,9 +67,34 @@ if TYPE_CHECKING:
     from harmony_core.rpc.rank_channel import RankChannel
 
 
+@torch.no_grad()
+def score(model: CausalLM, adapter: str | None, requests: list[Score], head: Tensor | None = None) -> list[bytes]:
+    """For each request float32 log-probs `[T]` of its targets; a negative target is not asked for and gives 0.
+
+    With a scalar `head` the values at the positions of the targets, for any targets.
+    """
+    tokens = [np.frombuffer(request.tokens, "<i4").astype(np.int64) for request in requests]
+    targets = np.concatenate([np.frombuffer(request.targets, "<i4").astype(np.int64) for request in requests])
+    lengths = [len(sequence) for sequence in tokens]
+    positions = np.concatenate([np.arange(length) for length in lengths])
+
+    def put(array: np.ndarray[tuple[int], np.dtype[np.int64]]) -> torch.Tensor:
+        return torch.from_numpy(array).to(model.device)
+
+    asked = np.flatnonzero(targets >= 0)
+    values = np.zeros(len(targets), dtype=np.float32)
+    with forward_context(ForwardContext(PackedAttention(tuple(lengths)), adapter)):
+        hidden = model.hidden_states(put(np.concatenate(tokens)), put(positions))
+        if len(asked):
+            rows = hidden[put(asked)]
+            found = token_logprobs(model, rows, put(targets[asked])) if head is None else scores(model, rows, head)
+            values[asked] = found.float().cpu().numpy()
+    return [part.astype("<f4").tobytes() for part in np.split(values, np.cumsum(lengths)[:-1])]
+
+
 Result = TypeVar("Result")
 Launched = Pending | Failure | None
-"""What became of launching a step: under way, failed, or none of this rank's business."""
+"""The result of launching a step: under way, failed, or None where this rank has no part in it."""
 
 
 class Worker:
@@ -77,11 +107,10 @@ class Worker:
         backend = "gloo" if topology.device.type == "cpu" else "nccl"
         self._groups = Groups(topology.rank, topology.world_size, backend)
         self._models = ModelTable(topology.device, topology.deterministic, self._announce)
-        self._tp: dict[str, int] = {}
         self._block: Block = self._groups.block(1)
         self._leader: Leader | None = Leader(channel)
         self._running = True
-        # Generation steps whose tokens nobody has read yet, oldest first.
+        # Generation steps whose tokens are not read yet, oldest first.
         self._under_way: deque[tuple[GenerateWork, Step | None, Launched]] = deque()
 
     def serve(self) -> None:
@@ -117,9 +146,9 @@ class Worker:
 
         All ranks of a block go by the same instructions, so they settle the same step at the same time.
         """
-        hosted = self._models.get(instruction.model)
-        plan = instruction.plans.get(self._topology.rank // self._tp[instruction.model])
-        runner = hosted.runner
+        live = self._models.get(instruction.model)
+        plan = instruction.plans.get(self._topology.rank // self._models.get(instruction.model).spawn.tp)
+        runner = live.runner
         assert runner is not None, "no model without pages has a scheduler"
         launched = None if plan is None else self._tried(lambda: runner.launch(plan))
         self._under_way.append((instruction, step, launched))
@@ -135,20 +164,20 @@ class Worker:
         self._finish(instruction, step, outcome)
 
     def _tried(self, work: Callable[[], Result]) -> Result | Failure:
-        """What `work` returns. What goes wrong in it belongs to a request, not to the rank: it comes back as data."""
+        """The result of `work`. Its exception belongs to a request, not to the rank: it comes back as data."""
         try:
             return work()
         except Exception as error:
             return failure_of(error, self._topology.rank)
 
     def _finish(self, instruction: TrainWork | ScoreWork | GenerateWork, step: Step | None, outcome: Outcome) -> None:
-        """Gather what the ranks of the block made of an instruction; the leader answers."""
+        """Gather the results of the block's ranks; the leader answers."""
         outcomes = [outcome]
         if self._block.size > 1:
             outcomes = [decode_outcome(o) for o in self._block.exchange(encode_outcome(outcome))]
         if step is None or self._leader is None:
             return
-        tp = self._tp[instruction.model]
+        tp = self._models.get(instruction.model).spawn.tp
         first = self._block.first
         parts = {r: outcomes[r * tp - first : (r + 1) * tp - first] for r in _replicas(instruction)}
         self._leader.answer(step, parts)
@@ -159,27 +188,25 @@ class Worker:
         if not isinstance(outcome, Failure):
             return outcome
         if isinstance(instruction, TrainWork):
-            hosted = self._models.get(instruction.model)
-            hosted.poison = hosted.poison or outcome
+            live = self._models.get(instruction.model)
+            live.poison = live.poison or outcome
         return Outcome(failure=outcome)
 
     def _run(self, instruction: TrainWork | ScoreWork) -> Outcome:
-        hosted = self._models.get(instruction.model)
-        replica = self._topology.rank // self._tp[instruction.model]
+        live = self._models.get(instruction.model)
+        replica = self._topology.rank // self._models.get(instruction.model).spawn.tp
         if isinstance(instruction, ScoreWork):
             requests = instruction.requests.get(replica)
-            return Outcome(
-                scores=None if requests is None else score(hosted.model, hosted.adapter, requests, hosted.score)
-            )
+            return Outcome(scores=None if requests is None else score(live.model, live.adapter, requests, live.score))
         batch = instruction.batches.get(replica)
         if batch is None:
             return Outcome()
-        assert hosted.trainer is not None
-        done = hosted.trainer.accumulate(batch)
+        assert live.trainer is not None
+        done = live.trainer.accumulate(batch)
         # A group that was cut counts, and took its time, with its last part.
         for left, tokens in zip(reversed(range(len(done.tokens))), done.tokens, strict=True):
             counts = {"tokens": tokens, "samples": 0 if left else done.samples, "seconds": 0 if left else done.seconds}
-            self._channel.event("micro_batch", {"model": hosted.name, "replica": replica, **counts})
+            self._channel.event("micro_batch", {"model": live.name, "replica": replica, **counts})
         return Outcome(trained=done)
 
     def _execute_global(self, message: Message, step: Step | None) -> None:
@@ -215,7 +242,7 @@ class Worker:
         if isinstance(message, MakePool):
             return self._announced(self._models.make_pool(message))
         if isinstance(message, Save):
-            if self._topology.rank < self._tp[message.model]:
+            if self._topology.rank < self._models.get(message.model).spawn.tp:
                 self._models.save(message, write=self._topology.rank == 0)
         elif isinstance(message, Load):
             if self._leader is not None:
@@ -236,7 +263,7 @@ class Worker:
         return Nothing()
 
     def _inspect(self, model: str) -> dict[str, float]:
-        """What this rank's part of a model has done, and this rank's memory."""
+        """Counters of this rank's part of a model, and this rank's memory."""
         values = self._models.get(model).statistics()
         queue = self._leader.order.model(model) if self._leader is not None else None
         for replica in queue.replicas.values() if queue is not None else ():
@@ -249,10 +276,9 @@ class Worker:
         self._channel.phase = what
         self._channel.event(what, fields)
 
-    def _announced(self, hosted: SpawnedModel) -> Message:
-        spawned = hosted.spawned()
-        self._channel.event("spawn", {"model": hosted.name, **msgspec.to_builtins(spawned)})
-        return spawned
+    def _announced(self, live: SpawnedModel) -> Message:
+        self._channel.event("spawn", {"model": live.name, **live.held()})
+        return Nothing()
 
     def _agree(self, failure: Failure | None) -> list[Failure]:
         """The failures on all ranks, lowest rank first."""
@@ -260,46 +286,41 @@ class Worker:
         return [msgspec.msgpack.decode(p, type=Failure) for p in payloads if p]
 
     def _undo(self, message: Message) -> None:
-        """Another rank, or this one, could not spawn: nobody keeps it."""
+        """Another rank, or this one, could not spawn: no rank keeps it."""
         if isinstance(message, Spawn | Clone):
             self._models.dealloc(message.name)
         elif isinstance(message, MakePool):
             self._models.drop_pool(message.model)
 
     def _registered(self, message: Message) -> None:
-        """Note who serves a model from now on, or that nobody does."""
+        """Give a new model its queue, or a new pool its scheduler; fail the requests of a model that is gone."""
         if isinstance(message, Spawn | Clone):
-            tp = message.tp if isinstance(message, Spawn) else self._tp[message.source]
-            self._tp[message.name] = tp
             if self._leader is not None:
-                self._leader.order.add_model(self._queue(message.name, tp))
+                self._leader.order.add_model(self._queue(self._models.get(message.name)))
         elif isinstance(message, MakePool):
             queue = self._leader.order.model(message.model) if self._leader is not None else None
             for replica in queue.replicas.values() if queue is not None else ():
                 replica.scheduler = self._scheduler(self._models.get(message.model))
-        elif isinstance(message, Dealloc):
-            self._tp.pop(message.model, None)
-            if self._leader is not None:
-                self._leader.forget(message.model)
+        elif isinstance(message, Dealloc) and self._leader is not None:
+            self._leader.forget(message.model)
 
-    def _queue(self, name: str, tp: int) -> ModelQueue:
-        hosted = self._models.get(name)
-        first, stop = self._block.first, self._block.first + self._block.size
-        replicas = {replica: ReplicaQueue(self._scheduler(hosted)) for replica in range(first // tp, stop // tp)}
-        return ModelQueue(name, hosted.max_batch_tokens, replicas)
+    def _queue(self, live: SpawnedModel) -> ModelQueue:
+        tp, first, stop = live.spawn.tp, self._block.first, self._block.first + self._block.size
+        replicas = {replica: ReplicaQueue(self._scheduler(live)) for replica in range(first // tp, stop // tp)}
+        return ModelQueue(live.name, live.spawn.max_batch_tokens, replicas)
 
-    def _scheduler(self, hosted: SpawnedModel) -> Scheduler | None:
-        name = hosted.name
-        if hosted.runner is None:
+    def _scheduler(self, live: SpawnedModel) -> Scheduler | None:
+        name = live.name
+        if live.runner is None:
             return None
         return Scheduler(
-            kv_tokens=hosted.kv_tokens,
-            max_positions=hosted.model.max_positions,
-            vocab_size=hosted.model.vocab_size,
-            # By name: a model that is given up must not live on, with its memory, in what knows its version.
+            kv_tokens=live.spawn.kv_tokens,
+            max_positions=live.model.max_positions,
+            vocab_size=live.model.vocab_size,
+            # By name: a model that is given up must not live on, with its memory, in the scheduler's closure.
             version=lambda: self._models.get(name).version(),
-            prefill_tokens=hosted.max_batch_tokens,
-            max_splits=hosted.runner.max_splits,
+            prefill_tokens=live.spawn.max_batch_tokens,
+            max_splits=live.runner.max_splits,
         )
 
     def _reblock(self, message: Reblock, step: Step | None) -> None:
@@ -313,38 +334,38 @@ class Worker:
             return
         assert self._leader is not None, "blocks only grow, so a leader was one before"
         self._leader.order.continue_from(max(int(s) for s in seqs))
-        for name, tp in self._tp.items():
-            self._leader.order.remove_model(name)
-            self._leader.order.add_model(self._queue(name, tp))
+        for live in self._models.live():
+            self._leader.order.remove_model(live.name)
+            self._leader.order.add_model(self._queue(live))
 
     def _agree_on_poison(self, message: OptimStep, step: Step | None) -> None:
         """A step whose samples failed anywhere is taken nowhere."""
-        hosted = self._models.get(message.model)
-        failures = self._agree(hosted.poison)
+        live = self._models.get(message.model)
+        failures = self._agree(live.poison)
         if failures:
-            self._abandon(hosted)
+            self._abandon(live)
             first = error_of(failures[0])
             kind = LossFailed if isinstance(first, LossFailed) else StepFailed
             reason = kind(f"a sample of this step failed: {first.message}", hint=first.hint, **first.details)
             self._fail(step, failure_of(reason, self._topology.rank))
             return
-        metrics = self._tried(lambda: self._take_step(hosted, message))
+        metrics = self._tried(lambda: self._take_step(live, message))
         if isinstance(metrics, Failure):
             self._fail(step, metrics)
         else:
             self._reply(step, metrics)
 
-    def _take_step(self, hosted: SpawnedModel, message: OptimStep) -> StepMetrics:
-        assert hosted.trainer is not None
-        values = hosted.trainer.optim_step(message)
-        if hosted.runner is not None:
-            hosted.runner.weights_changed()
+    def _take_step(self, live: SpawnedModel, message: OptimStep) -> StepMetrics:
+        assert live.trainer is not None
+        values = live.trainer.optim_step(message)
+        if live.runner is not None:
+            live.runner.weights_changed()
         return StepMetrics(values=values)
 
-    def _abandon(self, hosted: SpawnedModel) -> None:
-        hosted.poison = None
-        if hosted.trainer is not None:
-            hosted.trainer.abandon()
+    def _abandon(self, live: SpawnedModel) -> None:
+        live.poison = None
+        if live.trainer is not None:
+            live.trainer.abandon()
 
     def _reply(self, step: Step | None, answer: Message) -> None:
         if step is not None:

@@ -7,9 +7,8 @@ import psutil
 from harmony_core.errors import HarmonyError
 from harmony_core.launch.processes import ProcessHandle
 from harmony_core.rpc.connection import Connection
-from harmony_core.rpc.phase_note import PhaseNote
 from harmony_core.rpc.protocol import Beat, Hello
-from harmony_core.rpc.rank_channel import IDLE
+from harmony_core.rpc.rank_channel import IDLE, PhaseNote
 
 
 class StartingRank:

@@ -1,7 +1,7 @@
 """`python -m harmony_core.launch.rendezvous ARGUMENTS...`: `accelerate launch` without a store that listens.
 
 torchrun opens a store for its agents, on all interfaces and for anyone. There is one agent, on one machine: it gets a
-store in its own memory. Ranks find each other over the driver (`harmony_core/rpc/store.py`).
+store in its own memory. Ranks find each other over the driver (`harmony_core/rpc/connection.py`).
 """
 
 from __future__ import annotations

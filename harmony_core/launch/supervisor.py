@@ -24,10 +24,9 @@ from harmony_core.launch.processes import LaunchedProcesses, wait_for
 from harmony_core.launch.rank_handle import RankHandle
 from harmony_core.options import INIT_TIMEOUT, EngineOptions
 from harmony_core.rpc import platform
-from harmony_core.rpc.connection import Connection, Listener
-from harmony_core.rpc.phase_note import PhaseNote
+from harmony_core.rpc.connection import Answer, Connection, Listener, RankStore
 from harmony_core.rpc.protocol import PROTOCOL_VERSION, Beat, Event, Hello, Message, Shutdown
-from harmony_core.rpc.store import Answer, RankStore
+from harmony_core.rpc.rank_channel import PhaseNote
 
 __all__ = ["RankHandle", "Supervisor"]
 

@@ -1,4 +1,4 @@
-"""What is promised of a machine's memory, and what is left. Plain numbers, no torch.
+"""The promised and the free memory of a machine. Plain numbers, no torch.
 
 All amounts are bytes per rank. On CUDA a rank owns a device; on CPU the ranks of a host share one capacity, of which
 each has an equal part, since every spawn puts a shard of the same size on every rank.
@@ -31,10 +31,10 @@ _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
 
 @dataclass(frozen=True)
 class Plan:
-    """What one spawn needs on each rank, in bytes, by part.
+    """The bytes of one spawn on each rank, by part.
 
     `weights` are the base weights, which spawns of one model share; `adapter` those that are this spawn's own.
-    `decode` is what CUDA graphs of decode steps work on, whatever the size of the pool.
+    `decode`: the tensors of CUDA graphs of decode steps, for any size of the pool.
     `activations` and `workspace` are transient: a rank runs one instruction at a time, so of all the models on
     it only the largest such need counts.
     """
@@ -100,7 +100,7 @@ class Ledger:
         return weights_key in self._shared_weights
 
     def fits(self, plan: Plan, weights_key: str = "") -> bool:
-        """Whether `plan` fits beside what is promised."""
+        """Whether `plan` fits beside the promises."""
         return self._needed(plan, weights_key) <= self.free
 
     def _needed(self, plan: Plan, weights_key: str) -> int:
@@ -118,7 +118,7 @@ class Ledger:
         """Record `plan` under `name`, or raise MemoryRefused and leave everything as it was.
 
         Spawns with an equal, non-empty `weights_key` share their base weights, which are counted once until the
-        last of them is released. `ways_out(free, transient)` computes what would fit instead.
+        last of them is released. `ways_out(free, transient)` computes changes that fit instead.
         """
         if name in self._promises:
             raise ConflictError(f"memory is already promised to a model named {name!r}")
@@ -159,7 +159,7 @@ class Ledger:
         }
 
     def table(self, name: str, plan: Plan, weights_key: str = "") -> str:
-        """Three parts as text: what is promised, what `plan` needs, what is free; per rank."""
+        """Promised, needed by `plan`, and free bytes per rank, as text."""
         shared = self.holds(weights_key)
         where = f"of {self.ranks} ranks sharing this host" if self.shared and self.ranks > 1 else "of each device"
         rows = [("capacity" if self.ranks == 1 else f"capacity ({where})", self.capacity)]
@@ -199,7 +199,7 @@ def format_size(size: int) -> str:
 
 
 def parse_size(text: str | int, name: str = "memory") -> int:
-    """Bytes from `512MiB`, `8GB`, `8G` (1024-based), or a plain number. Raises UsageError; `name`: what it is for."""
+    """Bytes from `512MiB`, `8GB`, `8G` (1024-based), or a plain number. Raises UsageError naming `name`."""
     match = _SIZE.fullmatch(str(text))
     unit = _UNITS.get(match[2].upper()) if match else None
     size = float(match[1]) * unit if match and unit else 0.0

@@ -1,6 +1,6 @@
-"""The closed-form memory plan of a spawn: which bytes each rank will hold, from the model's shape alone, without torch.
+"""The closed-form memory plan of a spawn: which bytes each rank will hold, from its record alone, without torch.
 
-Every term is derived from what the engine allocates; tests compare the sums with measured memory.
+Every term is derived from the engine's allocations; tests compare the sums with measured memory.
 
 Shapes: T tokens in a micro-batch, d hidden size, q = heads x head_dim and kv = kv_heads x head_dim (a rank's part),
 i feed-forward width (a rank's part), v vocabulary (a rank's part), r adapter rank.
@@ -8,85 +8,65 @@ i feed-forward width (a rank's part), v vocabulary (a rank's part), r adapter ra
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
 
-from harmony_core.memory import sizes as limits
+from msgspec.structs import replace
+
 from harmony_core.memory.ledger import Plan
-from harmony_core.model.spec import LocalSizes, ModelSpec
-from harmony_core.rpc.protocol import LoraSettings
+from harmony_core.model.spec import LocalSizes, ModelSpec, fitting_tp
+from harmony_core.rpc.protocol import LoraSettings, Spawn
 
-_DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-_PADDING = 1 + limits.PADDING_SHARE
+PAGE_SIZE = 16
+"""Tokens in a page of the KV cache."""
+MAX_RUNNING = 256
+"""Most sequences that hold pages at once, and so most in one decode step."""
+LOGITS_AT_ONCE = 8 << 20
+"""Elements of the logits that are sampled from at once."""
+DECODE_SPLIT = 256
+"""Tokens of a context that one work item of a decode step covers; a multiple of every page size."""
+PAGE_SHARING = 8
+"""How often each page of the pool may count in one decode step; beyond that it runs without the static tensors."""
+HEAD_HOST_BYTES = 64 << 20
+"""Logits of one tile of the head in plain torch."""
+HEAD_DEVICE_BYTES = 1 << 30
+"""On CUDA: the float32 logits of one tile of the head, and the gradients of `HEAD_TILES` tiles."""
+HEAD_TILES = 4
+"""Tiles whose gradients are multiplied at once on CUDA: each product reads and writes all of the head's gradient."""
+PADDING_SHARE = 0.2
+"""Padded tokens allowed in a group of sequences of like length, as a share of its real ones."""
+
+_PADDING = 1 + PADDING_SHARE
 """Attention pads sequences of like length to groups."""
 _OUTER_HIDDEN = 3
 """Hidden states outside of the layers: the last one, its normalised form, the gradient that comes from the head."""
 _ROPE_TABLES = 2
 _GRAPH_BYTES = 192 << 20
-"""Graphs themselves, workspaces of matrix products while they are recorded, and what is lost to rounding."""
+"""Graphs themselves, workspaces of matrix products while they are recorded, and losses to rounding."""
 _INDEX_BYTES = 80
 """Ten 64-bit numbers a token: ids, positions, targets, coefficients, gather indices."""
 
 
-@dataclass(frozen=True)
-class Shape:
-    """One spawn, as far as memory is concerned.
-
-    `lora` holds the settings of its adapter, new or stored; None means full weights. `weights_shared`: the base
-    weights are on the ranks already. `kv_tokens`: those of the pool that are promised. `compiled`: its layers are.
-    `scalar`: it scores with a scalar head; `headless`: and its weights have no vocabulary head.
-    """
-
-    spec: ModelSpec
-    tp: int
-    train: bool
-    lora: LoraSettings | None
-    max_batch_tokens: int
-    kv_tokens: int
-    device: str = "cpu"
-    dtype: str = ""
-    compiled: bool = False
-    checkpointed_layers: int = 0
-    weights_shared: bool = False
-    scalar: bool = False
-    headless: bool = False
-
-    @property
-    def element(self) -> int:
-        """Bytes of a weight or an activation."""
-        return _DTYPE_BYTES[self.dtype or ("bfloat16" if self.device == "cuda" else "float32")]
-
-    @property
-    def generates(self) -> bool:
-        """Whether it has pages; without, it scores only."""
-        return self.kv_tokens > 0 and not self.scalar
-
-    @property
-    def accumulate(self) -> int:
-        """Bytes of a gradient or a moment: float32 at least."""
-        return max(4, self.element)
-
-
-def plan(shape: Shape) -> Plan:
-    """What a spawn of this shape holds on each rank."""
-    own_weights = shape.train and shape.lora is None
-    base = weight_elements(shape.spec, shape.tp, shape.headless)
-    adapter = adapter_elements(shape.spec, shape.lora, shape.tp) if shape.lora else 0
+def plan(spawn: Spawn) -> Plan:
+    """The bytes that a spawn holds on each rank."""
+    own_weights = spawn.train and spawn.lora is None
+    base = weight_elements(spawn.spec, spawn.tp, spawn.headless)
+    adapter = adapter_elements(spawn.spec, spawn.lora, spawn.tp) if spawn.lora else 0
     # A scalar head of its own, where it is not part of the weights.
-    adapter += shape.spec.hidden_size if shape.scalar and (shape.lora or not shape.headless) else 0
-    trained = (adapter if shape.lora else base) if shape.train else 0
-    state = 2 if shape.element >= 4 else 3
-    activations, workspace = _training(shape) if shape.train else (0, 0)
-    masks = _window_masks(shape)
-    activations, inference = activations + (masks if shape.train else 0), _inference(shape) + masks
+    adapter += spawn.spec.hidden_size if spawn.scalar and (spawn.lora or not spawn.headless) else 0
+    trained = (adapter if spawn.lora else base) if spawn.train else 0
+    state = 2 if spawn.element >= 4 else 3
+    activations, workspace = _training(spawn) if spawn.train else (0, 0)
+    masks = _window_masks(spawn)
+    activations, inference = activations + (masks if spawn.train else 0), _inference(spawn) + masks
     # A training model samples and scores too, but not while it is in a micro-batch.
     workspace = max(workspace, inference - activations)
     return Plan(
-        weights=0 if shape.weights_shared and not own_weights else base * shape.element,
-        adapter=adapter * shape.element,
-        gradients=trained * shape.accumulate,
-        optimizer=trained * state * shape.accumulate,
-        kv=shape.kv_tokens * kv_token_bytes(shape),
-        decode=decode_bytes(shape) if shape.device == "cuda" and shape.generates else 0,
+        weights=0 if spawn.weights_shared and not own_weights else base * spawn.element,
+        adapter=adapter * spawn.element,
+        gradients=trained * spawn.accumulate,
+        optimizer=trained * state * spawn.accumulate,
+        kv=spawn.kv_tokens * kv_token_bytes(spawn),
+        decode=decode_bytes(spawn) if spawn.device == "cuda" and spawn.generates else 0,
         activations=activations,
         workspace=workspace,
     )
@@ -103,13 +83,13 @@ def weight_elements(spec: ModelSpec, tp: int, headless: bool = False) -> int:
     return spec.num_layers * layer + n.v * n.d + head + n.d
 
 
-def _window_masks(shape: Shape) -> int:
-    """Bytes of what says, on CPU, which tokens lie in each other's sliding window; all layers share it.
+def _window_masks(spawn: Spawn) -> int:
+    """Bytes of the masks for sliding windows on CPU, which all layers share.
 
     The most is that of one sequence which fills the micro-batch.
     """
-    window, tokens = shape.spec.window, shape.max_batch_tokens
-    return tokens * tokens * shape.element if shape.device == "cpu" and window and tokens > window else 0
+    window, tokens = spawn.spec.window, spawn.max_batch_tokens
+    return tokens * tokens * spawn.element if spawn.device == "cpu" and window and tokens > window else 0
 
 
 def adapter_elements(spec: ModelSpec, lora: LoraSettings, tp: int) -> int:
@@ -118,27 +98,27 @@ def adapter_elements(spec: ModelSpec, lora: LoraSettings, tp: int) -> int:
     return lora.rank * sum(layers * (inside + outside) for layers, inside, outside in sides)
 
 
-def kv_token_bytes(shape: Shape) -> int:
+def kv_token_bytes(spawn: Spawn) -> int:
     """Bytes of one token's keys and values on a rank."""
-    return shape.spec.num_layers * 2 * LocalSizes.of(shape.spec, shape.tp).kv * shape.element
+    return spawn.spec.num_layers * 2 * LocalSizes.of(spawn.spec, spawn.tp).kv * spawn.element
 
 
-def decode_bytes(shape: Shape) -> int:
+def decode_bytes(spawn: Spawn) -> int:
     """Bytes of decode steps as CUDA graphs on a rank: tensors that stay, the graphs, the memory that they share.
 
     Logits are written where they stay, but for parts that ranks gather; attention leaves float32 for each split.
     """
-    n = LocalSizes.of(shape.spec, shape.tp)
-    longest = min(shape.kv_tokens, shape.spec.max_positions)
-    by_rows = limits.MAX_RUNNING * (longest // limits.DECODE_SPLIT + 1)
-    by_pages = limits.MAX_RUNNING + limits.PAGE_SHARING * shape.kv_tokens // limits.DECODE_SPLIT + 1
+    n = LocalSizes.of(spawn.spec, spawn.tp)
+    longest = min(spawn.kv_tokens, spawn.spec.max_positions)
+    by_rows = MAX_RUNNING * (longest // DECODE_SPLIT + 1)
+    by_pages = MAX_RUNNING + PAGE_SHARING * spawn.kv_tokens // DECODE_SPLIT + 1
     splits = min(by_rows, by_pages)
-    stay = limits.MAX_RUNNING * (shape.accumulate * shape.spec.vocab_size + 4 * (longest // limits.PAGE_SIZE + 1))
-    stay += limits.PAGE_SIZE * kv_token_bytes(shape)
-    gathered = 3 if shape.tp > 1 else 1 if shape.element >= 4 else 0
-    step = limits.MAX_RUNNING * (shape.element * (4 * n.d + 3 * n.i + 2 * n.q + 2 * n.kv) + shape.spec.vocab_size // 16)
-    step += limits.MAX_RUNNING * gathered * shape.accumulate * shape.spec.vocab_size
-    scratch = 4 * (splits + limits.MAX_RUNNING) * (n.q + n.heads)
+    stay = MAX_RUNNING * (spawn.accumulate * spawn.spec.vocab_size + 4 * (longest // PAGE_SIZE + 1))
+    stay += PAGE_SIZE * kv_token_bytes(spawn)
+    gathered = 3 if spawn.tp > 1 else 1 if spawn.element >= 4 else 0
+    step = MAX_RUNNING * (spawn.element * (4 * n.d + 3 * n.i + 2 * n.q + 2 * n.kv) + spawn.spec.vocab_size // 16)
+    step += MAX_RUNNING * gathered * spawn.accumulate * spawn.spec.vocab_size
+    scratch = 4 * (splits + MAX_RUNNING) * (n.q + n.heads)
     return stay + step + scratch + _GRAPH_BYTES
 
 
@@ -159,33 +139,33 @@ def _lora_sides(spec: ModelSpec, lora: LoraSettings, tp: int) -> list[tuple[int,
     return [(layers, *widths[leaf]) for leaf, layers in named if leaf in widths]
 
 
-def _training(shape: Shape) -> tuple[int, int]:
+def _training(spawn: Spawn) -> tuple[int, int]:
     """Bytes that the forward pass keeps for the backward pass, and the most that comes on top of them at once."""
-    spec, tokens, n = shape.spec, shape.max_batch_tokens, LocalSizes.of(shape.spec, shape.tp)
-    layer = _layer_activations(shape, n)
-    recomputed = shape.checkpointed_layers
+    spec, tokens, n = spawn.spec, spawn.max_batch_tokens, LocalSizes.of(spawn.spec, spawn.tp)
+    layer = _layer_activations(spawn, n)
+    recomputed = spawn.checkpointed_layers
     # A recomputed layer keeps its input only.
     kept = (
         (spec.num_layers - recomputed) * layer + recomputed * n.d + _OUTER_HIDDEN * n.d + _ROPE_TABLES * spec.head_dim
     )
-    activations = tokens * (kept * shape.element + _INDEX_BYTES)
+    activations = tokens * (kept * spawn.element + _INDEX_BYTES)
 
     # The head's gradient goes where all gradients are, so that it holds chunks of logits only.
-    at_head = _head_chunks(shape, n)
+    at_head = _head_chunks(spawn, n)
     # In the deepest layer, which is all there once recomputed: two tensors as wide as the feed-forward beyond what is
     # freed, two hidden states, and the gradients of weights before they are added up: compiled, the feed-forward's.
-    in_layers = tokens * (2 * n.i + 2 * n.d) * shape.element
+    in_layers = tokens * (2 * n.i + 2 * n.d) * spawn.element
     if recomputed == spec.num_layers:
-        in_layers += tokens * layer * shape.element
+        in_layers += tokens * layer * spawn.element
     # At the end, when nothing is kept any more, the embedding's gradient.
     at_end = 0
-    if shape.lora is None:
-        in_layers += n.d * (3 * n.i if shape.compiled else max(n.i, n.q)) * shape.element
-        at_end = n.v * n.d * shape.element - activations
+    if spawn.lora is None:
+        in_layers += n.d * (3 * n.i if spawn.compile else max(n.i, n.q)) * spawn.element
+        at_end = n.v * n.d * spawn.element - activations
     return activations, max(at_head, in_layers, at_end)
 
 
-def _layer_activations(shape: Shape, n: LocalSizes) -> int:
+def _layer_activations(spawn: Spawn, n: LocalSizes) -> int:
     """Elements that one layer keeps for the backward pass, per token.
 
     Of each norm its input and its output, and where its weight is trained the normalised state between (half precision
@@ -193,77 +173,207 @@ def _layer_activations(shape: Shape, n: LocalSizes) -> int:
     replaces. Query, key, value and output of attention, and the softmax's sums; on CPU these lie in padded groups, and
     the output once more in row order. Of the feed-forward four tensors: gate, its activation, up and their product.
     """
-    if shape.compiled:
-        return _compiled_activations(shape, n)
+    if spawn.compile:
+        return _compiled_activations(spawn, n)
     # A norm keeps, per width: its input in float32, and what it normalised where its weight is trained.
-    wide = 4 // min(4, shape.element)
-    norm = wide + (1 if shape.lora is None else 0)
+    wide = 4 // min(4, spawn.element)
+    norm = wide + (1 if spawn.lora is None else 0)
     norms = 2 * (norm * n.d + n.d) + 2 * wide
-    if shape.spec.post_norms:
+    if spawn.spec.post_norms:
         # Two norms more, whose outputs are added and not kept; these models normalise and weight in float32.
-        norm = wide + (wide if shape.lora is None else 0)
+        norm = wide + (wide if spawn.lora is None else 0)
         norms = 4 * norm * n.d + 2 * n.d + 4 * wide
-    if shape.spec.qk_norm:
-        norms += norm * (n.q + n.projected_kv) + wide * (n.q + n.projected_kv) // shape.spec.head_dim
+    if spawn.spec.qk_norm:
+        norms += norm * (n.q + n.projected_kv) + wide * (n.q + n.projected_kv) // spawn.spec.head_dim
     attention = 2 * n.q + 2 * n.kv + wide * n.heads
-    if shape.device == "cpu":
+    if spawn.device == "cpu":
         attention = int(_PADDING * attention) + n.q
-    return norms + attention + 4 * n.i + (_adapter_activations(shape) if shape.lora else 0)
+    return norms + attention + 4 * n.i + (_adapter_activations(spawn) if spawn.lora else 0)
 
 
-def _compiled_activations(shape: Shape, n: LocalSizes) -> int:
+def _compiled_activations(spawn: Spawn, n: LocalSizes) -> int:
     """The same of a compiled layer, which makes again what takes no matrix product.
 
     Inputs and outputs of both norms (where there are four norms, one more); query and key before a norm inside the
     heads; what attention keeps; gate, up and their product.
     """
-    wide = 4 // min(4, shape.element)
-    hidden = (5 if shape.spec.post_norms else 4) * n.d
+    wide = 4 // min(4, spawn.element)
+    hidden = (5 if spawn.spec.post_norms else 4) * n.d
     attention = 2 * n.q + 2 * n.kv + wide * n.heads
-    if shape.spec.qk_norm:
-        attention += n.q + n.projected_kv + wide * (n.q + n.projected_kv) // shape.spec.head_dim
-    return hidden + attention + 3 * n.i + 2 * wide + (_adapter_activations(shape) if shape.lora else 0)
+    if spawn.spec.qk_norm:
+        attention += n.q + n.projected_kv + wide * (n.q + n.projected_kv) // spawn.spec.head_dim
+    return hidden + attention + 3 * n.i + 2 * wide + (_adapter_activations(spawn) if spawn.lora else 0)
 
 
-def _adapter_activations(shape: Shape) -> int:
+def _adapter_activations(spawn: Spawn) -> int:
     """Elements per token that an adapter keeps in one layer: r between its halves; with dropout, mask and result."""
-    assert shape.lora is not None
-    sides = _lora_sides(shape.spec, shape.lora, shape.tp)
-    kept = sum(layers * (shape.lora.rank + (2 * inside if shape.lora.dropout else 0)) for layers, inside, _ in sides)
-    return -(-kept // shape.spec.num_layers)
+    assert spawn.lora is not None
+    sides = _lora_sides(spawn.spec, spawn.lora, spawn.tp)
+    kept = sum(layers * (spawn.lora.rank + (2 * inside if spawn.lora.dropout else 0)) for layers, inside, _ in sides)
+    return -(-kept // spawn.spec.num_layers)
 
 
-def _head_chunks(shape: Shape, n: LocalSizes) -> int:
+def _head_chunks(spawn: Spawn, n: LocalSizes) -> int:
     """Bytes of the logits being scored and, on CUDA in training, of gradients with respect to logits before them."""
-    if shape.scalar:
+    if spawn.scalar:
         # In half precision the hidden states and their gradient, widened.
-        return shape.max_batch_tokens * (2 * n.d if shape.element < 4 else 4) * shape.accumulate
-    if shape.device == "cpu" or shape.element > 4:
-        rows = min(shape.max_batch_tokens, max(1, limits.HEAD_HOST_BYTES // (4 * n.v)))
-        return rows * n.v * shape.accumulate
-    row = (4 + limits.HEAD_TILES * shape.element) * n.v
-    rows = min(shape.max_batch_tokens, max(1, limits.HEAD_DEVICE_BYTES // row // 128) * 128)
-    return rows * (row if shape.train else 4 * n.v)
+        return spawn.max_batch_tokens * (2 * n.d if spawn.element < 4 else 4) * spawn.accumulate
+    if spawn.device == "cpu" or spawn.element > 4:
+        rows = min(spawn.max_batch_tokens, max(1, HEAD_HOST_BYTES // (4 * n.v)))
+        return rows * n.v * spawn.accumulate
+    row = (4 + HEAD_TILES * spawn.element) * n.v
+    rows = min(spawn.max_batch_tokens, max(1, HEAD_DEVICE_BYTES // row // 128) * 128)
+    return rows * (row if spawn.train else 4 * n.v)
 
 
-def _inference(shape: Shape) -> int:
+def _inference(spawn: Spawn) -> int:
     """Bytes that a pass over `max_batch_tokens` tokens, or the sampling after it, needs beside weights and pages.
 
     No layer keeps anything: at the widest point there are two hidden states and either three tensors of the
     feed-forward's width, or query, key and value with their padded groups and the output in both orders.
     """
-    n = LocalSizes.of(shape.spec, shape.tp)
+    n = LocalSizes.of(spawn.spec, spawn.tp)
     attention = n.q + 2 * n.kv + int(_PADDING * (2 * n.q + 2 * n.kv)) + n.q
-    widest = shape.max_batch_tokens * ((2 * n.d + max(3 * n.i, attention)) * shape.element + _INDEX_BYTES)
+    widest = spawn.max_batch_tokens * ((2 * n.d + max(3 * n.i, attention)) * spawn.element + _INDEX_BYTES)
     # A row of logits for each sequence, and nine times as much while top-p sorts them in float64 for some of the rows.
-    drawn = min(limits.MAX_RUNNING * shape.spec.vocab_size, limits.LOGITS_AT_ONCE) if shape.generates else 0
-    sampling = 10 * shape.accumulate * drawn
+    drawn = min(MAX_RUNNING * spawn.spec.vocab_size, LOGITS_AT_ONCE) if spawn.generates else 0
+    sampling = 10 * spawn.accumulate * drawn
     # A decode step gathers one layer's keys and values at a time.
-    gathered = 2 * shape.kv_tokens * n.kv * shape.element if shape.device == "cpu" else 0
-    return max(widest, sampling, gathered, _head_chunks(shape, n))
+    gathered = 2 * spawn.kv_tokens * n.kv * spawn.element if spawn.device == "cpu" else 0
+    return max(widest, sampling, gathered, _head_chunks(spawn, n))
 
 
-def copy_of(shape: Shape, kv_tokens: int = 0) -> Shape:
-    """A frozen copy of a training spawn; beside an adapter it shares the base weights. Without pages it scores only."""
-    shared = shape.lora is not None
-    return replace(shape, train=False, checkpointed_layers=0, kv_tokens=kv_tokens, weights_shared=shared)
+DEFAULT_KV_TOKENS = 131_072
+"""Most tokens of a pool whose size was left to the plan."""
+
+BATCH_STEP = 16
+"""Computed micro-batch sizes are multiples of this."""
+
+
+def choose_checkpointing(spawn: Spawn, free: int, transient: int = 0) -> int:
+    """The fewest layers to recompute so that the spawn fits; as many as helps most if it does not fit anyhow.
+
+    `free`: bytes per rank that no model holds; `transient`: bytes of the largest live model while it works.
+    """
+    if not spawn.train:
+        return 0
+
+    def enough(layers: int) -> bool:
+        return _fits(plan(replace(spawn, checkpointed_layers=layers)), free, transient)
+
+    last = _tightest(spawn).checkpointed_layers
+    layers = _least(enough, 0, spawn.spec.num_layers)
+    return last if layers == spawn.spec.num_layers else layers
+
+
+def largest_batch(spawn: Spawn, free: int, transient: int = 0) -> int:
+    """The most tokens of a micro-batch that fit, recomputing as many layers as it takes; a multiple of 16, or 0."""
+
+    def fits(steps: int) -> bool:
+        return could_fit(replace(spawn, max_batch_tokens=steps * BATCH_STEP), free, transient)
+
+    return _most(fits, max(0, free // BATCH_STEP - 1)) * BATCH_STEP
+
+
+def default_kv_tokens(spawn: Spawn, free: int, transient: int = 0) -> int:
+    """Tokens of a pool of no given size: up to 131,072, as many as fit after everything else, 0 if none."""
+
+    def fits(tokens: int) -> bool:
+        return _fits(plan(replace(spawn, kv_tokens=tokens)), free, transient)
+
+    return _most(fits, DEFAULT_KV_TOKENS)
+
+
+def ways_out(
+    spawn: Spawn, free: int, world: int, transient: int = 0, *, base_live: bool = False, beside: Iterable[int] = ()
+) -> list[str]:
+    """Changes, each enough by itself, with which the spawn would fit; every one has been planned.
+
+    `base_live`: the model's base weights are on the ranks, so that an adapter in place of full weights shares them.
+    `beside`: the tp values in use, of which each must divide tp or be divided by it.
+    """
+    found: list[str] = []
+
+    def fits(changed: Spawn) -> bool:
+        return could_fit(changed, free, transient)
+
+    batch = largest_batch(spawn, free, transient) if spawn.train else 0
+    if 0 < batch < spawn.max_batch_tokens:
+        found.append(f"max_batch_size={batch}")
+    for tp in fitting_tp(spawn.spec, world):
+        if any(tp % other and other % tp for other in beside):
+            continue
+        # Weights on the ranks already are sharded for the present tp.
+        if tp > spawn.tp and fits(replace(spawn, tp=tp, weights_shared=False)):
+            found.append(f"tp={tp}")
+            break
+    tokens = default_kv_tokens(_tightest(spawn), free, transient)
+    if 0 < tokens < spawn.kv_tokens:
+        found.append(f"kv_cache_len={tokens}")
+    if spawn.train and spawn.lora is None:
+        adapter = replace(spawn, lora=LoraSettings(), weights_shared=base_live, private=False)
+        if fits(adapter):
+            found.append("with_adapter()")
+        elif not found:
+            batch = largest_batch(adapter, free, transient)
+            found += [f"with_adapter() and max_batch_size={batch}"] if batch else []
+    return found
+
+
+def ways_out_with_copy(source: Spawn, free: int, transient: int, *, generating: bool = False) -> list[str]:
+    """Changes of a training spawn, each enough by itself, with which a copy of it fits beside it.
+
+    `free`: bytes per rank that no other model holds; `transient`: those of the largest of the others while it works.
+    `generating`: the copy has a pool as large as the spawn's.
+    """
+
+    def fits(changed: Spawn) -> bool:
+        rest = free - plan(changed.copied("")).resident
+        own = plan(replace(changed, checkpointed_layers=choose_checkpointing(changed, rest, transient)))
+        copy = plan(changed.copied("", changed.kv_tokens if generating else 0))
+        return own.resident + copy.resident + max(own.transient, copy.transient, transient) <= free
+
+    found: list[str] = []
+    steps = source.max_batch_tokens // BATCH_STEP
+    batch = _most(lambda n: fits(replace(source, max_batch_tokens=n * BATCH_STEP)), steps) * BATCH_STEP
+    tokens = _most(lambda n: fits(replace(source, kv_tokens=n)), source.kv_tokens)
+    found += [f"max_batch_size={batch}"] if 0 < batch < source.max_batch_tokens else []
+    found += [f"kv_cache_len={tokens}"] if 0 < tokens < source.kv_tokens else []
+    if source.lora is None and fits(replace(source, lora=LoraSettings(), private=False)):
+        found.append("with_adapter()")
+    return found
+
+
+def could_fit(spawn: Spawn, free: int, transient: int) -> bool:
+    """Whether it fits with the number of recomputed layers that needs least memory."""
+    return _fits(plan(_tightest(spawn)), free, transient)
+
+
+def _fits(needed: Plan, free: int, transient: int) -> bool:
+    return needed.resident + max(needed.transient, transient) <= free
+
+
+def _tightest(spawn: Spawn) -> Spawn:
+    """With the number of recomputed layers that needs least memory."""
+    if not spawn.train:
+        return spawn
+    # The deepest layer is needed again at once: recomputing it saves only what would lie there beside the head's work.
+    layers = spawn.spec.num_layers
+    choices = (replace(spawn, checkpointed_layers=count) for count in (layers - 1, layers))
+    return min(choices, key=lambda choice: plan(choice).total)
+
+
+def _most(good: Callable[[int], bool], high: int) -> int:
+    """The largest number in [1, high] up to which `good` holds, by bisection; 0 if it does not hold for 1."""
+    return _least(lambda number: not good(number), 1, high + 1) - 1
+
+
+def _least(good: Callable[[int], bool], low: int, high: int) -> int:
+    """The smallest number in [low, high) for which a monotonic `good` holds, by bisection; `high` if none."""
+    while low < high:
+        middle = (low + high) // 2
+        if good(middle):
+            high = middle
+        else:
+            low = middle + 1
+    return low

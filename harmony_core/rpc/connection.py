@@ -1,4 +1,4 @@
-"""The driver's end of one socket: calls out, answers and events in."""
+"""The driver's end of one socket: calls out, answers and events in; and the store that ranks share over it."""
 
 from __future__ import annotations
 
@@ -8,16 +8,20 @@ import socket
 from collections.abc import Callable
 from typing import cast
 
-from harmony_core.errors import HarmonyError
+from harmony_core.errors import EngineError, HarmonyError
 from harmony_core.rpc import platform
 from harmony_core.rpc.protocol import METHODS, Hello, Message
-from harmony_core.rpc.store import ASKED, Answer
 from harmony_core.rpc.wire import (
+    ASKED,
     MAX_BODY_BYTES,
     MAX_HELLO_BYTES,
     Failure,
     Frame,
     FrameDecoder,
+    StoreAdd,
+    StoreGet,
+    StoreSet,
+    StoreValues,
     WireError,
     encode,
     error_of,
@@ -25,11 +29,19 @@ from harmony_core.rpc.wire import (
 )
 
 HELLO_SECONDS = 10.0
-"""A peer that has not said who it is by then is cut off."""
+"""A peer that has not sent its Hello by then is cut off."""
+
+
+MAX_STORE_BYTES = 64 << 20
+"""For everything that the store of the ranks holds: keys, values, and ranks that wait."""
+_ENTRY_BYTES = 256
+"""The cost of an entry beside its own bytes."""
+
+Answer = Callable[[StoreValues], None]
 
 
 class Listener:
-    """Told what happens on a connection. `lost` comes once and last."""
+    """Hears the events of a connection. `lost` comes once and last."""
 
     def hello(self, connection: Connection, message: Hello) -> None:
         """The first frame, and the only one until `accept`."""
@@ -109,7 +121,7 @@ class Connection(asyncio.Protocol):
             _fail(future, error)
 
     def close(self) -> None:
-        """Close the socket; what was written is still sent."""
+        """Close the socket; bytes already written are still sent."""
         if self._transport is not None:
             self._transport.close()
 
@@ -197,4 +209,63 @@ class Connection(asyncio.Protocol):
 def _fail(future: asyncio.Future[Message], error: HarmonyError) -> None:
     if not future.done():
         future.set_exception(error)
-        future.exception()  # marks it as seen: a call that nobody awaits any more is not a warning
+        future.exception()  # marks it as seen: a call that is not awaited any more is not a warning
+
+
+class RankStore:
+    """The keys and values over which the process groups of one run's ranks find each other.
+
+    The driver holds them, and ranks speak over their own connections: no port is opened, and only the run's ranks can
+    ask. Each answer goes to the function that comes with its request.
+    """
+
+    def __init__(self) -> None:
+        self._values: dict[str, bytes] = {}
+        self._held = 0
+        self._waiting: list[tuple[list[str], Answer]] = []
+
+    def ask(self, request: Message, answer: Answer) -> None:
+        """Answer now, or a `StoreGet` that waits later. Raises EngineError when the store is full."""
+        if isinstance(request, StoreGet):
+            if not self._answered(request.keys, answer):
+                if request.wait:
+                    self._claim(_size(*request.keys))
+                    self._waiting.append((request.keys, answer))
+                else:
+                    answer(StoreValues(values=None))
+            return
+        assert isinstance(request, StoreSet | StoreAdd)
+        held = self._values.get(request.key)
+        value = request.value if isinstance(request, StoreSet) else _sum(held or b"0", request)
+        self._claim(_size(request.key, value) - (0 if held is None else _size(request.key, held)))
+        self._values[request.key] = value
+        answer(StoreValues(values=[value] if isinstance(request, StoreAdd) else []))
+        waiting, self._waiting = self._waiting, []
+        for keys, waiter in waiting:
+            if self._answered(keys, waiter):
+                self._held -= _size(*keys)
+            else:
+                self._waiting.append((keys, waiter))
+
+    def _answered(self, keys: list[str], answer: Answer) -> bool:
+        if found := all(key in self._values for key in keys):
+            answer(StoreValues(values=[self._values[key] for key in keys]))
+        return found
+
+    def _claim(self, size: int) -> None:
+        if self._held + size > MAX_STORE_BYTES:
+            raise EngineError(
+                f"the store of the ranks is full: {self._held} of {MAX_STORE_BYTES} bytes, {size} more wanted"
+            )
+        self._held += size
+
+
+def _sum(held: bytes, request: StoreAdd) -> bytes:
+    try:
+        return b"%d" % (int(held) + request.amount)
+    except ValueError:
+        raise EngineError(f"{request.key!r} in the store of the ranks is not a number") from None
+
+
+def _size(*parts: str | bytes) -> int:
+    return sum(map(len, parts)) + _ENTRY_BYTES

@@ -1,4 +1,4 @@
-"""What depends on the machine: every call that only Linux has, and the tools for making code at run time.
+"""Everything that depends on the machine: calls that only Linux has, and the tools for making code at run time.
 
 Death signals, peer credentials and /proc do nothing or answer "unknown" elsewhere; nothing else in the
 project asks which system it runs on.
@@ -76,7 +76,7 @@ def start_time(pid: int) -> str:
 
 
 def zombie_status(pid: int) -> int | None:
-    """Exit status of a process that nobody has collected yet: negative for a signal, as subprocess has it."""
+    """Exit status of a process that is not collected yet: negative for a signal, as subprocess has it."""
     fields = _stat_fields(pid)
     if len(fields) < 50 or fields[0] not in "ZX":
         return None
@@ -120,7 +120,7 @@ def listening_sockets() -> set[int]:
 
 
 def drop_connections(descriptor: int) -> None:
-    """Make the kernel drop whatever comes to a listening socket; its owner sees no difference."""
+    """Make the kernel drop every packet for a listening socket; its owner sees no difference."""
     nothing = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))  # a filter's "return 0 bytes"
     # A sandbox that knows no filters has a network of its own.
     with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as sock:
@@ -133,7 +133,7 @@ def foreign_peers() -> list[int]:
     tables = (_PROC / "self/net/tcp", _PROC / "self/net/tcp6")
     lines = [line.split() for table in tables if table.exists() for line in table.read_text().splitlines()[1:]]
     rows = [(row[1].removeprefix(mapped), row[2].removeprefix(mapped), int(row[7]), row[9]) for row in lines]
-    # What its listener has not accepted yet has no inode, and no owner that means anything.
+    # A connection that its listener has not accepted yet has no inode, and no meaningful owner.
     owner = {(local, remote): uid for local, remote, uid, inode in rows if inode != "0"}
     ours = {inode for _, inode in _sockets()}
     found = {owner.get((remote, local), os.geteuid()) for local, remote, _, inode in rows if inode in ours}
@@ -178,7 +178,7 @@ def find_headers() -> Path | None:
 
 
 def missing_tool() -> str:
-    """What is missing for compiling layers, in words: a C compiler, Python's headers; "" when nothing is."""
+    """The missing tool for compiling layers, in words: a C compiler, Python's headers; "" when all are there."""
     if find_compiler() is None:
         return "no C compiler"
     return "" if find_headers() is not None else "no Python.h"

@@ -1,19 +1,21 @@
-"""What the driver may ask of a rank: a closed table of typed messages, plain data only.
+"""The requests that a rank takes from the driver: a closed table of typed messages, plain data only.
 
-Two classes of request. A *global* request goes to every leader with a sequence number that the driver counts up over
-the whole run; leaders execute them in that order. A *replica* request goes to the leader of one replica's block.
-Token ids travel as int32, values as float32 or float64 bytes in the machine's order (`pack_*`, `unpack_*`).
+A *global* request goes to every leader with a number that the driver counts up over the run; leaders execute them in
+that order. A *replica* request goes to the leader of one replica's block. Token ids travel as int32, values as float32
+or float64 bytes in the machine's order (`rpc.wire` packs them).
 """
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Iterable
 from typing import Any
 
 import msgspec
+from msgspec import structs
+
+from harmony_core.model.spec import ModelSpec
 
 PROTOCOL_VERSION = 1
+_DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
 class Message(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -34,11 +36,10 @@ class Hello(Message):
 
 
 class Beat(Message):
-    """Sent by a rank's own thread every second: proves life, and says where the engine thread is."""
+    """Sent by a rank's own thread every second: what the engine thread does, and for how long without progress."""
 
     phase: str
     seconds: float
-    """Since the phase began or, later, since it last made progress."""
     step: int
 
 
@@ -77,51 +78,86 @@ class ModelSource(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, froz
     weights: str
     digest: str
     adapter: str = ""
-    scalar: bool = False
-    """Whether the weights were stored with a scalar head in place of the vocabulary's."""
 
 
-class Spawn(Message):
-    """Make a model live on the devices under a new name."""
+class Spawn(Message, frozen=True):  # type: ignore[misc]  # msgspec takes a frozen one beside others
+    """One spawn: made by its builder, completed by the plan, executed by the ranks, kept while the model lives."""
 
-    name: str
-    source: ModelSource
-    tp: int
-    train: bool
-    max_batch_tokens: int
-    """Most tokens in one micro-batch (training), or in one scoring or prefill batch."""
-    kv_tokens: int
-    """Tokens in the page pool of each replica."""
+    spec: ModelSpec
+    """The model on paper."""
+    name: str = ""
+    ref: str = ""
+    """The exact reference of its version in the registry."""
+    source: ModelSource = ModelSource(weights="", digest="")
+    device: str = "cpu"
+    dtype: str = ""  # float32 on CPU, bfloat16 on CUDA
+    tp: int = 1
+    train: bool = False
+    private: bool = False
+    """Whether its base weights are its own, as full training needs, and so may change in place."""
+    weights_shared: bool = False
+    """Whether the ranks held its base weights already when it was planned."""
+    lora: LoraSettings | None = None
+    """Of the adapter that the source holds, or else of a new one; None for full weights."""
     scalar: bool = False
     """With a scalar head: it scores and does not generate. A new head where neither adapter nor weights have one."""
-    lora: LoraSettings | None = None
-    """A new adapter on full weights; None trains or serves what the source holds."""
-    dtype: str = ""
-    """"" takes the device's: float32 on CPU, bfloat16 on CUDA."""
-    checkpointed_layers: int = 0
-    """How many layers recompute their activations in the backward pass."""
-    promised_bytes: int = 0
-    seed: int = 0
-    """Of everything random in its training, such as adapter dropout."""
-    rehearse: bool = False
-    """A full rehearsal: worst-case micro-batch, all pages. Else a short one."""
-    compile: bool = False
-    """Compile its layers, where this machine can."""
+    max_batch_tokens: int = 0
+    """Most tokens in one micro-batch (training), or in one scoring or prefill batch."""
+    kv_cache_len: int | None = None
+    """Tokens of the page pool that were asked for; None leaves the size to the plan."""
+    kv_tokens: int = 0
+    """Tokens in the page pool of each replica."""
+    max_seqlen: int | None = None
+    """Most tokens of a sequence, prompt and completion together; None for the model's context."""
+    tokens_to_generate: int = 2048
+    """Most new tokens of one request."""
     tokenless: Ranges = ()
     """Ids that no token has: they are never drawn."""
+    checkpointed_layers: int = 0
+    """How many layers recompute their activations in the backward pass."""
+    compile: bool = False
+    rehearse: bool = False
+    """A full rehearsal: worst-case micro-batch, all pages. Else a short one."""
+    seed: int = 0
+    """Of everything random in its training, such as adapter dropout."""
+    promised_bytes: int = 0
+    copied_from: str = ""
+    """The live model of which it is a frozen copy."""
 
+    @property
+    def element(self) -> int:
+        """Bytes of a weight or an activation."""
+        return _DTYPE_BYTES[self.dtype or ("bfloat16" if self.device == "cuda" else "float32")]
 
-class Spawned(Message):
-    """What one rank holds for a spawn, in bytes."""
+    @property
+    def accumulate(self) -> int:
+        """Bytes of a gradient or a moment: float32 at least."""
+        return max(4, self.element)
 
-    parameter_bytes: int
-    shared_bytes: int
-    """Of parameter_bytes, those that another spawn on this rank holds too."""
-    gradient_bytes: int
-    optimizer_bytes: int
-    kv_bytes: int
-    num_parameters: int
-    trainable_parameters: int
+    @property
+    def generates(self) -> bool:
+        """Whether it has pages."""
+        return self.kv_tokens > 0 and not self.scalar
+
+    @property
+    def shared_key(self) -> str:
+        """Equal for spawns whose base weights could be shared."""
+        return f"{self.source.digest}/{self.tp}/{self.dtype}"
+
+    @property
+    def weights_key(self) -> str:
+        """`shared_key` where its weights are shared, else ""."""
+        return "" if self.private else self.shared_key
+
+    @property
+    def headless(self) -> bool:
+        """Whether its weights have a scalar head in place of the vocabulary's."""
+        return self.spec.scalar or (self.scalar and self.private)
+
+    def copied(self, name: str, kv_tokens: int = 0) -> Spawn:
+        """A frozen copy; beside an adapter it shares the base weights. Without pages it scores only."""
+        changed = {"train": False, "checkpointed_layers": 0, "weights_shared": self.lora is not None}
+        return structs.replace(self, name=name, copied_from=self.name, kv_tokens=kv_tokens, **changed)
 
 
 class Clone(Message):
@@ -139,7 +175,7 @@ class MakePool(Message):
 
 
 class Inspect(Message):
-    """Ask what a model has done and what memory its ranks use."""
+    """Ask for a model's counters and the memory of its ranks."""
 
     model: str
 
@@ -186,7 +222,7 @@ class Save(Message):
     directory: str
     inference_only: bool
     base: str = ""
-    """What a saved adapter names as its base: a path, or a hub id with `base_revision`, its commit."""
+    """The base that a saved adapter names: a path, or a hub id with `base_revision`, its commit."""
     base_revision: str = ""
 
 
@@ -267,7 +303,7 @@ class Cancel(Message):
 class Score(Message):
     """Raw log-probs of `targets`, position by position, given the tokens up to there; negative ones are not asked for.
 
-    Of a model with a scalar head: the values there, whatever the target.
+    Of a model with a scalar head: the values there, for any target.
     """
 
     model: str
@@ -297,7 +333,7 @@ class MicroBatch(Message):
     are not scored. The loss "linear" is -sum(coefficient * logprob(target)): a coefficient is a token's weight
     (language modelling) or its tangent. Every other loss is a function of all scored tokens, in which a coefficient
     is the weight of its token.
-    sampler_logprobs: float32, or empty: what the sampler recorded of each target under the present weights (raw
+    sampler_logprobs: float32, or empty: the sampler's record of each target under the present weights (raw
     distribution), to be compared with; NaN where there is none.
     loss: a name in the ranks' table of losses, or "custom". settings: its hyper-parameters. fields: float64, one for
     each scored position, in order. group: so many adjacent samples belong together, 2 for pairs.
@@ -322,7 +358,7 @@ class MicroBatch(Message):
 
 
 class MicroBatchDone(Message):
-    """What came back from the forward and backward passes, of which one has the tokens of a part."""
+    """The result of the forward and backward passes, of which one has the tokens of a part."""
 
     numerator: float
     """The loss, summed."""
@@ -332,9 +368,9 @@ class MicroBatchDone(Message):
 
 
 GLOBAL: dict[type[Message], type[Message]] = {
-    Spawn: Spawned,
-    Clone: Spawned,
-    MakePool: Spawned,
+    Spawn: Nothing,
+    Clone: Nothing,
+    MakePool: Nothing,
     OptimStep: StepMetrics,
     AbandonStep: Nothing,
     Save: Nothing,
@@ -359,28 +395,3 @@ METHODS: dict[str, tuple[type[Message], type[Message]]] = {
     request.__name__: (request, answer) for request, answer in (GLOBAL | REPLICA).items()
 }
 """The closed table of methods: name -> (request type, answer type)."""
-
-
-def pack_ints(values: Iterable[int]) -> bytes:
-    """int32."""
-    return array("i", values).tobytes()
-
-
-def unpack_ints(data: bytes) -> list[int]:
-    """Inverse of `pack_ints`."""
-    return array("i", data).tolist()
-
-
-def pack_floats(values: Iterable[float]) -> bytes:
-    """float32."""
-    return array("f", values).tobytes()
-
-
-def unpack_floats(data: bytes) -> list[float]:
-    """Inverse of `pack_floats`."""
-    return array("f", data).tolist()
-
-
-def pack_doubles(values: Iterable[float]) -> bytes:
-    """float64."""
-    return array("d", values).tobytes()

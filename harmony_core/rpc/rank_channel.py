@@ -1,7 +1,7 @@
 """A rank's end of its socket. Loads no torch; none of its threads issues a collective.
 
-One thread reads requests into `inbox`, one writes what could not be sent at once and a beat every second. The engine
-thread takes from `inbox` and answers. When the driver goes away the process ends at once.
+One thread reads requests into `inbox`, one writes a beat every second, and frames that the socket did not take at once.
+The engine thread takes from `inbox` and answers. When the driver goes away the process ends at once.
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
-from harmony_core.rpc.phase_note import PhaseNote
 from harmony_core.rpc.protocol import METHODS, Beat, Event, Hello, Message
-from harmony_core.rpc.store import StoreValues
-from harmony_core.rpc.wire import Failure, FrameDecoder, WireError, encode, error_of, failure_of
+from harmony_core.rpc.wire import Failure, FrameDecoder, StoreValues, WireError, encode, error_of, failure_of
 
 BEAT_SECONDS = 1.0
 DRIVER_GONE = 17
@@ -43,6 +42,51 @@ class Incoming:
 
 READER, WRITER = "rank-reader", "rank-writer"
 """Names of the two threads."""
+
+
+class Progress:
+    """Progress within a phase: long work tells it piece by piece, so that silence means a hang."""
+
+    def __init__(self) -> None:
+        self._listener: Callable[[], None] | None = None
+
+    def report_to(self, listener: Callable[[], None]) -> None:
+        """Have `listener` called for every piece from now on; it must be quick."""
+        self._listener = listener
+
+    def made(self, *_: object) -> None:
+        """A piece is done: a layer, what a compiler made for it, a tensor read or written, a collective."""
+        if self._listener is not None:
+            self._listener()
+
+
+progress = Progress()
+"""Of this process, which is one rank with one engine thread: its channel listens, and its beats carry the news."""
+
+_NOTE_BYTES = 64
+
+
+class PhaseNote:
+    """The phase of a rank, in a file beside the socket that both sides hold open: beats come once a second only.
+
+    It stays readable when the rank is dead and the file is removed.
+    """
+
+    def __init__(self, socket: str | Path, rank: int) -> None:
+        self._file = os.open(Path(socket).with_name(f"phase-{rank}"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+    def write(self, phase: str) -> None:
+        """Replace the note; about a microsecond."""
+        os.pwrite(self._file, phase.encode()[:_NOTE_BYTES].ljust(_NOTE_BYTES), 0)
+
+    def read(self) -> str:
+        """The phase that was written last, "" before that and once it is closed."""
+        return "" if self._file < 0 else os.pread(self._file, _NOTE_BYTES, 0).decode("utf-8", "replace").strip()
+
+    def close(self) -> None:
+        """Let go of the file."""
+        os.close(self._file)
+        self._file = -1
 
 
 class RankChannel:
@@ -71,7 +115,7 @@ class RankChannel:
 
     @classmethod
     def connect(cls, path: str, hello: Hello, on_driver_gone: Callable[[], None] = lambda: None) -> RankChannel:
-        """Connect to the driver's socket, say who we are, and start the two threads. Raises OSError."""
+        """Connect to the driver's socket, send the Hello, and start the two threads. Raises OSError."""
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         sock.connect(path)
         channel = cls(sock, hello.rank, PhaseNote(path, hello.rank), on_driver_gone)
@@ -82,7 +126,7 @@ class RankChannel:
 
     @property
     def phase(self) -> str:
-        """What the engine thread does; `IDLE` while it waits for work. Shown in beats and in errors."""
+        """The work of the engine thread; `IDLE` while it waits. Shown in beats and in errors."""
         return self._phase[0]
 
     @phase.setter
@@ -91,7 +135,7 @@ class RankChannel:
         self._note.write(name)
 
     def progressed(self) -> None:
-        """A piece of the phase is done: what counts as a hang begins anew."""
+        """A piece of the phase is done: the time that counts as a hang begins anew."""
         self._phase = (self._phase[0], time.monotonic())
 
     def reply(self, id: int, message: Message) -> None:
@@ -138,7 +182,7 @@ class RankChannel:
         self._flushed.wait(timeout)
 
     def _send(self, frame: bytes) -> None:
-        """Send at once what the socket takes; the writer thread sends the rest. Never blocks."""
+        """Send as much as the socket takes at once; the writer thread sends the rest. Never blocks."""
         with self._lock:
             if not self._outbox:
                 try:
@@ -174,7 +218,7 @@ class RankChannel:
                     self._flushed.set()
                     return
                 frame = self._outbox[0]
-            self._socket.sendall(frame)  # unlocked: while the outbox holds this frame, nobody else sends
+            self._socket.sendall(frame)  # unlocked: while the outbox holds this frame, no other thread sends
             with self._lock:
                 self._outbox.popleft()
 

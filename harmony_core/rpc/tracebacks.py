@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import itertools
 import linecache
+import sys
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 
 import harmony_core
 
@@ -58,7 +59,7 @@ _BUILT_IN = Path(harmony_core.__file__).parent / "recipes"
 
 
 def describe(error: BaseException) -> list[str]:
-    """Lines that say what was raised and where in the author's code; causes after it."""
+    """Lines with the exception and its place in the author's code; causes after it."""
     lines: list[str] = []
     seen: set[int] = set()
     current: BaseException | None = error
@@ -88,8 +89,19 @@ def place_of(error: BaseException) -> str | None:
     return f"{own[-1].filename}:{own[-1].line}" if own else None
 
 
+def callers_line(otherwise: str) -> str:
+    """file:line of the nearest caller that is the author's own code."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        here = Frame(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name)
+        if is_own(here):
+            return f"{Path(here.filename).name}:{here.line}"
+        frame = frame.f_back
+    return otherwise
+
+
 def _folded(frames: list[Frame]) -> Iterator[str]:
-    """The author's frames, from the first of them on; what lies before it is ours by construction."""
+    """The author's frames, from the first of them on; the frames before it are ours by construction."""
     first = next((i for i, frame in enumerate(frames) if is_own(frame)), len(frames))
     shown = 0
     for own, group in itertools.groupby(frames[first:], is_own):

@@ -1,4 +1,4 @@
-"""Frames: what a message looks like as bytes, and how an error crosses as data.
+"""Frames: messages as bytes, and errors as data.
 
     u32 header length | u64 body length | header | body          little-endian
 
@@ -10,21 +10,24 @@ from __future__ import annotations
 
 import struct
 import traceback
-from collections.abc import Iterator
-from typing import Any, Literal
+from array import array
+from collections.abc import Iterable, Iterator
+from typing import Annotated, Any, Literal
 
 import msgspec
 
 from harmony_core.errors import EngineError, HarmonyError, RankError, all_errors
 from harmony_core.rpc.protocol import METHODS, PROTOCOL_VERSION, Beat, Event, Hello, Message
-from harmony_core.rpc.store import ASKED, StoreValues
 
 Kind = Literal["call", "ok", "err", "event", "cast"]
 
 MAX_HEADER_BYTES = 4096
 MAX_BODY_BYTES = 1 << 30
 MAX_HELLO_BYTES = 1 << 16
-"""The most that a peer may send before it has said who it is."""
+"""The most that a peer may send before its Hello is accepted."""
+
+MAX_VALUE_BYTES = 1 << 20
+"""Of one value in the store of the ranks."""
 
 _PREFIX = struct.Struct("<IQ")
 
@@ -50,6 +53,41 @@ class Failure(Message):
     message: str
     hint: str
     details: dict[str, Any]
+
+
+Key = Annotated[str, msgspec.Meta(max_length=1024)]
+Value = Annotated[bytes, msgspec.Meta(max_length=MAX_VALUE_BYTES)]
+
+
+class StoreSet(Message):
+    """Put a value under a key. The answer is empty."""
+
+    key: Key
+    value: Value
+
+
+class StoreAdd(Message):
+    """Add to the number under a key, 0 where there is none. The answer is the sum, as digits."""
+
+    key: Key
+    amount: int
+
+
+class StoreGet(Message):
+    """Ask for the values of keys, and `wait` until all of them are there."""
+
+    keys: Annotated[list[Key], msgspec.Meta(max_length=4096)]
+    wait: bool
+
+
+class StoreValues(Message):
+    """The answer to each of them; None when a key is missing."""
+
+    values: list[Value] | None
+
+
+ASKED: tuple[type[Message], ...] = (StoreSet, StoreAdd, StoreGet)
+"""The closed table of the questions of ranks to the driver."""
 
 
 class Frame(msgspec.Struct):
@@ -157,3 +195,28 @@ def error_of(failure: Failure) -> HarmonyError:
         except TypeError:  # details that this class cannot be built from
             pass
     return RankError(f"{failure.type}: {failure.message}", hint=failure.hint, type=failure.type)
+
+
+def pack_ints(values: Iterable[int]) -> bytes:
+    """int32."""
+    return array("i", values).tobytes()
+
+
+def unpack_ints(data: bytes) -> list[int]:
+    """Inverse of `pack_ints`."""
+    return array("i", data).tolist()
+
+
+def pack_floats(values: Iterable[float]) -> bytes:
+    """float32."""
+    return array("f", values).tobytes()
+
+
+def unpack_floats(data: bytes) -> list[float]:
+    """Inverse of `pack_floats`."""
+    return array("f", data).tolist()
+
+
+def pack_doubles(values: Iterable[float]) -> bytes:
+    """float64."""
+    return array("d", values).tobytes()

@@ -9,7 +9,7 @@ import pytest
 
 from engines import LiveEngine, pairs, start_engine, stop_engine
 from harmony_core.client import EngineOptions
-from harmony_core.client.capacity import Machine
+from harmony_core.client.engine import find_machine
 from harmony_core.errors import ModelRefused, ResourceError
 from harmony_core.launch.accelerate_config import AccelerateSettings
 from harmony_core.launch.launcher import Launch, launch_environment
@@ -22,7 +22,7 @@ TINY = "builtin:tiny-lm"
 def test_it_is_refused_on_cuda(tmp_path: Path) -> None:
     options = EngineOptions(log_dir=tmp_path, run_id="run", assume="1x80GiB", deterministic=True)
     with pytest.raises(ResourceError, match="for ranks on CPU") as caught:
-        Machine.find(options)
+        find_machine(options)
     assert caught.value.exit_code == 4
     assert "sampler_logprob" in caught.value.hint
 

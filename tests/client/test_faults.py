@@ -119,6 +119,6 @@ def test_in_a_notebook_a_death_is_told_at_once_and_raised_at_the_next_call(
             raised.value.with_traceback(None)  # its frames would keep the client, and so the session's logs
 
     options = partial(EngineOptions, device="cpu", command=RANK, launcher=LAUNCHER)  # ranks without torch
-    monkeypatch.setattr("harmony_core.client.harmony_client.EngineOptions", options)
+    monkeypatch.setattr("harmony_core.client.session.EngineOptions", options)
     asyncio.run(work())
     gc.collect()

@@ -13,7 +13,7 @@ import pytest
 
 from engines import LiveEngine, pair, start_engine, stop_engine
 from harmony_core.client import InferenceModel, ModelBuilder
-from harmony_core.client.limits import check_length, of_batch, of_context
+from harmony_core.client.live import check_length, of_batch, of_context
 from harmony_core.errors import HarmonyError, MemoryRefused, PromptTooLong, SampleTooLong, TooLong
 from harmony_core.text.threads import StringThread
 
@@ -134,9 +134,9 @@ def test_scoring_needs_no_pool(one_rank: LiveEngine) -> None:
 def test_a_way_out_that_memory_does_not_allow_is_not_printed(tmp_path: Path, memory: int, prints: bool) -> None:
     async def work() -> None:
         model = await Setup(kv=64, batch=64).spawn(engine)
-        live, placement = model._live, model._live.placement
+        live, spawn = model._live, model._live.spawn
         with pytest.raises(SampleTooLong) as refused:
-            limits = [*of_context(placement), of_batch(placement)]
+            limits = [*of_context(spawn), of_batch(spawn)]
             check_length(live, SampleTooLong, 400, "the sample has {} tokens", limits)
         assert ("max_batch_size=400" in refused.value.hint) == prints and "at most 64 tokens" in refused.value.hint
         await model.dealloc()

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections import deque
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from engines import LiveEngine, pair, pairs
 from harmony_core.client import TrainingModel
-from harmony_core.client.batching import Sample
-from harmony_core.client.live import MAX_UNANSWERED, LiveModel
+from harmony_core.client.batching import Accepted, PendingStep, Sample, SampleQueue
+from harmony_core.client.live import MAX_UNANSWERED
 from harmony_core.errors import (
     DataError,
     EngineError,
@@ -57,11 +55,10 @@ def test_a_sample_waits_only_for_what_was_sent_before_it() -> None:
     async def work() -> None:
         loop = asyncio.get_running_loop()
         futures = [loop.create_future() for _ in range(MAX_UNANSWERED + 10)]
-        sent = deque(SimpleNamespace(future=future) for future in futures[: MAX_UNANSWERED + 3])
-        live: Any = SimpleNamespace(pending=SimpleNamespace(batches=sent), replicas=1)
-        waiting = asyncio.create_task(LiveModel.room(live))
+        step = PendingStep("model", SampleQueue(8, 1), sent=futures[: MAX_UNANSWERED + 3])
+        waiting = asyncio.create_task(step.room(MAX_UNANSWERED))
         await asyncio.sleep(0)
-        sent.extend(SimpleNamespace(future=future) for future in futures[MAX_UNANSWERED + 3 :])
+        step.sent += futures[MAX_UNANSWERED + 3 :]
         for place in range(3):
             await turns(5)
             assert not waiting.done(), place
@@ -342,7 +339,7 @@ def test_a_failure_after_acceptance_surfaces_at_the_step(
         before = await model.logprobs(thread)
         await model.train_language_modelling(thread)
         # What the handles would have refused: a token that the ranks cannot look up.
-        model._live.accept([[Sample([5, 10_000], [6, 7], [1.0, 1.0])]], "weighted tokens", 2.0)
+        next(model._live.pending.add(Accepted([Sample([5, 10_000], [6, 7], [1.0, 1.0])], "weighted tokens", 2.0)))
         with pytest.raises(StepFailed):
             await model.optim_step(1e-3, 0.0, 1.0)
         assert await model.logprobs(thread) == before

@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from harmony_core.client import builder, capacity, spawning
+from harmony_core.client import engine, spawning
 from harmony_core.config import yaml_source
 from harmony_core.errors import all_errors
-from harmony_core.memory import fit as memory_fit
 from harmony_core.memory import ledger
+from harmony_core.memory import plan as memory_plan
 from harmony_core.model.families import FAMILIES
 from harmony_core.options import RUNNER_FLAGS
 from harmony_core.recipe import built_in_recipes
+from harmony_core.rpc import protocol
 from harmony_core.runs.checkpoints import PATIENCE_SECONDS
 from harmony_core.runs.interruption import GRACE_SECONDS
 
@@ -109,12 +110,12 @@ def test_each_promise_of_the_security_page_names_a_test_that_exists() -> None:
 @pytest.mark.parametrize(
     ("page", "statement"),
     [
-        ("memory", f"up to {memory_fit.DEFAULT_KV_TOKENS:,} tokens"),
-        ("memory", f"the largest multiple of {memory_fit.BATCH_STEP} that fits"),
+        ("memory", f"up to {memory_plan.DEFAULT_KV_TOKENS:,} tokens"),
+        ("memory", f"the largest multiple of {memory_plan.BATCH_STEP} that fits"),
         ("memory", f"not made smaller than {spawning.LEAST_KV_TOKENS:,} tokens"),
         ("memory", f"{ledger.RANK_BASELINE_BYTES >> 20} MiB are set aside"),
-        ("memory", f"less {capacity.CUDA_BASELINE_BYTES >> 30} GiB for a process"),
-        ("compatibility", f"at most {memory_fit.DEFAULT_KV_TOKENS:,}"),
+        ("memory", f"less {engine.CUDA_BASELINE_BYTES >> 30} GiB for a process"),
+        ("compatibility", f"at most {memory_plan.DEFAULT_KV_TOKENS:,}"),
         ("configuration", f"more than {yaml_source.MAX_DEPTH} levels, {yaml_source.MAX_ALIASES} aliases"),
         ("configuration", f"{yaml_source.MAX_VALUES:,} values"),
         ("command_line", f"then has {GRACE_SECONDS:.0f} s to finish"),
@@ -123,6 +124,6 @@ def test_each_promise_of_the_security_page_names_a_test_that_exists() -> None:
     ],
 )
 def test_numbers_are_those_of_the_code(page: str, statement: str) -> None:
-    lora = builder.LoraSettings()
+    lora = protocol.LoraSettings()
     expected = statement.format(rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout)
     assert expected in " ".join((ROOT / "docs" / f"{page}.md").read_text("utf-8").split())

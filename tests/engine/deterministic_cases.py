@@ -15,8 +15,9 @@ from harmony_core.engine.models.heads import linear_logprob_loss
 from harmony_core.engine.models.loading import load_model
 from harmony_core.engine.models.model import CausalLM
 from harmony_core.engine.models.parallel import TensorParallel
-from harmony_core.engine.scoring import score
-from harmony_core.rpc.protocol import Sampling, Score, pack_ints, unpack_floats, unpack_ints
+from harmony_core.engine.worker import score
+from harmony_core.rpc.protocol import Sampling, Score
+from harmony_core.rpc.wire import pack_ints, unpack_floats, unpack_ints
 from ranks import Group
 from tiny_models import random_tokens
 

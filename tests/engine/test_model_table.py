@@ -17,8 +17,9 @@ from harmony_core.engine.models.model import COMPILE_ERRORS, CausalLM
 from harmony_core.engine.models.parallel import TensorParallel
 from harmony_core.engine.training import optimizer
 from harmony_core.errors import EngineError, MemoryRefused, ResourceError
-from harmony_core.rpc import progress
+from harmony_core.model.spec import ModelSpec
 from harmony_core.rpc.protocol import Clone, Load, LoraSettings, MakePool, ModelSource, Save, Spawn
+from harmony_core.rpc.rank_channel import progress
 from tiny_models import build
 
 CPU = torch.device("cpu")
@@ -26,8 +27,9 @@ SINGLE = TensorParallel.single()
 
 
 def request(directory: Path, name: str, **changes: Any) -> Spawn:
-    usual = {"name": name, "source": ModelSource(weights=str(directory), digest="d"), "tp": 1, "train": False}
-    return Spawn(**{**usual, "max_batch_tokens": 64, "kv_tokens": 64, "compile": True, **changes})
+    usual = {"name": name, "source": ModelSource(weights=str(directory), digest="d"), "compile": True}
+    usual |= {"spec": ModelSpec.read(directory), "max_batch_tokens": 64, "kv_tokens": 64, **changes}
+    return Spawn(**usual, private=bool(usual.get("train")) and usual.get("lora") is None)
 
 
 @pytest.fixture

@@ -22,7 +22,8 @@ from harmony_core.engine.models.adapters import add_lora
 from harmony_core.engine.models.loading import load_model
 from harmony_core.engine.models.model import CausalLM
 from harmony_core.engine.models.parallel import TensorParallel
-from harmony_core.rpc.protocol import LoraSettings, Sampling, unpack_floats
+from harmony_core.rpc.protocol import LoraSettings, Sampling
+from harmony_core.rpc.wire import unpack_floats
 from step_plans import GREEDY, Book, ragged_requests, serve, tokens_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

@@ -17,7 +17,8 @@ from harmony_core.engine.models.model import CausalLM
 from harmony_core.engine.models.parallel import TensorParallel
 from harmony_core.engine.training.optimizer import AdamW, FlatGradients
 from harmony_core.engine.training.trainer import Trainer
-from harmony_core.rpc.protocol import LoraSettings, MicroBatch, OptimStep, pack_doubles, pack_ints
+from harmony_core.rpc.protocol import LoraSettings, MicroBatch, OptimStep
+from harmony_core.rpc.wire import pack_doubles, pack_ints
 from tiny_models import build, random_tokens
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

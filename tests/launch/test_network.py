@@ -119,7 +119,7 @@ def listener(host: str) -> socket.socket:
 @as_root
 @pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6], ids=["4", "4 as 6"])
 def test_who_came_in_while_a_group_was_made_is_noticed(family: int) -> None:
-    from harmony_core.engine.doors import closing_doors
+    from harmony_core.engine.groups import closing_doors
 
     def connect(user: int) -> tuple[int, int]:
         child, pipe = forked(user)

@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import replace as replace_spec
 
 import pytest
+from msgspec.structs import replace
 
 from harmony_core.errors import MemoryRefused
-from harmony_core.memory.fit import (
-    BATCH_STEP,
-    DEFAULT_KV_TOKENS,
-    choose_checkpointing,
-    default_kv_tokens,
-    largest_batch,
-    ways_out,
-)
 from harmony_core.memory.ledger import Ledger
 from harmony_core.memory.plan import (
-    Shape,
+    BATCH_STEP,
+    DEFAULT_KV_TOKENS,
+    LOGITS_AT_ONCE,
+    MAX_RUNNING,
     adapter_elements,
+    choose_checkpointing,
+    default_kv_tokens,
     kv_token_bytes,
+    largest_batch,
     plan,
+    ways_out,
     weight_elements,
 )
-from harmony_core.memory.sizes import LOGITS_AT_ONCE, MAX_RUNNING
 from harmony_core.model.spec import ModelSpec
-from harmony_core.rpc.protocol import LoraSettings
+from harmony_core.rpc.protocol import LoraSettings, Spawn
 
 SPEC = ModelSpec(
     architecture="LlamaForCausalLM",
@@ -44,9 +43,9 @@ SPEC = ModelSpec(
     attention_bias=False,
     qk_norm=False,
 )
-FULL = Shape(spec=SPEC, tp=1, train=True, lora=None, max_batch_tokens=4096, kv_tokens=1000)
-LORA = replace(FULL, lora=LoraSettings())
-SERVE = replace(FULL, train=False)
+FULL = Spawn(spec=SPEC, train=True, private=True, max_batch_tokens=4096, kv_tokens=1000)
+LORA = replace(FULL, lora=LoraSettings(), private=False)
+SERVE = replace(FULL, train=False, private=False)
 MIB = 1 << 20
 
 
@@ -69,11 +68,11 @@ def test_cuda_takes_eighteen_bytes_a_parameter() -> None:
 
 
 def test_four_norms_and_windows() -> None:
-    four = replace(SPEC, post_norms=True)
+    four = replace_spec(SPEC, post_norms=True)
     assert weight_elements(four, 2) - weight_elements(SPEC, 2) == 6 * 2 * 128
     assert plan(replace(FULL, spec=four)).activations - plan(FULL).activations == 4096 * 6 * 2 * (2 * 128 + 1) * 4
     for window, masks in ((512, 4096 * 4096 * 4), (4096, 0)):
-        windowed = replace(SPEC, window=window, windowed_layers=5)
+        windowed = replace_spec(SPEC, window=window, windowed_layers=5)
         assert plan(replace(FULL, spec=windowed)).total - plan(FULL).total == masks
         assert plan(replace(SERVE, spec=windowed)).total - plan(SERVE).total == masks
         assert plan(replace(FULL, spec=windowed, device="cuda")) == plan(replace(FULL, device="cuda"))
@@ -92,7 +91,7 @@ def test_an_adapter_trains_only_itself() -> None:
 
 
 def test_a_scalar_head_takes_the_place_of_the_vocabulary() -> None:
-    full = replace(FULL, kv_tokens=0, scalar=True, headless=True)
+    full = replace(FULL, kv_tokens=0, scalar=True)
     weights = weight_elements(SPEC, 1) - 1001 * 128 + 128
     found = plan(full)
     assert (found.weights, found.gradients, found.optimizer) == (4 * weights, 4 * weights, 8 * weights)
@@ -130,7 +129,7 @@ def test_more_work_needs_more_memory_and_recomputing_less() -> None:
     assert plan(SERVE).total < plan(LORA).total < plan(FULL).total
 
 
-LLAMA_8B = replace(
+LLAMA_8B = replace_spec(
     SPEC,
     vocab_size=128_256,
     hidden_size=4096,
@@ -145,19 +144,21 @@ LLAMA_8B = replace(
 @pytest.mark.parametrize(("compiled", "most"), [(True, 6), (False, 15)])
 def test_an_adapter_recomputes_only_what_does_not_fit(compiled: bool, most: int) -> None:
     """Layers of 8 billion parameters on a device of 80 GB: some keep their activations, more of them when compiled."""
-    shape = Shape(LLAMA_8B, 1, True, LoraSettings(), 16_384, 0, "cuda", compiled=compiled)
+    shape = Spawn(
+        spec=LLAMA_8B, train=True, lora=LoraSettings(), max_batch_tokens=16_384, device="cuda", compile=compiled
+    )
     free = 78 * 1024 * MIB
     chosen = choose_checkpointing(shape, free)
     assert 0 < chosen <= most
     assert plan(replace(shape, checkpointed_layers=chosen)).total <= free
     assert choose_checkpointing(replace(shape, max_batch_tokens=4096), free) == 0
     recomputed = replace(shape, checkpointed_layers=32)
-    assert plan(replace(recomputed, compiled=True)).total < plan(replace(recomputed, compiled=False)).total
+    assert plan(replace(recomputed, compile=True)).total < plan(replace(recomputed, compile=False)).total
 
 
 def test_the_head_on_a_device_stays_within_a_gibibyte() -> None:
-    spec = replace(SPEC, vocab_size=151_936, num_layers=1, hidden_size=8, intermediate_size=8)
-    shape = Shape(spec, 1, True, LoraSettings(rank=1), 16_384, 0, "cuda")
+    spec = replace_spec(SPEC, vocab_size=151_936, num_layers=1, hidden_size=8, intermediate_size=8)
+    shape = Spawn(spec=spec, train=True, lora=LoraSettings(rank=1), max_batch_tokens=16_384, device="cuda")
     assert 850 * MIB < plan(shape).workspace <= 1024 * MIB
     assert plan(replace(shape, train=False)).workspace < 512 * MIB
 
@@ -166,15 +167,15 @@ def test_the_head_on_a_device_stays_within_a_gibibyte() -> None:
 @pytest.mark.parametrize(("dtype", "wide"), [("float32", 4), ("bfloat16", 4), ("float64", 8)])
 def test_sampling_has_room_for_the_logits_of_every_sequence(vocabulary: int, drawn: int, dtype: str, wide: int) -> None:
     """The logits of a step, and nine times as much while top-p sorts them, as large as the widest model makes them."""
-    spec = replace(SPEC, vocab_size=vocabulary, num_layers=1, hidden_size=8, intermediate_size=8)
-    shape = Shape(spec, 1, False, None, 512, 1000, "cpu", dtype=dtype)
+    spec = replace_spec(SPEC, vocab_size=vocabulary, num_layers=1, hidden_size=8, intermediate_size=8)
+    shape = Spawn(spec=spec, max_batch_tokens=512, kv_tokens=1000, dtype=dtype)
     assert plan(shape).workspace == 10 * wide * drawn
     assert plan(replace(shape, kv_tokens=0)).workspace < 10 * wide * drawn / 4, "without pages it only scores"
     assert plan(replace(shape, train=True, lora=LoraSettings(rank=1))).workspace > 9 * wide * drawn
 
 
 @pytest.mark.parametrize("shape", [FULL, LORA])
-def test_as_few_layers_recompute_as_it_takes(shape: Shape) -> None:
+def test_as_few_layers_recompute_as_it_takes(shape: Spawn) -> None:
     for layers in range(6):
         needed = plan(replace(shape, checkpointed_layers=layers)).total
         chosen = choose_checkpointing(shape, needed)
@@ -189,7 +190,7 @@ def test_as_few_layers_recompute_as_it_takes(shape: Shape) -> None:
 
 @pytest.mark.parametrize("shape", [FULL, LORA])
 @pytest.mark.parametrize("free", [24 * MIB, 40 * MIB, 100 * MIB, 999 * MIB])
-def test_the_largest_batch_fits_and_the_next_does_not(shape: Shape, free: int) -> None:
+def test_the_largest_batch_fits_and_the_next_does_not(shape: Spawn, free: int) -> None:
     batch = largest_batch(shape, free)
     assert batch % BATCH_STEP == 0
 
@@ -213,7 +214,7 @@ def test_the_default_pool_is_what_is_left_up_to_the_default() -> None:
     assert default_kv_tokens(SERVE, 10 * DEFAULT_KV_TOKENS * per_token) == DEFAULT_KV_TOKENS
 
 
-def _apply(shape: Shape, way: str) -> Shape:
+def _apply(shape: Spawn, way: str) -> Spawn:
     name, _, value = way.partition("=")
     if " and " in way:
         for part in way.split(" and "):
@@ -289,5 +290,5 @@ def test_one_limit_serves_refuses_full_training_and_takes_the_ways_out() -> None
     try_full(batch)
 
 
-def _recomputing(shape: Shape, book: Ledger) -> Shape:
+def _recomputing(shape: Spawn, book: Ledger) -> Spawn:
     return replace(shape, checkpointed_layers=choose_checkpointing(shape, book.free, book.transient))

@@ -13,15 +13,14 @@ from typing import TYPE_CHECKING
 import pytest
 
 from harmony_core.errors import EngineError
-from harmony_core.rpc import store
-from harmony_core.rpc.connection import Connection, Listener
+from harmony_core.rpc import connection as driver_end
+from harmony_core.rpc.connection import Answer, Connection, Listener, RankStore
 from harmony_core.rpc.protocol import Dealloc, Hello, Message
 from harmony_core.rpc.rank_channel import RankChannel
-from harmony_core.rpc.store import Answer, RankStore, StoreAdd, StoreGet, StoreSet
-from harmony_core.rpc.wire import FrameDecoder, WireError, encode
+from harmony_core.rpc.wire import FrameDecoder, StoreAdd, StoreGet, StoreSet, WireError, encode
 
 if TYPE_CHECKING:
-    from harmony_core.engine.store import ChannelStore
+    from harmony_core.engine.groups import ChannelStore
 
 HELLO = Hello(token="t", protocol=1, version="v", rank=0, world_size=2, pid=1, device="cpu", torch="")
 MIB = 1 << 20
@@ -56,7 +55,7 @@ def test_who_waits_is_answered_when_the_last_key_comes() -> None:
 
 def test_it_holds_so_much_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     """Values, keys and those who wait count; what is replaced or answered no longer does."""
-    monkeypatch.setattr(store, "MAX_STORE_BYTES", 10_000)
+    monkeypatch.setattr(driver_end, "MAX_STORE_BYTES", 10_000)
     ranks = RankStore()
     for _ in range(20):
         asked(ranks, StoreSet(key="same", value=bytes(5000)))
@@ -146,7 +145,7 @@ Connect = Callable[..., tuple["ChannelStore", Driver]]
 @pytest.fixture
 def connect(no_leftovers: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Connect]:
     """Ranks of one run, each with the driver at the other end."""
-    from harmony_core.engine.store import ChannelStore
+    from harmony_core.engine.groups import ChannelStore
 
     opened: list[tuple[RankChannel, Driver]] = []
 

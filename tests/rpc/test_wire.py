@@ -9,9 +9,16 @@ import pytest
 
 from harmony_core import errors
 from harmony_core.errors import ConfigError, HarmonyError, RankError, SampleTooLong
+from harmony_core.model.spec import ModelSpec
 from harmony_core.rpc import protocol, wire
 from harmony_core.rpc.protocol import Beat, Dealloc, Generated, Hello, Nothing, Score, Spawn
 from harmony_core.rpc.wire import Failure, Frame, FrameDecoder, WireError, encode, error_of, failure_of
+
+SPEC = ModelSpec(
+    architecture="LlamaForCausalLM", model_type="llama", vocab_size=9, hidden_size=8, intermediate_size=8, num_layers=1,
+    num_heads=2, num_kv_heads=1, head_dim=4, tied=True, max_positions=16, stored_dtype="float32", num_parameters=1,
+    attention_bias=False, qk_norm=False, window=4, windowed_layers=1,
+)  # fmt: skip
 
 
 def decode(data: bytes) -> list[Frame]:
@@ -191,8 +198,6 @@ def test_large_bodies_pass_unchanged():
 
 
 def test_spawn_crosses_with_its_nested_parts():
-    source = protocol.ModelSource(weights="/m", digest="d")
-    spawn = Spawn(
-        name="p", source=source, tp=2, train=True, max_batch_tokens=8, kv_tokens=8, lora=protocol.LoraSettings(rank=4)
-    )
+    source, lora = protocol.ModelSource(weights="/m", digest="d"), protocol.LoraSettings(rank=4)
+    spawn = Spawn(name="p", tp=2, train=True, max_batch_tokens=8, kv_tokens=8, spec=SPEC, source=source, lora=lora)
     assert decode(encode("call", spawn, id=1, seq=0))[0].body == spawn

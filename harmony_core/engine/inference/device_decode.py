@@ -24,7 +24,7 @@ from harmony_core.engine.inference.sampler import hide, put, sample_on_device, w
 from harmony_core.engine.inference.step import FILTERED, GREEDY, SamplingParameters
 from harmony_core.engine.models.context import DecodeAttention, ForwardContext, forward_context
 from harmony_core.engine.models.model import CausalLM
-from harmony_core.memory.sizes import DECODE_SPLIT, PAGE_SHARING
+from harmony_core.memory.plan import DECODE_SPLIT, PAGE_SHARING
 
 if TYPE_CHECKING:
     from harmony_core.engine.inference.runner import KVCache

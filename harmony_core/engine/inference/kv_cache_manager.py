@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from harmony_core.engine.inference.requests import InputBatch, Int32s, Prefill, Sequence
 from harmony_core.engine.inference.step import TOKEN_BYTES
-from harmony_core.memory.sizes import PAGE_SIZE
+from harmony_core.memory.plan import PAGE_SIZE
 
 ROOT = 0
 """The node before the first block of a sequence."""

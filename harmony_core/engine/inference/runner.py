@@ -33,7 +33,7 @@ from harmony_core.engine.inference.step import (
 from harmony_core.engine.models.context import ForwardContext, PagedAttention, forward_context
 from harmony_core.engine.models.model import CausalLM
 from harmony_core.errors import ResourceError
-from harmony_core.memory.sizes import LOGITS_AT_ONCE, MAX_RUNNING, PAGE_SIZE
+from harmony_core.memory.plan import LOGITS_AT_ONCE, MAX_RUNNING, PAGE_SIZE
 from harmony_core.rpc.protocol import Ranges
 
 _COPIED_AT_ONCE = 16

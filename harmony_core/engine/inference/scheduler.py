@@ -34,7 +34,7 @@ from harmony_core.engine.inference.requests import (
 )
 from harmony_core.engine.inference.step import TOKEN_BYTES, Finished, StepPlan, StepResult, float64, int32
 from harmony_core.errors import DataError, EngineError, HarmonyError, PromptTooLong
-from harmony_core.memory.sizes import DECODE_SPLIT, MAX_RUNNING, PAGE_SIZE
+from harmony_core.memory.plan import DECODE_SPLIT, MAX_RUNNING, PAGE_SIZE
 from harmony_core.rpc.protocol import Sampling
 
 NO_CHANGES: NDArray[np.int32] = np.zeros((0, 3), dtype=np.int32)

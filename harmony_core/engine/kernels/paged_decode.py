@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from harmony_core.memory.sizes import DECODE_SPLIT
+from harmony_core.memory.plan import DECODE_SPLIT
 
 _LOG2_E = 1.4426950408889634
 

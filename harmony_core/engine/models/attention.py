@@ -31,7 +31,7 @@ from harmony_core.engine.models.context import (
     current_context,
 )
 from harmony_core.errors import ModelRefused
-from harmony_core.memory.sizes import PADDING_SHARE
+from harmony_core.memory.plan import PADDING_SHARE
 
 NAME = "harmony"
 PADDING_TOKENS = 64

@@ -26,8 +26,8 @@ from transformers import AutoModelForSequenceClassification
 from harmony_core.engine.models.matmul import add_matmul, plain_matmul, wide, wide_matmul
 from harmony_core.engine.models.model import CausalLM
 from harmony_core.engine.models.parallel import all_reduce
-from harmony_core.memory.sizes import HEAD_DEVICE_BYTES, HEAD_HOST_BYTES, HEAD_TILES
-from harmony_core.rpc import progress
+from harmony_core.memory.plan import HEAD_DEVICE_BYTES, HEAD_HOST_BYTES, HEAD_TILES
+from harmony_core.rpc.rank_channel import progress
 
 if TYPE_CHECKING:
     from harmony_core.engine.models.model import CausalLM

@@ -28,7 +28,7 @@ from harmony_core.engine.models.parallel import Shard, TensorParallel, full_shap
 from harmony_core.errors import ModelRefused, VerificationError
 from harmony_core.model.weight_files import read_headers
 from harmony_core.plain_files import read_json, real_path, refuse_code
-from harmony_core.rpc import progress
+from harmony_core.rpc.rank_channel import progress
 
 
 class CheckpointReader:

@@ -24,7 +24,7 @@ from harmony_core.engine.models.layers import Product, set_product
 from harmony_core.engine.models.matmul import wide, wide_matmul
 from harmony_core.engine.models.parallel import Shard, TensorParallel, full_shape, gather_full, shard_of, sum_gradient
 from harmony_core.errors import DataError
-from harmony_core.rpc import progress
+from harmony_core.rpc.rank_channel import progress
 
 if TYPE_CHECKING:
     from harmony_core.engine.models.adapters import AdapterInfo

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from harmony_core.rpc import progress
+from harmony_core.rpc.rank_channel import progress
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

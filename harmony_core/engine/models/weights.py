@@ -25,7 +25,7 @@ from harmony_core.engine.models.heads import architecture_with_score
 from harmony_core.engine.models.loading import CheckpointReader, check_names, tied_names
 from harmony_core.engine.models.model import CausalLM
 from harmony_core.engine.models.parallel import full_shape, gather_full, shard_of
-from harmony_core.rpc import progress
+from harmony_core.rpc.rank_channel import progress
 
 _LOCAL = "sliding_attention"
 """The layers of gemma3_text with a rotation of their own."""

@@ -29,7 +29,7 @@ from torch.utils.hooks import RemovableHandle
 
 from harmony_core.engine.models.parallel import Shard, TensorParallel, full_shape, gather_full, shard_of
 from harmony_core.errors import InternalError, VerificationError
-from harmony_core.rpc import progress
+from harmony_core.rpc.rank_channel import progress
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

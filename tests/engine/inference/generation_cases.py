@@ -16,7 +16,8 @@ from harmony_core.engine.models.adapters import add_lora
 from harmony_core.engine.models.loading import load_model
 from harmony_core.engine.models.model import CausalLM
 from harmony_core.engine.models.parallel import full_shape, shard_of
-from harmony_core.rpc.protocol import LoraSettings, Sampling, unpack_floats, unpack_ints
+from harmony_core.rpc.protocol import LoraSettings, Sampling
+from harmony_core.rpc.wire import unpack_floats, unpack_ints
 from ranks import Group
 
 LORA = LoraSettings(rank=4, alpha=8.0, seed=5)

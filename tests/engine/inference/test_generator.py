@@ -20,7 +20,8 @@ from harmony_core.engine.models.loading import load_model
 from harmony_core.engine.models.model import CausalLM
 from harmony_core.engine.models.parallel import TensorParallel
 from harmony_core.errors import EngineError
-from harmony_core.rpc.protocol import Generated, Sampling, unpack_floats, unpack_ints
+from harmony_core.rpc.protocol import Generated, Sampling
+from harmony_core.rpc.wire import unpack_floats, unpack_ints
 from ranks import RankPool
 
 GREEDY = Sampling(temperature=0, max_tokens=40)

@@ -15,7 +15,8 @@ from harmony_core.engine.inference.step import StepPlan
 from harmony_core.engine.models.loading import load_model
 from harmony_core.engine.models.model import CausalLM
 from harmony_core.engine.models.parallel import TensorParallel
-from harmony_core.rpc.protocol import Generated, Sampling, unpack_floats, unpack_ints
+from harmony_core.rpc.protocol import Generated, Sampling
+from harmony_core.rpc.wire import unpack_floats, unpack_ints
 
 Requests = dict[int, tuple[list[int], Sampling]]
 

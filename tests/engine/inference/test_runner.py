@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from msgspec import structs
 
 import tiny_models
 from harmony_core.engine.inference.device_decode import buckets_up_to
@@ -20,9 +20,10 @@ from harmony_core.engine.models.model import CausalLM
 from harmony_core.engine.models.parallel import TensorParallel
 from harmony_core.errors import ResourceError
 from harmony_core.memory import plan as memory
-from harmony_core.memory.sizes import MAX_RUNNING
+from harmony_core.memory.plan import MAX_RUNNING
 from harmony_core.model.spec import ModelSpec
-from harmony_core.rpc.protocol import Sampling, unpack_floats
+from harmony_core.rpc.protocol import Sampling, Spawn
+from harmony_core.rpc.wire import unpack_floats
 from step_plans import GREEDY, Book, ragged_requests, serve, tokens_of
 
 CPU = torch.device("cpu")
@@ -258,7 +259,7 @@ def test_the_memory_plan_knows_what_decode_steps_work_on(tmp_path: Path) -> None
     tiny_models.build(tmp_path, "llama")
     spec = ModelSpec.read(tmp_path)
     for kv_tokens in (256, 4096, 65_536):
-        shape = memory.Shape(spec, 1, False, None, 64, kv_tokens, device="cuda", dtype="float32")
+        shape = Spawn(spec=spec, max_batch_tokens=64, kv_tokens=kv_tokens, device="cuda", dtype="float32")
         model = load_model(tmp_path, TensorParallel.single(), torch.device("cpu"), torch.float32)
         runner = Runner(model, kv_tokens, static=True)
         state = runner._state
@@ -268,7 +269,7 @@ def test_the_memory_plan_knows_what_decode_steps_work_on(tmp_path: Path) -> None
         scratch = 4 * (state.most_splits + MAX_RUNNING) * (4 * 8 + 4)
         held = memory.decode_bytes(shape) - memory._GRAPH_BYTES
         assert tensors + spare + scratch < held < tensors + spare + scratch + (2 << 20)
-        without = memory.plan(replace(shape, device="cpu"))
+        without = memory.plan(structs.replace(shape, device="cpu"))
         assert memory.plan(shape).resident == without.resident + held + memory._GRAPH_BYTES
 
 

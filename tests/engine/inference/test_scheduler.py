@@ -12,7 +12,8 @@ from harmony_core.engine.inference.kv_cache_manager import PATIENCE
 from harmony_core.engine.inference.scheduler import PREFILLS_IN_A_ROW, Scheduler
 from harmony_core.engine.inference.step import Finished, StepPlan, StepResult, int32
 from harmony_core.errors import DataError, EngineError, PromptTooLong
-from harmony_core.rpc.protocol import Sampling, unpack_floats, unpack_ints
+from harmony_core.rpc.protocol import Sampling
+from harmony_core.rpc.wire import unpack_floats, unpack_ints
 
 
 def scheduler(kv_tokens: int = 1024, prefill_tokens: int = 64, **options: int) -> Scheduler:

@@ -10,7 +10,8 @@ import pytest
 from engine.inference.simulated_rank import VOCAB, Loop, expected, rows_of
 from harmony_core.engine.inference.scheduler import Scheduler
 from harmony_core.engine.inference.step import Finished
-from harmony_core.rpc.protocol import Sampling, unpack_ints
+from harmony_core.rpc.protocol import Sampling
+from harmony_core.rpc.wire import unpack_ints
 
 
 class Load:

@@ -9,7 +9,8 @@ from engine.inference.simulated_rank import VOCAB, Loop, expected, rows_of
 from harmony_core.engine.inference.scheduler import Scheduler
 from harmony_core.engine.inference.step import Finished, int32
 from harmony_core.errors import EngineError
-from harmony_core.rpc.protocol import Sampling, unpack_floats, unpack_ints
+from harmony_core.rpc.protocol import Sampling
+from harmony_core.rpc.wire import unpack_floats, unpack_ints
 
 PAGE = 4
 

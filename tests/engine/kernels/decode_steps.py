@@ -12,7 +12,7 @@ from torch import Tensor
 from harmony_core.engine.kernels import paged_decode
 from harmony_core.engine.models.attention_cuda import reference
 from harmony_core.engine.models.context import DecodeAttention
-from harmony_core.memory.sizes import DECODE_SPLIT
+from harmony_core.memory.plan import DECODE_SPLIT
 
 EDGES = [1, 15, 16, 17, 255, 256, 257, 600]
 ERRORS = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}

@@ -14,7 +14,8 @@ from engine.training.trainer_cases import Sample, gradients, make_trainer, micro
 from harmony_core.engine.models.parallel import TensorParallel
 from harmony_core.engine.training.trainer import Trainer
 from harmony_core.recipe_file import RecipeFile
-from harmony_core.rpc.protocol import CustomLoss, MicroBatch, pack_doubles, pack_ints
+from harmony_core.rpc.protocol import CustomLoss, MicroBatch
+from harmony_core.rpc.wire import pack_doubles, pack_ints
 from ranks import Group
 
 RECIPE = Path(__file__).parents[2] / "client" / "custom_recipe.py"

@@ -5,12 +5,13 @@ from __future__ import annotations
 import gc
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from msgspec.structs import replace
+
 if TYPE_CHECKING:
-    from harmony_core.memory.plan import Shape
+    from harmony_core.rpc.protocol import Spawn
 
 
 def resident() -> tuple[int, int]:
@@ -35,22 +36,21 @@ def main(directory: Path, warm_up: Path, settings: dict[str, Any]) -> dict[str, 
     """
     import torch
 
-    from harmony_core.memory.plan import Shape, plan
+    from harmony_core.memory.plan import plan
     from harmony_core.model.spec import ModelSpec
-    from harmony_core.rpc.protocol import LoraSettings
+    from harmony_core.rpc.protocol import LoraSettings, Spawn
 
     torch.set_num_threads(1)
     lora = LoraSettings(rank=settings["rank"]) if settings.get("rank") else None
-    shape = Shape(
+    shape = Spawn(
         spec=ModelSpec.read(directory),
-        tp=1,
         train=not settings.get("serve"),
         lora=lora,
         max_batch_tokens=settings["tokens"],
         kv_tokens=settings.get("kv_tokens", 0),
         checkpointed_layers=settings.get("checkpointed", 0),
         scalar=settings.get("scalar", False),
-        headless=settings.get("scalar", False),
+        private=lora is None,
     )
     work = train if shape.train else serve
     work(warm_up, replace(shape, max_batch_tokens=128, kv_tokens=256, checkpointed_layers=int(shape.train)))
@@ -68,7 +68,7 @@ def main(directory: Path, warm_up: Path, settings: dict[str, Any]) -> dict[str, 
     }
 
 
-def train(directory: Path, shape: Shape) -> int:
+def train(directory: Path, shape: Spawn) -> int:
     """Load, make a trainer, fill the pages, a worst-case micro-batch and a step; what was resident before these."""
     import torch
 
@@ -78,7 +78,8 @@ def train(directory: Path, shape: Shape) -> int:
     from harmony_core.engine.models.parallel import TensorParallel
     from harmony_core.engine.training.trainer import Trainer
     from harmony_core.memory.plan import kv_token_bytes
-    from harmony_core.rpc.protocol import MicroBatch, OptimStep, pack_doubles, pack_ints
+    from harmony_core.rpc.protocol import MicroBatch, OptimStep
+    from harmony_core.rpc.wire import pack_doubles, pack_ints
 
     tokens = shape.max_batch_tokens
     model = load_model(directory, TensorParallel.single(), torch.device("cpu"), torch.float32, scalar=shape.scalar)
@@ -102,7 +103,7 @@ def train(directory: Path, shape: Shape) -> int:
     return held
 
 
-def serve(directory: Path, shape: Shape) -> int:
+def serve(directory: Path, shape: Spawn) -> int:
     """Load, fill the pool with as many prompts as it takes, a few tokens each; what was resident before the prompts."""
     import torch
 

@@ -19,11 +19,10 @@ from harmony_core.engine.models.adapters import add_lora
 from harmony_core.engine.models.loading import load_model
 from harmony_core.engine.models.parallel import TensorParallel
 from harmony_core.engine.training.trainer import Trainer
-from harmony_core.memory.plan import Shape, adapter_elements, plan, weight_elements
-from harmony_core.memory.sizes import LOGITS_AT_ONCE
+from harmony_core.memory.plan import LOGITS_AT_ONCE, adapter_elements, plan, weight_elements
 from harmony_core.model.spec import ModelSpec
 from harmony_core.rpc.platform import trim_heap
-from harmony_core.rpc.protocol import LoraSettings, Sampling
+from harmony_core.rpc.protocol import LoraSettings, Sampling, Spawn
 from tiny_models import FAMILIES, build
 
 PROBE = Path(__file__).with_name("memory_probe.py")
@@ -69,7 +68,7 @@ def test_elements_are_counted_exactly(tmp_path: Path, family: str, tied: bool, k
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 def test_gradients_and_optimizer_are_what_the_trainer_holds(tmp_path: Path, dtype: str) -> None:
     directory = build(tmp_path)
-    shape = Shape(ModelSpec.read(directory), 1, True, None, 128, 0, dtype=dtype)
+    shape = Spawn(spec=ModelSpec.read(directory), train=True, private=True, max_batch_tokens=128, dtype=dtype)
     model = load_model(directory, TensorParallel.single(), torch.device("cpu"), getattr(torch, dtype))
     trainer, planned = Trainer(model, None), plan(shape)
     assert planned.weights == model.parameter_bytes()
@@ -81,7 +80,9 @@ def test_the_sampler_takes_what_is_promised(tmp_path: Path, dtype: torch.dtype) 
     """As many rows as it takes at once, some greedy and one with an id that it must not draw, the others with top-p."""
     vocabulary = 32_768
     spec = ModelSpec.read(build(tmp_path, vocab=vocabulary))
-    promised = plan(Shape(spec, 1, False, None, 16, 16, dtype=str(dtype).removeprefix("torch."))).workspace
+    promised = plan(
+        Spawn(spec=spec, max_batch_tokens=16, kv_tokens=16, dtype=str(dtype).removeprefix("torch."))
+    ).workspace
     rows = LOGITS_AT_ONCE // vocabulary
     settings = [Setting.of(Sampling(temperature=float(row > 0), top_p=0.9)) for row in range(rows)]
     draws = unpack_sampling(pack_sampling(settings, np.full(rows, 0.5)))

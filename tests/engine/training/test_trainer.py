@@ -21,7 +21,7 @@ from engine.training.trainer_cases import (
 )
 from harmony_core.engine.training.trainer import Trainer
 from harmony_core.errors import DataError, EngineError, InternalError, NothingToTrain, StepFailed, UsageError
-from harmony_core.rpc.protocol import pack_doubles, pack_ints
+from harmony_core.rpc.wire import pack_doubles, pack_ints
 from tiny_models import build, golden
 
 

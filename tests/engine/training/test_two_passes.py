@@ -14,12 +14,13 @@ from harmony_core.engine.models.adapters import add_lora
 from harmony_core.engine.models.loading import load_model
 from harmony_core.engine.models.model import CausalLM
 from harmony_core.engine.models.parallel import TensorParallel
-from harmony_core.engine.scoring import score
 from harmony_core.engine.training.loss_evaluation import evaluate
 from harmony_core.engine.training.packing import unpack
 from harmony_core.engine.training.trainer import Trainer
+from harmony_core.engine.worker import score
 from harmony_core.errors import InternalError
-from harmony_core.rpc.protocol import LoraSettings, Score, pack_doubles, pack_ints, unpack_floats
+from harmony_core.rpc.protocol import LoraSettings, Score
+from harmony_core.rpc.wire import pack_doubles, pack_ints, unpack_floats
 from tiny_models import build, reference
 
 

@@ -15,7 +15,7 @@ from harmony_core.engine.models.loading import load_model
 from harmony_core.engine.models.parallel import TensorParallel
 from harmony_core.engine.training.trainer import Trainer
 from harmony_core.errors import InternalError
-from harmony_core.rpc.protocol import pack_ints
+from harmony_core.rpc.wire import pack_ints
 from ranks import RankPool
 from tiny_models import build
 

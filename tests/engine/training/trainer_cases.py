@@ -13,7 +13,8 @@ from harmony_core.engine.models.adapters import add_lora
 from harmony_core.engine.models.loading import load_model
 from harmony_core.engine.models.parallel import TensorParallel, gather_full, shard_of
 from harmony_core.engine.training.trainer import Trainer
-from harmony_core.rpc.protocol import LoraSettings, MicroBatch, OptimStep, pack_doubles, pack_floats, pack_ints
+from harmony_core.rpc.protocol import LoraSettings, MicroBatch, OptimStep
+from harmony_core.rpc.wire import pack_doubles, pack_floats, pack_ints
 from ranks import Group
 from tiny_models import random_tokens, reference
 

@@ -19,7 +19,8 @@ from harmony_core.engine.models.heads import SCORE, head_of
 from harmony_core.engine.models.loading import load_model
 from harmony_core.engine.models.parallel import TensorParallel, full_shape, shard_of
 from harmony_core.engine.training.trainer import Trainer
-from harmony_core.rpc.protocol import MicroBatch, pack_doubles, pack_ints
+from harmony_core.rpc.protocol import MicroBatch
+from harmony_core.rpc.wire import pack_doubles, pack_ints
 from ranks import Group
 
 LENGTHS = (9, 5, 12, 1, 7, 3, 6, 10)

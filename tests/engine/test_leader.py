@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from harmony_core.engine.inference.scheduler import Scheduler
-from harmony_core.engine.order import GenerateWork, GlobalWork, ModelQueue, Order, ReplicaQueue, ScoreWork, TrainWork
-from harmony_core.rpc.protocol import Message, MicroBatch, OptimStep, Reblock, Sampling, Score, pack_doubles, pack_ints
+from harmony_core.engine.leader import GenerateWork, GlobalWork, ModelQueue, Order, ReplicaQueue, ScoreWork, TrainWork
+from harmony_core.rpc.protocol import Message, MicroBatch, OptimStep, Reblock, Sampling, Score
+from harmony_core.rpc.wire import pack_doubles, pack_ints
 
 
 def micro_batch(model: str, replica: int = 0) -> MicroBatch:
