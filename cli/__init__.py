@@ -6,7 +6,7 @@ import errno
 import sys
 from collections.abc import Sequence
 
-from .streams import Signals, Streams
+from .output import Signals, Streams
 
 
 def main(argv: Sequence[str] | None = None) -> int:

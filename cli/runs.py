@@ -41,7 +41,7 @@ def list_(
     limit: Annotated[int, typer.Option("--limit", min=1, help="How many, the newest first.")] = 20, json: Json = False
 ) -> int:
     """Runs with their status, exit code and whether they can be resumed, the newest first; 7 where one is damaged."""
-    from .resume import why_not
+    from harmony_core.runs.resuming import why_not
 
     records = list_runs(Home.open(writes=False))[:limit]
     rows = [("ID", "STATUS", "EXIT", "RESUME", "RECIPE", "STARTED")]
@@ -97,7 +97,7 @@ def report(
     json: Json = False,
 ) -> None:
     """Write a run's report anew, one HTML file, and print where it is; of a run that is still going, too."""
-    from harmony_core.runs.report import write_report
+    from harmony_core.runs.report.page import write_report
 
     record = find_run(Home.open(writes=output_file is None), run)
     try:
@@ -152,7 +152,7 @@ def gc(
 
     Models that they saved stay, and so does every run that is running or can be resumed.
     """
-    from .run import seconds
+    from harmony_core.options import seconds
 
     home = Home.open()
     if older_than is None and keep is None:
@@ -224,7 +224,7 @@ def _ended_at(record: RunRecord) -> float:
 
 def _needed(record: RunRecord, force: bool = False) -> str:
     """Why a run is not to be removed; "" when it may be."""
-    from .resume import where_it_goes_on
+    from harmony_core.runs.resuming import where_it_goes_on
 
     if record.status == "running":
         return _is_running(record).message
@@ -251,7 +251,7 @@ def _has_display() -> bool:
 
 
 def _data(record: RunRecord) -> dict[str, Any]:
-    from .resume import where_it_goes_on
+    from harmony_core.runs.resuming import where_it_goes_on
 
     shown = {name: record.data.get(name) for name in ("name", "started", "ended", "exit", "cwd")}
     page = record.directory / "report.html"

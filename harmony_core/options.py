@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -15,7 +16,7 @@ from harmony_core.memory.sizes import LEAST_SECONDS, MAX_SECONDS
 
 if TYPE_CHECKING:
     from harmony_core.recipe_file import RecipeFile
-    from harmony_core.runs.checkpoint_files import Checkpoint
+    from harmony_core.runs.checkpoints import Checkpoint
 
 VARIABLE = "ADAPTIVE_RANK_OPTIONS"
 """The environment variable in which ranks find the flags."""
@@ -118,3 +119,17 @@ class EngineOptions(RunOptions):
     """What runs as each rank."""
     launcher: Sequence[str] = ()
     """What starts the ranks, given `command` as its arguments; empty: `accelerate launch`."""
+
+
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)(s|m|h|d)?")
+_UNITS = {None: 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def seconds(text: str, flag: str = "--timeout", least: float = 0.001) -> float:
+    """`90`, `90s`, `30m`, `2h`, `1d`. Raises UsageError."""
+    match = _DURATION.fullmatch(text.strip())
+    found = float(match[1]) * _UNITS[match[2]] if match else -1.0
+    if not least <= found <= MAX_SECONDS:
+        allowed = f"{least:g} s to {MAX_SECONDS // 86400}d"
+        raise UsageError(f"{flag}: not a time: {text[:40]!r} (allowed: {allowed})", hint="write 90s, 30m, 2h or 1d")
+    return found

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from harmony_core.plain_data import plain
+from harmony_core.plain_files import plain
 
 MASK = "********"
 _MASK = MASK.encode()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from harmony_core.client.capacity import Machine
 from harmony_core.errors import ConflictError, HarmonyError, InternalError
-from harmony_core.launch import private_directory
+from harmony_core.launch.processes import private_directory
 from harmony_core.launch.supervisor import RankHandle, Supervisor
 from harmony_core.notifiers import say
 from harmony_core.options import EngineOptions

@@ -16,7 +16,7 @@ from harmony_core.client.storage import SCHEME
 from harmony_core.config.argument_kinds import checked
 from harmony_core.errors import HarmonyError, NotFoundError, UsageError
 from harmony_core.home import Home
-from harmony_core.launch import private_directory
+from harmony_core.launch.processes import private_directory
 from harmony_core.options import EngineOptions
 from harmony_core.recipe_file import RecipeFile
 from harmony_core.registry import Registry

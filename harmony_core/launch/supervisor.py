@@ -17,11 +17,10 @@ from typing import Any
 
 from harmony_core import __version__
 from harmony_core.errors import EngineError, HarmonyError, LauncherDied, RankDied, RankError, ResourceError
-from harmony_core.launch import postmortem, private_directory
+from harmony_core.launch import diagnosis
+from harmony_core.launch.diagnosis import TICK_SECONDS, RankHandle, Watch
 from harmony_core.launch.launcher import Launch
-from harmony_core.launch.liveness import TICK_SECONDS, Watch
-from harmony_core.launch.processes import LaunchedProcesses, wait_for
-from harmony_core.launch.rank_handle import RankHandle
+from harmony_core.launch.processes import LaunchedProcesses, private_directory, wait_for
 from harmony_core.options import INIT_TIMEOUT, EngineOptions
 from harmony_core.rpc import platform
 from harmony_core.rpc.connection import Connection, Listener
@@ -204,7 +203,7 @@ class Supervisor(Listener):
             handle = self._ended[0]
         if platform.is_ending(self._processes.launcher_pid):
             await wait_for(self._processes.launcher_gone, _SETTLE_SECONDS)
-        signalled = postmortem.launcher_signal(self._processes.launcher_status(), self._processes.log)
+        signalled = diagnosis.launcher_signal(self._processes.launcher_status(), self._processes.log)
         if handle.error is None and signalled:
             self._launcher_died(-signalled)
         else:
@@ -214,30 +213,30 @@ class Supervisor(Listener):
         """Of what the end of a rank is a consequence; "" when it ended by itself."""
         await self._processes.written(self._log_of(handle.rank))
         if handle.error is not None:
-            return "its connection to another rank broke" if postmortem.is_collateral_error(handle.error) else ""
+            return "its connection to another rank broke" if diagnosis.is_collateral_error(handle.error) else ""
         await self._processes.written(self._processes.log)
-        handle.status = await postmortem.exit_status(handle.process, self._processes.log)
-        return await postmortem.follows_from(handle.process, handle.status, self._processes.log)
+        handle.status = await diagnosis.exit_status(handle.process, self._processes.log)
+        return await diagnosis.follows_from(handle.process, handle.status, self._processes.log)
 
     def _died_unheard_of(self) -> bool:
         """Fail for a rank that the launcher reports dead and that never connected, if there is one."""
-        reported = postmortem.reported_failure(self._processes.log)
+        reported = diagnosis.reported_failure(self._processes.log)
         if reported is None or reported.rank in self._handles:
             return False
-        lines = postmortem.excerpt(self._processes.log)
+        lines = diagnosis.excerpt(self._processes.log)
         words = self._in_words(reported.status)
         text = f"rank {reported.rank} (pid {reported.pid or 'unknown'}) died before it reached the driver: {words}"
         where: dict[str, Any] = {"rank": reported.rank, "pid": reported.pid, "status": reported.status}
-        shown = postmortem.shown(self._processes.log, lines)
+        shown = diagnosis.shown(self._processes.log, lines)
         self._fail(RankDied(text + shown, cause=words, phase="starting", log=lines, **where))
         return True
 
     def _in_words(self, status: int | None) -> str:
-        return postmortem.in_words(status, platform.oom_kills() - self._oom_kills)
+        return diagnosis.in_words(status, platform.oom_kills() - self._oom_kills)
 
     def _describe(self, handle: RankHandle) -> HarmonyError:
         log = self._log_of(handle.rank)
-        lines = postmortem.last_lines(log)
+        lines = diagnosis.last_lines(log)
         where: dict[str, Any] = {"rank": handle.rank, "pid": handle.pid, "phase": handle.phase, "log": lines}
         if handle.error is not None:
             error = handle.error
@@ -252,16 +251,16 @@ class Supervisor(Listener):
         if handle.follows:
             cause += f" ({handle.follows}; what came before is not known)"
         text = f"rank {handle.rank} (pid {handle.pid}) died {handle.where()}: {cause}"
-        return RankDied(text + postmortem.shown(log, lines), cause=cause, status=handle.status, **where)
+        return RankDied(text + diagnosis.shown(log, lines), cause=cause, status=handle.status, **where)
 
     def _hold_error(self, error: HarmonyError) -> float:
         """A call that failed because another rank did gets that rank's failure, if it shows soon."""
-        return _SETTLE_SECONDS if postmortem.is_collateral_error(error) else 0.0
+        return _SETTLE_SECONDS if diagnosis.is_collateral_error(error) else 0.0
 
     def _launcher_died(self, status: int) -> None:
-        lines = postmortem.excerpt(self._processes.log)
+        lines = diagnosis.excerpt(self._processes.log)
         text = f"the launcher of the ranks {self._in_words(status)}"
-        self._fail(LauncherDied(text + postmortem.shown(self._processes.log, lines), status=status, log=lines))
+        self._fail(LauncherDied(text + diagnosis.shown(self._processes.log, lines), status=status, log=lines))
 
     def _fail(self, error: HarmonyError) -> None:
         """The end of the engine: everybody who waits gets `error`, and the processes are ended."""

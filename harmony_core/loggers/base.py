@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 from harmony_core.journal import current
 from harmony_core.loggers.table import Table
-from harmony_core.plain_data import plain, unwrapped
+from harmony_core.plain_files import plain, unwrapped
 
 Metrics: TypeAlias = Mapping[str, "str | int | float | Table"]
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harmony_core.cli.streams import Streams, _Lasting
+from harmony_core.cli.output import Streams, _Lasting
 
 from harmony_core import redaction
 from harmony_core.redaction import MASK, KeptPrints, Redactor

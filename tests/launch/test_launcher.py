@@ -14,8 +14,15 @@ import yaml
 
 from harmony_core.errors import ConfigError, NotFoundError, ResourceError
 from harmony_core.launch import launcher
-from harmony_core.launch.accelerate_config import VARIABLES, AccelerateSettings, read_accelerate_config
-from harmony_core.launch.launcher import Launch, launch_command, launch_environment, resolve
+from harmony_core.launch.launcher import (
+    VARIABLES,
+    AccelerateSettings,
+    Launch,
+    launch_command,
+    launch_environment,
+    read_accelerate_config,
+    resolve,
+)
 from harmony_core.options import VARIABLE, EngineOptions, RunOptions
 
 SAVED_BY_ACCELERATE = """\
