@@ -1,4 +1,4 @@
-"""Which command was meant, and what every error looks like at the edge of the process."""
+"""Finds the command, loads its module, and reports every error at the edge of the process."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ Exit codes: 0 ok, 1 the recipe raised, 2 usage, configuration or data, 3 not fou
 
 @dataclass
 class Reply:
-    """What a command leaves for `--json`, and what it knew when it failed."""
+    """The object that a command leaves for `--json`, and its known flags for error messages."""
 
     data: dict[str, Any] | None = None
     known_flags: list[str] = field(default_factory=list)
@@ -109,7 +109,7 @@ def _typed(error: BaseException, words: list[str], word: str, reply: Reply) -> H
 
 
 def _usage_error(error: BaseException, words: list[str], word: str, reply: Reply) -> UsageError:
-    """All unknown flags at once, each with the nearest ones; or what else is wrong, in Typer's words."""
+    """All unknown flags at once, each with the nearest ones; any other mistake in Typer's words."""
     help_hint = f"adaptive {word} --help" if word in COMMANDS else "adaptive --help"
     if hasattr(error, "option_name") and hasattr(error, "possibilities") and reply.known_flags:
         given = dict.fromkeys(w.partition("=")[0] for w in words if w.startswith("--") and w != "--")
@@ -183,7 +183,7 @@ def _app(words: list[str], word: str, reply: Reply, completing: bool) -> typer.T
 
 
 def _add(app: typer.Typer, name: str, text: str, words: list[str], reply: Reply, completing: bool) -> None:
-    """Add the command of the module of that name: its `app`, or what its `application` makes for the recipe."""
+    """Add the command of the module of that name: its `app`, or the result of its `application` for the recipe."""
     module = importlib.import_module(f".{name}", __package__)
     made = module.app if hasattr(module, "app") else module.application(_recipe(words, completing), words, reply)
     if isinstance(made, typer.Typer):

@@ -80,7 +80,7 @@ def _no(name: str) -> str:
 
 
 def _joined(first: Parameter, second: Parameter) -> Parameter:
-    """The same name in two variants: one flag that takes what either takes."""
+    """One flag for a name that two variants have: it takes the values of both."""
     choices = tuple(dict.fromkeys((*first.choices, *second.choices)))
     same = first.type == second.type
     return replace(
@@ -152,7 +152,7 @@ class Configured:
     models: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def settled(self, recipe: Recipe, registry: Registry) -> Configured:
-        """The same with every name in it checked. Raises what is wrong with them."""
+        """A copy in which every name was looked up. Raises the error of a name that is wrong."""
         if self.config is None:
             return self
         config, models = settle_names(self.config, self.resolved, registry, recipe.path.parent)
@@ -161,7 +161,7 @@ class Configured:
 
 @dataclass(frozen=True)
 class Invocation:
-    """A parsed command line: the runner's values by name, and what was given for the recipe."""
+    """A parsed command line: the runner's values by name, and the recipe's flags."""
 
     recipe: Recipe
     values: dict[str, Any]
@@ -173,7 +173,7 @@ class Invocation:
         environment: Mapping[str, str] = os.environ,
         check: Callable[[Resolved], None] = lambda resolved: None,
     ) -> Configured:
-        """Merge YAML files, the environment, `--set` and flags over `base`, `check` what was given, and validate.
+        """Merge YAML files, the environment, `--set` and flags over `base`, `check` the result, and validate it.
 
         Raises NotFoundError for a file that is not there, ConfigError with everything else that is wrong.
         """

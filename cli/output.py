@@ -1,4 +1,8 @@
-"""Lines for people and progress on stderr, data on stdout, and the one object of `--json`."""
+"""Output: lines for people and progress on stderr, data on stdout, the streams themselves, and signals.
+
+A pipe whose reader is gone, a closed terminal and a full disk end the printing, not the run. Everything that a run
+prints is also kept in its directory.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +31,7 @@ if TYPE_CHECKING:
 
 
 def clean(text: str) -> str:
-    """Text without control characters, which could rewrite what a terminal shows."""
+    """Text without control characters, which could rewrite the lines of a terminal."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
@@ -52,7 +56,7 @@ def tell_errors(errors: Iterable[dict[str, Any]]) -> None:
 
 
 def tell_result(outcome: dict[str, Any], quiet: bool, as_json: bool) -> None:
-    """What a finished run leaves on the terminal beside its errors: its result on stdout, the rest on stderr."""
+    """Print the result of a finished run on stdout, its gates and saved models on stderr."""
     for gate in outcome["gates"]:
         held = "holds" if gate["passed"] else "does not hold"
         if not quiet or not gate["passed"]:
@@ -124,7 +128,7 @@ def _encodable(text: str, stream: IO[str]) -> str:
 
 @contextlib.contextmanager
 def diverted(json: bool, streams: Streams) -> Iterator[None]:
-    """With `json`, what is written to stdout meanwhile, by subprocesses too, goes to stderr; else nothing changes."""
+    """With `json`, redirect stdout to stderr inside the block, for subprocesses too."""
     if not json:
         yield
         return
@@ -182,7 +186,7 @@ def _bars(streams: Streams) -> Iterator[ProgressSink]:
     tasks: dict[str, TaskID] = {}
 
     class Above(FileProxy):
-        """What is printed passes above the bars, and is kept."""
+        """Prints above the bars, and keeps the text."""
 
         def __init__(self, name: str) -> None:
             super().__init__(console, getattr(sys, name))
@@ -219,9 +223,9 @@ class Streams:
     def __init__(self) -> None:
         self.kept = {"stdout": KeptPrints(), "stderr": KeptPrints()}
         self.failure: OSError | None = None
-        """Why stdout did not take everything, other than that its reader has left."""
+        """The error that stopped stdout, unless its reader has left."""
         self.beside: IO[str] = sys.stderr
-        """stderr for a progress bar, which is not to be kept."""
+        """stderr for a progress bar, whose output is not kept."""
         self._installed = False
         self._kept_streams: list[IO[str]] = []
 
@@ -250,11 +254,11 @@ class Streams:
         return stream
 
     def for_prints_on_stderr(self) -> IO[str]:
-        """What stands for stdout while that belongs to `--json`: written to stderr, kept as stdout."""
+        """The stand-in for stdout while `--json` owns stdout: it writes to stderr, and keeps the text as stdout's."""
         return self._stream(2, self.kept["stdout"]) if self._installed else sys.stderr
 
     def keep_in(self, run: Run) -> None:
-        """Keep what is printed in the run's directory until the run has its end."""
+        """Keep all prints in the run's directory until the run has ended."""
         if self._installed:
             for name, kept in self.kept.items():
                 kept.begin(run.log_dir / f"{name}.log", run.redactor)
@@ -270,7 +274,7 @@ class Streams:
 
 
 class _Lasting(io.RawIOBase):
-    """Bytes for a descriptor, of which the writer never hears that they cannot be delivered."""
+    """A raw stream over a descriptor that drops bytes that cannot be delivered."""
 
     def __init__(self, descriptor: int, kept: KeptPrints | None, streams: Streams) -> None:
         self.name = "<stdout>" if descriptor == 1 else "<stderr>"
@@ -289,7 +293,7 @@ class _Lasting(io.RawIOBase):
         return os.isatty(self._descriptor)
 
     def write(self, data: ReadableBuffer, /) -> int:
-        """All of it, or what the descriptor takes; never raises OSError."""
+        """Write as much as the descriptor takes. Never raises OSError; returns the full length."""
         left = whole = bytes(data)
         if self._kept is not None:
             self._kept.write(whole)
@@ -305,7 +309,7 @@ class _Lasting(io.RawIOBase):
 
     def _lose(self, error: OSError) -> None:
         if error.errno in _GONE:
-            # What is started from here on, and what writes to the descriptor itself, is to find it usable.
+            # Later subprocesses and direct writers find a usable descriptor.
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._descriptor)
             os.close(nowhere)
@@ -322,16 +326,16 @@ class Terminated(KeyboardInterrupt):
 
 
 class Signals:
-    """While no recipe runs, SIGTERM and SIGHUP end a command as Ctrl-C does, with what was begun put away.
+    """While no recipe runs, SIGTERM and SIGHUP end a command as Ctrl-C does, after its cleanup.
 
     One that was ignored when the process was started stays ignored.
     """
 
     def __init__(self) -> None:
         self.resumable = False
-        """Whether the command goes on with a run that has a checkpoint: stopped, it can be resumed as before."""
+        """Whether the command resumes a run that has a checkpoint, and so can be resumed again."""
         self.finishing = False
-        """Whether a run's outcome stands and is being recorded, which no signal changes any more."""
+        """Whether the run's outcome is being recorded; signals are ignored from then on."""
 
     def install(self) -> None:
         """For as long as the process lives; a recipe that runs has handlers of its own meanwhile."""

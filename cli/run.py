@@ -1,4 +1,4 @@
-"""`adaptive run`: the runner's flags, the run, and with `--resume` the run that goes on and what has changed since."""
+"""`adaptive run`: the runner's flags, preparing and recording a run, and resuming one."""
 
 from __future__ import annotations
 
@@ -162,8 +162,7 @@ def _start(invocation: Invocation, words: Sequence[str], reply: Reply) -> int:
 
 
 def _knowing(configured: Configured) -> Redactor:
-    """Knows the secrets of the environment and of the configuration; a model's key is none, whatever equals it."""
-
+    """A redactor for the secrets of the environment and the configuration. A model's key is never a secret."""
     known = Redactor.from_environment(os.environ)
     if configured.config is not None:
         known = known.knowing(configured.config.model_dump())
@@ -189,7 +188,7 @@ def _record_inputs(run: Run, recipe: Recipe, configured: Configured) -> None:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run that was checked and not yet begun."""
+    """The inputs of a run, checked before it begins."""
 
     configured: Configured
     options: RunOptions
@@ -198,7 +197,7 @@ class Prepared:
 
 
 def _prepare(invocation: Invocation, registry: Registry) -> Prepared:
-    """Everything that can be wrong before a run exists. Raises what is."""
+    """Check everything that can be checked before the run exists. Raises the errors of all checks."""
     values, recipe = invocation.values, invocation.recipe
     if values["resume"] is None:
         if values["allow_change"]:
@@ -297,7 +296,7 @@ class Resumption:
         compare(f"run {self.record.id}", {name: saved.get(name) for name in asked}, asked, hint)
 
     def check(self, recipe: Recipe, before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-        """What has changed, one line each. Raises UsageError when there is something and it was not allowed."""
+        """The changes since the checkpoint, one line each. Raises UsageError for changes that are not allowed."""
         mask = Redactor().knowing(before).knowing(now)
         changes = [mask.text(change) for change in differences(before, now)]
         if self.record.data.get("recipe_sha256") not in (None, recipe.sha256):
@@ -314,7 +313,7 @@ class Resumption:
 
 
 def masked(data: Any) -> list[tuple[str, ...]]:
-    """The places whose values were masked as secrets; of a list the whole list."""
+    """The places whose values were masked as secrets; for a list, the place of the whole list."""
     return [
         tuple(map(str, path))
         for path, value in places(data)
@@ -325,7 +324,7 @@ def masked(data: Any) -> list[tuple[str, ...]]:
 
 
 def _fill(data: dict[str, Any], place: tuple[str, ...], given: Mapping[str, Any] | None) -> None:
-    """Put what is given at a place, or leave the place out."""
+    """Put the given value in a place, or remove the place."""
     for key in place[:-1]:
         data, given = data[key], None if given is None else given.get(key)
     if given is None:

@@ -53,7 +53,7 @@ class RunOptions:
     dry_run: bool = False
     assume: str | None = None
     keep_checkpoints: int | None = None
-    """How many checkpoints stay. None: two, and none when the run has ended well and what it trained is saved."""
+    """How many checkpoints stay. None: two, or 0 once the run has succeeded and every trained model is saved."""
     save_wait: float | None = None
     """Seconds for which a save that finds the disk full is tried again. None: 600, and 0 where CI is set."""
     allow_change: bool = False
@@ -65,30 +65,28 @@ class RunOptions:
                 raise UsageError(f"{name}: {value} (allowed: {least:g} to {MAX_SECONDS} seconds)")
 
     def kept(self) -> dict[str, Any]:
-        """What a resumed run is started with again, as JSON holds it."""
+        """The options that a resumed run takes over, as plain data."""
         file = None if self.accelerate_config is None else str(self.accelerate_config)
         return {name: getattr(self, name) for name in _KEPT} | {"accelerate_config": file}
 
     def resuming(self, kept: Mapping[str, Any]) -> RunOptions:
-        """These options; where one was not given, that with which the run was started."""
-        again = {name: kept[name] for name in _KEPT if kept.get(name) is not None and self._is_default(name)}
+        """These options, with the values that the run was started with where an option was not given."""
+        default = [name for name in _KEPT if getattr(self, name) == getattr(RunOptions, name)]
+        again = {name: kept[name] for name in default if kept.get(name) is not None}
         if kept.get("accelerate_config"):
             again.pop("num_processes", None)  # it is in the file
         if "accelerate_config" in again:
             again["accelerate_config"] = Path(again["accelerate_config"])
         return replace(self, **again)
 
-    def _is_default(self, name: str) -> bool:
-        return bool(getattr(self, name) == getattr(RunOptions, name))
-
     def for_ranks(self, device: str, world_size: int) -> str:
-        """The value of `VARIABLE`: the flags, with the device and the number of ranks that they have come to."""
+        """The value of `VARIABLE`: the flags, with the resolved device and number of ranks."""
         flags = {flag.name: getattr(self, flag.name) for flag in fields(RunOptions)}
         return json.dumps(flags | {"device": device, "num_processes": world_size, "accelerate_config": None})
 
     @classmethod
     def of_rank(cls, environ: Mapping[str, str] = os.environ) -> RunOptions:
-        """The flags as a rank is given them; outside of one the defaults."""
+        """The flags on a rank; the defaults elsewhere."""
         return cls(**json.loads(environ.get(VARIABLE, "{}")))
 
 
@@ -100,7 +98,7 @@ RUNNER_FLAGS = {flag.name for flag in fields(RunOptions)} - {"compile"} | {
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions(RunOptions):
-    """The flags and what they are about: one run, or one session."""
+    """The flags together with the run or session that they belong to."""
 
     log_dir: Path
     """Takes `rank-N.log` and `launcher.log`; made if it is missing."""
@@ -108,17 +106,17 @@ class EngineOptions(RunOptions):
     recipe: RecipeFile | None = None
     """The file whose functions the ranks may import as losses."""
     resumed: Checkpoint | None = None
-    """What the run continues from; it may save again what it had saved before."""
+    """The checkpoint that the run continues from; steps after it may save the same models again."""
     temporary_logs: bool = False
     """Whether `log_dir` is removed with the engine."""
     secrets: frozenset[str] = frozenset()
-    """Values to mask in what the ranks write, beside those of the environment."""
+    """Values to mask in the output of the ranks, beside those of the environment."""
     cache: Path | None = None
     """Where the code that ranks compile is kept over runs; None: where torch puts it."""
     command: Sequence[str] = (sys.executable, "-P", "-m", "harmony_core.engine.process")
-    """What runs as each rank."""
+    """The command of each rank."""
     launcher: Sequence[str] = ()
-    """What starts the ranks, given `command` as its arguments; empty: `accelerate launch`."""
+    """The command that starts the ranks, with `command` as its arguments; empty: `accelerate launch`."""
 
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(s|m|h|d)?")

@@ -1,4 +1,4 @@
-"""What happened to the ranks: which one is stuck, which one failed first, and how a process ended, in words."""
+"""The formats of torchrun's reports and faulthandler's dumps, read to find the rank that is stuck or failed first."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def excerpt(path: Path) -> list[str]:
 
 
 def stack(dump: str) -> list[str]:
-    """The frames of a process's main thread, innermost first, from what faulthandler wrote on a signal."""
+    """The frames of a process's main thread, innermost first, from the dump that faulthandler wrote on a signal."""
     found = dump.rpartition("Current thread ")[2].splitlines()[1:]
     return list(itertools.takewhile(lambda line: line.startswith("File "), map(str.strip, found)))
 
@@ -108,7 +108,7 @@ def _told(launcher_log: Path) -> str:
 
 
 def reported_failure(launcher_log: Path) -> Reported | None:
-    """What torchrun wrote about the rank that failed first, or accelerate about its only one, whose pid it omits (0).
+    """The rank that failed first as torchrun reports it, or the only rank as accelerate does, without its pid (0).
 
     On one machine torchrun's local rank is the rank.
     """
@@ -122,7 +122,7 @@ def reported_failure(launcher_log: Path) -> Reported | None:
 
 
 def _ended_by_launcher(pid: int, launcher_log: Path) -> bool:
-    """Whether the launcher was shutting down and ended process `pid`: it says so first, and only of what still runs."""
+    """Whether the launcher was shutting down and ended process `pid`: it says so before it does."""
     return str(pid) in _ELASTIC_ENDS.findall(_told(launcher_log))
 
 
@@ -168,7 +168,7 @@ def is_collateral_error(error: HarmonyError) -> bool:
 
 
 async def follows_from(process: ProcessHandle, status: int | None, launcher_log: Path) -> str:
-    """The cause of a rank's end that came without a word, when it is a consequence; "" when nothing speaks for one.
+    """The cause of a rank's end that came without a word, when it is a consequence of another failure, else "".
 
     A rank that ends by a signal of its own makes the launcher report it; one that the launcher ends, it named before.
     """

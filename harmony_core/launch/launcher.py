@@ -1,4 +1,4 @@
-"""How the ranks are started: what an accelerate configuration may set, the command line, and the environment.
+"""How the ranks are started: the accelerate configuration, the command line, and the environment.
 
 An accelerate configuration file may set the number of processes, the devices, and environment variables. Everything
 else in such a file changes how accelerate would train, which the engine does itself: it is refused by name, unless it
@@ -65,12 +65,12 @@ _KINDS = {
     "a list of devices": (_DEVICES, "CUDA_VISIBLE_DEVICES"),
 }
 VARIABLES = {name: (kind, pattern) for kind, (pattern, names) in _KINDS.items() for name in names.split()}
-"""What `environment` may set, with the kind and form of the value: nothing that names a file, a folder or a library."""
+"""The variables that `environment` may set, with the kind and form of the value. None names a file or a library."""
 
 
 @dataclass(frozen=True)
 class AccelerateSettings:
-    """What is taken from the file. `gpu_ids` is "" for all devices."""
+    """The settings that are taken from the file. `gpu_ids` is "" for all devices."""
 
     num_processes: int | None = None
     gpu_ids: str = ""
@@ -148,7 +148,7 @@ _TORCHRUN = {
 
 @dataclass(frozen=True)
 class Launch:
-    """A resolved launch: device "cpu" or "cuda", how many ranks, and what the user's file adds."""
+    """A resolved launch: device "cpu" or "cuda", the number of ranks, and the settings of the user's file."""
 
     device: str
     world_size: int
@@ -244,7 +244,7 @@ def launch_environment(options: EngineOptions, launch: Launch, environ: Mapping[
         "PYTHONUNBUFFERED": "1",
         "NCCL_NVLS_ENABLE": "0",  # no NVLink multicast
         "NCCL_RAS_ENABLE": "0",  # it listens, and answers anyone
-        "TORCH_GLOO_LAZY_INIT": "0",  # ranks connect while a group is made: afterwards its port takes nothing
+        "TORCH_GLOO_LAZY_INIT": "0",  # ranks connect while a group is made: afterwards its port is closed
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
         "ADAPTIVE_RUN_ID": options.run_id,

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
+import json
 import os
 import secrets
 import shutil
 import signal
 import stat
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -17,13 +20,14 @@ from pathlib import Path
 import psutil
 
 from harmony_core.errors import EngineError, ResourceError
-from harmony_core.launch import pump
 from harmony_core.launch.launcher import Launch, launch_command, launch_environment
+from harmony_core.launch.pump import PIPE_BYTES
 from harmony_core.options import EngineOptions
-from harmony_core.plain_files import is_locked
+from harmony_core.plain_files import is_locked, try_lock
 from harmony_core.redaction import Redactor
 from harmony_core.rpc.platform import start_time
 
+LAUNCHER = "launcher"
 MARK = "ADAPTIVE_RANK_LAUNCH"
 """Environment variable that every process of one launch has, and no other process: only those are ever ended."""
 
@@ -116,6 +120,41 @@ def processes_with(variable: str, value: str) -> dict[int, dict[str, str]]:
     return {pid: environment for pid, environment in found.items() if environment.get(variable) == value}
 
 
+def start_reader(
+    directory: Path, log_dir: Path, names: Iterable[str], secrets: Iterable[str]
+) -> subprocess.Popen[bytes]:
+    """Start the process that reads the output of these processes, "launcher" or "rank-N".
+
+    Each has a pipe in `directory`, the launch's private one, and a log in `log_dir`. Raises OSError.
+    """
+    pairs: list[tuple[int, int]] = []
+    with contextlib.ExitStack() as opened:
+        for name in names:
+            pipe = directory / f"{name}.out"
+            pipe.unlink(missing_ok=True)
+            os.mkfifo(pipe, 0o600)
+            reading = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+            opened.callback(os.close, reading)
+            with contextlib.suppress(OSError, AttributeError):  # Linux only, and bounded for the user
+                fcntl.fcntl(reading, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+            anew = os.O_TRUNC if name == LAUNCHER else 0
+            log = os.open(log_dir / f"{name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | anew, 0o600)
+            opened.callback(os.close, log)
+            try_lock(log)  # not taken while the reader of an earlier attempt still writes
+            pairs.append((reading, log))
+        reader = subprocess.Popen(
+            [sys.executable, "-P", "-m", "harmony_core.launch.pump"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            pass_fds=[descriptor for pair in pairs for descriptor in pair],
+            start_new_session=True,
+        )
+    assert reader.stdin is not None
+    with contextlib.suppress(BrokenPipeError), reader.stdin as stdin:
+        stdin.write(json.dumps({"pairs": pairs, "secrets": list(secrets)}).encode())
+    return reader
+
+
 class LaunchedProcesses:
     """The launcher and its descendants. `log` takes the launcher's own output."""
 
@@ -134,12 +173,12 @@ class LaunchedProcesses:
         """
         env = launch_environment(self._options, self._launch, os.environ)
         known = {*self._options.secrets, *Redactor.from_environment(env).values}
-        names = [pump.LAUNCHER, *(f"rank-{rank}" for rank in range(self._launch.world_size))]
+        names = [LAUNCHER, *(f"rank-{rank}" for rank in range(self._launch.world_size))]
         log_dir = self._options.log_dir
         try:
             log_dir.mkdir(parents=True, exist_ok=True)
-            self._reader = pump.start(directory, log_dir, names, known)
-            output = os.open(pump.pipe_of(directory, pump.LAUNCHER), os.O_WRONLY | os.O_NONBLOCK)
+            self._reader = start_reader(directory, log_dir, names, known)
+            output = os.open(directory / f"{LAUNCHER}.out", os.O_WRONLY | os.O_NONBLOCK)
         except OSError as error:
             reason = f"cannot keep the output of the ranks in {log_dir}: {error.strerror or error}"
             raise ResourceError(reason) from error

@@ -80,7 +80,7 @@ class _Manifest(TypedDict):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One whole checkpoint. `state` is what was saved beside the models' files."""
+    """One whole checkpoint. `state` was saved beside the models' files."""
 
     directory: Path
     state: dict[str, Any]
@@ -105,12 +105,12 @@ def taking_back(checkpoint: Checkpoint) -> Iterator[None]:
         raise damaged(checkpoint.directory / STATE, reason) from error
 
 
+@dataclass(frozen=True)
 class CheckpointStore:
     """The checkpoints of one run. The newest `keep` stay, and those that they name in `needs`."""
 
-    def __init__(self, directory: Path, keep: int = 2) -> None:
-        self.directory = directory
-        self.keep = keep
+    directory: Path
+    keep: int = 2
 
     def names(self) -> list[str]:
         """The names of all checkpoints, whole or not, newest first."""
@@ -157,7 +157,7 @@ class CheckpointStore:
         raise NotFoundError(f"there is no checkpoint in {self.directory}", hint="start the run anew")
 
     def prepare(self, chosen: Checkpoint | None) -> None:
-        """Before a run writes: what a killed writer left goes, and what is newer than `chosen` is put aside."""
+        """Prepare the directory for a run: remove unfinished checkpoints, put aside those newer than `chosen`."""
         self.directory.mkdir(parents=True, exist_ok=True)
         for path in self.directory.glob(".writing-*"):
             shutil.rmtree(path, ignore_errors=True)
@@ -183,7 +183,7 @@ class CheckpointStore:
             shutil.rmtree(writing.directory, ignore_errors=True)
 
     def prune(self) -> list[str]:
-        """Remove what is older than the newest `keep` and not needed by them. Returns the names removed."""
+        """Remove the checkpoints that are older than the newest `keep` and not needed by them. Returns their names."""
         names = self.names()
         kept = set(names[: max(self.keep, 1)])
         for name in list(kept):
@@ -209,7 +209,7 @@ class CheckpointStore:
 
 @dataclass(frozen=True)
 class Writing:
-    """A checkpoint under way, of which the name is that which it gets with `commit`."""
+    """An unfinished checkpoint; `commit` gives it its `name`."""
 
     store: CheckpointStore
     name: str
@@ -228,7 +228,7 @@ class Writing:
             files = sorted(path for path in self.directory.rglob("*") if path.is_file())
             assert not any(path.suffix in PICKLE_SUFFIXES for path in files), "a checkpoint holds no pickle"
             names = {path: path.relative_to(self.directory).as_posix() for path in files}
-            record = {
+            manifest = {
                 "manifest": FORMAT,
                 "created": datetime.now(UTC).isoformat(timespec="seconds"),
                 "harmony_core": __version__,
@@ -239,7 +239,7 @@ class Writing:
             }
             for path in {*files, *(path.parent for path in files)}:
                 fsync_path(path)
-            write_json(self.directory / MANIFEST, record)
+            write_json(self.directory / MANIFEST, manifest)
             target = self.store.directory / self.name
             os.rename(self.directory, target)
             fsync_path(self.store.directory)
@@ -254,11 +254,11 @@ def _number(name: str) -> int:
 
 
 def _verified(directory: Path) -> Checkpoint:
-    """Raises VerificationError for anything that is not as it was written."""
-    record = read_json(directory / MANIFEST)
-    check_kind(directory / MANIFEST, record, _Manifest)
+    """A checkpoint whose files all have their hashes. Raises VerificationError."""
+    manifest = read_json(directory / MANIFEST)
+    check_kind(directory / MANIFEST, manifest, _Manifest)
     listed = set()
-    for entry in record["files"]:
+    for entry in manifest["files"]:
         name = entry["path"]
         path = directory / name
         try:
@@ -276,7 +276,7 @@ def _verified(directory: Path) -> Checkpoint:
 
 
 def _state_of(directory: Path) -> dict[str, Any]:
-    """What was saved beside the models' files. Raises VerificationError where a part of it is of another type."""
+    """The state of a checkpoint. Raises VerificationError where a part of it has another type."""
     state = read_json(directory / STATE)
     check_kind(directory / STATE, state, _State)
     return state

@@ -1,4 +1,4 @@
-"""Resuming a run: the stages that its training classes are, which runs can go on, and what has changed since.
+"""Resuming: the stages of a run, finding a run that can be resumed, and comparing it with its checkpoint.
 
 A recipe's training classes are its stages, in the order in which they begin. A finished stage leaves a checkpoint with
 its weights, so that a resumed run skips it and the next stage continues from them.
@@ -63,8 +63,9 @@ class RunCheckpoints:
         self.enabled = os.environ.get(SWITCH_OFF) is None and self.store.keep != 0
         self.unused = self.resumed is not None
         """Whether no stage has continued from `resumed` yet."""
-        self.store.prepare(self.resumed)
+        self.store.directory.mkdir(parents=True, exist_ok=True)
         if self.resumed is not None:
+            self.store.prepare(self.resumed)
             (self.store.directory / LEAVE).unlink(missing_ok=True)
             hint = f"resume {self.resumed.name} as it was started"
             compare("the run", self.resumed.state.get("run", {}), self.facts, hint)
@@ -96,18 +97,18 @@ class RunCheckpoints:
         if self.resumed is None:
             return None
         stages = [*self.resumed.state.get("finished_stages", ()), self.resumed.state.get("data")]
-        record: dict[str, Any] | None = stages[number] if number < len(stages) else None
-        if record is None:
+        stage: dict[str, Any] | None = stages[number] if number < len(stages) else None
+        if stage is None:
             return None
         compare(
             f"stage {number + 1}",
-            {"name": record.get("name"), "algorithm": record.get("recipe_type")},
+            {"name": stage.get("name"), "algorithm": stage.get("recipe_type")},
             {"name": name, "algorithm": algorithm},
             "a resumed recipe must run the same training classes in the same order",
         )
         self.unused = False
-        own = self.store.directory / record["checkpoint"] if "checkpoint" in record else None
-        return (self.resumed if own is None else Checkpoint(own, self.resumed.state)), record
+        own = self.store.directory / stage["checkpoint"] if "checkpoint" in stage else None
+        return (self.resumed if own is None else Checkpoint(own, self.resumed.state)), stage
 
     def asked_to_leave(self) -> bool:
         """Whether the file `GRACEFUL_EXIT` is there."""
@@ -124,7 +125,7 @@ class RunCheckpoints:
         return PATIENCE_SECONDS if self._running is not None and self.enabled and self._has_step else 0.0
 
     def state(self, data: Mapping[str, Any] | None, *ended: dict[str, Any]) -> dict[str, Any]:
-        """What a checkpoint records of the run; `data` is the stage's own part, None between two stages.
+        """The state of a checkpoint; `data` is the stage's own part, None between two stages.
 
         `ended` is the record of a stage that counts as finished with this checkpoint.
         """
@@ -168,7 +169,7 @@ def where_it_goes_on(record: RunRecord) -> dict[str, Any] | None:
 def find_resumable(home: Home, reference: str, recipe: str | None = None) -> RunRecord:
     """The run that a reference means; `newest`: the newest one (of `recipe`) that can be resumed.
 
-    Raises NotFoundError, ConflictError while it is alive, UsageError when it is of another recipe or nothing is left.
+    Raises NotFoundError, ConflictError while it is alive, UsageError when it is of another recipe or complete.
     """
     if reference != NEWEST:
         record = find_run(home, reference)

@@ -1,4 +1,4 @@
-"""One run's directory: what is needed to see and repeat it, and its event log.
+"""One run: its directory with everything needed to inspect and repeat it, its event log, and its outcome.
 
     runs/<id>/  run.json  lock  argv.json  config.yaml  sources.json  inputs/  versions.json  models.json
                 events.jsonl  logs/  checkpoints/  result.json  report.html
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import json
 import logging
 import os
@@ -40,7 +39,7 @@ log = logging.getLogger(__name__)
 PACKAGES = ("harmony-core", "torch", "transformers", "accelerate", "peft", "pydantic", "tokenizers", "safetensors")
 
 _OURS = ("ok", "exit", "code", "status", "run", "resume", "planned_until")
-"""Fields of a result that no text of the user's is in."""
+"""Fields of a result that hold no text of the user's."""
 
 EventListener = Callable[[dict[str, Any]], None]
 
@@ -62,7 +61,7 @@ class EventLog:
         self._listeners.append(listener)
 
     def write(self, type: str, data: dict[str, Any], rank: int | None = None) -> None:
-        """Append one event. After `close`, and on a full disk, events are dropped: a run does not die of that."""
+        """Append one event. After `close` and on a full disk events are dropped, and the run goes on."""
         with self._lock:
             event = {
                 "v": 1,
@@ -83,7 +82,7 @@ class EventLog:
             listener(event)
 
     def close(self) -> None:
-        """Write nothing any more."""
+        """Drop later events."""
         with self._lock:
             if self._file is not None:
                 with contextlib.suppress(OSError):
@@ -140,12 +139,12 @@ class Run:
 
     @property
     def log_dir(self) -> Path:
-        """For the output of each rank; of a resumed run another one each time."""
+        """The directory for the output of each rank, a new one each time that the run is resumed."""
         times = self._state.get("resumed", 0)
         return self.directory / "logs" / f"resumed-{times}" if times else self.directory / "logs"
 
     def note(self, **facts: Any) -> None:
-        """Add to what `run.json` says of the run."""
+        """Add facts to `run.json`."""
         self._state |= facts
         self.write_json("run.json", self._state)
 
@@ -159,7 +158,7 @@ class Run:
         resumed: RunRecord | None = None,
         redactor: Redactor | None = None,
     ) -> Iterator[Run]:
-        """`create` or `reopen`, and in every case an end: a run that is left by an exception counts as failed."""
+        """`create` or `reopen`, finished in every case: an exception that leaves the block makes the run failed."""
         run = cls.create(home, name, argv, redactor) if resumed is None else cls.reopen(resumed, argv, redactor)
         try:
             yield run
@@ -172,34 +171,29 @@ class Run:
     @classmethod
     @contextlib.contextmanager
     def temporary(cls, name: str) -> Iterator[Run]:
-        """A run that leaves nothing behind, for a dry run."""
+        """A run in a temporary directory, for a dry run."""
         with tempfile.TemporaryDirectory(prefix="adaptive-dry-run-") as directory:
             run = cls(Path(directory), name, Redactor.from_environment(os.environ), None, {})
-            try:
+            with contextlib.closing(run.events):
                 yield run
-            finally:
-                run.events.close()
 
     def write_json(self, name: str, data: Any) -> None:
-        """A file of the run, complete or not there. What may hold secrets is to be masked before."""
+        """Write a file of the run atomically. The caller masks secrets."""
         self.write_text(name, json.dumps(plain(data), indent=2, ensure_ascii=False) + "\n")
 
     def write_text(self, name: str, text: str) -> None:
-        """A file of the run, complete or not there. What may hold secrets is to be masked before.
-
-        Raises ResourceError.
-        """
+        """Write a file of the run atomically. The caller masks secrets. Raises ResourceError."""
         path = self.directory / name
         with storing(f"cannot write {path}"):
             path.parent.mkdir(parents=True, exist_ok=True)
             write_text(path, text)
 
     def masked(self, result: Mapping[str, Any]) -> dict[str, Any]:
-        """The end of a run without secrets; what only says how it ended stays as it is."""
+        """A result with its secrets masked; fields that never hold a user's text stay."""
         return {name: value if name in _OURS else self.redactor.data(value, name) for name, value in result.items()}
 
     def at_finish(self, call: Callable[[], None]) -> None:
-        """Have a call made when the end is recorded, before the report is written."""
+        """Call when the end is recorded, before the report is written."""
         self._endings.append(call)
 
     def finish(self, status: str, exit_code: int, result: Mapping[str, Any], report: bool = True) -> None:
@@ -228,7 +222,7 @@ class Run:
 
 
 def _lines_in(path: Path) -> int:
-    """How many events a file holds; a last one that was cut off is ended first, so that the next stands alone."""
+    """How many events a file holds. A last line that was cut off is ended first, so that the next is on its own."""
     if not path.exists():
         return 0
     with path.open("rb+") as file:
@@ -252,17 +246,13 @@ def _new_directory(runs: Path, name: str) -> Path:
         second = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
         count = len(list(runs.glob(f"{second}-*")))
         directory = runs / f"{second}-{count:03}-{slug}-{secrets.token_hex(2)}"
-        try:
+        with contextlib.suppress(FileExistsError):
             directory.mkdir(mode=0o700)
-        except OSError as error:
-            if error.errno != errno.EEXIST:
-                raise
-        else:
             return directory
 
 
 def versions() -> dict[str, str | None]:
-    """Of Python and of the packages that decide results; read from metadata, nothing is imported."""
+    """Versions of Python and of the packages that affect results, read from metadata without importing them."""
     found: dict[str, str | None] = {"python": sys.version.split()[0], "platform": platform.platform()}
     for package in PACKAGES:
         try:
@@ -277,7 +267,7 @@ Status = Literal["succeeded", "failed", "stopped", "planned"]
 
 @dataclass
 class Outcome:
-    """What came of a recipe."""
+    """How a run ended: exit code, status, and the data for `result.json` and `--json`."""
 
     exit_code: int = 0
     status: Status = "succeeded"
@@ -287,7 +277,7 @@ class Outcome:
     errors: list[dict[str, Any]] = field(default_factory=list)
     plan: list[dict[str, Any]] = field(default_factory=list)
     rows: list[dict[str, Any]] = field(default_factory=list)
-    """How many rows of each dataset are too long: of a dry run."""
+    """Of a dry run: how many rows of each dataset are too long."""
     planned_until: str = ""
     """Where a dry run ended."""
     resume: dict[str, Any] | None = None
@@ -316,7 +306,7 @@ class Outcome:
 
 
 def leaves(error: BaseException) -> Iterator[BaseException]:
-    """The errors in a group; an error that is no group is its only one."""
+    """The errors in a group, or the error itself."""
     if isinstance(error, BaseExceptionGroup):
         for inner in error.exceptions:
             yield from leaves(inner)
@@ -325,7 +315,7 @@ def leaves(error: BaseException) -> Iterator[BaseException]:
 
 
 def exit_code_of(error: BaseException) -> int:
-    """Of our errors their own code, of anything else 1; of a group the lowest."""
+    """The error's own code if it is one of ours, else 1; the lowest of a group."""
     return min(leaf.exit_code if isinstance(leaf, HarmonyError) else 1 for leaf in leaves(error))
 
 
@@ -347,7 +337,7 @@ def error_data(error: BaseException) -> dict[str, Any]:
 
 
 def _typed_lines(error: HarmonyError, issues: list[str]) -> list[str]:
-    """Message, place in the recipe, notes and hint; no frames: our errors say themselves what is wrong."""
+    """Message, place in the recipe, notes and hint. Our errors explain themselves, so other frames are left out."""
     lines = issues if issues else error.message.splitlines()
     own = [frame for frame in frames_in(error.__traceback__) if is_own(frame)]
     lines = [*lines, *(f"  {frame.filename}:{frame.line} in {frame.function}" for frame in own[-3:])]

@@ -12,7 +12,7 @@ import json
 import math
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -31,7 +31,6 @@ from harmony_core.runs.report.reading import (
     Curve,
     Interval,
     RunData,
-    Stage,
     read_run,
 )
 
@@ -62,22 +61,24 @@ def build_report(directory: Path, status: str | None = None) -> str:
     data = read_run(directory, status)
     charts = _charts(data)
     flat = [chart for chart in charts if _is_flat(chart[1])]
-    stages = [_times(label, stage) for label, stage in zip(data.labels, data.stages, strict=True)]
-    rewards = [value for sample in data.samples if (value := _number(sample.get("reward"))) is not None]
+    times = [with_optimizer(shares(stage.intervals), stage.optimizer_seconds) for stage in data.stages]
+    rewards = [value for sample in data.samples if (value := _finite(sample.get("reward"))) is not None]
+    settings = [(path, shown(value), data.sources.get(path, "")) for path, value in _leaves(data.config)]
     return _template().render(
         data=data,
         charts=charts,
         drawn=[chart for chart in charts if chart not in flat],
         flat=[(name, " / ".join(dict.fromkeys(one["last"] for one in series))) for name, series in flat],
         joined=any(p.values > 1 for stage in data.stages for curve in stage.curves.values() for p in curve.points),
-        stages=[stage for stage in stages if stage["total"] > 0],
-        cards=[_card(sample, min(rewards, default=0.0), max(rewards, default=0.0)) for sample in data.samples],
+        stage_times=[(*found, sum(found[2].values())) for found in zip(data.labels, data.stages, times, strict=True)],
+        low=min(rewards, default=0.0),
+        high=max(rewards, default=0.0),
         tables=_tables(data),
         texts=[(name, text[: LIMITS["cell"]]) for stage in data.stages for name, text in stage.texts.items()][
             : LIMITS["rows"]
         ],
         spawns=_spawns(data),
-        settings=[s for s in _settings(data) if (s[0], s[2]) != ("union_variant", "default")][:500],
+        settings=[s for s in settings if (s[0], s[2]) != ("union_variant", "default")][:500],
         command=f"adaptive {shlex.join(map(str, data.argv))}" if data.argv else None,
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
@@ -104,9 +105,11 @@ def _template() -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "seconds": seconds, "shown": shown, "indented": _indented}
+    environment.filters |= {"number": number, "seconds": seconds, "size": _size, "shown": shown, "indented": _indented}
+    environment.filters |= {"finite": _finite, "pieces": _pieces}
     environment.globals |= {"style": Markup(style), "script": Markup(script), "policy": Markup(policy)}
-    environment.globals |= {"max": LIMITS | {"sample_text": MAX_SAMPLE_TEXT}}
+    environment.globals |= {"max": LIMITS | {"sample_text": MAX_SAMPLE_TEXT}, "colours": _PHASES}
+    environment.globals |= {"held_as": _HELD, "spawn_limits": _SPAWN_LIMITS}
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     return environment.get_template("page.html")
 
@@ -151,7 +154,7 @@ def _indented(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, indent=2, ensure_ascii=False)
 
 
-def _number(value: object) -> float | None:
+def _finite(value: object) -> float | None:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
@@ -233,37 +236,10 @@ def with_optimizer(found: dict[str, float], ranks_seconds: float) -> dict[str, f
     return _in_order({**found, TRAINING: together - apart, OPTIMIZER: apart})
 
 
-def _times(label: str, stage: Stage) -> dict[str, Any]:
-    """The wall time of a stage by phase."""
-    found = with_optimizer(shares(stage.intervals), stage.optimizer_seconds)
-    total, place, phases = sum(found.values()), 0.0, []
-    for index, (name, spent) in enumerate(found.items() if total > 0 else ()):
-        colour = _PHASES.get(name, f"p{4 + index % 3}")
-        phases.append({"name": name, "seconds": spent, "share": spent / total, "place": place, "colour": colour})
-        place += spent / total
-    return {"label": label, "total": total, "steps": stage.optimizer_steps, "phases": phases}
-
-
-def _card(sample: dict[str, Any], low: float, high: float) -> dict[str, Any]:
-    """A sample with its rewards and grades as chips (name, value, level) and its trained tokens coloured."""
-    reward, grades, sign = sample.get("reward"), sample.get("grades"), _number(sample.get("advantage")) or 0.0
-    place = (value - low) / (high - low) if (value := _number(reward)) is not None and high > low else None
-    chips = [(name, sample[name], "plain") for name in ("reward", "advantage") if name in sample]
-    chips += [(name, value, "plain") for name, value in (grades.items() if isinstance(grades, dict) else ())]
-    if place is not None:
-        chips[0] = ("reward", reward, f"r{min(int(place * 5), 4)}")
-    direction = " up" if sign > 0 else " down" if sign < 0 else ""
-    turns = [turn for turn in sample["turns"] if isinstance(turn, dict)]
-    return sample | {
-        "chips": [(name, value if _number(value) is None else number(value), level) for name, value, level in chips],
-        "turns": [(turn.get("role", "?"), _pieces(turn.get("pieces"), direction)) for turn in turns],
-    }
-
-
 def _pieces(found: object, direction: str) -> list[tuple[Any, str, str]]:
     """(text, class, title) of each piece of a turn; the class is "" where the text is not trained."""
     pieces = [p for p in found if isinstance(p, list) and len(p) >= 2] if isinstance(found, list) else []
-    weights = [_number(piece[1]) or 0.0 for piece in pieces]
+    weights = [_finite(piece[1]) or 0.0 for piece in pieces]
     most = max(map(abs, weights), default=0.0)
     return [
         _token(piece, weight / most, direction + (" odd" if place % 2 else ""))
@@ -275,7 +251,7 @@ def _pieces(found: object, direction: str) -> list[tuple[Any, str, str]]:
 
 def _token(piece: list[Any], share: float, marks: str) -> tuple[str, str, str]:
     text, title = str(piece[0]), f"weight {piece[1]}"
-    if len(piece) > 2 and (logprob := _number(piece[2])) is not None:
+    if len(piece) > 2 and (logprob := _finite(piece[2])) is not None:
         title += f", log-prob {logprob:.3f}, probability {math.exp(min(logprob, 0.0)):.1%}"
     level = max(1, min(math.ceil(abs(share) * 4), 4))
     return text, f"t w{level}{marks}{' nl' if text.endswith(chr(10)) else ''}" if text else "", title
@@ -295,45 +271,20 @@ def _tables(data: RunData) -> list[tuple[str, list[Any], list[list[str]]]]:
     return blocks
 
 
-def _spawns(data: RunData) -> list[dict[str, Any]]:
-    """Each spawn with the memory that was planned for it and the memory that its ranks hold."""
+def _spawns(data: RunData) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """Each spawn, as it was planned, with the records of the memory that its ranks hold; then copies of models."""
     held: dict[str, dict[Any, list[dict[str, Any]]]] = {}
     for found in data.held:
         held.setdefault(str(found.get("model")), {}).setdefault(found["rank"], []).append(found)
     planned = data.planned[: LIMITS["rows"]]
-    copies: list[dict[str, Any]] = [{"name": name, "kind": "a frozen copy"} for name in held]
-    ranks = [[q.pop(0) for q in held.get(str(s.get("name")), {}).values() if q] for s in [*planned, *copies]]
-    return [
-        _spawn(spawn, own)
-        for place, (spawn, own) in enumerate(zip([*planned, *copies], ranks, strict=True))
-        if own or place < len(planned)
-    ]
-
-
-def _spawn(spawn: Mapping[str, Any], ranks: list[dict[str, Any]]) -> dict[str, Any]:
-    words = [f"{name} {number(spawn[name])}" for name in _SPAWN_LIMITS if spawn.get(name)]
-    if ranks and ranks[0].get("num_parameters"):
-        trained = number(ranks[0].get("trainable_parameters", 0))
-        words = [f"{number(ranks[0]['num_parameters'])} parameters", f"{trained} trained", *words]
-    found = spawn.get("bytes")
-    rows = []
-    for part, count in (found if isinstance(found, dict) and found else dict.fromkeys(_HELD)).items():
-        amounts = [rank[_HELD[part]] for rank in ranks if part in _HELD and _HELD[part] in rank]
-        if count or any(amounts):
-            numbers = [amount for amount in amounts if isinstance(amount, int | float)] or [0]
-            ends = dict.fromkeys((_size(min(numbers)), _size(max(numbers))))
-            rows.append((part, "–" if count is None else _size(count), " to ".join(ends) if amounts else ""))
-    return {"spawn": spawn, "words": words, "rows": rows, "ranks": len(ranks)}
+    spawns = [*planned, *({"name": name, "kind": "a frozen copy"} for name in held)]
+    ranks = [[q.pop(0) for q in held.get(str(s.get("name")), {}).values() if q] for s in spawns]
+    return [found for place, found in enumerate(zip(spawns, ranks, strict=True)) if found[1] or place < len(planned)]
 
 
 def _size(count: object) -> str:
     """Bytes for people; anything else as it is."""
     return format_size(count) if isinstance(count, int) else str(count)
-
-
-def _settings(data: RunData) -> list[tuple[str, str, str]]:
-    """(name, value, source) of each value of the configuration."""
-    return [(path, shown(value), data.sources.get(path, "")) for path, value in _leaves(data.config)]
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

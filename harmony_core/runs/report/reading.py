@@ -34,7 +34,7 @@ _BARE = (b'"type": "micro_batch"', b'"type": "progress"')
 
 
 class Point(NamedTuple):
-    """Neighbouring values as one: the last step and time, and what the values were."""
+    """Neighbouring values as one: the last step and time, and mean, least and greatest value."""
 
     step: float
     seconds: float
@@ -105,7 +105,7 @@ class Interval(NamedTuple):
 
 @dataclass
 class Stage:
-    """What one training class logged, or all of a run that has none."""
+    """The log of one training class, or of a whole run without one."""
 
     name: str
     config: dict[str, Any] = field(default_factory=dict)
@@ -247,8 +247,6 @@ class _Reader:
         """From the first event to the present one."""
         self._resumed_at = self._phases_end = 0.0
         self._takers = {
-            "run.start": self._run_start,
-            "run.end": self._run_end,
             "config.resolved": lambda found: self.data.config.update(found.get("config") or {}),
             "metrics.config": lambda found: setattr(self, "_config", found),
             "metrics": self._metrics,
@@ -267,20 +265,17 @@ class _Reader:
         if name := _KEPT.get(event["type"]):
             getattr(data, name).append({**event["data"], "rank": str(event.get("rank"))})
         try:
-            self._takers.get(event["type"], lambda found: None)(event["data"])
+            if event["type"] == "run.start":  # a second one: the phases of a resumed run count from 0 again
+                self._resumed_at = self._phases_end
+            elif event["type"] == "run.end" and data.status in ("running", "unknown"):
+                data.run["status"] = str(event["data"].get("status"))
+            elif event["type"] in self._takers:
+                self._takers[event["type"]](event["data"])
         except (AttributeError, TypeError, ValueError, OverflowError):  # not of the shape that its type has
             data.damaged_lines += 1
 
-    def _run_start(self, found: dict[str, Any]) -> None:
-        """A second start in one file: the phases of a resumed run count from 0 again."""
-        self._resumed_at = self._phases_end
-
-    def _run_end(self, found: dict[str, Any]) -> None:
-        if self.data.status in ("running", "unknown"):
-            self.data.run["status"] = str(found.get("status"))
-
     def present_stage(self) -> Stage:
-        """The present stage. Another config begins a new one: what follows it belongs there."""
+        """The present stage. A new config begins a new stage."""
         stages, config = self.data.stages, self._config
         self._config = None
         if not stages or (config is not None and config != stages[-1].config and len(stages) < MAX_STAGES):
