@@ -19,7 +19,6 @@ from harmony_core.errors import (
     ConflictError,
     HarmonyError,
     NotFoundError,
-    ResourceError,
     VerificationError,
     storing,
 )
@@ -100,11 +99,8 @@ def report(
     from harmony_core.runs.report.page import write_report
 
     record = find_run(Home.open(writes=output_file is None), run)
-    try:
+    with storing(f"cannot write the report to {output_file or record.directory}"):
         file = write_report(record.directory, output_file, status=record.status).absolute()
-    except OSError as error:
-        where = output_file or record.directory
-        raise ResourceError(f"cannot write the report to {where}: {error.strerror or error}") from error
     output.answer(json, {"run": record.id, "report": str(file)}, str(file))
     _check(record, "events.jsonl")
     if open_ is Open.yes or (open_ is Open.auto and not json and _has_display()):
@@ -190,9 +186,8 @@ def _remove(home: Home, record: RunRecord) -> int:
     refuse_links(home.runs, record.directory)
     with storing(f"cannot remove run {record.id}"):
         try:
-            with (record.directory / "lock").open(
-                "a"
-            ) as lock:  # held, so that the run cannot be resumed while it is deleted
+            # The lock is held, so that the run cannot be resumed while it is deleted.
+            with (record.directory / "lock").open("a") as lock:
                 if not try_lock(lock):
                     raise _is_running(record)
                 size = size_of(record.directory)

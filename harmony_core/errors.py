@@ -218,7 +218,7 @@ def storage_error(doing: str, error: OSError) -> HarmonyError:
     """The typed error for a failing disk: the action, the file, and the system's reason."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     few = "allow more open files: ulimit -n 4096" if error.errno in (errno.EMFILE, errno.ENFILE) else ""
-    where = f" ({error.filename})" if error.filename else ""
+    where = f" ({error.filename})" if error.filename and str(error.filename) not in doing else ""
     return ResourceError(
         f"{doing}: {error.strerror or error}{where}",
         hint="free some space and try again; nothing stored before was touched" if full else few,

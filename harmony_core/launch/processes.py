@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 
-from harmony_core.errors import EngineError, ResourceError
+from harmony_core.errors import EngineError, storing
 from harmony_core.launch.launcher import Launch, launch_command, launch_environment
 from harmony_core.launch.pump import PIPE_BYTES
 from harmony_core.options import EngineOptions
@@ -175,13 +175,10 @@ class LaunchedProcesses:
         known = {*self._options.secrets, *Redactor.from_environment(env).values}
         names = [LAUNCHER, *(f"rank-{rank}" for rank in range(self._launch.world_size))]
         log_dir = self._options.log_dir
-        try:
+        with storing(f"cannot keep the output of the ranks in {log_dir}"):
             log_dir.mkdir(parents=True, exist_ok=True)
             self._reader = start_reader(directory, log_dir, names, known)
             output = os.open(directory / f"{LAUNCHER}.out", os.O_WRONLY | os.O_NONBLOCK)
-        except OSError as error:
-            reason = f"cannot keep the output of the ranks in {log_dir}: {error.strerror or error}"
-            raise ResourceError(reason) from error
         with os.fdopen(output, "wb", buffering=0) as stream:
             os.set_blocking(output, True)
             self._launcher = subprocess.Popen(

@@ -1,8 +1,8 @@
 """Starts, watches and ends the ranks of a launch, apart from the client: it is run with fake ranks, too.
 
-It reports the first failure from three signals: the end of a rank's socket (immediate), the launcher's exit (the fallback), and a beat every
-second that tells a stuck rank from a dead one. The first failure ends the engine: every pending and later call raises
-it.
+It reports the first failure from three signals: the end of a rank's socket (immediate), the launcher's exit (the
+fallback), and a beat every second that tells a stuck rank from a dead one. The first failure ends the engine: every
+pending and later call raises it.
 """
 
 from __future__ import annotations

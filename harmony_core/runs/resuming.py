@@ -176,13 +176,11 @@ def find_resumable(home: Home, reference: str, recipe: str | None = None) -> Run
         record.require()
         if recipe is not None and record.data.get("recipe") != recipe:
             raise UsageError(f"run {record.id} is of the recipe {record.data.get('recipe')}, not {recipe}")
-        reason = why_not(record)
-        if reason:
+        if reason := why_not(record):
             raise UsageError(f"run {record.id} cannot be resumed: {reason}", hint="start a new run")
         return record
     records = [r for r in list_runs(home) if recipe is None or r.data.get("recipe") == recipe]
-    found = next((record for record in records if why_not(record) is None), None)
-    if found is not None:
+    if found := next((record for record in records if why_not(record) is None), None):
         return found
     of = f" of {recipe}" if recipe else ""
     told = f"; the newest, {records[0].id}: {why_not(records[0])}" if records else ""
@@ -192,17 +190,13 @@ def find_resumable(home: Home, reference: str, recipe: str | None = None) -> Run
 def why_not(record: RunRecord) -> str | None:
     """Why a run cannot be resumed; None when it can."""
     store = CheckpointStore(record.directory / "checkpoints")
-    if record.problem:
-        return record.problem
-    if record.status == "running":
-        return "it is running"
+    if record.problem or record.status == "running":
+        return record.problem or "it is running"
     if not isinstance(record.data.get("recipe"), str):
         return "it does not say of which recipe it is"
     if record.status == "succeeded" and going_on(store, record.id, record.status) is None:
         return "it has ended well, and nothing is left to do"
-    if not store.names():
-        return "it has no checkpoint"
-    return None
+    return None if store.names() else "it has no checkpoint"
 
 
 def compare(what: str, saved: Mapping[str, Any], present: Mapping[str, Any], hint: str) -> None:
