@@ -274,9 +274,9 @@ def _tables(data: RunData) -> list[tuple[str, list[Any], list[list[str]]]]:
 def _spawns(data: RunData) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
     """Each spawn, as it was planned, with the records of the memory that its ranks hold; then copies of models."""
     held: dict[str, dict[Any, list[dict[str, Any]]]] = {}
-    for found in data.held:
+    for found in data.kept["spawn"]:
         held.setdefault(str(found.get("model")), {}).setdefault(found["rank"], []).append(found)
-    planned = data.planned[: LIMITS["rows"]]
+    planned = data.kept["spawn.planned"][: LIMITS["rows"]]
     spawns = [*planned, *({"name": name, "kind": "a frozen copy"} for name in held)]
     ranks = [[q.pop(0) for q in held.get(str(s.get("name")), {}).values() if q] for s in spawns]
     return [found for place, found in enumerate(zip(spawns, ranks, strict=True)) if found[1] or place < len(planned)]

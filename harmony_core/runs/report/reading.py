@@ -27,8 +27,7 @@ LOG_LINES = 40
 LOG_LINE_LENGTH = 500
 _LOG_TAIL = 64 * 1024
 
-_KEPT = {"spawn.planned": "planned", "spawn": "held", "rank_ready": "ranks", "gate": "gates", "model.saved": "saved"}
-"""Events that are kept unchanged, and the field that keeps them."""
+_KEPT = ("spawn.planned", "spawn", "rank_ready", "gate", "model.saved")
 _BARE = (b'"type": "micro_batch"', b'"type": "progress"')
 """Frequent events that the report does not need: they are not parsed."""
 
@@ -139,11 +138,8 @@ class RunData:
     dropped: Counter[str] = field(default_factory=Counter)
     dropped_last: dict[str, str] = field(default_factory=dict)
     taken: int | None = None
-    planned: list[dict[str, Any]] = field(default_factory=list)
-    held: list[dict[str, Any]] = field(default_factory=list)
-    ranks: list[dict[str, Any]] = field(default_factory=list)
-    gates: list[dict[str, Any]] = field(default_factory=list)
-    saved: list[dict[str, Any]] = field(default_factory=list)
+    kept: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: {type: [] for type in _KEPT})
+    """The data of each event that is kept unchanged, by the type of the event."""
     curves_left_out: int = 0
     damaged_lines: int = 0
     began: float | None = None
@@ -157,7 +153,7 @@ class RunData:
     @property
     def gates_failed(self) -> bool:
         """Whether a gate does not hold."""
-        return any(not gate.get("passed") for gate in self.gates)
+        return any(not gate.get("passed") for gate in self.kept["gate"])
 
     @property
     def errors(self) -> list[str]:
@@ -166,11 +162,6 @@ class RunData:
         errors = [error for error in found if isinstance(error, dict)] if isinstance(found, list) else []
         lines = [(error.get("lines"), error.get("message")) for error in errors]
         return ["\n".join(map(str, told)) if isinstance(told, list) else str(message) for told, message in lines]
-
-    @property
-    def optimizer_steps(self) -> int:
-        """Of all stages."""
-        return sum(stage.optimizer_steps for stage in self.stages)
 
     @property
     def labels(self) -> list[str]:
@@ -262,8 +253,8 @@ class _Reader:
         data.ended = event["seconds"]
         data.began = data.ended if data.began is None else data.began
         self._seconds = float(event["seconds"] - data.began)
-        if name := _KEPT.get(event["type"]):
-            getattr(data, name).append({**event["data"], "rank": str(event.get("rank"))})
+        if event["type"] in _KEPT:
+            data.kept[event["type"]].append({**event["data"], "rank": str(event.get("rank"))})
         try:
             if event["type"] == "run.start":  # a second one: the phases of a resumed run count from 0 again
                 self._resumed_at = self._phases_end
