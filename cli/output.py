@@ -273,24 +273,14 @@ class Streams:
             kept.end()
 
 
-class _Lasting(io.RawIOBase):
+class _Lasting(io.FileIO):
     """A raw stream over a descriptor that drops bytes that cannot be delivered."""
 
     def __init__(self, descriptor: int, kept: KeptPrints | None, streams: Streams) -> None:
+        super().__init__(descriptor, "w", closefd=False)
         self.name = "<stdout>" if descriptor == 1 else "<stderr>"
-        self.mode = "wb"
-        self._descriptor = descriptor
         self._kept = kept
         self._streams = streams
-
-    def writable(self) -> bool:
-        return True
-
-    def fileno(self) -> int:
-        return self._descriptor
-
-    def isatty(self) -> bool:
-        return os.isatty(self._descriptor)
 
     def write(self, data: ReadableBuffer, /) -> int:
         """Write as much as the descriptor takes. Never raises OSError; returns the full length."""
@@ -299,9 +289,9 @@ class _Lasting(io.RawIOBase):
             self._kept.write(whole)
         while left:
             try:
-                left = left[os.write(self._descriptor, left) :]
+                left = left[os.write(self.fileno(), left) :]
             except BlockingIOError:
-                select.select([], [self._descriptor], [])  # another process made the pipe or terminal non-blocking
+                select.select([], [self.fileno()], [])  # another process made the pipe or terminal non-blocking
             except OSError as error:
                 self._lose(error)
                 break
@@ -311,9 +301,9 @@ class _Lasting(io.RawIOBase):
         if error.errno in _GONE:
             # Later subprocesses and direct writers find a usable descriptor.
             nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._descriptor)
+            os.dup2(nowhere, self.fileno())
             os.close(nowhere)
-        elif self._descriptor == 1:
+        elif self.fileno() == 1:
             self._streams.failure = error
 
 
