@@ -26,7 +26,7 @@ from harmony_core.graders import BaseGrader
 from harmony_core.journal import kept
 from harmony_core.loggers import Logger, Metrics
 from harmony_core.notifiers import StdoutJobNotifier
-from harmony_core.runs.report.figures import OPTIMIZER, TRAINING, WAITING, Interval, shares, with_optimizer
+from harmony_core.runs.report.page import OPTIMIZER, TRAINING, WAITING, Interval, shares, with_optimizer
 from harmony_core.text.threads import StringThread
 
 ROWS = ("full", "lora")

@@ -1,4 +1,4 @@
-"""The `adaptive` command. What it calls lives in `harmony_core`."""
+"""The `adaptive` command: a thin layer over `harmony_core`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import errno
 import sys
 from collections.abc import Sequence
 
-from .streams import Signals, Streams
+from .output import Signals, Streams
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return dispatch(words, signals, streams)
     except KeyboardInterrupt as error:
         return int(getattr(error, "exit_code", 130))
-    except OSError as error:  # too few descriptors even to load what tells of it
+    except OSError as error:  # too few descriptors even to load the code that reports it
         if error.errno not in (errno.EMFILE, errno.ENFILE):
             raise
         sys.stderr.write(f"error: {error.strerror}: {error.filename}\nhint: allow more open files: ulimit -n 4096\n")

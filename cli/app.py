@@ -1,15 +1,18 @@
-"""Which command was meant, and what every error looks like at the edge of the process."""
+"""Finds the command, loads its module, and reports every error at the edge of the process."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import importlib
+import inspect
+import itertools
 import os
 import tempfile
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -27,10 +30,11 @@ from harmony_core.errors import (
 )
 
 from . import output
-from .streams import Signals, Streams
+from .output import Signals, Streams
 
 if TYPE_CHECKING:
     from harmony_core.recipe import Recipe
+    from harmony_core.runs.records import RunRecord
 
 COMMANDS = {
     "run": "Run a recipe.",
@@ -42,6 +46,7 @@ COMMANDS = {
     "doctor": "Check this machine.",
 }
 _COMPLETION = "_ADAPTIVE_COMPLETE"
+RESUME = "--resume"
 
 EXIT_CODES = """\b
 Exit codes: 0 ok, 1 the recipe raised, 2 usage, configuration or data, 3 not found,
@@ -52,7 +57,7 @@ Exit codes: 0 ok, 1 the recipe raised, 2 usage, configuration or data, 3 not fou
 
 @dataclass
 class Reply:
-    """What a command leaves for `--json`, and what it knew when it failed."""
+    """The object that a command leaves for `--json`, and its known flags for error messages."""
 
     data: dict[str, Any] | None = None
     known_flags: list[str] = field(default_factory=list)
@@ -80,7 +85,7 @@ def _guarded(words: list[str], word: str, reply: Reply) -> int:
     try:
         return _run(words, word, reply)
     except (KeyboardInterrupt, Exception) as error:  # the edge of the process
-        from harmony_core.runs.outcome import Outcome
+        from harmony_core.runs.run import Outcome
 
         outcome = Outcome(int(getattr(error, "exit_code", 130)), "stopped")
         if not isinstance(error, KeyboardInterrupt):
@@ -104,7 +109,7 @@ def _typed(error: BaseException, words: list[str], word: str, reply: Reply) -> H
 
 
 def _usage_error(error: BaseException, words: list[str], word: str, reply: Reply) -> UsageError:
-    """All unknown flags at once, each with the nearest ones; or what else is wrong, in Typer's words."""
+    """All unknown flags at once, each with the nearest ones; any other mistake in Typer's words."""
     help_hint = f"adaptive {word} --help" if word in COMMANDS else "adaptive --help"
     if hasattr(error, "option_name") and hasattr(error, "possibilities") and reply.known_flags:
         given = dict.fromkeys(w.partition("=")[0] for w in words if w.startswith("--") and w != "--")
@@ -144,10 +149,9 @@ def _run(words: list[str], word: str, reply: Reply) -> int:
     elif word and word not in COMMANDS:
         raise UsageError(f"there is no command '{word}'", hint=did_you_mean(word, COMMANDS))
     elif word == "run" and any(w.startswith("--resume") for w in words):
-        from .resume import is_resumable, with_resume
-
         words = with_resume(words)
-        reply.signals.resumable = is_resumable(words)
+        with contextlib.suppress(HarmonyError):
+            reply.signals.resumable = _resumed(words) is not None
     app = _app(words, word, reply, completing)
     code = app(args=None if completing else words, prog_name="adaptive", standalone_mode=False)
     return code if isinstance(code, int) else 0
@@ -179,7 +183,7 @@ def _app(words: list[str], word: str, reply: Reply, completing: bool) -> typer.T
 
 
 def _add(app: typer.Typer, name: str, text: str, words: list[str], reply: Reply, completing: bool) -> None:
-    """Add the command of the module of that name: its `app`, or what its `application` makes for the recipe."""
+    """Add the command of the module of that name: its `app`, or the result of its `application` for the recipe."""
     module = importlib.import_module(f".{name}", __package__)
     made = module.app if hasattr(module, "app") else module.application(_recipe(words, completing), words, reply)
     if isinstance(made, typer.Typer):
@@ -192,9 +196,84 @@ def _recipe(words: list[str], completing: bool) -> Recipe | None:
     """The recipe that the words name, loaded before they are parsed: its flags are part of the command."""
     from harmony_core.recipe import load_recipe
 
-    from .run import recipe_word
-
     spec = recipe_word(words)
     with contextlib.suppress(HarmonyError) if completing else contextlib.nullcontext():
         return None if spec is None else load_recipe(spec)
     return None
+
+
+def recipe_word(words: Sequence[str], doubtful_too: bool = True) -> str | None:
+    """The word of a command line that names the recipe, found before the recipe's flags are known.
+
+    The first plain word that looks like one; a word behind a flag of the recipe, which may be that flag's value, only
+    if no other plain word stands there, and never without `doubtful_too`.
+    """
+    from .config import names_of
+    from .run import runner
+
+    flags = inspect.signature(runner, eval_str=True).parameters.values()
+    with_value = {name for flag in flags if flag.annotation.__origin__ is not bool for name in names_of(flag)}
+    plain: list[str] = []
+    doubtful: list[str] = []
+    commands = ["run", "config", "show", "schema"]
+    previous = ""
+    for word in words[: list(words).index("--")] if "--" in words else words:
+        if previous not in with_value and word.startswith("-") and word != "-":
+            previous = word
+            continue
+        if previous in with_value:
+            pass
+        elif word in commands and not plain:
+            # The command, and the one below it: `config show`. A recipe called `run` would stand behind them.
+            commands = commands[commands.index(word) + 1 :] if word == "config" else []
+        elif previous.startswith("--") and "=" not in previous:
+            doubtful.append(word)
+        else:
+            plain.append(word)
+        previous = ""
+    candidates = plain + (doubtful if doubtful_too else [])
+    return next((word for word in candidates if _is_file(word)), next(iter(candidates), None))
+
+
+def _is_file(word: str) -> bool:
+    name = word.rpartition(":")[0] or word
+    return name.endswith(".py") and Path(name).is_file()
+
+
+def with_resume(words: Sequence[str]) -> list[str]:
+    """The words with a value behind every `--resume`, and with the run's recipe where none is named."""
+    from harmony_core.runs.resuming import NEWEST
+
+    end = list(words).index("--") if "--" in words else len(words)
+    told: list[str] = []
+    pending = list(words)
+    while pending:
+        word = pending.pop(0)
+        if word == RESUME and len(words) - len(pending) <= end:
+            behind = pending[0] if pending and not pending[0].startswith("-") else None
+            named = recipe_word([*told, *pending[1:]], doubtful_too=False) is not None
+            given = behind is not None and (named or not _is_recipe(behind))
+            word = f"{RESUME}={pending.pop(0) if given else NEWEST}"
+        told.append(word)
+    unnamed = recipe_word(told, doubtful_too=False) is None and not {"-h", "--help"}.intersection(told)
+    if unnamed and (record := _resumed(told)):
+        told.insert(told.index("run") + 1, str(record.data["recipe"]))
+    return told
+
+
+def _resumed(words: Sequence[str]) -> RunRecord | None:
+    """The run that the value behind `--resume` means."""
+    from harmony_core.home import Home
+    from harmony_core.runs.resuming import find_resumable
+
+    before = itertools.takewhile(lambda word: word != "--", words)
+    reference = next((word.partition("=")[2] for word in before if word.startswith(f"{RESUME}=")), "")
+    return find_resumable(Home.open(), reference) if reference else None
+
+
+def _is_recipe(word: str) -> bool:
+    from harmony_core.recipe import locate
+
+    with contextlib.suppress(HarmonyError):
+        return bool(locate(word))
+    return False

@@ -1,4 +1,4 @@
-"""`adaptive datasets ...`: what a model would be trained on, before anything is started."""
+"""`adaptive datasets ...`: shows the tokens that a model would be trained on, before anything is started."""
 
 from __future__ import annotations
 

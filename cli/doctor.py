@@ -1,4 +1,4 @@
-"""`adaptive doctor`: what this machine has, and what is missing. torch is asked in a process of its own."""
+"""`adaptive doctor` checks this machine. It imports torch in a process of its own."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -63,7 +64,14 @@ def _check(name: str, good: bool, detail: str, hint: str = "", bad: Status = "wa
 
 def app(json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False) -> int:
     """Check Python, packages, devices, memory, compiler, home and locks; exit code 4 when something is missing."""
-    checks = [*_python(), _packages(), _alias(), *_home(), *_machine(), *_compiler(), *_torch()]
+    linux = sys.platform == "linux"
+    checks = [
+        _check(
+            "python", sys.version_info >= (3, 11), platform.python_version(), "Python 3.11 or newer is needed", "fail"
+        ),
+        _check("system", linux, platform.platform(), "" if linux else "only Linux is tested"),
+        *(_packages(), _tried("adaptive_harmony", _alias), *_home(), *_machine(), *_compiler(), *_torch()),
+    ]
     code = 4 if any(check.status == "fail" for check in checks) else 0
     rows: list[tuple[str, str, str]] = []
     for check in checks:
@@ -74,12 +82,11 @@ def app(json: Annotated[bool, typer.Option("--json", help="One JSON object on st
     return code
 
 
-def _python() -> list[Check]:
-    good, linux = sys.version_info[:2] >= (3, 11), sys.platform == "linux"
-    return [
-        _check("python", good, platform.python_version(), "Python 3.11 or newer is needed", "fail"),
-        _check("system", linux, platform.platform(), "" if linux else "only Linux is tested"),
-    ]
+def _tried(name: str, look: Callable[[], str]) -> Check:
+    try:
+        return Check(name, "ok", look())
+    except HarmonyError as error:
+        return Check(name, "fail", error.message, error.hint)
 
 
 def _packages() -> Check:
@@ -94,20 +101,14 @@ def _packages() -> Check:
     return Check("packages", "ok", ", ".join(found))
 
 
-def _alias() -> Check:
-    try:
-        check_alias_package()
-    except HarmonyError as error:
-        return Check("adaptive_harmony", "fail", error.message, error.hint)
-    return Check("adaptive_harmony", "ok", "the alias package is ours")
+def _alias() -> str:
+    check_alias_package()
+    return "the alias package is ours"
 
 
 def _home() -> list[Check]:
-    try:
-        home = Home.open()
-    except HarmonyError as error:
-        return [Check("home", "fail", error.message, error.hint)]
-    return [Check("home", "ok", str(home.path)), _locks(home)]
+    found = _tried("home", lambda: str(Home.open().path))
+    return [found, _locks(Home.open())] if found.status == "ok" else [found]
 
 
 def _locks(home: Home) -> Check:
@@ -145,7 +146,7 @@ def _machine() -> list[Check]:
 
 
 def _network() -> Check:
-    """What a run listens on, and what in the environment changes that."""
+    """The interfaces that a run listens on, and the variables that change them."""
     names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
     chosen = {name: value for name in names if (value := os.environ.get(name)) and value != loopback_interface()}
     where = " and ".join(f"{name}={value}" for name, value in chosen.items()) or "the loopback interface"
@@ -199,7 +200,7 @@ def _cuda(found: dict[str, object], driver: str | None) -> list[Check]:
 
 
 def _output(command: list[str], timeout: float) -> str | None:
-    """What a command prints, or None when it fails."""
+    """The output of a command, or None when it fails."""
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=True).stdout
     except (OSError, subprocess.SubprocessError):

@@ -258,7 +258,7 @@ def verify(
     stored = [f"{entry.key}@{number}" for entry in registry.list() for number in entry.versions]
     good: list[str] = []
     bad: dict[str, str] = {}
-    # A name that was typed must exist; of what is stored, everything that cannot be read is a finding.
+    # A name that was typed must exist. Without names, every stored version that cannot be read is a finding.
     finding = VerificationError if refs else HarmonyError
     for ref in refs or stored:
         try:

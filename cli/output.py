@@ -1,25 +1,37 @@
-"""Lines for people and progress on stderr, data on stdout, and the one object of `--json`."""
+"""Output: lines for people and progress on stderr, data on stdout, the streams themselves, and signals.
+
+A pipe whose reader is gone, a closed terminal and a full disk end the printing, not the run. Everything that a run
+prints is also kept in its directory.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import io
 import json
 import os
+import select
+import signal
 import sys
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import IO, TYPE_CHECKING, Any
 
-from harmony_core.plain_data import plain
+from harmony_core.plain_files import plain
+from harmony_core.redaction import KeptPrints
 
 if TYPE_CHECKING:
-    from harmony_core.notifiers import ProgressSink
+    from _typeshed import ReadableBuffer
 
-    from .streams import Streams
+    from harmony_core.notifiers import ProgressSink
+    from harmony_core.runs.run import Run
 
 
 def clean(text: str) -> str:
-    """Text without control characters, which could rewrite what a terminal shows."""
+    """Text without control characters, which could rewrite the lines of a terminal."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
@@ -44,7 +56,7 @@ def tell_errors(errors: Iterable[dict[str, Any]]) -> None:
 
 
 def tell_result(outcome: dict[str, Any], quiet: bool, as_json: bool) -> None:
-    """What a finished run leaves on the terminal beside its errors: its result on stdout, the rest on stderr."""
+    """Print the result of a finished run on stdout, its gates and saved models on stderr."""
     for gate in outcome["gates"]:
         held = "holds" if gate["passed"] else "does not hold"
         if not quiet or not gate["passed"]:
@@ -116,7 +128,7 @@ def _encodable(text: str, stream: IO[str]) -> str:
 
 @contextlib.contextmanager
 def diverted(json: bool, streams: Streams) -> Iterator[None]:
-    """With `json`, what is written to stdout meanwhile, by subprocesses too, goes to stderr; else nothing changes."""
+    """With `json`, redirect stdout to stderr inside the block, for subprocesses too."""
     if not json:
         yield
         return
@@ -174,7 +186,7 @@ def _bars(streams: Streams) -> Iterator[ProgressSink]:
     tasks: dict[str, TaskID] = {}
 
     class Above(FileProxy):
-        """What is printed passes above the bars, and is kept."""
+        """Prints above the bars, and keeps the text."""
 
         def __init__(self, name: str) -> None:
             super().__init__(console, getattr(sys, name))
@@ -199,3 +211,131 @@ def _bars(streams: Streams) -> Iterator[ProgressSink]:
     with contextlib.ExitStack() as above:
         above.callback(bars.stop)
         yield sink
+
+
+_GONE = (errno.EPIPE, errno.EIO)
+"""The reader of a pipe has left; the terminal was closed."""
+
+
+class Streams:
+    """The process's own stdout and stderr, put in the place of Python's by `install`. Without it, both are as ever."""
+
+    def __init__(self) -> None:
+        self.kept = {"stdout": KeptPrints(), "stderr": KeptPrints()}
+        self.failure: OSError | None = None
+        """The error that stopped stdout, unless its reader has left."""
+        self.beside: IO[str] = sys.stderr
+        """stderr for a progress bar, whose output is not kept."""
+        self._installed = False
+        self._kept_streams: list[IO[str]] = []
+
+    def install(self) -> None:
+        """Take the place of Python's streams, for good. Descriptors that are closed lead to /dev/null from now on."""
+        for descriptor in range(3):
+            try:
+                os.fstat(descriptor)
+            except OSError:
+                os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest that is free: this one
+        self.beside = self._stream(2, None)
+        for descriptor, name in ((1, "stdout"), (2, "stderr")):
+            stream = self._stream(descriptor, self.kept[name])
+            for place in (name, f"__{name}__"):
+                setattr(sys, place, stream)
+        self._installed = True
+
+    def _stream(self, descriptor: int, kept: KeptPrints | None) -> IO[str]:
+        """For text: lines are written at once, and a character that the encoding lacks is escaped."""
+        own = sys.__stdout__ if descriptor == 1 else sys.__stderr__
+        encoding = own.encoding if own is not None else "utf-8"
+        raw = io.BufferedWriter(_Lasting(descriptor, kept, self))
+        stream = io.TextIOWrapper(raw, encoding, "backslashreplace", line_buffering=True)
+        if kept is not None:
+            self._kept_streams.append(stream)
+        return stream
+
+    def for_prints_on_stderr(self) -> IO[str]:
+        """The stand-in for stdout while `--json` owns stdout: it writes to stderr, and keeps the text as stdout's."""
+        return self._stream(2, self.kept["stdout"]) if self._installed else sys.stderr
+
+    def keep_in(self, run: Run) -> None:
+        """Keep all prints in the run's directory until the run has ended."""
+        if self._installed:
+            for name, kept in self.kept.items():
+                kept.begin(run.log_dir / f"{name}.log", run.redactor)
+            run.at_finish(self._end)
+
+    def _end(self) -> None:
+        # A run that is ended at once is ended from another thread, and the main one may be stuck in a full pipe.
+        for stream in self._kept_streams if threading.current_thread() is threading.main_thread() else ():
+            if not stream.closed:
+                stream.flush()
+        for kept in self.kept.values():
+            kept.end()
+
+
+class _Lasting(io.FileIO):
+    """A raw stream over a descriptor that drops bytes that cannot be delivered."""
+
+    def __init__(self, descriptor: int, kept: KeptPrints | None, streams: Streams) -> None:
+        super().__init__(descriptor, "w", closefd=False)
+        self.name = "<stdout>" if descriptor == 1 else "<stderr>"
+        self._kept = kept
+        self._streams = streams
+
+    def write(self, data: ReadableBuffer, /) -> int:
+        """Write as much as the descriptor takes. Never raises OSError; returns the full length."""
+        left = whole = bytes(data)
+        if self._kept is not None:
+            self._kept.write(whole)
+        while left:
+            try:
+                left = left[os.write(self.fileno(), left) :]
+            except BlockingIOError:
+                select.select([], [self.fileno()], [])  # another process made the pipe or terminal non-blocking
+            except OSError as error:
+                self._lose(error)
+                break
+        return len(whole)
+
+    def _lose(self, error: OSError) -> None:
+        if error.errno in _GONE:
+            # Later subprocesses and direct writers find a usable descriptor.
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.fileno())
+            os.close(nowhere)
+        elif self.fileno() == 1:
+            self._streams.failure = error
+
+
+class Terminated(KeyboardInterrupt):
+    """Raised where the signal arrives, in the main thread."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__()
+        self.exit_code = exit_code
+
+
+class Signals:
+    """While no recipe runs, SIGTERM and SIGHUP end a command as Ctrl-C does, after its cleanup.
+
+    One that was ignored when the process was started stays ignored.
+    """
+
+    def __init__(self) -> None:
+        self.resumable = False
+        """Whether the command resumes a run that has a checkpoint, and so can be resumed again."""
+        self.finishing = False
+        """Whether the run's outcome is being recorded; signals are ignored from then on."""
+
+    def install(self) -> None:
+        """For as long as the process lives; a recipe that runs has handlers of its own meanwhile."""
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is signal.SIG_DFL:
+                signal.signal(number, self._raise)
+
+    def _raise(self, number: int, frame: FrameType | None) -> None:
+        if self.finishing:
+            return
+        # A terminal that closes sends SIGHUP more than once: the second is not to interrupt the putting away.
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        raise Terminated(75 if self.resumable else 128 + number)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from harmony_core.errors import ConflictError, NotFoundError, ResourceError, did_you_mean
+from harmony_core.errors import ConflictError, NotFoundError, did_you_mean, storing
 from harmony_core.recipe import built_in_recipes
 
 from . import output
@@ -48,10 +48,8 @@ def copy(
         if to.exists():
             raise ConflictError(f"{to} exists already", hint="copy to another name, or remove it first")
     for file, to in pairs:
-        try:
+        with storing(f"cannot write {to}"):
             to.write_bytes(file.read_bytes())
-        except OSError as error:
-            raise ResourceError(f"cannot write {to}: {error.strerror or error}") from error
         output.data(str(to))
 
 

@@ -1,12 +1,11 @@
-"""`adaptive run`: a recipe's flags, its configuration, and the run."""
+"""`adaptive run`: the runner's flags, preparing and recording a run, and resuming one."""
 
 from __future__ import annotations
 
 import asyncio
-import inspect
 import os
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
@@ -14,24 +13,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
-from harmony_core.errors import UsageError
-from harmony_core.options import LEAST_SECONDS, MAX_SECONDS, RunOptions
+from harmony_core.config import Resolved, YamlDocument, as_data, as_yaml, load_yaml, load_yaml_file, places, sources_of
+from harmony_core.errors import UsageError, VerificationError
+from harmony_core.home import Home
+from harmony_core.options import LEAST_SECONDS, RunOptions, seconds
 from harmony_core.recipe import Recipe
+from harmony_core.redaction import MASK, Redactor
+from harmony_core.runs.checkpoints import Checkpoint, CheckpointStore
+from harmony_core.runs.records import FILES, RunRecord
+from harmony_core.runs.resuming import compare, differences, find_resumable
 
 from . import output
-from .flags import Configured, Invocation, command, names_of
+from .config import Configured, Invocation, command
 
 if TYPE_CHECKING:
-    from harmony_core.redaction import Redactor
     from harmony_core.registry import Registry
     from harmony_core.runs.run import Run
 
     from .app import Reply
-    from .resume import Resumption
-
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)(s|m|h|d)?")
 _RANGES = {"num_processes": (1, 1024), "seed": (0, 2**63 - 1), "keep_checkpoints": (0, 10**6)}
-_SECONDS = {None: 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 class Device(StrEnum):
@@ -113,44 +113,8 @@ def application(recipe: Recipe | None, words: Sequence[str], reply: Reply) -> Ca
     return command(recipe, runner, lambda invocation: _start(invocation, words, reply), reply)
 
 
-def recipe_word(words: Sequence[str], doubtful_too: bool = True) -> str | None:
-    """The word of a command line that names the recipe, found before the recipe's flags are known.
-
-    The first plain word that looks like one; a word behind a flag of the recipe, which may be that flag's value, only
-    if no other plain word stands there, and never without `doubtful_too`.
-    """
-    flags = inspect.signature(runner, eval_str=True).parameters.values()
-    with_value = {name for flag in flags if flag.annotation.__origin__ is not bool for name in names_of(flag)}
-    plain: list[str] = []
-    doubtful: list[str] = []
-    commands = ["run", "config", "show", "schema"]
-    previous = ""
-    for word in words[: list(words).index("--")] if "--" in words else words:
-        if previous not in with_value and word.startswith("-") and word != "-":
-            previous = word
-            continue
-        if previous in with_value:
-            pass
-        elif word in commands and not plain:
-            # The command, and the one below it: `config show`. A recipe called `run` would stand behind them.
-            commands = commands[commands.index(word) + 1 :] if word == "config" else []
-        elif previous.startswith("--") and "=" not in previous:
-            doubtful.append(word)
-        else:
-            plain.append(word)
-        previous = ""
-    candidates = plain + (doubtful if doubtful_too else [])
-    return next((word for word in candidates if _is_file(word)), next(iter(candidates), None))
-
-
-def _is_file(word: str) -> bool:
-    name = word.rpartition(":")[0] or word
-    return name.endswith(".py") and Path(name).is_file()
-
-
 def _start(invocation: Invocation, words: Sequence[str], reply: Reply) -> int:
     """Check everything, then run. Returns the exit code."""
-    from harmony_core.home import Home
     from harmony_core.notifiers import silenced
     from harmony_core.recipe.execution import execute
     from harmony_core.registry import Registry
@@ -197,9 +161,7 @@ def _start(invocation: Invocation, words: Sequence[str], reply: Reply) -> int:
 
 
 def _knowing(configured: Configured) -> Redactor:
-    """Knows the secrets of the environment and of the configuration; a model's key is none, whatever equals it."""
-    from harmony_core.redaction import Redactor
-
+    """A redactor for the secrets of the environment and the configuration. A model's key is never a secret."""
     known = Redactor.from_environment(os.environ)
     if configured.config is not None:
         known = known.knowing(configured.config.model_dump())
@@ -209,8 +171,6 @@ def _knowing(configured: Configured) -> Redactor:
 
 def _record_inputs(run: Run, recipe: Recipe, configured: Configured) -> None:
     """The configuration with its sources, the files that it came from, the recipe, and the models by digest."""
-    from harmony_core.config import as_data, as_yaml, load_yaml_file, sources_of
-
     data, mask, models = as_data(configured.config), run.redactor, configured.models
     run.write_text("config.yaml", as_yaml(mask.data(data)))
     run.write_json("sources.json", mask.data(sources_of(data, configured.resolved)))
@@ -227,7 +187,7 @@ def _record_inputs(run: Run, recipe: Recipe, configured: Configured) -> None:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run that was checked and not yet begun."""
+    """The inputs of a run, checked before it begins."""
 
     configured: Configured
     options: RunOptions
@@ -236,11 +196,7 @@ class Prepared:
 
 
 def _prepare(invocation: Invocation, registry: Registry) -> Prepared:
-    """Everything that can be wrong before a run exists. Raises what is."""
-    from harmony_core.config import as_data
-
-    from .resume import Resumption
-
+    """Check everything that can be checked before the run exists. Raises the errors of all checks."""
     values, recipe = invocation.values, invocation.recipe
     if values["resume"] is None:
         if values["allow_change"]:
@@ -285,11 +241,103 @@ def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def seconds(text: str, flag: str = "--timeout", least: float = 0.001) -> float:
-    """`90`, `90s`, `30m`, `2h`, `1d`. Raises UsageError."""
-    match = _DURATION.fullmatch(text.strip())
-    found = float(match[1]) * _SECONDS[match[2]] if match else -1.0
-    if not least <= found <= MAX_SECONDS:
-        allowed = f"{least:g} s to {MAX_SECONDS // 86400}d"
-        raise UsageError(f"{flag}: not a time: {text[:40]!r} (allowed: {allowed})", hint="write 90s, 30m, 2h or 1d")
-    return found
+@dataclass(frozen=True)
+class Resumption:
+    """A run that is to be continued, and the checkpoint that it continues from."""
+
+    record: RunRecord
+    checkpoint: Checkpoint
+    allow_change: bool
+
+    @classmethod
+    def find(cls, reference: str, recipe: Recipe, allow_change: bool) -> Resumption:
+        """Raises NotFoundError, UsageError, ConflictError, and VerificationError when no checkpoint is whole."""
+        record = find_resumable(Home.open(), reference, recipe.spec)
+        record.require(*FILES)
+        checkpoint = CheckpointStore(record.directory / "checkpoints").newest_whole(output.tell)
+        return cls(record, checkpoint, allow_change)
+
+    def base(self, masked_from: Mapping[str, Any] | None = None) -> YamlDocument:
+        """The configuration that the checkpoint was saved under; models as the versions that they meant then.
+
+        Values that were masked as secrets are those of `masked_from`, or are left out.
+        """
+        data = deepcopy(self.checkpoint.state.get("config", {}))
+        for place in masked(data):
+            _fill(data, place, masked_from)
+        try:
+            for name, model in self.record.read("models.json").items():
+                _pin(data, name.split("."), model["ref"])
+        except (LookupError, TypeError, ValueError):
+            where = f"run {self.record.id}: models.json"
+            raise VerificationError(f"{where}: names {name!r}, which {self.checkpoint.name} lacks") from None
+        return load_yaml(as_yaml(data), f"run {self.record.id}")
+
+    def ask_for_masked(self, resolved: Resolved) -> None:
+        """Raises UsageError naming the values that were masked as secrets and are not given anew."""
+        given = {path for path, value in places(resolved.data) if value is not None}
+        missing = [place for place in masked(self.checkpoint.state.get("config", {})) if place not in given]
+        if missing:
+            names = ", ".join(map(".".join, missing))
+            variables = " ".join(f"ADAPTIVE_CFG__{'__'.join(place).upper()}=..." for place in missing)
+            raise UsageError(
+                f"run {self.record.id} does not keep secrets: it needs its {names} again",
+                hint=f"set {variables}, or give a file with --config",
+                missing=[".".join(place) for place in missing],
+            )
+
+    def check_machine(self, given: dict[str, Any]) -> None:
+        """Raises UsageError when flags ask for another number of ranks, seed or device than the run has."""
+        saved = self.checkpoint.state.get("run", {})
+        asked = {"ranks": given["num_processes"], "seed": given["seed"], "device": given["device"]}
+        asked = {name: value for name, value in asked.items() if value not in (None, "auto")}
+        hint = "leave the flag out: a resumed run has what it was started with"
+        compare(f"run {self.record.id}", {name: saved.get(name) for name in asked}, asked, hint)
+
+    def check(self, recipe: Recipe, before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+        """The changes since the checkpoint, one line each. Raises UsageError for changes that are not allowed."""
+        mask = Redactor().knowing(before).knowing(now)
+        changes = [mask.text(change) for change in differences(before, now)]
+        if self.record.data.get("recipe_sha256") not in (None, recipe.sha256):
+            changes.append(f"the recipe's file {recipe.path.name} has changed since")
+        if changes and not self.allow_change:
+            raise UsageError(
+                f"run {self.record.id} was started with another configuration: {'; '.join(changes)}",
+                hint="resume without these changes; --allow-change accepts those that do not decide the training",
+                changes=changes,
+            )
+        for change in changes:
+            output.tell(f"changed: {change}")
+        return changes
+
+
+def masked(data: Any) -> list[tuple[str, ...]]:
+    """The places whose values were masked as secrets; for a list, the place of the whole list."""
+    return [
+        tuple(map(str, path))
+        for path, value in places(data)
+        if not isinstance(value, dict)
+        and not any(isinstance(key, int) for key in path)
+        and any(isinstance(text, str) and MASK in text for _, text in places(value))
+    ]
+
+
+def _fill(data: dict[str, Any], place: tuple[str, ...], given: Mapping[str, Any] | None) -> None:
+    """Put the given value in a place, or remove the place."""
+    for key in place[:-1]:
+        data, given = data[key], None if given is None else given.get(key)
+    if given is None:
+        del data[place[-1]]
+    else:
+        data[place[-1]] = given.get(place[-1])
+
+
+def _pin(data: Any, path: list[str], reference: str) -> None:
+    """Put an exact version in the place of a model's key."""
+    for key in path[:-1]:
+        data = data[int(key)] if isinstance(data, list) else data[key]
+    last: Any = int(path[-1]) if isinstance(data, list) else path[-1]
+    if isinstance(data[last], dict):
+        data[last]["model_key"] = reference
+    else:
+        data[last] = reference

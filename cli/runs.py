@@ -1,4 +1,4 @@
-"""`adaptive runs`: what was run on this machine, and removing it."""
+"""`adaptive runs`: lists, shows, reports and removes the runs of this machine."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ from harmony_core.errors import (
     ConflictError,
     HarmonyError,
     NotFoundError,
-    ResourceError,
     VerificationError,
     storing,
 )
 from harmony_core.home import Home
 from harmony_core.memory.ledger import format_size
+from harmony_core.options import seconds
 from harmony_core.plain_files import discard, refuse_links, size_of, try_lock
 from harmony_core.registry.publish import sweep
 from harmony_core.runs.records import FILES, RunRecord, find_run, list_runs
+from harmony_core.runs.resuming import where_it_goes_on, why_not
 
 from . import output
 
@@ -41,8 +42,6 @@ def list_(
     limit: Annotated[int, typer.Option("--limit", min=1, help="How many, the newest first.")] = 20, json: Json = False
 ) -> int:
     """Runs with their status, exit code and whether they can be resumed, the newest first; 7 where one is damaged."""
-    from .resume import why_not
-
     records = list_runs(Home.open(writes=False))[:limit]
     rows = [("ID", "STATUS", "EXIT", "RESUME", "RECIPE", "STARTED")]
     for record in records:
@@ -97,14 +96,11 @@ def report(
     json: Json = False,
 ) -> None:
     """Write a run's report anew, one HTML file, and print where it is; of a run that is still going, too."""
-    from harmony_core.runs.report import write_report
+    from harmony_core.runs.report.page import write_report
 
     record = find_run(Home.open(writes=output_file is None), run)
-    try:
+    with storing(f"cannot write the report to {output_file or record.directory}"):
         file = write_report(record.directory, output_file, status=record.status).absolute()
-    except OSError as error:
-        where = output_file or record.directory
-        raise ResourceError(f"cannot write the report to {where}: {error.strerror or error}") from error
     output.answer(json, {"run": record.id, "report": str(file)}, str(file))
     _check(record, "events.jsonl")
     if open_ is Open.yes or (open_ is Open.auto and not json and _has_display()):
@@ -152,8 +148,6 @@ def gc(
 
     Models that they saved stay, and so does every run that is running or can be resumed.
     """
-    from .run import seconds
-
     home = Home.open()
     if older_than is None and keep is None:
         older_than = "30d"
@@ -187,12 +181,13 @@ def _remove(home: Home, record: RunRecord) -> int:
     """Delete a run's directory and return its bytes. Models that the run has saved stay.
 
     Raises ConflictError while the run is alive, which its lock says, whatever its record does; NotFoundError when
-    somebody else has removed it; ResourceError.
+    another process has removed it; ResourceError.
     """
     refuse_links(home.runs, record.directory)
     with storing(f"cannot remove run {record.id}"):
         try:
-            with (record.directory / "lock").open("a") as lock:  # held meanwhile: nobody resumes what is being deleted
+            # The lock is held, so that the run cannot be resumed while it is deleted.
+            with (record.directory / "lock").open("a") as lock:
                 if not try_lock(lock):
                     raise _is_running(record)
                 size = size_of(record.directory)
@@ -224,8 +219,6 @@ def _ended_at(record: RunRecord) -> float:
 
 def _needed(record: RunRecord, force: bool = False) -> str:
     """Why a run is not to be removed; "" when it may be."""
-    from .resume import where_it_goes_on
-
     if record.status == "running":
         return _is_running(record).message
     if record.problem and not force:
@@ -251,8 +244,6 @@ def _has_display() -> bool:
 
 
 def _data(record: RunRecord) -> dict[str, Any]:
-    from .resume import where_it_goes_on
-
     shown = {name: record.data.get(name) for name in ("name", "started", "ended", "exit", "cwd")}
     page = record.directory / "report.html"
     places = {"directory": str(record.directory), "report": str(page) if page.is_file() else None}

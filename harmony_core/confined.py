@@ -33,11 +33,11 @@ class Limits:
 
 
 def run(module: str, arguments: list[str], limits: Limits, subject: Path, doing: str) -> dict[str, Any]:
-    """What the module answers. Raises the error that it answers with, else VerificationError for how it ended.
+    """The answer of the module. Raises the error that it answers with, or VerificationError when it gave none.
 
     `doing` says in errors what it does with `subject`, such as "reading it".
     """
-    # -P: what lies in the working directory must not stand in for a package.
+    # -P: a file in the working directory must not replace a package.
     command = [sys.executable, "-P", "-m", __name__, str(os.getpid()), str(limits.memory), str(limits.work), module]
     offline = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     # One thread each: the stacks and buffers of a pool as wide as the machine would count towards the memory limit.
@@ -67,7 +67,7 @@ def run(module: str, arguments: list[str], limits: Limits, subject: Path, doing:
     if not isinstance(found, dict) or not found.keys() & {"ok", "error"}:
         raise _ended(status, limits, f"{subject}: {doing}")
     if told := found.get("error"):
-        # The libraries' errors refer to what they have printed.
+        # The libraries' errors refer to their earlier prints.
         logged = [line for line in printed if "it/s]" not in line][-15:] if told.get("logged") else []
         kind = all_errors().get(str(told.get("type")), InternalError)
         raise kind("\n".join([str(told.get("message")), *logged]), hint=str(told.get("hint", "")))
@@ -75,7 +75,7 @@ def run(module: str, arguments: list[str], limits: Limits, subject: Path, doing:
 
 
 def answer(error: HarmonyError | None = None, logged: bool = False) -> None:
-    """The child's last line: that it is done, or its error; `logged`: what was printed before belongs to the error."""
+    """Print the child's last line: success, or its error. With `logged`, earlier prints belong to the error."""
     found: dict[str, Any] = {"ok": True}
     if error:
         told = {"type": type(error).__name__, "message": error.message, "hint": error.hint, "logged": logged}
@@ -84,7 +84,7 @@ def answer(error: HarmonyError | None = None, logged: bool = False) -> None:
 
 
 def _ended(status: int, limits: Limits, what: str) -> VerificationError | ResourceError:
-    """The error for a process without an answer; what a library printed as it went down helps nobody."""
+    """The error for a process without an answer. The prints of a crashing library are left out."""
     if status == -signal.SIGKILL:
         return ResourceError(f"{what}: the process was killed, most likely for want of memory")
     if status == -signal.SIGXCPU:

@@ -97,7 +97,7 @@ class DataError(UsageError):
 
 
 class TooLong(DataError):
-    """More tokens than a limit allows: training drops and replaces what raises it.
+    """More tokens than a limit allows: training drops the sample that raises it, and takes another.
 
     Details: tokens, limit; where they are known also needed (the limit with which it would do), setting (what sets the
     limit, "" if nothing does) and context (the most that any setting can give).
@@ -175,7 +175,7 @@ class StepFailed(EngineError):
 
 
 class LossFailed(StepFailed):
-    """The recipe's own loss raised, or returned what is no loss: the engine is sound, and so is the next step."""
+    """The recipe's own loss raised, or returned an invalid value. The engine is sound, and so is the next step."""
 
     exit_code = 1
 
@@ -211,14 +211,14 @@ class RunTimeout(HarmonyError):
 
 
 MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE)
-"""Reasons for which the machine, and nobody's program, refuses a file."""
+"""Errors of the machine, as opposed to a program, when it refuses a file."""
 
 
 def storage_error(doing: str, error: OSError) -> HarmonyError:
-    """The typed error for a failing disk: what was being done, where, and the system's reason."""
+    """The typed error for a failing disk: the action, the file, and the system's reason."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     few = "allow more open files: ulimit -n 4096" if error.errno in (errno.EMFILE, errno.ENFILE) else ""
-    where = f" ({error.filename})" if error.filename else ""
+    where = f" ({error.filename})" if error.filename and str(error.filename) not in doing else ""
     return ResourceError(
         f"{doing}: {error.strerror or error}{where}",
         hint="free some space and try again; nothing stored before was touched" if full else few,

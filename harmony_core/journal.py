@@ -26,7 +26,7 @@ from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 from harmony_core.notifiers import EventWriter, JobNotifier
-from harmony_core.plain_data import plain
+from harmony_core.plain_files import plain
 from harmony_core.redaction import Redactor
 from harmony_core.text.row_lengths import PlannedRows
 

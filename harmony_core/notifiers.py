@@ -15,7 +15,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 if TYPE_CHECKING:
-    from harmony_core.runs.checkpoints import RunCheckpoints
+    from harmony_core.runs.resuming import RunCheckpoints
 
 logger = logging.getLogger(__name__)
 

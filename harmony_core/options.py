@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -14,7 +15,7 @@ from harmony_core.errors import UsageError
 
 if TYPE_CHECKING:
     from harmony_core.recipe_file import RecipeFile
-    from harmony_core.runs.checkpoint_files import Checkpoint
+    from harmony_core.runs.checkpoints import Checkpoint
 
 VARIABLE = "ADAPTIVE_RANK_OPTIONS"
 """The environment variable in which ranks find the flags."""
@@ -55,7 +56,7 @@ class RunOptions:
     dry_run: bool = False
     assume: str | None = None
     keep_checkpoints: int | None = None
-    """How many checkpoints stay. None: two, and none when the run has ended well and what it trained is saved."""
+    """How many checkpoints stay. None: two, or 0 once the run has succeeded and every trained model is saved."""
     save_wait: float | None = None
     """Seconds for which a save that finds the disk full is tried again. None: 600, and 0 where CI is set."""
     allow_change: bool = False
@@ -67,30 +68,28 @@ class RunOptions:
                 raise UsageError(f"{name}: {value} (allowed: {least:g} to {MAX_SECONDS} seconds)")
 
     def kept(self) -> dict[str, Any]:
-        """What a resumed run is started with again, as JSON holds it."""
+        """The options that a resumed run takes over, as plain data."""
         file = None if self.accelerate_config is None else str(self.accelerate_config)
         return {name: getattr(self, name) for name in _KEPT} | {"accelerate_config": file}
 
     def resuming(self, kept: Mapping[str, Any]) -> RunOptions:
-        """These options; where one was not given, that with which the run was started."""
-        again = {name: kept[name] for name in _KEPT if kept.get(name) is not None and self._is_default(name)}
+        """These options, with the values that the run was started with where an option was not given."""
+        default = [name for name in _KEPT if getattr(self, name) == getattr(RunOptions, name)]
+        again = {name: kept[name] for name in default if kept.get(name) is not None}
         if kept.get("accelerate_config"):
             again.pop("num_processes", None)  # it is in the file
         if "accelerate_config" in again:
             again["accelerate_config"] = Path(again["accelerate_config"])
         return replace(self, **again)
 
-    def _is_default(self, name: str) -> bool:
-        return bool(getattr(self, name) == getattr(RunOptions, name))
-
     def for_ranks(self, device: str, world_size: int) -> str:
-        """The value of `VARIABLE`: the flags, with the device and the number of ranks that they have come to."""
+        """The value of `VARIABLE`: the flags, with the resolved device and number of ranks."""
         flags = {flag.name: getattr(self, flag.name) for flag in fields(RunOptions)}
         return json.dumps(flags | {"device": device, "num_processes": world_size, "accelerate_config": None})
 
     @classmethod
     def of_rank(cls, environ: Mapping[str, str] = os.environ) -> RunOptions:
-        """The flags as a rank is given them; outside of one the defaults."""
+        """The flags on a rank; the defaults elsewhere."""
         return cls(**json.loads(environ.get(VARIABLE, "{}")))
 
 
@@ -102,7 +101,7 @@ RUNNER_FLAGS = {flag.name for flag in fields(RunOptions)} - {"compile"} | {
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions(RunOptions):
-    """The flags and what they are about: one run, or one session."""
+    """The flags together with the run or session that they belong to."""
 
     log_dir: Path
     """Takes `rank-N.log` and `launcher.log`; made if it is missing."""
@@ -110,14 +109,28 @@ class EngineOptions(RunOptions):
     recipe: RecipeFile | None = None
     """The file whose functions the ranks may import as losses."""
     resumed: Checkpoint | None = None
-    """What the run continues from; it may save again what it had saved before."""
+    """The checkpoint that the run continues from; steps after it may save the same models again."""
     temporary_logs: bool = False
     """Whether `log_dir` is removed with the engine."""
     secrets: frozenset[str] = frozenset()
-    """Values to mask in what the ranks write, beside those of the environment."""
+    """Values to mask in the output of the ranks, beside those of the environment."""
     cache: Path | None = None
     """Where the code that ranks compile is kept over runs; None: where torch puts it."""
     command: Sequence[str] = (sys.executable, "-P", "-m", "harmony_core.engine.process")
-    """What runs as each rank."""
+    """The command of each rank."""
     launcher: Sequence[str] = ()
-    """What starts the ranks, given `command` as its arguments; empty: `accelerate launch`."""
+    """The command that starts the ranks, with `command` as its arguments; empty: `accelerate launch`."""
+
+
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)(s|m|h|d)?")
+_UNITS = {None: 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def seconds(text: str, flag: str = "--timeout", least: float = 0.001) -> float:
+    """`90`, `90s`, `30m`, `2h`, `1d`. Raises UsageError."""
+    match = _DURATION.fullmatch(text.strip())
+    found = float(match[1]) * _UNITS[match[2]] if match else -1.0
+    if not least <= found <= MAX_SECONDS:
+        allowed = f"{least:g} s to {MAX_SECONDS // 86400}d"
+        raise UsageError(f"{flag}: not a time: {text[:40]!r} (allowed: {allowed})", hint="write 90s, 30m, 2h or 1d")
+    return found

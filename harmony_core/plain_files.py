@@ -7,15 +7,18 @@ VerificationError that names the file and the reason.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 import stat
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from enum import Enum
 from io import BufferedReader
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar
@@ -47,7 +50,7 @@ def expanded(path: str | Path) -> Path:
 
 
 def damaged(path: Path, reason: str) -> VerificationError:
-    """The error for a file that is not what it should be."""
+    """The error for a damaged file."""
     return VerificationError(f"{path}: {reason}", path=str(path), reason=reason)
 
 
@@ -80,7 +83,7 @@ def real_path(path: Path) -> Path:
 
 
 def _hub_cache() -> str:
-    """Where huggingface_hub keeps what it has fetched, by its own rules."""
+    """The cache of huggingface_hub, found by its own rules."""
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     home = os.environ.get("HF_HOME") or os.path.join(cache, "huggingface")
     return os.path.expanduser(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub"))
@@ -129,7 +132,7 @@ def decode_json(path: Path, data: bytes) -> Any:
 
 
 def read_struct(path: Path, kind: type[T], what: str) -> T:
-    """The msgspec struct in a JSON file; `what` says in errors what the file should be."""
+    """The msgspec struct in a JSON file; errors describe the file as `what`."""
     import msgspec
 
     try:
@@ -145,7 +148,7 @@ def last_lines(file: IO[bytes], limit: int = 64 * 1024) -> list[str]:
 
 
 def check_kind(path: Path, value: object, kind: Any, where: str = "") -> None:
-    """Raise VerificationError when what was read from a file is not of a type, as msgspec reads it."""
+    """Raise VerificationError when the value that a file holds is not of type `kind` by msgspec's rules."""
     import msgspec
 
     try:
@@ -294,9 +297,39 @@ def is_locked(path: Path) -> bool:
 
 @contextlib.contextmanager
 def lock(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock while reading and rewriting a small file. On a disk without locks it does nothing."""
+    """Hold an exclusive lock while a small file is read and rewritten. A disk without locks is used unlocked."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+_DEEPEST = 32
+
+
+def plain(value: Any, depth: int = 0) -> Any:
+    """A value as JSON can carry it. Other types, infinite and undefined numbers become text."""
+    if isinstance(value, Enum):
+        return plain(value.value, depth + 1)
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if depth > _DEEPEST or isinstance(value, type):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(k): plain(v, depth + 1) for k, v in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(v, depth + 1) for v in value]
+    if dataclasses.is_dataclass(value):
+        return {f.name: plain(getattr(value, f.name), depth + 1) for f in dataclasses.fields(value)}
+    if hasattr(value, "model_dump"):  # pydantic's
+        return plain(value.model_dump(mode="json"), depth + 1)
+    found = unwrapped(value)
+    return str(value) if found is value else plain(found, depth + 1)
+
+
+def unwrapped(value: object) -> Any:
+    """The number in a scalar of numpy's or torch's; anything else as it is."""
+    return value.item() if hasattr(value, "item") and getattr(value, "ndim", None) == 0 else value

@@ -1,4 +1,4 @@
-"""What a secret is, and how it is kept out of what a run writes and prints: values are masked before serialising.
+"""Secrets: how they are recognised and masked in everything that a run writes and prints.
 
 A text is a secret by its name (`is_secret_name`), by its shape, or because a variable or a field that is secret by name
 holds it. Known values of eight characters and more are masked wherever they stand, in their escaped spellings too;
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from harmony_core.plain_data import plain
+from harmony_core.plain_files import plain
 
 MASK = "********"
 _MASK = MASK.encode()
@@ -57,7 +57,7 @@ _SHAPE = re.compile(
 _SHORTEST = 15
 """Characters of the shortest text that has one of these shapes."""
 _RUNS = bytes(97 if (chr(byte).isalnum() and byte < 128) or byte in b"_.-" else 32 for byte in range(256))
-"""Turns what a shape is made of into `a`, all else into blanks: finding the long runs is then one search."""
+"""Maps the characters of keys to `a` and all others to blanks, so that one search finds the long runs."""
 _DIGIT = re.compile(rb"\d")
 _HOOK = re.compile(rb"(hooks\.slack\.com/services/)[\w/]+")
 _BEARER = re.compile(rb"((?:bearer|basic)\s+)(?=\S*\d|\S{16})[\w.~+/=-]{8,}", re.IGNORECASE)
@@ -111,13 +111,13 @@ class Redactor:
         return Redactor([*self.values, *secret_values(data)])
 
     def text(self, text: str) -> str:
-        """Mask known values, shapes, passwords in URLs, and what follows a secret name and `=` or `:`."""
+        """Mask known values, shapes of keys, passwords in URLs, and values behind a secret name and `=` or `:`."""
         if len(text) < SHORT:
             return text
         return self.raw(text.encode("utf-8", "surrogatepass")).decode("utf-8", "surrogatepass")
 
     def code(self, text: str) -> str:
-        """The same for a program's text, in which only what is quoted is a value."""
+        """The same for a program's source, in which only quoted texts are values."""
         return self.raw(text.encode("utf-8", "surrogatepass"), code=True).decode("utf-8", "surrogatepass")
 
     def raw(self, text: bytes, code: bool = False) -> bytes:
@@ -161,7 +161,7 @@ class Redactor:
         return key if not isinstance(key, str) or re.fullmatch(r"[a-z_./]*", key) else self.text(key)
 
     def argv(self, argv: Sequence[str]) -> list[str]:
-        """The same for a command line: what follows `--api-key`, and what `--set api_key=` gives."""
+        """The same for a command line: the word behind `--api-key`, and the value of `--set api_key=...`."""
         shown: list[str] = []
         behind = ""
         for word in argv:
@@ -252,7 +252,7 @@ masked within one piece."""
 
 
 class KeptPrints:
-    """Takes what one stream prints, from any thread. Before `begin` it is held in memory, after `end` passed over.
+    """Keeps the prints of one stream, from any thread: in memory before `begin`, in a file until `end`.
 
     Lines are written when they are whole. A disk that takes no more loses what comes meanwhile: the file says how much
     where it goes on, and `lost` counts the bytes.
@@ -268,7 +268,7 @@ class KeptPrints:
         self._ended = False
 
     def begin(self, target: Path | int, redactor: Redactor) -> None:
-        """Append to a file, or to a descriptor that is then ours, from now on, first what was printed so far."""
+        """From now on append to a file, or to a descriptor that this object then owns; held prints come first."""
         with self._lock:
             self._redactor = redactor
             try:
@@ -278,7 +278,7 @@ class KeptPrints:
             self._write_lines()
 
     def write(self, data: bytes) -> None:
-        """Keep what was printed. Never raises OSError."""
+        """Keep these bytes. Never raises OSError."""
         with self._lock:
             if self._ended:
                 return
@@ -287,7 +287,7 @@ class KeptPrints:
                 self._write_lines()
 
     def end(self) -> None:
-        """Write an unfinished line, and nothing any more."""
+        """Write an unfinished line, and drop later prints."""
         with self._lock:
             self._write_lines(last=True)
             self._ended = True

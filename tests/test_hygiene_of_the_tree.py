@@ -39,7 +39,7 @@ SLEEPS = {
     "tests/fake_launcher.py": (1, "looks as often as torchrun does"),
     "tests/fake_rank.py": (6, "a rank that is slow, or mute, or waits for another, or looks for a file"),
     "tests/launch/test_hygiene.py": (1, "a driver that is held"),
-    "tests/launch/test_postmortem.py": (2, "the random moment of a kill, and a driver that is busy"),
+    "tests/launch/test_diagnosis.py": (2, "the random moment of a kill, and a driver that is busy"),
     "tests/launch/test_supervisor.py": (1, "a driver that blocks its own loop"),
     "tests/leftovers.py": (2, "what waits for a condition"),
     "tests/sockets.py": (1, "a flood with room to answer"),

@@ -14,10 +14,9 @@ from source_tree import Import, imports, imports_of, modules
 EDGES: dict[str, str] = {
     "errors": "",
     "notifiers": "",
-    "plain_data": "",
     "request_seeds": "",
     "plain_files": "errors",
-    "redaction": "plain_data",
+    "redaction": "plain_files",
     "model": "errors plain_files",
     "rpc": "errors model",
     "confined": "errors plain_files rpc",
@@ -26,14 +25,14 @@ EDGES: dict[str, str] = {
     "memory": "errors model rpc",
     "text": "confined errors model notifiers plain_files",
     "engine.kernels": "memory",
-    "journal": "notifiers plain_data redaction text",
+    "journal": "notifiers plain_files redaction text",
     "options": "errors",
     "registry": "confined errors home model plain_files rpc text",
     "tokenization": "text",
     "data": "errors home plain_files registry text",
     "engine.models": "engine.kernels errors memory model plain_files rpc",
-    "loggers": "errors journal notifiers plain_data",
-    "runs": "errors home journal memory model plain_data plain_files redaction rpc",
+    "loggers": "errors journal notifiers plain_files",
+    "runs": "errors home journal memory model plain_files redaction rpc",
     "config": "data errors journal model plain_files registry",
     "engine.inference": "engine.kernels engine.models errors memory rpc",
     "engine.training": "engine.kernels engine.models errors recipe_file rpc",
@@ -45,9 +44,9 @@ EDGES: dict[str, str] = {
     "notifiers options plain_files recipe_file registry request_seeds rpc text",
     "loss_checks": "client engine.training errors text",
     "recipe": "client config errors home journal launch memory notifiers "
-    "options plain_data plain_files recipe_file registry rpc runs text",
+    "options plain_files recipe_file registry rpc runs text",
     "adaptive_harmony": "algorithms client config data errors graders loggers notifiers recipe text",
-    "cli": "config errors home memory notifiers options plain_data "
+    "cli": "config errors home memory notifiers options "
     "plain_files recipe recipe_file redaction registry rpc runs text",
     "recipes": "adaptive_harmony",
 }
@@ -61,7 +60,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "mlflow": (),  # imported by name, when its logger is made
     "peft": ("harmony_core.engine.models.adapters",),
     "rich": ("harmony_core.cli",),
-    "torch": ("harmony_core.engine", "harmony_core.launch.rendezvous"),  # the latter is run as the launcher
+    "torch": ("harmony_core.engine", "harmony_core.launch.start"),  # the latter becomes the launcher
     "transformers": ("harmony_core.engine",),
     "triton": ("harmony_core.engine.kernels",),
     "typer": ("harmony_core.cli",),
@@ -90,8 +89,8 @@ WITHOUT_A_REASON = {
     "harmony_core.engine.models.layers",
     "harmony_core.engine.models.weights",
     "harmony_core.engine.worker",
-    "harmony_core.launch.accelerate_config",
-    "harmony_core.launch.liveness",
+    "harmony_core.launch.launcher",
+    "harmony_core.launch.diagnosis",
     "harmony_core.launch.supervisor",
     "harmony_core.recipe.execution",
     "harmony_core.registry.content",

@@ -31,8 +31,8 @@ from harmony_core.algorithms.callbacks import RecipeCallback
 from harmony_core.data.files import Threads
 from harmony_core.errors import UsageError
 from harmony_core.notifiers import StageNotifier, say
-from harmony_core.runs.checkpoint_files import Checkpoint, taking_back
-from harmony_core.runs.checkpoints import LEAVE, RunCheckpoints, compare
+from harmony_core.runs.checkpoints import Checkpoint, taking_back
+from harmony_core.runs.resuming import LEAVE, RunCheckpoints, compare
 from harmony_core.text.threads import StringThread
 
 if TYPE_CHECKING:

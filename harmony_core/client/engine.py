@@ -14,25 +14,14 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from harmony_core.errors import ConflictError, HarmonyError, InternalError, ResourceError, UsageError
-from harmony_core.launch import private_directory
 from harmony_core.launch.launcher import Launch, resolve
+from harmony_core.launch.processes import private_directory
 from harmony_core.launch.supervisor import RankHandle, Supervisor
 from harmony_core.memory.ledger import Ledger, host_capacity, parse_assume
 from harmony_core.notifiers import say
 from harmony_core.options import EngineOptions
 from harmony_core.registry import ModelVersion, Registry
-from harmony_core.rpc.protocol import (
-    Cancel,
-    Clone,
-    Event,
-    Load,
-    Message,
-    OptimStep,
-    Reblock,
-    Save,
-    SetStep,
-    Spawn,
-)
+from harmony_core.rpc.protocol import Cancel, Clone, Event, Load, Message, OptimStep, Reblock, Save, SetStep, Spawn
 
 CUDA_BASELINE_BYTES = 1 << 30
 """Bytes that a rank takes of its device before its first model: context, libraries, communication buffers."""

@@ -20,7 +20,7 @@ from harmony_core.config.argument_kinds import checked, whole
 from harmony_core.errors import HarmonyError, ModelRefused, NotFoundError, UsageError
 from harmony_core.home import Home
 from harmony_core.journal import current
-from harmony_core.launch import private_directory
+from harmony_core.launch.processes import private_directory
 from harmony_core.model.spec import check_tp
 from harmony_core.options import EngineOptions
 from harmony_core.plain_files import read_json

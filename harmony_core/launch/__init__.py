@@ -1,1 +1,1 @@
-"""Starts the ranks, watches them, and ends what is left of them."""
+"""Starts the ranks, watches them, and ends them."""

@@ -1,26 +1,33 @@
-"""The processes of one launch: started with a mark in their environment, and ended by it."""
+"""The processes of one launch, marked in their environment so that they can be ended, and its short-lived directory."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
+import json
 import os
 import secrets
+import shutil
 import signal
+import stat
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import psutil
 
-from harmony_core.errors import EngineError, ResourceError
-from harmony_core.launch import pump
+from harmony_core.errors import EngineError, storing
 from harmony_core.launch.launcher import Launch, launch_command, launch_environment
+from harmony_core.launch.pump import PIPE_BYTES
 from harmony_core.options import EngineOptions
-from harmony_core.plain_files import is_locked
+from harmony_core.plain_files import is_locked, try_lock
 from harmony_core.redaction import Redactor
+from harmony_core.rpc.platform import start_time
 
+LAUNCHER = "launcher"
 MARK = "ADAPTIVE_RANK_LAUNCH"
 """Environment variable that every process of one launch has, and no other process: only those are ever ended."""
 
@@ -29,8 +36,63 @@ _KILL_SECONDS = 5.0
 _WRITTEN_SECONDS = 1.0
 
 
+class PrivateDirectories:
+    """The directories of this process's launches: socket, the launcher's configuration, torch elastic's files.
+
+    They lie outside the run's directory, because the path of a socket has at most about 100 bytes. A launch removes
+    its directory as soon as all ranks are connected; the next launch removes those that a killed driver left behind.
+    An engine without a run has one for its logs, too.
+    """
+
+    _prefix, _owner, _longest_base = "adaptive-", "owner", 64
+
+    def __init__(self) -> None:
+        self._own: set[Path] = set()
+
+    def create(self) -> Path:
+        """A new directory that only this user can enter."""
+        base = self._base()
+        for left in filter(self._abandoned, base.glob(self._prefix + "*")):
+            self.remove(left)
+        directory = Path(tempfile.mkdtemp(prefix=self._prefix, dir=base))
+        self._own.add(directory)
+        (directory / self._owner).write_text(f"{os.getpid()} {start_time(os.getpid())}")
+        return directory
+
+    def remove(self, *directories: Path) -> None:
+        """Remove directories, as far as they are there."""
+        for directory in directories:
+            shutil.rmtree(directory, ignore_errors=True)
+            self._own.discard(directory)
+
+    def remove_own(self) -> None:
+        """Remove all directories of this process: for the end of a process that cleans up no further."""
+        self.remove(*self._own)
+
+    def _base(self) -> Path:
+        """XDG_RUNTIME_DIR where it is ours and short enough, else /tmp, whatever TMPDIR says: paths must stay short."""
+        runtime = os.environ.get("XDG_RUNTIME_DIR", "")
+        if runtime and len(os.fsencode(runtime)) <= self._longest_base and os.access(runtime, os.W_OK | os.X_OK):
+            status = os.stat(runtime)
+            if stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid():
+                return Path(runtime)
+        return Path("/tmp") if os.access("/tmp", os.W_OK) else Path(tempfile.gettempdir())
+
+    def _abandoned(self, directory: Path) -> bool:
+        """Whether it is ours, and the process that made it is gone for certain."""
+        with contextlib.suppress(OSError, ValueError):
+            status = directory.lstat()
+            if stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid():
+                pid, started = (directory / self._owner).read_text().split(" ")
+                return bool(started) and start_time(int(pid)) != started
+        return False
+
+
+private_directory = PrivateDirectories()
+
+
 class ProcessHandle:
-    """One process, held by its number and start time, so that another one of that number is never meant."""
+    """One process, identified by its number and start time: a later process of the same number is another one."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
@@ -58,8 +120,43 @@ def processes_with(variable: str, value: str) -> dict[int, dict[str, str]]:
     return {pid: environment for pid, environment in found.items() if environment.get(variable) == value}
 
 
+def start_reader(
+    directory: Path, log_dir: Path, names: Iterable[str], secrets: Iterable[str]
+) -> subprocess.Popen[bytes]:
+    """Start the process that reads the output of these processes, "launcher" or "rank-N".
+
+    Each has a pipe in `directory`, the launch's private one, and a log in `log_dir`. Raises OSError.
+    """
+    pairs: list[tuple[int, int]] = []
+    with contextlib.ExitStack() as opened:
+        for name in names:
+            pipe = directory / f"{name}.out"
+            pipe.unlink(missing_ok=True)
+            os.mkfifo(pipe, 0o600)
+            reading = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+            opened.callback(os.close, reading)
+            with contextlib.suppress(OSError, AttributeError):  # Linux only, and bounded for the user
+                fcntl.fcntl(reading, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+            anew = os.O_TRUNC if name == LAUNCHER else 0
+            log = os.open(log_dir / f"{name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | anew, 0o600)
+            opened.callback(os.close, log)
+            try_lock(log)  # not taken while the reader of an earlier attempt still writes
+            pairs.append((reading, log))
+        reader = subprocess.Popen(
+            [sys.executable, "-P", "-m", "harmony_core.launch.pump"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            pass_fds=[descriptor for pair in pairs for descriptor in pair],
+            start_new_session=True,
+        )
+    assert reader.stdin is not None
+    with contextlib.suppress(BrokenPipeError), reader.stdin as stdin:
+        stdin.write(json.dumps({"pairs": pairs, "secrets": list(secrets)}).encode())
+    return reader
+
+
 class LaunchedProcesses:
-    """The launcher and whatever came of it. `log` takes the launcher's own output."""
+    """The launcher and its descendants. `log` takes the launcher's own output."""
 
     def __init__(self, options: EngineOptions, launch: Launch) -> None:
         self.log = options.log_dir / "launcher.log"
@@ -67,41 +164,35 @@ class LaunchedProcesses:
         self._launch = launch
         self._id = secrets.token_hex(16)
         self._launcher: subprocess.Popen[bytes] | None = None
-        self._readers: list[subprocess.Popen[bytes]] = []
+        self._reader: subprocess.Popen[bytes] | None = None
 
     def spawn(self, directory: Path, environment: dict[str, str]) -> None:
         """Start the launcher in its own session, so that a terminal's Ctrl-C does not reach it.
 
         Raises ResourceError when the logs cannot be written.
         """
-        stub = [sys.executable, "-P", "-m", "harmony_core.launch.stub", str(os.getpid())]
         env = launch_environment(self._options, self._launch, os.environ)
         known = {*self._options.secrets, *Redactor.from_environment(env).values}
-        names = [pump.LAUNCHER, *(f"rank-{rank}" for rank in range(self._launch.world_size))]
-        try:
-            self._options.log_dir.mkdir(parents=True, exist_ok=True)
-            self._readers.append(pump.start(directory, self._options.log_dir, names, known))
-            output = os.open(pump.pipe_of(directory, pump.LAUNCHER), os.O_WRONLY | os.O_NONBLOCK)
-        except OSError as error:
-            raise ResourceError(
-                f"cannot keep the output of the ranks in {self._options.log_dir}: {error.strerror or error}"
-            ) from error
-        os.set_blocking(output, True)
-        try:
+        names = [LAUNCHER, *(f"rank-{rank}" for rank in range(self._launch.world_size))]
+        log_dir = self._options.log_dir
+        with storing(f"cannot keep the output of the ranks in {log_dir}"):
+            log_dir.mkdir(parents=True, exist_ok=True)
+            self._reader = start_reader(directory, log_dir, names, known)
+            output = os.open(directory / f"{LAUNCHER}.out", os.O_WRONLY | os.O_NONBLOCK)
+        with os.fdopen(output, "wb", buffering=0) as stream:
+            os.set_blocking(output, True)
             self._launcher = subprocess.Popen(
-                stub + launch_command(self._options, self._launch, directory),
+                launch_command(self._options, self._launch, directory),
                 env=env | environment | {MARK: self._id},
                 stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
+                stdout=stream,
+                stderr=stream,
                 start_new_session=True,
             )
-        finally:
-            os.close(output)
 
     def reader_died(self) -> bool:
-        """Whether the ranks' output goes nowhere although the launcher lives."""
-        return bool(self._readers) and self._readers[-1].poll() is not None and not self.launcher_gone()
+        """Whether the launcher lives and the process that reads the ranks' output does not."""
+        return self._reader is not None and self._reader.poll() is not None and not self.launcher_gone()
 
     async def written(self, log: Path) -> None:
         """Wait until a log has everything that its process wrote; not for long where another keeps its pipe open."""
@@ -113,7 +204,7 @@ class LaunchedProcesses:
         return self._launcher.pid if self._launcher is not None else 0
 
     def of_ranks(self) -> list[int]:
-        """The process of each rank, in order; the launcher while there is none."""
+        """The process of each rank, in order; the launcher's where a rank has none."""
         marked = processes_with(MARK, self._id)
         marked.pop(self.launcher_pid, None)
         ranks = range(self._launch.world_size)
@@ -126,19 +217,15 @@ class LaunchedProcesses:
         return self._launcher.poll() if self._launcher is not None else None
 
     def launcher_gone(self) -> bool:
-        """Whether there is no launcher (any more)."""
+        """Whether the launcher has ended, or was not started."""
         return self._launcher is None or self._launcher.poll() is not None
 
     async def end(self, ranks: Iterable[ProcessHandle]) -> None:
-        """SIGTERM to the launcher, then SIGKILL to whatever is left. Raises EngineError for what even that leaves."""
+        """SIGTERM to the launcher, then SIGKILL to all that is left. Raises EngineError for what survives even that."""
         ranks = list(ranks)
-
-        def gone() -> bool:
-            return self.launcher_gone() and not any(rank.alive() for rank in ranks)
-
         if self._launcher is not None and not self.launcher_gone():
-            self._launcher.send_signal(signal.SIGTERM)
-            await wait_for(gone, _TERM_SECONDS)
+            self._launcher.terminate()
+            await wait_for(lambda: self.launcher_gone() and not any(rank.alive() for rank in ranks), _TERM_SECONDS)
         deadline = asyncio.get_running_loop().time() + _KILL_SECONDS
         while self._kill_marked(ranks):
             if asyncio.get_running_loop().time() > deadline:
@@ -147,21 +234,19 @@ class LaunchedProcesses:
                     f"processes that even SIGKILL does not end: {pids}", hint="the kernel waits for a device"
                 )
             await asyncio.sleep(0.02)
-        # They end by themselves, when everything is written.
-        await wait_for(lambda: all(reader.poll() is not None for reader in self._readers), _KILL_SECONDS)
+        # The reader ends by itself, when everything is written.
+        await wait_for(lambda: self._reader is None or self._reader.poll() is not None, _KILL_SECONDS)
 
     def kill(self) -> None:
-        """SIGKILL to whatever is left; of its end only the launcher's is awaited."""
+        """SIGKILL to all that is left; of the ends only the launcher's and the reader's are awaited."""
         self._kill_marked([])
-        for process in (self._launcher, *self._readers):
+        for process in filter(None, (self._launcher, self._reader)):
             with contextlib.suppress(subprocess.TimeoutExpired):
-                if process is not None:
-                    process.wait(_TERM_SECONDS)
+                process.wait(_TERM_SECONDS)
 
     def _kill_marked(self, ranks: list[ProcessHandle]) -> bool:
-        """SIGKILL whatever is left. Returns whether there was anything."""
-        marked = [ProcessHandle(pid) for pid in processes_with(MARK, self._id)]
-        left = [process for process in marked + ranks if process.alive()]
+        """SIGKILL to all that is left. Returns whether anything was."""
+        left = [p for p in [*map(ProcessHandle, processes_with(MARK, self._id)), *ranks] if p.alive()]
         for process in left:
             process.send(signal.SIGKILL)
         if self._launcher is not None and not self.launcher_gone():
@@ -172,8 +257,8 @@ class LaunchedProcesses:
         return bool(left) or not self.launcher_gone()
 
 
-async def wait_for(done: Callable[[], bool], seconds: float) -> None:
-    """Look every 10 ms until `done`, for at most so long."""
+async def wait_for(done: Callable[[], bool], seconds: float, every: float = 0.01) -> None:
+    """Look `every` so many seconds until `done`, for at most `seconds`."""
     deadline = asyncio.get_running_loop().time() + seconds
     while not done() and asyncio.get_running_loop().time() < deadline:
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(every)

@@ -1,7 +1,8 @@
-"""Starts the ranks, watches them, says what went wrong first, and leaves nothing behind.
+"""Starts, watches and ends the ranks of a launch, apart from the client: it is run with fake ranks, too.
 
-Three signals, none enough alone: a socket's end (at once), the launcher's exit (the fallback), and a beat every second
-that tells stuck from dead. One failure ends the engine: every call, pending or later, gets it.
+It reports the first failure from three signals: the end of a rank's socket (immediate), the launcher's exit (the
+fallback), and a beat every second that tells a stuck rank from a dead one. The first failure ends the engine: every
+pending and later call raises it.
 """
 
 from __future__ import annotations
@@ -17,11 +18,10 @@ from typing import Any
 
 from harmony_core import __version__
 from harmony_core.errors import EngineError, HarmonyError, LauncherDied, RankDied, RankError, ResourceError
-from harmony_core.launch import postmortem, private_directory
+from harmony_core.launch import diagnosis
+from harmony_core.launch.diagnosis import TICK_SECONDS, RankHandle, Watch
 from harmony_core.launch.launcher import Launch
-from harmony_core.launch.liveness import TICK_SECONDS, Watch
-from harmony_core.launch.processes import LaunchedProcesses, wait_for
-from harmony_core.launch.rank_handle import RankHandle
+from harmony_core.launch.processes import LaunchedProcesses, private_directory, wait_for
 from harmony_core.options import INIT_TIMEOUT, EngineOptions
 from harmony_core.rpc import platform
 from harmony_core.rpc.connection import Answer, Connection, Listener, RankStore
@@ -36,7 +36,7 @@ _POLL_SECONDS = 0.05
 
 
 class Supervisor(Listener):
-    """One launch. `failure` resolves to the first failure, whatever it was; `on_event` gets the ranks' events."""
+    """One launch. `failure` resolves to the first failure; `on_event` gets the ranks' events."""
 
     def __init__(self, options: EngineOptions, launch: Launch, on_event: Callable[[int, Event], None]) -> None:
         loop = asyncio.get_running_loop()
@@ -93,12 +93,11 @@ class Supervisor(Listener):
         return [self._handles[rank] for rank in range(self.world_size)]
 
     def hello(self, connection: Connection, message: Hello) -> None:
-        """A process says that it is a rank of ours; believe it if it knows the token."""
+        """A process presents itself as a rank; it is accepted if it knows the token."""
         if not hmac.compare_digest(message.token.encode(), self._token.encode()):
             connection.close()
             return
-        reason = self._misfit(connection, message)
-        if reason:
+        if reason := self._misfit(connection, message):
             error = ResourceError(f"rank {message.rank} does not fit this run: {reason}")
             connection.refuse(error)
             self._fail(error)
@@ -109,12 +108,12 @@ class Supervisor(Listener):
         self._handles[message.rank] = RankHandle(connection, message, note, asyncio.get_running_loop().time())
 
     def _misfit(self, connection: Connection, hello: Hello) -> str:
-        if hello.protocol != PROTOCOL_VERSION or hello.version != __version__:
+        if (hello.protocol, hello.version) != (PROTOCOL_VERSION, __version__):
             theirs = f"harmony-core {hello.version} (protocol {hello.protocol})"
             return f"it runs {theirs}, the driver {__version__} (protocol {PROTOCOL_VERSION})"
         if hello.world_size != self.world_size:
             return f"it was started as one of {hello.world_size}, {self.world_size} ranks were asked for"
-        if not 0 <= hello.rank < self.world_size or hello.rank in self._handles:
+        if hello.rank not in range(self.world_size) or hello.rank in self._handles:
             return f"rank {hello.rank} of {self.world_size} is not free"
         if connection.peer_pid not in (0, hello.pid):
             return f"it says it is process {hello.pid}, the kernel says {connection.peer_pid}"
@@ -129,21 +128,18 @@ class Supervisor(Listener):
         elif isinstance(message, Event):
             if message.type == READY_EVENT:
                 handle.ready = True
-                self._check_ready()
+                complete = len(self._handles) == self.world_size and all(h.ready for h in self._handles.values())
+                if complete and not self._all_ready.done():
+                    self._close_door()
+                    self._all_ready.set_result(None)
             self._on_event(handle.rank, message)
 
     def asked(self, connection: Connection, message: Message, answer: Answer) -> None:
-        """A rank uses the store over which ranks find each other."""
+        """A rank uses the store through which ranks find each other."""
         self._store.ask(message, answer)
 
-    def _check_ready(self) -> None:
-        complete = len(self._handles) == self.world_size and all(h.ready for h in self._handles.values())
-        if complete and not self._all_ready.done():
-            self._close_door()
-            self._all_ready.set_result(None)
-
     def _close_door(self) -> None:
-        """Take no more connections. Nothing on disk is needed from here on, so that a kill leaves nothing there."""
+        """Take no more connections, and remove the directory, so that a later kill leaves no files behind."""
         if self._server is not None:
             self._server.close()
         private_directory.remove(self._directory)
@@ -203,40 +199,40 @@ class Supervisor(Listener):
             handle = self._ended[0]
         if platform.is_ending(self._processes.launcher_pid):
             await wait_for(self._processes.launcher_gone, _SETTLE_SECONDS)
-        signalled = postmortem.launcher_signal(self._processes.launcher_status(), self._processes.log)
+        signalled = diagnosis.launcher_signal(self._processes.launcher_status(), self._processes.log)
         if handle.error is None and signalled:
             self._launcher_died(-signalled)
         else:
             self._fail(self._describe(handle))
 
     async def _cause(self, handle: RankHandle) -> str:
-        """Of what the end of a rank is a consequence; "" when it ended by itself."""
+        """The cause of a rank's end, when that is a consequence of another failure; "" when it ended by itself."""
         await self._processes.written(self._log_of(handle.rank))
         if handle.error is not None:
-            return "its connection to another rank broke" if postmortem.is_collateral_error(handle.error) else ""
+            return "its connection to another rank broke" if diagnosis.is_collateral_error(handle.error) else ""
         await self._processes.written(self._processes.log)
-        handle.status = await postmortem.exit_status(handle.process, self._processes.log)
-        return await postmortem.follows_from(handle.process, handle.status, self._processes.log)
+        handle.status = await diagnosis.exit_status(handle.process, self._processes.log)
+        return await diagnosis.follows_from(handle.process, handle.status, self._processes.log)
 
     def _died_unheard_of(self) -> bool:
         """Fail for a rank that the launcher reports dead and that never connected, if there is one."""
-        reported = postmortem.reported_failure(self._processes.log)
+        reported = diagnosis.reported_failure(self._processes.log)
         if reported is None or reported.rank in self._handles:
             return False
-        lines = postmortem.excerpt(self._processes.log)
+        lines = diagnosis.excerpt(self._processes.log)
         words = self._in_words(reported.status)
         text = f"rank {reported.rank} (pid {reported.pid or 'unknown'}) died before it reached the driver: {words}"
         where: dict[str, Any] = {"rank": reported.rank, "pid": reported.pid, "status": reported.status}
-        shown = postmortem.shown(self._processes.log, lines)
+        shown = diagnosis.shown(self._processes.log, lines)
         self._fail(RankDied(text + shown, cause=words, phase="starting", log=lines, **where))
         return True
 
     def _in_words(self, status: int | None) -> str:
-        return postmortem.in_words(status, platform.oom_kills() - self._oom_kills)
+        return diagnosis.in_words(status, platform.oom_kills() - self._oom_kills)
 
     def _describe(self, handle: RankHandle) -> HarmonyError:
         log = self._log_of(handle.rank)
-        lines = postmortem.last_lines(log)
+        lines = diagnosis.last_lines(log)
         where: dict[str, Any] = {"rank": handle.rank, "pid": handle.pid, "phase": handle.phase, "log": lines}
         if handle.error is not None:
             error = handle.error
@@ -251,19 +247,19 @@ class Supervisor(Listener):
         if handle.follows:
             cause += f" ({handle.follows}; what came before is not known)"
         text = f"rank {handle.rank} (pid {handle.pid}) died {handle.where()}: {cause}"
-        return RankDied(text + postmortem.shown(log, lines), cause=cause, status=handle.status, **where)
+        return RankDied(text + diagnosis.shown(log, lines), cause=cause, status=handle.status, **where)
 
     def _hold_error(self, error: HarmonyError) -> float:
         """A call that failed because another rank did gets that rank's failure, if it shows soon."""
-        return _SETTLE_SECONDS if postmortem.is_collateral_error(error) else 0.0
+        return _SETTLE_SECONDS if diagnosis.is_collateral_error(error) else 0.0
 
     def _launcher_died(self, status: int) -> None:
-        lines = postmortem.excerpt(self._processes.log)
+        lines = diagnosis.excerpt(self._processes.log)
         text = f"the launcher of the ranks {self._in_words(status)}"
-        self._fail(LauncherDied(text + postmortem.shown(self._processes.log, lines), status=status, log=lines))
+        self._fail(LauncherDied(text + diagnosis.shown(self._processes.log, lines), status=status, log=lines))
 
     def _fail(self, error: HarmonyError) -> None:
-        """The end of the engine: everybody who waits gets `error`, and the processes are ended."""
+        """End the engine: every waiting call raises `error`, and the processes are ended."""
         if self.failure.done():
             return
         self.failure.set_result(error)
@@ -274,7 +270,7 @@ class Supervisor(Listener):
     def _fail_waiters(self, error: HarmonyError) -> None:
         if not self._all_ready.done():
             self._all_ready.set_exception(error)
-            self._all_ready.exception()  # seen: nobody may be waiting
+            self._all_ready.exception()  # marks it as retrieved, where nothing waits
         for handle in self._handles.values():
             handle.connection.fail(error)
 
@@ -310,9 +306,9 @@ class Supervisor(Listener):
                     self._fail(error)
 
     async def stop(self, grace: float = 10.0) -> None:
-        """Ask the ranks to leave, for at most `grace` seconds, then end them. Nothing of the launch is left.
+        """Ask the ranks to leave, for at most `grace` seconds, then end all processes of the launch.
 
-        Calling it again with less grace makes the first call hurry; cancelling a caller does not cut it short.
+        A second call with less grace shortens the first; cancelling a caller does not stop it.
         """
         self._patience = min(self._patience, asyncio.get_running_loop().time() + grace)
         if self._stop is None:
@@ -324,9 +320,8 @@ class Supervisor(Listener):
         if self._all_ready.done() and not self.failure.done():
             for handle in self._handles.values():
                 handle.connection.submit(Shutdown())
-            loop = asyncio.get_running_loop()
-            while not all(handle.lost for handle in self._handles.values()) and loop.time() < self._patience:
-                await asyncio.sleep(0.01)
+            clock, handles = asyncio.get_running_loop().time, self._handles.values()
+            await wait_for(lambda: all(h.lost for h in handles) or clock() >= self._patience, math.inf)
             if not any(handle.process.alive() for handle in self._handles.values()):
                 await wait_for(self._processes.launcher_gone, 1.0)
         self._fail_waiters(EngineError("the engine is stopped"))
@@ -341,7 +336,7 @@ class Supervisor(Listener):
             self._close_door()
 
     def kill(self) -> None:
-        """End everything at once, where no event loop runs any more that `stop` could use."""
+        """End everything at once, for callers without a running event loop."""
         self._stopping = True
         self._processes.kill()
         self._close_door()

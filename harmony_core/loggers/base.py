@@ -8,7 +8,7 @@ from typing import Any, Self, TypeAlias
 
 from harmony_core.errors import UsageError
 from harmony_core.journal import current
-from harmony_core.plain_data import plain, unwrapped
+from harmony_core.plain_files import plain, unwrapped
 
 Cell = str | float | Any
 

@@ -23,8 +23,7 @@ from harmony_core.errors import UsageError
 from harmony_core.home import Home
 from harmony_core.journal import begin
 from harmony_core.notifiers import StdoutJobNotifier, say
-from harmony_core.plain_data import plain
-from harmony_core.plain_files import expanded
+from harmony_core.plain_files import expanded, plain
 from harmony_core.registry import Registry
 from harmony_core.runs.run import Run
 

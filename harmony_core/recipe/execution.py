@@ -20,7 +20,7 @@ from harmony_core.client import DryRunEnded, HarmonyClient
 from harmony_core.client.engine import FAILED
 from harmony_core.errors import HarmonyError, RunTimeout, UsageError
 from harmony_core.journal import kept
-from harmony_core.launch import private_directory
+from harmony_core.launch.processes import private_directory
 from harmony_core.memory.ledger import format_size
 from harmony_core.notifiers import ProgressSink, StdoutJobNotifier, say
 from harmony_core.options import EngineOptions, RunOptions
@@ -29,11 +29,10 @@ from harmony_core.recipe.context import RecipeContext
 from harmony_core.recipe_file import RecipeFile
 from harmony_core.registry import Registry
 from harmony_core.rpc.tracebacks import place_of
-from harmony_core.runs.checkpoint_files import Checkpoint, CheckpointStore
-from harmony_core.runs.checkpoints import RunCheckpoints, going_on
+from harmony_core.runs.checkpoints import Checkpoint, CheckpointStore
 from harmony_core.runs.interruption import Interruption
-from harmony_core.runs.outcome import Outcome, leaves
-from harmony_core.runs.run import Run
+from harmony_core.runs.resuming import RunCheckpoints, going_on
+from harmony_core.runs.run import Outcome, Run, leaves
 from harmony_core.text.row_lengths import PlannedRows
 
 CLOSE_SECONDS = 5.0

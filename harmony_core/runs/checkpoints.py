@@ -1,197 +1,282 @@
-"""The checkpoints of one run: what its training classes write to and continue from, and how they are asked to stop.
+"""Checkpoints on disk: directories that are there whole or not at all, with a hash of every file.
 
-A recipe's training classes are its stages, in the order in which they begin. A finished stage leaves a checkpoint with
-its weights, so that a resumed run skips it and the next one continues with what it has learnt.
+    checkpoints/checkpoint-000004/  manifest.json  state.json  models/<role>/*.safetensors, *.json
+    checkpoints/.writing-<id>/      a checkpoint that is being written, or was when its process was killed
+    checkpoints/.damaged-<name>/    a checkpoint whose bytes are not those that were written
+
+Only the process that holds the run's lock writes here. Nothing is ever pickled.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
+import json
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
-from typing import Any
+import re
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypedDict
 
-from harmony_core.errors import UsageError
-from harmony_core.runs.checkpoint_files import Checkpoint, CheckpointStore
+import msgspec
 
-SWITCH_OFF = "HARMONY_NO_CHECKPOINTING"
-LEAVE = "GRACEFUL_EXIT"
-"""A file of this name among the checkpoints: the stage that runs saves after its step and ends."""
-PATIENCE_SECONDS = 5.0
-"""How long a stage that was asked to stop may take to the end of its step."""
+from harmony_core import __version__
+from harmony_core.errors import HarmonyError, NotFoundError, VerificationError, storing
+from harmony_core.model.weight_files import PICKLE_SUFFIXES
+from harmony_core.plain_files import (
+    check_kind,
+    check_space,
+    damaged,
+    file_hash,
+    fsync_path,
+    read_json,
+    size_of,
+    write_json,
+)
 
-log = logging.getLogger(__name__)
+MANIFEST = "manifest.json"
+STATE = "state.json"
+FORMAT = 1
+_NAME = re.compile(r"checkpoint-(\d{6,})")
+Name = Annotated[str, msgspec.Meta(pattern=rf"^{_NAME.pattern}\Z")]
 
 
-class RunCheckpoints:
-    """The training classes of one run share it. `facts`: what must be the same when the run is resumed.
+class _Stage(TypedDict, total=False):
+    name: str
+    recipe_type: str
+    completion_percentage: Annotated[float, msgspec.Meta(ge=0)]
+    facts: dict[str, Any]
+    lesser_facts: dict[str, Any]
+    steps: dict[str, int | None]
+    request_numbers: dict[str, int]
+    callback_last_calls: list[float]
+    parts: dict[str, Any]
+    generators: dict[str, Any]
+    result: dict[str, float]
+    checkpoint: Name
 
-    `config`: the recipe's configuration, without secrets, for who resumes. `resumed`: the checkpoint that the run
-    continues from. `allow_change` lets pass what changes no training.
-    """
 
-    def __init__(
-        self,
-        store: CheckpointStore,
-        facts: Mapping[str, Any],
-        resumed: Checkpoint | None = None,
-        allow_change: bool = False,
-        config: Mapping[str, Any] | None = None,
-    ) -> None:
-        self.store = store
-        self.config = dict(config or {})
-        self.resumed = resumed
-        self.allow_change = allow_change
-        self.facts = dict(facts)
-        self.finished: list[dict[str, Any]] = []
-        """Of each finished stage: name, algorithm, checkpoint, result."""
-        self.stopping = False
-        """Whether the run was asked to stop: the stage that runs saves and ends."""
-        self.leaving = False
-        """Whether a stage has left its loop because of the file; later ones do not begin."""
-        self.saving: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
-        """Entered while a checkpoint is written, which is not to be cut short."""
-        self._begun = 0
-        self._running: str | None = None
-        self._has_step = False
-        self._overlapping = os.environ.get(SWITCH_OFF) is not None or store.keep == 0
-        self._taken = resumed is None
-        store.prepare(resumed)
-        if resumed is not None:
-            (store.directory / LEAVE).unlink(missing_ok=True)
-            compare("the run", resumed.state.get("run", {}), self.facts, f"resume {resumed.name} as it was started")
+class _State(TypedDict, total=False):
+    needs: list[Name]
+    finished_stages: list[_Stage]
+    run: dict[str, Any]
+    config: dict[str, Any]
+    data: _Stage | None
+
+
+class _File(TypedDict):
+    path: str
+    size: int
+    sha256: str
+
+
+class _Manifest(TypedDict):
+    manifest: Literal[1]
+    files: list[_File]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One whole checkpoint. `state` was saved beside the models' files."""
+
+    directory: Path
+    state: dict[str, Any]
 
     @property
-    def restore_data(self) -> dict[str, Any] | None:
-        """For `ctx.checkpoint_restore_data`."""
-        return None if self.resumed is None else {**self.resumed.state, "checkpoint": str(self.resumed.directory)}
+    def name(self) -> str:
+        """The directory's name, `checkpoint-000004`."""
+        return self.directory.name
 
-    @property
-    def enabled(self) -> bool:
-        """Whether stages write checkpoints."""
-        return not self._overlapping
+    def models(self, role: str) -> Path:
+        """Where the files of one model are."""
+        return self.directory / "models" / role
 
-    @property
-    def unused(self) -> bool:
-        """Whether no stage took what the run was to continue from."""
-        return not self._taken
+
+@contextlib.contextmanager
+def taking_back(checkpoint: Checkpoint) -> Iterator[None]:
+    """Turn an error of the block, where a part of the state is missing or of another shape, into VerificationError."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError) as error:
+        reason = f"cannot be taken back ({type(error).__name__}: {error})"
+        raise damaged(checkpoint.directory / STATE, reason) from error
+
+
+@dataclass(frozen=True)
+class CheckpointStore:
+    """The checkpoints of one run. The newest `keep` stay, and those that they name in `needs`."""
+
+    directory: Path
+    keep: int = 2
+
+    def names(self) -> list[str]:
+        """The names of all checkpoints, whole or not, newest first."""
+        found = self.directory.iterdir() if self.directory.is_dir() else ()
+        return sorted((path.name for path in found if _NAME.fullmatch(path.name)), key=_number, reverse=True)
+
+    def newest_readable(self) -> tuple[str, dict[str, Any]] | None:
+        """Name and state of the newest checkpoint whose state can be read; its other files are not checked."""
+        for name in self.names():
+            with contextlib.suppress(VerificationError):
+                return name, _state_of(self.directory / name)
+        return None
+
+    def read(self, name: str) -> Checkpoint:
+        """A checkpoint after comparing its files, and those of the checkpoints it needs, with their hashes.
+
+        Raises VerificationError.
+        """
+        found = _verified(self.directory / name)
+        for needed in (other for other in found.state.get("needs", ()) if other != name):
+            _verified(self.directory / needed)
+        return found
+
+    def newest_whole(self, tell: Callable[[str], None]) -> Checkpoint:
+        """The newest checkpoint that is whole; `tell` gets a warning about each newer one that is damaged.
+
+        Raises NotFoundError when there is none, VerificationError when none is whole.
+        """
+        problems: list[HarmonyError] = []
+        for name in self.names():
+            try:
+                found = self.read(name)
+            except VerificationError as error:
+                tell(f"warning: {name} is damaged and is not used: {error.message}")
+                problems.append(error)
+                continue
+            if problems:
+                tell(f"warning: falling back to {name}, an older checkpoint: the steps after it are trained again")
+            return found
+        if problems:
+            raise VerificationError(
+                f"no checkpoint in {self.directory} is whole: {problems[0].message}", hint="start the run anew"
+            )
+        raise NotFoundError(f"there is no checkpoint in {self.directory}", hint="start the run anew")
+
+    def prepare(self, chosen: Checkpoint | None) -> None:
+        """Prepare the directory for a run: remove unfinished checkpoints, put aside those newer than `chosen`."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for path in self.directory.glob(".writing-*"):
+            shutil.rmtree(path, ignore_errors=True)
+        for name in self.names():
+            if chosen is not None and _number(name) > _number(chosen.name):
+                os.rename(self.directory / name, self.directory / f".damaged-{name}-{uuid.uuid4().hex[:8]}")
 
     @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[int]:
-        """While a training class runs; gives its number, 0 for the first of the run."""
-        if self._running is not None and self.enabled:
-            log.warning("%s runs beside %s: no more checkpoints are written", name, self._running)
-            self._overlapping = True
-        number, outer = self._begun, self._running
-        self._begun += 1
-        self._running, self._has_step = name, False
+    def write(self, expected_bytes: int = 0) -> Iterator[Writing]:
+        """A checkpoint to fill and commit; leaving the block without `commit` removes it.
+
+        Raises ResourceError when the disk has no room for `expected_bytes`.
+        """
+        name = f"checkpoint-{max(map(_number, self.names()), default=0) + 1:06d}"
+        writing = Writing(self, name, self.directory / f".writing-{uuid.uuid4().hex}")
         try:
-            yield number
+            with storing("cannot write a checkpoint"):
+                writing.directory.mkdir(parents=True)
+                way_out = "free some space, set ADAPTIVE_HOME to another disk, or run with --keep-checkpoints 0"
+                check_space(self.directory, expected_bytes, "a checkpoint", way_out)
+            yield writing
         finally:
-            self._running = outer
+            shutil.rmtree(writing.directory, ignore_errors=True)
 
-    def found(self, number: int, name: str, algorithm: str) -> tuple[Checkpoint, dict[str, Any]] | None:
-        """What stage `number` continues from: the checkpoint and the stage's record in it. None to begin afresh.
+    def prune(self) -> list[str]:
+        """Remove the checkpoints that are older than the newest `keep` and not needed by them. Returns their names."""
+        names = self.names()
+        kept = set(names[: max(self.keep, 1)])
+        for name in list(kept):
+            with contextlib.suppress(VerificationError):
+                kept.update(_state_of(self.directory / name).get("needs", []))
+        removed = [name for name in names if name not in kept]
+        self._remove(removed)
+        return removed
 
-        Raises UsageError when the recipe's stages are not those of the checkpoint.
-        """
-        if self.resumed is None:
-            return None
-        stages = [*self.resumed.state.get("finished_stages", ()), self.resumed.state.get("data")]
-        if number >= len(stages) or (number == len(stages) - 1 and stages[number] is None):
-            return None
-        record: dict[str, Any] = stages[number]
-        compare(
-            f"stage {number + 1}",
-            {"name": record.get("name"), "algorithm": record.get("recipe_type")},
-            {"name": name, "algorithm": algorithm},
-            "a resumed recipe must run the same training classes in the same order",
-        )
-        self._taken = True
-        if "checkpoint" in record:
-            return Checkpoint(self.store.directory / record["checkpoint"], self.resumed.state), record
-        return self.resumed, record
+    def clear(self) -> int:
+        """Remove every directory here, damaged and unfinished checkpoints included. Returns the bytes freed."""
+        before = size_of(self.directory)
+        self._remove(path.name for path in self.directory.iterdir() if path.is_dir())
+        return before - size_of(self.directory)
 
-    def asked_to_leave(self) -> bool:
-        """Whether the file `GRACEFUL_EXIT` is there."""
-        if not self.leaving and self.enabled and (self.store.directory / LEAVE).exists():
-            self.leaving = True
-        return self.leaving
-
-    def step_taken(self) -> None:
-        """The running stage has a state worth saving."""
-        self._has_step = True
-
-    def stop(self) -> float:
-        """Ask the running stage to save and end. Seconds until it should be cancelled instead; 0: at once."""
-        self.stopping = True
-        return PATIENCE_SECONDS if self._running is not None and self.enabled and self._has_step else 0.0
-
-    def state(self, data: Mapping[str, Any] | None, *ended: dict[str, Any]) -> dict[str, Any]:
-        """What a checkpoint records of the run; `data` is the stage's own part, None between two stages.
-
-        `ended` is the record of a stage that counts as finished with this checkpoint.
-        """
-        finished = [*self.finished, *ended]
-        return {
-            "format": 1,
-            "active_stage": data["name"] if data is not None else None,
-            "completed_stages": [stage["name"] for stage in finished],
-            "finished_stages": finished,
-            "needs": [stage["checkpoint"] for stage in finished if "checkpoint" in stage],
-            "run": self.facts,
-            "config": self.config,
-            "data": None if data is None else dict(data),
-        }
+    def _remove(self, names: Iterable[str]) -> None:
+        """Out of sight in one step, then for good."""
+        for name in names:
+            grave = self.directory / f".writing-{uuid.uuid4().hex}"
+            os.rename(self.directory / name, grave)
+            shutil.rmtree(grave, ignore_errors=True)
 
 
-def going_on(store: CheckpointStore, run_id: str, status: str) -> dict[str, Any] | None:
-    """Where a run that ended with `status` would go on and how, as plain data; None when nothing is saved or left.
+@dataclass(frozen=True)
+class Writing:
+    """An unfinished checkpoint; `commit` gives it its `name`."""
 
-    `stage` and `step` are those of the newest checkpoint, `completion` the part of the stage that is done, 0 to 1.
-    """
-    newest = store.newest_readable()
-    if newest is None:
-        return None
-    name, state = newest
-    if status == "succeeded" and state.get("data") is None:
-        return None
-    finished = state.get("finished_stages") or [{}]
-    stage = state.get("data") or finished[-1]
-    return {
-        "checkpoint": name,
-        "stage": stage.get("name"),
-        "step": max((step or 0 for step in stage.get("steps", {}).values()), default=0),
-        "completion": stage.get("completion_percentage"),
-        "command": f"adaptive run --resume {run_id}",
-    }
+    store: CheckpointStore
+    name: str
+    directory: Path
 
+    def models(self, role: str) -> Path:
+        """A directory for the files of one model."""
+        path = self.directory / "models" / role
+        path.mkdir(parents=True, exist_ok=True)
+        return path
 
-def compare(what: str, saved: Mapping[str, Any], present: Mapping[str, Any], hint: str) -> None:
-    """Raise UsageError with one line for each value that is not as it was saved."""
-    lines = differences(saved, present)
-    if lines:
-        message = f"{what} is not what the checkpoint was saved from: {'; '.join(lines)}"
-        raise UsageError(message, hint=hint, changes=lines)
-
-
-def differences(saved: Mapping[str, Any], present: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """`lr: 0.1 -> 0.2` for each value that differs, blocks by their dotted names."""
-    lines: list[str] = []
-    for key in dict.fromkeys([*saved, *present]):
-        old, new = saved.get(key, _ABSENT), present.get(key, _ABSENT)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            lines += differences(old, new, f"{prefix}{key}.")
-        elif old != new:
-            lines.append(f"{prefix}{key}: {_shown(old)} -> {_shown(new)}")
-    return lines
+    def commit(self, state: Mapping[str, Any]) -> Checkpoint:
+        """Hash and sync everything, then appear under the next number. Raises ResourceError for a failing disk."""
+        with storing("cannot write a checkpoint"):
+            (self.directory / STATE).write_text(json.dumps(dict(state), indent=1) + "\n", encoding="utf-8")
+            files = sorted(path for path in self.directory.rglob("*") if path.is_file())
+            assert not any(path.suffix in PICKLE_SUFFIXES for path in files), "a checkpoint holds no pickle"
+            names = {path: path.relative_to(self.directory).as_posix() for path in files}
+            manifest = {
+                "manifest": FORMAT,
+                "created": datetime.now(UTC).isoformat(timespec="seconds"),
+                "harmony_core": __version__,
+                "files": [
+                    {"path": name, "size": path.stat().st_size, "sha256": file_hash(path)}
+                    for path, name in names.items()
+                ],
+            }
+            for path in {*files, *(path.parent for path in files)}:
+                fsync_path(path)
+            write_json(self.directory / MANIFEST, manifest)
+            target = self.store.directory / self.name
+            os.rename(self.directory, target)
+            fsync_path(self.store.directory)
+        self.store.prune()
+        return Checkpoint(target, dict(state))
 
 
-_ABSENT = object()
+def _number(name: str) -> int:
+    match = _NAME.fullmatch(name)
+    assert match is not None, name
+    return int(match[1])
 
 
-def _shown(value: object) -> str:
-    text = "(not there)" if value is _ABSENT else str(value)
-    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
+def _verified(directory: Path) -> Checkpoint:
+    """A checkpoint whose files all have their hashes. Raises VerificationError."""
+    manifest = read_json(directory / MANIFEST)
+    check_kind(directory / MANIFEST, manifest, _Manifest)
+    listed = set()
+    for entry in manifest["files"]:
+        name = entry["path"]
+        path = directory / name
+        try:
+            if name.startswith("/") or ".." in Path(name).parts or path.is_symlink():
+                raise damaged(directory / MANIFEST, f"file name {name[:100]!r} leads elsewhere")
+            whole = path.stat().st_size == entry["size"] and file_hash(path) == entry["sha256"]
+        except (OSError, ValueError) as error:
+            raise damaged(path, str(getattr(error, "strerror", "") or error)) from error
+        if not whole:
+            raise damaged(path, "its bytes are not those that were written")
+        listed.add(name)
+    if STATE not in listed:
+        raise damaged(directory / MANIFEST, f"does not list {STATE}")
+    return Checkpoint(directory, _state_of(directory))
+
+
+def _state_of(directory: Path) -> dict[str, Any]:
+    """The state of a checkpoint. Raises VerificationError where a part of it has another type."""
+    state = read_json(directory / STATE)
+    check_kind(directory / STATE, state, _State)
+    return state

@@ -222,7 +222,7 @@ class Interruption:
             self._task.cancel()
 
     def _tell(self, text: str) -> None:
-        """Say it, unless nobody takes it: a terminal that is gone, or a pipe that is full, is no reason to go on."""
+        """Say it, for at most a second: a closed terminal or a full pipe must not delay the end."""
         teller = threading.Thread(target=self._say, args=(text,), daemon=True)
         teller.start()
         teller.join(TELL_SECONDS)

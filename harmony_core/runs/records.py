@@ -1,4 +1,4 @@
-"""Runs as their directories tell of them: which there are, which one is meant, and which files of one are damaged."""
+"""Runs as their directories record them: listing them, finding one, and checking its files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from harmony_core.plain_files import check_kind, damaged, exists, is_locked, ope
 
 DAMAGED = "damaged"
 FILES = ("result.json", "argv.json", "versions.json", "models.json", "sources.json")
-"""What is checked beside `run.json` and, where they are read, the events."""
+"""The files that are checked beside `run.json` and, where they are read, the events."""
 MAX_JSON_BYTES = 128 * 1024 * 1024
 """Of one file, and of one line of events."""
 
@@ -24,7 +24,7 @@ Count = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class _Options(TypedDict, total=False):
-    """What a resumed run takes over."""
+    """The options that a resumed run takes over."""
 
     num_processes: Count | None
     device: Literal["auto", "cpu", "cuda"]
@@ -73,26 +73,26 @@ _KINDS: dict[str, Any] = {
     "models.json": dict[str, _Model],
     "sources.json": dict[str, str],
 }
-"""What each file holds, as far as it is read; of a file of lines each line is an object."""
+"""The type of each file's content, as far as it is read; each line of a .jsonl file is an object."""
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A run as its directory tells it."""
+    """A run as its directory records it."""
 
     id: str
     directory: Path
     status: str
-    """running, succeeded, failed, stopped, or crashed: recorded as running while nobody holds its lock.
+    """running, succeeded, failed, stopped, or crashed: recorded as running while no process holds its lock.
 
     Or damaged: there is a `run.json` that cannot be read.
     """
     data: dict[str, Any]
     problem: str = ""
-    """What is wrong with `run.json`."""
+    """The defect of `run.json`; "" without one."""
 
     def require(self, *names: str) -> None:
-        """Check files of the run; one that is missing is no damage. Raises VerificationError with what is damaged."""
+        """Check files of the run; a missing one is fine. Raises VerificationError with every damaged file."""
         there = [path for name in names if exists(path := self.directory / name)]
         found = [problem for problem in (self.problem, *(_loaded(path)[1] for path in there)) if problem]
         if found:
@@ -103,7 +103,7 @@ class RunRecord:
             )
 
     def read(self, name: str) -> Any:
-        """What a file of the run holds, {} for one that is missing. Raises VerificationError when it is damaged."""
+        """The content of a file of the run, {} if it is missing. Raises VerificationError when it is damaged."""
         self.require(name)
         return _loaded(self.directory / name)[0] or {}
 
@@ -147,16 +147,16 @@ def _read(directory: Path) -> RunRecord | None:
 
 
 def _loaded(path: Path) -> tuple[Any, str]:
-    """What a JSON file holds, and what is wrong with it.
+    """The content of a JSON file, and its defect ("" without one).
 
-    Of a file of lines only the second; that its last line was cut off is not wrong.
+    For a .jsonl file the content is None; a last line that was cut off is no defect.
     """
     try:
         if path.suffix != ".jsonl":
             return _parsed(path, read_plain(path, MAX_JSON_BYTES)), ""
         with open_plain(path) as file:
             for number, line in enumerate(lines_of(file), 1):
-                if _is_whole(line):
+                if line.endswith(b"\n") or len(line) == MAX_JSON_BYTES:
                     _parsed(path, line, f"line {number}: ")
         return None, ""
     except VerificationError as error:
@@ -164,14 +164,10 @@ def _loaded(path: Path) -> tuple[Any, str]:
 
 
 def lines_of(file: IO[bytes]) -> Iterator[bytes]:
-    """The lines of a file, and of one that is longer than any is no more than its beginning."""
+    """The lines of a file, each cut at the bound."""
     line = b"\n"
     while line.endswith(b"\n") and (line := file.readline(MAX_JSON_BYTES)):
         yield line
-
-
-def _is_whole(line: bytes) -> bool:
-    return line.endswith(b"\n") or len(line) == MAX_JSON_BYTES
 
 
 def _parsed(path: Path, text: bytes, where: str = "") -> Any:

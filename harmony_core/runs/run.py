@@ -1,4 +1,4 @@
-"""One run's directory: what is needed to see and repeat it, and its event log.
+"""One run: its directory with everything needed to inspect and repeat it, its event log, and its outcome.
 
     runs/<id>/  run.json  lock  argv.json  config.yaml  sources.json  inputs/  versions.json  models.json
                 events.jsonl  logs/  checkpoints/  result.json  report.html
@@ -9,8 +9,8 @@ its `lock` is held; the kernel releases it with the process, so no run needs to 
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-import errno
 import json
 import logging
 import os
@@ -21,16 +21,17 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
-from harmony_core.errors import ConflictError, ResourceError, storing
+from harmony_core.errors import ConflictError, HarmonyError, ResourceError, storing
 from harmony_core.home import Home
-from harmony_core.plain_data import plain
-from harmony_core.plain_files import try_lock, write_text
+from harmony_core.plain_files import plain, try_lock, write_text
 from harmony_core.redaction import Redactor
+from harmony_core.rpc.tracebacks import describe, frames_in, is_own, place_of, summary
 from harmony_core.runs.records import RunRecord
 
 log = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ log = logging.getLogger(__name__)
 PACKAGES = ("harmony-core", "torch", "transformers", "accelerate", "peft", "pydantic", "tokenizers", "safetensors")
 
 _OURS = ("ok", "exit", "code", "status", "run", "resume", "planned_until")
-"""Fields of a result that no text of the user's is in."""
+"""Fields of a result that hold no text of the user's."""
 
 EventListener = Callable[[dict[str, Any]], None]
 
@@ -60,7 +61,7 @@ class EventLog:
         self._listeners.append(listener)
 
     def write(self, type: str, data: dict[str, Any], rank: int | None = None) -> None:
-        """Append one event. After `close`, and on a full disk, events are dropped: a run does not die of that."""
+        """Append one event. After `close` and on a full disk events are dropped, and the run goes on."""
         with self._lock:
             event = {
                 "v": 1,
@@ -81,7 +82,7 @@ class EventLog:
             listener(event)
 
     def close(self) -> None:
-        """Write nothing any more."""
+        """Drop later events."""
         with self._lock:
             if self._file is not None:
                 with contextlib.suppress(OSError):
@@ -138,12 +139,12 @@ class Run:
 
     @property
     def log_dir(self) -> Path:
-        """For the output of each rank; of a resumed run another one each time."""
+        """The directory for the output of each rank, a new one each time that the run is resumed."""
         times = self._state.get("resumed", 0)
         return self.directory / "logs" / f"resumed-{times}" if times else self.directory / "logs"
 
     def note(self, **facts: Any) -> None:
-        """Add to what `run.json` says of the run."""
+        """Add facts to `run.json`."""
         self._state |= facts
         self.write_json("run.json", self._state)
 
@@ -157,7 +158,7 @@ class Run:
         resumed: RunRecord | None = None,
         redactor: Redactor | None = None,
     ) -> Iterator[Run]:
-        """`create` or `reopen`, and in every case an end: a run that is left by an exception counts as failed."""
+        """`create` or `reopen`, finished in every case: an exception that leaves the block makes the run failed."""
         run = cls.create(home, name, argv, redactor) if resumed is None else cls.reopen(resumed, argv, redactor)
         try:
             yield run
@@ -170,34 +171,29 @@ class Run:
     @classmethod
     @contextlib.contextmanager
     def temporary(cls, name: str) -> Iterator[Run]:
-        """A run that leaves nothing behind, for a dry run."""
+        """A run in a temporary directory, for a dry run."""
         with tempfile.TemporaryDirectory(prefix="adaptive-dry-run-") as directory:
             run = cls(Path(directory), name, Redactor.from_environment(os.environ), None, {})
-            try:
+            with contextlib.closing(run.events):
                 yield run
-            finally:
-                run.events.close()
 
     def write_json(self, name: str, data: Any) -> None:
-        """A file of the run, complete or not there. What may hold secrets is to be masked before."""
+        """Write a file of the run atomically. The caller masks secrets."""
         self.write_text(name, json.dumps(plain(data), indent=2, ensure_ascii=False) + "\n")
 
     def write_text(self, name: str, text: str) -> None:
-        """A file of the run, complete or not there. What may hold secrets is to be masked before.
-
-        Raises ResourceError.
-        """
+        """Write a file of the run atomically. The caller masks secrets. Raises ResourceError."""
         path = self.directory / name
         with storing(f"cannot write {path}"):
             path.parent.mkdir(parents=True, exist_ok=True)
             write_text(path, text)
 
     def masked(self, result: Mapping[str, Any]) -> dict[str, Any]:
-        """The end of a run without secrets; what only says how it ended stays as it is."""
+        """A result with its secrets masked; fields that never hold a user's text stay."""
         return {name: value if name in _OURS else self.redactor.data(value, name) for name, value in result.items()}
 
     def at_finish(self, call: Callable[[], None]) -> None:
-        """Have a call made when the end is recorded, before the report is written."""
+        """Call when the end is recorded, before the report is written."""
         self._endings.append(call)
 
     def finish(self, status: str, exit_code: int, result: Mapping[str, Any], report: bool = True) -> None:
@@ -217,7 +213,7 @@ class Run:
             self._report()
 
     def _report(self) -> None:
-        from harmony_core.runs.report import write_report
+        from harmony_core.runs.report.page import write_report
 
         try:
             write_report(self.directory)
@@ -226,7 +222,7 @@ class Run:
 
 
 def _lines_in(path: Path) -> int:
-    """How many events a file holds; a last one that was cut off is ended first, so that the next stands alone."""
+    """How many events a file holds. A last line that was cut off is ended first, so that the next is on its own."""
     if not path.exists():
         return 0
     with path.open("rb+") as file:
@@ -250,17 +246,13 @@ def _new_directory(runs: Path, name: str) -> Path:
         second = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
         count = len(list(runs.glob(f"{second}-*")))
         directory = runs / f"{second}-{count:03}-{slug}-{secrets.token_hex(2)}"
-        try:
+        with contextlib.suppress(FileExistsError):
             directory.mkdir(mode=0o700)
-        except OSError as error:
-            if error.errno != errno.EEXIST:
-                raise
-        else:
             return directory
 
 
 def versions() -> dict[str, str | None]:
-    """Of Python and of the packages that decide results; read from metadata, nothing is imported."""
+    """Versions of Python and of the packages that affect results, read from metadata without importing them."""
     found: dict[str, str | None] = {"python": sys.version.split()[0], "platform": platform.platform()}
     for package in PACKAGES:
         try:
@@ -268,3 +260,88 @@ def versions() -> dict[str, str | None]:
         except PackageNotFoundError:
             found[package] = None
     return found
+
+
+Status = Literal["succeeded", "failed", "stopped", "planned"]
+
+
+@dataclass
+class Outcome:
+    """How a run ended: exit code, status, and the data for `result.json` and `--json`."""
+
+    exit_code: int = 0
+    status: Status = "succeeded"
+    result: Any = None
+    gates: list[dict[str, Any]] = field(default_factory=list)
+    models: list[dict[str, Any]] = field(default_factory=list)
+    errors: list[dict[str, Any]] = field(default_factory=list)
+    plan: list[dict[str, Any]] = field(default_factory=list)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    """Of a dry run: how many rows of each dataset are too long."""
+    planned_until: str = ""
+    """Where a dry run ended."""
+    resume: dict[str, Any] | None = None
+    """From where and how the run can be resumed."""
+
+    def fail(self, error: BaseException) -> None:
+        """Record an error; of several, the lowest exit code counts."""
+        code = exit_code_of(error)
+        self.exit_code = code if self.exit_code == 0 else min(self.exit_code, code)
+        self.status = "failed"
+        self.errors.append(error_data(error))
+
+    def as_data(self, run_id: str | None) -> dict[str, Any]:
+        """The object that `--json` prints."""
+        data: dict[str, Any] = {
+            "ok": self.exit_code == 0,
+            "exit": self.exit_code,
+            "code": self.errors[0]["code"] if self.errors else "gate_failed" if self.exit_code == 8 else self.status,
+            "status": self.status,
+            "run": run_id,
+            **{name: plain(getattr(self, name)) for name in ("result", "gates", "models", "errors", "resume")},
+        }
+        if self.status == "planned":
+            data |= {"plan": plain(self.plan), "rows": plain(self.rows), "planned_until": self.planned_until or None}
+        return data
+
+
+def leaves(error: BaseException) -> Iterator[BaseException]:
+    """The errors in a group, or the error itself."""
+    if isinstance(error, BaseExceptionGroup):
+        for inner in error.exceptions:
+            yield from leaves(inner)
+    else:
+        yield error
+
+
+def exit_code_of(error: BaseException) -> int:
+    """The error's own code if it is one of ours, else 1; the lowest of a group."""
+    return min(leaf.exit_code if isinstance(leaf, HarmonyError) else 1 for leaf in leaves(error))
+
+
+def error_data(error: BaseException) -> dict[str, Any]:
+    """One error for people (`lines`) and for programs."""
+    data: dict[str, Any] = {"type": type(error).__name__, "where": place_of(error)}
+    if isinstance(error, HarmonyError):
+        issues = error.details.get("issues")
+        data |= {"code": error.code, "message": error.message, "hint": error.hint}
+        data["lines"] = _typed_lines(error, list(issues) if isinstance(issues, list) else [])
+        if details := {k: v for k, v in error.details.items() if k not in ("issues", "traceback")}:
+            data["details"] = details
+    elif isinstance(error, asyncio.CancelledError):
+        message = "the recipe cancelled itself"
+        data |= {"code": "recipe_cancelled", "message": message, "lines": [message]}
+    else:
+        data |= {"code": "recipe_raised", "message": summary(error), "lines": describe(error)}
+    return data
+
+
+def _typed_lines(error: HarmonyError, issues: list[str]) -> list[str]:
+    """Message, place in the recipe, notes and hint. Our errors explain themselves, so other frames are left out."""
+    lines = issues if issues else error.message.splitlines()
+    own = [frame for frame in frames_in(error.__traceback__) if is_own(frame)]
+    lines = [*lines, *(f"  {frame.filename}:{frame.line} in {frame.function}" for frame in own[-3:])]
+    lines += [f"  note: {note}" for note in getattr(error, "__notes__", ())]
+    if error.hint:
+        lines += [f"hint: {line}" if i == 0 else f"      {line}" for i, line in enumerate(error.hint.splitlines())]
+    return lines

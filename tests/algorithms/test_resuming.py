@@ -24,8 +24,8 @@ from harmony_core.graders import BaseGrader
 from harmony_core.loggers import Logger, Metrics
 from harmony_core.notifiers import StageNotifier, StdoutJobNotifier
 from harmony_core.rpc.wire import pack_doubles
-from harmony_core.runs.checkpoint_files import CheckpointStore
-from harmony_core.runs.checkpoints import RunCheckpoints
+from harmony_core.runs.checkpoints import CheckpointStore
+from harmony_core.runs.resuming import RunCheckpoints
 from harmony_core.text.threads import StringThread
 
 FACTS = {"ranks": 1, "device": "cpu", "seed": 0, "deterministic": False}

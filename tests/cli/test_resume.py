@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harmony_core.cli.resume import find_resumable, with_resume
+from harmony_core.cli.app import with_resume
 
 from harmony_core.errors import ConflictError, NotFoundError, UsageError
 from harmony_core.home import Home
 from harmony_core.options import RunOptions
 from harmony_core.redaction import MASK
-from harmony_core.runs.checkpoint_files import CheckpointStore
-from harmony_core.runs.checkpoints import RunCheckpoints
+from harmony_core.runs.checkpoints import CheckpointStore
 from harmony_core.runs.records import find_run
+from harmony_core.runs.resuming import RunCheckpoints, find_resumable
 from harmony_core.runs.run import Run
 
 MODEL = '{"%s": {"ref": "m@1", "digest": "", "path": ""}}'

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from harmony_core.home import Home
-from harmony_core.runs.checkpoint_files import CheckpointStore
+from harmony_core.runs.checkpoints import CheckpointStore
 from harmony_core.runs.records import list_runs
 from harmony_core.runs.run import Run
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harmony_core.cli.streams import Streams, _Lasting
+from harmony_core.cli.output import Streams, _Lasting
 
 from leftovers import running, wait_until
 

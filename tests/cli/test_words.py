@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from harmony_core.cli.run import recipe_word
+from harmony_core.cli.app import recipe_word
 
 
 @pytest.mark.parametrize(

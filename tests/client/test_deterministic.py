@@ -11,8 +11,7 @@ from engines import LiveEngine, pairs, start_engine, stop_engine
 from harmony_core.client import EngineOptions
 from harmony_core.client.engine import find_machine
 from harmony_core.errors import ModelRefused, ResourceError
-from harmony_core.launch.accelerate_config import AccelerateSettings
-from harmony_core.launch.launcher import Launch, launch_environment
+from harmony_core.launch.launcher import AccelerateSettings, Launch, launch_environment
 from harmony_core.options import RunOptions
 from harmony_core.text.threads import StringThread, TokenizedThread
 

@@ -23,8 +23,8 @@ from harmony_core.client import InferenceModel, TrainingModel, storage
 from harmony_core.errors import ModelRefused, RankDied, ResourceError
 from harmony_core.notifiers import StdoutJobNotifier
 from harmony_core.registry import publish
-from harmony_core.runs import checkpoint_files
-from harmony_core.runs.checkpoints import RunCheckpoints
+from harmony_core.runs import checkpoints
+from harmony_core.runs.resuming import RunCheckpoints
 from harmony_core.text.threads import StringThread
 
 TINY = "builtin:tiny-lm"
@@ -147,7 +147,7 @@ class FullDisk:
         options = replace(engine.client._engine.options, save_wait=wait)
         monkeypatch.setattr(engine.client._engine, "options", options)
         monkeypatch.setattr(storage, "RETRY_SECONDS", 0.02)
-        for module in (publish, checkpoint_files):
+        for module in (publish, checkpoints):
             monkeypatch.setattr(module, "check_space", self.check)
 
     def check(self, *_: object) -> None:
@@ -228,7 +228,7 @@ def test_a_checkpoint_waits_for_room_as_a_save_does(
     async def work() -> None:
         model = await trained(one_rank, "checkpointed", 1, adapter=True)
         job = StdoutJobNotifier("run", sink=lambda stage, done, total: None)
-        store = checkpoint_files.CheckpointStore(tmp_path / "checkpoints")
+        store = checkpoints.CheckpointStore(tmp_path / "checkpoints")
         job.checkpoints = run = RunCheckpoints(store, {})
         stage = job.stage_notifier("SFT")
         kept = Checkpointing("SFT", stage, models={"policy": model}, parts={}, samples=[], settings={})

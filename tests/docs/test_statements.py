@@ -16,8 +16,8 @@ from harmony_core.model.families import FAMILIES
 from harmony_core.options import RUNNER_FLAGS
 from harmony_core.recipe import built_in_recipes
 from harmony_core.rpc import protocol
-from harmony_core.runs.checkpoints import PATIENCE_SECONDS
 from harmony_core.runs.interruption import GRACE_SECONDS
+from harmony_core.runs.resuming import PATIENCE_SECONDS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 README = (ROOT / "README.md").read_text("utf-8")

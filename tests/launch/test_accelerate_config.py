@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from harmony_core.errors import ConfigError, NotFoundError
-from harmony_core.launch.accelerate_config import VARIABLES, AccelerateSettings, read_accelerate_config
+from harmony_core.launch.launcher import VARIABLES, AccelerateSettings, read_accelerate_config
 
 SAVED_BY_ACCELERATE = """\
 compute_environment: LOCAL_MACHINE

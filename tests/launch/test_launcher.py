@@ -12,8 +12,13 @@ import yaml
 
 from harmony_core.errors import ConfigError, ResourceError
 from harmony_core.launch import launcher
-from harmony_core.launch.accelerate_config import AccelerateSettings
-from harmony_core.launch.launcher import Launch, launch_command, launch_environment, resolve
+from harmony_core.launch.launcher import (
+    AccelerateSettings,
+    Launch,
+    launch_command,
+    launch_environment,
+    resolve,
+)
 from harmony_core.options import VARIABLE, EngineOptions, RunOptions
 
 

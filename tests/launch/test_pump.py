@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from harmony_core.launch import pump
+from harmony_core.launch.processes import start_reader
 from harmony_core.plain_files import is_locked
 from harmony_core.redaction import MASK
 from leftovers import wait_until
@@ -40,7 +40,7 @@ def ended(process: subprocess.Popen[bytes], seconds: float = 60) -> bool:
 
 @pytest.mark.parametrize("end", ["", "SIGSEGV", "SIGKILL"])
 def test_all_that_was_written_is_kept_however_the_writer_ends(tmp_path: Path, end: str) -> None:
-    reader = pump.start(tmp_path, tmp_path, ["launcher", "rank-0", "rank-1"], ["canary-secret"])
+    reader = start_reader(tmp_path, tmp_path, ["launcher", "rank-0", "rank-1"], ["canary-secret"])
     held = os.open(tmp_path / "launcher.out", os.O_WRONLY)  # as a rank does until it has its own pipe
     writers = [writer(tmp_path, name, 3, end) for name in ("launcher", "rank-0")]
     assert all(map(ended, writers))
@@ -55,7 +55,7 @@ def test_all_that_was_written_is_kept_however_the_writer_ends(tmp_path: Path, en
 def test_a_writer_never_waits_for_the_disk(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "launcher.log")
     disk = os.open(tmp_path / "launcher.log", os.O_RDWR)  # takes 64 KB and then no more
-    reader = pump.start(tmp_path, tmp_path, ["launcher"], ["canary-secret"])
+    reader = start_reader(tmp_path, tmp_path, ["launcher"], ["canary-secret"])
     process = writer(tmp_path, "launcher", 40)
     assert ended(process)
     written = b""
@@ -68,9 +68,9 @@ def test_a_writer_never_waits_for_the_disk(tmp_path: Path) -> None:
 STARTS = """
 import os, signal, subprocess, sys
 from pathlib import Path
-from harmony_core.launch import pump
+from harmony_core.launch.processes import start_reader
 here = Path(sys.argv[1])
-pump.start(here, here, ["launcher"], ["canary-secret"])
+start_reader(here, here, ["launcher"], ["canary-secret"])
 subprocess.Popen([sys.executable, "-c", sys.argv[2], str(here / "launcher.out"), "20", ""])
 os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -84,7 +84,7 @@ def test_the_reader_outlives_a_killed_driver(tmp_path: Path) -> None:
 
 
 def test_what_comes_in_pieces_is_masked_as_a_whole(tmp_path: Path) -> None:
-    reader = pump.start(tmp_path, tmp_path, ["launcher"], ["canary-secret"])
+    reader = start_reader(tmp_path, tmp_path, ["launcher"], ["canary-secret"])
     pem = "-----BEGIN RSA PRIVATE KEY-----\nMIIEabc\n-----END RSA PRIVATE KEY-----\n"
     with (tmp_path / "launcher.out").open("wb", buffering=0) as out:
         for piece in (b"a canary-", b"secret\nhf_abc", b"d" * 20 + b"123\n", *(b"%c" % byte for byte in pem.encode())):
@@ -95,5 +95,7 @@ def test_what_comes_in_pieces_is_masked_as_a_whole(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("told", [b"", b'{"pairs": [["a'])
 def test_a_driver_that_is_killed_before_it_says_what_to_read_leaves_no_word(told: bytes) -> None:
-    done = subprocess.run([sys.executable, "-m", pump.__name__], input=told, capture_output=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-m", "harmony_core.launch.pump"], input=told, capture_output=True, timeout=60
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")

@@ -458,7 +458,9 @@ async def test_fifty_kills_at_random_moments(tmp_path: Path):
 async def test_a_run_whose_reader_died_ends(tmp_path: Path) -> None:
     async with started(tmp_path) as run:
         await run.supervisor.ready()
-        run.supervisor._processes._readers[0].kill()
+        reader = run.supervisor._processes._reader
+        assert reader is not None
+        reader.kill()
         assert "keeps the ranks' output" in str(await run.failure())
 
 

@@ -19,8 +19,7 @@ from harmony_core.recipe import load_recipe
 from harmony_core.recipe.execution import execute
 from harmony_core.registry import Registry
 from harmony_core.runs.interruption import Interruption
-from harmony_core.runs.outcome import Outcome, exit_code_of
-from harmony_core.runs.run import Run
+from harmony_core.runs.run import Outcome, Run, exit_code_of
 from launch.test_supervisor import LAUNCHER, RANK
 
 HEAD = """\

@@ -20,8 +20,8 @@ import small_models
 from dataset_table import as_arrow, as_parquet
 from harmony_core.home import Home
 from harmony_core.registry import Registry
-from harmony_core.runs.checkpoint_files import CheckpointStore
-from harmony_core.runs.checkpoints import RunCheckpoints
+from harmony_core.runs.checkpoints import CheckpointStore
+from harmony_core.runs.resuming import RunCheckpoints
 from harmony_core.runs.run import Run
 from security.cases import SEED, Ask
 from source_tree import FOLDERS, ROOT

@@ -39,7 +39,7 @@ _PR_SET_CHILD_SUBREAPER = 36
 _LOADED = (
     *("numpy", "adaptive_harmony.common", "harmony_core.recipe.execution"),
     *("harmony_core.registry.sources", "harmony_core.text.tokenizer_files", "harmony_core.client.spawning"),
-    *(f"harmony_core.cli.{name}" for name in ("app", "config", "datasets", "models", "recipes", "resume", "runs")),
+    *(f"harmony_core.cli.{name}" for name in ("app", "config", "datasets", "models", "recipes", "runs")),
     "harmony_core.cli.run",
 )
 

@@ -1,6 +1,7 @@
-"""From a run's directory to its page: one file that fetches nothing. The browser knows its one script by its digest.
+"""A run's report: one HTML page that fetches nothing. The browser runs its one script because it knows the digest.
 
-`page.html` puts the page together and escapes every value; here is what it shows. `parts.py` has its larger parts.
+`reading.py` reads the run's directory, this module prepares the values that need computing, and the template
+`page.html` lays out the page and escapes every value.
 """
 
 from __future__ import annotations
@@ -8,7 +9,10 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 import re
+import shlex
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -18,25 +22,66 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from harmony_core.journal import MAX_TEXT as MAX_SAMPLE_TEXT
+from harmony_core.memory.ledger import format_size
 from harmony_core.plain_files import write_text
-from harmony_core.runs.report import parts
-from harmony_core.runs.report.figures import MAX_POINTS, Curve, number, seconds, shown
-from harmony_core.runs.report.reading import MAX_CURVES, MAX_SAMPLES, RunData, read_run
+from harmony_core.runs.report.reading import (
+    MAX_CURVES,
+    MAX_POINTS,
+    MAX_SAMPLES,
+    Curve,
+    Interval,
+    RunData,
+    read_run,
+)
 
 FILE = "report.html"
 MAX_POINTS_IN_ALL = 40_000
-MAX_TEXT = 20_000
+LIMITS = {"text": 20_000, "rows": 50, "cell": 2000, "points": MAX_POINTS, "curves": MAX_CURVES, "samples": MAX_SAMPLES}
+"""The most that the page shows of one thing; texts and cells in characters."""
+MAX_TABLE_TEXT = 1_000_000
+"""Characters of all tables together."""
+MAX_TOKENS = 800
+"""Trained tokens of one sample that are coloured one by one; the rest of it is one piece."""
+TRAINING, OPTIMIZER = "training", "optimizer"
+WAITING = "waiting"
+"""Time between the first and the last phase in which no phase was on."""
 _COLOURS = 7
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-_JOINED = ": neighbouring steps are one point, drawn as their mean in a band from the least to the greatest."
 _FIRST = ("loss", "reward", "score", "accuracy")
 _LAST = ("completion_percentage", "training/completion_percentage", "step")
-_STATUS = {"succeeded": "good", "failed": "bad", "crashed": "bad", "stopped": "fair", "running": "fair"}
+_PHASES = {"rollout": "p0", "training": "p1", "grading": "p2", "optimizer": "p3", "reference": "p4", "values": "p5"}
+_PHASES |= {"callbacks": "p6", WAITING: "p-wait"}
+"""The same colour for a phase in every stage."""
+_HELD = {"weights": "parameter_bytes", "gradients": "gradient_bytes", "optimizer": "optimizer_bytes", "kv": "kv_bytes"}
+_SPAWN_LIMITS = ("tp", "replicas", "max_batch_size", "kv_cache_len", "tokens_to_generate", "checkpointed_layers")
 
 
 def build_report(directory: Path, status: str | None = None) -> str:
-    """The page of the run in `directory`. `status` says more than the record where a run has crashed."""
-    return _rendered(read_run(directory, status))
+    """The page of the run in `directory`. `status` replaces the recorded one, as for a run that has crashed."""
+    data = read_run(directory, status)
+    charts = _charts(data)
+    flat = [chart for chart in charts if _is_flat(chart[1])]
+    times = [with_optimizer(shares(stage.intervals), stage.optimizer_seconds) for stage in data.stages]
+    rewards = [value for sample in data.samples if (value := _finite(sample.get("reward"))) is not None]
+    settings = [(path, shown(value), data.sources.get(path, "")) for path, value in _leaves(data.config)]
+    return _template().render(
+        data=data,
+        charts=charts,
+        drawn=[chart for chart in charts if chart not in flat],
+        flat=[(name, " / ".join(dict.fromkeys(one["last"] for one in series))) for name, series in flat],
+        joined=any(p.values > 1 for stage in data.stages for curve in stage.curves.values() for p in curve.points),
+        stage_times=[(*found, sum(found[2].values())) for found in zip(data.labels, data.stages, times, strict=True)],
+        low=min(rewards, default=0.0),
+        high=max(rewards, default=0.0),
+        tables=_tables(data),
+        texts=[(name, text[: LIMITS["cell"]]) for stage in data.stages for name, text in stage.texts.items()][
+            : LIMITS["rows"]
+        ],
+        spawns=_spawns(data),
+        settings=[s for s in settings if (s[0], s[2]) != ("union_variant", "default")][:500],
+        command=f"adaptive {shlex.join(map(str, data.argv))}" if data.argv else None,
+        made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    )
 
 
 def write_report(directory: Path, output: Path | None = None, status: str | None = None) -> Path:
@@ -46,100 +91,77 @@ def write_report(directory: Path, output: Path | None = None, status: str | None
     return target
 
 
-def _rendered(data: RunData) -> str:
-    charts = _charts(data)
-    flat = [chart for chart in charts if _is_flat(chart[1])]
-    return _template().render(
-        **_assets(),
-        **_outcome(data),
-        **parts.times(data),
-        **parts.samples(data),
-        **parts.tables(data),
-        **parts.configuration(data),
-        data=data,
-        charts=charts,
-        drawn=[chart for chart in charts if chart not in flat],
-        flat=[(name, " / ".join(dict.fromkeys(one["last"] for one in series))) for name, series in flat],
-        spawns=parts.spawns(data),
-        footer=_footer(data),
-        made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        max_text=MAX_TEXT,
-        max_rows=parts.MAX_ROWS,
-        max_cell=parts.MAX_CELL,
-    )
-
-
 @cache
 def _template() -> Template:
+    folder = Path(__file__).parent
+    style, script = ((folder / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    sources = f"default-src 'none'; style-src '{_digest(style)}'; script-src '{_digest(script)}'"
+    policy = f"{sources}; base-uri 'none'; form-action 'none'"
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
+        loader=FileSystemLoader(folder),
         autoescape=True,
         undefined=StrictUndefined,
         finalize=_visible,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "seconds": seconds, "shown": shown}
+    environment.filters |= {"number": number, "seconds": seconds, "size": _size, "shown": shown, "indented": _indented}
+    environment.filters |= {"finite": _finite, "pieces": _pieces}
+    environment.globals |= {"style": Markup(style), "script": Markup(script), "policy": Markup(policy)}
+    environment.globals |= {"max": LIMITS | {"sample_text": MAX_SAMPLE_TEXT}, "colours": _PHASES}
+    environment.globals |= {"held_as": _HELD, "spawn_limits": _SPAWN_LIMITS}
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     return environment.get_template("page.html")
-
-
-def _visible(value: object) -> str:
-    """A value as text whose control characters are visible; of what no UTF-8 can hold, a question mark."""
-    if isinstance(value, Markup):
-        return value
-    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", str(value)).encode("utf-8", "replace").decode("utf-8")
-
-
-def _assets() -> dict[str, Any]:
-    style, script = (Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
-    sources = f"default-src 'none'; style-src '{_digest(style)}'; script-src '{_digest(script)}'"
-    policy = f"{sources}; base-uri 'none'; form-action 'none'"
-    return {"style": Markup(style), "script": Markup(script), "policy": Markup(policy)}
 
 
 def _digest(text: str) -> str:
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
 
-def _outcome(data: RunData) -> dict[str, Any]:
-    """Status, the figures that one looks for first, the result and the errors."""
-    run, found = data.run, data.result.get("errors")
-    gates_failed = any(not gate.get("passed") for gate in data.gates)
-    figures = [("exit code", shown(run["exit"]))] if "exit" in run else []
-    if data.began is not None and data.ended is not None:
-        figures.insert(0, ("duration", seconds(data.ended - data.began)))
-    if data.optimizer_steps:
-        figures.append(("optimizer steps", number(data.optimizer_steps)))
-    if data.dropped:
-        figures.append(("samples dropped", number(data.dropped.total())))
-    if data.ranks:
-        figures.append(("ranks", f"{len(data.ranks)} × {data.ranks[0].get('device', '?')}"))
-    result = data.result.get("result")
-    return {
-        "status": "succeeded, a gate does not hold" if gates_failed and data.status == "succeeded" else data.status,
-        "tone": "bad" if gates_failed else _STATUS.get(data.status, "fair"),
-        "subtitle": " · ".join(str(run[name]) for name in ("id", "started", "host") if run.get(name)),
-        "figures": figures,
-        "result": result if result is None or isinstance(result, str) else _indented(result),
-        "crashed": data.status == "crashed",
-        "errors": [_error(error) for error in found if isinstance(error, dict)] if isinstance(found, list) else [],
-    }
+def _visible(value: object) -> str:
+    """A value as text: control characters become visible, a character that UTF-8 lacks becomes a question mark."""
+    if isinstance(value, Markup):
+        return value
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", str(value)).encode("utf-8", "replace").decode("utf-8")
+
+
+def number(value: object) -> str:
+    """A number for people: up to five significant digits; anything else as it is."""
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        return str(value)
+    return f"{int(value):,}" if value == int(value) and abs(value) < 1e15 else f"{value:.5g}"
+
+
+def seconds(value: float) -> str:
+    """A duration for people."""
+    if value < 10:
+        return "0 s" if not value else f"{value * 1000:.2g} ms" if value < 0.1 else f"{value:.2f} s"
+    if value < 120:
+        return f"{value:.1f} s"
+    minutes, rest = divmod(int(value), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def shown(value: Any) -> str:
+    """A plain value as text, cut to the length of a cell."""
+    if isinstance(value, float):
+        return number(value) if abs(value) >= 1e-4 or value == 0 else f"{value:g}"
+    return (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))[: LIMITS["cell"]]
 
 
 def _indented(value: Any) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False)
+    return value if isinstance(value, str) else json.dumps(value, indent=2, ensure_ascii=False)
 
 
-def _error(error: dict[str, Any]) -> str:
-    lines = error.get("lines")
-    return "\n".join(map(str, lines)) if isinstance(lines, list) else str(error.get("message"))
+def _finite(value: object) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def _charts(data: RunData) -> list[tuple[str, list[dict[str, Any]]]]:
     """(name, series) of each metric; a metric that several stages log is one chart of several series.
 
-    Objectives come first; what only counts, last.
+    Objectives come first, counters last.
     """
     found: dict[str, list[dict[str, Any]]] = {}
     budget = max(MAX_POINTS_IN_ALL // max(sum(len(stage.curves) for stage in data.stages), 1), 50)
@@ -147,16 +169,16 @@ def _charts(data: RunData) -> list[tuple[str, list[dict[str, Any]]]]:
         for name, curve in stage.curves.items():
             curve.thin(budget)
             found.setdefault(name, []).append(_series(label, curve, f"s{place % _COLOURS}"))
-    return sorted(found.items(), key=lambda chart: (chart[0] in _LAST, not _is_objective(chart[0]), "/" in chart[0]))
+
+    def order(name: str) -> tuple[bool, bool, bool]:
+        return name in _LAST, not any(word in name for word in _FIRST), "/" in name
+
+    return sorted(found.items(), key=lambda chart: order(chart[0]))
 
 
 def _is_flat(series: list[dict[str, Any]]) -> bool:
     """Whether a metric had one value in each stage, and needs no curve."""
     return all(one["low"] == one["high"] and len(one["p"]) > 1 and not one["bad"] for one in series)
-
-
-def _is_objective(name: str) -> bool:
-    return any(word in name for word in _FIRST)
 
 
 def _series(stage: str, curve: Curve, colour: str) -> dict[str, Any]:
@@ -165,15 +187,9 @@ def _series(stage: str, curve: Curve, colour: str) -> dict[str, Any]:
         + ([] if p.values == 1 else [_rounded(p.low), _rounded(p.high)])
         for p in curve.points
     ]
-    return {
-        "stage": stage,
-        "colour": colour,
-        "last": number(curve.last),
-        "bad": curve.not_finite,
-        "low": _rounded(curve.low) if points else 0,
-        "high": _rounded(curve.high) if points else 0,
-        "p": points,
-    }
+    low, high = (_rounded(curve.low), _rounded(curve.high)) if points else (0, 0)
+    names = {"stage": stage, "colour": colour, "last": number(curve.last), "bad": curve.not_finite}
+    return names | {"low": low, "high": high, "p": points}
 
 
 def _rounded(value: float) -> float:
@@ -181,16 +197,99 @@ def _rounded(value: float) -> float:
     return int(value) if value == int(value) and abs(value) < 2**53 else value
 
 
-def _footer(data: RunData) -> list[str]:
-    joined = any(p.values > 1 for stage in data.stages for curve in stage.curves.values() for p in curve.points)
-    lines = [
-        "One file without any reference to the network.",
-        f"A curve has at most {MAX_POINTS} points" + (_JOINED if joined else "."),
-        f"At most {MAX_CURVES} curves, {MAX_SAMPLES} samples of {MAX_SAMPLE_TEXT:,} characters and {parts.MAX_ROWS} "
-        "rows of a table are shown, about 8 MiB in all; everything is in events.jsonl.",
+def shares(intervals: Sequence[Interval]) -> dict[str, float]:
+    """Seconds of each phase, the longest first, and of waiting.
+
+    Time in which several phases were on is shared equally among them, so that all sums to the time from the first
+    start to the last end.
+    """
+    marks = sorted([(i.start, 1, i.name) for i in intervals] + [(i.end, -1, i.name) for i in intervals])
+    found: dict[str, float] = {}
+    on: dict[str, int] = {}
+    before = marks[0][0] if marks else 0.0
+    for moment, change, name in marks:
+        names = list(on) or [WAITING]
+        for each in names:
+            found[each] = found.get(each, 0.0) + (moment - before) / len(names)
+        before = moment
+        on[name] = on.get(name, 0) + change
+        if not on[name]:
+            del on[name]
+    return _in_order(found | {WAITING: found.get(WAITING, 0.0)}) if intervals else {}
+
+
+def _in_order(found: dict[str, float]) -> dict[str, float]:
+    """The longest first, waiting last."""
+    return dict(sorted(found.items(), key=lambda entry: (entry[0] == WAITING, -entry[1])))
+
+
+def with_optimizer(found: dict[str, float], ranks_seconds: float) -> dict[str, float]:
+    """The same with the optimizer's own time, as the ranks measured it, set apart from training.
+
+    `optim_step` returns when the micro-batches that wait on the ranks are done too, so to the driver most of a step's
+    forward and backward passes seem to happen in it.
+    """
+    together = found.get(TRAINING, 0.0) + found.get(OPTIMIZER, 0.0)
+    if not together or not ranks_seconds:
+        return found
+    apart = min(ranks_seconds, together)
+    return _in_order({**found, TRAINING: together - apart, OPTIMIZER: apart})
+
+
+def _pieces(found: object, direction: str) -> list[tuple[Any, str, str]]:
+    """(text, class, title) of each piece of a turn; the class is "" where the text is not trained."""
+    pieces = [p for p in found if isinstance(p, list) and len(p) >= 2] if isinstance(found, list) else []
+    weights = [_finite(piece[1]) or 0.0 for piece in pieces]
+    most = max(map(abs, weights), default=0.0)
+    return [
+        _token(piece, weight / most, direction + (" odd" if place % 2 else ""))
+        if weight and place < MAX_TOKENS
+        else (piece[0], "", "")
+        for place, (piece, weight) in enumerate(zip(pieces, weights, strict=True))
     ]
-    if data.curves_left_out:
-        lines.append(f"{data.curves_left_out} values of further metrics were left out.")
-    if data.damaged_lines:
-        lines.append(f"{data.damaged_lines} lines of events.jsonl could not be read.")
-    return lines
+
+
+def _token(piece: list[Any], share: float, marks: str) -> tuple[str, str, str]:
+    text, title = str(piece[0]), f"weight {piece[1]}"
+    if len(piece) > 2 and (logprob := _finite(piece[2])) is not None:
+        title += f", log-prob {logprob:.3f}, probability {math.exp(min(logprob, 0.0)):.1%}"
+    level = max(1, min(math.ceil(abs(share) * 4), 4))
+    return text, f"t w{level}{marks}{' nl' if text.endswith(chr(10)) else ''}" if text else "", title
+
+
+def _tables(data: RunData) -> list[tuple[str, list[Any], list[list[str]]]]:
+    """(title, headers, rows) of the last table that was logged under each name, within a budget of characters."""
+    blocks, room = [], MAX_TABLE_TEXT
+    for name, (step, found) in (entry for stage in data.stages for entry in stage.tables.items()):
+        rows = []
+        for row in found["rows"][: LIMITS["rows"]]:
+            cells = [str(cell)[: LIMITS["cell"]] for cell in row] if isinstance(row, list) else []
+            room -= sum(map(len, cells))
+            rows += [cells] if isinstance(row, list) and room > 0 else []
+        title = f"{name}, step {step}: {len(rows)} of {len(found['rows'])} rows"
+        blocks.append((title, list(found.get("headers") or ()), rows))
+    return blocks
+
+
+def _spawns(data: RunData) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """Each spawn, as it was planned, with the records of the memory that its ranks hold; then copies of models."""
+    held: dict[str, dict[Any, list[dict[str, Any]]]] = {}
+    for found in data.kept["spawn"]:
+        held.setdefault(str(found.get("model")), {}).setdefault(found["rank"], []).append(found)
+    planned = data.kept["spawn.planned"][: LIMITS["rows"]]
+    spawns = [*planned, *({"name": name, "kind": "a frozen copy"} for name in held)]
+    ranks = [[q.pop(0) for q in held.get(str(s.get("name")), {}).values() if q] for s in spawns]
+    return [found for place, found in enumerate(zip(spawns, ranks, strict=True)) if found[1] or place < len(planned)]
+
+
+def _size(count: object) -> str:
+    """Bytes for people; anything else as it is."""
+    return format_size(count) if isinstance(count, int) else str(count)
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and (value or not path):
+        for key, inner in value.items():
+            yield from _leaves(inner, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, value

@@ -1,4 +1,4 @@
-"""A run's directory as the data of its report. Reads `events.jsonl` once, line by line, in bounded memory."""
+"""The format of a run's directory as its report reads it: `events.jsonl` once, line by line, in bounded memory."""
 
 from __future__ import annotations
 
@@ -9,33 +9,102 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from harmony_core.errors import VerificationError
 from harmony_core.plain_files import decode_json, last_lines, open_plain, read_plain
 from harmony_core.runs.records import MAX_JSON_BYTES, lines_of
-from harmony_core.runs.report.figures import Curve, Interval
 
 MAX_CURVES = 200
+MAX_POINTS = 400
+"""Points of one curve at most; half as many right after neighbours were joined."""
 MAX_STAGES = 20
-LONGEST = 1e10
-"""Seconds: what is longer is no time."""
 MAX_SAMPLES = 60
 MAX_TABLES = 12
+LONGEST = 1e10
+"""Seconds: a longer time is an error."""
 LOG_LINES = 40
 LOG_LINE_LENGTH = 500
 _LOG_TAIL = 64 * 1024
 
-_KEPT = {"spawn.planned": "planned", "spawn": "held", "rank_ready": "ranks", "gate": "gates", "model.saved": "saved"}
-"""Events that are kept as they are, by where they are kept."""
-
+_KEPT = ("spawn.planned", "spawn", "rank_ready", "gate", "model.saved")
 _BARE = (b'"type": "micro_batch"', b'"type": "progress"')
-"""Events that are many and not needed: not parsed."""
+"""Frequent events that the report does not need: they are not parsed."""
+
+
+class Point(NamedTuple):
+    """Neighbouring values as one: the last step and time, and mean, least and greatest value."""
+
+    step: float
+    seconds: float
+    mean: float
+    low: float
+    high: float
+    values: int
+
+
+def _joined(first: Point, second: Point) -> Point:
+    total = first.values + second.values
+    mean = first.mean + (second.mean - first.mean) * (second.values / total)
+    low, high = min(first.low, second.low), max(first.high, second.high)
+    return Point(second.step, second.seconds, mean, low, high, total)
+
+
+class Curve:
+    """Takes values in order. Once there are too many, neighbours are joined; minimum and maximum are kept."""
+
+    def __init__(self) -> None:
+        self.points: list[Point] = []
+        self.values = 0
+        """Values taken, those that are no numbers left out."""
+        self.not_finite = 0
+        self.last = math.nan
+        self._width = 1
+
+    def add(self, step: float, seconds: float, value: float) -> None:
+        """Take the next value; one that is not finite is only counted."""
+        self.last = value
+        if not math.isfinite(value):
+            self.not_finite += 1
+            return
+        self.values += 1
+        point = Point(step, seconds, value, value, value, 1)
+        if len(self.points) >= MAX_POINTS and self.points[-1].values >= self._width:
+            self.thin(MAX_POINTS // 2)
+        if self.points and self.points[-1].values < self._width:
+            point = _joined(self.points.pop(), point)
+        self.points.append(point)
+
+    def thin(self, max_points: int) -> None:
+        """Join neighbours until there are at most `max_points`."""
+        while len(self.points) > max_points:
+            pairs = zip(self.points[::2], self.points[1::2], strict=False)
+            odd = self.points[-1:] if len(self.points) % 2 else []
+            self.points = [_joined(first, second) for first, second in pairs] + odd
+            self._width *= 2
+
+    @property
+    def low(self) -> float:
+        """The least value; NaN without values."""
+        return min((point.low for point in self.points), default=math.nan)
+
+    @property
+    def high(self) -> float:
+        """The greatest value; NaN without values."""
+        return max((point.high for point in self.points), default=math.nan)
+
+
+class Interval(NamedTuple):
+    """One time in a phase, in seconds since the journal began."""
+
+    name: str
+    start: float
+    end: float
 
 
 @dataclass
 class Stage:
-    """What one training class logged, or all of a run that has none."""
+    """The log of one training class, or of a whole run without one."""
 
     name: str
     config: dict[str, Any] = field(default_factory=dict)
@@ -69,11 +138,8 @@ class RunData:
     dropped: Counter[str] = field(default_factory=Counter)
     dropped_last: dict[str, str] = field(default_factory=dict)
     taken: int | None = None
-    planned: list[dict[str, Any]] = field(default_factory=list)
-    held: list[dict[str, Any]] = field(default_factory=list)
-    ranks: list[dict[str, Any]] = field(default_factory=list)
-    gates: list[dict[str, Any]] = field(default_factory=list)
-    saved: list[dict[str, Any]] = field(default_factory=list)
+    kept: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: {type: [] for type in _KEPT})
+    """The data of each event that is kept unchanged, by the type of the event."""
     curves_left_out: int = 0
     damaged_lines: int = 0
     began: float | None = None
@@ -85,9 +151,17 @@ class RunData:
         return str(self.run.get("status", "unknown"))
 
     @property
-    def optimizer_steps(self) -> int:
-        """Of all stages."""
-        return sum(stage.optimizer_steps for stage in self.stages)
+    def gates_failed(self) -> bool:
+        """Whether a gate does not hold."""
+        return any(not gate.get("passed") for gate in self.kept["gate"])
+
+    @property
+    def errors(self) -> list[str]:
+        """The text of each error."""
+        found = self.result.get("errors")
+        errors = [error for error in found if isinstance(error, dict)] if isinstance(found, list) else []
+        lines = [(error.get("lines"), error.get("message")) for error in errors]
+        return ["\n".join(map(str, told)) if isinstance(told, list) else str(message) for told, message in lines]
 
     @property
     def labels(self) -> list[str]:
@@ -98,7 +172,8 @@ class RunData:
 
 def read_run(directory: Path, status: str | None = None) -> RunData:
     """Read what there is; files that are missing or damaged leave their part empty. `status` overrides the record."""
-    data = RunData()
+    reader = _Reader()
+    data = reader.data
     for name in ("run", "result", "sources", "versions", "models", "argv"):
         found = _json(directory / f"{name}.json")
         if isinstance(found, type(getattr(data, name))):
@@ -108,10 +183,11 @@ def read_run(directory: Path, status: str | None = None) -> RunData:
     for file in [*sorted((directory / "logs").glob("*.log"))][:64]:
         if lines := _tail(file):
             data.logs[file.name] = lines
-    reader = _Reader(data)
     for event in _events(directory / "events.jsonl", data):
         reader.take(event)
-    reader.finish()
+    data.samples = thinned(data.samples, MAX_SAMPLES)
+    if not any(stage.curves for stage in data.stages) and data.steps:
+        reader.present_stage().curves = data.steps
     return data
 
 
@@ -155,13 +231,21 @@ def _events(path: Path, data: RunData) -> Iterator[dict[str, Any]]:
 class _Reader:
     """Sorts events into the data."""
 
-    def __init__(self, data: RunData) -> None:
-        self.data = data
+    def __init__(self) -> None:
+        self.data = RunData()
         self._config: dict[str, Any] | None = None
         self._seconds = 0.0
         """From the first event to the present one."""
-        self._resumed_at = 0.0
-        self._phases_end = 0.0
+        self._resumed_at = self._phases_end = 0.0
+        self._takers = {
+            "config.resolved": lambda found: self.data.config.update(found.get("config") or {}),
+            "metrics.config": lambda found: setattr(self, "_config", found),
+            "metrics": self._metrics,
+            "optim_step": self._optim_step,
+            "phase": self._phase,
+            "sample": self._sample,
+            "samples.dropped": self._dropped,
+        }
 
     def take(self, event: dict[str, Any]) -> None:
         """Take one event; of an unknown type only its time."""
@@ -169,36 +253,20 @@ class _Reader:
         data.ended = event["seconds"]
         data.began = data.ended if data.began is None else data.began
         self._seconds = float(event["seconds"] - data.began)
-        if name := _KEPT.get(event["type"]):
-            getattr(data, name).append({**event["data"], "rank": str(event.get("rank"))})
+        if event["type"] in _KEPT:
+            data.kept[event["type"]].append({**event["data"], "rank": str(event.get("rank"))})
         try:
-            self._sort(event["type"], event["data"])
+            if event["type"] == "run.start":  # a second one: the phases of a resumed run count from 0 again
+                self._resumed_at = self._phases_end
+            elif event["type"] == "run.end" and data.status in ("running", "unknown"):
+                data.run["status"] = str(event["data"].get("status"))
+            elif event["type"] in self._takers:
+                self._takers[event["type"]](event["data"])
         except (AttributeError, TypeError, ValueError, OverflowError):  # not of the shape that its type has
             data.damaged_lines += 1
 
-    def _sort(self, type: str, found: dict[str, Any]) -> None:
-        match type:
-            case "run.start":  # a second one in a file: a journal of its own begins to count at 0 again
-                self._resumed_at = self._phases_end
-            case "run.end" if self.data.status in ("running", "unknown"):
-                self.data.run["status"] = str(found.get("status"))
-            case "config.resolved":
-                self.data.config.update(found.get("config") or {})
-            case "metrics.config":
-                self._config = found
-            case "metrics":
-                self._metrics(found)
-            case "optim_step":
-                self._optim_step(found)
-            case "phase":
-                self._phase(found)
-            case "sample":
-                self._sample(found)
-            case "samples.dropped":
-                self._dropped(found)
-
-    def _begun(self) -> Stage:
-        """The present stage. Another config begins a new one: what follows it belongs there."""
+    def present_stage(self) -> Stage:
+        """The present stage. A new config begins a new stage."""
         stages, config = self.data.stages, self._config
         self._config = None
         if not stages or (config is not None and config != stages[-1].config and len(stages) < MAX_STAGES):
@@ -216,7 +284,7 @@ class _Reader:
 
         A new one begins after another config, and when the steps begin anew.
         """
-        stage = self._begun()
+        stage = self.present_stage()
         if stage.last_step > step or (stage.last_step + 1 < step and stage.last_step >= 0):
             found = [other for other in reversed(self.data.stages) if other.last_step + 1 == step]
             if found:
@@ -248,7 +316,7 @@ class _Reader:
         curves.setdefault(name, Curve()).add(step, self._seconds, value)
 
     def _optim_step(self, found: dict[str, Any]) -> None:
-        stage = self._begun()
+        stage = self.present_stage()
         stage.optimizer_steps += 1
         stage.optimizer_seconds += _number(found.get("seconds")) or 0.0
         step = _number(found.get("step"))
@@ -264,13 +332,13 @@ class _Reader:
             raise ValueError("no times")
         start += self._resumed_at
         self._phases_end = max(self._phases_end, start + seconds)
-        self._begun().intervals.append(Interval(str(found.get("name")), start, start + seconds))
+        self.present_stage().intervals.append(Interval(str(found.get("name")), start, start + seconds))
 
     def _sample(self, found: dict[str, Any]) -> None:
         if not isinstance(found.get("turns"), list) or not isinstance(found.get("step"), int):
             raise ValueError("no sample")
         self.data.samples_seen += 1
-        stage = self._begun()
+        stage = self.present_stage()
         self.data.samples.append({**found, "stage": self.data.stages.index(stage)})
         if len(self.data.samples) > 2 * MAX_SAMPLES:
             self.data.samples = thinned(self.data.samples, MAX_SAMPLES)
@@ -281,13 +349,6 @@ class _Reader:
             self.data.dropped_last[reason] = str(found.get("last", ""))
         if isinstance(found.get("taken"), int):
             self.data.taken = found["taken"]
-
-    def finish(self) -> None:
-        """What can only be said at the end."""
-        data = self.data
-        data.samples = thinned(data.samples, MAX_SAMPLES)
-        if not any(stage.curves for stage in data.stages) and data.steps:
-            self._begun().curves = data.steps
 
 
 def thinned(samples: list[dict[str, Any]], limit: int) -> list[dict[str, Any]]:

@@ -7,7 +7,8 @@ import random
 
 import pytest
 
-from harmony_core.runs.report.figures import Curve, Interval, shares, with_optimizer
+from harmony_core.runs.report.page import shares, with_optimizer
+from harmony_core.runs.report.reading import Curve, Interval
 
 
 @pytest.mark.parametrize("count", [1, 2, 399, 400, 401, 799, 800, 801, 12_345])

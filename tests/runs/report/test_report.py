@@ -17,7 +17,7 @@ from harmony_core.home import Home
 from harmony_core.loggers import EventLogger
 from harmony_core.redaction import MASK, Redactor
 from harmony_core.runs.records import list_runs
-from harmony_core.runs.report import build_report, write_report
+from harmony_core.runs.report.page import build_report, write_report
 from harmony_core.runs.report.reading import read_run, thinned
 from harmony_core.runs.run import Run
 
