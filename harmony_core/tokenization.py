@@ -1,3 +1,3 @@
-"""`harmony_core.tokenization.growth`, the path under which the documentation names it."""
+"""The documented path of `growth`."""
 
 from harmony_core.text.tokenization import growth as growth

@@ -1,4 +1,4 @@
-"""Run as a program of its own: it reads the output of a launch, masks secrets, and writes the log files.
+"""A process of its own that reads the output of a launch, masks secrets, and writes the log files.
 
 The launcher and each rank write to a pipe. The reader takes what they write at once, so that none of them waits for the
 disk, and keeps it until it is masked and written. It ends when all writers have ended, by whatever signal, and does not
