@@ -264,7 +264,7 @@ async def main(ctx: RecipeContext):
     engine = ctx.client._engine
     await engine.ready()
     if {model}:
-        engine.names.add("policy")
+        engine.spawns["policy"] = None
     os.kill(engine._ranks[1].pid, signal.{sent})
     try:
         for _ in range({turns}):
