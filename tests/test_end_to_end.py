@@ -135,6 +135,6 @@ def test_a_notebook_has_the_same_client(home: Path, tmp_path: Path, monkeypatch:
     nbclient = pytest.importorskip("nbclient")
     monkeypatch.setenv("ADAPTIVE_HOME", str(home))
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(NOTEBOOK)])
-    nbclient.NotebookClient(notebook, timeout=240, kernel_name="python3").execute(cwd=str(tmp_path))
+    nbclient.NotebookClient(notebook, timeout=720, kernel_name="python3").execute(cwd=str(tmp_path))
     printed = "".join(o.get("text", "") for o in notebook.cells[0].outputs)
     assert "steps 1 turns 2" in printed

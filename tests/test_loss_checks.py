@@ -165,7 +165,7 @@ def test_a_test_of_a_user_s_own_finds_it_on_ranks(tmp_path: Path) -> None:
     (tmp_path / "test_my_losses.py").write_text(USERS_TEST, "utf-8")
     environment = {**os.environ, "ADAPTIVE_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
     words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_my_losses.py"]
-    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=840)
     assert "2 passed" in done.stdout, done.stdout + done.stderr
 
 

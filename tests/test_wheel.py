@@ -29,7 +29,7 @@ def output(command: list[str], folder: Path, **variables: str) -> str:
     """What a command prints; it must end well."""
     kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     done = subprocess.run(
-        command, cwd=folder, env=kept | variables, capture_output=True, text=True, timeout=280, check=False
+        command, cwd=folder, env=kept | variables, capture_output=True, text=True, timeout=840, check=False
     )
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout

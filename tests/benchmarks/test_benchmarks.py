@@ -24,7 +24,7 @@ def run(script: str, tmp_path: Path, *arguments: str) -> dict[str, Any]:
     target = tmp_path / "rows.json"
     command = [sys.executable, str(FOLDER / script), "--tiny", "--json", str(target), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=840, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
     content: dict[str, Any] = json.loads(target.read_text(encoding="utf-8"))
     assert "| row | measured | must reach | aim |" in done.stdout

@@ -19,7 +19,7 @@ PAGE = (ROOT / "docs" / "learning.md").read_text(encoding="utf-8")
 
 def learning(*words: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, ROOT / "benchmarks" / "learning.py", *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=280)
+    return subprocess.run(command, capture_output=True, text=True, timeout=840)
 
 
 def method(**changes: Any) -> dict[str, Any]:

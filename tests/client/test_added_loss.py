@@ -62,7 +62,7 @@ def test_the_documented_way_adds_a_loss(tmp_path: Path) -> None:
         file.write(f"\n\n{formula}")
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT / 'tests'}"}
     command = [sys.executable, "-c", STEP, str(tmp_path / "home")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=840, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["loss"] == pytest.approx(found["expected"], rel=1e-5) and found["grad_norm"] > 0.01

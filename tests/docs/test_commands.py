@@ -64,7 +64,7 @@ def run(block: Block, folder: Path) -> list[subprocess.CompletedProcess[str]]:
             base |= {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0"}
         for command in block.commands:
             words, variables = as_typed(command)
-            done = subprocess.run(words, cwd=work, env=base | variables, capture_output=True, text=True, timeout=290)
+            done = subprocess.run(words, cwd=work, env=base | variables, capture_output=True, text=True, timeout=840)
             shown = f"$ {command}\n{done.stdout}\n{done.stderr}"
             assert done.returncode == int(block.notes.get("exit", 0)), shown
             assert "Traceback" not in done.stderr, shown

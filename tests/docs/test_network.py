@@ -56,7 +56,7 @@ def test_ports_are_those_that_the_documentation_names(ranks: int, tmp_path: Path
         env=os.environ | {"ADAPTIVE_HOME": str(tmp_path / "home")},
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=720,
     )
     assert done.returncode == 0, done.stderr
     ports = json.loads(done.stdout)["result"]

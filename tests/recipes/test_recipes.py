@@ -28,7 +28,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def adaptive(home: Path, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"ADAPTIVE_HOME": str(home), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "harmony_core.cli", "run", *words, "--device", "cpu"]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=280)
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=840)
 
 
 def result(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:

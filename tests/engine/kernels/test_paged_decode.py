@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow  # a minute of one processor
 @pytest.fixture(scope="module")
 def outcome() -> dict[str, Any]:
     script = Path(__file__).with_name("interpreted.py")
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=840, check=False)
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found

@@ -22,6 +22,6 @@ def test_interpreted(cases: list[str]) -> None:
         cwd=HERE.parents[2],
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=840,
     )
     assert done.returncode == 0, done.stdout + done.stderr

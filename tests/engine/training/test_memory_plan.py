@@ -117,7 +117,7 @@ def _measure(directory: Path, warm_up: Path, settings: dict[str, Any]) -> dict[s
         env=environment,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=840,
     )
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
