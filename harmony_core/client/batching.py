@@ -34,7 +34,7 @@ LINEAR = Loss()
 
 
 @dataclass(frozen=True)
-class Sample:
+class TrainSample:
     """One sequence to train on: inputs, their targets, and a coefficient for each target, as in `MicroBatch`.
 
     `sampler_logprobs`: the sampler's records of the targets under the present weights, NaN where there is none.
@@ -64,7 +64,7 @@ class Sample:
         return self.loss, frozenset(self.fields)
 
 
-Group = list[Sample]
+Group = list[TrainSample]
 """Samples that belong together, such as a pair: in one micro-batch, or, where they do not fit, in one cut in parts."""
 
 
@@ -134,7 +134,7 @@ class SampleQueue:
         self._pending: list[Group] = []
         self._tokens = 0
 
-    def add(self, *group: Sample) -> list[list[Sample]]:
+    def add(self, *group: TrainSample) -> list[list[TrainSample]]:
         """Queue samples that belong together; the micro-batches that a full window makes, if it is one."""
         self._pending.append(list(group))
         self._tokens += _tokens(group)
@@ -142,12 +142,12 @@ class SampleQueue:
             return []
         return self.cut()
 
-    def cut(self) -> list[list[Sample]]:
+    def cut(self) -> list[list[TrainSample]]:
         """Everything pending, as micro-batches."""
         kinds: dict[tuple[Loss, frozenset[str]], list[Group]] = {}
         for group in self._pending:
             kinds.setdefault(group[0].kind, []).append(group)
-        cut: list[list[Sample]] = []
+        cut: list[list[TrainSample]] = []
         for groups in kinds.values():
             small = [g for g in groups if _tokens(g) <= self._capacity]
             bins = pack([_tokens(g) for g in small], self._capacity, self._replicas)
@@ -182,7 +182,7 @@ class PendingStep:
     """The answers of its micro-batches; number i goes to replica i mod dp."""
     answered: int = 0
 
-    def add(self, accepted: Accepted) -> Iterator[list[list[Sample]]]:
+    def add(self, accepted: Accepted) -> Iterator[list[list[TrainSample]]]:
         """Queue the samples of one call, which count as one; yields the micro-batches that are full."""
         self.totals[accepted.unit] = self.totals.get(accepted.unit, 0.0) + accepted.amount
         self.samples += 1
@@ -219,7 +219,7 @@ class PendingStep:
         return total or 1.0
 
 
-def parts(batch: Sequence[Sample], capacity: int) -> list[int]:
+def parts(batch: Sequence[TrainSample], capacity: int) -> list[int]:
     """How many adjacent samples of a micro-batch make at most `capacity` tokens, part by part; [] when all do."""
     sizes: list[int] = []
     room = -1
@@ -232,7 +232,7 @@ def parts(batch: Sequence[Sample], capacity: int) -> list[int]:
     return sizes if len(sizes) > 1 else []
 
 
-def micro_batch(model: str, replica: int, batch: Sequence[Sample], capacity: int) -> MicroBatch:
+def micro_batch(model: str, replica: int, batch: Sequence[TrainSample], capacity: int) -> MicroBatch:
     """The message for samples of one kind."""
     loss, sampler = batch[0].loss, b""
     if not all(s.sampler_logprobs is None for s in batch):
@@ -255,5 +255,5 @@ def micro_batch(model: str, replica: int, batch: Sequence[Sample], capacity: int
     )
 
 
-def _tokens(group: Sequence[Sample]) -> int:
+def _tokens(group: Sequence[TrainSample]) -> int:
     return sum(map(len, group))

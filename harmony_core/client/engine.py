@@ -21,7 +21,7 @@ from harmony_core.memory.ledger import Ledger, host_capacity, parse_assume
 from harmony_core.notifiers import say
 from harmony_core.options import EngineOptions
 from harmony_core.registry import ModelVersion, Registry
-from harmony_core.rpc.protocol import Cancel, Clone, Event, Load, Message, OptimStep, Reblock, Save, SetStep, Spawn
+from harmony_core.rpc.protocol import Cancel, Clone, Event, Load, Message, OptimStep, Regroup, Save, SetStep, Spawn
 
 CUDA_BASELINE_BYTES = 1 << 30
 """Bytes that a rank takes of its device before its first model: context, libraries, communication buffers."""
@@ -96,7 +96,7 @@ class Request:
 class Engine:
     """Starts the ranks in the background and gives every request its place.
 
-    All requests pass through one FIFO. It is held only while ranks are regrouped into larger blocks, which waits
+    All requests pass through one FIFO. It is held only while ranks are regrouped into larger domains, which waits
     until no replica request is in flight; what arrives meanwhile is sent afterwards, in order.
     """
 
@@ -120,7 +120,7 @@ class Engine:
         self.spawn_order = asyncio.Lock()
         self._launching: asyncio.Task[Supervisor] | None = None
         self._ranks: list[RankHandle] = []
-        self._block_size = 1
+        self._domain_size = 1
         self._next_seq = 0
         self._in_flight = 0
         self._idle = asyncio.Event()
@@ -257,7 +257,7 @@ class Engine:
         if request.cancelled:
             request.future.cancel()
             return
-        leader = replica * tp // self._block_size * self._block_size
+        leader = replica * tp // self._domain_size * self._domain_size
         request.handle = self._ranks[leader]
         self._in_flight += 1
         self._idle.clear()
@@ -279,7 +279,7 @@ class Engine:
     def _send_global(self, message: Message, future: asyncio.Future[list[Message]]) -> None:
         seq = self._next_seq
         self._next_seq += 1
-        answers = [handle.connection.submit(message, seq)[1] for handle in self._ranks[:: self._block_size]]
+        answers = [handle.connection.submit(message, seq)[1] for handle in self._ranks[:: self._domain_size]]
         waiting = asyncio.gather(*answers, return_exceptions=True)
         waiting.add_done_callback(lambda _: _copy_result(answers, future, lambda messages: messages))
 
@@ -287,18 +287,18 @@ class Engine:
         """`post_global`, awaited. Cancelling the caller does not withdraw the request."""
         return cast("list[Answer]", await asyncio.shield(self.post_global(message)))
 
-    async def reblock(self, tp: int) -> None:
+    async def regroup(self, tp: int) -> None:
         """Regroup ranks so that one leader decides for at least `tp` of them; waits for requests in flight."""
-        if tp <= self._block_size:
+        if tp <= self._domain_size:
             return
         held: deque[Callable[[], None]] = deque()
         self._held = held
         try:
             await self._idle.wait()
             future: asyncio.Future[list[Message]] = _own_future()
-            self._send_global(Reblock(size=tp), future)
+            self._send_global(Regroup(size=tp), future)
             await asyncio.shield(future)
-            self._block_size = tp
+            self._domain_size = tp
         finally:
             self._held = None
             while held:

@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from msgspec import structs
 
-from harmony_core.client.batching import Accepted, Loss, PendingStep, Sample, SampleQueue, micro_batch, require_weight
+from harmony_core.client.batching import (
+    Accepted,
+    Loss,
+    PendingStep,
+    SampleQueue,
+    TrainSample,
+    micro_batch,
+    require_weight,
+)
 from harmony_core.client.engine import Engine, Request, part_of
 from harmony_core.client.losses import AnyThread, check_head
 from harmony_core.errors import (
@@ -24,7 +32,7 @@ from harmony_core.errors import (
     TooLong,
     UsageError,
 )
-from harmony_core.memory.ledger import Plan
+from harmony_core.memory.ledger import MemoryPlan
 from harmony_core.memory.plan import could_fit, weight_elements
 from harmony_core.request_seeds import request_seed
 from harmony_core.rpc.protocol import Dealloc, Message, Spawn, StepMetrics
@@ -237,10 +245,10 @@ class LiveModel:
 
     def sample(
         self, thread: TokenizedThread, coefficients: list[float], loss: Loss, fields: dict[str, list[float]]
-    ) -> Sample:
+    ) -> TrainSample:
         """A thread as inputs and targets of a loss, with the sampler's records of them."""
         tokens = thread.token_ids
-        return Sample(tokens[:-1], tokens[1:], coefficients, self._recorded(thread), loss, fields)
+        return TrainSample(tokens[:-1], tokens[1:], coefficients, self._recorded(thread), loss, fields)
 
     def _recorded(self, thread: TokenizedThread) -> list[float] | None:
         """The sampler's log-prob of each target; NaN where it is not of this model, or of older weights."""
@@ -282,7 +290,7 @@ class LiveModel:
             raise refused
         await self.pending.room(MAX_UNANSWERED * self.replicas)
 
-    def _check_length(self, samples: Sequence[Sample]) -> None:
+    def _check_length(self, samples: Sequence[TrainSample]) -> None:
         """Each sequence must fit a micro-batch and the context; those that belong together need not fit together."""
         what = "the sample has" if len(samples) == 1 else f"the longest of {len(samples)} sequences has"
         limits = [of_context(self.spawn)[0], of_batch(self.spawn)]
@@ -304,7 +312,7 @@ class LiveModel:
         """Cut and send what is pending, without a step."""
         self._send(self.pending.queue.cut())
 
-    def _send(self, batches: list[list[Sample]]) -> None:
+    def _send(self, batches: list[list[TrainSample]]) -> None:
         for batch in batches:
             replica = len(self.pending.sent) % self.replicas
             message = micro_batch(self.name, replica, batch, self.spawn.max_batch_tokens)
@@ -356,7 +364,7 @@ class LiveModel:
         spawn = self.spawn
         if not spawn.private and not self._owns_weights:
             weights = weight_elements(spawn.spec, spawn.tp, spawn.headless) * spawn.element
-            self.engine.ledger.promise(part_of(self.name, "loaded weights"), Plan(weights=weights))
+            self.engine.ledger.promise(part_of(self.name, "loaded weights"), MemoryPlan(weights=weights))
             self._owns_weights = True
 
     def free(self) -> asyncio.Future[list[Message]] | None:

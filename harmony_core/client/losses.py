@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_type_hints
 
-from harmony_core.client.batching import Accepted, Loss, Sample, require_weight
+from harmony_core.client.batching import Accepted, Loss, TrainSample, require_weight
 from harmony_core.errors import DataError, UsageError
 from harmony_core.recipe_file import RecipeFile
 from harmony_core.rpc.protocol import CustomLoss
@@ -180,7 +180,7 @@ def samples_of(live: LiveModel, row: Row, given: Mapping[str, Any]) -> Accepted:
     parts = zip(threads, masks, fields, strict=True)
     if row.on_last:
         # Nothing is predicted, so the targets can be any tokens.
-        samples = [Sample(t.token_ids, t.token_ids, w, loss=kept, fields=f, on_last=True) for t, w, f in parts]
+        samples = [TrainSample(t.token_ids, t.token_ids, w, loss=kept, fields=f, on_last=True) for t, w, f in parts]
     else:
         samples = [live.sample(t, w, kept, f) for t, w, f in parts]
     return Accepted(samples, unit, amount)
@@ -385,7 +385,7 @@ def linear(
     recorded = None if sampler_logprobs is None else [float(x) for x in sampler_logprobs]
     if recorded is not None and len(recorded) != len(tgt_tokens):
         raise DataError(f"{len(recorded)} sampler_logprobs for {len(tgt_tokens)} tgt_tokens")
-    sample = Sample(tokens, targets, [float(t) for t in tangents], recorded)
+    sample = TrainSample(tokens, targets, [float(t) for t in tangents], recorded)
     if denominator is None:
         return Accepted([sample], "tangents", float(sum(t != 0 for t in tangents)))
     return Accepted([sample], "given denominators", float(denominator))

@@ -76,7 +76,7 @@ async def spawn(engine: Engine, version: ModelVersion, asked: Spawn, variables: 
             engine.events("spawn.planned", described, None)
             if not engine.options.dry_run:
                 await engine.ready()
-                await engine.reblock(planned.tp)
+                await engine.regroup(planned.tp)
                 await _run_spawn(engine, planned.name, planned)
         engine.tp_values.add(planned.tp)
         engine.planned.append(described)

@@ -35,7 +35,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
 }
 """The fields of a row, and the columns in which each is looked for, first name first. The keys of `columns`."""
 
-Plan = dict[str, tuple[tuple[str, str], ...]]
+Projection = dict[str, tuple[tuple[str, str], ...]]
 """For each of `FIELDS` the usual names that a row's columns have, with the columns; a mapped one under the field's."""
 
 _MAX_PLANS = 1000
@@ -50,9 +50,9 @@ class Reading:
     feedback_key: str | None = None
     columns: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
     roles: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    _plans: dict[tuple[str, ...], Plan] = dataclasses.field(default_factory=dict, repr=False, compare=False)
+    _plans: dict[tuple[str, ...], Projection] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
-    def plan(self, line: Line) -> Plan:
+    def plan(self, line: Line) -> Projection:
         """The columns of a row in which each field may be. Raises DataError if one of `columns` is missing."""
         names = tuple(line)
         if names not in self._plans:
@@ -61,13 +61,13 @@ class Reading:
             self._plans[names] = self._made(names)
         return self._plans[names]
 
-    def _made(self, names: tuple[str, ...]) -> Plan:
+    def _made(self, names: tuple[str, ...]) -> Projection:
         for field, wanted in self.columns.items():
             if wanted is not None and wanted not in names:
                 raise DataError(f"has no column '{wanted}' for '{field}'; {did_you_mean(wanted, names)}")
         by_known = {name.lower(): name for name in names} | {name: name for name in names}
         mapped = set(self.columns.values())
-        plan: Plan = {}
+        plan: Projection = {}
         for field, usual in FIELDS.items():
             pairs = [(known, by_known[known]) for known in usual if known in by_known]
             plan[field] = tuple((known, name) for known, name in pairs if name not in mapped)

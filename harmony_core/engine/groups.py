@@ -1,4 +1,4 @@
-"""The groups of ranks: the control group of all ranks, blocks under one leader, those of each tp value, the store.
+"""The groups of ranks: the control group of all ranks, domains under one leader, those of each tp value, the store.
 
 Control traffic (instructions, outcomes, agreement) goes over gloo on every device; model collectives over the device's
 own backend. Groups are created by all ranks in the same order, so only while a global request is executed.
@@ -63,7 +63,7 @@ def exchange(payload: bytes, group: ProcessGroup | None, size: int) -> list[byte
     return [t[: int(n)].numpy().tobytes() for t, n in zip(everyone, lengths, strict=True)]
 
 
-class Block:
+class Domain:
     """Consecutive ranks. The first, the leader, hears requests and decides; all execute its instructions."""
 
     def __init__(self, first: int, size: int, rank: int, group: ProcessGroup | None) -> None:
@@ -114,13 +114,13 @@ class Groups:
         """Every rank's bytes, in rank order."""
         return exchange(payload, self._control, self.world_size)
 
-    def block(self, size: int) -> Block:
-        """This rank's block when the run is cut into blocks of `size`. All ranks call it together."""
+    def domain(self, size: int) -> Domain:
+        """This rank's domain when the run is cut into domains of `size`. All ranks call it together."""
         mine: ProcessGroup | None = None
         for first in range(0, self.world_size, size):
             group = self._new(list(range(first, first + size)), "gloo", IDLE_TIMEOUT)
             mine = group if group is not None else mine
-        return Block(self.rank // size * size, size, self.rank, mine)
+        return Domain(self.rank // size * size, size, self.rank, mine)
 
     def parallel(self, tp: int) -> tuple[TensorParallel, ProcessGroup | None]:
         """This rank's tensor-parallel group for `tp`, and its data-parallel one. All ranks call it together."""

@@ -24,7 +24,7 @@ from harmony_core.rpc.protocol import (
     Message,
     MicroBatch,
     MicroBatchDone,
-    Reblock,
+    Regroup,
     Score,
     Scored,
     Shutdown,
@@ -55,21 +55,21 @@ class GlobalWork(msgspec.Struct, tag=True):
 
 
 class TrainWork(msgspec.Struct, tag=True):
-    """One micro-batch for each replica of the block that has one."""
+    """One micro-batch for each replica of the domain that has one."""
 
     model: str
     batches: dict[int, MicroBatch]
 
 
 class ScoreWork(msgspec.Struct, tag=True):
-    """Sequences to score, for each replica of the block that has some."""
+    """Sequences to score, for each replica of the domain that has some."""
 
     model: str
     requests: dict[int, list[Score]]
 
 
 class GenerateWork(msgspec.Struct, tag=True):
-    """One generation step for each replica of the block that has one."""
+    """One generation step for each replica of the domain that has one."""
 
     model: str
     plans: dict[int, StepPlan]
@@ -82,7 +82,7 @@ class Settle(msgspec.Struct, tag=True):
 Instruction = GlobalWork | TrainWork | ScoreWork | GenerateWork | Settle
 
 
-class Outcome(msgspec.Struct):
+class RankResult(msgspec.Struct):
     """One rank's result of an instruction: an answer, or a failure, or neither when it had no part in it."""
 
     failure: Failure | None = None
@@ -93,11 +93,11 @@ class Outcome(msgspec.Struct):
 
 encode_instruction = msgspec.msgpack.Encoder().encode
 decode_instruction = msgspec.msgpack.Decoder(Instruction).decode
-encode_outcome = msgspec.msgpack.Encoder().encode
-decode_outcome = msgspec.msgpack.Decoder(Outcome).decode
+encode_result = msgspec.msgpack.Encoder().encode
+decode_result = msgspec.msgpack.Decoder(RankResult).decode
 
 
-GLOBAL_WITHOUT_QUEUE = (Spawn, Clone, Reblock)
+GLOBAL_WITHOUT_QUEUE = (Spawn, Clone, Regroup)
 """Global requests that wait for no model's micro-batches."""
 
 
@@ -124,7 +124,7 @@ class ReplicaQueue:
 
 @dataclass
 class ModelQueue:
-    """One model's pending work in this block, by replica."""
+    """One model's pending work in this domain, by replica."""
 
     name: str
     score_tokens: int
@@ -153,7 +153,7 @@ class Step:
 
 
 class Order:
-    """The pending work of a block."""
+    """The pending work of a domain."""
 
     def __init__(self) -> None:
         self._models: dict[str, ModelQueue] = {}
@@ -171,7 +171,7 @@ class Order:
         return self._next_seq
 
     def add_model(self, queue: ModelQueue) -> None:
-        """A model that this block now serves."""
+        """A model that this domain now serves."""
         self._models[queue.name] = queue
         self._turn.append(queue.name)
 
@@ -275,7 +275,7 @@ class Order:
 
 
 class Leader:
-    """Decides for a block. It belongs to the engine thread; only the channel's inbox is shared with another."""
+    """Decides for a domain. It belongs to the engine thread; only the channel's inbox is shared with another."""
 
     def __init__(self, channel: RankChannel) -> None:
         self.order = Order()
@@ -352,10 +352,10 @@ class Leader:
                 self._generating.pop(call, None)
                 self._channel.fail(call, gone)
 
-    def answer(self, step: Step, outcomes: dict[int, list[Outcome]]) -> None:
-        """Tell the driver the result of a step. `outcomes`: those of each replica's ranks, first rank first."""
+    def answer(self, step: Step, results: dict[int, list[RankResult]]) -> None:
+        """Tell the driver the result of a step. `results`: those of each replica's ranks, first rank first."""
         instruction = step.instruction
-        for number, ranks in outcomes.items():
+        for number, ranks in results.items():
             failure = next((o.failure for o in ranks if o.failure is not None), None)
             error = error_of(failure) if failure is not None else None
             if isinstance(instruction, GenerateWork):
@@ -371,7 +371,7 @@ class Leader:
                 for call, logprobs in zip(step.calls[number], ranks[0].scores, strict=True):
                     self._channel.reply(call, Scored(logprobs=logprobs))
 
-    def _generated(self, work: GenerateWork, number: int, outcome: Outcome, error: HarmonyError | None) -> None:
+    def _generated(self, work: GenerateWork, number: int, rank_result: RankResult, error: HarmonyError | None) -> None:
         replica = self.order.replica(work.model, number)
         assert replica is not None and replica.scheduler is not None
         plan = work.plans[number]
@@ -379,8 +379,8 @@ class Leader:
         if error is not None:
             finished = replica.scheduler.abort(plan, error)
         else:
-            assert outcome.generated is not None
-            finished = replica.scheduler.commit(plan, outcome.generated)
+            assert rank_result.generated is not None
+            finished = replica.scheduler.commit(plan, rank_result.generated)
         for request in finished:
             if self._generating.pop(request.id, None) is None:
                 continue

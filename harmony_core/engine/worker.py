@@ -1,7 +1,7 @@
 """The engine thread of one rank: take an instruction, execute it, answer. It issues every collective of the rank.
 
-A leader makes its instructions from requests; the other ranks of its block get them from it and execute them as they
-are. Nothing else decides anything, so all ranks of a block enter the same collectives in the same order.
+A leader makes its instructions from requests; the other ranks of its domain get them from it and execute them as they
+are. Nothing else decides anything, so all ranks of a domain enter the same collectives in the same order.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from harmony_core.engine.groups import Block, Groups
+from harmony_core.engine.groups import Domain, Groups
 from harmony_core.engine.inference.runner import Pending
 from harmony_core.engine.inference.scheduler import Scheduler
 from harmony_core.engine.leader import (
@@ -24,16 +24,16 @@ from harmony_core.engine.leader import (
     Instruction,
     Leader,
     ModelQueue,
-    Outcome,
+    RankResult,
     ReplicaQueue,
     ScoreWork,
     Settle,
     Step,
     TrainWork,
     decode_instruction,
-    decode_outcome,
+    decode_result,
     encode_instruction,
-    encode_outcome,
+    encode_result,
 )
 from harmony_core.engine.model_table import ModelTable, SpawnedModel
 from harmony_core.engine.models.context import ForwardContext, PackedAttention, forward_context
@@ -51,7 +51,7 @@ from harmony_core.rpc.protocol import (
     Message,
     Nothing,
     OptimStep,
-    Reblock,
+    Regroup,
     Save,
     Score,
     SetStep,
@@ -107,7 +107,7 @@ class Worker:
         backend = "gloo" if topology.device.type == "cpu" else "nccl"
         self._groups = Groups(topology.rank, topology.world_size, backend)
         self._models = ModelTable(topology.device, topology.deterministic, self._announce)
-        self._block: Block = self._groups.block(1)
+        self._domain: Domain = self._groups.domain(1)
         self._leader: Leader | None = Leader(channel)
         self._running = True
         # Generation steps whose tokens are not read yet, oldest first.
@@ -119,10 +119,10 @@ class Worker:
             if self._leader is not None:
                 step = self._leader.next_step(wait=not self._under_way)
                 instruction = step.instruction if step is not None else Settle()
-                self._block.announce(encode_instruction(instruction) if self._block.size > 1 else b"")
+                self._domain.announce(encode_instruction(instruction) if self._domain.size > 1 else b"")
                 self._execute(instruction, step)
             else:
-                self._execute(decode_instruction(self._block.listen()), None)
+                self._execute(decode_instruction(self._domain.listen()), None)
 
     def _execute(self, instruction: Instruction, step: Step | None) -> None:
         name = instruction.method if isinstance(instruction, GlobalWork) else type(instruction).__name__
@@ -144,7 +144,7 @@ class Worker:
     def _generate(self, instruction: GenerateWork, step: Step | None) -> None:
         """Launch a step; take the tokens of those before it once more are under way than the device needs.
 
-        All ranks of a block go by the same instructions, so they settle the same step at the same time.
+        All ranks of a domain go by the same instructions, so they settle the same step at the same time.
         """
         live = self._models.get(instruction.model)
         plan = instruction.plans.get(self._topology.rank // self._models.get(instruction.model).spawn.tp)
@@ -160,8 +160,8 @@ class Worker:
         runner = self._models.get(instruction.model).runner
         assert runner is not None
         result = self._tried(lambda: runner.collect(launched)) if isinstance(launched, Pending) else launched
-        outcome = Outcome(failure=result) if isinstance(result, Failure) else Outcome(generated=result)
-        self._finish(instruction, step, outcome)
+        own = RankResult(failure=result) if isinstance(result, Failure) else RankResult(generated=result)
+        self._finish(instruction, step, own)
 
     def _tried(self, work: Callable[[], Result]) -> Result | Failure:
         """The result of `work`. Its exception belongs to a request, not to the rank: it comes back as data."""
@@ -170,52 +170,54 @@ class Worker:
         except Exception as error:
             return failure_of(error, self._topology.rank)
 
-    def _finish(self, instruction: TrainWork | ScoreWork | GenerateWork, step: Step | None, outcome: Outcome) -> None:
-        """Gather the results of the block's ranks; the leader answers."""
-        outcomes = [outcome]
-        if self._block.size > 1:
-            outcomes = [decode_outcome(o) for o in self._block.exchange(encode_outcome(outcome))]
+    def _finish(self, instruction: TrainWork | ScoreWork | GenerateWork, step: Step | None, own: RankResult) -> None:
+        """Gather the results of the domain's ranks; the leader answers."""
+        results = [own]
+        if self._domain.size > 1:
+            results = [decode_result(o) for o in self._domain.exchange(encode_result(own))]
         if step is None or self._leader is None:
             return
         tp = self._models.get(instruction.model).spawn.tp
-        first = self._block.first
-        parts = {r: outcomes[r * tp - first : (r + 1) * tp - first] for r in _replicas(instruction)}
+        first = self._domain.first
+        parts = {r: results[r * tp - first : (r + 1) * tp - first] for r in _replicas(instruction)}
         self._leader.answer(step, parts)
 
-    def _guarded(self, instruction: TrainWork | ScoreWork) -> Outcome:
+    def _guarded(self, instruction: TrainWork | ScoreWork) -> RankResult:
         """Run this rank's part; a failed sample spoils its step."""
-        outcome = self._tried(lambda: self._run(instruction))
-        if not isinstance(outcome, Failure):
-            return outcome
+        own = self._tried(lambda: self._run(instruction))
+        if not isinstance(own, Failure):
+            return own
         if isinstance(instruction, TrainWork):
             live = self._models.get(instruction.model)
-            live.poison = live.poison or outcome
-        return Outcome(failure=outcome)
+            live.poison = live.poison or own
+        return RankResult(failure=own)
 
-    def _run(self, instruction: TrainWork | ScoreWork) -> Outcome:
+    def _run(self, instruction: TrainWork | ScoreWork) -> RankResult:
         live = self._models.get(instruction.model)
         replica = self._topology.rank // self._models.get(instruction.model).spawn.tp
         if isinstance(instruction, ScoreWork):
             requests = instruction.requests.get(replica)
-            return Outcome(scores=None if requests is None else score(live.model, live.adapter, requests, live.score))
+            return RankResult(
+                scores=None if requests is None else score(live.model, live.adapter, requests, live.score)
+            )
         batch = instruction.batches.get(replica)
         if batch is None:
-            return Outcome()
+            return RankResult()
         assert live.trainer is not None
         done = live.trainer.accumulate(batch)
         # A group that was cut counts, and took its time, with its last part.
         for left, tokens in zip(reversed(range(len(done.tokens))), done.tokens, strict=True):
             counts = {"tokens": tokens, "samples": 0 if left else done.samples, "seconds": 0 if left else done.seconds}
             self._channel.event("micro_batch", {"model": live.name, "replica": replica, **counts})
-        return Outcome(trained=done)
+        return RankResult(trained=done)
 
     def _execute_global(self, message: Message, step: Step | None) -> None:
         if isinstance(message, Shutdown):
             self._running = False
             self._reply(step, Nothing())
             return
-        if isinstance(message, Reblock):
-            self._reblock(message, step)
+        if isinstance(message, Regroup):
+            self._regroup(message, step)
             return
         if isinstance(message, OptimStep):
             self._agree_on_poison(message, step)
@@ -305,7 +307,7 @@ class Worker:
             self._leader.forget(message.model)
 
     def _queue(self, live: SpawnedModel) -> ModelQueue:
-        tp, first, stop = live.spawn.tp, self._block.first, self._block.first + self._block.size
+        tp, first, stop = live.spawn.tp, self._domain.first, self._domain.first + self._domain.size
         replicas = {replica: ReplicaQueue(self._scheduler(live)) for replica in range(first // tp, stop // tp)}
         return ModelQueue(live.name, live.spawn.max_batch_tokens, replicas)
 
@@ -323,16 +325,16 @@ class Worker:
             max_splits=live.runner.max_splits,
         )
 
-    def _reblock(self, message: Reblock, step: Step | None) -> None:
+    def _regroup(self, message: Regroup, step: Step | None) -> None:
         """Regroup; the old leaders answer, and the new ones go on from the same place in the driver's sequence."""
-        block = self._groups.block(message.size)
+        domain = self._groups.domain(message.size)
         seqs = self._groups.agree(b"%d" % (self._leader.order.next_seq if self._leader is not None else -1))
         self._reply(step, Nothing())
-        self._block = block
-        if not block.is_leader:
+        self._domain = domain
+        if not domain.is_leader:
             self._leader = None
             return
-        assert self._leader is not None, "blocks only grow, so a leader was one before"
+        assert self._leader is not None, "domains only grow, so a leader was one before"
         self._leader.order.continue_from(max(int(s) for s in seqs))
         for live in self._models.live():
             self._leader.order.remove_model(live.name)
@@ -377,7 +379,7 @@ class Worker:
 
 
 def _replicas(instruction: TrainWork | ScoreWork | GenerateWork) -> list[int]:
-    """The replicas of the block that have a part in an instruction."""
+    """The replicas of the domain that have a part in an instruction."""
     if isinstance(instruction, TrainWork):
         return list(instruction.batches)
     if isinstance(instruction, ScoreWork):

@@ -30,7 +30,7 @@ _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
 
 
 @dataclass(frozen=True)
-class Plan:
+class MemoryPlan:
     """The bytes of one spawn on each rank, by part.
 
     `weights` are the base weights, which spawns of one model share; `adapter` those that are this spawn's own.
@@ -78,7 +78,7 @@ class Ledger:
         self.shared = isinstance(capacity, int)
         self.ranks = ranks if isinstance(capacity, int) else len(capacity)
         self.capacity = capacity // ranks if isinstance(capacity, int) else min(capacity)
-        self._promises: dict[str, tuple[Plan, str]] = {}
+        self._promises: dict[str, tuple[MemoryPlan, str]] = {}
         self._shared_weights: dict[str, int] = {}
 
     @property
@@ -99,18 +99,18 @@ class Ledger:
         """Whether some spawn already holds the base weights `weights_key`."""
         return weights_key in self._shared_weights
 
-    def fits(self, plan: Plan, weights_key: str = "") -> bool:
+    def fits(self, plan: MemoryPlan, weights_key: str = "") -> bool:
         """Whether `plan` fits beside the promises."""
         return self._needed(plan, weights_key) <= self.free
 
-    def _needed(self, plan: Plan, weights_key: str) -> int:
+    def _needed(self, plan: MemoryPlan, weights_key: str) -> int:
         there = plan.weights if self.holds(weights_key) else 0
         return plan.resident - there + max(plan.transient, self.transient)
 
     def promise(
         self,
         name: str,
-        plan: Plan,
+        plan: MemoryPlan,
         *,
         weights_key: str = "",
         ways_out: Callable[[int, int], list[str]] | None = None,
@@ -158,7 +158,7 @@ class Ledger:
             "models": {name: plan.parts() for name, plan in self._counted().items()},
         }
 
-    def table(self, name: str, plan: Plan, weights_key: str = "") -> str:
+    def table(self, name: str, plan: MemoryPlan, weights_key: str = "") -> str:
         """Promised, needed by `plan`, and free bytes per rank, as text."""
         shared = self.holds(weights_key)
         where = f"of {self.ranks} ranks sharing this host" if self.shared and self.ranks > 1 else "of each device"
@@ -177,9 +177,9 @@ class Ledger:
         width = max(len(label) for label, _ in rows)
         return "\n".join(f"  {label:<{width}}  {format_size(size):>11}" for label, size in rows)
 
-    def _counted(self) -> dict[str, Plan]:
+    def _counted(self) -> dict[str, MemoryPlan]:
         """Every promise, with weights that are shared in the first of those that share them."""
-        found: dict[str, Plan] = {}
+        found: dict[str, MemoryPlan] = {}
         counted: set[str] = set()
         for name, (plan, key) in self._promises.items():
             weights = plan.weights if not key else 0 if key in counted else self._shared_weights[key]

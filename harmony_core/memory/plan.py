@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 
 from msgspec.structs import replace
 
-from harmony_core.memory.ledger import Plan
+from harmony_core.memory.ledger import MemoryPlan
 from harmony_core.model.spec import LocalSizes, ModelSpec, fitting_tp
 from harmony_core.rpc.protocol import LoraSettings, Spawn
 
@@ -46,7 +46,7 @@ _INDEX_BYTES = 80
 """Ten 64-bit numbers a token: ids, positions, targets, coefficients, gather indices."""
 
 
-def plan(spawn: Spawn) -> Plan:
+def plan(spawn: Spawn) -> MemoryPlan:
     """The bytes that a spawn holds on each rank."""
     own_weights = spawn.train and spawn.lora is None
     base = weight_elements(spawn.spec, spawn.tp, spawn.headless)
@@ -60,7 +60,7 @@ def plan(spawn: Spawn) -> Plan:
     activations, inference = activations + (masks if spawn.train else 0), _inference(spawn) + masks
     # A training model samples and scores too, but not while it is in a micro-batch.
     workspace = max(workspace, inference - activations)
-    return Plan(
+    return MemoryPlan(
         weights=0 if spawn.weights_shared and not own_weights else base * spawn.element,
         adapter=adapter * spawn.element,
         gradients=trained * spawn.accumulate,
@@ -349,7 +349,7 @@ def could_fit(spawn: Spawn, free: int, transient: int) -> bool:
     return _fits(plan(_tightest(spawn)), free, transient)
 
 
-def _fits(needed: Plan, free: int, transient: int) -> bool:
+def _fits(needed: MemoryPlan, free: int, transient: int) -> bool:
     return needed.resident + max(needed.transient, transient) <= free
 
 

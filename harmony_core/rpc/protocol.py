@@ -1,7 +1,7 @@
 """The requests that a rank takes from the driver: a closed table of typed messages, plain data only.
 
 A *global* request goes to every leader with a number that the driver counts up over the run; leaders execute them in
-that order. A *replica* request goes to the leader of one replica's block. Token ids travel as int32, values as float32
+that order. A *replica* request goes to the leader of one replica's domain. Token ids travel as int32, values as float32
 or float64 bytes in the machine's order (`rpc.wire` packs them).
 """
 
@@ -246,8 +246,8 @@ class Dealloc(Message):
     model: str
 
 
-class Reblock(Message):
-    """Regroup ranks into blocks of `size`. The driver sends it only while no replica request is in flight."""
+class Regroup(Message):
+    """Regroup ranks into domains of `size`. The driver sends it only while no replica request is in flight."""
 
     size: int
 
@@ -378,7 +378,7 @@ GLOBAL: dict[type[Message], type[Message]] = {
     SetStep: Nothing,
     Inspect: Inspected,
     Dealloc: Nothing,
-    Reblock: Nothing,
+    Regroup: Nothing,
     Shutdown: Nothing,
 }
 """Requests that every rank executes in one order, with the type of each answer."""

@@ -7,11 +7,11 @@ from itertools import pairwise
 
 import pytest
 
-from harmony_core.client.batching import WINDOW_BATCHES, Loss, Sample, SampleQueue, pack, parts
+from harmony_core.client.batching import WINDOW_BATCHES, Loss, SampleQueue, TrainSample, pack, parts
 
 
-def sample(length: int) -> Sample:
-    return Sample(list(range(length)), list(range(length)), [1.0] * length)
+def sample(length: int) -> TrainSample:
+    return TrainSample(list(range(length)), list(range(length)), [1.0] * length)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -44,7 +44,7 @@ def test_samples_that_only_fit_tightly_stay_tight() -> None:
 
 def test_a_full_window_is_cut_and_the_rest_waits() -> None:
     queue = SampleQueue(capacity=10, replicas=2)
-    cut: list[list[Sample]] = []
+    cut: list[list[TrainSample]] = []
     for _ in range(WINDOW_BATCHES * 2):
         cut += queue.add(sample(10))
     assert len(cut) == WINDOW_BATCHES * 2
@@ -58,13 +58,13 @@ def test_groups_stay_together_and_kinds_apart(seed: int) -> None:
     draw = random.Random(seed)
     kinds = [Loss(), Loss("grpo", (("clip", 0.1),)), Loss("grpo", (("clip", 0.2),)), Loss("dpo", group=2)]
     queue = SampleQueue(capacity=40, replicas=2)
-    given: list[list[Sample]] = []
-    cut: list[list[Sample]] = []
+    given: list[list[TrainSample]] = []
+    cut: list[list[TrainSample]] = []
     for _ in range(60):
         loss = draw.choice(kinds)
         fields = {"a": [0.0]} if loss.name == "grpo" and draw.random() < 0.5 else {}
         lengths = [draw.randint(1, 40 if loss.group > 1 else 20) for _ in range(loss.group)]
-        group = [Sample([0] * n, [0] * n, [1.0] * n, None, loss, fields) for n in lengths]
+        group = [TrainSample([0] * n, [0] * n, [1.0] * n, None, loss, fields) for n in lengths]
         given.append(group)
         cut += queue.add(*group)
     cut += queue.cut()

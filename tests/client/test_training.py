@@ -10,7 +10,7 @@ import pytest
 
 from engines import LiveEngine, pair, pairs
 from harmony_core.client import TrainingModel
-from harmony_core.client.batching import Accepted, PendingStep, Sample, SampleQueue
+from harmony_core.client.batching import Accepted, PendingStep, SampleQueue, TrainSample
 from harmony_core.client.live import MAX_UNANSWERED
 from harmony_core.errors import (
     DataError,
@@ -339,7 +339,7 @@ def test_a_failure_after_acceptance_surfaces_at_the_step(
         before = await model.logprobs(thread)
         await model.train_language_modelling(thread)
         # What the handles would have refused: a token that the ranks cannot look up.
-        next(model._live.pending.add(Accepted([Sample([5, 10_000], [6, 7], [1.0, 1.0])], "weighted tokens", 2.0)))
+        next(model._live.pending.add(Accepted([TrainSample([5, 10_000], [6, 7], [1.0, 1.0])], "weighted tokens", 2.0)))
         with pytest.raises(StepFailed):
             await model.optim_step(1e-3, 0.0, 1.0)
         assert await model.logprobs(thread) == before

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from harmony_core.engine.inference.scheduler import Scheduler
 from harmony_core.engine.leader import GenerateWork, GlobalWork, ModelQueue, Order, ReplicaQueue, ScoreWork, TrainWork
-from harmony_core.rpc.protocol import Message, MicroBatch, OptimStep, Reblock, Sampling, Score
+from harmony_core.rpc.protocol import Message, MicroBatch, OptimStep, Regroup, Sampling, Score
 from harmony_core.rpc.wire import pack_doubles, pack_ints
 
 
@@ -70,8 +70,8 @@ def test_global_requests_run_in_the_drivers_sequence_whatever_order_they_arrive_
     made = order("a", "b")
     made.add_global(2, 1, optim_step("b"))
     assert made.next() is None
-    made.add_global(1, 0, Reblock(size=1))
-    assert drained(made) == [("Reblock", {0: [1]}), ("OptimStep", {0: [2]})]
+    made.add_global(1, 0, Regroup(size=1))
+    assert drained(made) == [("Regroup", {0: [1]}), ("OptimStep", {0: [2]})]
 
 
 def test_every_replica_of_the_block_must_have_run_its_share() -> None:

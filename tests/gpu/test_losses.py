@@ -16,7 +16,7 @@ from harmony_core.engine.models.heads import linear_logprob_loss, token_logprobs
 from harmony_core.engine.models.loading import load_model
 from harmony_core.engine.models.parallel import TensorParallel
 from harmony_core.engine.training.loss_evaluation import evaluate
-from harmony_core.engine.training.losses import Scored
+from harmony_core.engine.training.losses import LossInputs
 from tiny_models import build
 
 pytestmark = pytest.mark.gpu
@@ -24,22 +24,22 @@ pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda", 0)
 
 
-def there(scored: Scored) -> Scored:
+def there(inputs: LossInputs) -> LossInputs:
     """The same batch on the device."""
     return replace(
-        scored,
-        values=scored.values.to(DEVICE),
-        weights=scored.weights.to(DEVICE),
-        fields={name: values.to(DEVICE) for name, values in scored.fields.items()},
-        entropies=None if scored.entropies is None else scored.entropies.to(DEVICE),
+        inputs,
+        values=inputs.values.to(DEVICE),
+        weights=inputs.weights.to(DEVICE),
+        fields={name: values.to(DEVICE) for name, values in inputs.fields.items()},
+        entropies=None if inputs.entropies is None else inputs.entropies.to(DEVICE),
     )
 
 
 @pytest.mark.parametrize("name", BATCHES)
 def test_losses_are_those_of_the_cpu(name: str) -> None:
-    loss, scored = BATCHES[name]
-    total, directions, sums = evaluate(loss, scored)
-    found, others, metrics = evaluate(loss, there(scored))
+    loss, inputs = BATCHES[name]
+    total, directions, sums = evaluate(loss, inputs)
+    found, others, metrics = evaluate(loss, there(inputs))
     assert found == pytest.approx(total, rel=1e-12)
     for mine, other in zip(others, directions, strict=True):
         torch.testing.assert_close(mine.cpu(), other, rtol=1e-12, atol=1e-14)

@@ -8,31 +8,31 @@ import pytest
 
 from harmony_core.errors import ConflictError, MemoryRefused, UsageError
 from harmony_core.memory import ledger
-from harmony_core.memory.ledger import Ledger, Plan, format_size, host_capacity, parse_assume, parse_size
+from harmony_core.memory.ledger import Ledger, MemoryPlan, format_size, host_capacity, parse_assume, parse_size
 
 MIB = 1 << 20
 
 
 def test_resident_parts_add_up_and_working_space_counts_once() -> None:
     book = Ledger(1000)
-    book.promise("policy", Plan(weights=100, gradients=50, kv=10, activations=200, workspace=40))
+    book.promise("policy", MemoryPlan(weights=100, gradients=50, kv=10, activations=200, workspace=40))
     assert (book.free, book.transient) == (840, 240)
-    book.promise("judge", Plan(weights=600, workspace=100))
+    book.promise("judge", MemoryPlan(weights=600, workspace=100))
     assert (book.free, book.transient) == (240, 240)
-    assert not book.fits(Plan(weights=1)), "the policy's working space still has to fit"
+    assert not book.fits(MemoryPlan(weights=1)), "the policy's working space still has to fit"
     book.release("policy")
     assert (book.free, book.transient) == (400, 100)
-    assert book.fits(Plan(weights=300, workspace=100))
+    assert book.fits(MemoryPlan(weights=300, workspace=100))
 
 
 def test_a_refusal_shows_a_table_and_changes_nothing() -> None:
     book = Ledger(1000 * MIB)
-    book.promise("judge", Plan(weights=300 * MIB, workspace=100 * MIB))
+    book.promise("judge", MemoryPlan(weights=300 * MIB, workspace=100 * MIB))
     before = book.snapshot()
     with pytest.raises(MemoryRefused) as refusal:
         book.promise(
             "policy",
-            Plan(weights=300 * MIB, gradients=300 * MIB, activations=200 * MIB),
+            MemoryPlan(weights=300 * MIB, gradients=300 * MIB, activations=200 * MIB),
             ways_out=lambda free, transient: [f"free {free // MIB}", f"transient {transient // MIB}"],
         )
     text = str(refusal.value)
@@ -46,24 +46,24 @@ def test_a_refusal_shows_a_table_and_changes_nothing() -> None:
 
 def test_the_same_name_twice_is_a_conflict() -> None:
     book = Ledger(1000)
-    book.promise("judge", Plan(weights=1))
+    book.promise("judge", MemoryPlan(weights=1))
     with pytest.raises(ConflictError, match="judge"):
-        book.promise("judge", Plan(weights=1))
+        book.promise("judge", MemoryPlan(weights=1))
 
 
 def test_shared_weights_count_once_until_the_last_holder_leaves() -> None:
     book = Ledger(1000)
-    book.promise("judge", Plan(weights=600), weights_key="base tp=1")
+    book.promise("judge", MemoryPlan(weights=600), weights_key="base tp=1")
     # Planned with or without the weights that are there already: the same.
-    book.promise("policy", Plan(weights=600, adapter=50), weights_key="base tp=1")
-    book.promise("third", Plan(weights=0, adapter=50), weights_key="base tp=1")
+    book.promise("policy", MemoryPlan(weights=600, adapter=50), weights_key="base tp=1")
+    book.promise("third", MemoryPlan(weights=0, adapter=50), weights_key="base tp=1")
     assert book.free == 300
     assert [parts["weights"] for parts in book.snapshot()["models"].values()] == [600, 0, 0]
     book.release("judge")
     book.release("policy")
     assert book.free == 350 and book.holds("base tp=1")
     assert book.snapshot()["models"]["third"]["weights"] == 600, "of those that are left the first one counts them"
-    assert not book.fits(Plan(weights=600), "another base")
+    assert not book.fits(MemoryPlan(weights=600), "another base")
     book.release("third")
     assert book.free == 1000 and not book.holds("base tp=1")
 

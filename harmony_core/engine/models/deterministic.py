@@ -166,7 +166,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Plan:
+class TiledPlan:
     """`restore` `[T]`: where each row of the forward pass lies in the groups' outputs; any place for padding."""
 
     groups: tuple[Group, ...]
@@ -187,7 +187,7 @@ def tiled_attention(
         values.index_copy_(0, layout.slot_mapping, v[:new])
     if "tiled" not in context.prepared:
         context.prepared["tiled"] = make_plan(layout, q.shape[0])
-    plan: Plan = context.prepared["tiled"]
+    plan: TiledPlan = context.prepared["tiled"]
     outputs = []
     for group in plan.groups:
         source = (keys, values) if group.paged else (k, v)
@@ -196,7 +196,7 @@ def tiled_attention(
     return output.index_select(0, plan.restore)
 
 
-def make_plan(layout: PackedAttention | PagedAttention, rows: int) -> Plan:
+def make_plan(layout: PackedAttention | PagedAttention, rows: int) -> TiledPlan:
     """Which sequences are computed together, and where their tokens are. `rows`: T, padding included."""
     if isinstance(layout, PackedAttention):
         lengths = contexts = layout.lengths
@@ -225,7 +225,7 @@ def make_plan(layout: PackedAttention | PagedAttention, rows: int) -> Plan:
         queries = torch.where(there, row, start).flatten()
         groups.append(Group(len(members), first, last, queries, places.flatten(), slots is not None))
         done += row.numel()
-    return Plan(tuple(groups), restore)
+    return TiledPlan(tuple(groups), restore)
 
 
 def _group(

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harmony_core.engine.training.losses import LOSSES, METRICS, LossFunction, Scored, Sums
+from harmony_core.engine.training.losses import LOSSES, METRICS, LossFunction, LossInputs, Sums
 from harmony_core.errors import InternalError, LossFailed, RecipeLoadError, UsageError, VerificationError
 from harmony_core.recipe_file import RecipeFile, import_file, where_raised
 from harmony_core.rpc.protocol import CustomLoss
@@ -35,7 +35,7 @@ Cut = list[list[int]]
 """Micro-batches of sample numbers."""
 
 
-def evaluate(loss: str, scored: Scored, source: CustomLoss | None = None) -> tuple[float, list[Tensor], Sums]:
+def evaluate(loss: str, inputs: LossInputs, source: CustomLoss | None = None) -> tuple[float, list[Tensor], Sums]:
     """The sum of a loss, its ascent directions, and its metrics. `scored.values` need no gradient.
 
     The directions: -dL/dvalues `[N]` and, where there are entropies, -dL/dentropies `[N]`. `source`: where the loss
@@ -44,17 +44,17 @@ def evaluate(loss: str, scored: Scored, source: CustomLoss | None = None) -> tup
     function = LOSSES.get(loss) if source is None else partial(call, load(source))
     if function is None or (source is None) == (loss == CUSTOM):
         raise InternalError(f"a micro-batch with the loss {loss!r}")
-    if not all(scored.counts):
+    if not all(inputs.counts):
         raise InternalError(f"a sample without a scored token in a micro-batch with the loss {loss!r}")
-    return ascent(function, scored)
+    return ascent(function, inputs)
 
 
-def ascent(function: LossFunction, scored: Scored) -> tuple[float, list[Tensor], Sums]:
+def ascent(function: LossFunction, inputs: LossInputs) -> tuple[float, list[Tensor], Sums]:
     """`evaluate` for a loss function."""
-    given = [scored.values] if scored.entropies is None else [scored.values, scored.entropies]
+    given = [inputs.values] if inputs.entropies is None else [inputs.values, inputs.entropies]
     with torch.enable_grad():
         leaves = [tensor.detach().double().requires_grad_(True) for tensor in given]
-        total, sums = function(replace(scored, values=leaves[0], entropies=leaves[1] if len(leaves) > 1 else None))
+        total, sums = function(replace(inputs, values=leaves[0], entropies=leaves[1] if len(leaves) > 1 else None))
         # A loss of the recipe's own may have no term with a gradient in this micro-batch.
         found = torch.autograd.grad(total, leaves, allow_unused=True) if total.requires_grad else [None] * len(leaves)
     pairs = zip(found, leaves, strict=True)
@@ -80,18 +80,18 @@ def load(source: CustomLoss) -> Callable[..., Any]:
     return function
 
 
-def call(function: Callable[..., Any], scored: Scored) -> tuple[Tensor, Sums]:
+def call(function: Callable[..., Any], inputs: LossInputs) -> tuple[Tensor, Sums]:
     """The sum of a loss function of the recipe. Raises LossFailed when it raises or returns anything but one number.
 
     Its random numbers are the same on all tensor-parallel ranks, and do not change the state of our generators.
     """
     name = getattr(function, "__name__", repr(function))
-    device = scored.values.device
+    device = inputs.values.device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)
-        more = {} if scored.entropies is None else {"entropies": scored.entropies}
+        more = {} if inputs.entropies is None else {"entropies": inputs.entropies}
         try:
-            total = function(scored.values, scored.slices, **more, **scored.fields)
+            total = function(inputs.values, inputs.slices, **more, **inputs.fields)
         except Exception as error:
             place = where_raised(error, Path(inspect.getfile(function)))
             raise LossFailed(f"the loss {name} raised {type(error).__name__}: {error} ({place})") from error
@@ -189,14 +189,14 @@ def _scored(
     entropies: Sequence[Sequence[float]] | None,
     fields: Mapping[str, Sequence[Sequence[float]]],
     group: int,
-) -> list[Scored]:
+) -> list[LossInputs]:
     """Each sample by itself."""
 
     def tensor(values: Sequence[float]) -> Tensor:
         return torch.tensor(list(values), dtype=torch.float64)
 
     return [
-        Scored(
+        LossInputs(
             tensor(row),
             torch.ones(len(row), dtype=torch.float64),
             (len(row),),
@@ -208,7 +208,7 @@ def _scored(
     ]
 
 
-def _over(loss: Callable[..., Any], samples: list[Scored], cut: Cut) -> tuple[float, Tensor]:
+def _over(loss: Callable[..., Any], samples: list[LossInputs], cut: Cut) -> tuple[float, Tensor]:
     """The loss of all micro-batches of a cut, and the gradient in the order of the samples."""
     total, parts, entropies = 0.0, dict[int, Tensor](), samples[0].entropies is not None
     for members in cut:

@@ -2,7 +2,7 @@
 
 A loss is a weighted sum over tokens, samples or groups of samples, without a division by their number. The step divides
 once, by a denominator that the driver counts, so a loss does not depend on how samples were cut and packed.
-`Scored.fields` and `Scored.settings` have the names that the arguments of `TrainingModel.train_*` have; an option that
+`LossInputs.fields` and `LossInputs.settings` have the names of the arguments of `TrainingModel.train_*`; an option that
 was left out is not there.
 """
 
@@ -36,7 +36,7 @@ Sums = dict[str, tuple[Tensor, float]]
 
 
 @dataclass(frozen=True)
-class Scored:
+class LossInputs:
     """N scored tokens of the S samples of one micro-batch.
 
     values: `[N]`, their log-probs or values, requiring grad. weights: `[N]`, of each in the loss, not 0. counts: how
@@ -73,7 +73,7 @@ class Scored:
         return tokens[self.lengths.cumsum(0) - self.lengths]
 
 
-LossFunction = Callable[[Scored], tuple[Tensor, Sums]]
+LossFunction = Callable[[LossInputs], tuple[Tensor, Sums]]
 """The sum of the loss as a scalar with gradient, and metrics without."""
 
 LOSSES: dict[str, LossFunction] = {}
@@ -96,35 +96,35 @@ def wants_entropies(settings: Mapping[str, float]) -> bool:
 
 
 @formula("grpo", "ppo")
-def grpo(scored: Scored) -> tuple[Tensor, Sums]:
+def grpo(inputs: LossInputs) -> tuple[Tensor, Sums]:
     """Minus the clipped surrogate of each token, plus beta times the k3 estimate of KL(policy || reference).
 
     Schulman et al., "Proximal Policy Optimization Algorithms" (2017), eq. 7; Shao et al., "DeepSeekMath" (2024),
     eqs. 3 and 4. Without a reference it is PPO's.
     """
-    logprobs, settings = scored.values, scored.settings
+    logprobs, settings = inputs.values, inputs.settings
     bounds = settings["clip_range"], settings.get("clip_range_high", settings["clip_range"])
-    step = logprobs - scored.fields["trajectory_logprobs"]
-    surrogate, clipped = _surrogate(step.exp(), scored.fields["advantages"], bounds, settings, logprobs)
-    regulariser, sums = _regulariser(scored, step)
+    step = logprobs - inputs.fields["trajectory_logprobs"]
+    surrogate, clipped = _surrogate(step.exp(), inputs.fields["advantages"], bounds, settings, logprobs)
+    regulariser, sums = _regulariser(inputs, step)
     sums["pg_clipfrac"] = clipped.sum(), float(len(clipped))
-    return -(scored.weights * surrogate).sum() + regulariser, sums
+    return -(inputs.weights * surrogate).sum() + regulariser, sums
 
 
 @formula("gspo")
-def gspo(scored: Scored) -> tuple[Tensor, Sums]:
+def gspo(inputs: LossInputs) -> tuple[Tensor, Sums]:
     """One ratio for each sequence, exp(mean of its tokens' differences); its term counts as its tokens' weights do.
 
     Zheng et al., "Group Sequence Policy Optimization" (2025), eqs. 5 to 7: weights that add up to 1 in a sequence
     give the loss as published, weights of 1 the published one times the length.
     """
-    step, settings = scored.values - scored.fields["trajectory_logprobs"], scored.settings
-    ratio = (scored.per_sample(step) / scored.lengths).exp()
+    step, settings = inputs.values - inputs.fields["trajectory_logprobs"], inputs.settings
+    ratio = (inputs.per_sample(step) / inputs.lengths).exp()
     bounds = settings["left_clip"], settings["right_clip"]
-    surrogate, clipped = _surrogate(ratio, scored.first(scored.fields["advantage"]), bounds, settings)
-    regulariser, sums = _regulariser(scored, step)
+    surrogate, clipped = _surrogate(ratio, inputs.first(inputs.fields["advantage"]), bounds, settings)
+    regulariser, sums = _regulariser(inputs, step)
     sums["pg_clipfrac"] = clipped.sum(), float(len(clipped))
-    return -(scored.per_sample(scored.weights) * surrogate).sum() + regulariser, sums
+    return -(inputs.per_sample(inputs.weights) * surrogate).sum() + regulariser, sums
 
 
 def _surrogate(
@@ -154,17 +154,17 @@ def _surrogate(
     return surrogate, clipped
 
 
-def _regulariser(scored: Scored, step: Tensor) -> tuple[Tensor, Sums]:
+def _regulariser(inputs: LossInputs, step: Tensor) -> tuple[Tensor, Sums]:
     """The KL term where there is a reference, minus the entropy bonus, and their metrics; `step` in log-probs."""
-    count, total = float(len(scored.values)), step.new_zeros(())
+    count, total = float(len(inputs.values)), step.new_zeros(())
     sums: Sums = {"inner_kl_div": (0.5 * step.detach().square().sum(), count)}
-    if "reference_logprobs" in scored.fields:
-        each = k3(scored.values, scored.fields["reference_logprobs"])
+    if "reference_logprobs" in inputs.fields:
+        each = k3(inputs.values, inputs.fields["reference_logprobs"])
         sums["Dkl"] = each.detach().sum(), count
-        total = total + scored.settings["kl_beta"] * (scored.weights * each).sum()
-    if scored.entropies is not None:
-        sums["entropy"] = scored.entropies.detach().sum(), count
-        total = total - scored.settings["entropy_bonus"] * (scored.weights * scored.entropies).sum()
+        total = total + inputs.settings["kl_beta"] * (inputs.weights * each).sum()
+    if inputs.entropies is not None:
+        sums["entropy"] = inputs.entropies.detach().sum(), count
+        total = total - inputs.settings["entropy_bonus"] * (inputs.weights * inputs.entropies).sum()
     return total, sums
 
 
@@ -175,13 +175,13 @@ def k3(logprobs: Tensor, reference: Tensor) -> Tensor:
 
 
 @formula("dpo")
-def dpo(scored: Scored) -> tuple[Tensor, Sums]:
+def dpo(inputs: LossInputs) -> tuple[Tensor, Sums]:
     """-log sigmoid(beta * margin) of each pair, with log-probs summed over a sample; the preferred one comes first.
 
     Rafailov et al., "Direct Preference Optimization" (2023), eq. 7. "ref_logprobs": the frozen policy's sum of
     log-probs, repeated for each token of a sample.
     """
-    rewards = scored.settings["beta"] * (scored.per_sample(scored.values) - scored.first(scored.fields["ref_logprobs"]))
+    rewards = inputs.settings["beta"] * (inputs.per_sample(inputs.values) - inputs.first(inputs.fields["ref_logprobs"]))
     chosen, rejected = rewards.view(-1, 2).unbind(1)
     margin = chosen - rejected
     known, count = margin.detach(), float(len(margin))
@@ -194,36 +194,36 @@ def dpo(scored: Scored) -> tuple[Tensor, Sums]:
 
 
 @formula("mse", "mse_per_token")
-def squared_error(scored: Scored) -> tuple[Tensor, Sums]:
+def squared_error(inputs: LossInputs) -> tuple[Tensor, Sums]:
     """Half the squared error of each value against its target, the only field: 1/2 (v - R)^2, with gradient v - R."""
-    (target,) = scored.fields.values()
-    error = (scored.values - target).square()
-    return 0.5 * (scored.weights * error).sum(), {"mse": (error.detach().sum(), float(len(error)))}
+    (target,) = inputs.fields.values()
+    error = (inputs.values - target).square()
+    return 0.5 * (inputs.weights * error).sum(), {"mse": (error.detach().sum(), float(len(error)))}
 
 
 @formula("trust_region_mse")
-def trust_region_squared_error(scored: Scored) -> tuple[Tensor, Sums]:
+def trust_region_squared_error(inputs: LossInputs) -> tuple[Tensor, Sums]:
     """1/2 max((v - R)^2, (clip(v, c - e, c + e) - R)^2): nothing is gained by leaving e around the earlier value c.
 
     The value loss of PPO implementations (Engstrom et al., "Implementation Matters in Deep Policy Gradients", 2020,
     section 3). Without a limit it is `squared_error`.
     """
-    values, target, center = scored.values, scored.fields["targets"], scored.fields["clip_center"]
-    near = center + (values - center).clamp(-scored.settings["clip_range"], scored.settings["clip_range"])
+    values, target, center = inputs.values, inputs.fields["targets"], inputs.fields["clip_center"]
+    near = center + (values - center).clamp(-inputs.settings["clip_range"], inputs.settings["clip_range"])
     error, clipped = (values - target).square(), (near - target).square()
-    loss = 0.5 * (scored.weights * torch.maximum(error, clipped)).sum()
+    loss = 0.5 * (inputs.weights * torch.maximum(error, clipped)).sum()
     count = float(len(error))
     return loss, {"mse": (error.detach().sum(), count), "value_clipfrac": ((clipped > error).sum(), count)}
 
 
 @formula("ranking")
-def ranking(scored: Scored) -> tuple[Tensor, Sums]:
+def ranking(inputs: LossInputs) -> tuple[Tensor, Sums]:
     """-log sigmoid(v+ - v-) of each pair: adjacent samples, the preferred one first, with one value each.
 
     Bradley and Terry (1952), as in Ouyang et al., "Training language models to follow instructions" (2022), eq. 1.
     """
-    preferred, other = scored.values[0::2], scored.values[1::2]
+    preferred, other = inputs.values[0::2], inputs.values[1::2]
     margin = preferred - other
-    loss = -(scored.weights[0::2] * F.logsigmoid(margin)).sum()
+    loss = -(inputs.weights[0::2] * F.logsigmoid(margin)).sum()
     count, margin = float(len(margin)), margin.detach()
     return loss, {"reward_accuracy": ((margin > 0).sum(), count), "reward_margin": (margin.sum(), count)}

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from harmony_core.engine.training.losses import Scored
+from harmony_core.engine.training.losses import LossInputs
 from harmony_core.errors import InternalError
 from harmony_core.rpc import platform
 from harmony_core.rpc.protocol import CustomLoss, MicroBatch
@@ -85,9 +85,9 @@ class PackedBatch:
         """`[T, ...]` -> `[N, ...]`: the scored positions."""
         return hidden if self.rows is None else hidden.index_select(0, self.rows)
 
-    def given(self, values: Tensor, entropies: Tensor | None = None) -> Scored:
+    def given(self, values: Tensor, entropies: Tensor | None = None) -> LossInputs:
         """The arguments of the loss, with the log-probs or values `[N]` of the scored positions."""
-        return Scored(values, self.coefficients, self.counts, self.fields, self.settings, self.group, entropies)
+        return LossInputs(values, self.coefficients, self.counts, self.fields, self.settings, self.group, entropies)
 
 
 def unpack(batch: MicroBatch, device: torch.device) -> PackedBatch:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from harmony_core.engine.training.loss_evaluation import evaluate
-from harmony_core.engine.training.losses import LOSSES, Scored, Sums
+from harmony_core.engine.training.losses import LOSSES, LossInputs, Sums
 
 PUBLISHED: dict[str, Any] = json.loads((Path(__file__).parent / "published.json").read_text("utf-8"))
 
@@ -36,17 +36,17 @@ def published_rows(dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
 
 def policy_batch(
     settings: Mapping[str, float], *, weights: str = "token", reference: bool = True, dtype: torch.dtype = torch.float64
-) -> Scored:
+) -> LossInputs:
     """The published inputs as a policy loss is given them; `weights` as `normalise` makes them."""
     rows = published_rows(dtype)
     fields = {"trajectory_logprobs": rows["old"], "advantages": rows["advantages"], "advantage": rows["advantages"]}
     if reference:
         fields["reference_logprobs"] = rows["reference"]
     each = [1.0 if weights == "token" else 1.0 / count for count in COUNTS for _ in range(count)]
-    return Scored(rows["new"], torch.tensor(each, dtype=torch.float64), COUNTS, fields, settings)
+    return LossInputs(rows["new"], torch.tensor(each, dtype=torch.float64), COUNTS, fields, settings)
 
 
-def pair_batch(sums: Sequence[float], reference: Sequence[float], beta: float = 0.1) -> Scored:
+def pair_batch(sums: Sequence[float], reference: Sequence[float], beta: float = 0.1) -> LossInputs:
     """Pairs whose samples have 1, 2, 3, ... tokens, with these summed log-probs."""
     counts = tuple(1 + i for i in range(len(sums)))
     values, given = [], []
@@ -55,7 +55,7 @@ def pair_batch(sums: Sequence[float], reference: Sequence[float], beta: float = 
         given += [frozen] * count
     tensor = torch.tensor(values, dtype=torch.float64)
     fields = {"ref_logprobs": torch.tensor(given, dtype=torch.float64)}
-    return Scored(tensor, torch.ones_like(tensor), counts, fields, {"beta": beta}, group=2)
+    return LossInputs(tensor, torch.ones_like(tensor), counts, fields, {"beta": beta}, group=2)
 
 
 def published_values() -> dict[str, Tensor]:
@@ -70,60 +70,60 @@ def published_values() -> dict[str, Tensor]:
     return {name: torch.tensor(values, dtype=torch.float64) for name, values in rows.items()}
 
 
-def value_batch(loss: str, clip_range: float = 0.2) -> Scored:
+def value_batch(loss: str, clip_range: float = 0.2) -> LossInputs:
     """The published inputs as a loss on values is given them; for a ranking, as pairs of samples with one value."""
     rows = published_values()
     values = rows.pop("values")
     if loss == "ranking":
-        return Scored(values, torch.ones_like(values), (1,) * len(values), group=2)
+        return LossInputs(values, torch.ones_like(values), (1,) * len(values), group=2)
     settings = {"clip_range": clip_range} if loss == "trust_region_mse" else {}
     counts = (1,) * len(values) if loss == "mse" else COUNTS
     fields = rows if loss == "trust_region_mse" else {"targets": rows["targets"]}
-    return Scored(values, torch.ones_like(values), counts, fields, settings)
+    return LossInputs(values, torch.ones_like(values), counts, fields, settings)
 
 
-def by_differences(loss: str, scored: Scored, step: float = 1e-6) -> Tensor:
+def by_differences(loss: str, inputs: LossInputs, step: float = 1e-6) -> Tensor:
     """-dL/dvalues by central differences."""
     found = []
-    for place in range(len(scored.values)):
-        moved = torch.zeros_like(scored.values)
+    for place in range(len(inputs.values)):
+        moved = torch.zeros_like(inputs.values)
         moved[place] = step
         up, down = (
-            LOSSES[loss](replace(scored, values=(scored.values + sign * moved).requires_grad_()))[0] for sign in (1, -1)
+            LOSSES[loss](replace(inputs, values=(inputs.values + sign * moved).requires_grad_()))[0] for sign in (1, -1)
         )
         found.append(-(up - down).item() / (2 * step))
     return torch.tensor(found, dtype=torch.float64)
 
 
-def evaluated(loss: str, scored: Scored) -> tuple[float, Tensor, Sums]:
+def evaluated(loss: str, inputs: LossInputs) -> tuple[float, Tensor, Sums]:
     """`evaluate` of a batch, of whose directions the first is wanted: that of the values."""
-    total, directions, sums = evaluate(loss, scored)
+    total, directions, sums = evaluate(loss, inputs)
     return total, directions[0], sums
 
 
-def part(scored: Scored, chosen: Sequence[int]) -> tuple[Scored, Tensor]:
+def part(inputs: LossInputs, chosen: Sequence[int]) -> tuple[LossInputs, Tensor]:
     """The batch of some of the samples, and which of the tokens they have."""
-    starts = [sum(scored.counts[:i]) for i in range(len(scored.counts))]
-    places = torch.tensor([starts[i] + t for i in chosen for t in range(scored.counts[i])])
+    starts = [sum(inputs.counts[:i]) for i in range(len(inputs.counts))]
+    places = torch.tensor([starts[i] + t for i in chosen for t in range(inputs.counts[i])])
     return (
-        Scored(
-            scored.values[places],
-            scored.weights[places],
-            tuple(scored.counts[i] for i in chosen),
-            {name: values[places] for name, values in scored.fields.items()},
-            scored.settings,
-            scored.group,
-            None if scored.entropies is None else scored.entropies[places],
+        LossInputs(
+            inputs.values[places],
+            inputs.weights[places],
+            tuple(inputs.counts[i] for i in chosen),
+            {name: values[places] for name, values in inputs.fields.items()},
+            inputs.settings,
+            inputs.group,
+            None if inputs.entropies is None else inputs.entropies[places],
         ),
         places,
     )
 
 
-def assembled(loss: str, scored: Scored, cuts: Sequence[Sequence[int]]) -> tuple[float, Tensor, dict[str, Tensor]]:
+def assembled(loss: str, inputs: LossInputs, cuts: Sequence[Sequence[int]]) -> tuple[float, Tensor, dict[str, Tensor]]:
     """Loss, ascent direction and sums of the metrics when the samples are cut into `cuts`."""
-    total, direction, metrics = 0.0, torch.full_like(scored.values, math.nan), dict[str, Tensor]()
+    total, direction, metrics = 0.0, torch.full_like(inputs.values, math.nan), dict[str, Tensor]()
     for cut in cuts:
-        batch, places = part(scored, cut)
+        batch, places = part(inputs, cut)
         value, found, sums = evaluated(loss, batch)
         total += value
         direction[places] = found

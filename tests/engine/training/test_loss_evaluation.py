@@ -9,11 +9,11 @@ import torch
 
 from engine.training.loss_cases import assembled, evaluated, pair_batch, policy_batch, value_batch
 from harmony_core.engine.training.loss_evaluation import MetricSums, means
-from harmony_core.engine.training.losses import LOSSES, METRICS, Scored
+from harmony_core.engine.training.losses import LOSSES, METRICS, LossInputs
 from harmony_core.errors import InternalError
 
 POLICY = {"clip_range": 0.05, "clip_range_high": 0.08, "left_clip": 0.05, "right_clip": 0.08, "kl_beta": 0.04}
-BATCHES: dict[str, tuple[str, Scored]] = {
+BATCHES: dict[str, tuple[str, LossInputs]] = {
     "grpo": ("grpo", policy_batch(POLICY)),
     "grpo, sequence means": ("grpo", policy_batch(POLICY, weights="sequence")),
     "ppo": ("ppo", policy_batch(POLICY, reference=False)),
@@ -35,13 +35,13 @@ def test_every_loss_is_here() -> None:
 
 @pytest.mark.parametrize("name", BATCHES)
 def test_cutting_and_order_change_nothing(name: str) -> None:
-    loss, scored = BATCHES[name]
-    samples = range(len(scored.counts))
-    whole, direction, metrics = assembled(loss, scored, [list(samples)])
-    groups = [list(samples)[i : i + scored.group] for i in samples[:: scored.group]]
+    loss, inputs = BATCHES[name]
+    samples = range(len(inputs.counts))
+    whole, direction, metrics = assembled(loss, inputs, [list(samples)])
+    groups = [list(samples)[i : i + inputs.group] for i in samples[:: inputs.group]]
     backwards = [[i for group in groups[::-1] for i in group]]
     for cuts in (groups, backwards, [[*groups[0], *groups[-1]], *groups[1:-1]]):
-        total, found, sums = assembled(loss, scored, cuts)
+        total, found, sums = assembled(loss, inputs, cuts)
         assert total == pytest.approx(whole, rel=1e-12)
         torch.testing.assert_close(found, direction, rtol=1e-12, atol=1e-14)
         for metric, expected in metrics.items():
@@ -50,8 +50,8 @@ def test_cutting_and_order_change_nothing(name: str) -> None:
 
 @pytest.mark.parametrize("name", BATCHES)
 def test_metrics_have_a_place(name: str) -> None:
-    loss, scored = BATCHES[name]
-    _, _, sums = evaluated(loss, scored)
+    loss, inputs = BATCHES[name]
+    _, _, sums = evaluated(loss, inputs)
     found = MetricSums(torch.device("cpu"))
     found.add(sums)
     found.add(sums)
@@ -63,6 +63,6 @@ def test_metrics_have_a_place(name: str) -> None:
 
 
 def test_a_sample_without_scored_tokens_is_no_sample() -> None:
-    scored = policy_batch(POLICY)
+    inputs = policy_batch(POLICY)
     with pytest.raises(InternalError, match="without a scored token"):
-        evaluated("grpo", Scored(scored.values, scored.weights, (16, 0), scored.fields, scored.settings))
+        evaluated("grpo", LossInputs(inputs.values, inputs.weights, (16, 0), inputs.fields, inputs.settings))

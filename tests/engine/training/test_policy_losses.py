@@ -9,7 +9,7 @@ import torch
 
 from engine.training.loss_cases import COUNTS, PUBLISHED, by_differences, evaluated, policy_batch
 from harmony_core.engine.training.loss_evaluation import evaluate
-from harmony_core.engine.training.losses import Scored, k3
+from harmony_core.engine.training.losses import LossInputs, k3
 
 CLIP = {"clip_range": 0.2, "left_clip": 0.2, "right_clip": 0.2}
 NARROW = {"clip_range": 0.05, "clip_range_high": 0.08, "left_clip": 0.05, "right_clip": 0.08}
@@ -41,8 +41,8 @@ def test_published_numbers(
     dtype: torch.dtype,
     tolerance: float,
 ) -> None:
-    scored = policy_batch(settings, weights=weights, reference="kl_beta" in settings, dtype=dtype)
-    total, direction, _ = evaluated(loss, scored)
+    inputs = policy_batch(settings, weights=weights, reference="kl_beta" in settings, dtype=dtype)
+    total, direction, _ = evaluated(loss, inputs)
     gradient = -direction / denominator
     expected = PUBLISHED[published]
     assert total / denominator == pytest.approx(expected["loss"], abs=tolerance)
@@ -52,8 +52,8 @@ def test_published_numbers(
 
 @pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
 def test_published_divergence(dtype: torch.dtype, tolerance: float) -> None:
-    scored = policy_batch({**CLIP, "kl_beta": 0.0}, dtype=dtype)
-    total, count = evaluated("grpo", scored)[2]["Dkl"]
+    inputs = policy_batch({**CLIP, "kl_beta": 0.0}, dtype=dtype)
+    total, count = evaluated("grpo", inputs)[2]["Dkl"]
     assert float(total) / count == pytest.approx(PUBLISHED["masked mean k3(new, ref) (verl)"]["loss"], abs=tolerance)
 
 
@@ -61,21 +61,21 @@ def test_published_divergence(dtype: torch.dtype, tolerance: float) -> None:
 @pytest.mark.parametrize("weights", ["token", "sequence"])
 @pytest.mark.parametrize("extra", [{}, {"dual_clip": 1.02}])
 def test_gradients_by_differences(loss: str, weights: str, extra: dict[str, float]) -> None:
-    scored = policy_batch({**NARROW, "kl_beta": 0.3, **extra}, weights=weights)
-    direction = evaluated(loss, scored)[1]
-    torch.testing.assert_close(direction, by_differences(loss, scored), rtol=1e-7, atol=1e-9)
+    inputs = policy_batch({**NARROW, "kl_beta": 0.3, **extra}, weights=weights)
+    direction = evaluated(loss, inputs)[1]
+    torch.testing.assert_close(direction, by_differences(loss, inputs), rtol=1e-7, atol=1e-9)
     assert direction.abs().max() > 0.01
 
 
 def test_the_documented_tangents_of_grpo() -> None:
     """g = (1 - c) A r - beta (1 - exp(ref - l)), with the mask c as the documentation writes it."""
-    scored = policy_batch({"clip_range": 0.1, "kl_beta": 0.04})
-    step = scored.values - scored.fields["trajectory_logprobs"]
-    ratio, advantages = step.exp(), scored.fields["advantages"]
+    inputs = policy_batch({"clip_range": 0.1, "kl_beta": 0.04})
+    step = inputs.values - inputs.fields["trajectory_logprobs"]
+    ratio, advantages = step.exp(), inputs.fields["advantages"]
     clipped = ((ratio - 1).abs() > 0.1) & (advantages.sign() == step.sign())
-    moved = scored.fields["reference_logprobs"] - scored.values
+    moved = inputs.fields["reference_logprobs"] - inputs.values
     expected = (~clipped) * advantages * ratio - 0.04 * (1 - moved.exp())
-    total, direction, sums = evaluated("grpo", scored)
+    total, direction, sums = evaluated("grpo", inputs)
     torch.testing.assert_close(direction, expected, rtol=0, atol=1e-12)
     surrogate = torch.minimum(ratio * advantages, ratio.clamp(0.9, 1.1) * advantages)
     assert total == pytest.approx((-surrogate + 0.04 * (moved.exp() - moved - 1)).sum().item(), abs=1e-12)
@@ -86,17 +86,17 @@ def test_the_documented_tangents_of_grpo() -> None:
 
 def test_the_documented_tangents_of_gspo() -> None:
     """g = (1 - c) A s - beta (1 - exp(ref - l)) on each token, without a factor 1 / T."""
-    scored = policy_batch({**NARROW, "kl_beta": 0.04})
-    step = scored.values - scored.fields["trajectory_logprobs"]
+    inputs = policy_batch({**NARROW, "kl_beta": 0.04})
+    step = inputs.values - inputs.fields["trajectory_logprobs"]
     expected, clips, start = torch.empty_like(step), 0, 0
     for count in COUNTS:
         here = slice(start, start + count)
-        ratio, advantage = step[here].mean().exp(), scored.fields["advantages"][start]
+        ratio, advantage = step[here].mean().exp(), inputs.fields["advantages"][start]
         clipped = (advantage > 0 and ratio > 1.08) or (advantage < 0 and ratio < 0.95)
-        moved = scored.fields["reference_logprobs"][here] - scored.values[here]
+        moved = inputs.fields["reference_logprobs"][here] - inputs.values[here]
         expected[here] = (0.0 if clipped else advantage * ratio) - 0.04 * (1 - moved.exp())
         clips, start = clips + int(clipped), start + count
-    _, direction, sums = evaluated("gspo", scored)
+    _, direction, sums = evaluated("gspo", inputs)
     torch.testing.assert_close(direction, expected, rtol=0, atol=1e-12)
     assert (float(sums["pg_clipfrac"][0]), sums["pg_clipfrac"][1]) == (clips, 4.0)
     assert 0 < clips < 4
@@ -105,8 +105,8 @@ def test_the_documented_tangents_of_gspo() -> None:
 @pytest.mark.parametrize("loss", ["grpo", "gspo"])
 def test_a_ratio_of_one_is_exactly_one(loss: str) -> None:
     """With the trainer's own log-probs the loss is -sum(A) and the direction A, bit for bit."""
-    scored = policy_batch(CLIP, reference=False)
-    same = replace(scored, fields={**scored.fields, "trajectory_logprobs": scored.values})
+    inputs = policy_batch(CLIP, reference=False)
+    same = replace(inputs, fields={**inputs.fields, "trajectory_logprobs": inputs.values})
     total, direction, sums = evaluated(loss, same)
     assert torch.equal(direction, same.fields["advantages"])
     assert total == pytest.approx(-same.fields["advantages"].sum().item(), abs=1e-15)
@@ -115,9 +115,9 @@ def test_a_ratio_of_one_is_exactly_one(loss: str) -> None:
 
 @pytest.mark.parametrize("loss", ["grpo", "gspo"])
 def test_no_advantage_no_gradient(loss: str) -> None:
-    scored = policy_batch(NARROW, reference=False)
-    zeros = torch.zeros_like(scored.values)
-    without = replace(scored, fields={**scored.fields, "advantages": zeros, "advantage": zeros})
+    inputs = policy_batch(NARROW, reference=False)
+    zeros = torch.zeros_like(inputs.values)
+    without = replace(inputs, fields={**inputs.fields, "advantages": zeros, "advantage": zeros})
     total, direction, _ = evaluated(loss, without)
     assert total == 0.0 and not direction.any()
 
@@ -126,7 +126,7 @@ def _one(step: float, advantage: float, **settings: float) -> tuple[float, float
     """Loss and ascent direction of one token whose log-prob moved by `step`."""
     values = torch.tensor([-1.0 + step], dtype=torch.float64)
     fields = {"trajectory_logprobs": torch.full_like(values, -1.0), "advantages": torch.full_like(values, advantage)}
-    total, direction, _ = evaluated("grpo", Scored(values, torch.ones_like(values), (1,), fields, settings))
+    total, direction, _ = evaluated("grpo", LossInputs(values, torch.ones_like(values), (1,), fields, settings))
     return total, direction.item()
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from engine.training.loss_cases import COUNTS, PUBLISHED, by_differences, evaluated, published_values, value_batch
-from harmony_core.engine.training.losses import Scored
+from harmony_core.engine.training.losses import LossInputs
 
 NAME = next(name for name in PUBLISHED if name.startswith("clipped value loss"))
 
@@ -53,8 +53,8 @@ def test_a_value_that_has_left_its_region_towards_the_target_has_no_gradient() -
     for goal, slope in ((1.0, 0.0), (-1.0, -1.5)):
         fields = {"targets": torch.tensor([goal]).double(), "clip_center": torch.zeros(1).double()}
         values = torch.tensor([0.5]).double()
-        scored = Scored(values, torch.ones_like(values), (1,), fields, {"clip_range": 0.2})
-        assert evaluated("trust_region_mse", scored)[1].item() == slope
+        inputs = LossInputs(values, torch.ones_like(values), (1,), fields, {"clip_range": 0.2})
+        assert evaluated("trust_region_mse", inputs)[1].item() == slope
 
 
 def test_the_documented_ranking() -> None:
@@ -71,6 +71,6 @@ def test_the_documented_ranking() -> None:
 
 def test_a_hopeless_pair_stays_finite() -> None:
     values = torch.tensor([-5000.0, 4000.0], dtype=torch.float64)
-    scored = Scored(values, torch.ones_like(values), (1, 1), group=2)
-    total, direction, _ = evaluated("ranking", scored)
+    inputs = LossInputs(values, torch.ones_like(values), (1, 1), group=2)
+    total, direction, _ = evaluated("ranking", inputs)
     assert total == pytest.approx(9000.0) and direction.tolist() == [1.0, -1.0]

@@ -58,14 +58,14 @@ def center(index: int, position: int) -> float:
 def value_batch(loss: str, chosen: list[int], replica: int = 0) -> MicroBatch:
     """The samples with these indices; ranking takes them in pairs."""
     ids = [sequences()[i] for i in chosen]
-    scored = [(i, t) for i in chosen for t in places(loss, i)]
+    inputs = [(i, t) for i in chosen for t in places(loss, i)]
     fields = (
-        {"target" if loss == "mse" else "targets": pack_doubles(target(i, t) for i, t in scored)}
+        {"target" if loss == "mse" else "targets": pack_doubles(target(i, t) for i, t in inputs)}
         if loss != "ranking"
         else {}
     )
     if loss == "trust_region_mse":
-        fields["clip_center"] = pack_doubles(center(i, t) for i, t in scored)
+        fields["clip_center"] = pack_doubles(center(i, t) for i, t in inputs)
     return MicroBatch(
         model="critic",
         replica=replica,
