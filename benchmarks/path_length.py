@@ -9,7 +9,8 @@ bodies of modules and classes, and what is called while a module is imported, do
 - `run sft`, to the spawn or micro-batch: all threads of the driver, from the command line to the moment at which the
   first `Spawn` or `MicroBatch` is given to a rank's connection, with what starts and watches the ranks meanwhile;
 - `run sft --dry-run`: the same to the moment at which the spawn is planned, without ranks;
-- `generate`: the driver's threads, from the call on a model that has generated before until it returns;
+- `generate`: the driver's event loop, from the call on a model that has generated before until it returns: what six
+  calls have in common, since the watch over the ranks ticks meanwhile now and then;
 - `decode step`: a rank's engine thread, from one `next_step` of the leader to the one after, while one request decodes:
   the most frequent set of functions of 20 steps in a row, since a step that begins a page takes a few more.
 """
@@ -89,13 +90,14 @@ async def generate(folder: Path) -> None:
     options = EngineOptions(log_dir=folder, run_id="path", num_processes=1, device="cpu", command=command)
     async with HarmonyClient.start(options, Registry(Home.open()), lambda *_: None) as client:
         model = await client.model("builtin:tiny-lm").tokens_to_generate(64).spawn_inference("policy")
-        model, thread, recorder = model.min_gen_len(64), StringThread([("user", "c a b")]), Recorder()
+        model, thread = model.min_gen_len(64), StringThread([("user", "c a b")])
         await model.generate(thread)
-        threading.setprofile(recorder)
-        sys.setprofile(recorder)
-        await model.generate(thread)
-        sys.setprofile(None)
-    FOUND["generate, on the driver"] = recorder.names()
+        recorders = [Recorder() for _ in range(6)]
+        for recorder in recorders:
+            sys.setprofile(recorder)
+            await model.generate(thread)
+            sys.setprofile(None)
+    FOUND["generate, on the driver"] = sorted(set.intersection(*(set(recorder.names()) for recorder in recorders)))
     FOUND["decode step, on the rank"] = json.loads((folder / "step").read_text(encoding="utf-8"))
 
 

@@ -73,9 +73,7 @@ class Domain:
         self._group = group
 
     def announce(self, instruction: bytes) -> None:
-        """Leader: send an instruction to the others."""
-        if self.size == 1:
-            return
+        """Leader of a domain of two or more: send an instruction to the others."""
         dist.broadcast(torch.tensor([len(instruction)]), src=self.first, group=self._group)
         data = torch.frombuffer(bytearray(instruction), dtype=torch.uint8)
         dist.broadcast(data, src=self.first, group=self._group)

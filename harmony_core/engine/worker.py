@@ -119,7 +119,8 @@ class Worker:
             if self._leader is not None:
                 step = self._leader.next_step(wait=not self._under_way)
                 instruction = step.instruction if step is not None else Settle()
-                self._domain.announce(encode_instruction(instruction) if self._domain.size > 1 else b"")
+                if self._domain.size > 1:
+                    self._domain.announce(encode_instruction(instruction))
                 self._execute(instruction, step)
             else:
                 self._execute(decode_instruction(self._domain.listen()), None)

@@ -94,7 +94,7 @@ def _packed(
 ) -> Tensor:
     """Each sequence causally with itself; `[T, H, D]`."""
     assert sum(lengths) == q.shape[0], "lengths do not add up to the row"
-    if attention_cuda.applies(q):
+    if q.is_cuda and attention_cuda.applies(q):
         return attention_cuda.packed(context, lengths, q, k, v, scale, window)
     if "packed" not in context.prepared:
         context.prepared["packed"] = plan_packed(lengths, q.device)
@@ -120,7 +120,7 @@ def _paged(
         values.index_copy_(0, layout.slot_mapping, v.to(values.dtype))
     if layout.lengths == layout.context_lengths:
         return _packed(context, layout.lengths, q, k, v, scale, window)
-    if attention_cuda.applies(q):
+    if q.is_cuda and attention_cuda.applies(q):
         return attention_cuda.paged(context, layout, q, keys, values, scale, window)
     return attend_to_cache(context, layout, layer, q, k, v, scale, window)
 

@@ -50,9 +50,9 @@ def _varlen_options() -> dict[str, Any] | None:
 
 
 def applies(q: Tensor) -> bool:
-    """Whether `packed` can compute on this tensor."""
+    """Whether `packed` can compute on this tensor of a CUDA device."""
     width = q.shape[2]
-    return q.is_cuda and q.dtype in DTYPES and width <= 256 and width % 8 == 0 and _varlen_options() is not None
+    return q.dtype in DTYPES and width <= 256 and width % 8 == 0 and _varlen_options() is not None
 
 
 def packed(
