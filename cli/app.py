@@ -57,7 +57,7 @@ Exit codes: 0 ok, 1 the recipe raised, 2 usage, configuration or data, 3 not fou
 
 @dataclass
 class Reply:
-    """The object that a command leaves for `--json`, and its known flags for error messages."""
+    """The object that a command sets for `--json`, and its known flags for error messages."""
 
     data: dict[str, Any] | None = None
     known_flags: list[str] = field(default_factory=list)
@@ -66,7 +66,7 @@ class Reply:
 
 
 def dispatch(words: Sequence[str], signals: Signals, streams: Streams) -> int:
-    """Run one command line. Every error ends here: as lines on stderr, and as the one object of `--json`."""
+    """Run one command line. Every error is handled here: as lines on stderr, and in the one object of `--json`."""
     options = words[: list(words).index("--")] if "--" in words else words
     as_json = "--json" in options
     word = next((w for w in words if not w.startswith("-")), "")
@@ -103,13 +103,13 @@ def _typed(error: BaseException, words: list[str], word: str, reply: Reply) -> H
         return storage_error(f"adaptive {word}: a file could not be read or written", error)
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
         return NotFoundError(f"there is no file {str(error.filename)[:60]!r}...: its name is too long")
-    if hasattr(error, "format_message"):  # Typer's own complaints about the words
+    if hasattr(error, "format_message"):  # a usage error that Typer itself reports
         return _usage_error(error, words, word, reply)
     return _bug(error)
 
 
 def _usage_error(error: BaseException, words: list[str], word: str, reply: Reply) -> UsageError:
-    """All unknown flags at once, each with the nearest ones; any other mistake in Typer's words."""
+    """All unknown flags at once, each with the nearest known ones; any other usage error in Typer's words."""
     help_hint = f"adaptive {word} --help" if word in COMMANDS else "adaptive --help"
     if hasattr(error, "option_name") and hasattr(error, "possibilities") and reply.known_flags:
         given = dict.fromkeys(w.partition("=")[0] for w in words if w.startswith("--") and w != "--")
@@ -134,7 +134,7 @@ def _bug(error: BaseException) -> InternalError:
             file.write(told)
         told = file.name
     except OSError:
-        pass  # nowhere to write to: it is told whole
+        pass  # no file can be written: the message contains the whole traceback
     return InternalError(
         f"a bug in harmony-core: {type(error).__name__}: {error}", hint=f"please report it with {told}"
     )
@@ -158,7 +158,7 @@ def _run(words: list[str], word: str, reply: Reply) -> int:
 
 
 def _app(words: list[str], word: str, reply: Reply, completing: bool) -> typer.Typer:
-    """The commands, in full only the one that was named: the others would cost their imports."""
+    """All commands, but only the named one in full: the imports of the others are not needed."""
     app = typer.Typer(
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
@@ -183,7 +183,7 @@ def _app(words: list[str], word: str, reply: Reply, completing: bool) -> typer.T
 
 
 def _add(app: typer.Typer, name: str, text: str, words: list[str], reply: Reply, completing: bool) -> None:
-    """Add the command of the module of that name: its `app`, or the result of its `application` for the recipe."""
+    """Add the command in the module `name`: its `app`, or the result of its `application` for the recipe."""
     module = importlib.import_module(f".{name}", __package__)
     made = module.app if hasattr(module, "app") else module.application(_recipe(words, completing), words, reply)
     if isinstance(made, typer.Typer):
@@ -193,7 +193,7 @@ def _add(app: typer.Typer, name: str, text: str, words: list[str], reply: Reply,
 
 
 def _recipe(words: list[str], completing: bool) -> Recipe | None:
-    """The recipe that the words name, loaded before they are parsed: its flags are part of the command."""
+    """The recipe named on the command line. It is loaded before parsing, because its flags belong to the command."""
     from harmony_core.recipe import load_recipe
 
     spec = recipe_word(words)
@@ -205,8 +205,8 @@ def _recipe(words: list[str], completing: bool) -> Recipe | None:
 def recipe_word(words: Sequence[str], doubtful_too: bool = True) -> str | None:
     """The word of a command line that names the recipe, found before the recipe's flags are known.
 
-    The first plain word that looks like one; a word behind a flag of the recipe, which may be that flag's value, only
-    if no other plain word stands there, and never without `doubtful_too`.
+    It is the first plain word that looks like a recipe. A word after a flag of the recipe may be that flag's value; it
+    is used only if there is no other plain word, and never without `doubtful_too`.
     """
     from .config import names_of
     from .run import runner
@@ -224,7 +224,7 @@ def recipe_word(words: Sequence[str], doubtful_too: bool = True) -> str | None:
         if previous in with_value:
             pass
         elif word in commands and not plain:
-            # The command, and the one below it: `config show`. A recipe called `run` would stand behind them.
+            # The command and its sub-command, as in `config show`. A recipe called `run` would come after them.
             commands = commands[commands.index(word) + 1 :] if word == "config" else []
         elif previous.startswith("--") and "=" not in previous:
             doubtful.append(word)
@@ -241,7 +241,7 @@ def _is_file(word: str) -> bool:
 
 
 def with_resume(words: Sequence[str]) -> list[str]:
-    """The words with a value behind every `--resume`, and with the run's recipe where none is named."""
+    """The words with a value after every `--resume`, and with the resumed run's recipe if they name no recipe."""
     from harmony_core.runs.resuming import NEWEST
 
     end = list(words).index("--") if "--" in words else len(words)
@@ -262,7 +262,7 @@ def with_resume(words: Sequence[str]) -> list[str]:
 
 
 def _resumed(words: Sequence[str]) -> RunRecord | None:
-    """The run that the value behind `--resume` means."""
+    """The run that the value of `--resume` refers to."""
     from harmony_core.home import Home
     from harmony_core.runs.resuming import find_resumable
 

@@ -49,12 +49,12 @@ class Flag:
     """One generated flag."""
 
     name: str
-    """As typed, without dashes: `lora.target-modules`."""
+    """The flag as typed, without dashes: `lora.target-modules`."""
     argument: str
     """The name of the command's parameter."""
     parameter: Parameter
     off_switch: bool
-    """Whether `--no-...` exists."""
+    """Whether `--no-...` exists for it."""
 
 
 def flags_of(recipe: Recipe) -> list[Flag]:
@@ -80,7 +80,7 @@ def _no(name: str) -> str:
 
 
 def _joined(first: Parameter, second: Parameter) -> Parameter:
-    """One flag for a name that two variants have: it takes the values of both."""
+    """One flag for a name that two variants share. It accepts the values of both."""
     choices = tuple(dict.fromkeys((*first.choices, *second.choices)))
     same = first.type == second.type
     return replace(
@@ -95,7 +95,7 @@ def _joined(first: Parameter, second: Parameter) -> Parameter:
 
 
 def as_parameter(flag: Flag) -> inspect.Parameter:
-    """The flag as a parameter that Typer reads."""
+    """The flag as a parameter for Typer."""
     names = [f"--{flag.name}"]
     kind: Any = str | None
     options: dict[str, Any] = {"help": _help(flag.parameter), "show_default": False}
@@ -141,9 +141,9 @@ def _short(text: str, limit: int) -> str:
 
 @dataclass(frozen=True)
 class Configured:
-    """A configuration, how it came about, the files that it was read from, and its models by the field that names them.
+    """A configuration, its sources, the files that it was read from, and its models by the field that names them.
 
-    The models are known of a configuration that is `settled`.
+    The models are known once the configuration is `settled`.
     """
 
     config: InputConfig | None
@@ -152,7 +152,7 @@ class Configured:
     models: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def settled(self, recipe: Recipe, registry: Registry) -> Configured:
-        """A copy in which every name was looked up. Raises the error of a name that is wrong."""
+        """A copy with every name looked up. Raises the error of a name that does not exist."""
         if self.config is None:
             return self
         config, models = settle_names(self.config, self.resolved, registry, recipe.path.parent)
@@ -175,7 +175,7 @@ class Invocation:
     ) -> Configured:
         """Merge YAML files, the environment, `--set` and flags over `base`, `check` the result, and validate it.
 
-        Raises NotFoundError for a file that is not there, ConfigError with everything else that is wrong.
+        Raises NotFoundError if a file does not exist, ConfigError listing all other problems.
         """
         files = self.values.get("config") or []
         layers: list[Layer] = [
@@ -222,7 +222,7 @@ def command(
     reply: Reply,
     with_flags: bool = True,
 ) -> Callable[..., int]:
-    """A function for Typer: the parameters of `fixed` and, behind the recipe's name, its own flags."""
+    """A function for Typer: the parameters of `fixed` and, after the recipe's name, the recipe's own flags."""
     flags = flags_of(recipe) if recipe is not None and with_flags else []
 
     def invoke(**values: Any) -> int:
@@ -244,7 +244,7 @@ def command(
 def _document(recipe: Recipe | None) -> str:
     if recipe is None:
         return ""
-    # \b keeps a paragraph's lines as the author wrote them.
+    # \b keeps the line breaks of a paragraph as the author wrote them.
     paragraphs = [f"\b\n{paragraph}" for paragraph in recipe.doc.replace("\f", "").split("\n\n") if paragraph.strip()]
     return "\n\n".join([f"Run {recipe.name}.", *paragraphs, "The recipe's own parameters come first."])
 

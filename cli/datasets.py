@@ -85,7 +85,7 @@ def _variables(text: str) -> dict[str, Any]:
 
 
 def _parts(tokenizer: ChatTokenizer, thread: StringThread) -> tuple[list[TokenizedThread], bool]:
-    """The row as it would be trained: in parts, as the prompt that it is, or (then True) as the two of a pair."""
+    """The row as trained: its parts, or its prompt, or the two threads of a pair (the flag is True only for a pair)."""
     if isinstance(pair := sequences(thread), tuple):
         return [tokenizer.tokenize(side) for side in pair], True
     if any(thread.get_turn_weights()):
@@ -94,7 +94,7 @@ def _parts(tokenizer: ChatTokenizer, thread: StringThread) -> tuple[list[Tokeniz
 
 
 def _described(tokenizer: ChatTokenizer, part: TokenizedThread) -> dict[str, Any]:
-    """A part's text in stretches of one weight."""
+    """A part's text, divided into stretches of equal weight."""
     ids, pieces, at = part.token_ids, [], 0
     for weight, group in groupby(part.token_weights):
         end = at + len(list(group))
@@ -123,7 +123,7 @@ def _lines(answer: dict[str, Any], described: Sequence[str]) -> list[str]:
 
 
 def _marked(text: str, weight: float, coloured: bool) -> str:
-    """Trained text in colour, or between {+ and +}; with its weight, where that is not 1."""
+    """Trained text in colour, or between {+ and +}; with its weight unless that is 1."""
     text = output.clean(text)
     if not weight:
         return text

@@ -112,7 +112,7 @@ def _home() -> list[Check]:
 
 
 def _locks(home: Home) -> Check:
-    """Whether a lock that another holds is refused: on some network disks every lock succeeds."""
+    """Check that a lock held elsewhere is refused: on some network disks every lock succeeds."""
     hint = "put ADAPTIVE_HOME on a local disk"
     try:
         with tempfile.NamedTemporaryFile(dir=home.locks) as first, open(first.name) as second:
@@ -146,7 +146,7 @@ def _machine() -> list[Check]:
 
 
 def _network() -> Check:
-    """The interfaces that a run listens on, and the variables that change them."""
+    """The network interfaces that a run listens on, and the variables that change them."""
     names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
     chosen = {name: value for name in names if (value := os.environ.get(name)) and value != loopback_interface()}
     where = " and ".join(f"{name}={value}" for name, value in chosen.items()) or "the loopback interface"
@@ -164,7 +164,7 @@ def _compiler() -> list[Check]:
 
 
 def _torch() -> list[Check]:
-    """Importing it takes seconds, and a broken build may take the process down."""
+    """Check torch in a subprocess: importing it takes seconds, and a broken build may crash the process."""
     done = _output([sys.executable, "-c", _TORCH_PROBE], timeout=120)
     try:
         found = json.loads((done or "").splitlines()[-1])
@@ -178,7 +178,7 @@ def _torch() -> list[Check]:
 
 
 def _cuda(found: dict[str, object], driver: str | None) -> list[Check]:
-    """Devices, and why there are none where a driver says there should be."""
+    """The CUDA devices, and why they are missing although there is a driver."""
     devices = found["devices"]
     assert isinstance(devices, list)
     if devices:
@@ -200,7 +200,7 @@ def _cuda(found: dict[str, object], driver: str | None) -> list[Check]:
 
 
 def _output(command: list[str], timeout: float) -> str | None:
-    """The output of a command, or None when it fails."""
+    """The output of a command; None if it fails."""
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=True).stdout
     except (OSError, subprocess.SubprocessError):

@@ -34,7 +34,7 @@ def _registry(writes: bool = True) -> Registry:
 
 
 def _describe(version: ModelVersion) -> dict[str, Any]:
-    """A version as plain values."""
+    """A version as plain data."""
     spec = version.spec
     defaults = {
         name: {"value": value, "source": source} for name, (value, source) in version.defaults.effective().items()
@@ -185,7 +185,7 @@ def set_values(
 
 
 def _settings(settings: list[str], unset: list[str]) -> dict[str, object]:
-    """NAME=VALUE texts as typed values; which names and values are right, the registry says."""
+    """NAME=VALUE texts as typed values. The registry checks names and values."""
     values: dict[str, object] = {}
     for text in settings:
         name, equals, value = text.partition("=")

@@ -36,15 +36,15 @@ def clean(text: str) -> str:
 
 
 def tell(text: str) -> None:
-    """One line for people."""
-    # Looked up for each line: a progress bar puts its own stream in place.
+    """Print one line for people."""
+    # Looked up for each line, because a progress bar replaces the stream.
     stream = sys.stderr
     stream.write(_encodable(clean(text), stream) + "\n")
     stream.flush()
 
 
 def tell_errors(errors: Iterable[dict[str, Any]]) -> None:
-    """The errors of an outcome. Several issues of one error are each marked."""
+    """Print the errors of an outcome. Each issue of an error gets its own mark."""
     for error in errors:
         lines = list(error["lines"])
         issues = error.get("details", {}).get("errors")
@@ -69,7 +69,7 @@ def tell_result(outcome: dict[str, Any], quiet: bool, as_json: bool) -> None:
 
 
 def tell_plan(outcome: dict[str, Any], recipe: Path, models: dict[str, Any]) -> None:
-    """The plan that a dry run made, on stdout."""
+    """Print the plan of a dry run on stdout."""
     data(f"recipe   {recipe}")
     for field, model in models.items():
         data(f"model    {field}: {model['ref']} ({model['digest'][:19]})")
@@ -99,13 +99,13 @@ def _spawn(spawn: dict[str, Any]) -> str:
 
 
 def data(text: str) -> None:
-    """Text for stdout."""
+    """Print text on stdout."""
     sys.stdout.write(_encodable(text, sys.stdout) + "\n")
     sys.stdout.flush()
 
 
 def answer(as_json: bool, values: dict[str, Any], *lines: str, ok: bool = True, code: int = 0) -> None:
-    """The result of a command that is no run: one object on stdout, or these lines."""
+    """Print the result of a command other than `run`: one object on stdout, or these lines."""
     for line in (dumped({"ok": ok, "exit": code} | values),) if as_json else lines:
         data(line)
 
@@ -117,7 +117,7 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def dumped(value: Any) -> str:
-    """One line of JSON that any parser takes."""
+    """One line of JSON that every parser accepts."""
     return json.dumps(plain(value), ensure_ascii=False)
 
 
@@ -155,7 +155,7 @@ def _flush() -> None:
 
 @contextlib.contextmanager
 def progress(quiet: bool, streams: Streams) -> Iterator[ProgressSink]:
-    """A sink for stages: `(stage, done, total)`."""
+    """A sink for stages, called as `(stage, done, total)`."""
     if quiet:
         yield lambda stage, done, total: None
     elif not sys.stderr.isatty() or os.environ.get("TERM") == "dumb" or os.environ.get("CI"):
@@ -199,11 +199,11 @@ def _bars(streams: Streams) -> Iterator[ProgressSink]:
 
     def sink(stage: str, done: int, total: int) -> None:
         if not tasks:
-            # A recipe's prints pass above the bars only where both are the same terminal.
+            # A recipe's prints go above the bars only if both are on the same terminal.
             if sys.stdout.isatty():
                 above.enter_context(contextlib.redirect_stdout(Above("stdout")))
             above.enter_context(contextlib.redirect_stderr(Above("stderr")))
-            bars.start()  # with the first stage: a recipe without stages has no empty bar
+            bars.start()  # started with the first stage, so that a recipe without stages shows no empty bar
         if stage not in tasks:
             tasks[stage] = bars.add_task(stage, total=total or None)
         bars.update(tasks[stage], completed=done, total=total or None)
@@ -214,11 +214,11 @@ def _bars(streams: Streams) -> Iterator[ProgressSink]:
 
 
 _GONE = (errno.EPIPE, errno.EIO)
-"""The reader of a pipe has left; the terminal was closed."""
+"""Errors that mean that the reader of a pipe has left, or that the terminal was closed."""
 
 
 class Streams:
-    """The process's own stdout and stderr, put in the place of Python's by `install`. Without it, both are as ever."""
+    """The process's own stdout and stderr. `install` puts them in the place of Python's; until then nothing changes."""
 
     def __init__(self) -> None:
         self.kept = {"stdout": KeptPrints(), "stderr": KeptPrints()}
@@ -230,12 +230,12 @@ class Streams:
         self._kept_streams: list[IO[str]] = []
 
     def install(self) -> None:
-        """Take the place of Python's streams, for good. Descriptors that are closed lead to /dev/null from now on."""
+        """Replace Python's streams permanently. From then on, closed descriptors lead to /dev/null."""
         for descriptor in range(3):
             try:
                 os.fstat(descriptor)
             except OSError:
-                os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest that is free: this one
+                os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest free descriptor is this one
         self.beside = self._stream(2, None)
         for descriptor, name in ((1, "stdout"), (2, "stderr")):
             stream = self._stream(descriptor, self.kept[name])
@@ -244,7 +244,7 @@ class Streams:
         self._installed = True
 
     def _stream(self, descriptor: int, kept: KeptPrints | None) -> IO[str]:
-        """For text: lines are written at once, and a character that the encoding lacks is escaped."""
+        """A text stream: lines are written at once, and a character that the encoding lacks is escaped."""
         own = sys.__stdout__ if descriptor == 1 else sys.__stderr__
         encoding = own.encoding if own is not None else "utf-8"
         raw = io.BufferedWriter(_Lasting(descriptor, kept, self))
@@ -254,7 +254,7 @@ class Streams:
         return stream
 
     def for_prints_on_stderr(self) -> IO[str]:
-        """The stand-in for stdout while `--json` owns stdout: it writes to stderr, and keeps the text as stdout's."""
+        """Replaces stdout while `--json` uses it: the text is written to stderr, and kept as the text of stdout."""
         return self._stream(2, self.kept["stdout"]) if self._installed else sys.stderr
 
     def keep_in(self, run: Run) -> None:
@@ -265,7 +265,7 @@ class Streams:
             run.at_finish(self._end)
 
     def _end(self) -> None:
-        # A run that is ended at once is ended from another thread, and the main one may be stuck in a full pipe.
+        # A run may be ended at once from another thread while the main thread is stuck in a full pipe.
         for stream in self._kept_streams if threading.current_thread() is threading.main_thread() else ():
             if not stream.closed:
                 stream.flush()
@@ -274,7 +274,7 @@ class Streams:
 
 
 class _Lasting(io.FileIO):
-    """A raw stream over a descriptor that drops bytes that cannot be delivered."""
+    """A raw stream over a descriptor. It drops bytes that cannot be delivered."""
 
     def __init__(self, descriptor: int, kept: KeptPrints | None, streams: Streams) -> None:
         super().__init__(descriptor, "w", closefd=False)
@@ -283,7 +283,7 @@ class _Lasting(io.FileIO):
         self._streams = streams
 
     def write(self, data: ReadableBuffer, /) -> int:
-        """Write as much as the descriptor takes. Never raises OSError; returns the full length."""
+        """Write as much as possible to the descriptor. Never raises OSError; returns the full length."""
         left = whole = bytes(data)
         if self._kept is not None:
             self._kept.write(whole)
@@ -299,7 +299,7 @@ class _Lasting(io.FileIO):
 
     def _lose(self, error: OSError) -> None:
         if error.errno in _GONE:
-            # Later subprocesses and direct writers find a usable descriptor.
+            # Gives later subprocesses and direct writers a usable descriptor.
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.fileno())
             os.close(nowhere)
@@ -308,7 +308,7 @@ class _Lasting(io.FileIO):
 
 
 class Terminated(KeyboardInterrupt):
-    """Raised where the signal arrives, in the main thread."""
+    """Raised in the main thread where the signal arrives."""
 
     def __init__(self, exit_code: int) -> None:
         super().__init__()
@@ -316,9 +316,9 @@ class Terminated(KeyboardInterrupt):
 
 
 class Signals:
-    """While no recipe runs, SIGTERM and SIGHUP end a command as Ctrl-C does, after its cleanup.
+    """While no recipe runs, SIGTERM and SIGHUP end a command, after its cleanup, in the same way as Ctrl-C.
 
-    One that was ignored when the process was started stays ignored.
+    A signal that was ignored when the process was started stays ignored.
     """
 
     def __init__(self) -> None:
@@ -328,7 +328,7 @@ class Signals:
         """Whether the run's outcome is being recorded; signals are ignored from then on."""
 
     def install(self) -> None:
-        """For as long as the process lives; a recipe that runs has handlers of its own meanwhile."""
+        """Install the handlers for the life of the process; a running recipe temporarily has its own."""
         for number in (signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is signal.SIG_DFL:
                 signal.signal(number, self._raise)
@@ -336,6 +336,6 @@ class Signals:
     def _raise(self, number: int, frame: FrameType | None) -> None:
         if self.finishing:
             return
-        # A terminal that closes sends SIGHUP more than once: the second is not to interrupt the putting away.
+        # A closing terminal sends SIGHUP more than once: the second one must not interrupt the cleanup.
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         raise Terminated(75 if self.resumable else 128 + number)

@@ -61,6 +61,6 @@ def _find(name: str) -> Path:
 
 
 def _summary(path: Path) -> str:
-    """The first line of the docstring, without importing the file."""
+    """The first line of the docstring, read without importing the file."""
     text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
     return text.partition("\n")[0]

@@ -161,7 +161,7 @@ def _start(invocation: Invocation, words: Sequence[str], reply: Reply) -> int:
 
 
 def _knowing(configured: Configured) -> Redactor:
-    """A redactor for the secrets of the environment and the configuration. A model's key is never a secret."""
+    """A redactor for the secrets of the environment and the configuration. Keys of models are never masked."""
     known = Redactor.from_environment(os.environ)
     if configured.config is not None:
         known = known.knowing(configured.config.model_dump())
@@ -170,7 +170,7 @@ def _knowing(configured: Configured) -> Redactor:
 
 
 def _record_inputs(run: Run, recipe: Recipe, configured: Configured) -> None:
-    """The configuration with its sources, the files that it came from, the recipe, and the models by digest."""
+    """Record the configuration with its sources and files, the recipe, and the models by digest."""
     data, mask, models = as_data(configured.config), run.redactor, configured.models
     run.write_text("config.yaml", as_yaml(mask.data(data)))
     run.write_json("sources.json", mask.data(sources_of(data, configured.resolved)))
@@ -243,7 +243,7 @@ def _flag(name: str) -> str:
 
 @dataclass(frozen=True)
 class Resumption:
-    """A run that is to be continued, and the checkpoint that it continues from."""
+    """A run to continue, and the checkpoint that it continues from."""
 
     record: RunRecord
     checkpoint: Checkpoint
@@ -251,16 +251,16 @@ class Resumption:
 
     @classmethod
     def find(cls, reference: str, recipe: Recipe, allow_change: bool) -> Resumption:
-        """Raises NotFoundError, UsageError, ConflictError, and VerificationError when no checkpoint is whole."""
+        """Find the run. Raises NotFoundError, UsageError, ConflictError; VerificationError with no whole checkpoint."""
         record = find_resumable(Home.open(), reference, recipe.spec)
         record.require(*FILES)
         checkpoint = CheckpointStore(record.directory / "checkpoints").newest_whole(output.tell)
         return cls(record, checkpoint, allow_change)
 
     def base(self, masked_from: Mapping[str, Any] | None = None) -> YamlDocument:
-        """The configuration that the checkpoint was saved under; models as the versions that they meant then.
+        """The configuration saved with the checkpoint, with models as the versions that they referred to then.
 
-        Values that were masked as secrets are those of `masked_from`, or are left out.
+        Values that were masked as secrets are taken from `masked_from`, or left out.
         """
         data = deepcopy(self.checkpoint.state.get("config", {}))
         for place in masked(data):
@@ -274,7 +274,7 @@ class Resumption:
         return load_yaml(as_yaml(data), f"run {self.record.id}")
 
     def ask_for_masked(self, resolved: Resolved) -> None:
-        """Raises UsageError naming the values that were masked as secrets and are not given anew."""
+        """Raise UsageError naming the values that were masked as secrets and are not given again."""
         given = {path for path, value in places(resolved.data) if value is not None}
         missing = [place for place in masked(self.checkpoint.state.get("config", {})) if place not in given]
         if missing:
@@ -287,7 +287,7 @@ class Resumption:
             )
 
     def check_machine(self, given: dict[str, Any]) -> None:
-        """Raises UsageError when flags ask for another number of ranks, seed or device than the run has."""
+        """Raise UsageError if flags ask for another number of ranks, seed or device than the run has."""
         saved = self.checkpoint.state.get("run", {})
         asked = {"ranks": given["num_processes"], "seed": given["seed"], "device": given["device"]}
         asked = {name: value for name, value in asked.items() if value not in (None, "auto")}
@@ -323,7 +323,7 @@ def masked(data: Any) -> list[tuple[str, ...]]:
 
 
 def _fill(data: dict[str, Any], place: tuple[str, ...], given: Mapping[str, Any] | None) -> None:
-    """Put the given value in a place, or remove the place."""
+    """Put the given value in a place, or remove the place if there is no value."""
     for key in place[:-1]:
         data, given = data[key], None if given is None else given.get(key)
     if given is None:
@@ -333,7 +333,7 @@ def _fill(data: dict[str, Any], place: tuple[str, ...], given: Mapping[str, Any]
 
 
 def _pin(data: Any, path: list[str], reference: str) -> None:
-    """Put an exact version in the place of a model's key."""
+    """Replace a model's key by an exact version."""
     for key in path[:-1]:
         data = data[int(key)] if isinstance(data, list) else data[key]
     last: Any = int(path[-1]) if isinstance(data, list) else path[-1]

@@ -180,8 +180,8 @@ def gc(
 def _remove(home: Home, record: RunRecord) -> int:
     """Delete a run's directory and return its bytes. Models that the run has saved stay.
 
-    Raises ConflictError while the run is alive, which its lock says, whatever its record does; NotFoundError when
-    another process has removed it; ResourceError.
+    Raises ConflictError while the run is alive, which only its lock decides; NotFoundError if another process has
+    removed it; ResourceError.
     """
     refuse_links(home.runs, record.directory)
     with storing(f"cannot remove run {record.id}"):
@@ -203,13 +203,13 @@ def _remove(home: Home, record: RunRecord) -> int:
 
 
 def _is_running(record: RunRecord) -> ConflictError:
-    """The refusal of a run that is alive."""
+    """The error for removing a run that is alive."""
     process = f"process {record.data.get('pid')} on {record.data.get('host')}"
     return ConflictError(f"run {record.id} is running ({process})", hint="stop it, or wait until it has ended")
 
 
 def _ended_at(record: RunRecord) -> float:
-    """When a run ended, in seconds since 1970; of a crashed one when its directory was last written to."""
+    """When a run ended, in seconds since 1970; for a crashed run, when its directory was last written to."""
     try:
         return datetime.fromisoformat(str(record.data["ended"])).timestamp()
     except (KeyError, ValueError):
@@ -218,7 +218,7 @@ def _ended_at(record: RunRecord) -> float:
 
 
 def _needed(record: RunRecord, force: bool = False) -> str:
-    """Why a run is not to be removed; "" when it may be."""
+    """The reason why a run must not be removed, or ""."""
     if record.status == "running":
         return _is_running(record).message
     if record.problem and not force:
@@ -229,7 +229,7 @@ def _needed(record: RunRecord, force: bool = False) -> str:
 
 
 def _check(record: RunRecord, *more: str) -> None:
-    """Raises VerificationError naming the files of the run that are damaged."""
+    """Raise VerificationError naming the damaged files of the run."""
     from harmony_core.config import load_yaml_file
 
     record.require(*FILES, *more)

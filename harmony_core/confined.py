@@ -1,6 +1,6 @@
-"""Work on other people's files in a process of its own: no input, a deadline, limits, and an end with its parent.
+"""Work on untrusted files in a separate process: no input, a deadline, limits, and an end with its parent.
 
-`python -m harmony_core.confined PARENT MEMORY SECONDS MODULE ARGUMENTS...` runs a module so. What it has to say is its
+`python -m harmony_core.confined PARENT MEMORY SECONDS MODULE ARGUMENTS...` runs a module this way. Its result is its
 last line of output, JSON: {"ok": true, ...} or {"error": {"type": ..., "message": ..., "hint": ...}}.
 """
 
@@ -25,7 +25,7 @@ from harmony_core.rpc.platform import die_with_parent
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one process: bytes that it may allocate, seconds of work of its processors, and seconds in all."""
+    """Limits of one process: bytes that it may allocate, seconds of CPU time, and seconds in all."""
 
     memory: int
     work: int
@@ -33,9 +33,9 @@ class Limits:
 
 
 def run(module: str, arguments: list[str], limits: Limits, subject: Path, doing: str) -> dict[str, Any]:
-    """The answer of the module. Raises the error that it answers with, or VerificationError when it gave none.
+    """Run the module and return its answer. Raises the error in the answer, or VerificationError without an answer.
 
-    `doing` says in errors what it does with `subject`, such as "reading it".
+    `doing` describes the work on `subject` in errors, such as "reading it".
     """
     # -P: a file in the working directory must not replace a package.
     command = [sys.executable, "-P", "-m", __name__, str(os.getpid()), str(limits.memory), str(limits.work), module]

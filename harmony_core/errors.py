@@ -99,8 +99,8 @@ class DataError(UsageError):
 class TooLong(DataError):
     """More tokens than a limit allows: training drops the sample that raises it, and takes another.
 
-    Details: tokens, limit; where they are known also needed (the limit with which it would do), setting (what sets the
-    limit, "" if nothing does) and context (the most that any setting can give).
+    Details: tokens, limit; if known, also needed (the limit that would be enough), setting (the name of the limit's
+    setting, "" if there is none) and context (the largest limit that any setting allows).
     """
 
 
@@ -211,7 +211,7 @@ class RunTimeout(HarmonyError):
 
 
 MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE)
-"""Errors of the machine, as opposed to a program, when it refuses a file."""
+"""Error numbers with which the machine refuses a file, as opposed to errors of a program."""
 
 
 def storage_error(doing: str, error: OSError) -> HarmonyError:
@@ -252,7 +252,7 @@ def nearest(name: str, options: Iterable[str], count: int = 3) -> list[str]:
 
 
 def did_you_mean(name: str, options: Iterable[str]) -> str:
-    """A hint naming the nearest options, or all of them when there are few, or nothing."""
+    """A hint with the nearest options, or with all if there are few, or ""."""
     known = sorted(set(options))
     close = nearest(name, known)
     if close:

@@ -31,14 +31,14 @@ from harmony_core.redaction import Redactor
 from harmony_core.text.row_lengths import PlannedRows
 
 MAX_SAMPLES = 8
-"""Samples of one step and source that are kept; more are passed over."""
+"""Maximum number of samples kept for one step and source; further ones are ignored."""
 
 MAX_TEXT = 8000
-"""Characters of one sample that are kept."""
+"""Maximum number of characters kept of one sample."""
 
 
 class Piece(NamedTuple):
-    """A part of a turn's text: one token where it is trained, else as long as may be. `weight` 0 is not trained."""
+    """A part of a turn's text: one token if it is trained (`weight` is not 0), otherwise a stretch of any length."""
 
     text: str
     weight: float = 0.0
@@ -46,9 +46,9 @@ class Piece(NamedTuple):
 
 
 class Journal:
-    """Writes events of a run, from any thread; outside of a run `write` is None and nothing is written.
+    """Writes events of a run, from any thread; outside of a run `write` is None and events are dropped.
 
-    `job`, `mask`: the run's. `rows`: where a dry run notes datasets, to count their rows when it ends.
+    `job` and `mask` are the run's. `rows` collects the datasets of a dry run, which counts their rows when it ends.
     """
 
     def __init__(
@@ -69,11 +69,11 @@ class Journal:
 
     @property
     def mask(self) -> Redactor:
-        """The redactor of secrets: the run's, or outside of a run one for the environment's."""
+        """The redactor of secrets: the run's, or outside of a run one for secrets in the environment."""
         return self._mask or Redactor.from_environment(os.environ)
 
     def tell(self, type: str, data: dict[str, Any]) -> None:
-        """Write an event, in a run."""
+        """Write an event if there is a run."""
         if self.write is not None:
             self.write(type, data)
 
@@ -94,7 +94,7 @@ class Journal:
         self.tell("phase", {"name": name, "start": round(since - self._began, 6), "seconds": round(seconds, 6)})
 
     def room(self, source: str, step: int) -> int:
-        """How many more samples of this step and source are kept."""
+        """The number of further samples of this step and source that are kept."""
         told_step, count = self._counts.get(source, (step, 0))
         return MAX_SAMPLES - (count if told_step == step else 0)
 
@@ -128,7 +128,7 @@ def kept(
     rows: PlannedRows | None = None,
     mask: Redactor | None = None,
 ) -> Iterator[None]:
-    """Write events inside; `rows`: where a dry run notes datasets; `mask`: for loggers."""
+    """Write events inside the block. `rows` collects the datasets of a dry run; `mask` is for loggers."""
     token = _journal.set(Journal(write, job, rows, mask))
     try:
         yield
@@ -153,7 +153,7 @@ def phase(name: str) -> Iterator[None]:
 
 
 def samples_wanted(step: int, source: str = "training") -> int:
-    """How many more samples of this step and source would be kept: 0 spares the work of preparing them."""
+    """The number of further samples of this step and source that are kept. If it is 0, do not prepare any."""
     journal = current()
     return 0 if journal.write is None else max(journal.room(source, step), 0)
 
@@ -168,7 +168,7 @@ def tell_sample(
     group: str | int | None = None,
     grades: Mapping[str, float] | None = None,
 ) -> None:
-    """Tell one conversation as (role, pieces) of each turn.
+    """Write one conversation as (role, pieces) of each turn.
 
     `step` is the optimizer step that it belongs to, from 1. `group` joins samples of one prompt. `grades` holds the
     value of each grader. Text past MAX_TEXT characters is cut.
@@ -197,9 +197,9 @@ def tell_sample(
 
 
 def tell_dropped(reasons: Mapping[str, int], *, last: str = "", taken: int | None = None) -> None:
-    """Tell how many samples were dropped since the last call, by reason; `last` says why in one case.
+    """Write how many samples were dropped since the last call, by reason; `last` explains one case.
 
-    `taken` is how many samples the run has taken so far, dropped ones included.
+    `taken` is the number of samples that the run has taken so far, including dropped ones.
     """
     if reasons:
         current().tell("samples.dropped", {"reasons": dict(reasons), "taken": taken, "last": last})

@@ -22,11 +22,10 @@ def check_loss(
 ) -> None:
     """Compare a loss and its gradient over many ways to split, pack and order samples. Needs no ranks.
 
-    `logprobs`: those of each sample's weighted tokens, at which the loss is compared; so are `entropies`, for a loss
-    that takes them. `group` and `per_token` as in
-    `TrainingModel.train_custom`. The engine gives a loss nothing but such cuts, for every number of replicas and
-    every tp, so a loss that passes is the same on all of them.
-    Raises VerificationError naming the cut that differs, or when there is no finite gradient.
+    The loss is compared at `logprobs`, those of each sample's weighted tokens, and at `entropies`, for a loss that
+    takes them. `group` and `per_token` are as in `TrainingModel.train_custom`. The engine passes only such cuts to a
+    loss, for every number of replicas and every tp, so a loss that passes is the same on all of them.
+    Raises VerificationError naming the cut that differs, or if there is no finite gradient.
     """
     from harmony_core.engine.training.loss_evaluation import check_cuts
 

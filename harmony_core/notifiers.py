@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ProgressSink = Callable[[str, int, int], None]
-"""Called with the stage's name, samples done, samples in all."""
+"""Called with the stage's name, samples done, and total samples."""
 
 PROGRESS_SECONDS = 30.0
-"""Between two lines that say how far a stage is."""
+"""Seconds between two progress lines of a stage."""
 
 
 class EventWriter(Protocol):
@@ -38,7 +38,7 @@ _silent: ContextVar[bool] = ContextVar("silent", default=False)
 
 @contextmanager
 def silenced(silent: bool = True) -> Iterator[None]:
-    """`say` writes nothing in here, nor in tasks and threads begun in here."""
+    """Silence `say` inside the block, and in tasks and threads begun in it."""
     token = _silent.set(silent)
     try:
         yield
@@ -47,22 +47,22 @@ def silenced(silent: bool = True) -> Iterator[None]:
 
 
 def say(text: str, error: bool = False) -> None:
-    """One line for people, on stderr; an error also where others are silenced."""
+    """Write one line for people to stderr. An error is written even if `say` is silenced."""
     if _silent.get() and not error:
         return
-    # Looked up for each line: a progress bar, or a test, may have put its own stream in place.
+    # Looked up for each line, because a progress bar or a test may have replaced the stream.
     sys.stderr.write(f"{text}\n")
     sys.stderr.flush()
 
 
 class PlainProgress:
-    """A sink of plain lines on stderr: when a stage begins and ends, and now and then between."""
+    """A sink that writes plain lines to stderr when a stage begins and ends, and at intervals in between."""
 
     def __init__(self) -> None:
         self._last: dict[str, float] = {}
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        """Write the line, or hold it back."""
+        """Write the line, unless the last one is too recent."""
         now = time.monotonic()
         if stage in self._last and done < total and now - self._last[stage] < PROGRESS_SECONDS:
             return
@@ -82,7 +82,7 @@ class StageNotifier:
         self.stage_name = stage_name
 
     def set_monitoring_link(self, monitoring_link: str) -> None:
-        """Where people can watch this stage; wins over the job's link."""
+        """Set the link for watching this stage; it overrides the job's link."""
         self.monitoring_link = monitoring_link
 
     def report_progress(
@@ -92,7 +92,7 @@ class StageNotifier:
         monitoring_link: str | None = None,
         checkpoints: Sequence[str] | None = None,
     ) -> None:
-        """Samples in all and done; more done than there are is reported as all done, with a warning."""
+        """Report total samples and samples done; more than the total is reported as the total, with a warning."""
         done, total = processed_num_samples, tot_num_samples
         if total is not None and done is not None and done > total:
             logger.warning("%s: %d samples of %d done", self.stage_name, done, total)
@@ -108,7 +108,7 @@ class JobNotifier:
     """
 
     checkpoints: RunCheckpoints | None = None
-    """Where the job's training classes save and continue; None saves nothing."""
+    """The checkpoints that the job's training classes save and continue from; None disables saving."""
 
     def __init__(
         self, job_id: str = "local", *, sink: ProgressSink | None = None, events: EventWriter | None = None
@@ -125,7 +125,7 @@ class JobNotifier:
             self._events(type, data)
 
     def set_monitoring_link(self, monitoring_link: str) -> None:
-        """Where people can watch the job."""
+        """Set the link for watching the job."""
         self.monitoring_link = monitoring_link
         self._event("job.link", link=monitoring_link)
 
@@ -146,7 +146,7 @@ class JobNotifier:
         monitoring_link: str | None = None,
         checkpoints: Sequence[str] | None = None,
     ) -> None:
-        """Samples done of one stage; a total of 0 or None is a stage that has only begun."""
+        """Report samples done of one stage; with a total of 0 or None the stage has only begun."""
         done, total = processed_num_samples or 0, tot_num_samples or 0
         self._sink(stage, done, total)
         if monitoring_link is not None and monitoring_link != self._announced:
@@ -192,7 +192,7 @@ class JobNotifier:
         """End `start_heartbeat`; does nothing here."""
 
     def close(self) -> None:
-        """Stop whatever the notifier does in the background."""
+        """Stop the notifier's background work."""
         self.stop_heartbeat()
 
     def __enter__(self) -> Self:

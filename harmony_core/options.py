@@ -44,11 +44,11 @@ class RunOptions:
     seed: int = 0
     timeout: float | None = None
     hang_timeout: float = 600.0
-    """The longest that a rank may go without progress in its work; 0: for ever."""
+    """Maximum seconds that a rank may work without progress; 0: no limit."""
     silence_timeout: float = 120.0
-    """A rank that has not even beaten for so long is stuck (the hang timeout, when that is shorter)."""
+    """Seconds without a heartbeat after which a rank is stuck (the hang timeout, if that is shorter)."""
     fault_grace: float = 60.0
-    """Seconds that a recipe which holds models has to end by itself when the engine has failed."""
+    """Seconds in which a recipe that holds models may end by itself after the engine has failed."""
     rehearse: bool = False
     deterministic: bool = False
     """A token's log-prob has the same bits from sampler and trainer; CPU and float32 only, one thread in each rank."""
@@ -56,9 +56,9 @@ class RunOptions:
     dry_run: bool = False
     assume: str | None = None
     keep_checkpoints: int | None = None
-    """How many checkpoints stay. None: two, or 0 once the run has succeeded and every trained model is saved."""
+    """Number of checkpoints kept. None: two, or 0 once the run has succeeded and every trained model is saved."""
     save_wait: float | None = None
-    """Seconds for which a save that finds the disk full is tried again. None: 600, and 0 where CI is set."""
+    """Seconds for which a save is retried if the disk is full. None: 600, or 0 if CI is set."""
     allow_change: bool = False
 
     def __post_init__(self) -> None:
@@ -73,7 +73,7 @@ class RunOptions:
         return {name: getattr(self, name) for name in _KEPT} | {"accelerate_config": file}
 
     def resuming(self, kept: Mapping[str, Any]) -> RunOptions:
-        """These options, with the values that the run was started with where an option was not given."""
+        """These options; an option that was not given takes the value with which the run was started."""
         default = [name for name in _KEPT if getattr(self, name) == getattr(RunOptions, name)]
         again = {name: kept[name] for name in default if kept.get(name) is not None}
         if kept.get("accelerate_config"):
@@ -104,7 +104,7 @@ class EngineOptions(RunOptions):
     """The flags together with the run or session that they belong to."""
 
     log_dir: Path
-    """Takes `rank-N.log` and `launcher.log`; made if it is missing."""
+    """The directory for `rank-N.log` and `launcher.log`; made if it is missing."""
     run_id: str
     recipe: RecipeFile | None = None
     """The file whose functions the ranks may import as losses."""
@@ -115,7 +115,7 @@ class EngineOptions(RunOptions):
     secrets: frozenset[str] = frozenset()
     """Values to mask in the output of the ranks, beside those of the environment."""
     cache: Path | None = None
-    """Where the code that ranks compile is kept over runs; None: where torch puts it."""
+    """The directory that keeps the code compiled by ranks across runs; None: torch's default."""
     command: Sequence[str] = (sys.executable, "-P", "-m", "harmony_core.engine.process")
     """The command of each rank."""
     launcher: Sequence[str] = ()

@@ -1,7 +1,7 @@
 """Files on disk: bounded reading of plain files, durable writing, cheap copies, hashes and locks.
 
-A file is read when it is a plain one, no link leads out of its directory, and it is within a bound. Every defect is a
-VerificationError that names the file and the reason.
+A file is read only if it is a plain file within a size limit and no link leads out of its directory. Every defect
+raises a VerificationError that names the file and the reason.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ T = TypeVar("T")
 
 MIB = 1 << 20
 MAX_BYTES = {"tokenizer.json": 64 * MIB, "model.safetensors.index.json": 64 * MIB, "manifest.json": 64 * MIB}
-"""The most that is read of a file, by its name."""
+"""Maximum bytes of a file that is read, by its name."""
 MAX_OTHER = 16 * MIB
-"""Of every other file that is read whole."""
+"""Maximum bytes of every other file that is read whole."""
 
 exists = os.path.lexists
-"""Whether there is anything of this name: a dangling link counts, and is refused where it is read."""
+"""Whether the name exists. A dangling link counts, and is refused when it is read."""
 
 _FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _FICLONE = 0x40049409  # linux/fs.h: share the blocks of another file, on filesystems that can
@@ -45,7 +45,7 @@ _CODE = ("auto_map", "custom_pipelines", "custom_generate")
 
 
 def expanded(path: str | Path) -> Path:
-    """The path with `~` and `~user` replaced as a shell does it: a user that does not exist stays as it is written."""
+    """The path with `~` and `~user` expanded as in a shell; an unknown user is left unchanged."""
     return Path(os.path.expanduser(path))
 
 
@@ -55,7 +55,7 @@ def damaged(path: Path, reason: str) -> VerificationError:
 
 
 def open_plain(path: Path) -> BufferedReader:
-    """A file for reading: neither a directory nor a pipe or device, and not waited for."""
+    """Open a plain file for reading, without waiting; a directory, pipe or device is refused."""
     try:
         descriptor = os.open(real_path(path), _FLAGS)
     except OSError as error:
@@ -67,7 +67,7 @@ def open_plain(path: Path) -> BufferedReader:
 
 
 def real_path(path: Path) -> Path:
-    """The file itself. A link is followed within its directory, and into the hub's cache, which consists of links.
+    """Resolve links. A link is followed within its directory, and into the hub's cache, which consists of links.
 
     Raises VerificationError for one that leads elsewhere.
     """
@@ -90,7 +90,7 @@ def _hub_cache() -> str:
 
 
 def read_plain(path: Path, limit: int | None = None) -> bytes:
-    """A whole file of at most `limit` bytes (by default those of its kind), whatever size the system tells."""
+    """Read a whole file of at most `limit` bytes (default: by its name), regardless of the size the system reports."""
     limit = limit or MAX_BYTES.get(path.name, MAX_OTHER)
     with open_plain(path) as file:
         try:
@@ -103,7 +103,7 @@ def read_plain(path: Path, limit: int | None = None) -> bytes:
 
 
 def read_json(path: Path, limit: int | None = None) -> dict[str, Any]:
-    """The JSON object in a file. A name that stands in it twice is refused: programs differ in which they take."""
+    """The JSON object in a file. A duplicate name is refused, because programs differ in the one they use."""
     return parse_json(path, read_plain(path, limit))
 
 
@@ -148,7 +148,7 @@ def last_lines(file: IO[bytes], limit: int = 64 * 1024) -> list[str]:
 
 
 def check_kind(path: Path, value: object, kind: Any, where: str = "") -> None:
-    """Raise VerificationError when the value that a file holds is not of type `kind` by msgspec's rules."""
+    """Raise VerificationError if the value in a file is not of type `kind` by msgspec's rules."""
     import msgspec
 
     try:
@@ -158,7 +158,7 @@ def check_kind(path: Path, value: object, kind: Any, where: str = "") -> None:
 
 
 def refuse_code(path: Path, value: object) -> None:
-    """Raise VerificationError when a JSON file asks, at any depth, for code of its own or another's to be run."""
+    """Raise VerificationError if a JSON file requests at any depth to run code, its own or from elsewhere."""
     pending = [value]
     while pending:
         item = pending.pop()
@@ -189,7 +189,7 @@ def fsync_path(path: Path) -> None:
 
 
 def write_text(path: Path, text: str, durable: bool = False) -> None:
-    """Replace a small file atomically and, with `durable`, past a power loss; permissions as the umask says."""
+    """Replace a small file atomically, with the umask's permissions; with `durable` it survives a power loss."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
@@ -208,12 +208,12 @@ def write_text(path: Path, text: str, durable: bool = False) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Replace a small file atomically and past a power loss."""
+    """Replace a small file atomically; it survives a power loss."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n", durable=True)
 
 
 def place_file(source: Path, target: Path, share: bool) -> None:
-    """Put a copy of a small file at `target`; with `share` of any file, as a reflink or hard link where it works."""
+    """Copy a small file to `target`; with `share`, a file of any size, as a reflink or hard link if possible."""
     if not share:
         target.write_bytes(read_plain(source))
         return
@@ -242,7 +242,7 @@ def refuse_links(root: Path, path: Path) -> None:
 
 
 def discard(home: Home, path: Path) -> None:
-    """Delete a directory: out of sight in one step, then for good. Links inside are removed, not followed."""
+    """Delete a directory: move it to the trash in one step, then delete it. Links inside are removed, not followed."""
     grave = home.trash / uuid.uuid4().hex
     os.rename(path, grave)
     shutil.rmtree(grave, ignore_errors=True)
@@ -259,7 +259,7 @@ def size_of(directory: Path) -> int:
 
 
 def check_space(directory: Path, expected: int, what: str, hint: str) -> None:
-    """Raise ResourceError when the disk of `directory` has no room for `expected` bytes and a reserve; 0: unknown."""
+    """Raise ResourceError when the disk of `directory` has no room for `expected` bytes (0: unknown) and a reserve."""
     free = shutil.disk_usage(directory).free
     needed = expected + expected // 20 + 64 * MIB if expected else 0
     if free < needed:
@@ -287,7 +287,7 @@ def try_lock(file: int | IO[Any], shared: bool = False) -> bool:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a process holds the lock of a file; not of one that cannot be opened."""
+    """Whether a process holds the lock of a file; false if the file cannot be opened."""
     try:
         with path.open("rb") as file:
             return not try_lock(file, shared=True)
@@ -309,7 +309,7 @@ _DEEPEST = 32
 
 
 def plain(value: Any, depth: int = 0) -> Any:
-    """A value as JSON can carry it. Other types, infinite and undefined numbers become text."""
+    """Convert a value to types of JSON. Other types, infinite numbers and NaN become text."""
     if isinstance(value, Enum):
         return plain(value.value, depth + 1)
     if value is None or isinstance(value, bool | int | str):
@@ -331,5 +331,5 @@ def plain(value: Any, depth: int = 0) -> Any:
 
 
 def unwrapped(value: object) -> Any:
-    """The number in a scalar of numpy's or torch's; anything else as it is."""
+    """The number in a scalar of numpy or torch; other values are returned unchanged."""
     return value.item() if hasattr(value, "item") and getattr(value, "ndim", None) == 0 else value

@@ -65,7 +65,7 @@ def import_file(path: Path, importable_folder: bool) -> types.ModuleType:
 
 
 def where_raised(error: BaseException, path: Path) -> str:
-    """The innermost place in the recipe's own folder."""
+    """The innermost frame of the traceback in the recipe's own folder, as `file:line`."""
     frames = [frame for frame in frames_in(error.__traceback__) if Path(frame.filename).is_relative_to(path.parent)]
     return f"{frames[-1].filename}:{frames[-1].line}" if frames else str(path)
 
@@ -77,7 +77,7 @@ def _import_hint(error: ImportError) -> str:
 
 
 def check_alias_package() -> None:
-    """Raise ResourceError when recipes would import another `adaptive_harmony` than the one that belongs here."""
+    """Raise ResourceError if recipes would import another `adaptive_harmony` than this package's."""
     import harmony_core
 
     spec = importlib.util.find_spec("adaptive_harmony")

@@ -1,8 +1,8 @@
 """Secrets: how they are recognised and masked in everything that a run writes and prints.
 
-A text is a secret by its name (`is_secret_name`), by its shape, or because a variable or a field that is secret by name
-holds it. Known values of eight characters and more are masked wherever they stand, in their escaped spellings too;
-shorter ones only where they are all of a field's value. Keys of data and values that are no text are left alone.
+A text is secret by its name (`is_secret_name`), by its shape, or because a variable or field with a secret name holds
+it. Known values of eight or more characters are masked everywhere, also in their escaped spellings; shorter ones only
+if they are a field's whole value. Keys of data and values other than text are not changed.
 
 The shapes are those of gitleaks' rules (github.com/gitleaks/gitleaks, config/gitleaks.toml, read at b58d3f10 of
 2026-07-22), with open ends, so that a provider's next length is still found.
@@ -25,7 +25,7 @@ MASK = "********"
 _MASK = MASK.encode()
 
 SHORT = 8
-"""Characters below which a known value is masked only where it stands alone."""
+"""A known value with fewer characters is masked only if it stands alone."""
 
 _WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 _SECRET = re.compile(
@@ -55,7 +55,7 @@ _SHAPE = re.compile(
     % "|".join(map(re.escape, _PREFIXES.split())).encode()
 )
 _SHORTEST = 15
-"""Characters of the shortest text that has one of these shapes."""
+"""The number of characters of the shortest text that has one of these shapes."""
 _RUNS = bytes(97 if (chr(byte).isalnum() and byte < 128) or byte in b"_.-" else 32 for byte in range(256))
 """Maps the characters of keys to `a` and all others to blanks, so that one search finds the long runs."""
 _DIGIT = re.compile(rb"\d")
@@ -83,7 +83,7 @@ def is_secret_name(name: str) -> bool:
 
 
 def is_key_of_ours(name: str) -> bool:
-    """Whether a field names a model, a dataset or a grader, or holds a tokenizer's token: known values stay in it."""
+    """Whether a field names a model, dataset or grader, or holds a tokenizer's token: known values stay unmasked."""
     return bool(_KEY_OF_OURS.fullmatch(" ".join(_words(name))))
 
 
@@ -92,7 +92,7 @@ def _words(name: str) -> list[str]:
 
 
 class Redactor:
-    """Masks secrets in text and in plain data. `values` are those that it knows."""
+    """Masks secrets in text and in plain data. `values` are the known secrets."""
 
     def __init__(self, values: Iterable[str] = ()) -> None:
         self.values = frozenset(value for value in values if value.strip("*"))
@@ -102,12 +102,12 @@ class Redactor:
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str]) -> Redactor:
-        """Knows the values of the variables whose names say that they are secret, and passwords in URLs."""
+        """A redactor that knows the values of variables with secret names, and passwords in URLs."""
         found = {name: value for name, value in environ.items() if value.lower() not in _SWITCHES}
         return cls(secret_values({n: v for n, v in found.items() if n not in _WORKING_DIRECTORY}))
 
     def knowing(self, data: Any) -> Redactor:
-        """One that also knows the secrets in `data`: text under secret names, and pydantic's secret values."""
+        """A redactor that also knows the secrets in `data`: text under secret names, and pydantic's secret values."""
         return Redactor([*self.values, *secret_values(data)])
 
     def text(self, text: str) -> str:
@@ -117,11 +117,11 @@ class Redactor:
         return self.raw(text.encode("utf-8", "surrogatepass")).decode("utf-8", "surrogatepass")
 
     def code(self, text: str) -> str:
-        """The same for a program's source, in which only quoted texts are values."""
+        """Like `text`, for a program's source, in which only quoted texts are values."""
         return self.raw(text.encode("utf-8", "surrogatepass"), code=True).decode("utf-8", "surrogatepass")
 
     def raw(self, text: bytes, code: bool = False) -> bytes:
-        """The same for UTF-8. As few passes as may be: ranks can write tens of megabytes a second."""
+        """Like `text`, for UTF-8, in as few passes as possible: ranks can write tens of megabytes a second."""
         for value in self._known:
             text = text.replace(value, _MASK)
         if b"PRIVATE KEY" in text:
@@ -136,9 +136,9 @@ class Redactor:
         return _replaced(text, [*_shaped(text), *_assigned(text, code)])
 
     def data(self, data: Any, name: str = "", secret: bool = False) -> Any:
-        """Plain data with its secrets masked. `name`: the field that holds it; `secret`: it stands under a secret name.
+        """Plain data with its secrets masked. `name`: the field that holds it; `secret`: it is under a secret name.
 
-        What JSON does not hold becomes text.
+        Values that JSON cannot represent become text.
         """
         if isinstance(data, Mapping):
             return {
@@ -157,11 +157,11 @@ class Redactor:
         return self.text(text)
 
     def _key(self, key: Any) -> Any:
-        """A key that no record of ours has: one of other characters than theirs."""
+        """Mask a key, unless it has only the characters that keys of our records have."""
         return key if not isinstance(key, str) or re.fullmatch(r"[a-z_./]*", key) else self.text(key)
 
     def argv(self, argv: Sequence[str]) -> list[str]:
-        """The same for a command line: the word behind `--api-key`, and the value of `--set api_key=...`."""
+        """Mask a command line, including the word after `--api-key` and the value of `--set api_key=...`."""
         shown: list[str] = []
         behind = ""
         for word in argv:
@@ -176,7 +176,7 @@ class Redactor:
 
 
 def _shaped(text: bytes) -> Iterator[tuple[int, int]]:
-    """Where something has the shape of a provider's key."""
+    """The spans of texts with the shape of a provider's key."""
     runs, start = text.translate(_RUNS), 0
     while (start := runs.find(b"a" * _SHORTEST, start)) >= 0:
         end = runs.find(b" ", start)
@@ -188,7 +188,7 @@ def _shaped(text: bytes) -> Iterator[tuple[int, int]]:
 
 
 def _assigned(text: bytes, code: bool) -> Iterator[tuple[int, int]]:
-    """Where a value follows a secret name."""
+    """The spans of values that follow a secret name."""
     lower = text.lower()
     for stem in _STEMS:
         at = lower.find(stem)
@@ -247,15 +247,15 @@ def _spellings(value: str) -> set[str]:
 
 
 MAX_LINE = 64 * 1024
-"""Bytes of a line, or of a key over several lines, that has no end yet, after which it is written as it is: a secret is
-masked within one piece."""
+"""Maximum bytes held of an unfinished line or multi-line key. A longer one is written in pieces, and a secret is masked
+within one piece."""
 
 
 class KeptPrints:
     """Keeps the prints of one stream, from any thread: in memory before `begin`, in a file until `end`.
 
-    Lines are written when they are whole. A disk that takes no more loses what comes meanwhile: the file says how much
-    where it goes on, and `lost` counts the bytes.
+    Lines are written when they are complete. Prints are lost while the disk is full: the file states the number of
+    lost bytes where it continues, and `lost` counts them.
     """
 
     def __init__(self) -> None:
@@ -268,7 +268,7 @@ class KeptPrints:
         self._ended = False
 
     def begin(self, target: Path | int, redactor: Redactor) -> None:
-        """From now on append to a file, or to a descriptor that this object then owns; held prints come first."""
+        """Append held and later prints to a file, or to a descriptor that this object then owns."""
         with self._lock:
             self._redactor = redactor
             try:
@@ -317,7 +317,7 @@ def _opened(path: Path) -> int:
 
 
 def _whole(held: bytes) -> int:
-    """How much can be masked and written: lines with an end, and no key of which the end is still to come."""
+    """The number of bytes that can be masked and written: complete lines, without a key that has no end yet."""
     whole = max(held.rfind(b"\n"), held.rfind(b"\r")) + 1
     begun = held.rfind(b"-----BEGIN", 0, whole)
     if begun >= 0 and b"PRIVATE KEY" in held[begun : begun + 100] and held.find(b"-----END", begun, whole) < 0:

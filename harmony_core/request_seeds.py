@@ -25,7 +25,7 @@ _evaluation: ContextVar[_Evaluation | None] = ContextVar("evaluation", default=N
 
 @contextmanager
 def looking(label: str) -> Iterator[None]:
-    """Give requests inside, and in tasks begun inside, seeds of their own; a nested use belongs to the outer one.
+    """Give separate seeds to requests inside the block and in tasks begun in it; a nested block uses the outer one's.
 
     The seeds depend on `label` and on the number of the request since the beginning of the block.
     """

@@ -54,7 +54,7 @@ def pair(row: StringThread) -> tuple[StringThread, StringThread]:
 
 
 async def margins(model: InferenceModel, pairs: list[tuple[StringThread, StringThread]]) -> list[float]:
-    """By how much the log-prob of each preferred completion is above the other's."""
+    """The log-prob of each preferred completion minus that of the other one."""
     chosen = await async_map(model.logprobs, [pair[0] for pair in pairs])
     other = await async_map(model.logprobs, [pair[1] for pair in pairs])
     return [a - b for a, b in zip(chosen, other, strict=True)]

@@ -36,7 +36,7 @@ class Config(InputConfig):
 
 
 async def is_exact(thread: StringThread) -> float:
-    """1 for an answer that is the right one to the letter; the right one is in the thread's metadata."""
+    """1 if the answer equals the right one in the thread's metadata exactly, else 0."""
     return float((thread.completion() or "").strip() == thread.metadata["answer"].strip())
 
 

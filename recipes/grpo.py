@@ -53,13 +53,13 @@ class Config(InputConfig):
 
 
 async def letters_in_place(thread: StringThread) -> float:
-    """The share of letters that stand where they belong; the right answer is in the thread's metadata."""
+    """The share of letters in their right place; the right answer is in the thread's metadata."""
     answer, found = str(thread.metadata["answer"]), thread.completion() or ""
     return sum(a == b for a, b in zip(answer, found, strict=False)) / max(len(answer), len(found))
 
 
 async def is_exact(thread: StringThread) -> float:
-    """1 for the right answer."""
+    """1 for the right answer, else 0."""
     return float(thread.completion() == thread.metadata["answer"])
 
 

@@ -1,7 +1,7 @@
 """Coroutine functions over many items in order, and batches of a dataset whose unusable samples are replaced.
 
-Where failures are tolerated, an `EngineError` still ends the map: with the engine gone, every item would fail. A batch
-loader does not know how a sample is trained: the training class passes that as a function.
+Even if failures are tolerated, an `EngineError` ends the map, because every later item would fail too. A batch loader
+does not know how a sample is trained: the training class passes that as a function.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ S = TypeVar("S")
 T = TypeVar("T")
 
 FIRST_ROWS = 200
-"""Rows that are checked at the beginning of a run."""
+"""Number of rows that are checked at the beginning of a run."""
 
 Unusable = DataError | TokenizationError
-"""Errors that concern one sample: it is dropped, and the run goes on."""
+"""Errors that concern one sample: the sample is dropped, and the run goes on."""
 
 
 def at_least(least: int, **values: int) -> None:
-    """Raise UsageError for the first of some named arguments that is below `least`."""
+    """Raise UsageError for the first of the named arguments that is below `least`."""
     for name, value in values.items():
         if value < least:
             raise UsageError(f"{name} must be at least {least}, got {value}")
 
 
 async def _gather(tasks: Sequence[asyncio.Task[T]]) -> list[T]:
-    """Every result in order. The first failure cancels the rest and propagates once they have ended."""
+    """Every result in order. The first failure cancels the other calls, and is raised once they have ended."""
     try:
         return list(await asyncio.gather(*tasks))
     finally:
@@ -63,9 +63,9 @@ async def async_map(
     max_concurrent_samples: int | None = None,
     stage_notifier: StageNotifier | None = None,
 ) -> list[T]:
-    """`f` of every item, concurrently; results in the order of the items, which is also the order in which calls begin.
+    """`f` of every item, concurrently. Calls begin in the order of the items; results have the same order.
 
-    The first exception propagates, after the calls still running were cancelled.
+    The first exception is raised, after cancelling the calls that still run.
     """
     limit = max(len(data), 1) if max_concurrent_samples is None else max_concurrent_samples
     at_least(1, max_concurrent_samples=limit)
@@ -114,7 +114,7 @@ async def async_map_fallible(
 ) -> list[T] | list[tuple[int, T]]:
     """As `async_map`, but an item that fails is logged and left out.
 
-    With `return_indices`, pairs of the item's index and its result.
+    With `return_indices`, returns pairs of the item's index and its result.
     """
 
     async def attempt(indexed: tuple[int, S]) -> tuple[int, T] | None:
@@ -123,7 +123,7 @@ async def async_map_fallible(
             return index, await f(item)
         except EngineError:
             raise
-        except Exception as error:  # whatever f raises is its item's failure, by contract
+        except Exception as error:  # any error of f drops its item, by contract
             logger.warning("item %d of %d failed and is left out: %s", index, len(data), error)
             return None
 
@@ -143,10 +143,10 @@ class _Filling(Generic[S, T]):
     drops: Drops
     failures: int = 0
     seen: dict[int, tuple[S, int]] = field(default_factory=dict)
-    """Items that were too long since the last result, and how often; keyed by identity, so the items are held."""
+    """Items that were too long since the last result, and how often. Keyed by identity, so the items are kept alive."""
 
     async def fill(self, item: S) -> T | TooLong | None:
-        """A result of `item` or of its replacement; a TooLong when a whole pass over the data gave no result."""
+        """A result of `item` or of its replacement; TooLong when a whole pass over the data gave no result."""
         while True:
             try:
                 result = await self.f(item)
@@ -159,10 +159,10 @@ class _Filling(Generic[S, T]):
                 self.drops.note(error)
                 times = self.seen.get(id(item), (item, 0))[1] + 1
                 self.seen[id(item)] = item, times
-                # Whatever the order of each pass, a whole one lies between the first and the third time.
+                # In any order of the passes, a whole one lies between the first and the third time.
                 if times > 2:
                     return error
-            except Exception as error:  # whatever f raises is its item's failure, by contract
+            except Exception as error:  # any error of f drops its item, by contract
                 self.drops.note(error)
                 self.failures += 1
                 logger.warning("an item of the batch failed and is replaced: %s", error)
@@ -183,11 +183,11 @@ async def async_map_batch(
 ) -> list[T]:
     """`f` of the next `batch_size` items, concurrently; an item that fails is replaced by the next one of `data`.
 
-    Results keep the order of the slots; None results are left out; when `data` ends the batch is shorter. An item that
-    is too long (`TooLong`) is always replaced; if more than half are, that is a warning, once for a `DataSet`. Raises
+    Results keep the order of the slots; None results are left out; the batch is shorter if `data` ends. An item that
+    is too long (`TooLong`) is always replaced; if more than half are, a warning is logged, once for a `DataSet`. Raises
     DataError when a whole pass over the data yields nothing, and TooManyFailures once more than
-    `batch_size * max_failure_fraction` items have failed otherwise, and more than one. Calls still running when the map
-    ends are cancelled.
+    `batch_size * max_failure_fraction` items, and more than one, have failed with other errors. Calls still running
+    when the map ends are cancelled.
     """
     at_least(1, batch_size=batch_size)
     drops = data.drops if isinstance(data, DataSet) else Drops()
@@ -209,14 +209,14 @@ async def async_map_batch(
 
 
 def _nothing_left(drops: Drops) -> DataError:
-    """The error of a whole pass over a dataset without a usable item."""
+    """The error for a whole pass over a dataset without a usable item."""
     return DataError(f"a whole pass over the data yields nothing: {drops.describe()}", hint=drops.hint)
 
 
 async def settle(f: Callable[[S], Awaitable[T]], items: Sequence[S]) -> list[T | Unusable]:
-    """Call `f` on every item, in order. An error that concerns one item only takes the place of its result.
+    """Call `f` on every item, in order. An error that concerns one item takes the place of its result.
 
-    Any other error propagates once all calls have ended, the first item's first.
+    Any other error is raised once all calls have ended; of several, that of the first item.
     """
 
     async def call(item: S) -> T | Unusable:
@@ -231,11 +231,11 @@ async def settle(f: Callable[[S], Awaitable[T]], items: Sequence[S]) -> list[T |
 
 
 class BatchLoader(Generic[S]):
-    """Loads batches of `batch_size` samples: `steps` of them, or `epochs` passes, of which the last batch may be short.
+    """Loads batches of `batch_size` samples: `steps` batches, or `epochs` passes, whose last batch may be short.
 
     A sample that cannot be trained is dropped and replaced by the next one. Samples that are too long never end the
     run. Other failures end it when they exceed `max_failure_rate` of the last max(200, 4 batches) different rows, or of
-    all rows where there are fewer. Dropped samples count towards the epochs, and never towards the steps.
+    all rows if there are fewer. Dropped samples count towards the epochs, and never towards the steps.
     """
 
     def __init__(
@@ -261,15 +261,15 @@ class BatchLoader(Generic[S]):
         self.dataset: DataSet[S] = DataSet(samples, allow_looping=epochs != 1, seed=seed)
         self._steps = steps
         self.total = batch_size * steps if steps is not None else max(round(len(samples) * (epochs or 0)), 1)
-        """Samples that the whole run takes; with epochs, dropped ones included."""
+        """Number of samples in the whole run; with epochs, dropped ones included."""
         self.batch_size = batch_size
         self.dropped: Counter[str] = Counter()
-        """Samples dropped so far, by reason."""
+        """Number of samples dropped so far, by reason."""
         self.max_failure_rate = max_failure_rate
         rows = len(samples) if steps is not None else min(len(samples), self.total)
         self._window = min(max(FIRST_ROWS, 4 * batch_size), rows)
         self._failed: dict[int, str] = {}
-        """Of the last rows taken, each once: why it failed, or "" if it did not."""
+        """By row, for the last rows taken: the reason of its failure, or "" if it succeeded."""
 
     @property
     def taken(self) -> int:
@@ -282,7 +282,7 @@ class BatchLoader(Generic[S]):
         return min(self.taken / self.total, 1.0)
 
     def first_rows(self) -> list[int]:
-        """The first rows, which are checked before a run trains; empty for a resumed run."""
+        """The first rows, which are checked before a run trains; empty in a resumed run."""
         return [] if self.dataset.idx else self.dataset.access_indices[: min(FIRST_ROWS, self._window)]
 
     def get_state(self) -> dict[str, Any]:
@@ -304,9 +304,9 @@ class BatchLoader(Generic[S]):
     ) -> tuple[list[T], dict[str, Any]]:
         """Pass the next batch to `train`, then replacements for unusable samples, until the batch is full.
 
-        `train` returns a result or an error for each sample, in order. Returns the results, and as metrics how many
-        samples were dropped for each reason. Raises TooManyFailures, and DataError when a whole pass over the dataset
-        yields nothing.
+        `train` returns a result or an error for each sample, in order. Returns the results, and as metrics the number
+        of dropped samples by reason. Raises TooManyFailures, and DataError when a whole pass over the dataset yields
+        nothing.
         """
         results: list[T] = []
         errors: list[HarmonyError] = []
@@ -326,7 +326,7 @@ class BatchLoader(Generic[S]):
         dropped = Counter(error.code for error in errors)
         if errors:
             tell_dropped(dropped, last=errors[-1].message, taken=self.taken)
-            # Samples that are too long are reported at the end, or when they are more than half.
+            # Samples that are too long are reported at the end, or once they are more than half.
             report = logger.info if all(isinstance(error, TooLong) for error in errors) else logger.warning
             report("%d samples dropped: %s; the last: %s", len(errors), in_words(dropped), errors[-1].message)
         if ended:
@@ -355,7 +355,7 @@ class BatchLoader(Generic[S]):
         return too_many_failures(reasons, f"last {len(self._failed)}", self.max_failure_rate, last)
 
     def _nothing_left(self, since: int, errors: Sequence[HarmonyError]) -> DataError | None:
-        """The error of a run without usable samples; `since`: the place of the last row that could be used."""
+        """The error for a run without usable samples; `since`: the place of the last usable row."""
         rows, idx = len(self.dataset), self.dataset.idx
         over = self.taken >= self.total and idx == self.dropped.total()
         if not over and (-(-since // rows) + 1) * rows > idx:
@@ -367,7 +367,7 @@ class BatchLoader(Generic[S]):
 
 
 def too_many_failures(reasons: Counter[str], of: str, allowed: float, last: HarmonyError) -> TooManyFailures:
-    """The error of a run in which more rows fail than `allowed`; `of` is a range of rows such as "first 200"."""
+    """The error for a run in which more rows fail than `allowed`; `of` is a range of rows such as "first 200"."""
     text = f"{reasons.total()} of the {of} rows failed, more than max_failure_rate={allowed:g} allows"
     text += f": {in_words(reasons)}; the last: {last.message}"
     return TooManyFailures(text, hint=last.hint, failures=reasons.total(), rows=int(of.split()[1]))

@@ -28,10 +28,10 @@ log = logging.getLogger(__name__)
 
 
 class RecipeCallback(ABC):
-    """Runs at 0 %, whenever a multiple of `frequency` (a fraction of the run) has been passed, and at 100 %.
+    """Runs at 0 %, each time the run passes a multiple of `frequency` (a fraction of the run), and at 100 %.
 
-    Each multiple counts once, at the first report at or past it; with `force_run_on_exit` the end counts too. A
-    callback's requests to a model have random seeds of their own, so that callbacks never change the training.
+    Each multiple counts once, at the first report at or past it; with `force_run_on_exit` the end counts too. Requests
+    of a callback to a model have their own random seeds, so that callbacks never change the training.
     """
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -47,10 +47,10 @@ class RecipeCallback(ABC):
         self.force_run_on_exit = force_run_on_exit
         self.log_key_prefix = log_key_prefix
         self.last_call = -1.0
-        """The fraction of the run at the last call; below 0 before the first."""
+        """The fraction of the run at the last call; negative before the first."""
 
     def _multiples(self, fraction: float) -> int:
-        # Progress arrives as a quotient such as 3 * 0.1: a multiple missed by rounding alone counts as reached.
+        # Progress is a quotient such as 3 * 0.1: a multiple missed only by rounding counts as reached.
         return math.floor(fraction / self.frequency + 1e-9)
 
     def is_due(self, current_percentage: float) -> bool:
@@ -62,7 +62,7 @@ class RecipeCallback(ABC):
         return self._multiples(current_percentage) > self._multiples(self.last_call)
 
     async def maybe_call(self, current_percentage: float) -> dict[str, Any]:
-        """Run the callback if it is due. Returns its metrics under its prefix."""
+        """Run the callback if it is due. Returns its metrics with its prefix."""
         if not self.is_due(current_percentage):
             return {}
         with phase("callbacks"):
@@ -73,11 +73,11 @@ class RecipeCallback(ABC):
 
     @abstractmethod
     async def callback(self, current_percentage: float) -> dict[str, Any]:
-        """The work; returns metrics."""
+        """Do the work. Returns metrics."""
 
 
 async def invoke_callbacks(callbacks: Sequence[RecipeCallback], current_percentage: float) -> Mapping[str, Any]:
-    """Run the callbacks that are due, in order. Returns their metrics, with the run's completion if there are any."""
+    """Run the callbacks that are due, in order. Returns their metrics, with the run's completion unless empty."""
     logs: dict[str, Any] = {}
     for number, callback in enumerate(callbacks):
         with looking(f"callback {number} at {current_percentage}"):
@@ -95,12 +95,12 @@ def prompt_of(thread: StringThread) -> StringThread:
 
 
 async def result_of(returned: Any) -> Any:
-    """The result of a method of a recipe's own class, which may be a coroutine function or a plain one."""
+    """The result of a method of a recipe's own class, which may be a coroutine function or a plain function."""
     return await returned if inspect.isawaitable(returned) else returned
 
 
 def _with_own_seeds(callback: Callable[..., Any]) -> Callable[..., Coroutine[Any, Any, dict[str, Any]]]:
-    """Wrap a `callback` method so that its requests have random seeds of their own."""
+    """Wrap a `callback` method so that its requests have their own random seeds."""
 
     @wraps(callback)
     async def work(self: RecipeCallback, current_percentage: float) -> dict[str, Any]:
@@ -114,8 +114,8 @@ def _with_own_seeds(callback: Callable[..., Any]) -> Callable[..., Coroutine[Any
 class GenerateSamplesCallback(RecipeCallback):
     """Logs completions of some prompts as the table `generation/<log_key>` (system, prompt, response).
 
-    Beside it `generation/generation_length_mean` and `_std` in tokens, and `generation/num_samples`. A thread's last
-    assistant turn is left out before generating. A thread that cannot be answered is left out and counted under
+    Also logs `generation/generation_length_mean` and `_std` in tokens, and `generation/num_samples`. A thread's last
+    assistant turn is removed before generating. A thread that cannot be answered is left out and counted under
     `generation/dropped/<reason>`.
     """
 
@@ -137,7 +137,7 @@ class GenerateSamplesCallback(RecipeCallback):
             turns = thread.messages()
             system = "\n".join(content for role, content in turns if role == "system")
             others = [(role, content) for role, content in turns if role != "system"]
-            # One question needs no label; of a longer conversation every turn has its role.
+            # A single question needs no label; in a longer conversation every turn is labelled with its role.
             prompt = others[0][1] if len(others) == 1 else "\n".join(f"[{role}] {text}" for role, text in others)
             table.add_row([system, prompt, thread.completion() or ""])
         lengths = _lengths([thread.len_last_turn() for thread in threads])
@@ -145,7 +145,7 @@ class GenerateSamplesCallback(RecipeCallback):
 
 
 class ValidationLossCallback(RecipeCallback):
-    """Logs `validation/<log_key>`: the mean over samples of each one's mean -logprob over weighted tokens.
+    """Logs `validation/<log_key>`: the mean over samples of each sample's mean -logprob over weighted tokens.
 
     A sample that is too long, has no weighted token or cannot be tokenized is left out and counted under
     `validation/dropped/<reason>`. Raises DataError when no sample is left.
@@ -182,13 +182,13 @@ class ValidationLossCallback(RecipeCallback):
 
 
 class GraderEvalCallback(RecipeCallback):
-    """Has a grader score one completion for each prompt, greedy unless `temperature` says otherwise.
+    """Grades one completion for each prompt, greedy unless `temperature` is set.
 
     Logs the grader's logs as `<log_key>/rewards/*`, `<log_key>/score_mean`, `<log_key>/generation_length_mean` and
     `_std` in tokens, and `<log_key>/num_samples`, the number graded. Samples that could not be answered or graded are
-    left out and counted under `<log_key>/dropped/<reason>`. A thread's last assistant turn is left out before
+    left out and counted under `<log_key>/dropped/<reason>`. A thread's last assistant turn is removed before
     generating. With `clear_grader_logs` the grader's logs are cleared before and after, so that grades of training
-    and of evaluation do not mix.
+    and evaluation do not mix.
     """
 
     @checked
@@ -226,7 +226,7 @@ class GraderEvalCallback(RecipeCallback):
 
 
 class CheckpointCallback(RecipeCallback):
-    """Saves the model as `<checkpoint_name>-<fraction of the run>`, at neither end of the run."""
+    """Saves the model as `<checkpoint_name>-<fraction of the run>`, except at the beginning and end of the run."""
 
     @checked
     def __init__(self, model: TrainingModel, checkpoint_name: str, frequency: float = 0.2) -> None:
@@ -235,7 +235,7 @@ class CheckpointCallback(RecipeCallback):
         self.checkpoint_name = checkpoint_name
 
     async def callback(self, current_percentage: float) -> dict[str, Any]:
-        """Save, and log the exact reference."""
+        """Save the model, and log its exact reference."""
         if not 0 < current_percentage < 1:
             return {}
         return {"checkpoint": await self.model.save(f"{self.checkpoint_name}-{round(current_percentage, 3)}")}

@@ -12,8 +12,8 @@
                 break
 
 A checkpoint holds the state at the end of a step: models with their optimizers, the parts, callbacks, the logger,
-random generators, and the number of seeded requests of each live model. A resumed run takes the same steps as a run
-that was never stopped, bit for bit on CPU with the same number of ranks.
+random generators, and the number of seeded requests of each live model. A resumed run takes the same steps as an
+uninterrupted one, bit for bit on CPU with the same number of ranks.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 
 
 class Stateful(Protocol):
-    """Something with a state that JSON can hold: a DataSet, a Logger, a training class with counters of its own."""
+    """An object whose state JSON can hold: a DataSet, a Logger, a training class with its own counters."""
 
     def get_state(self) -> dict[str, Any]:
         """The state as plain data."""
@@ -58,11 +58,11 @@ class Checkpointing:
     """The checkpoints of one training class.
 
     `models` by role; `parts` by name: other objects with a state, such as the data; `samples`: the training data;
-    `settings`: the hyper-parameters (a scheduler stands for its values at 0, 0.1, ... 1). Data and settings must be the
-    same on resume; a setting that a checkpoint of an earlier version lacks must be that of `defaults`. `generators`:
+    `settings`: the hyper-parameters (a scheduler is stored as its values at 0, 0.1, ... 1). Data and settings must be
+    the same on resume; a setting that an older checkpoint lacks must equal its value in `defaults`. `generators`:
     Python's or numpy's, owned by the class. `frequency`: the fraction of the run after which a checkpoint is due.
 
-    Outside of a run (no checkpoints in the stage's job) nothing is saved.
+    Outside of a run (the stage's job has no checkpoints) nothing is saved.
     """
 
     def __init__(
@@ -113,10 +113,10 @@ class Checkpointing:
         train: Callable[[], Awaitable[dict[str, float]]],
         prepare: Callable[[], Awaitable[None]] | None = None,
     ) -> dict[str, float]:
-        """Call `train()` from where the run was stopped; for a finished stage, return the saved result instead.
+        """Call `train()`, which continues where the run stopped; for a finished stage, return the saved result instead.
 
-        `prepare` runs before a checkpoint is restored: a reference model is cloned there. Raises UsageError when data,
-        settings or models are not those of the checkpoint.
+        `prepare` runs before a checkpoint is restored, for example to clone a reference model. Raises UsageError when
+        data, settings or models differ from the checkpoint's.
         """
         run = self._run
         if run is None:
@@ -147,7 +147,7 @@ class Checkpointing:
             return result
 
     async def step_done(self, completion: float) -> bool:
-        """Call this after each whole step; it saves when a checkpoint is due. True: the loop has to end, as asked.
+        """Call this after each whole step; it saves when a checkpoint is due. True: the loop must end, as requested.
 
         When the run is being stopped it saves and raises CancelledError.
         """
@@ -158,7 +158,7 @@ class Checkpointing:
         self._saved_boundary = False
         run.step_taken()
         self._left = run.asked_to_leave()
-        # Progress arrives as a quotient: a value missed by rounding alone counts as reached.
+        # Progress is a quotient: a value missed only by rounding counts as reached.
         due = completion < 1 and completion - self._last_saved >= self.frequency - 1e-9
         if due or self._left or run.stopping:
             await self._save(completion)
@@ -174,9 +174,9 @@ class Checkpointing:
         return {role: model.state() for role, model in self._models.items()}
 
     def _note_facts(self) -> None:
-        """Note the facts that must be the same on resume, and the lesser ones that `--allow-change` lets differ.
+        """Record the facts that must be the same on resume, and the lesser ones that may differ with `--allow-change`.
 
-        This comes before the first step, since a sample's metadata may change in the course of the run.
+        This happens before the first step, since a sample's metadata may change during the run.
         """
         states = self._states()
         self._facts = _as_stored(
@@ -210,7 +210,7 @@ class Checkpointing:
         }
 
     async def _restore(self, checkpoint: Checkpoint, record: dict[str, Any]) -> None:
-        """Restore the state of a checkpoint; checks all of it before anything changes."""
+        """Restore the state of a checkpoint. All of it is checked before anything changes."""
         assert self._run is not None
         where = self.stage.stage_name
         hint = "resume with what the run was started with, or start a new run"
@@ -232,7 +232,7 @@ class Checkpointing:
             self._last_saved = record["completion_percentage"]
 
     def _with_later_settings(self, facts: dict[str, Any]) -> dict[str, Any]:
-        """The facts of a checkpoint with the settings that came later, where these do what was done without them."""
+        """The facts of a checkpoint, plus the settings that it lacks if their present values equal their defaults."""
         known = facts["settings"]
         later = {name: self._settings[name] for name in self._settings.keys() & self._defaults.keys() - known.keys()}
         same = {name: value for name, value in later.items() if value == self._defaults[name]}
@@ -250,10 +250,10 @@ class Checkpointing:
     # --- saving -----------------------------------------------------------------------------------------------
 
     async def _save(self, completion: float, result: dict[str, float] | None = None) -> None:
-        """Write the state of the last step's end; with a `result`, that of a finished stage."""
+        """Write the state at the end of the last step; with a `result`, that of a finished stage."""
         run = self._run
         assert run is not None
-        # A stage that ends has no step after the last one, but callbacks and the logger may have moved on.
+        # No step follows when a stage ends, but callbacks and the logger may have moved on.
         boundary = self._state(completion) if result is not None or self._boundary is None else self._boundary
         if not run.enabled:
             if result is not None:
@@ -285,7 +285,7 @@ class Checkpointing:
         )
 
     async def _save_last_step(self) -> None:
-        """After a cancellation within a step: save the end of the step before, if the weights are still the same."""
+        """After a cancellation within a step: save the end of the previous step, if the weights are still the same."""
         run, boundary = self._run, self._boundary
         if run is None or not run.stopping or not run.enabled or boundary is None or self._saved_boundary:
             return
@@ -294,7 +294,7 @@ class Checkpointing:
 
     @staticmethod
     async def _uninterrupted(save: Coroutine[Any, Any, None]) -> None:
-        """Wait until a save has ended, also when cancelled meanwhile: the ranks are writing."""
+        """Wait until a save has ended, even if cancelled meanwhile, because the ranks are writing."""
         task = asyncio.ensure_future(save)
         try:
             await asyncio.shield(task)
@@ -306,7 +306,7 @@ class Checkpointing:
 
 
 def digest_of_samples(samples: Sequence[Any]) -> str:
-    """sha256 over all samples: threads, or tuples of them. Of a large dataset, over its rows as they were read."""
+    """sha256 over all samples: threads, or tuples of them. For a large dataset, over its rows as they were read."""
     if isinstance(samples, Threads):
         return samples.digest()
     digest = hashlib.sha256()
@@ -317,7 +317,7 @@ def digest_of_samples(samples: Sequence[Any]) -> str:
 
 def _sample_bytes(sample: Any) -> bytes:
     if isinstance(sample, StringThread):
-        # The dataset stamps this one on every sample that it hands out.
+        # The dataset adds this field to every sample that it returns.
         metadata = sample.metadata
         if isinstance(metadata, dict):
             metadata = {key: value for key, value in metadata.items() if key != "sample_index"}
@@ -334,7 +334,7 @@ def _described(value: object) -> str:
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as JSON holds them; a scheduler as its values."""
+    """Settings in a form that JSON can hold; a scheduler becomes its values."""
     return {
         name: [float(value(point / 10)) for point in range(11)] if callable(value) else value
         for name, value in settings.items()
@@ -342,7 +342,7 @@ def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _as_stored(state: dict[str, Any]) -> dict[str, Any]:
-    """The state as JSON reads it back: tuples become lists."""
+    """The state as it will be read back from JSON: tuples become lists."""
     stored: dict[str, Any] = json.loads(json.dumps(state))
     return stored
 

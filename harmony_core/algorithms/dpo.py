@@ -1,4 +1,4 @@
-"""Direct preference optimisation (arXiv 2305.18290): of two threads, make the chosen one more likely."""
+"""Direct preference optimisation (arXiv 2305.18290): make the chosen of two threads more likely than the other."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ Scores = tuple[float, float]
 class DPO(Training):
     """Trains a model on pairs (chosen, rejected) of threads; construct, then `await dpo.run()`.
 
-    Each step takes `samples_per_batch` pairs; the last one takes the rest of the run's `len(dataset) * epochs`. The
-    reference is a frozen copy of the model as it is when the run begins. A pair is dropped when one of its threads is
-    too long, has no weighted token or cannot be tokenized. It is counted under `dropped/<reason>` and replaced by the
-    next; `max_failure_rate` is as in `SFT`. Step k of n runs at `lr_scheduler(k / n)`.
+    Each step takes `samples_per_batch` pairs; the last step takes the remainder of the `len(dataset) * epochs` pairs.
+    The reference is a frozen copy of the model at the beginning of the run. A pair is dropped when one of its threads
+    is too long, has no weighted token or cannot be tokenized. It is counted under `dropped/<reason>` and replaced by
+    the next; `max_failure_rate` is as in `SFT`. Step k of n runs at `lr_scheduler(k / n)`.
 
-    With `use_tangents` the same gradient goes through `train_tangents`, and the documented `policy/` metrics are
-    measured before each step, at the price of a forward pass. A subclass may override `process_sample`.
+    With `use_tangents` the same gradient is computed through `train_tangents`, and the documented `policy/` metrics are
+    measured before each step, which costs a forward pass. A subclass may override `process_sample`.
     """
 
     _hooks = ("process_sample",)
@@ -78,7 +78,7 @@ class DPO(Training):
         return metrics | means("policy", results)
 
     async def process_sample(self, sample: Pair) -> Metrics:
-        """Score a pair by the reference and train it. Returns numbers whose means are logged as `policy/*`."""
+        """Score a pair with the reference and train on it. Returns numbers whose means are logged as `policy/*`."""
         if self.use_tangents:
             return await self._in_turn(self._measure(sample), self._push)
         return await self._in_turn(self._ref_logprobs(sample), partial(self._train_pair, sample))

@@ -1,6 +1,6 @@
 """Group relative policy optimisation (arXiv 2402.03300): the advantage of a completion is relative to its group.
 
-GSPO (arXiv 2507.18071) is GRPO with importance ratios, and clipping, of whole sequences.
+GSPO (arXiv 2507.18071) is GRPO with importance ratios and clipping of whole sequences.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Sample:
-    """A completion and its advantage over the others of its prompt; lists have a number for each generated token."""
+    """A completion and its advantage relative to its group; lists have a number for each generated token."""
 
     sample: TokenizedThread
     logprobs: list[float]
@@ -60,19 +60,19 @@ class GRPO(RolloutTraining):
     """Trains a policy on its own scored completions; construct, then `await grpo.run()`.
 
     A batch is `samples_per_batch // completions_per_sample` prompts with `completions_per_sample` completions each. It
-    is shuffled into mini-batches of `samples_per_mini_batch` completions, `mini_epochs_per_batch` times, each of which
-    is one optimizer step. Give either `epochs` over the prompts or `max_num_grpo_steps` batches.
+    is shuffled into mini-batches of `samples_per_mini_batch` completions, `mini_epochs_per_batch` times. Each
+    mini-batch is one optimizer step. Give either `epochs` over the prompts or `max_num_grpo_steps` batches.
 
-    Prompt and completion together have at most `max_batch_size` tokens; a completion that is cut there counts as
-    truncated. A prompt that leaves no room, or with a completion that the grader ignores or fails on, is dropped,
-    counted under `dropped/<reason>` and replaced by the next; `max_failure_rate` is as in `SFT`.
+    Prompt and completion together have at most `max_batch_size` tokens; a completion that reaches this limit counts
+    as truncated. A prompt is dropped if it leaves no room or if the grader ignores or fails on one of its completions;
+    it is counted under `dropped/<reason>` and replaced by the next. `max_failure_rate` is as in `SFT`.
     Prompts whose completions have equal scores stay in (only the divergence from the reference trains them) and are
-    counted in `percentage_no_advantages`. The policy's log-probs are the sampler's own. With `kl_beta=0` there is no
+    counted in `percentage_no_advantages`. The old log-probs are the sampler's own. With `kl_beta=0` there is no
     reference model.
 
     `loss_options` are further keyword arguments of `train_grpo`: asymmetric and dual clipping, other normalisations.
-    With `use_tangents` the same gradient goes through `train_tangents`, and `policy/pg_clipfrac`,
-    `policy/inner_kl_div` and `policy/Dkl` are measured at the price of a forward pass.
+    With `use_tangents` the same gradient is computed through `train_tangents`, and `policy/pg_clipfrac`,
+    `policy/inner_kl_div` and `policy/Dkl` are measured, which costs a forward pass.
 
     A subclass may override `gen_data`, `train_sample` and `get_train_batch_logs`.
     """
@@ -143,7 +143,7 @@ class GRPO(RolloutTraining):
         return metrics | await self._train_mini_batches(samples, "policy", self.train_sample, step)
 
     async def gen_data(self, sample: StringThread) -> list[Sample]:
-        """One prompt's completions. An error of the data, such as PromptTooLong, drops the prompt."""
+        """The completions of one prompt. An error of the data, such as PromptTooLong, drops the prompt."""
         found = await self.rollout.group(sample, self.completions_per_sample)
         advantages = group_advantages([c.score for c in found])
         return [
@@ -152,7 +152,7 @@ class GRPO(RolloutTraining):
         ]
 
     def get_train_batch_logs(self, data: list[list[Sample]]) -> dict[str, Any]:
-        """Metrics of a batch (a list for each prompt), beside the grader's logs and the optimizer's metrics."""
+        """Metrics of a batch (a list for each prompt), in addition to the grader's logs and the optimizer's metrics."""
         samples = [sample for group in data for sample in group]
         return {
             **completion_metrics(samples, self.rollout.reference is not None),
@@ -161,7 +161,7 @@ class GRPO(RolloutTraining):
         }
 
     async def train_sample(self, sample: Sample) -> Metrics:
-        """Train one completion. Returns numbers whose means over the mini-batch are logged as `policy/*`."""
+        """Train on one completion. Returns numbers whose means over the mini-batch are logged as `policy/*`."""
         if self.use_tangents:
             return await self._in_turn(score(self.model, sample.sample), partial(self._push, sample))
         await self.model.train_grpo(
@@ -185,10 +185,10 @@ class GRPO(RolloutTraining):
 
 
 class GSPO(GRPO):
-    """As `GRPO`, with `train_gspo`: the ratio is exp of the mean log-ratio of a completion's tokens.
+    """As `GRPO`, but with `train_gspo`: the ratio is exp of the mean log-ratio over a completion's tokens.
 
-    It moves less than a token's, so the documented `clip_range` is small; it holds on both sides. `loss_options` are
-    further keyword arguments of `train_gspo`.
+    It varies less than a token's ratio, so the documented `clip_range` is small; it applies on both sides.
+    `loss_options` are further keyword arguments of `train_gspo`.
     """
 
     _loss = "train_gspo"
@@ -225,7 +225,7 @@ class GSPO(GRPO):
         super().__init__(max_num_grpo_steps=given.pop("max_num_gspo_steps"), **given)
 
     async def train_sample(self, sample: Sample) -> Metrics:
-        """Train one completion. Returns numbers whose means over the mini-batch are logged as `policy/*`."""
+        """Train on one completion. Returns numbers whose means over the mini-batch are logged as `policy/*`."""
         await self.model.train_gspo(
             sample.sample,
             sample.logprobs,
@@ -240,9 +240,9 @@ class GSPO(GRPO):
 
 
 def prompts_per_batch(samples_per_batch: int, completions_per_sample: int) -> int:
-    """The number of whole groups of completions in a batch; warns when samples are left over.
+    """The number of whole groups of completions in a batch. Warns if samples are left over.
 
-    Raises UsageError for groups of one, since advantages are relative to the group, and for a batch without a group.
+    Raises UsageError for groups of one, whose advantages would always be 0, and for a batch smaller than a group.
     """
     if completions_per_sample < 2:
         raise UsageError(

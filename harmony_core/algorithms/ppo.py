@@ -1,6 +1,6 @@
 """Proximal policy optimisation (arXiv 1707.06347) with a value model as the baseline of each token.
 
-The reward of a token is -kl_beta (logprob - reference logprob), and the last one has the grader's score added.
+The reward of a token is -kl_beta (logprob - reference logprob); the grader's score is added at the last token.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 class Sample:
     """A completion with the value model's estimates; lists have one number for each generated token.
 
-    `kl_pen` is the sum of the KL penalties over the tokens, `cumulative_reward` the sum of the rewards after them.
+    `kl_pen` is the sum of the KL penalties over the tokens, `cumulative_reward` the sum of the resulting rewards.
     """
 
     sample: TokenizedThread
@@ -68,12 +68,12 @@ class PPO(RolloutTraining):
     A batch is `samples_per_batch` prompts with one completion each. Advantages are generalised advantage estimates;
     the value model's targets are discounted returns. The policy's default schedule is 0 for the first
     `value_only_fraction` of the run; while its rate is 0, only the value model is trained. Both are trained in
-    mini-batches of `samples_per_mini_batch`, each an optimizer step: all of the policy's, then all of the value model's
-    (without weight decay). Give either `epochs` over the prompts or `max_num_ppo_steps` batches.
+    mini-batches of `samples_per_mini_batch`, each an optimizer step: first all of the policy's, then all of the value
+    model's (without weight decay). Give either `epochs` over the prompts or `max_num_ppo_steps` batches.
 
     Prompts are dropped, counted and replaced as in `GRPO`. Metrics of the value model's steps are logged as `value/*`.
     `loss_options` are further keyword arguments of `train_ppo`. With `whiten_advantages` the policy is trained on
-    (A - mean) / (std + 1e-8) over a batch's tokens: values that are all too high or too low then cancel out.
+    (A - mean) / (std + 1e-8) over a batch's tokens, which cancels a common offset of the values.
 
     A subclass may override `generate_sample`, `train_ppo`, `train_value` and `get_train_batch_logs`.
     """
@@ -139,7 +139,7 @@ class PPO(RolloutTraining):
         self.loop = StepLoop(self, "PPO", models, dataset, callbacks, *saving, prompts=True)
 
     async def _prepare(self) -> None:
-        # The value model scores the policy's tokens, so both have to tokenize text alike.
+        # The value model scores the policy's tokens, so both must tokenize text alike.
         text = "".join(turn.content for turn in self.loader.dataset.threads[0].get_turns())
         if await self.model.tokenize(text) != await self.value_model.tokenize(text):
             raise UsageError("policy and value model have different tokenizers", hint="use two models of one family")
@@ -159,7 +159,7 @@ class PPO(RolloutTraining):
         return metrics | await self._train_mini_batches(samples, "value", self.train_value, self._step_value)
 
     async def generate_sample(self, prompt: StringThread) -> Sample:
-        """One prompt's completion. An error of the data, such as PromptTooLong, drops the prompt."""
+        """The completion of one prompt. An error of the data, such as PromptTooLong, drops the prompt."""
         (completion,) = await self.rollout.group(prompt, 1)
         with phase("values"):
             values = await self.value_model.score(completion.sample)
@@ -180,7 +180,7 @@ class PPO(RolloutTraining):
         )
 
     def get_train_batch_logs(self, data: list[Sample]) -> dict[str, Any]:
-        """Metrics of a batch beside the grader's logs and the optimizers' metrics."""
+        """Metrics of a batch, in addition to the grader's logs and the optimizers' metrics."""
         values = [value for sample in data for value in sample.values]
         returns = [target for sample in data for target in sample.returns]
         return {
@@ -193,12 +193,12 @@ class PPO(RolloutTraining):
         }
 
     async def train_ppo(self, sample: Sample) -> Any:
-        """Train the policy on one completion. The means of numbers that it returns are logged as `policy/*`."""
+        """Train the policy on one completion. Returns numbers whose means are logged as `policy/*`."""
         given = sample.sample, sample.logprobs, sample.advantages, self.clip_range
         await self.model.train_ppo(*given, **self.loss_options)
 
     async def train_value(self, sample: Sample) -> Any:
-        """Train the value model on one completion. The means of numbers that it returns are logged as `value/*`."""
+        """Train the value model on one completion. Returns numbers whose means are logged as `value/*`."""
         await self.value_model.train_mse_per_token(sample.sample, sample.returns)
 
     async def _step_value(self) -> dict[str, float]:

@@ -60,7 +60,7 @@ class RewardModelling(Training):
         return (await self._train_next(settle_each(self.train_rm)))[1]
 
     async def train_rm(self, sample: Preference | StringThread) -> None:
-        """Train one pair or one rated thread."""
+        """Train on one pair or one rated thread."""
         if isinstance(sample, StringThread):
             await self.model.train_mse(sample, float(sample.metadata["res"]))
         else:
@@ -68,7 +68,7 @@ class RewardModelling(Training):
 
 
 def _check(dataset: Sequence[Preference | StringThread]) -> None:
-    """Raises DataError for a thread without a target, and for threads and pairs mixed."""
+    """Raise DataError for a thread without a target, and for a mixture of threads and pairs."""
     threads = [sample for sample in dataset if isinstance(sample, StringThread)]
     if threads and len(threads) != len(dataset):
         raise DataError(f"the dataset mixes {len(threads)} threads and {len(dataset) - len(threads)} pairs")

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from harmony_core.client import InferenceModel, TrainingModel
 
 _CONTEXT = 8
-"""Tokens before a turn that are decoded with it."""
+"""Number of preceding tokens that are decoded together with a turn."""
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
@@ -40,9 +40,9 @@ async def show_sample(
     group: str | int | None = None,
     grades: Mapping[str, float] | None = None,
 ) -> None:
-    """Put a sample of optimizer step `step` (from 1) into the run's report, unless the report has enough of them.
+    """Add a sample of optimizer step `step` (from 1) to the run's report, unless the report has enough of them.
 
-    A StringThread is tokenized first, and shown in as many parts as it is trained in. Log-probs are shown where the
+    A StringThread is tokenized first, and shown in as many parts as it is trained in. Log-probs are shown if the
     thread has those of its generation.
     """
     if not samples_wanted(step, source):
@@ -53,7 +53,7 @@ async def show_sample(
 
 
 async def pieces_of(model: InferenceModel, thread: TokenizedThread) -> list[tuple[str, list[Piece]]]:
-    """Role and pieces of every turn: one piece a token in turns with a weight, one in all in the others."""
+    """Role and pieces of every turn: one piece per token in weighted turns, a single piece in others."""
     logprobs = iter(thread.logprobs or ())
     shown = []
     for turn in thread.token_turns:
@@ -68,10 +68,10 @@ async def pieces_of(model: InferenceModel, thread: TokenizedThread) -> list[tupl
 
 
 async def token_texts(model: InferenceModel, ids: Sequence[int], behind: Sequence[int] = ()) -> list[str]:
-    """The text of each token `behind` some others, so that they join to the text of all.
+    """The text of each token when decoded after the tokens `behind`; joined, they give the text of all tokens.
 
-    Of tokens that make one character together, the last has it and the others are empty. A token is decoded behind
-    its predecessors, since some tokenizers leave out the space before the first one.
+    If several tokens make one character, the last has the character and the others are empty. A token is decoded
+    after its predecessors, since some tokenizers leave out the space before the first token.
     """
     texts: list[str] = []
     before: list[int] = list(behind)
@@ -103,7 +103,7 @@ SHOWN = 4
 
 
 class RolloutSample(Protocol):
-    """The fields that `GRPO` and `PPO` samples have in common."""
+    """The fields that samples of `GRPO` and `PPO` have in common."""
 
     sample: TokenizedThread
     score: float
@@ -115,8 +115,8 @@ class RolloutSample(Protocol):
 class Completion:
     """One scored completion; lists have one number for each generated token.
 
-    `logprobs` are the old log-probs, of the policy that sampled it, at temperature 1; `ref_logprobs` the reference
-    model's, or the same numbers again without a reference model.
+    `logprobs` are the old log-probs: those of the policy that sampled it, at temperature 1. `ref_logprobs` are the
+    reference model's, or the old log-probs again without a reference model.
     """
 
     sample: TokenizedThread
@@ -132,9 +132,9 @@ class Completion:
 
 
 class Rollout:
-    """Generates completions with a policy, and scores them with a grader and a reference model (None: without one).
+    """Generates completions with a policy, and scores them with a grader and a reference model, if there is one.
 
-    `others`: models that the completions train as well.
+    `others`: further models that train on the completions.
     """
 
     def __init__(
@@ -148,9 +148,9 @@ class Rollout:
         self._warned = False
 
     async def group(self, prompt: StringThread, count: int) -> list[Completion]:
-        """`count` completions of one prompt. A failure of any of them is the prompt's.
+        """`count` completions of one prompt. If one of them fails, the prompt fails.
 
-        A completion ends at the latest where its thread has as many tokens as are trained. Raises PromptTooLong where
+        A completion ends at the latest when its thread has as many tokens as can be trained. Raises PromptTooLong if
         the prompt leaves no room, TokenizationError, GradeFailed, IgnoreGradeException.
         """
         with phase("rollout"):
@@ -167,14 +167,14 @@ class Rollout:
         ]
 
     async def _logprobs(self, thread: TokenizedThread) -> tuple[list[float], list[float]]:
-        """Of the policy that drew the thread's completion, and of the reference."""
+        """The log-probs of the policy that drew the thread's completion, and those of the reference."""
         logprobs = recorded_logprobs(self.policy, thread)
         if logprobs is None:
             logprobs = await self.policy.logprobs_per_token(thread)
         return logprobs, logprobs if self.reference is None else await self.reference.logprobs_per_token(thread)
 
     def _warn_of_cap(self, thread: TokenizedThread) -> None:
-        """Warn once that completions may be shorter than asked for."""
+        """Warn once that completions may be shorter than requested."""
         prompt, asked = len(thread.token_ids) - thread.len_last_turn(), self.policy.longest_completion
         if not self._warned and prompt + asked > self._longest:
             self._warned = True
@@ -185,7 +185,7 @@ class Rollout:
             )
 
     async def show(self, completions: Sequence[RolloutSample], advantages: Sequence[float], step: int) -> None:
-        """Put some completions into the run's report."""
+        """Add some completions to the run's report."""
         for completion, advantage in list(zip(completions, advantages, strict=True))[:SHOWN]:
             await show_sample(self.policy, completion.sample, step, reward=completion.score, advantage=advantage)
 
@@ -200,13 +200,13 @@ class RolloutTraining(Training):
     clip_range: float
 
     def get_train_batch_logs(self, data: list[Any]) -> dict[str, Any]:
-        """The metrics of a batch beside the grader's logs and the optimizer's numbers."""
+        """The metrics of a batch, in addition to the grader's logs and the optimizer's metrics."""
         raise NotImplementedError
 
     async def _batch_metrics(
         self, data: list[Any], samples: Sequence[RolloutSample], advantages: Sequence[float]
     ) -> Metrics:
-        """Metrics of a batch and of its grades; puts samples into the run's report when they are due."""
+        """Metrics of a batch and of its grades. Adds samples to the run's report when they are due."""
         logs = await result_of(self.get_train_batch_logs(data)) or {}
         rewards = {f"rewards/{key}": value for key, value in self.grader.get_logs(clear=True).items()}
         if self.loop.shows():
@@ -216,8 +216,8 @@ class RolloutTraining(Training):
     async def _train_mini_batches(
         self, samples: Sequence[S], model: str, train: Callable[[S], Any], step: Callable[[], Awaitable[Metrics]]
     ) -> Metrics:
-        """Train all mini-batches of one model. Returns the last step's metrics; those before are logged."""
-        # The seed depends on the place in the data, so that a resumed run shuffles as it would have.
+        """Train all mini-batches of one model. Returns the last step's metrics and logs the earlier ones."""
+        # The seed depends on the place in the data, so that a resumed run shuffles as the uninterrupted one.
         order = self.data_seed + self.loader.dataset.idx
         sizes = self.samples_per_mini_batch, self.mini_epochs_per_batch
         metrics: Metrics = {}
@@ -231,7 +231,7 @@ class RolloutTraining(Training):
 
 
 def prompts_of(dataset: Sequence[StringThread]) -> list[StringThread]:
-    """The threads without a last assistant turn: the policy answers the rest."""
+    """The threads without a last assistant turn, which the policy will generate."""
     ending = sum(thread.completion() is not None for thread in dataset)
     if ending:
         log.warning("%d of %d prompts end with an assistant turn, which is left out", ending, len(dataset))
@@ -239,7 +239,7 @@ def prompts_of(dataset: Sequence[StringThread]) -> list[StringThread]:
 
 
 def completion_metrics(completions: Sequence[RolloutSample], with_reference: bool) -> dict[str, float]:
-    """Means over tokens of log-probs and divergence, over completions of scores, lengths and truncation."""
+    """Means of log-probs and divergence over tokens, and of scores, lengths and truncation over completions."""
     scores = [c.score for c in completions]
     mean = fmean(scores)
     metrics = {
@@ -256,17 +256,17 @@ def completion_metrics(completions: Sequence[RolloutSample], with_reference: boo
 
 
 def _truncated(sample: TokenizedThread) -> bool:
-    """Whether its completion ended for its length, not by itself."""
+    """Whether the completion was ended by the length limit."""
     return sample.generation is not None and sample.generation.finish_reason == "length"
 
 
 def _mean(lists: Iterable[Sequence[float]]) -> float:
-    """Of all numbers in them."""
+    """The mean of all numbers in the lists."""
     return fmean([*chain.from_iterable(lists)])
 
 
 def longest_trained(models: Iterable[TrainingModel]) -> tuple[int, str]:
-    """The most tokens of a sequence that all of the models train, and the setting that says so."""
+    """The longest sequence, in tokens, that all of the models can train, and the setting that limits it."""
     settings = [model.get_builder_args() for model in models]
     return min((args[name], name) for args in settings for name in ("max_batch_size", "max_seqlen") if name in args)
 
@@ -281,8 +281,8 @@ def get_minibatches(
 ) -> list[list[T]]:
     """Mini-batches of several passes, each in its own random order; the last of a pass may be short.
 
-    With `join_last_one` a last one of a single item joins the one before it. Without `seed` the order differs from
-    call to call.
+    With `join_last_one` a last mini-batch of a single item is merged into the previous one. Without `seed` the order
+    differs from call to call.
     """
     at_least(1, mini_batch_size=mini_batch_size)
     order = random.Random(seed)
@@ -298,7 +298,7 @@ def get_minibatches(
 
 
 def sample_data(data: Sequence[T], epochs: float, seed: int | None = None) -> list[T]:
-    """`epochs` passes over the data, each in its own random order; a fraction of a pass takes as many items of one."""
+    """`epochs` passes over the data, each in its own random order; a fractional pass takes that share of the items."""
     order = random.Random(seed)
     wanted = round(len(data) * epochs)
     sampled: list[T] = []

@@ -23,23 +23,25 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _CHECKED = 20_000
-"""Threads of a dataset that are checked before the run."""
+"""Number of threads of a dataset that are checked before the run."""
 
 
 class SFT(Training):
     """Trains a model on the weighted turns of threads; construct, then `await sft.run()`.
 
-    Each step takes `samples_per_batch` threads; the last one takes the rest of the run's `len(dataset) * epochs` and is
-    a full step. A thread that is too long, has no weighted token or cannot be tokenized is dropped, counted under
-    `dropped/<reason>` and replaced by the next. Samples that are too long never end the run; of the last max(200, 4
-    batches) rows (or of all, where there are fewer) at most `max_failure_rate` may fail otherwise. The first 200 are
-    checked before the first step. Step k of n runs at `lr_scheduler(k / n)`, so the last runs at the lowest rate.
+    Each step takes `samples_per_batch` threads; the last step takes the remainder of the `len(dataset) * epochs`
+    threads and is a full step. A thread that is too long, has no weighted token or cannot be tokenized is dropped,
+    counted under `dropped/<reason>` and replaced by the next. Samples that are too long never end the run; of the last
+    max(200, 4 batches) rows (or of all, if there are fewer) at most `max_failure_rate` may fail otherwise. The first
+    200 are checked before the first step. Step k of n runs at `lr_scheduler(k / n)`, so the last runs at the lowest
+    rate.
 
-    A thread that the model has to see in several parts (`train_language_modelling`) is one sample of the batch, and is
-    dropped where the parts have more than `max_growth` times its tokens.
+    A thread that must be trained in several parts (see `train_language_modelling`) is one sample of the batch. It is
+    dropped if the parts have more than `max_growth` times its tokens.
 
-    With `use_tangents` the same gradient goes through `train_tangents`, and `policy/loss` and `policy/num_tokens`
-    are measured before each step, at the price of a second forward pass; threads in several parts are then dropped.
+    With `use_tangents` the same gradient is computed through `train_tangents`, and `policy/loss` and
+    `policy/num_tokens` are measured before each step, which costs a second forward pass; threads in several parts are
+    then dropped.
     """
 
     max_growth: float
@@ -75,7 +77,7 @@ class SFT(Training):
         self.loop = StepLoop(self, "SFT", {"policy": model}, dataset, callbacks, *saving)
 
     async def run(self) -> dict[str, float]:
-        """As `Training.run`, after a warning about threads with unusual weights."""
+        """As `Training.run`, after warning about threads with unusual weights."""
         _warn_about_weights(self.loader.dataset.threads)
         return await super().run()
 
@@ -97,7 +99,7 @@ class SFT(Training):
         return outcomes
 
     async def _show(self, threads: Sequence[StringThread], outcomes: Sequence[object]) -> None:
-        """Put two trained samples into the run's report, in each tenth of the run."""
+        """Add two trained samples to the run's report in each tenth of the run."""
         if not self.loop.shows():
             return
         trained = [thread for thread, x in zip(threads, outcomes, strict=True) if not isinstance(x, Unusable)]
@@ -114,7 +116,7 @@ class SFT(Training):
 
 
 def _warn_about_weights(threads: Sequence[StringThread]) -> None:
-    """Warn of threads with probably wrong weights: a trained user turn, or no trained assistant turn."""
+    """Warn about threads with probably wrong weights: a trained user turn, or no trained assistant turn."""
     user = without = 0
     threads = threads[:_CHECKED]
     for thread in threads:

@@ -1,7 +1,7 @@
-"""Advantages, and losses as ascent directions for `train_tangents`: one number for each token, computed in the driver.
+"""Advantages, and losses as ascent directions for `train_tangents`: one number per token, computed in the driver.
 
-The losses take the same steps as the model's own `train_grpo` and `train_dpo`, at the price of a forward pass per
-sample. They are here to be read, compared with, and changed.
+The losses take the same steps as the model's own `train_grpo` and `train_dpo`, at the cost of a forward pass per
+sample. Read, compare and modify them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Metrics = dict[str, float]
 
 @dataclass(frozen=True)
 class ScoredThread:
-    """A thread as tokens, with the model's present log-prob of each weighted one."""
+    """A thread as tokens, with the model's present log-prob of each weighted token."""
 
     thread: TokenizedThread
     tokens: list[int]
@@ -34,7 +34,7 @@ class ScoredThread:
 
     @property
     def places(self) -> list[int]:
-        """Which targets are weighted."""
+        """A mask of the weighted targets."""
         return [t for t, weight in enumerate(self.weights[1:]) if weight > 0]
 
 
@@ -49,7 +49,7 @@ async def score(model: TrainingModel, thread: StringThread | TokenizedThread) ->
 
 
 async def push(model: TrainingModel, scored: ScoredThread, tangents: Sequence[float], denominator: float) -> None:
-    """Queue a sample with one tangent for each weighted token. It takes its place when this begins to run."""
+    """Queue a sample with one tangent for each weighted token. It takes its place when the coroutine starts to run."""
     dense = [0.0] * (len(scored.tokens) - 1)
     for place, tangent in zip(scored.places, tangents, strict=True):
         dense[place] = tangent
@@ -65,7 +65,7 @@ async def push(model: TrainingModel, scored: ScoredThread, tangents: Sequence[fl
 
 
 def recorded_logprobs(model: TrainingModel, thread: TokenizedThread) -> list[float] | None:
-    """The sampler's log-prob of each weighted token, if all were sampled with the present weights; else None."""
+    """The sampler's log-prob of each weighted token, or None unless all were sampled with the present weights."""
     logprobs, versions = thread.logprobs, thread.versions
     present = model.get_optim_step()
     if logprobs is None or versions is None or set(versions) - {present}:
@@ -74,7 +74,7 @@ def recorded_logprobs(model: TrainingModel, thread: TokenizedThread) -> list[flo
 
 
 async def train_sft_tangents(model: TrainingModel, thread: StringThread) -> Metrics:
-    """Language modelling as tangents, which are the weights; a step divides by their sum.
+    """Language modelling as tangents, which equal the weights; a step divides by their sum.
 
     Metrics of the sample before the step: `logprob` and `num_tokens`, both weighted sums, and `loss`.
     """
@@ -82,7 +82,7 @@ async def train_sft_tangents(model: TrainingModel, thread: StringThread) -> Metr
 
 
 async def push_weights(model: TrainingModel, scored: ScoredThread) -> Metrics:
-    """`train_sft_tangents` of a thread that is scored already."""
+    """`train_sft_tangents` of a thread that is already scored."""
     weights = [weight for weight in scored.weights[1:] if weight > 0]
     await push(model, scored, weights, sum(weights))
     logprob = sum(weight * x for weight, x in zip(weights, scored.logprobs, strict=True))
@@ -132,7 +132,7 @@ async def train_grpo_tangents(
     kl_beta: float,
     use_sequence_lps: bool = False,
 ) -> Metrics:
-    """`grpo_tangents` of one sample, queued; a step divides by the number of weighted tokens. Returns its metrics."""
+    """Queue a sample with its `grpo_tangents`; a step divides by the number of weighted tokens. Returns its metrics."""
     scored = await score(model, sample)
     tangents, metrics = grpo_tangents(
         scored.logprobs, trajectory_logprobs, ref_logprobs, advantages, clip_range, kl_beta, use_sequence_lps
@@ -146,7 +146,7 @@ def dpo_tangent(
 ) -> tuple[float, Metrics]:
     """-dL/dlogprob of each token of the chosen thread, for L = -log sigmoid(beta margin) (arXiv 2305.18290, eq. 7).
 
-    Arguments are log-probs summed over weighted tokens; the rejected thread's tangent is the negative. Metrics:
+    Arguments are log-probs summed over weighted tokens; the tangent of the rejected thread is the negative. Metrics:
     `chosen_rewards`, `rejected_rewards`, `reward_margin`, `reward_accuracy` (1 or 0), `loss`.
     """
     reward, other = beta * (chosen - ref_chosen), beta * (rejected - ref_rejected)
@@ -165,10 +165,10 @@ def dpo_tangent(
 async def push_pair(
     model: TrainingModel, chosen: ScoredThread, rejected: ScoredThread, references: tuple[float, float], beta: float
 ) -> Metrics:
-    """`train_dpo_tangents` of threads that are scored already."""
+    """`train_dpo_tangents` of threads that are already scored."""
     tangent, metrics = dpo_tangent(sum(chosen.logprobs), sum(rejected.logprobs), *references, beta)
     parts = [(chosen, tangent, 1.0), (rejected, -tangent, 0.0)]
-    # The longer one first: if any is refused it is this one, and no half of a pair is left in the step.
+    # The longer one first: if either is refused it is this one, so that half a pair never stays in the step.
     for scored, value, denominator in sorted(parts, key=lambda part: -len(part[0].tokens)):
         await push(model, scored, [value] * len(scored.logprobs), denominator)
     return metrics
@@ -182,7 +182,7 @@ async def train_dpo_tangents(
     ref_logprobs_neg: float,
     beta: float,
 ) -> Metrics:
-    """`dpo_tangent` of one pair, queued; a step divides by the number of pairs. Returns its metrics."""
+    """Queue one pair with its `dpo_tangent`; a step divides by the number of pairs. Returns its metrics."""
     references = ref_logprobs_pos, ref_logprobs_neg
     return await push_pair(model, await score(model, pos), await score(model, neg), references, beta)
 
@@ -190,7 +190,7 @@ async def train_dpo_tangents(
 def group_advantages(scores: Sequence[float]) -> list[float]:
     """(r - mean) / (std + 1e-8) over one prompt's completions; std is the population's (GRPO, arXiv 2402.03300, 4.1.2).
 
-    Scores that are all equal give exactly 0.
+    Equal scores give exactly 0.
     """
     mean = statistics.fmean(scores)
     if all(score == scores[0] for score in scores):
@@ -200,7 +200,7 @@ def group_advantages(scores: Sequence[float]) -> list[float]:
 
 
 def explained_variance(values: Sequence[float], returns: Sequence[float]) -> float:
-    """1 - mean((V - R)^2) / (var(R) + 1e-8): 1 for a perfect value model, 0 for one that knows the mean only."""
+    """1 - mean((V - R)^2) / (var(R) + 1e-8): 1 for a perfect value model, 0 for one that always predicts the mean."""
     error = statistics.fmean((value - target) ** 2 for value, target in zip(values, returns, strict=True))
     return 1.0 - error / (statistics.pvariance(returns) + 1e-8)
 
@@ -208,7 +208,7 @@ def explained_variance(values: Sequence[float], returns: Sequence[float]) -> flo
 def gae_advantages(
     values: Sequence[float], rewards: Sequence[float], gae_lambda: float, gae_gamma: float
 ) -> list[float]:
-    """A_t = d_t + gamma lambda A_{t+1} with d_t = r_t + gamma v_{t+1} - v_t, and nothing after the last step.
+    """A_t = d_t + gamma lambda A_{t+1} with d_t = r_t + gamma v_{t+1} - v_t, and A = v = 0 after the last step.
 
     Schulman et al., "High-Dimensional Continuous Control Using Generalized Advantage Estimation" (2016), eq. 16.
     Raises DataError for sequences of different lengths.

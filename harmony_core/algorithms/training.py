@@ -31,12 +31,12 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Scheduler = Callable[[float], float]
-"""Fraction of the run that is done -> learning rate."""
+"""A function from the completed fraction of the run to the learning rate."""
 
 
 @dataclass(frozen=True)
 class CosineSchedulerWithoutWarmup:
-    """Half a cosine from `lr` at 0 down to `lr / decay_factor` at 1, where it stays."""
+    """Half a cosine from `lr` at 0 down to `lr / decay_factor` at 1, constant afterwards."""
 
     lr: float = 1e-5
     decay_factor: float = 10.0
@@ -46,14 +46,14 @@ class CosineSchedulerWithoutWarmup:
             raise UsageError(f"decay_factor must be above 0, got {self.decay_factor}")
 
     def __call__(self, completion_percentage: float) -> float:
-        """The learning rate when this fraction of the run is done."""
+        """The learning rate at this fraction of the run."""
         lowest = self.lr / self.decay_factor
         return lowest + 0.5 * (1.0 + math.cos(math.pi * min(completion_percentage, 1.0))) * (self.lr - lowest)
 
 
 @dataclass(frozen=True)
 class CombinedSchedule:
-    """`a` over the run's first `change_point`, then `b` over the rest; each sees its own part as 0 to 1."""
+    """`a` over the run's first `change_point`, then `b` over the rest; each gets its own part as 0 to 1."""
 
     a: Scheduler
     b: Scheduler
@@ -64,8 +64,8 @@ class CombinedSchedule:
             raise UsageError(f"change_point must lie between 0 and 1, got {self.change_point}")
 
     def __call__(self, completion_percentage: float) -> float:
-        """The learning rate when this fraction of the run is done."""
-        # A change point of 1 leaves nothing to `b`: its end is still `a`'s.
+        """The learning rate at this fraction of the run."""
+        # With a change point of 1 `b` has no part: the end still belongs to `a`.
         if completion_percentage < self.change_point or self.change_point == 1.0:
             return self.a(completion_percentage / self.change_point)
         return self.b((completion_percentage - self.change_point) / (1.0 - self.change_point))
@@ -85,16 +85,16 @@ class CosineScheduler:
         CosineSchedulerWithoutWarmup(self.lr, self.decay_factor)
 
     def __call__(self, completion_percentage: float) -> float:
-        """The learning rate when this fraction of the run is done."""
+        """The learning rate at this fraction of the run."""
         decay = CosineSchedulerWithoutWarmup(self.lr, self.decay_factor)
         return CombinedSchedule(lambda x: x * self.lr, decay, self.warmup_percentage)(completion_percentage)
 
 
 class StepLoop:
-    """Takes the steps of a training class until its batch loader is done, in a resumed run from the checkpoint on.
+    """Takes the steps of a training class until its batch loader is done; a resumed run starts at its checkpoint.
 
     A checkpoint holds the state of `models`, and is compared with their roles, the owner's `settings` and the name
-    `algorithm`; see `Checkpointing`. `prompts`: the loader's samples are prompts that the first model answers.
+    `algorithm`; see `Checkpointing`. `prompts`: whether samples are prompts, which the first model answers.
     """
 
     def __init__(
@@ -131,11 +131,11 @@ class StepLoop:
 
     @property
     def step(self) -> int:
-        """The number of the current step, from 1: the logger's, or the loop's where the logger does not count."""
+        """The number of the current step, from 1: the logger's count, or the loop's if the logger does not count."""
         return max(self.logger.step, self._steps) + 1
 
     def shows(self) -> bool:
-        """Whether samples go into the run's report now: once in each tenth of the run."""
+        """Whether samples go into the run's report now, which happens once in each tenth of the run."""
         tenth = int(self.loader.completion * 10)
         due = tenth not in self._shown
         self._shown.add(tenth)
@@ -154,8 +154,8 @@ class StepLoop:
     ) -> dict[str, float]:
         """Call `take_step`, which trains the next batch, until the loader is done. Returns the last step's metrics.
 
-        Callbacks run before the first step and after each, also those that an earlier run has called to its end.
-        `prepare` comes before weights are restored.
+        Callbacks run before the first step and after each step, even if an earlier run has called them at its end.
+        `prepare` runs before weights are restored.
         """
         for callback in self.callbacks:
             callback.last_call = -1.0
@@ -173,7 +173,7 @@ class StepLoop:
             self._steps += 1
             logs = await invoke_callbacks(self.callbacks, loader.completion)
             self.logger({**step, **logs, "completion_percentage": loader.completion})
-            # Added to the earlier ones: a last batch of dropped samples only has no step of its own.
+            # Added to the earlier counts: a last batch that only has dropped samples takes no step.
             self._metrics |= {name: value for name, value in step.items() if isinstance(value, int | float)}
             self.stage_notifier.report_progress(loader.total, loader.taken)
             if await self.checkpointing.step_done(loader.completion):
@@ -184,9 +184,9 @@ class StepLoop:
 
 
 def rows_of(name: str, models: Iterable[TrainingModel], rows: Sequence[Any], prompts: bool) -> Rows | None:
-    """The dataset of a class that trains `models`; None where the length of a row is unknown.
+    """The dataset of a class that trains `models`; None if the length of a row is unknown.
 
-    It is for rows of a subclass's own type, and for models of another make or without a tokenizer.
+    It is unknown for rows of a subclass's own type, for models of other classes, and without a tokenizer.
     """
     parts = rows[0] if isinstance(rows[0], tuple) else [rows[0]]
     gauges: list[RowGauge] = [gauge for model in models if (gauge := getattr(model, "row_gauge", None)) is not None]
@@ -196,7 +196,7 @@ def rows_of(name: str, models: Iterable[TrainingModel], rows: Sequence[Any], pro
 
 
 async def check_first_rows(rows: Rows, loader: BatchLoader[Any]) -> None:
-    """Raise TooManyFailures where more of a run's first rows will be refused than `max_failure_rate` allows."""
+    """Raise TooManyFailures if more of a run's first rows will be refused than `max_failure_rate` allows."""
     first = loader.first_rows()
     errors = [error for _, error in (await asyncio.to_thread(rows.checked, first)).errors]
     if len(errors) > loader.max_failure_rate * len(first):
@@ -211,8 +211,8 @@ B = TypeVar("B")
 class Training:
     """Base of the training classes: one step for each batch of the loader, until it is done.
 
-    The plain arguments of a constructor are attributes of the same names (`keeps_settings`). A class calls each of the
-    methods named in `_hooks` with one argument; a subclass may override these.
+    The plain arguments of a constructor become attributes of the same names (`keeps_settings`). A class calls each
+    method named in `_hooks` with one argument; a subclass may override these methods.
     """
 
     _hooks: ClassVar[tuple[str, ...]] = ()
@@ -239,9 +239,9 @@ class Training:
         return self.loader.completion
 
     async def run(self) -> dict[str, float]:
-        """Train to the end, in a resumed run from the checkpoint. Returns the last step's metrics.
+        """Train to the end; a resumed run starts at its checkpoint. Returns the last step's metrics.
 
-        Raises TooManyFailures, and UsageError for a checkpoint of another training.
+        Raises TooManyFailures, and UsageError if the checkpoint belongs to another training.
         """
         metrics = await self.loop.run(self._step, self._prepare)
         if self.reference is not None:
@@ -255,7 +255,7 @@ class Training:
         raise NotImplementedError
 
     def _log_to(self, logger: Logger | None, stage_notifier: StageNotifier | None, stage: str) -> None:
-        """Use the given ones, else those of the run: a stage of its job is saved and can be resumed."""
+        """Use the given logger and notifier, or else the run's: a stage of its job is saved and can be resumed."""
         self.logger = logger_of_training(logger)
         self.stage_notifier = stage_notifier or (current().job or StdoutJobNotifier()).stage_notifier(stage)
 
@@ -264,7 +264,7 @@ class Training:
     ) -> tuple[list[Any], dict[str, Any]]:
         """Train the next batch and take a step. Returns the results of `train`, and the metrics of batch and step.
 
-        No step is taken when the end of the data holds dropped samples only.
+        No step is taken if the end of the data only has dropped samples.
         """
         with phase("training"):
             results, metrics = await self.loader.next_batch(train)
@@ -273,7 +273,7 @@ class Training:
         return results, metrics
 
     async def _optim_step(self, model: TrainingModel, schedule: Scheduler, weight_decay: float) -> dict[str, float]:
-        """A step's metrics; none, with a warning, when a subclass's methods trained no sample for it."""
+        """The metrics of a step; {} with a warning if a subclass's methods trained no sample for it."""
         try:
             with phase("optimizer"):
                 lr = schedule(self.loader.completion)
@@ -283,9 +283,9 @@ class Training:
             return {}
 
     async def _in_turn(self, first: Awaitable[A], then: Callable[[A], Awaitable[B]]) -> B:
-        """`then` of the result of `first`, once the `then` of every earlier call has ended, or its `first` has failed.
+        """Await `first`, then call `then` with its result after every earlier call has ended its `then`, or failed.
 
-        Samples are thus scored at once and trained in order, and every run packs them alike.
+        Samples are thus scored at once and trained in order, so that every run packs them alike.
         """
         before, mine = self._last_turn, asyncio.get_running_loop().create_future()
         self._last_turn = mine
@@ -306,11 +306,11 @@ P = ParamSpec("P")
 
 
 def keeps_settings(init: Callable[Concatenate[S, P], None]) -> Callable[Concatenate[S, P], None]:
-    """Keep a constructor's plain arguments, with defaults, as `self.settings` and as attributes; log them afterwards.
+    """Keep a constructor's plain arguments, with defaults, as `self.settings` and as attributes, and log them.
 
-    Their defaults are `self.default_settings`. Arguments of another kind than annotated are refused. Numbers, text,
-    mappings and schedules are plain; arguments for checkpoints and `max_failure_rate`, which change no step, are left
-    out. Raises UsageError for methods of a subclass that would never be called.
+    Their defaults are `self.default_settings`. Arguments of another type than annotated are refused. Numbers, text,
+    mappings and schedules are plain; arguments for checkpoints and `max_failure_rate`, which do not change steps, are
+    left out. Raises UsageError for methods of a subclass that would never be called.
     """
     signature = inspect.signature(init)
 
@@ -337,7 +337,7 @@ def keeps_settings(init: Callable[Concatenate[S, P], None]) -> Callable[Concaten
 
 
 def check_overrides(training: Training) -> None:
-    """Raise UsageError for a method of a subclass that its training class never calls, or could not call."""
+    """Raise UsageError for a method of a subclass that its training class never calls, or cannot call."""
     lineage = type(training).__mro__
     ours = [cls for cls in lineage if issubclass(cls, Training) and cls.__module__.startswith("harmony_core.")]
     hooks = ours[0]._hooks
@@ -356,7 +356,7 @@ def check_overrides(training: Training) -> None:
 
 
 def _all_hooks(cls: type[Training]) -> set[str]:
-    """Those of a class and of all below it: the hook of another class is a likely mistake."""
+    """The hooks of a class and of its subclasses: using another class's hook is a likely mistake."""
     return {*cls._hooks}.union(*map(_all_hooks, cls.__subclasses__()))
 
 
@@ -376,7 +376,7 @@ def _check_callable(training: Training, cls: type, name: str) -> None:
 
 
 def check_loss_options(train: Callable[..., Any], options: Mapping[str, Any]) -> None:
-    """Raise UsageError for keywords that a model's loss does not take, before the first rollout."""
+    """Raise UsageError before the first rollout for keywords that a model's loss does not accept."""
     parameters = inspect.signature(train).parameters.values()
     known = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
     for name in options:
@@ -391,7 +391,7 @@ def settle_each(hook: Callable[[Any], Any]) -> Callable[[Sequence[Any]], Awaitab
 
 
 def means(prefix: str, measured: Sequence[Any]) -> dict[str, float]:
-    """The mean of each number in the dictionaries that a hook returned, over the samples that have it."""
+    """The mean of each number in the dictionaries that a hook returned, over the samples that returned it."""
     found: dict[str, list[float]] = {}
     for numbers in measured:
         for name, value in (numbers if isinstance(numbers, dict) else {}).items():

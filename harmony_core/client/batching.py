@@ -1,4 +1,4 @@
-"""Packs the samples of a step into micro-batches, in call order, and counts what divides the step."""
+"""Packs the samples of a step into micro-batches, in call order, and counts the step's denominator."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Loss:
     group: int = 1
     custom: CustomLoss | None = None
     dropout: bool = True
-    """Off where log-probs are compared with those of the sampler, which has none."""
+    """False where log-probs are compared with the sampler's, which uses no dropout."""
 
 
 LINEAR = Loss()
@@ -37,9 +37,9 @@ LINEAR = Loss()
 class TrainSample:
     """One sequence to train on: inputs, their targets, and a coefficient for each target, as in `MicroBatch`.
 
-    `sampler_logprobs`: the sampler's records of the targets under the present weights, NaN where there is none.
-    `fields`: one value for each target whose coefficient is not 0. `on_last`: it is scored at its thread's last token,
-    which in other samples is a target only, and no input.
+    `sampler_logprobs`: the sampler's log-prob of each target under the present weights, NaN where it is missing.
+    `fields`: one value for each target whose coefficient is not 0. `on_last`: the sample is scored at its thread's last
+    token, which is an input too; in other samples that token is only a target.
     """
 
     tokens: list[int]
@@ -55,7 +55,7 @@ class TrainSample:
 
     @property
     def thread_tokens(self) -> int:
-        """Tokens of the thread that it comes from."""
+        """Number of tokens of the sample's thread."""
         return len(self.tokens) + (not self.on_last)
 
     @property
@@ -65,13 +65,13 @@ class TrainSample:
 
 
 Group = list[TrainSample]
-"""Samples that belong together, such as a pair: in one micro-batch, or, where they do not fit, in one cut in parts."""
+"""Samples that belong together, such as a pair. They share a micro-batch, which is cut into parts if it is too long."""
 
 
 class Accepted(NamedTuple):
     """The samples of one call, and their share of the step's denominator.
 
-    They belong together in one micro-batch, unless they may lie `apart`.
+    They share one micro-batch, unless `apart` allows them to lie in different ones.
     """
 
     samples: Group
@@ -81,7 +81,7 @@ class Accepted(NamedTuple):
 
     @property
     def groups(self) -> list[Group]:
-        """The samples, in groups of which each shares a micro-batch."""
+        """The samples in groups; the samples of a group share a micro-batch."""
         return [[sample] for sample in self.samples] if self.apart else [self.samples]
 
 
@@ -95,8 +95,8 @@ def pack(lengths: Sequence[int], capacity: int, multiple_of: int = 1) -> list[li
     """Indices of `lengths` in bins of at most `capacity`, few and even.
 
     Best-fit decreasing gives the number of bins (at most 11/9 of the optimum + 1, Johnson 1973); it is rounded up to
-    `multiple_of` (the replicas) where there are samples enough, and the longest-first samples then go to the emptiest
-    bin, so that replicas finish together. Falls back to the tight packing where the even one does not fit.
+    `multiple_of` (the replicas) if there are enough samples, and the longest-first samples then go to the emptiest
+    bin, so that replicas finish together. Falls back to the tight packing if the even one does not fit.
     Deterministic; members of a bin keep call order.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
@@ -125,7 +125,7 @@ def pack(lengths: Sequence[int], capacity: int, multiple_of: int = 1) -> list[li
 class SampleQueue:
     """Samples waiting to be cut into micro-batches of at most `capacity` tokens, each of samples of one kind.
 
-    A group that has more is a micro-batch by itself, for `parts` to cut.
+    A group with more tokens is a micro-batch by itself, for `parts` to cut.
     """
 
     def __init__(self, capacity: int, replicas: int) -> None:
@@ -135,7 +135,7 @@ class SampleQueue:
         self._tokens = 0
 
     def add(self, *group: TrainSample) -> list[list[TrainSample]]:
-        """Queue samples that belong together; the micro-batches that a full window makes, if it is one."""
+        """Queue samples that belong together. Returns the micro-batches of the window if it is full, else []."""
         self._pending.append(list(group))
         self._tokens += _tokens(group)
         if self._tokens < WINDOW_BATCHES * self._replicas * self._capacity:
@@ -177,7 +177,7 @@ class PendingStep:
     totals: dict[str, float] = field(default_factory=dict)
     samples: int = 0
     gradient: bool = False
-    """Whether any of them has one: tangents may all be zero."""
+    """Whether any of the samples has a gradient: tangents may all be zero."""
     sent: list[Future[Message]] = field(default_factory=list)
     """The answers of its micro-batches; number i goes to replica i mod dp."""
     answered: int = 0
@@ -193,7 +193,7 @@ class PendingStep:
     async def room(self, most: int) -> None:
         """Wait while more than `most` of the micro-batches sent so far are unanswered.
 
-        Later ones do not count: of a thousand samples that wait, each is woken once.
+        Micro-batches that are sent later do not count, so each of a thousand waiting samples is woken once.
         """
         while self.answered < len(self.sent) and self.sent[self.answered].done():
             self.answered += 1
@@ -220,7 +220,7 @@ class PendingStep:
 
 
 def parts(batch: Sequence[TrainSample], capacity: int) -> list[int]:
-    """How many adjacent samples of a micro-batch make at most `capacity` tokens, part by part; [] when all do."""
+    """The number of adjacent samples in each part of at most `capacity` tokens; [] if one part holds them all."""
     sizes: list[int] = []
     room = -1
     for sample in batch:

@@ -1,4 +1,4 @@
-"""The driver's side of the ranks: one order for all requests, the replicas' places, and the memory promised."""
+"""The driver's side of the ranks: the order of all requests, the ranks of each replica, and the promised memory."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from harmony_core.registry import ModelVersion, Registry
 from harmony_core.rpc.protocol import Cancel, Clone, Event, Load, Message, OptimStep, Regroup, Save, SetStep, Spawn
 
 CUDA_BASELINE_BYTES = 1 << 30
-"""Bytes that a rank takes of its device before its first model: context, libraries, communication buffers."""
+"""Bytes of device memory that a rank uses before its first model: context, libraries, communication buffers."""
 CUDA_USABLE = 0.95
-"""Of the free memory: the rest is what torch's allocator keeps in pieces too small to use."""
+"""Fraction of the free memory to plan with; torch's allocator keeps the rest in pieces too small to use."""
 
 
 def find_machine(options: EngineOptions) -> tuple[Launch, Ledger]:
-    """The ranks that the options and this machine (or the assumed one) give, and their memory, of which all is free.
+    """The ranks that the options and this machine (or the assumed one) give, and their memory, all of it free.
 
     Raises ResourceError, ConfigError.
     """
@@ -71,14 +71,14 @@ Answer = TypeVar("Answer", bound=Message)
 EventSink = Callable[[str, dict[str, Any], int | None], None]
 
 FAILED = "engine.failed"
-"""The event of the failure that ends the engine."""
+"""The type of the event that reports the failure that ended the engine."""
 
 _CHANGES = (OptimStep, Load, SetStep)
 """Requests that change the weights of a model."""
 
 
 class Request:
-    """A request to one replica that has its place in the order. Await `future`; `cancel()` withdraws it."""
+    """A request to one replica, already placed in the order. Await `future`; `cancel()` withdraws it."""
 
     def __init__(self, future: asyncio.Future[Message]) -> None:
         self.future = future
@@ -87,17 +87,17 @@ class Request:
         self.cancelled = False
 
     def cancel(self) -> None:
-        """Tell the replica that the answer is not needed any more; it answers in its own time."""
+        """Tell the replica that the answer is no longer needed. It still answers, when it is ready."""
         self.cancelled = True
         if self.handle is not None and not self.future.done():
             self.handle.connection.cast(Cancel(call=self.call))
 
 
 class Engine:
-    """Starts the ranks in the background and gives every request its place.
+    """Starts the ranks in the background and puts every request in order.
 
-    All requests pass through one FIFO. It is held only while ranks are regrouped into larger domains, which waits
-    until no replica request is in flight; what arrives meanwhile is sent afterwards, in order.
+    All requests pass through one FIFO. It is held only while ranks are regrouped into larger domains: regrouping waits
+    until no replica request is in flight, and requests that arrive meanwhile are sent afterwards, in order.
     """
 
     def __init__(self, options: EngineOptions, registry: Registry, events: EventSink) -> None:
@@ -106,15 +106,15 @@ class Engine:
         self.events = events
         self.launch, self.ledger = find_machine(options)
         self.spawns: dict[str, Spawn] = {}
-        """Of each model that lives or is being made."""
+        """By model name: every model that lives or is being made."""
         self.request_numbers: dict[str, int] = {}
-        """Of each live model, the number of its next request that draws a seed."""
+        """By live model: the number of its next request that draws a seed."""
         self.unsaved: set[object] = set()
         """One entry for each model, live or freed, whose weights have changed since it was last saved."""
         self.tp_values: set[int] = set()
         self.planned: list[dict[str, Any]] = []
         self.planned_copies: dict[str, Spawn] = {}
-        """Of each live model, the copy whose memory is promised and that is not made yet."""
+        """By live model: its copy whose memory is promised and that is not made yet."""
         self._held_versions = contextlib.ExitStack()
         self._held_references: set[str] = set()
         self.spawn_order = asyncio.Lock()
@@ -127,7 +127,7 @@ class Engine:
         self._idle.set()
         self._held: deque[Callable[[], None]] | None = None
         self._unchanged: dict[str, deque[Callable[[], None] | asyncio.Future[None]]] = {}
-        """Of each model that is being saved, the requests and the further saves that wait for it."""
+        """By model that is being saved: the requests and the further saves that wait for it."""
         self._closed = False
 
     @property
@@ -137,7 +137,7 @@ class Engine:
 
     @property
     def compiles(self) -> bool:
-        """Whether layers are to be compiled, where a compiler is found."""
+        """Whether to compile layers, if a compiler is found."""
         return self.options.compile and self.launch.device == "cuda"
 
     @property
@@ -148,7 +148,7 @@ class Engine:
     def start(self) -> None:
         """Begin to start the ranks; returns at once. Does nothing in a dry run.
 
-        They are stopped when the last reference to this engine is gone; the watching tasks hold none.
+        The ranks are stopped when the last reference to this engine is gone; the watching tasks hold no reference.
         """
         if self.options.dry_run:
             return
@@ -159,7 +159,7 @@ class Engine:
             write(event.type, event.data, rank)
 
         self._launching = loop.create_task(Supervisor.start(options, self.launch, on_event), name="start-ranks")
-        # A failure is told now, and raised by calls that need the ranks; without such a call it is no error.
+        # A failure is reported now, and raised by calls that need the ranks; without such a call it is no error.
         self._launching.add_done_callback(partial(_launched, write))
         logs = self.options.log_dir if self.options.temporary_logs else None
         weakref.finalize(self, _end_forgotten, loop, self._launching, self._held_versions, logs)
@@ -183,7 +183,7 @@ class Engine:
         return await asyncio.shield(self._launching.result().failure)
 
     def forget(self, name: str) -> None:
-        """Give back the memory promised to a model, and to a copy of it that was not made."""
+        """Give back the memory promised to a model, and to its copy if that was not made."""
         self.spawns.pop(name, None)
         self.request_numbers.pop(name, None)
         for promised in (name, part_of(name, "loaded weights"), part_of(name, "pool")):
@@ -206,7 +206,7 @@ class Engine:
 
     @contextlib.asynccontextmanager
     async def unchanged(self, model: str) -> AsyncIterator[None]:
-        """In here requests that would change a model's weights wait, with all that follow; only its `Save` does not."""
+        """Hold back requests that would change the model's weights, and all later ones, but not the model's `Save`."""
         if model in self._unchanged:
             turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._unchanged[model].append(turn)
@@ -223,7 +223,7 @@ class Engine:
             self._go_on(model)
 
     def _go_on(self, model: str) -> None:
-        """Send the requests that have waited, up to the next save of the model."""
+        """Send the waiting requests, up to the next save of the model."""
         waiting = self._unchanged[model]
         while waiting:
             following = waiting.popleft()
@@ -248,7 +248,7 @@ class Engine:
             send()
 
     def post_replica(self, tp: int, replica: int, message: Message) -> Request:
-        """Give a request to one replica of a model with `tp` its place in the order, now."""
+        """Place a request to one replica of a model with `tp` in the order, now."""
         request = Request(_own_future())
         self._in_order(message, lambda: self._send_replica(tp, replica, message, request))
         return request
@@ -271,7 +271,7 @@ class Engine:
         _copy_result([answer], future, lambda messages: messages[0])
 
     def post_global(self, message: Message) -> asyncio.Future[list[Message]]:
-        """Give a request to all ranks its place in the order, now. Resolves to the leaders' answers."""
+        """Place a request to all ranks in the order, now. Resolves to the leaders' answers."""
         future: asyncio.Future[list[Message]] = _own_future()
         self._in_order(message, lambda: self._send_global(message, future))
         return future
@@ -311,7 +311,7 @@ def part_of(name: str, part: str) -> str:
 
 
 def _launched(write: EventSink, launching: asyncio.Task[Supervisor]) -> None:
-    """Have the failure of the ranks told when it happens, also while the recipe does something else."""
+    """Report the failure of the ranks when it happens, also while the recipe does something else."""
     if launching.cancelled():
         return
     error = launching.exception()

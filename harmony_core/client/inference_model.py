@@ -17,7 +17,7 @@ from harmony_core.rpc.wire import pack_ints, unpack_floats, unpack_ints
 from harmony_core.text.threads import StringThread, TokenizedThread, check_last_turn
 
 SKIPPED = -1
-"""A target that is not asked for."""
+"""A target that is not scored."""
 
 
 @dataclass(frozen=True)
@@ -80,26 +80,26 @@ class InferenceModel:
         return self._with(top_p=float(top_p))
 
     def max_gen_len(self, max_num_tokens: int) -> Self:
-        """A copy that generates at most so many tokens (never more than `tokens_to_generate`)."""
+        """A copy that generates at most this many tokens (never more than `tokens_to_generate`)."""
         if max_num_tokens < 1:
             raise UsageError(f"max_gen_len must be at least 1, not {max_num_tokens}")
         return self._with(max_gen_len=int(max_num_tokens))
 
     def min_gen_len(self, min_num_tokens: int) -> Self:
-        """A copy that does not stop before so many tokens."""
+        """A copy that generates at least this many tokens before it stops."""
         if min_num_tokens < 0:
             raise UsageError(f"min_gen_len must be 0 or more, not {min_num_tokens}")
         return self._with(min_gen_len=int(min_num_tokens))
 
     def max_seqlen(self, max_seqlen: int, setting: str = "max_seqlen") -> Self:
-        """A copy that generates at most up to so many tokens, the prompt's included; `setting` asks for that."""
+        """A copy that generates up to this many tokens, prompt included; `setting` names the limit in errors."""
         if max_seqlen < 2:
             raise UsageError(f"max_seqlen must be at least 2, not {max_seqlen}")
         return self._with(limits=(*self._settings.limits, Limit(max_seqlen, setting, setting)))
 
     @property
     def longest_completion(self) -> int:
-        """The most new tokens that are asked for; the prompt may leave room for fewer."""
+        """The maximum number of new tokens requested; the prompt may leave room for fewer."""
         cap = self._live.spawn.tokens_to_generate
         return min(self._settings.max_gen_len or cap, cap)
 
@@ -149,9 +149,9 @@ class InferenceModel:
     ) -> Coroutine[Any, Any, Any]:
         """A new thread: the input and one assistant turn.
 
-        What a model with this tokenizer drew before is continued as it was drawn. With `continue_final` the thread's
-        last turn, an assistant's that is not finished, goes on; without, such a thread is refused (DataError).
-        The request takes its number, and with it its random seed, when this is called, not when it is awaited.
+        Tokens that a model with this tokenizer drew before are continued as they were drawn. With `continue_final` the
+        thread's last turn, an unfinished assistant turn, is continued; without it such a thread raises DataError. The
+        request gets its number, and with it its random seed, when this is called, not when it is awaited.
         Raises PromptTooLong when no room is left to generate, TokenizationError for tokens that cannot be continued.
         """
         if response_model is not None:
@@ -237,7 +237,7 @@ class InferenceModel:
     async def logprobs(self, thread: StringThread) -> float:
         """Sum of the log-probs of the thread's weighted tokens, under the raw distribution.
 
-        Each weighted turn is read behind the prompt that the model would have been given for it, as
+        Each weighted turn is scored after the prompt that the model would have been given for it, as
         `train_language_modelling` trains it.
         """
         parts = await self.tokenize_parts(thread)
@@ -256,20 +256,20 @@ class InferenceModel:
         return [0.0, *(await self._score(tokens, tokens[1:]))]
 
     async def score(self, thread: TokenizedThread) -> list[float]:
-        """One value for each weighted token, in order: that of the state in which the token was chosen.
+        """One value for each weighted token, in order: the value of the state in which the token was chosen.
 
-        So it is read from the hidden state of the token before: what comes after, the token itself included, does not
-        enter, as a baseline must not (Sutton and Barto, 2018, section 13.4). Raises UsageError without a scalar head.
+        It is read from the hidden state of the previous token, so that neither the token itself nor later ones enter,
+        as a baseline requires (Sutton and Barto, 2018, section 13.4). Raises UsageError without a scalar head.
         """
         self._require_head(scalar=True, method="score")
         return await self._score_weighted(thread, [0] * (len(thread.token_ids) - 1))
 
     async def score_last_token(self, thread: AnyThread) -> float:
-        """The value of the whole thread, read from the hidden state of its last token: what a reward model says.
+        """The value of the whole thread, read from the hidden state of its last token: the score of a reward model.
 
-        The same as transformers' *ForSequenceClassification gives for the thread's tokens, which end with what the
-        template writes behind the last turn, also where the thread comes as drawn tokens. Raises UsageError without a
-        scalar head, DataError for a thread without tokens.
+        It equals the output of transformers' *ForSequenceClassification for the thread's tokens. These end with the
+        tokens that the template adds after the last turn, also for a thread of drawn tokens. Raises UsageError without
+        a scalar head, DataError for a thread without tokens.
         """
         self._require_head(scalar=True, method="score_last_token")
         tokens = self._live.whole(thread).token_ids
@@ -293,14 +293,14 @@ class InferenceModel:
         return [v for v, t in zip(values, asked, strict=True) if t != SKIPPED]
 
     async def _score(self, ids: Sequence[int], targets: Sequence[int]) -> list[float]:
-        """The log-prob or value of each target behind as many of the ids, from the ranks."""
+        """The log-prob or value of each target, given the ids up to its position, from the ranks."""
         live, tokens = self._live, ids[: len(targets)]
         live.require_ranks()
         if not tokens:
             return []
         limits = [of_batch(live.spawn), *of_context(live.spawn)]
         if len(tokens) > min(limits).tokens:
-            # The last token of a thread is a target only.
+            # The last token of a thread is only a target.
             thread = len(tokens) + (not self.is_scalar())
             check_length(live, PromptTooLong, thread, "the thread to score has {} tokens", limits)
         live.check_ids(ids)
@@ -315,9 +315,9 @@ class InferenceModel:
         return self._live.tokenizer.tokenize(thread)
 
     async def tokenize_parts(self, thread: StringThread) -> list[TokenizedThread]:
-        """As `tokenize_thread`, in several where only parts of the thread show each weighted turn behind its prompt.
+        """As `tokenize_thread`, but in several parts if one thread cannot show each weighted turn after its prompt.
 
-        The weights are final: an assistant turn that has none cannot be given one in a part.
+        The weights are final: an assistant turn without weight cannot be given one in a part.
         """
         return self._live.tokenizer.parts(thread)
 
@@ -326,7 +326,7 @@ class InferenceModel:
         return self._live.tokenizer.detokenize(thread)
 
     async def serialize_thread(self, thread: StringThread) -> tuple[list[int], list[tuple[int, bytes]], list[float]]:
-        """Token ids, image patches (none: text models only), and a weight for each token."""
+        """Token ids, image patches (always empty: text models only), and a weight for each token."""
         return await self.serialize_tokenized_thread(self._live.tokenizer.tokenize(thread))
 
     async def serialize_tokenized_thread(
@@ -349,20 +349,20 @@ class InferenceModel:
         return tokenizer.decode_behind(tokenizer.encode(prompt), await self.raw_token_create(prompt))
 
     async def raw_token_create(self, prompt: str) -> list[int]:
-        """As `raw_string_create`, as token ids; a stop token at the end is left out."""
+        """As `raw_string_create`, as token ids; a final stop token is left out."""
         tokenizer = self._live.tokenizer
         answer = await self._request_generation(tokenizer.encode(prompt), self._live.next_request_seed())
         tokens = unpack_ints(answer.tokens)
         return tokens[:-1] if answer.finish_reason == "stop" else tokens
 
     async def load(self, path: str) -> None:
-        """Put stored weights (`model_registry://key`) into this model, in place."""
+        """Load stored weights (`model_registry://key`) into this model, in place."""
         from harmony_core.client.storage import load_into
 
         await load_into(self._live, path)
 
     async def statistics(self) -> list[dict[str, float]]:
-        """What the model has done since it was spawned and what memory it is on: one dict for each leader of ranks.
+        """Counters of the model since it was spawned, and the memory of its ranks: one dict for each leader of ranks.
 
         Totals: prefill_seconds and decode_seconds (of the device's steps), prefill_tokens, decode_tokens,
         prefill_steps, decode_steps, requests, prompt_tokens, prefix_hit_tokens, forked_requests, preemptions. On CUDA

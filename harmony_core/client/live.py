@@ -1,4 +1,4 @@
-"""One live model on the driver, which its handles share, and the limits of its sequences."""
+"""One live model on the driver, shared by its handles, and the limits of its sequences."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ if TYPE_CHECKING:
 
 
 class Limit(NamedTuple):
-    """At most `tokens` in a sequence because of `name`; `setting` raises it, "" where nothing does.
+    """A sequence has at most `tokens` because of `name`; raising `setting` raises the limit, "" if no setting does.
 
-    Of equal limits the least is one that nothing raises.
+    Of equal limits, one that no setting raises sorts first.
     """
 
     tokens: int
@@ -64,20 +64,20 @@ def of_context(spawn: Spawn) -> list[Limit]:
 
 
 def of_batch(spawn: Spawn) -> Limit:
-    """Tokens in one pass: the recipe's `max_batch_size`, or what every inference model takes."""
+    """Tokens in one pass: the recipe's `max_batch_size`, or the constant of all inference models."""
     setting = "max_batch_size" if spawn.train else ""
     return Limit(spawn.max_batch_tokens, setting, setting or "what an inference model scores at once")
 
 
 def of_pool(spawn: Spawn) -> Limit:
-    """Tokens in the pool of one replica."""
+    """Tokens in the page pool of one replica."""
     return Limit(spawn.kv_tokens, "kv_cache_len", "kv_cache_len")
 
 
 def check_length(
     live: LiveModel, error: type[TooLong], tokens: int, what: str, limits: Sequence[Limit], beyond: int = 0
 ) -> None:
-    """Raise `error` where `tokens` and `beyond` more are above a limit, naming that limit and settings that help."""
+    """Raise `error` if `tokens + beyond` is above a limit, naming that limit and the settings that help."""
     needed = tokens + beyond
     short = [limit for limit in limits if limit.tokens < needed]
     if not short:
@@ -97,23 +97,23 @@ def check_length(
 
 @dataclass(frozen=True)
 class RowGauge:
-    """How long rows are for a training model. Asks no rank, and outlives the model."""
+    """Measures rows for a training model. Needs no rank, and outlives the model."""
 
     tokenizer: ChatTokenizer
     spawn: Spawn
 
     def rows(self, name: str, rows: Sequence[Any], prompts: bool, others: Sequence[RowGauge] = ()) -> Rows:
-        """A dataset of samples (threads, or tuples of them) or of prompts; the models of `others` train it as well."""
+        """A dataset of samples (threads, or tuples of them) or of prompts; the `others` train on it as well."""
         spawns = [each.spawn for each in (self, *others)]
         limits = [limit for each in spawns for limit in (of_context(each)[0], of_batch(each))]
         limits += [*of_context(self.spawn), of_pool(self.spawn)] if prompts else []
         limit, context = min(limits), of_context(self.spawn)[0]
-        # A prompt leaves room for a token at least.
+        # A prompt leaves room for at least one token.
         lengths = Lengths(limit.tokens - prompts, limit.setting, int(prompts), context.tokens)
         return Rows(name, rows, partial(self._parts, prompts), lengths)
 
     def _parts(self, prompts: bool, row: Any) -> list[int]:
-        """Tokens of each part of a row; of a tuple, whose threads are not split, of the longest."""
+        """Tokens of each part of a row; for a tuple, whose threads are not split, those of the longest thread."""
         if prompts:
             return [len(self.tokenizer.prompt_ids(row))]
         if not isinstance(row, StringThread):
@@ -129,14 +129,14 @@ class RowGauge:
 log = logging.getLogger(__name__)
 
 MAX_UNANSWERED = 8
-"""Micro-batches per replica that may wait on the ranks before `train_*` makes its caller wait."""
+"""Micro-batches per replica that may wait on the ranks; with more, `train_*` makes its caller wait."""
 
 MAX_GENERATING = 4096
-"""Generations per replica that the ranks know of; the others wait in the driver, in the order of their calls."""
+"""Generations per replica that are sent to the ranks; further ones wait in the driver, in the order of their calls."""
 
 
 class DryRunEnded(Exception):
-    """A dry run came to the first call that needs a rank. `where` is the caller's file:line."""
+    """A dry run reached the first call that needs a rank. `where` is the caller's file:line."""
 
     def __init__(self, where: str) -> None:
         super().__init__(where)
@@ -144,7 +144,7 @@ class DryRunEnded(Exception):
 
 
 class LiveModel:
-    """A spawned model: its record, its pending step and its requests under way. Frees itself when no handle is left."""
+    """A spawned model: its record, its pending step, its requests in flight. Frees itself when no handle is left."""
 
     def __init__(self, engine: Engine, version: ModelVersion, tokenizer: ChatTokenizer | None, spawn: Spawn) -> None:
         self.engine = engine
@@ -155,7 +155,7 @@ class LiveModel:
         self.step = 0
         self._told_dropout = False
         self.changes = 0
-        """How often the weights were trained or taken from a checkpoint, steps under way included."""
+        """How often the weights were trained or loaded from a checkpoint, steps under way included."""
         self._mark = object()
         self._steps_under_way = 0
         self.generating = asyncio.Semaphore(MAX_GENERATING * self.replicas)
@@ -174,7 +174,7 @@ class LiveModel:
 
     @property
     def tokenizer(self) -> ChatTokenizer:
-        """The model's tokenizer. Raises ModelRefused for a model that has none."""
+        """The model's tokenizer. Raises ModelRefused for a model without one."""
         if self._tokenizer is None:
             raise ModelRefused(
                 f"model {self.version.ref} has no tokenizer: only raw_logprobs and train_tangents can be used",
@@ -184,11 +184,11 @@ class LiveModel:
 
     @property
     def stop_ids(self) -> frozenset[int]:
-        """The tokens at which a completion ends; none without a tokenizer."""
+        """The tokens at which a completion ends; empty without a tokenizer."""
         return frozenset() if self._tokenizer is None else self._tokenizer.stop_ids
 
     def would_fit(self, settings: Sequence[str], tokens: int) -> bool:
-        """Whether the model would fit, in its place, with these settings at so many tokens; "" cannot be set."""
+        """Whether the model would fit, in its place, with these settings at `tokens`; False if "" is among them."""
         fields = {"max_batch_size": "max_batch_tokens", "kv_cache_len": "kv_tokens"}
         changed = structs.replace(self.spawn, **{fields[name]: tokens for name in settings if name in fields})
         ledger = self.engine.ledger.without(self.name)
@@ -200,7 +200,7 @@ class LiveModel:
             raise ConflictError(f"model {self.name!r} was deallocated", hint="spawn it again")
 
     def require_ranks(self) -> None:
-        """Before any request: the model must be live, and not only planned. Raises DryRunEnded, ConflictError."""
+        """Check before any request that the model is live, not only planned. Raises DryRunEnded, ConflictError."""
         self.require_live()
         if self.engine.options.dry_run:
             raise DryRunEnded(callers_line("the recipe"))
@@ -214,7 +214,7 @@ class LiveModel:
         return min(range(self.replicas), key=lambda r: (self._outstanding[r], r))
 
     def post(self, replica: int, message: Message, cost: int) -> Request:
-        """Send a request of `cost` tokens to a replica."""
+        """Send a request that costs `cost` tokens to a replica."""
         self._outstanding[replica] += cost
         request = self.engine.post_replica(self.spawn.tp, replica, message)
 
@@ -225,20 +225,20 @@ class LiveModel:
         return request
 
     def check_ids(self, tokens: Sequence[int]) -> None:
-        """Raise DataError for a token that the model does not have. The ranks do not look again."""
+        """Raise DataError for a token id that the model does not have. The ranks do not check again."""
         size = self.version.spec.vocab_size
         if tokens and not (min(tokens) >= 0 and max(tokens) < size):
             position = next(i for i, token in enumerate(tokens) if not 0 <= token < size)
             raise DataError(f"token {tokens[position]} at position {position} is outside the vocabulary of {size}")
 
     def tokenized(self, thread: AnyThread) -> TokenizedThread:
-        """The thread as tokens that the model has."""
+        """The thread as tokens of this model's vocabulary."""
         tokens = thread if isinstance(thread, TokenizedThread) else self.tokenizer.tokenize(thread)
         self.check_ids(tokens.token_ids)
         return tokens
 
     def whole(self, thread: AnyThread) -> TokenizedThread:
-        """The thread's tokens, with those that the template writes behind the last turn."""
+        """The thread's tokens, including those that the template adds after the last turn."""
         if isinstance(thread, StringThread):
             return self.tokenizer.tokenize(thread)
         return thread if self.version.tokenizer_dir is None else self.tokenizer.completed(thread)
@@ -246,12 +246,12 @@ class LiveModel:
     def sample(
         self, thread: TokenizedThread, coefficients: list[float], loss: Loss, fields: dict[str, list[float]]
     ) -> TrainSample:
-        """A thread as inputs and targets of a loss, with the sampler's records of them."""
+        """A thread as inputs and targets of a loss, with the sampler's log-probs of the targets."""
         tokens = thread.token_ids
         return TrainSample(tokens[:-1], tokens[1:], coefficients, self._recorded(thread), loss, fields)
 
     def _recorded(self, thread: TokenizedThread) -> list[float] | None:
-        """The sampler's log-prob of each target; NaN where it is not of this model, or of older weights."""
+        """The sampler's log-prob of each target; NaN where another model or older weights drew it."""
         record = thread.generation
         if record is None or record.model != self.name:
             return None
@@ -291,13 +291,13 @@ class LiveModel:
         await self.pending.room(MAX_UNANSWERED * self.replicas)
 
     def _check_length(self, samples: Sequence[TrainSample]) -> None:
-        """Each sequence must fit a micro-batch and the context; those that belong together need not fit together."""
+        """Check that each sequence fits a micro-batch and the context; a group as a whole need not fit."""
         what = "the sample has" if len(samples) == 1 else f"the longest of {len(samples)} sequences has"
         limits = [of_context(self.spawn)[0], of_batch(self.spawn)]
         check_length(self, SampleTooLong, max(sample.thread_tokens for sample in samples), what + " {} tokens", limits)
 
     def _tell_dropout(self, loss: Loss) -> None:
-        """Warn once of a model that its adapter's dropout and a loss on samples do not go together."""
+        """Warn once per model that the adapter's dropout is off, or distorts ratios, in a loss on sampled tokens."""
         lora = self.spawn.lora
         if lora is None or not lora.dropout or self._told_dropout or (loss.dropout and loss.custom is None):
             return
@@ -309,7 +309,7 @@ class LiveModel:
             log.warning("train_custom gives log-probs under %s: their ratio to sampled ones is not 1", what)
 
     def cut(self) -> None:
-        """Cut and send what is pending, without a step."""
+        """Cut and send the pending samples, without a step."""
         self._send(self.pending.queue.cut())
 
     def _send(self, batches: list[list[TrainSample]]) -> None:
@@ -322,7 +322,7 @@ class LiveModel:
         return PendingStep(self.name, SampleQueue(self.spawn.max_batch_tokens, self.replicas))
 
     def close_step(self, normalise: str) -> float:
-        """Cut and send what is pending, and begin the next step. Returns the denominator.
+        """Cut and send the pending samples, and begin the next step. Returns the denominator.
 
         Raises NothingToTrain when nothing was accepted, UsageError for mixed units.
         """
@@ -331,7 +331,7 @@ class LiveModel:
         return closed.denominator(normalise)
 
     def follow_step(self, posted: asyncio.Future[list[Message]]) -> None:
-        """Count an optimizer step that was sent to the ranks, also where its answer is not awaited."""
+        """Count an optimizer step that was sent to the ranks, even if its answer is not awaited."""
         self._steps_under_way += 1
         self.changed()
 
@@ -345,12 +345,12 @@ class LiveModel:
         posted.add_done_callback(answered)
 
     def changed(self) -> None:
-        """The weights will not be those of the registry."""
+        """Note that the weights now differ from those in the registry."""
         self.changes += 1
         self.engine.unsaved.add(self._mark)
 
     def saved(self, changes: int) -> None:
-        """The weights as they were after so many changes are a version of the registry."""
+        """Note that the weights after `changes` changes were saved as a version of the registry."""
         if changes == self.changes:
             self.engine.unsaved.discard(self._mark)
 
@@ -360,7 +360,7 @@ class LiveModel:
         return None if self._steps_under_way else self.step
 
     def promise_own_weights(self) -> None:
-        """Promise memory for weights that are no longer shared with other spawns. Raises MemoryRefused."""
+        """Promise memory for weights that this model no longer shares with other spawns. Raises MemoryRefused."""
         spawn = self.spawn
         if not spawn.private and not self._owns_weights:
             weights = weight_elements(spawn.spec, spawn.tp, spawn.headless) * spawn.element
@@ -368,7 +368,7 @@ class LiveModel:
             self._owns_weights = True
 
     def free(self) -> asyncio.Future[list[Message]] | None:
-        """Give the memory back; the model cannot be used afterwards. None when there is nothing to wait for."""
+        """Give the memory back; the model cannot be used afterwards. Returns None if there is nothing to wait for."""
         if self._freed:
             return None
         self._freed = True
@@ -383,7 +383,7 @@ class LiveModel:
 
 
 def _free_quietly(engine: Engine, name: str) -> None:
-    """Free a model that no handle refers to any more."""
+    """Free a model without handles."""
     engine.forget(name)
     if not engine.options.dry_run and not engine.closed:
         engine.post_global(Dealloc(model=name))

@@ -1,8 +1,8 @@
-"""The table of losses, and from the arguments of a call to the samples that the ranks get.
+"""The table of losses, and the conversion of a call's arguments into the samples that the ranks get.
 
-A row of the table is the signature of a `TrainingModel.train_<name>` with a `Row` over it. The annotation of each
-argument says its kind of value; it is checked by that and travels to the ranks under its own name, where the formula in
-`engine/training/losses.py` reads it. The documentation's table is made from the rows.
+A row of the table is the signature of a `TrainingModel.train_<name>`, decorated with a `Row`. The annotation of each
+argument gives its kind of value. The argument is checked against it and sent to the ranks under its own name, where the
+formula in `engine/training/losses.py` reads it. The table in the documentation is generated from the rows.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ Settings = dict[str, float]
 
 @dataclass(frozen=True)
 class Numbers:
-    """One number for each weighted token, or for all that it is `of` together. `single`: not in a sequence."""
+    """One number for each weighted token, or for each `of`. `single`: a plain number, not a sequence."""
 
     of: str = "weighted token"
     single: bool = False
 
     @property
     def words(self) -> str:
-        """For the documentation."""
+        """The kind of value, in the documentation."""
         return f"one for each {self.of}"
 
     def of_tokens(self, name: str, value: Any, count: int) -> list[float]:
@@ -53,14 +53,14 @@ class Numbers:
 
 @dataclass(frozen=True)
 class Setting:
-    """A number above `least`, or at least that high where it is `included`."""
+    """A number greater than `least`, or equal to it if `included`."""
 
     least: float = 0.0
     included: bool = True
 
     @property
     def words(self) -> str:
-        """For the documentation."""
+        """The kind of value, in the documentation."""
         return f"{self.least:g} or more" if self.included else f"above {self.least:g}"
 
     def checked(self, name: str, value: float) -> float:
@@ -71,30 +71,30 @@ class Setting:
         return float(value)
 
     def enter(self, settings: Settings, name: str, value: Any) -> None:
-        """Among the settings of a loss."""
+        """Add the value to the settings of a loss."""
         settings[name] = self.checked(name, value)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One of some names. The ranks get the name as a setting, and of the first, which is the plain loss, nothing."""
+    """One of some names. The ranks get it as a setting; the first name means the plain loss and is not sent."""
 
     names: tuple[str, ...]
 
     @property
     def words(self) -> str:
-        """For the documentation."""
+        """The kind of value, in the documentation."""
         return " or ".join(f'"{name}"' for name in self.names)
 
     def enter(self, settings: Settings, name: str, value: Any) -> None:
-        """Among the settings of a loss. Raises UsageError naming the argument."""
+        """Add the value to the settings of a loss. Raises UsageError naming the argument."""
         if value not in self.names:
             raise UsageError(f"{name} must be {self.words}, not {value!r}")
         settings |= {value: 1.0} if value != self.names[0] else {}
 
 
 class Average:
-    """How a loss on tokens is averaged. The ranks see the weights that follow."""
+    """How a loss on tokens is averaged. The ranks see only the resulting weights."""
 
     words = '"token", "sequence" or a number above 0'
 
@@ -114,12 +114,12 @@ Adjust = Callable[[TokenizedThread, Fields, Settings], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One loss, as the decorator of its `train_<name>`: the signature says the rest.
+    """One loss, as the decorator of its `train_<name>`; the method's signature gives the other facts.
 
-    `unit`: a step is divided by their number, unless `normalise` says otherwise. `of_values`: it needs a scalar head.
-    `on_last`: scored at the last token of the thread in place of its weighted ones. `of_sampled`: an adapter's dropout
-    is off, since the sampler has none. `adjust` has the last word on fields and settings.
-    `threads`: the arguments that are threads, which make one group; `kinds`: the kind of value of each of the others.
+    `unit`: the step is divided by the number of these, unless `normalise` is given. `of_values`: needs a scalar head.
+    `on_last`: scored at the thread's last token, not at its weighted ones. `of_sampled`: an adapter's dropout is off,
+    since the sampler uses none. `adjust` makes final changes to fields and settings. `threads`: the arguments that are
+    threads, which form one group; `kinds`: the kind of value of each other argument.
     """
 
     unit: str
@@ -140,7 +140,7 @@ class Row:
         return method
 
     def place(self, argument: str) -> tuple[int, str]:
-        """Of which thread an argument is, and its name as a field: in a pair, without the thread's ending."""
+        """The index of the argument's thread, and its field name (in a pair, without the thread's suffix)."""
         if len(self.threads) == 1:
             return 0, argument
         return int(argument.endswith("_neg")), argument.removesuffix("_pos").removesuffix("_neg")
@@ -151,7 +151,7 @@ ROWS: dict[str, Row] = {}
 
 
 def _kind(hint: Any) -> Kind | None:
-    """The kind of value in an annotation, also in that of an optional argument."""
+    """The kind of value in an annotation, which may be optional."""
     notes = (note for part in (hint, *get_args(hint)) for note in getattr(part, "__metadata__", ()))
     return next((note for note in notes if isinstance(note, Kind)), None)
 
@@ -179,7 +179,7 @@ def samples_of(live: LiveModel, row: Row, given: Mapping[str, Any]) -> Accepted:
     kept = Loss(row.name, tuple(settings.items()), len(threads), dropout=not row.of_sampled)
     parts = zip(threads, masks, fields, strict=True)
     if row.on_last:
-        # Nothing is predicted, so the targets can be any tokens.
+        # No token is predicted, so the targets can be any tokens.
         samples = [TrainSample(t.token_ids, t.token_ids, w, loss=kept, fields=f, on_last=True) for t, w, f in parts]
     else:
         samples = [live.sample(t, w, kept, f) for t, w, f in parts]
@@ -187,7 +187,7 @@ def samples_of(live: LiveModel, row: Row, given: Mapping[str, Any]) -> Accepted:
 
 
 def scored_tokens(thread: TokenizedThread) -> list[float]:
-    """1 for each target that is a weighted token, else 0. Raises NothingToTrain when there is none."""
+    """1 for each target that is a weighted token, else 0. Raises NothingToTrain if no target is weighted."""
     mask = [1.0 if weight > 0 else 0.0 for weight in thread.token_weights[1:]]
     require_weight(mask)
     return mask
@@ -237,9 +237,10 @@ def averaged(mask: list[float], normalise: str | float) -> tuple[list[float], st
 
 
 def importance(thread: TokenizedThread, fields: Fields, settings: Settings) -> None:
-    """With `importance_cap` each advantage times min(trajectory / sampler, cap): what a stale sampler's token counts.
+    """With `importance_cap`, multiply each advantage by min(old / sampler, cap), which corrects for a stale sampler.
 
-    In probabilities; Yao et al., "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training" (2025).
+    The ratio is one of probabilities (exp of old log-prob - sampler's); Yao et al., "Your Efficient RL Framework
+    Secretly Brings You Off-Policy RL Training" (2025).
     """
     if "cispo" in settings and "dual_clip" in settings:
         raise UsageError('dual_clip has no meaning with clipping="cispo"', hint="leave it out")
@@ -261,7 +262,7 @@ def importance(thread: TokenizedThread, fields: Fields, settings: Settings) -> N
 
 
 def check_head(name: str, scalar: bool, loss: str) -> None:
-    """Raise UsageError for a loss on values without a scalar head, or one on log-probs with it."""
+    """Raise UsageError for a loss on values without a scalar head, or a loss on log-probs with one."""
     of_values = loss in ROWS and ROWS[loss].of_values
     if of_values and not scalar:
         raise UsageError(
@@ -277,13 +278,13 @@ def check_head(name: str, scalar: bool, loss: str) -> None:
 
 
 Values = Sequence[float | Sequence[float]]
-"""Of each thread one number, or one for each weighted token."""
+"""For each thread, one number or one number for each weighted token."""
 
 SHAPE = "def loss(logprobs, samples, *, <fields>): ... at the top level of the recipe's file"
 
 
 def named(loss: Callable[..., Any], recipe: RecipeFile | None) -> CustomLoss:
-    """The place of a loss function. Raises UsageError for anything but a top-level function of the recipe's file."""
+    """The place of a loss function. Raises UsageError unless it is a top-level function of the recipe's file."""
     if not inspect.isfunction(loss) or inspect.iscoroutinefunction(loss) or inspect.isgeneratorfunction(loss):
         raise UsageError(f"a custom loss must be a plain function, not {loss!r}", hint=SHAPE)
     name, module = loss.__name__, sys.modules.get(loss.__module__)
@@ -318,7 +319,7 @@ def check_fields(loss: Callable[..., Any], fields: Mapping[str, Any]) -> None:
 
 
 def takes_entropies(loss: Callable[..., Any]) -> bool:
-    """Whether the function asks for entropies: by a parameter of that name."""
+    """Whether the function has a parameter `entropies`."""
     return "entropies" in inspect.signature(loss).parameters
 
 

@@ -1,4 +1,4 @@
-"""The session, and the builders of its models; each setter of a builder gives a new one."""
+"""The session, and the builders of its models; each setter of a builder returns a new builder."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ if TYPE_CHECKING:
     from harmony_core.registry import ModelVersion
 
 TOKENS_TO_GENERATE = 2048
-"""Most new tokens of a request where neither the recipe nor the registry says otherwise."""
+"""Default for the most new tokens of a request, used if neither the recipe nor the registry sets it."""
 
 
 PREFILL_TOKENS = 8192
-"""Most tokens that an inference model takes in one pass."""
+"""The most tokens that an inference model takes in one pass."""
 
 
 class ModelBuilder:
@@ -55,7 +55,7 @@ class ModelBuilder:
 
     @classmethod
     def of(cls, engine: Engine, version: ModelVersion) -> ModelBuilder:
-        """A builder with the registry's defaults, and the engine's."""
+        """A builder with the defaults of the registry and of the engine."""
         from harmony_core.client.spawning import source_of
 
         defaults, cpu = version.defaults, engine.launch.device == "cpu"
@@ -87,22 +87,23 @@ class ModelBuilder:
         return self._with(tp=tp)
 
     def kv_cache_len(self, tokens: int) -> ModelBuilder:
-        """Tokens in each replica's KV pool: a contract. Unset: up to 131,072, as much as fits."""
+        """Tokens in each replica's KV pool, guaranteed if set. Unset: as many as fit, up to 131,072."""
         return self._with(kv_cache_len=whole("kv_cache_len", tokens, 1))
 
     def tokens_to_generate(self, tokens: int) -> ModelBuilder:
-        """Most new tokens of one request."""
+        """The most new tokens of one request."""
         return self._with(tokens_to_generate=whole("tokens_to_generate", tokens, 1))
 
     def chat_template_kwargs(self, kwargs: Mapping[str, Any]) -> ModelBuilder:
-        """Variables for the chat template, {"enable_thinking": False}: above the registry's, below a thread's own.
+        """Variables for the chat template, such as {"enable_thinking": False}. A thread's own override these.
 
-        Raises DataError for a value that is not JSON; the spawn, UsageError for a name that the template does not read.
+        These override the registry's. Raises DataError for a value that is not JSON; the spawn raises UsageError for a
+        name that the template does not read.
         """
         return ModelBuilder(self._engine, self._version, self._asked, self._variables | kwargs)
 
     def max_seqlen(self, max_seqlen: int) -> ModelBuilder:
-        """Longest sequence, prompt and completion together; unset: the model's context."""
+        """Longest sequence, prompt and completion together. Unset: the model's context."""
         limit = self._version.spec.max_positions
         if not 2 <= whole("max_seqlen", max_seqlen, 2) <= limit:
             raise UsageError(f"max_seqlen must be between 2 and {limit} for {self._version.ref}, not {max_seqlen}")
@@ -117,7 +118,7 @@ class ModelBuilder:
         dropout: float | None = None,
         targets: tuple[str, ...] | list[str] | None = None,
     ) -> ModelBuilder:
-        """Train a LoRA adapter in place of the full weights; on a stored adapter this changes nothing.
+        """Train a LoRA adapter instead of the full weights. This has no effect on a stored adapter.
 
         Defaults: rank 16, alpha 32, dropout 0, the seven linear modules of a layer. Raises ModelRefused for
         `use_adapter=False` on a stored adapter.
@@ -153,10 +154,10 @@ class ModelBuilder:
         return self._with(dtype=dtype)
 
     def into_scoring_model(self) -> ModelBuilder:
-        """With a scalar head in place of the vocabulary's, as reward and value models have: it scores only.
+        """Replace the vocabulary head by a scalar head, as reward and value models have. The model then only scores.
 
-        A model that was stored with a scalar head keeps it, also without this call; for another one a new head is
-        made, of zeros. With an adapter the head is trained whole beside it.
+        A model that was stored with a scalar head keeps it without this call; any other gets a new head, filled with
+        zeros. With an adapter, the head is trained in full beside it.
         """
         return self._with(scalar=True)
 
@@ -171,17 +172,17 @@ class ModelBuilder:
         return self
 
     def extra_params(self, **params: Any) -> ModelBuilder:
-        """For external providers, of which there are none here. Raises UsageError unless empty."""
+        """For external providers, which are not supported. Raises UsageError unless empty."""
         if params:
             raise UsageError(f"extra_params are for external providers; {', '.join(params)} means nothing here")
         return self
 
     def api_key(self, api_key: str) -> ModelBuilder:
-        """For external providers, of which there are none here. Raises UsageError."""
+        """For external providers, which are not supported. Raises UsageError."""
         raise UsageError("api_key is for external providers; local models need none")
 
     def to_python_dict(self) -> dict[str, Any]:
-        """The full configuration, defaults filled in."""
+        """The full configuration, with defaults filled in."""
         asked = self._asked
         return {
             "path": f"model_registry://{asked.ref}",
@@ -197,7 +198,7 @@ class ModelBuilder:
 
     @property
     def _template_kwargs(self) -> TemplateKwargs:
-        """The registry's variables for the chat template, the builder's in their place where it has the same."""
+        """The registry's variables for the chat template, overridden by the builder's."""
         return TemplateKwargs(self._version.defaults.chat_template_kwargs) | self._variables
 
     @checked
@@ -209,9 +210,9 @@ class ModelBuilder:
 
     @checked
     async def spawn_train(self, name: str, max_batch_size: int) -> TrainingModel:
-        """Make the model live for training, too. `max_batch_size`: tokens in a micro-batch = longest sample.
+        """Make the model live for training, too. `max_batch_size`: tokens in a micro-batch, so the longest sample.
 
-        Its memory, gradients, optimizer state and activations included, is promised now.
+        Memory for it, including gradients, optimizer state and activations, is promised now.
         """
         from harmony_core.client.training_model import TrainingModel
 
@@ -235,16 +236,16 @@ class ModelBuilder:
 
 
 def _stored_lora(version: ModelVersion) -> LoraSettings:
-    """The settings of a stored adapter, as far as its memory depends on them."""
+    """The settings of a stored adapter that its memory depends on."""
     config = read_json(version.path / "adapter_config.json")
     targets = config["target_modules"]
-    # A pattern may mean any of the modules that an adapter can have.
+    # A pattern may match any of the modules that an adapter can have.
     lora = LoraSettings(rank=config["r"], dropout=float(config.get("lora_dropout") or 0.0))
     return lora if isinstance(targets, str) else structs.replace(lora, targets=tuple(targets))
 
 
 class HarmonyClient:
-    """One session with one group of ranks. `RecipeContext.client` and `get_client()` give the same thing."""
+    """One session with one group of ranks. `RecipeContext.client` and `get_client()` return it."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -254,7 +255,7 @@ class HarmonyClient:
     def start(cls, options: EngineOptions, registry: Registry, events: EventSink) -> HarmonyClient:
         """Begin to start the ranks in the background and return at once. Needs a running event loop.
 
-        Raises ResourceError, ConfigError for a machine that cannot give what `options` ask for.
+        Raises ResourceError or ConfigError if the machine cannot satisfy `options`.
         """
         engine = Engine(options, registry, events)
         engine.start()
@@ -294,7 +295,7 @@ class HarmonyClient:
 
     @property
     def unsaved(self) -> bool:
-        """Whether there are, or were, trained weights that are no version of the registry."""
+        """Whether any model has, or had, trained weights that are not saved in the registry."""
         return bool(self._engine.unsaved)
 
     def memory(self) -> dict[str, Any]:
@@ -307,11 +308,11 @@ class HarmonyClient:
 
     @property
     def in_use(self) -> bool:
-        """Whether a model lives, or is being made: the recipe needs the ranks."""
+        """Whether a model is live or being made, so that the recipe needs the ranks."""
         return bool(self._engine.spawns) and not self._engine.closed
 
     async def wait_failed(self) -> HarmonyError:
-        """Return the failure of the engine when there is one; until then, wait."""
+        """Wait until the engine fails, and return the failure."""
         return await self._engine.wait_failed()
 
     def close(self) -> None:
@@ -321,7 +322,7 @@ class HarmonyClient:
             self._closing = task
 
     async def aclose(self, grace: float = 10.0) -> None:
-        """Stop the ranks; on return nothing of them is left. Calling it again does nothing."""
+        """Stop the ranks; on return all of their processes are gone. Calling it again does nothing."""
         await self._engine.close(grace)
 
     def __enter__(self) -> HarmonyClient:
@@ -358,15 +359,15 @@ async def get_client(
     """A local engine with its own ranks, for notebooks and scripts: the client that a recipe has as `ctx.client`.
 
     `num_gpus` is the number of ranks (default: every visible CUDA device, else 1). With `deterministic` sampled and
-    trained log-probs are equal bit for bit (CPU only; raises ResourceError elsewhere). `recipe`: the Python file whose
-    functions `train_custom` takes as losses; raises NotFoundError if it is not there. The other arguments address a
-    remote service and are taken for compatibility; an address is answered with one line that the engine runs here.
+    trained log-probs are equal bit for bit (CPU only; raises ResourceError elsewhere). `recipe`: the Python file with
+    the loss functions for `train_custom`; raises NotFoundError if it does not exist. The other arguments are for a
+    remote service and are accepted for compatibility; an address only produces a line that says the engine runs here.
 
-    In seconds: a rank that makes no progress for `hang_timeout` (0: for ever) or gives no sign of life for
-    `silence_timeout` has failed, and every call raises that. A save that finds the disk full is tried again for
-    `save_wait`, unset for ten minutes, or not at all where CI is set. Raises UsageError for times out of bounds.
+    In seconds: a rank fails if it makes no progress for `hang_timeout` (0: no limit) or gives no sign of life for
+    `silence_timeout`; every call then raises that failure. A save that finds the disk full is retried for `save_wait`
+    (unset: ten minutes; no retry where CI is set). Raises UsageError for times out of bounds.
 
-    The ranks are stopped by `close`, or when the client, its builders and its models are no longer referred to.
+    The ranks are stopped by `close`, or once nothing refers to the client, its builders and its models any more.
     """
     from harmony_core.notifiers import say
 

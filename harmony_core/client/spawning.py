@@ -1,4 +1,4 @@
-"""From a builder to a live model: plan, promise, spawn on every rank; on failure give everything back."""
+"""From a builder to a live model: plan, promise memory, spawn on every rank; on failure give everything back."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from harmony_core.registry import ModelVersion
 
 LEAST_KV_TOKENS = 1024
-"""A pool whose size was left to the plan is not made smaller than this, or than one context."""
+"""The minimum size (or one context, if that is less) of a pool whose size is left to the plan."""
 
 
 @lru_cache(maxsize=32)
@@ -40,12 +40,12 @@ def _read_tokenizer(directory: Path) -> TokenizerFiles:
 
 @lru_cache(maxsize=32)
 def load_tokenizer(directory: Path, variables: TemplateKwargs) -> ChatTokenizer:
-    """The tokenizer in a directory, read once, and its chat template with these variables."""
+    """The tokenizer in a directory, which is read once, and its chat template with these variables."""
     return ChatTokenizer(_read_tokenizer(directory), variables)
 
 
 async def spawn(engine: Engine, version: ModelVersion, asked: Spawn, variables: TemplateKwargs) -> LiveModel:
-    """A live model as `asked`, its tokenizer's chat template with these variables."""
+    """Spawn a live model as `asked`; its tokenizer's chat template gets these variables."""
     check_tp(version.spec, asked.tp, engine.world_size)
     for other in engine.tp_values:
         if asked.tp % other and other % asked.tp:
@@ -98,7 +98,7 @@ def _check(engine: Engine, asked: Spawn) -> None:
 
 
 def _planned(engine: Engine, asked: Spawn) -> Spawn:
-    """The record as asked, with sizes that fit where it leaves them open."""
+    """The requested spawn, with sizes that fit for those it leaves open."""
     ledger, seed = engine.ledger, _seed(engine, asked.name)
     missing = missing_tool() if asked.compile else ""
     if missing:
@@ -115,7 +115,7 @@ def _planned(engine: Engine, asked: Spawn) -> Spawn:
     free, transient = ledger.free, ledger.transient
     found = _checkpointed(found, free, transient)
     if found.train and not found.scalar:
-        # Where there is room for a reference, neither the pool nor activations that could be recomputed take it.
+        # If there is room for a reference model, leave it: shrink the pool, or recompute activations instead.
         rest = free - memory.plan(found.copied("")).resident
         if memory.could_fit(found, rest, transient):
             free, found = rest, _checkpointed(found, rest, transient)
@@ -126,13 +126,13 @@ def _planned(engine: Engine, asked: Spawn) -> Spawn:
 
 
 def _checkpointed(planned: Spawn, free: int, transient: int) -> Spawn:
-    """The spawn with as many layers checkpointed as it needs to fit."""
+    """The spawn with as many checkpointed layers as it needs to fit."""
     plain = structs.replace(planned, checkpointed_layers=0)
     return structs.replace(planned, checkpointed_layers=memory.choose_checkpointing(plain, free, transient))
 
 
 def _pool_that_fits(planned: Spawn, free: int, transient: int) -> int:
-    """Tokens of half the memory that is left, at most the default; at least one context."""
+    """Pool tokens for half of the free memory, at most the default; at least one context or `LEAST_KV_TOKENS`."""
     needed = memory.plan(planned).total
     half, context = needed + max(free - needed, 0) // 2, planned.max_seqlen or planned.spec.max_positions
     return max(
@@ -163,7 +163,7 @@ def _tokenizer(version: ModelVersion, variables: TemplateKwargs) -> ChatTokenize
 
 @contextmanager
 def _promised(engine: Engine, planned: Spawn, ways_out: Callable[[int, int], list[str]]) -> Iterator[None]:
-    """The name and its memory are taken; both are given back when the body fails. Raises MemoryRefused."""
+    """Reserve the name and its memory; give both back when the body fails. Raises MemoryRefused."""
     engine.ledger.promise(planned.name, memory.plan(planned), weights_key=planned.weights_key, ways_out=ways_out)
     engine.spawns[planned.name] = planned
     try:
@@ -208,9 +208,9 @@ def _undo_spawn(engine: Engine, name: str, done: asyncio.Future[list[Message]]) 
 
 
 def plan_copy(live: LiveModel) -> Spawn:
-    """Promise the memory of the next frozen copy of a live model, which only scores; once until it is made.
+    """Promise the memory of the next frozen copy of a live model, which only scores; repeated calls promise it once.
 
-    Raises MemoryRefused with changes of the model's own spawn that leave room.
+    Raises MemoryRefused, listing changes of the model's own spawn that leave room.
     """
     engine = live.engine
     live.require_live()
@@ -244,14 +244,14 @@ async def clone(live: LiveModel) -> LiveModel:
 
 
 async def make_pool(live: LiveModel) -> None:
-    """Promise a copy that is asked to generate its pages: as many as were asked for its model, else as fit."""
+    """Give a copy its page pool at its first `generate`: as large as its model's builder set it, else as fits."""
     engine = live.engine
     async with engine.spawn_order:
         live.require_live()
         copied = live.spawn
         if copied.kv_tokens:
             return
-        # With what the copy holds already, of which only the pool is new.
+        # Count the memory that the copy holds already; only the pool is new.
         own = memory.plan(copied).resident
         tokens = copied.kv_cache_len or _pool_that_fits(copied, engine.ledger.free + own, engine.ledger.transient)
         grown = structs.replace(copied, kv_tokens=tokens)
@@ -271,7 +271,7 @@ async def make_pool(live: LiveModel) -> None:
 
 
 def _with_copy(engine: Engine, copied: Spawn, free: int) -> list[str]:
-    """Other settings of the model of a copy with which the copy, with pages or without, would fit."""
+    """Changed settings of a copy's model with which the copy, with or without a pool, would fit."""
     source = engine.spawns.get(copied.copied_from)
     if source is None:
         return []

@@ -23,13 +23,13 @@ from harmony_core.rpc.protocol import Load, Nothing, Save
 SCHEME = "model_registry://"
 RETRY_SECONDS = 10.0
 SAVE_WAIT = 600.0
-"""Seconds that a save waits for room unless the run says how long; 0 in CI, where no one frees any."""
+"""Seconds that a save waits for room unless the run sets it; 0 in CI, where no room is freed."""
 
 Saved = TypeVar("Saved")
 
 
 async def save_live(live: LiveModel, name: str, inference_only: bool) -> str:
-    """Write, verify and publish; the exact reference of the new version."""
+    """Write, verify and publish a version. Returns its exact reference."""
     live.require_ranks()
     key, changes = slugify(name.removeprefix(SCHEME)), live.changes  # later ones wait, and are not saved
     # Shielded: a version that the ranks have written is published even if the caller is cancelled meanwhile.
@@ -66,7 +66,7 @@ def _base_of(live: LiveModel) -> ModelVersion | None:
 
 def _save_message(live: LiveModel, directory: Path, inference_only: bool) -> Save:
     base = _base_of(live)
-    # A name that other tools can open: they do not know our keys.
+    # A name that other tools can resolve: they do not know our keys.
     name, _, commit = base.source.removeprefix("hf:").partition("@") if base else ("", "", "")
     if base and not base.source.startswith("hf:"):
         name, commit = str(base.path), ""
@@ -76,14 +76,14 @@ def _save_message(live: LiveModel, directory: Path, inference_only: bool) -> Sav
 
 
 def _expected_bytes(live: LiveModel, inference_only: bool) -> int:
-    """Bytes that a save will write, over all tensor-parallel ranks."""
+    """Bytes that a save will write, summed over all tensor-parallel ranks."""
     held = plan(live.spawn)
     weights = held.adapter if live.spawn.lora else held.weights
     return (weights + (0 if inference_only else held.optimizer)) * live.spawn.tp
 
 
 async def load_into(live: LiveModel, path: str) -> None:
-    """Replace a live model's weights by a stored version's. Raises ModelRefused when they are of another shape."""
+    """Replace a live model's weights by a stored version's. Raises ModelRefused when their shapes differ."""
     version = live.engine.registry.resolve(path.removeprefix(SCHEME))
     adapter = live.spawn.lora is not None
     if (version.format == "peft") != adapter:
@@ -105,7 +105,7 @@ async def load_into(live: LiveModel, path: str) -> None:
 
 
 def _check_heads(live: LiveModel, version: ModelVersion) -> None:
-    """Weights with a scalar head go only where there is one, and whole ones not over weights shared with policies."""
+    """Refuse a head of another kind than the model's, and full weights where base weights are shared with policies."""
     kinds = {True: "a scalar head", False: "a vocabulary head"}
     if version.scalar != live.spawn.scalar:
         raise ModelRefused(
@@ -122,14 +122,14 @@ def _check_heads(live: LiveModel, version: ModelVersion) -> None:
 
 
 class ModelState:
-    """A training model as a checkpoint sees it: files in a directory of the caller's, and plain numbers."""
+    """A training model as seen by a checkpoint: files in the caller's directory, and plain numbers."""
 
     def __init__(self, live: LiveModel) -> None:
         self._live = live
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Facts that must be equal for a saved state to mean the same."""
+        """Facts that must be equal for a saved state to apply to this model."""
         live = self._live
         spawn = live.spawn
         return {
@@ -141,21 +141,21 @@ class ModelState:
 
     @property
     def lesser_facts(self) -> dict[str, Any]:
-        """Facts that change only the rounding."""
+        """Facts that change only the rounding of results."""
         return {"max_batch_size": self._live.spawn.max_batch_tokens}
 
     @property
     def step(self) -> int | None:
-        """Optimizer steps that the weights have seen; None while one is under way."""
+        """Optimizer steps that the weights have seen; None during a step."""
         return self._live.present_version
 
     @property
     def request_numbers(self) -> dict[str, int]:
-        """How many requests with a seed each live model of the run has had, by its name."""
+        """By name of each live model of the run: how many seeded requests it has had."""
         return dict(self._live.engine.request_numbers)
 
     def set_request_numbers(self, numbers: Mapping[str, int]) -> None:
-        """Continue numbering requests, and so their seeds, where `request_numbers` was read."""
+        """Continue the numbering of requests, and so their seeds, from saved `request_numbers`."""
         known = self._live.engine.request_numbers
         known.update({name: int(number) for name, number in numbers.items() if name in known})
 
@@ -165,12 +165,12 @@ class ModelState:
         return _expected_bytes(self._live, inference_only=False)
 
     async def save(self, directory: Path) -> None:
-        """Write weights (or the adapter) and the optimizer's state. Gradients that were accumulated are not saved."""
+        """Write weights (or the adapter) and the optimizer's state. Accumulated gradients are not saved."""
         self._live.require_ranks()
         await self._live.engine.run_global(_save_message(self._live, directory, inference_only=False), Nothing)
 
     async def load(self, directory: Path, step: int) -> None:
-        """Take back the files of `save`, after `step` optimizer steps. Raises VerificationError, ModelRefused."""
+        """Load the files of `save`, taken after `step` optimizer steps. Raises VerificationError, ModelRefused."""
         live = self._live
         live.require_ranks()
         place = {"adapter" if live.spawn.lora else "weights": str(directory)}
@@ -183,9 +183,9 @@ class ModelState:
     async def when_there_is_room(
         states: Sequence[ModelState], attempt: Callable[[], Awaitable[Saved]], patient: bool = True
     ) -> Saved:
-        """The result of `attempt`, which writes these models as they are now: requests that change them wait meanwhile.
+        """The result of `attempt`, which writes these models as they are now: requests that change them wait.
 
-        It finds the disk full: it is made again and again, as long as the run waits for room; once if not `patient`.
+        When the disk is full, it is retried as long as the run waits for room; if not `patient`, it is tried once.
         """
         names, engine = sorted({state._live.name for state in states}), states[0]._live.engine
         async with contextlib.AsyncExitStack() as stack:

@@ -40,20 +40,20 @@ class TrainingModel(InferenceModel):
     """A live model with gradients and an optimizer. It also generates and scores, from the same weights.
 
     `train_*` calls take their place in the step when they are called and resolve once the sample is validated and
-    queued; the ranks work meanwhile, and a sample that is refused leaves no trace. Gradients add up un-normalised;
+    queued; the ranks work meanwhile, and a refused sample changes nothing. Gradients add up un-normalised;
     `optim_step` divides once, by the total over all samples and replicas, so that splitting, packing and data
-    parallelism never change a step. A call for another head than the model's raises UsageError.
+    parallelism never change a step. A call that needs the other kind of head raises UsageError.
     """
 
     def train_language_modelling(self, thread: AnyThread, *, max_growth: float = MAX_GROWTH) -> Queued:
         """Cross-entropy on the thread's weighted tokens, normalised by the sum of weights.
 
-        Where the chat template writes earlier turns otherwise once others follow, the thread is split: each weighted
-        turn is trained behind the prompt that the model would have been given for it. The parts are one sample with
-        the same sum of losses, all of them or none. `max_growth`: how many times the tokens of the longest part they
-        may have together.
+        If the chat template renders earlier turns differently once later turns follow, the thread is split: each
+        weighted turn is trained after the prompt that the model would have been given for it. The parts form one
+        sample, trained or refused as a whole, with the same sum of losses. `max_growth`: the most tokens that all parts
+        together may have, as a multiple of the longest part's.
 
-        Raises SampleTooLong (for the longest part), NothingToTrain, TokenizationError; the sample then leaves no trace.
+        Raises SampleTooLong (for the longest part), NothingToTrain, TokenizationError; the step is then unchanged.
         """
         live = self._live
 
@@ -78,16 +78,16 @@ class TrainingModel(InferenceModel):
     ) -> Queued:
         """Any loss through its ascent direction: tangents[t] = -dL/dlogprob(tgt_tokens[t] | inp_tokens[:t+1]).
 
-        The step divides by `denominator` summed over samples; its default is the number of non-zero tangents. A sample
-        whose tangents are all zero is a sample without a gradient, and so may be all samples of a step.
-        `sampler_logprobs`: the raw log-probs of tgt_tokens that were recorded when this model generated them, NaN
-        where there are none or the weights have changed since; the step's metrics compare them with the trainer's.
+        The step divides by `denominator` summed over samples; its default is the number of non-zero tangents. All
+        tangents of a sample, and all samples of a step, may be zero. `sampler_logprobs`: the raw log-probs of
+        tgt_tokens recorded when this model generated them, NaN where they are missing or the weights have changed
+        since; the step's metrics compare them with the trainer's.
         """
         given = inp_tokens, image_patches, tangents, tgt_tokens, denominator, sampler_logprobs
         return self._live.take(lambda: [losses.linear(self._live, *given)])
 
     def _train(self, name: str, arguments: Mapping[str, Any]) -> Queued:
-        """Queue a sample of a loss of the table."""
+        """Queue a sample for a loss in the table."""
         return self._live.take(lambda: [losses.samples_of(self._live, losses.ROWS[name], arguments)])
 
     @Row(unit="weighted tokens", of_sampled=True, adjust=losses.importance)
@@ -129,15 +129,15 @@ class TrainingModel(InferenceModel):
     ) -> Queued:
         """GRPO: sum over weighted tokens of -min(r A, clip(r, 1 - clip_range, 1 + clip_range) A) + kl_beta * k3.
 
-        r = exp(logprob - trajectory), k3 = exp(reference - logprob) - (reference - logprob) - 1. Sequences hold one
-        number for each weighted token; a weight above 0 counts as 1. `clip_range_high`: another bound above.
-        `dual_clip` c: with A < 0 not below c A. `clipping="cispo"`: the clipped r is a constant weight of A * logprob.
-        `importance_cap`: each token's A times min(exp(trajectory - sampler), cap), the sampler's log-probs being
-        `sampler_logprobs` or the thread's record. `entropy_bonus` times the entropy is taken from each token's loss,
-        with its gradient over the whole vocabulary. `normalise`: "token" divides the step by its weighted tokens,
-        "sequence" takes each sample's mean and divides by samples, a number divides each sample's sum.
-        The step reports `pg_clipfrac`, `inner_kl_div` and `Dkl`, means over tokens. Raises DataError, UsageError and
-        what `train_language_modelling` does.
+        r = exp(logprob - old), k3 = exp(reference - logprob) - (reference - logprob) - 1; `trajectory_logprobs` are the
+        old log-probs. Sequences hold one number for each weighted token; a weight above 0 counts as 1.
+        `clip_range_high`: the upper bound, if it differs. `dual_clip` c: with A < 0 the surrogate is at least c A.
+        `clipping="cispo"`: the clipped r is a constant weight of A * logprob. `importance_cap`: each token's A is
+        multiplied by min(exp(old - sampler), cap), with the sampler's log-probs from `sampler_logprobs` or the thread's
+        record. `entropy_bonus` times the entropy is subtracted from each token's loss, with its gradient over the whole
+        vocabulary. `normalise`: "token" divides the step by its weighted tokens, "sequence" takes each sample's mean
+        and divides by samples, a number divides each sample's sum. The step reports `pg_clipfrac`, `inner_kl_div` and
+        `Dkl`, means over tokens. Raises DataError, UsageError and the errors of `train_language_modelling`.
         """
         return self._train("grpo", locals())
 
@@ -158,8 +158,9 @@ class TrainingModel(InferenceModel):
     ) -> Queued:
         """GSPO: -T min(s A, clip(s, 1 - left_clip, 1 + right_clip) A) + kl_beta * sum of k3, of T weighted tokens.
 
-        s = exp(mean(logprob - trajectory)); `advantage` holds one number. With `normalise="sequence"` the loss is the
-        published one, the mean over samples without the factor T and with the mean of k3. See `train_grpo`.
+        s = exp(mean(logprob - old)), with old log-probs `trajectory_logprobs`; `advantage` holds one number. With
+        `normalise="sequence"` the loss is the published one, the mean over samples without the factor T and with the
+        mean of k3. See `train_grpo`.
         """
         return self._train("gspo", locals())
 
@@ -230,13 +231,13 @@ class TrainingModel(InferenceModel):
         They call `loss(logprobs, samples, **fields)`: the log-probs of N weighted tokens, float64 `[N]` with gradient,
         the slice of each sample, and each `per_token` argument as float64 `[N]`. A function with a parameter
         `entropies` is also given the entropy of each token's distribution, in nats, `[N]` with gradient. It returns the
-        sum of the loss over samples, divided by nothing that depends on how many there are:
-        `harmony_core.loss_checks.check_loss` proves that.
+        sum of the loss over samples, and must not divide by anything that depends on their number; test it with
+        `harmony_core.loss_checks.check_loss`.
         `per_token` arguments hold, for each thread, one number or one for each weighted token. `group` adjacent
-        threads always come together, also those that do not fit `max_batch_size` together. Each group adds its weighted
-        tokens to the step's denominator, or `denominator`.
+        threads always reach the function together, even if they exceed `max_batch_size` together. Each group adds its
+        weighted tokens, or `denominator`, to the step's denominator.
 
-        The function must be deterministic, and may call nothing of torch.distributed. What it raises on a rank fails
+        The function must be deterministic and must not call torch.distributed. An exception in it on a rank fails
         the step. Raises UsageError for a function that ranks cannot import, DataError for fields that do not fit.
         """
         return self._live.take(lambda: losses.groups(self._live, threads, loss, per_token, group, denominator))
@@ -265,14 +266,14 @@ class TrainingModel(InferenceModel):
     ) -> Coroutine[Any, Any, dict[str, float]]:
         """Apply and clear the gradients of everything accepted so far. Returns loss, grad_norm, num_tokens, lr, ...
 
-        `normalise`: "mean" divides by the step's denominator, "sum" by nothing. Cancelling the caller does not
+        `normalise`: "mean" divides by the step's denominator, "sum" does not divide. Cancelling the caller does not
         stop the step. Raises StepFailed when a sample failed on a rank, NothingToTrain, UsageError for mixed units,
         EngineError for gradients that are not finite (unless `skip_nan_gradients`). In each case the accumulated
-        gradients are gone and the weights unchanged. UsageError for an argument leaves the step as it was, to be taken.
+        gradients are discarded and the weights unchanged. A UsageError for an argument leaves the step unchanged.
         """
         live = self._live
         live.require_ranks()
-        # Before the step is closed: a refusal on the ranks would leave its gradients to the next one.
+        # Before the step is closed: if the ranks refused it, its gradients would stay for the next one.
         message = _step_message(live.name, lr, wd, max_grad_norm, skip_nan_gradients, normalise, betas, eps)
         samples = live.pending.samples
         try:
@@ -306,7 +307,7 @@ class TrainingModel(InferenceModel):
         self._live.engine.post_global(SetStep(model=self._live.name, step=step))
 
     def inf(self) -> InferenceModel:
-        """A live view for sampling: the same weights, so it sees each optimizer step at once."""
+        """A live view for sampling: it shares the weights, so it sees each optimizer step at once."""
         return InferenceModel(self._live, self._settings)
 
     def plan_clone(self) -> None:
@@ -321,7 +322,7 @@ class TrainingModel(InferenceModel):
     async def clone_inf(self) -> InferenceModel:
         """A frozen copy of the present weights (of A and B for an adapter), as a reference model.
 
-        It has no page pool until its first `generate` asks for one. Raises MemoryRefused, as that does.
+        It gets a page pool at its first `generate`. Both calls raise MemoryRefused.
         """
         from harmony_core.client.spawning import clone
 
@@ -337,14 +338,14 @@ class TrainingModel(InferenceModel):
     ) -> str:
         """Store the weights (or the adapter) as a new version. Returns its exact reference, "key@version".
 
-        `inference_only=False` also stores the optimizer's state. Returns once the version is on disk, whole.
+        `inference_only=False` also stores the optimizer's state. Returns once the version is completely on disk.
         """
         if draft_target is not None or num_draft_steps is not None:
             raise UsageError("speculative decoding is not supported: leave draft_target and num_draft_steps out")
         return await save_live(self._live, model_name, inference_only)
 
     def state(self) -> ModelState:
-        """The weights, the optimizer's state and the counters, to be written into a checkpoint and taken back."""
+        """The weights, the optimizer's state and the counters, to save in a checkpoint and load from it."""
         return ModelState(self._live)
 
 
@@ -358,7 +359,7 @@ def _step_message(
     betas: tuple[float, float],
     eps: float,
 ) -> OptimStep:
-    """A step whose denominator is not known yet. Raises UsageError for numbers that would destroy the weights."""
+    """A step without its denominator. Raises UsageError for numbers that would destroy the weights."""
     if normalise not in ("mean", "sum"):
         raise UsageError(f'normalise must be "mean" or "sum", not {normalise!r}')
     if not max_grad_norm > 0:
@@ -379,7 +380,7 @@ def _step_message(
 
 
 def _check_growth(parts: Sequence[TokenizedThread], most: float) -> None:
-    """Raise TokenizationError where a thread's parts have more than `most` times its tokens."""
+    """Raise TokenizationError if a thread's parts have more than `most` times its tokens."""
     grown = growth(parts)
     if grown > most:
         raise TokenizationError(

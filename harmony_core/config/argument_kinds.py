@@ -1,7 +1,7 @@
-"""The kinds of object that public calls take, read from their annotations: one of another kind is refused by name.
+"""The kinds of objects that public calls take, read from their annotations; other kinds are refused by name.
 
-Only the outermost kinds are looked at, and the members of a sequence of threads, pairs or callbacks. Numbers may be
-anyone's (numpy's, torch's); their values are checked where they are used. A model is known by its methods.
+Only the outermost kind is checked, and the members of a sequence of threads, pairs or callbacks. Numbers of other
+libraries (numpy, torch) are accepted; their values are checked on use. A model is recognised by its methods.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @runtime_checkable
 class InferenceModel(Protocol):
-    """A handle of a live model, known by this method."""
+    """A handle of a live model, recognised by this method."""
 
     def get_builder_args(self) -> dict[str, Any]:
         """Its settings."""
@@ -31,7 +31,7 @@ class InferenceModel(Protocol):
 
 @runtime_checkable
 class TrainingModel(InferenceModel, Protocol):
-    """A handle of a model that trains, known by this method."""
+    """A handle of a model that trains, recognised by this method."""
 
     def get_optim_step(self) -> int:
         """Its steps."""
@@ -110,7 +110,7 @@ def _described(function: Callable[..., Any]) -> tuple[inspect.Signature, dict[st
 
 
 def is_of(value: Any, kind: Any) -> bool:
-    """Whether a value is of the annotated kind, as far as can be told at once."""
+    """Whether a value is of the annotated kind, as far as a quick check can decide."""
     origin, inner = get_origin(kind), get_args(kind)
     if kind is Any or isinstance(kind, TypeVar):
         return True
@@ -123,7 +123,7 @@ def is_of(value: Any, kind: Any) -> bool:
     if origin is Sequence:
         if isinstance(value, str | bytes | Mapping) or not (hasattr(value, "__len__") and hasattr(value, "__iter__")):
             return False
-        # The first few tell: a dataset's rows may lie in a file.
+        # Only the first few are checked: a dataset's rows may be in a file.
         return inner[0] in _NUMBERS or all(is_of(member, inner[0]) for member in islice(value, 8))
     if origin is tuple:
         pair = isinstance(value, tuple | list)
@@ -149,7 +149,7 @@ def _in_words(kind: Any) -> str:
 
 
 def whole(name: str, value: int, least: int) -> int:
-    """`value` as an int: a float of one would not be read on the ranks, and end the run there.
+    """`value` as an int, because the ranks cannot read a float here and the run would end.
 
     Raises UsageError naming the argument unless it is whole and at least `least`.
     """

@@ -43,7 +43,7 @@ ModelT = TypeVar("ModelT", bound=BaseModel)
 
 @dataclass(frozen=True)
 class Assignment:
-    """One value for one place. Text is read as the schema wants it; any other value is taken as it is."""
+    """One value for one place. Text is read by the type in the schema; other values are used unchanged."""
 
     names: tuple[str, ...]
     value: Any
@@ -70,7 +70,7 @@ class Resolved:
     sources: dict[Path, Source] = field(default_factory=dict)
     errors: list[Issue] = field(default_factory=list)
     replaced: set[Path] = field(default_factory=set)
-    """Blocks that a flag gave whole, so that their default is not merged in."""
+    """Blocks that a flag set as a whole; their default is not merged in."""
 
     def source_of(self, path: Path) -> Source | None:
         """The source of the place, or of the nearest place around it."""
@@ -100,7 +100,7 @@ def assignments_from_env(environ: Mapping[str, str]) -> list[Assignment]:
 
 
 def resolve(schema: Schema, layers: Sequence[Layer]) -> Resolved:
-    """Merge the layers. Unknown keys, at every level, and texts that cannot be read are in `errors`."""
+    """Merge the layers. `errors` holds unknown keys at every level, and texts that cannot be read."""
     resolved = Resolved()
     for layer in layers:
         if isinstance(layer, YamlDocument):
@@ -156,7 +156,7 @@ def _set(resolved: Resolved, path: Path, value: Any, source: Source) -> str | No
         last = depth == len(path)
         wanted = object if last else list if isinstance(path[depth], int) else dict
         if last or not isinstance(below, wanted):
-            # A part of a block, given over a scalar or nothing, makes a block that has only this part.
+            # Setting a part of a block replaces a scalar or a missing value by a block with only this part.
             _forget(resolved, here, below)
             node[key] = below = value if last else wanted()
             resolved.sources[here] = source
@@ -169,8 +169,8 @@ def _set(resolved: Resolved, path: Path, value: Any, source: Source) -> str | No
 def _walk(resolved: Resolved, schema: Schema, nodes: list[Node], value: Any, path: Path) -> None:
     """Report keys that no branch has, and fill blocks from their field's default.
 
-    Pydantic alone lets unknown keys pass in models that do not forbid them, and takes the rest of a partly given
-    block from its class, not from the field's default.
+    Pydantic itself accepts unknown keys in models that do not forbid them, and fills the rest of a partly given block
+    from its class instead of from the field's default.
     """
     if isinstance(value, list):
         items = [b.get("items") or {} for node in nodes for b in schema.branches(node) if b.get("type") == "array"]
@@ -195,7 +195,7 @@ def _walk(resolved: Resolved, schema: Schema, nodes: list[Node], value: Any, pat
         else:
             if key == name or isinstance(key, int):
                 _walk(resolved, schema, below, inner, place)
-            else:  # `learning-rate` is for flags; a file has the field's own name
+            else:  # kebab-case is for flags; a file uses the field's name
                 resolved.errors.append(Issue("unknown key", at_key, dotted(place), "unknown_key", (key,)))
 
 
@@ -229,13 +229,13 @@ def _unknown_key(unknown: UnknownKey, source: Source | None, schema: Schema | No
 
 
 def sources_of(data: Mapping[str, Any], resolved: Resolved) -> dict[str, str]:
-    """Where each leaf came from, by dotted name."""
+    """The source of each leaf, by dotted name."""
     leaves = (path for path, value in places(data) if not (value and isinstance(value, Mapping | list)))
     return {dotted(path): str(resolved.source_at(path)) for path in leaves}
 
 
 def validate(model: type[ModelT], resolved: Resolved, schema: Schema) -> ModelT:
-    """Build the recipe's configuration. Raises ConfigError holding every issue, those of `resolved` included."""
+    """Build the recipe's configuration. Raises ConfigError with every issue, including those of `resolved`."""
     issues = list(resolved.errors)
     try:
         config = model.model_validate(resolved.data)
@@ -265,7 +265,7 @@ def _place(loc: tuple[str | int, ...], data: Any) -> tuple[Path, list[tuple[Path
 
 
 def _one_branch_each(details: Iterable[ErrorDetails], data: Any, schema: Schema) -> list[ErrorDetails]:
-    """Untagged unions report every branch: keep the branch with the fewest errors, or one line for plain values."""
+    """Keep one branch of each untagged union: the one with the fewest errors, or one line for plain values."""
     unions: dict[Path, dict[str | int, list[ErrorDetails]]] = defaultdict(lambda: defaultdict(list))
     kept: list[ErrorDetails] = []
     for detail in details:
@@ -307,7 +307,7 @@ def _issue(detail: ErrorDetails, resolved: Resolved, schema: Schema) -> Issue:
 
 
 def _got(value: Any) -> str:
-    """Names a plain value; "" for long texts and anything else."""
+    """A plain value in words; "" for long texts and other values."""
     text = "null" if value is None else repr(value)
     number, short = isinstance(value, int | float), isinstance(value, str) and (len(value) <= 60 or value.isdecimal())
     shown = text if len(text) <= 64 else f"{text[:20]}... ({len(text)} characters)"
@@ -315,13 +315,13 @@ def _got(value: Any) -> str:
 
 
 def _meant_by(issue: Issue) -> list[str]:
-    """The names that an unknown key was probably meant to be: one misspelt required key is one problem, not two."""
+    """The names that an unknown key probably stands for, so that a misspelt required key is reported only once."""
     parent, dot, _ = issue.path.rpartition(".")
     return [f"{parent}{dot}{name}" for name in issue.suggestions] if issue.type == "unknown_key" else []
 
 
 def as_data(config: BaseModel | None) -> dict[str, Any]:
-    """Plain data, complete: defaults included."""
+    """The configuration as plain data, including defaults."""
     return {} if config is None else config.model_dump(mode="json")
 
 
@@ -330,9 +330,9 @@ def settle_names(
 ) -> tuple[ModelT, dict[str, dict[str, str]]]:
     """The configuration with dataset files absolute, and the version of each model by the field that names it.
 
-    A relative file is meant from the YAML file that names it, from the working directory where a flag or variable
-    does, from the recipe's folder where it is a default. Raises the error with the lowest exit code; its details hold
-    all of them.
+    A relative file is resolved against the YAML file that names it, against the working directory if a flag or variable
+    names it, and against the recipe's folder if it is a default. Raises the error with the lowest exit code, with all
+    errors in its details.
     """
     models: dict[str, dict[str, str]] = {}
     failures: list[tuple[HarmonyError, Issue]] = []
@@ -370,7 +370,7 @@ def _rebuilt(value: Any, path: Path, visit: Callable[[Parameter, Path], Paramete
         new = {name: _rebuilt(inner, (*path, name), visit) for name, inner in old.items()}
         changed = {name: inner for name, inner in new.items() if inner is not old[name]}
         copy = value.model_copy(update=changed) if changed else value
-        # The fields that were set stay those that were set: a copy's update counts as setting.
+        # Keep the record of which fields were set: `model_copy` counts updated fields as set.
         copy.__pydantic_fields_set__.intersection_update(value.model_fields_set)
         return copy
     if isinstance(value, dict):

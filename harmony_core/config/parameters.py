@@ -70,7 +70,7 @@ class Parameter(BaseModel):
     @model_validator(mode="wrap")
     @classmethod
     def validate_from_json(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        """Take a string, an object, or a parameter that was written without its kind."""
+        """Accept a string, an object, or a parameter that was written without its kind."""
         if isinstance(data, cls):
             return data
         if isinstance(data, Parameter) and issubclass(cls, type(data)):
@@ -86,7 +86,7 @@ class Parameter(BaseModel):
         return cls(**{name: getattr(self, name) for name in type(self).model_fields})
 
     def check(self, registry: Registry) -> Any:
-        """Look the name up, without starting or loading anything. Raises an error if it cannot be used as asked."""
+        """Look the name up, without starting or loading anything. Raises an error if it cannot be used as requested."""
         raise NotImplementedError
 
     def __hash__(self) -> int:
@@ -128,7 +128,7 @@ class Model(_KeyOnly, Generic[ModelKindT]):
 
     @classmethod
     def kind(cls) -> type[model_kinds.ModelKind]:
-        """The kind of model that is asked for: `Model[model_kinds.Trainable].kind() is model_kinds.Trainable`."""
+        """The requested kind of model: `Model[model_kinds.Trainable].kind() is model_kinds.Trainable`."""
         return _kind_of(cls, model_kinds.ModelKind)
 
     def _as(self, cls: type[Any]) -> Any:
@@ -137,9 +137,9 @@ class Model(_KeyOnly, Generic[ModelKindT]):
         return model
 
     def check(self, registry: Registry) -> ModelVersion:
-        """The version that the key means.
+        """The version that the key refers to.
 
-        Raises NotFoundError for an unknown key, ModelRefused for a kind that cannot be trained where that is asked.
+        Raises NotFoundError for an unknown key, ModelRefused if a kind that cannot be trained is to be trained.
         """
         version = registry.resolve(self.model_key)
         if issubclass(self.kind(), model_kinds.Trainable) and not version.trainable:
@@ -155,7 +155,7 @@ class Model(_KeyOnly, Generic[ModelKindT]):
         return copy
 
     def tp(self, tp: int) -> Self:
-        """Tensor-parallel degree. Wins over the registry's and over `to_builder`'s."""
+        """Tensor-parallel degree. Overrides the values of the registry and of `to_builder`."""
         return self._recorded("tp", tp)
 
     def with_adapter(self, use_adapter: bool = True, **settings: Any) -> Self:
@@ -215,7 +215,7 @@ class Model(_KeyOnly, Generic[ModelKindT]):
         extra_params: dict[str, Any] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> InferenceModel:
-        """`to_builder` and `spawn_inference` in one; an error is noted with the key."""
+        """Call `to_builder` and `spawn_inference`; an error gets a note with the key."""
         with self._noted("inference", name):
             settings = (kv_cache_len, tokens_to_generate, tp, extra_params, chat_template_kwargs)
             return await (await self.to_builder(ctx, *settings)).spawn_inference(name)
@@ -230,7 +230,7 @@ class Model(_KeyOnly, Generic[ModelKindT]):
         extra_params: dict[str, Any] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> TrainingModel:
-        """`to_builder` and `spawn_train` in one; `max_batch_size` in tokens; an error is noted with the key."""
+        """Call `to_builder` and `spawn_train`; `max_batch_size` in tokens; an error gets a note with the key."""
         with self._noted("training", name):
             builder = await self.to_builder(ctx, None, None, tp, extra_params, chat_template_kwargs)
             return await builder.spawn_train(name, max_batch_size)
@@ -292,7 +292,7 @@ class Dataset(Parameter, Generic[DatasetKindT]):
     @model_validator(mode="before")
     @classmethod
     def _find_file(cls, data: Any) -> Any:
-        """A key that reads like a file is one, also where the dataset is written as an object."""
+        """Treat a key that looks like a file as a file, also in a dataset that is written as an object."""
         if isinstance(data, Mapping) and isinstance(key := data.get("dataset_key"), str):
             is_file = not is_hub_name(key) and ("/" in key or Path(key).suffix != "")
             return {"local_file_path": key if is_file else None} | dict(data)
@@ -300,7 +300,7 @@ class Dataset(Parameter, Generic[DatasetKindT]):
 
     @model_serializer(mode="wrap")
     def _documented(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """The documented fields; ours where they are set."""
+        """Serialise the documented fields, and the other fields if they are set."""
         ours = {"columns", "roles", "max_refused"}
         return {name: value for name, value in handler(self).items() if value or name not in ours}
 
@@ -311,12 +311,12 @@ class Dataset(Parameter, Generic[DatasetKindT]):
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        # The object is left open here, so that it does not become six flags beside the one that people use.
+        # The object lists no properties here, so that it does not add six flags to the usual one.
         text = {"type": "string", "format": "dataset-key", "kind": cls.kind().kind or "all", "minLength": 1}
         return {"anyOf": [text, {"type": "object", "title": "Dataset", "description": cls.__doc__}]}
 
     def with_base(self, directory: Path) -> Self:
-        """The same dataset with a relative file meant from `directory`."""
+        """The same dataset with a relative file resolved against `directory`."""
         if self.local_file_path is None:
             return self
         return self.model_copy(update={"local_file_path": str(directory / expanded(self.local_file_path))})
@@ -336,12 +336,12 @@ class Dataset(Parameter, Generic[DatasetKindT]):
         )
 
     def check(self, registry: Registry) -> Path | str:
-        """The file, or the hub's name. Raises NotFoundError, UsageError, ResourceError; the network is not asked."""
+        """The file, or the hub's name, without network access. Raises NotFoundError, UsageError, ResourceError."""
         check_columns(self.columns)
         return str(check_hub_name(self.dataset_key)[0]) if is_hub_name(self.dataset_key) else self.path()
 
     async def load(self, ctx: RecipeContext | None = None) -> Sequence[StringThread]:
-        """Every row as a thread: a list, or of a large dataset a sequence that reads a thread when it is asked for.
+        """Every row as a thread: a list, or for a large dataset a sequence that reads each thread on access.
 
         Raises NotFoundError, ResourceError, or DataError as `path:number: reason`.
         """

@@ -10,7 +10,7 @@ from harmony_core.config.yaml_source import Path, dotted, parse_value, plain_sca
 from harmony_core.errors import nearest
 
 MAX_DEPTH = 6
-"""How deep parameters are listed; deeper ones are reached with `--set`. Recursive models end here at the latest."""
+"""The depth to which parameters are listed; set deeper ones with `--set`. Recursive models end here at the latest."""
 
 Node = dict[str, Any]
 
@@ -45,7 +45,7 @@ class Parameter:
 
     path: tuple[str, ...]
     type: str
-    """For people: `int`, `list[str]`, `grpo|dpo`."""
+    """The type in words: `int`, `list[str]`, `grpo|dpo`."""
     description: str
     required: bool
     default: Any
@@ -53,7 +53,7 @@ class Parameter:
     bounds: str
     is_bool: bool
     is_tag: bool
-    """A constant that only says which class this is."""
+    """A constant that only identifies the class."""
     variant: str
     """The branch of a union to which the parameter belongs; "" outside of unions."""
 
@@ -102,7 +102,7 @@ class Schema:
     def _parameters(
         self, node: Node, path: tuple[str, ...], variant: str, above: frozenset[str], defaults: Node
     ) -> Iterator[Parameter]:
-        """`defaults` holds the default of the field above; it wins over the block's own defaults."""
+        """`defaults` holds the default of the field above; it overrides the block's own defaults."""
         node = self.resolve_reference(node)
         required = set(node.get("required", ()))
         for name, raw in node.get("properties", {}).items():
@@ -166,7 +166,7 @@ class Schema:
         return path, [branch for node in nodes for branch in self.branches(node)]
 
     def narrowed(self, node: Node, value: dict[str, Any]) -> list[Node]:
-        """The branches that a map may be meant as: of a tagged union, only the one that its tag names."""
+        """The branches that a map may belong to: of a tagged union, only the one that its tag names."""
         whole = self.resolve_reference(node)
         if tagged := whole.get("discriminator"):
             tag = value.get(tagged["propertyName"])
@@ -185,7 +185,7 @@ def bounds_of(branches: list[Node]) -> str:
 
 
 def choices_of(branch: Node) -> list[Any]:
-    """The values that a branch allows, where it lists them."""
+    """The values that a branch allows, if it lists them."""
     return [branch["const"]] if "const" in branch else branch.get("enum", [])
 
 
@@ -204,8 +204,8 @@ def types_of(branches: list[Node]) -> set[str]:
 def from_text(text: str, branches: list[Node], schema: Schema) -> Any:
     """The value of `text` for these branches.
 
-    Where only text fits, it is taken as typed: `on` and `007` stay text. Everything else is read as YAML; text that
-    fits nothing else is text where text is allowed; a list may be written with commas. Raises ValueError.
+    If only text is allowed, the text stays as typed, such as `on` and `007`. Otherwise it is read as YAML, and as text
+    if nothing else fits and text is allowed. A list may be written with commas. Raises ValueError.
     """
     allowed = types_of(branches)
     if text in _NULLS and "null" in allowed:
@@ -225,7 +225,7 @@ def from_text(text: str, branches: list[Node], schema: Schema) -> Any:
 
 def _as_yaml(text: str, text_allowed: bool) -> Any:
     if not text.lstrip().startswith(("{", "[", '"', "'")) and "\n" not in text:
-        # A colon or a leading @ in plain text is no syntax here.
+        # A colon or a leading @ is plain text here.
         return plain_scalar(text.strip())
     try:
         return parse_value(text)

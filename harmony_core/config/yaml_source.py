@@ -62,14 +62,14 @@ def places(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a value was written. Lines and columns count from 1; 0 where the source is not a file."""
+    """Where a value was written. Lines and columns count from 1; they are 0 if the source is not a file."""
 
     kind: Literal["default", "file", "env", "flag"]
     name: str = ""
     line: int = 0
     column: int = 0
     key_line: int = 0
-    """Where the value's key stands, for errors that are about the key."""
+    """The position of the value's key, for errors about the key."""
     key_column: int = 0
 
     def at_key(self) -> Source:
@@ -87,7 +87,7 @@ DEFAULT = Source("default")
 
 @dataclass(frozen=True)
 class Issue:
-    """One thing that is wrong with the configuration."""
+    """One problem of the configuration."""
 
     message: str
     source: Source | None = None
@@ -107,7 +107,7 @@ class Issue:
         return self.source is not None and self.source.name == f"--{self.path.replace('_', '-')}"
 
     def as_data(self) -> dict[str, Any]:
-        """For `--json`."""
+        """The issue as plain data, for `--json`."""
         data: dict[str, Any] = {"path": self.path, "type": self.type, "message": self.message}
         if (source := self.source) is not None:
             place = {"line": source.line, "column": source.column} if source.line else {}
@@ -127,7 +127,7 @@ def in_reading_order(issues: Iterable[Issue]) -> list[Issue]:
 
 
 def raise_if_any(issues: Iterable[Issue]) -> None:
-    """Raise ConfigError holding all of them."""
+    """Raise one ConfigError with all issues, if there are any."""
     if ordered := in_reading_order(issues):
         message = str(ordered[0]) if len(ordered) == 1 else f"the configuration is not valid: {len(ordered)} problems"
         raise ConfigError(message, issues=map(str, ordered), errors=[issue.as_data() for issue in ordered])
@@ -170,7 +170,7 @@ def load_yaml_file(path: FilePath, name: str | None = None) -> YamlDocument:
 def load_yaml(raw: bytes | str, name: str) -> YamlDocument:
     """Parse one document whose top level is a map. Problems are kept in `issues`."""
     builder = _Builder(name)
-    with contextlib.suppress(_TooMuch):  # the issue is recorded; the rest of the text is not looked at
+    with contextlib.suppress(_TooMuch):  # the issue is recorded; the rest of the text is skipped
         builder.read(raw)
     return builder.document
 
@@ -184,11 +184,11 @@ def parse_value(text: str) -> Any:
 
 
 class _TooMuch(Exception):
-    """A limit was passed."""
+    """A limit was exceeded."""
 
 
 class _Loader(_Parser):  # type: ignore[misc]
-    """Leaves plain scalars untagged, so that YAML 1.1 does not read them and an explicit tag can be told."""
+    """Leaves plain scalars untagged, so that YAML 1.1 does not read them and explicit tags can be recognised."""
 
     def resolve(self, kind: type[yaml.Node], value: str | None, implicit: tuple[bool, bool]) -> str:
         """The tag of an untagged node."""
@@ -205,7 +205,7 @@ class _Builder:
         self._values = 0
 
     def read(self, raw: bytes | str) -> None:
-        """Take the whole stream, UTF-8 with or without a byte order mark: one document or none."""
+        """Read the whole stream, in UTF-8 with or without a byte order mark; it may hold one document at most."""
         data = raw.encode("utf-8", "surrogateescape") if isinstance(raw, str) else raw
         if len(raw) > MAX_BYTES:
             self._too_much(f"larger than {MAX_BYTES // 1_000_000} MB", self._at("", 0))
@@ -290,7 +290,7 @@ class _Builder:
                 first[name] = self._source(key)
                 items[name] = self._value(value, (*path, name), key, sources)
         for other, below in merged:
-            if isinstance(other, dict):  # the keys of another map that this one does not have
+            if isinstance(other, dict):  # the keys of another map that are missing here
                 new = other.keys() - items.keys()
                 items |= {name: value for name, value in other.items() if name in new}
                 sources |= {p: source for p, source in below.items() if p != path and p[len(path)] in new}
@@ -312,7 +312,7 @@ class _Builder:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes text that would be read back as something else; `1e-5` is a number here and not in YAML 1.1."""
+    """Quotes text that would be read back as another type; `1e-5` is a number here and text in YAML 1.1."""
 
 
 def _text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:

@@ -33,10 +33,10 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "media": MEDIA_NAMES,
     "metadata": ("metadata",),
 }
-"""The fields of a row, and the columns in which each is looked for, first name first. The keys of `columns`."""
+"""The fields of a row (the keys of `columns`), each with its usual column names in order of preference."""
 
 Projection = dict[str, tuple[tuple[str, str], ...]]
-"""For each of `FIELDS` the usual names that a row's columns have, with the columns; a mapped one under the field's."""
+"""For each of `FIELDS`, pairs of a usual name and the row's column; a mapped column is paired with the field's name."""
 
 _MAX_PLANS = 1000
 _PLATFORM = {"id", "created_at", "model_id", "external_data", "labels"}
@@ -77,13 +77,13 @@ class Reading:
 
 
 def check_columns(columns: Mapping[str, str | None]) -> None:
-    """Raises UsageError for a key that is not in `FIELDS`."""
+    """Raise UsageError for a key that is not in `FIELDS`."""
     if unknown := columns.keys() - FIELDS.keys():
         raise UsageError(f"columns: there is no '{min(unknown)}'", hint=f"there is: {', '.join(FIELDS)}")
 
 
 class Row:
-    """Looks up columns, by the reading's `columns` or by their usual names, and remembers which were taken."""
+    """Looks up columns, by the reading's `columns` or by their usual names, and remembers the columns taken."""
 
     def __init__(self, line: Line, reading: Reading) -> None:
         self.line = line
@@ -92,17 +92,17 @@ class Row:
         self.taken: set[str] = set()
 
     def name(self, field: str, among: tuple[str, ...] | None = None) -> str | None:
-        """The first column that holds something and is not null; `among` usual names only, or the one mapped to it."""
+        """The field's first column that is not null: the mapped one, or one with a usual name (in `among` if given)."""
         usual = [name for known, name in self.plan[field] if among is None or known in among or known == field]
         return next((name for name in usual if self.line[name] is not None), None)
 
     def get(self, field: str) -> Any:
-        """The value, or None."""
+        """The field's value, or None."""
         name = self.name(field)
         return None if name is None else self.line[name]
 
     def take(self, name: str) -> Any:
-        """A column's value, which is then no metadata. Text that is JSON of messages is read."""
+        """Return a column's value and exclude the column from the metadata. JSON text of messages is decoded."""
         self.taken.add(name)
         return unpacked(self.line[name], name)
 
@@ -132,9 +132,9 @@ class Row:
 
 
 def unpacked(value: Any, name: str, sure: bool = False) -> Any:
-    """A list or object that stands in the column as JSON text, as CSV files have it, if it is one of messages.
+    """Decode a list or object of messages that is stored as JSON text, as in CSV files; return other values unchanged.
 
-    `sure` decodes every list and object. Raises DataError for a list as Python prints it.
+    With `sure`, every list and object is decoded. Raises DataError for a list in Python's notation.
     """
     if not isinstance(value, str) or value[:1] not in ("[", "{"):
         return value
@@ -148,7 +148,7 @@ def unpacked(value: Any, name: str, sure: bool = False) -> Any:
 
 
 def as_object(value: Any, name: str) -> Line:
-    """An object, also one that stands there as JSON text; {} for null. Raises DataError."""
+    """An object, decoded if it is JSON text; {} for null. Raises DataError for other values."""
     if isinstance(value, str) and value[:1] == "{":
         value = from_json(value, value)
     if value is not None and not isinstance(value, dict):
@@ -157,7 +157,7 @@ def as_object(value: Any, name: str) -> Line:
 
 
 def scalar(value: Any) -> Any:
-    """A number or a boolean also where a CSV file has its text."""
+    """The number or boolean that a text of a CSV file stands for; other values are returned unchanged."""
     if not isinstance(value, str) or len(value) > 30:
         return value
     text = value.strip().lower()
@@ -194,18 +194,18 @@ _FOREIGN: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (("answers",), "several answers, or places of an answer", "write the one that is right as 'answer'"),
     (("chat",), "a transcript in one text (Glaive)", "split it into 'messages'"),
 )
-"""Columns by which a format is known, its name, and its conversion. The first four also have columns that are read."""
+"""Columns that identify an unsupported format, its name and its conversion; the first four also have supported ones."""
 
 
 def refuse_foreign(line: Mapping[str, Any], answered: bool = False) -> None:
-    """Raises DataError for a row of a format that is not read; `answered`: though it seems to have an answer."""
+    """Raise DataError for a row of an unsupported format; `answered`: the row seems to have an answer."""
     for columns, format, how in _FOREIGN[:4] if answered else _FOREIGN:
         if all(column in line for column in columns) and any(line[column] is not None for column in columns):
             raise DataError(f"holds {format} ({', '.join(columns)}): {how}")
 
 
 def refuse_unanswered(line: Mapping[str, Any], pair: bool) -> NoReturn:
-    """Raises DataError for a row without an answer to learn."""
+    """Raise DataError for a row without an answer to learn."""
     if pair:
         raise DataError(
             "holds a pair (chosen, rejected), which only Dataset[dataset_kinds.Preference] reads; to learn one: "
@@ -221,7 +221,7 @@ def refuse_unanswered(line: Mapping[str, Any], pair: bool) -> NoReturn:
 
 
 def refuse_unknown(line: Mapping[str, Any]) -> NoReturn:
-    """Raises DataError for a row of no known shape."""
+    """Raise DataError for a row of unknown shape."""
     if not line:
         raise DataError("has no columns")
     if "chosen" in line:
@@ -233,14 +233,14 @@ def refuse_unknown(line: Mapping[str, Any]) -> NoReturn:
 
 
 def _suggestion(line: Iterable[str], wanted: tuple[str, ...]) -> str:
-    """Names a column that looks like a misspelt one of those that are wanted."""
+    """Name a column that looks like a misspelling of a wanted one."""
     unknown = [name for name in line if name not in wanted and len(name) <= 40]
     pairs = [(name, meant) for name in unknown for meant in get_close_matches(name, wanted, 1, 0.8)]
     return f" ('{pairs[0][0]}': did you mean {pairs[0][1]}?)" if pairs else ""
 
 
 def _example(line: Mapping[str, Any]) -> str:
-    """How `columns` may be written for this row."""
+    """An example of `columns` for this row."""
     texts = [name for name, value in line.items() if isinstance(value, str) and len(name) <= 40]
     example = "; say which column holds what, as in columns: {{user: {}, assistant: {}}}"
     return example.format(*texts) if len(texts) > 1 else ""

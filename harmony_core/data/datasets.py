@@ -1,8 +1,8 @@
 """Datasets: the rows of files and of the Hugging Face hub as threads, and the shuffled iterator that training reads.
 
 A dataset of the hub (`hf:owner/name[@revision][:config][:split]`) is read by the `datasets` library, which treats its
-files as data and runs no code of theirs. The commit that a revision means is looked up once and noted in the home,
-beside the files of that commit: a later run reads the same rows, and needs no network.
+files as data and does not run their code. The commit of a revision is looked up once and recorded in the home, beside
+the files of that commit, so that later runs read the same rows without network access.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ def load_threads(
     roles: Mapping[str, str] | None = None,
     max_refused: int = 0,
 ) -> Sequence[StringThread]:
-    """Every row of a file, of a directory's files, or of a dataset of the hub (`hf:...`) as a thread.
+    """Load every row of a file, of a directory's files, or of a dataset of the hub (`hf:...`) as a thread.
 
-    All rows are read once, and must be of the first one's shape and kind. Gives a list, or for a large dataset a
-    sequence that reads a thread when it is asked for. Raises DataError with one `path:number: reason` for each bad row
-    (the first 20) when there are more than `max_refused`, which are left out else; NotFoundError, ResourceError.
+    All rows are read once, and must have the shape and kind of the first row. Returns a list, or for a large dataset a
+    sequence that reads each thread on access. Up to `max_refused` bad rows are left out; more raise a DataError with
+    one `path:number: reason` for each of the first 20. Also raises NotFoundError and ResourceError.
     """
     reading = Reading(kind, feedback_key, columns or {}, roles or {})
     check_columns(reading.columns)
@@ -77,7 +77,7 @@ def load_threads(
 
 
 class _Loading:
-    """Reads every row once. Keeps the first row's shape, the place of each row, and the threads while they are few."""
+    """Reads every row once. Keeps the first row's shape, the place of each row, and the threads of a small dataset."""
 
     def __init__(self, reading: Reading, max_refused: int) -> None:
         self._reading = reading
@@ -93,7 +93,7 @@ class _Loading:
         self.refused = 0
 
     def add(self, file: RowFile) -> bool:
-        """Read a file's rows; whether to go on."""
+        """Read a file's rows. Returns whether to continue."""
         self._files.append(file)
         self._starts.append(len(self.offsets))
         for number, offset, data in file:
@@ -116,14 +116,14 @@ class _Loading:
         return True
 
     def large(self) -> Threads:
-        """The threads of the files, read when they are asked for."""
+        """The threads of the files, each read on access."""
         return Threads(self._files, self._starts, self.offsets, self._again, self._digest.hexdigest())
 
     def _again(self, data: bytes) -> StringThread:
         return read_row(_parse(data), self._reading).thread
 
     def _read(self, number: int, data: bytes) -> StringThread | None:
-        """The row's thread; None for a row that is not held and passes the quick check of `_plain_rows`."""
+        """The row's thread, or None if the row is not held in memory and passes the quick check of `_plain_rows`."""
         if len(data) > dataset_files.MAX_LINE_BYTES:
             raise DataError(f"longer than {dataset_files.MAX_LINE_BYTES} bytes; not read further")
         if self.threads is None and self._is_plain is not None and self._is_plain(data):
@@ -136,7 +136,7 @@ class _Loading:
         first, first_shape, first_kind = self._first
         if shape != first_shape:
             raise DataError(f"has the shape {shape}, row {first} the shape {first_shape}")
-        # A completion that also has feedbacks serves as one.
+        # A row with feedbacks is also valid in a dataset of completions.
         if kind != first_kind and (first_kind, kind) != ("completions", "feedbacks"):
             raise DataError(f"has the fields of {kind}, row {first} those of {first_kind}")
         return thread
@@ -172,7 +172,7 @@ def _plain_rows(line: Line, shape: str, kind: Format, reading: Reading) -> Calla
     """A quick check of a row's JSON: true only for rows that can be read and have the shape and kind of this row.
 
     Most rows of a large file are lists of plain messages: these are checked while they are decoded. Other rows fail
-    the check and are read in full. None if it depends on more than the messages: on another column, or a feedback.
+    the check and are read in full. Returns None if it needs more than the messages: another column or a feedback.
     """
     plan = reading.plan(line)
     if shape not in _SHAPES or len(plan["messages"]) != 1 or sum(map(len, plan.values())) != 1 or reading.roles:
@@ -184,7 +184,7 @@ def _plain_rows(line: Line, shape: str, kind: Format, reading: Reading) -> Calla
     fields: list[Any] = [("messages", _SHAPES[shape]), *((field, Any, None) for field in others)]
     try:
         row = msgspec.defstruct("Row", fields, rename={"messages": column} | others, forbid_unknown_fields=True)
-    except ValueError:  # a column whose name msgspec takes for no field: one with quotes or control characters
+    except ValueError:  # msgspec refuses the column's name as a field: it has quotes or control characters
         return None
     decode: Callable[[bytes], Any] = msgspec.json.Decoder(row).decode
     last = _LAST[kind]
@@ -209,7 +209,7 @@ class DataSet(Generic[T]):
     """
 
     def __init__(self, threads: Sequence[T], allow_looping: bool = False, seed: int = 42) -> None:
-        import numpy as np  # 0.1 s, which a command that only reads configuration does not pay
+        import numpy as np  # takes 0.1 s, which a command that only reads configuration saves
 
         self.threads = threads
         self.allow_looping = allow_looping
@@ -237,25 +237,25 @@ class DataSet(Generic[T]):
         sample = self.threads[self.access_indices[self.idx]]
         metadata = getattr(sample, "metadata", None)
         if isinstance(metadata, dict):
-            dict.__setitem__(metadata, "sample_index", self.idx)  # not a change that a large dataset must keep
+            dict.__setitem__(metadata, "sample_index", self.idx)  # not a change that a large dataset has to keep
         self.idx += 1
         return sample
 
     def completion_percentage(self) -> float:
-        """Samples handed out over samples there are: above 1 after the first pass."""
+        """Samples handed out divided by the number of samples; above 1 after the first pass."""
         return self.idx / len(self.threads) if self.threads else 1.0
 
     def reset(self) -> None:
-        """Begin again with the first sample of the first pass."""
+        """Restart at the first sample of the first pass."""
         self.idx = 0
 
     def get_state(self) -> dict[str, int]:
-        """Where the iterator stands, as plain numbers for a checkpoint."""
+        """The iterator's position as plain numbers, for a checkpoint."""
         passes = len(self.access_indices) // max(len(self.threads), 1)
         return {"idx": self.idx, "seed": self.seed, "length": len(self.threads), "passes": passes}
 
     def set_state(self, state: Mapping[str, int]) -> None:
-        """Continue where `get_state` was called. Raises DataError for the state of another dataset."""
+        """Continue from the result of `get_state`. Raises DataError for the state of another dataset."""
         if state["length"] != len(self.threads):
             raise DataError(f"the state is of {state['length']} samples, the dataset has {len(self.threads)}")
         fresh = DataSet(self.threads, self.allow_looping, state["seed"])
@@ -303,12 +303,12 @@ def load_from_hf(repo: str, split: str, convert_sample_fn: Callable[..., StringT
 
 
 def is_hub_name(source: object) -> bool:
-    """Whether a dataset's name means one of the hub."""
+    """Whether a name refers to a dataset of the hub."""
     return isinstance(source, str) and source.startswith("hf:")
 
 
 def check_hub_name(source: str) -> re.Match[str]:
-    """The parts of a name. Raises UsageError, and ResourceError without the library."""
+    """The parts of a hub name. Raises UsageError, and ResourceError without the library."""
     if not (match := _SOURCE.fullmatch(source)):
         raise UsageError(f"{source[:200]!r} is no dataset of the hub", hint="hf:owner/name[@revision][:config][:split]")
     if importlib.util.find_spec("datasets") is None:
@@ -342,7 +342,7 @@ def hub_rows(source: str) -> Iterator[tuple[int, dict[str, Any]]]:
 def _pinned(
     home: Path, source: str, name: str, revision: str | None, first: str | None, second: str | None
 ) -> dict[str, Any]:
-    """Directory, config and its files by split; fetched when this is asked for the first time."""
+    """The directory, the config and its files by split; the first call fetches them."""
     from huggingface_hub import DatasetCard, HfApi
 
     note = home / "pins" / f"{name}@{revision or 'main'}.json".replace("/", "--")
@@ -374,7 +374,7 @@ def _pinned(
 
 
 def _config_of(configs: list[dict[str, Any]], source: str, first: str | None, second: str | None) -> dict[str, Any]:
-    """The config of a dataset's card that is asked for; {} for a card without configs. Raises NotFoundError."""
+    """The requested config of a dataset's card; {} for a card without configs. Raises NotFoundError."""
     by_name = {str(config.get("config_name")): config for config in configs}
     if first in by_name:
         return by_name[str(first)]
@@ -388,7 +388,7 @@ def _config_of(configs: list[dict[str, Any]], source: str, first: str | None, se
 
 
 def _files_of(config: dict[str, Any]) -> dict[str, list[str]]:
-    """The files of each split, as a card names them; {} where it does not."""
+    """The files of each split that a card names; {} if it names no files."""
     splits: dict[str, list[str]] = {}
     for file in _listed(config.get("data_files") or []):
         entry = file if isinstance(file, dict) else {"path": file}

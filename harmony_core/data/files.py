@@ -33,11 +33,11 @@ from harmony_core.text.threads import StringThread
 
 MAX_LINE_BYTES = 16 * 1024 * 1024
 MAX_UNPACKED_RATIO = 200
-"""Text compresses to about a tenth; a file that grows more than this is refused beyond `LEAST_UNPACKED_BYTES`."""
+"""Text compresses to about a tenth. Above `LEAST_UNPACKED_BYTES`, a file that grows by a larger factor is refused."""
 LEAST_UNPACKED_BYTES = 1024**3
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv", ".arrow", ".feather")
 _OTHER_SUFFIXES = ("", ".md", ".py", ".yaml", ".yml", ".lock")
-"""Of files that may lie beside data."""
+"""Suffixes of other files that may be beside data."""
 _NOT_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 _SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval)(?=$|[-_.\d])", re.IGNORECASE)
 _PACKED = {b"\x28\xb5\x2f\xfd": "zstd -d", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"PK\x03\x04": "unzip"}
@@ -45,7 +45,7 @@ _READ_BYTES = 16 * 1024
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _BATCH_ROWS = 256
 _MAX_GROUP_BYTES = 8 * 1024**3
-"""Of a row group, as its file declares them: it is unpacked whole."""
+"""The maximum size that a file may declare for a row group, which is unpacked as a whole."""
 
 Rows = Iterator[tuple[int, dict[str, Any]]]
 """Rows by their number from 1."""
@@ -74,7 +74,7 @@ def csv_rows(file: IO[bytes], origin: str, separator: str, limit: int) -> Rows:
 
 
 def table_rows(file: IO[bytes], origin: str) -> Rows:
-    """Of a Parquet file, an Arrow file (mapped into memory) or an Arrow stream.
+    """The rows of a Parquet file, an Arrow file (mapped into memory) or an Arrow stream.
 
     Raises DataError, and ResourceError without pyarrow.
     """
@@ -104,10 +104,10 @@ def table_rows(file: IO[bytes], origin: str) -> Rows:
 
 
 def numbered(batches: Iterable[Any]) -> Rows:
-    """The rows of Arrow's batches, without the nulls inside objects: in a table each has the fields of all."""
+    """The rows of Arrow batches, without nulls inside objects: in a table every object has the fields of all."""
     number = 0
     for batch in batches:
-        batch.validate(full=True)  # offsets of a damaged file point anywhere
+        batch.validate(full=True)  # a damaged file's offsets may point anywhere
         for start in range(0, batch.num_rows, _BATCH_ROWS):
             for row in batch.slice(start, _BATCH_ROWS).to_pylist():
                 number += 1
@@ -121,7 +121,7 @@ def _without_nulls(value: Any) -> Any:
 
 
 class RowFile:
-    """Lines of JSON: iterating gives number, offset and text of each that is not blank; `read` gives one again."""
+    """Lines of JSON. Iteration yields number, offset and text of each line that is not blank; `read` rereads one."""
 
     def __init__(self, origin: str, file: IO[bytes]) -> None:
         self.origin = origin
@@ -143,7 +143,7 @@ class RowFile:
                 offset += len(data)
 
     def read(self, offset: int) -> bytes:
-        """The line that begins at an offset. Raises DataError when the file was changed meanwhile."""
+        """The line that begins at an offset. Raises DataError if the file has changed since."""
         if self._changed() != self._stamp:
             raise DataError(f"{self.origin}: was changed while it was in use")
         data = os.pread(self._descriptor, _READ_BYTES, offset)
@@ -157,9 +157,9 @@ class RowFile:
 
 
 def paths_of(path: Path) -> list[Path]:
-    """The files that a path means: itself, those below a directory, or those that a pattern with `*` names.
+    """The files of a path: the file itself, those below a directory, or those that match a pattern with `*`.
 
-    Raises NotFoundError; DataError for a directory of several splits, or one with files that are not read.
+    Raises NotFoundError; DataError for a directory of several splits, or one with unsupported files.
     """
     if not path.exists():
         if found := sorted(path.parent.glob(path.name)) if "*" in path.name else []:
@@ -242,7 +242,7 @@ def as_lines(origin: str, rows: Iterable[tuple[int, Any]]) -> RowFile:
 
 
 def _nameless() -> IO[bytes]:
-    """A file without a name, on the home's disk: the system's own folder for such may lie in memory."""
+    """An unnamed file on the home's disk, because the system's temporary folder may be in memory."""
     return tempfile.TemporaryFile(dir=Home.open().cache)
 
 
@@ -292,7 +292,7 @@ def _items(file: IO[bytes], origin: str) -> Iterator[tuple[int, bytes]]:
 
 
 class Threads(Sequence[StringThread]):
-    """Threads by their rows' places in files. Slices read nothing; a change of a thread's metadata is kept.
+    """Threads that are read from files on access. A slice reads no rows; a change of a thread's metadata is kept.
 
     `digest` identifies the rows' bytes and how they are read.
     """
@@ -329,12 +329,12 @@ class Threads(Sequence[StringThread]):
         return thread
 
     def digest(self) -> str:
-        """Of the rows' bytes, how they are read, and which are chosen."""
+        """A hash of the rows' bytes, of how they are read, and of the selection."""
         return hashlib.sha256(f"{self._digest} {self._chosen}".encode()).hexdigest()
 
 
 class _Metadata(dict[str, Any]):
-    """Metadata of a row; once changed, it is kept among those that are, and given out again with the row."""
+    """Metadata of a row. Once changed, it is kept and returned with the row on every later access."""
 
     __slots__ = ("_kept", "_row")
 

@@ -29,7 +29,7 @@ ROLES = {
 USER_NAMES = ("prompt", "instruction", "question", "problem", "query", "user", "human", "input")
 ANSWER_NAMES = ("completion", "output", "response", "solution", "answer", "assistant")
 WEIGHT_NAMES = ("weight", "loss_weight", "train", "trainable", "training", "loss")
-"""Fields that say whether something is trained; the first two also, how much."""
+"""Fields that set whether a message or row is trained; the first two also set its weight."""
 
 MEDIA_NAMES = ("images", "image", "videos", "video", "audios", "audio")
 MEDIA = "holds an image, a video or sound, or a marker for one: models here read text only"
@@ -59,7 +59,7 @@ def read_messages(raw: Sequence[Any], where: str, roles: Mapping[str, str]) -> l
     for index, message in enumerate(raw):
         if type(message) is dict and len(message) == 2:
             role, content = message.get("role"), message.get("content")
-            if role in _PLAIN and type(content) is str and "<" not in content:  # as most are
+            if role in _PLAIN and type(content) is str and "<" not in content:  # the usual case
                 parsed.append(ParsedMessage(Turn(role, (Text(content),), 0.0)))
                 continue
         place = f"{where}[{index}]"
@@ -102,7 +102,7 @@ def _read_message(message: dict[str, Any], where: str, roles: Mapping[str, str])
     if role == "tool" and not any(isinstance(part, ToolResponse) for part in parts):
         call_id, name = (text_of(unread.pop(n, None), f"{where}.{n}") or None for n in ("tool_call_id", "name"))
         parts = [ToolResponse(call_id, _joined(parts), name)]
-    # Anthropic writes what a tool answered into the user's turn.
+    # In Anthropic's format the user's turn holds the responses of tools.
     answers = tuple(part for part in parts if isinstance(part, ToolResponse)) if role == "user" else ()
     own = (*thoughts, *(part for part in parts if part not in answers), *calls)
     tool = [ParsedMessage(Turn("tool", answers, 0.0))] if answers else []
@@ -139,7 +139,7 @@ def weight_of(fields: Mapping[str, Any], where: str = "") -> float | None:
 
 
 def text_of(value: Any, where: str) -> str:
-    """Text, "" for null. Raises DataError for anything else."""
+    """Text, "" for null. Raises DataError for other values."""
     if value is not None and not isinstance(value, str):
         raise DataError(f"'{where}' must be text, not {json_type(value)}")
     return value or ""
@@ -179,7 +179,7 @@ def _reasoning(message: Mapping[str, Any], where: str) -> list[AnyFragment]:
 
 
 def text_fragment(content: str, where: str) -> Text:
-    """Text without markers for pictures. Raises DataError."""
+    """A text fragment. Raises DataError for text with markers for pictures."""
     if "<" in content and _MARKER.search(content):
         raise DataError(f"'{where}' {MEDIA}")
     return Text(content)
@@ -199,7 +199,7 @@ def _fragments(content: Any, where: str) -> list[AnyFragment]:
 
 
 def _fragment(part: Any, where: str) -> AnyFragment:
-    """Our fragments, and the parts of OpenAI's and Anthropic's messages that mean the same."""
+    """A fragment from the public form, or from the equivalent part of an OpenAI or Anthropic message."""
     kind = part.get("type") if isinstance(part, dict) else None
     if kind in ("input_text", "output_text"):
         return from_public({**part, "type": "text"})

@@ -48,14 +48,14 @@ _TEMPLATED = re.compile(
 
 
 def answered(messages: list[ParsedMessage]) -> bool:
-    """Whether the assistant has the last word."""
+    """Whether the last message is the assistant's."""
     return bool(messages) and messages[-1].turn.role == "assistant"
 
 
 def conversation(row: Row, with_answer: bool) -> tuple[str, list[ParsedMessage]]:
-    """The row's shape in words, and its turns; without those of the columns that answer unless `with_answer`.
+    """The row's shape in words, and its turns; the answer's columns are only read if `with_answer`.
 
-    Raises DataError for a row of no shape that is read.
+    Raises DataError for a row of an unsupported shape.
     """
     columns = row.reading.columns
     if (name := _messages_column(row)) is not None:
@@ -81,7 +81,7 @@ def conversation(row: Row, with_answer: bool) -> tuple[str, list[ParsedMessage]]
 
 
 def with_system(row: Row, messages: list[ParsedMessage]) -> list[ParsedMessage]:
-    """The turns behind the system prompt of a column. Raises DataError where they begin with another one."""
+    """The turns after the system prompt of a column. Raises DataError if they begin with a different system prompt."""
     text = row.text("system")
     if not text or (messages and messages[0].turn.role == "system" and messages[0].turn.text == text):
         return messages
@@ -91,7 +91,7 @@ def with_system(row: Row, messages: list[ParsedMessage]) -> list[ParsedMessage]:
 
 
 def messages_in(text: str, name: str, role: str) -> list[ParsedMessage]:
-    """A text as one turn, or as those of a transcript of Anthropic's. Raises DataError for template markers."""
+    """A text as one turn, or as the turns of an Anthropic transcript. Raises DataError for template markers."""
     pieces = _TRANSCRIPT.split(text)
     if len(pieces) > 1 and not pieces[0].strip():
         spoken = zip(pieces[1::2], pieces[2::2], strict=True)
@@ -195,7 +195,7 @@ def read_row(line: Line, reading: Reading) -> ReadRow:
     if pair and reading.kind != "prompts" and not any(row.name(field) for field in ("messages", "user", "text")):
         refuse_unanswered(line, pair)
     implied = _split(_sides(row)) if pair and reading.kind == "prompts" else []
-    row.taken.clear()  # of a pair the answers are metadata here
+    row.taken.clear()  # the answers of a pair are metadata here
     found = ("preference", with_system(row, implied)) if implied else conversation(row, reading.kind != "prompts")
     shape, messages = found
     kind: Format = reading.kind or ("feedbacks" if row.get("feedbacks") else "completions")
@@ -240,9 +240,9 @@ def _thread(row: Row, messages: list[ParsedMessage], scale: float) -> StringThre
 
 
 def _prompt(row: Row, messages: list[ParsedMessage]) -> StringThread:
-    """Without the assistant's last turns; the last one's text is kept as `metadata["completion"]`.
+    """The thread without the assistant's last turns; the text of the last one becomes `metadata["completion"]`.
 
-    Where that is not all that they hold, `metadata["completion_turns"]` has their messages.
+    If they hold more than this text, `metadata["completion_turns"]` has their messages.
     """
     count = len(messages)
     while count and messages[count - 1].turn.role == "assistant":
@@ -270,7 +270,7 @@ def _scale(row: Row, kind: Format) -> float:
 
 
 def _feedback(row: Row, key: str) -> float | bool:
-    """The value of a feedback, or of a column that is one."""
+    """The value of a feedback, or of a column with this name."""
     feedbacks = row.object("feedbacks")
     named: Mapping[str, Any] = feedbacks if key in feedbacks else row.line
     if key not in named:

@@ -1,9 +1,9 @@
 """`python -m harmony_core.engine.convert_gguf FILE DIRECTORY NAME`: a GGUF file becomes a Hugging Face directory.
 
-FILE must be alone in its folder: transformers looks around. Errors call it NAME.
+FILE must be alone in its folder, since transformers also reads other files there. Errors call it NAME.
 
-transformers reads the file; we see to it that the weights come out as numbers (by default they stay quantised), in
-bfloat16 where that loses nothing and in float32 else. Prints one line of JSON: {"ok": true}, or {"error": ...}.
+transformers reads the file; we dequantise the weights (by default they stay quantised), to bfloat16 if that is exact,
+else to float32. Prints one line of JSON: {"ok": true}, or {"error": ...}.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 ARCHITECTURES = frozenset({"llama", "qwen2", "qwen3"})
-"""The families that are converted: of others transformers does not read all that such a file says (scaled rotation)."""
+"""The families that are converted. For others, transformers does not read all settings of a file (scaled rotation)."""
 
 _READ = ("blk.", "token_embd.", "output_norm.", "output.")
 _TOKENS = "tokenizer.ggml."
@@ -55,16 +55,16 @@ class _Described:
     architecture: str
     tokens: list[str]
     control: list[int]
-    """Tokens that stand for no text."""
+    """Ids of control tokens, which have no text."""
     ids: dict[str, int | None]
-    """Of the special tokens, by the names in config.json."""
+    """Ids of the special tokens, by the names in config.json."""
     tensors: int
     unread: list[str]
-    """Entries that transformers ignores, although they change the numbers."""
+    """Entries that transformers ignores although they change the results."""
 
 
 def _describe(source: Path) -> _Described:
-    """A file that is no GGUF, truncated, or without weights is refused here."""
+    """Read the file's metadata. Refuses a file that is not GGUF, is truncated, or has no weights."""
     import gguf
 
     size = source.stat().st_size
@@ -85,7 +85,7 @@ def _describe(source: Path) -> _Described:
         scaling = reader.fields.get(f"{name}.rope.scaling.type")
         if scaling and scaling.contents() != "none":
             described.unread.append(f"{scaling.name}={scaling.contents()}")
-    except Exception as error:  # the reader checks little: a broken file fails in whatever line comes first
+    except Exception as error:  # the reader checks little: a broken file may fail in any line
         raise VerificationError(f"{source}: not a GGUF file, or damaged ({type(error).__name__}: {error})") from error
     if end > size:
         raise VerificationError(f"{source}: truncated ({size} bytes, {end} are needed)")
@@ -101,7 +101,7 @@ def _describe(source: Path) -> _Described:
 
 
 def _remember_name_maps() -> None:
-    """transformers asks for the same table of tensor names once a tensor; building it is most of the time it takes."""
+    """Cache the table of tensor names: transformers builds it anew for each tensor, which is most of its time."""
     import gguf
 
     gguf.get_tensor_name_map = functools.lru_cache(maxsize=8)(gguf.get_tensor_name_map)
@@ -113,8 +113,8 @@ def _write_tokenizer(source: Path, directory: Path, described: _Described) -> No
     tokenizer: Any = AutoTokenizer.from_pretrained(
         source.parent, gguf_file=source.name, local_files_only=True, trust_remote_code=False
     )
-    # transformers spells some tokens anew. As special ones they are then put behind all others, where the weights have
-    # no row, or they are cut into pieces.
+    # transformers changes the text of some tokens. Special tokens are then appended after all others, where the weights
+    # have no row, or are split into pieces.
     tokens, written = described.tokens, str(tokenizer.chat_template)
     added = {id: str(token) for id, token in tokenizer.added_tokens_decoder.items()}
     wrong = [f"{name!r} as {id}" for id, name in added.items() if tokens[id : id + 1] != [name]]
@@ -140,23 +140,23 @@ def _write_model(source: Path, directory: Path, described: _Described) -> None:
     from harmony_core.engine.models.weights import both_forms
 
     settings: dict[str, Any] = {"gguf_file": source.name, "dtype": torch.float32, "output_loading_info": True}
-    # Versions that know the class keep the weights quantised unless told; older ones cannot.
+    # Versions with this class keep the weights quantised by default; older ones cannot.
     if hasattr(transformers, "GgufConfig"):
         settings["quantization_config"] = transformers.GgufConfig(dequantize=True)
     from_pretrained: Any = transformers.AutoModelForCausalLM.from_pretrained
     model, found = from_pretrained(source.parent, local_files_only=True, trust_remote_code=False, **settings)
     missing, held = sorted(found["missing_keys"]), len(list(model.parameters()))
     if missing or held != described.tensors:
-        # transformers makes up what is missing, and reads over the rest.
+        # transformers initialises missing tensors and ignores unknown ones.
         reason = f"lacks {', '.join(missing[:5])}" if missing else f"holds {described.tensors} tensors, not {held}"
         raise ModelRefused(f"{source}: {reason}, and so is not a whole {described.architecture} model")
     if all(_exact_in_bfloat16(parameter) for parameter in model.parameters()):
         model = model.to(torch.bfloat16)
     for name, value in described.ids.items():
-        # A token that the file does not name would be the class's default, some other token.
+        # Without this, a token that the file does not name gets the default of the class, another token.
         setattr(model.config, name, value)
         setattr(model.generation_config, name, value)
-    # The remains of the quantiser would make a plain directory look quantised.
+    # Otherwise the saved directory would be marked as quantised.
     model.hf_quantizer = None
     for name in ("quantization_config", "_pre_quantization_dtype"):
         model.config.__dict__.pop(name, None)
@@ -173,7 +173,7 @@ def _exact_in_bfloat16(parameter: torch.Tensor) -> bool:
 
 
 def _with_causes(error: BaseException) -> str:
-    """An error and its causes: libraries hide the reason behind errors of their own."""
+    """An error with its causes: libraries wrap the reason in errors of their own."""
     found: list[str] = []
     reason: BaseException | None = error
     while reason is not None and len(found) < 4:
@@ -183,21 +183,21 @@ def _with_causes(error: BaseException) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    """The process: two paths and a name in, one line of JSON out."""
+    """Run the conversion; arguments are two paths and a name. Prints one line of JSON."""
     source, directory, name = arguments
     try:
         convert(Path(source), Path(directory))
     except HarmonyError as error:
         error.message = error.message.replace(str(Path(source).resolve()), name).replace(source, name)
         confined.answer(error)
-    except Exception as error:  # the process edge: whatever the libraries raise is about this file
+    except Exception as error:  # the process edge: any error of the libraries concerns this file
         confined.answer(ModelRefused(f"{name}: cannot be converted ({_with_causes(error)})"), logged=True)
     else:
         confined.answer()
 
 
 _BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-"""Kind of a plain value -> its size."""
+"""Type code of a plain value -> its size in bytes."""
 _STRING, _ARRAY = 8, 9
 _MAX_ITEMS = 4_000_000
 """Values and tensors in all: a vocabulary of 262,144 with scores, types and merges has under 2 million."""

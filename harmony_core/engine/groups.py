@@ -1,7 +1,7 @@
 """The groups of ranks: the control group of all ranks, domains under one leader, those of each tp value, the store.
 
-Control traffic (instructions, outcomes, agreement) goes over gloo on every device; model collectives over the device's
-own backend. Groups are created by all ranks in the same order, so only while a global request is executed.
+Control traffic (instructions, results, agreement) uses gloo on every device; model collectives use the device's own
+backend. All ranks must create groups in the same order, so they do it only while they execute a global request.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 
 @contextmanager
 def closing_doors() -> Iterator[None]:
-    """For making gloo groups: each listens, for anyone, until it is freed. Once it is complete, nothing gets in.
+    """Refuse further connections to the gloo groups made inside, which would accept them from anyone until freed.
 
-    Raises EngineError if another user was there before.
+    Raises EngineError if another user connected before.
     """
     before = platform.listening_sockets()
     yield
@@ -47,7 +47,7 @@ def closing_doors() -> Iterator[None]:
 
 
 def exchange(payload: bytes, group: ProcessGroup | None, size: int) -> list[bytes]:
-    """The bytes of every member, in rank order, on each of them."""
+    """Gather the bytes of every member, in rank order, on every member."""
     if size == 1:
         return [payload]
     lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(size)]
@@ -64,7 +64,7 @@ def exchange(payload: bytes, group: ProcessGroup | None, size: int) -> list[byte
 
 
 class Domain:
-    """Consecutive ranks. The first, the leader, hears requests and decides; all execute its instructions."""
+    """Consecutive ranks. The first is the leader, which receives requests; all execute its instructions."""
 
     def __init__(self, first: int, size: int, rank: int, group: ProcessGroup | None) -> None:
         self.first = first
@@ -73,13 +73,13 @@ class Domain:
         self._group = group
 
     def announce(self, instruction: bytes) -> None:
-        """Leader of a domain of two or more: send an instruction to the others."""
+        """Send an instruction to the followers. Called by the leader of a domain of two or more."""
         dist.broadcast(torch.tensor([len(instruction)]), src=self.first, group=self._group)
         data = torch.frombuffer(bytearray(instruction), dtype=torch.uint8)
         dist.broadcast(data, src=self.first, group=self._group)
 
     def listen(self) -> bytes:
-        """Follower: wait for the leader's next instruction."""
+        """Wait for the leader's next instruction. Called by followers."""
         length = torch.zeros(1, dtype=torch.int64)
         dist.broadcast(length, src=self.first, group=self._group)
         data = torch.empty(int(length), dtype=torch.uint8)
@@ -87,12 +87,12 @@ class Domain:
         return data.numpy().tobytes()
 
     def exchange(self, payload: bytes) -> list[bytes]:
-        """Every member's bytes, in rank order."""
+        """Gather every member's bytes, in rank order."""
         return exchange(payload, self._group, self.size)
 
 
 class Groups:
-    """This rank's groups. `control` None with one rank."""
+    """This rank's groups. `control` is None with one rank."""
 
     def __init__(self, rank: int, world_size: int, model_backend: str) -> None:
         self.rank = rank
@@ -109,11 +109,11 @@ class Groups:
         return group if self.rank in ranks else None
 
     def agree(self, payload: bytes) -> list[bytes]:
-        """Every rank's bytes, in rank order."""
+        """Gather every rank's bytes, in rank order."""
         return exchange(payload, self._control, self.world_size)
 
     def domain(self, size: int) -> Domain:
-        """This rank's domain when the run is cut into domains of `size`. All ranks call it together."""
+        """This rank's domain, if the run is divided into domains of `size`. All ranks must call this together."""
         mine: ProcessGroup | None = None
         for first in range(0, self.world_size, size):
             group = self._new(list(range(first, first + size)), "gloo", IDLE_TIMEOUT)
@@ -121,7 +121,7 @@ class Groups:
         return Domain(self.rank // size * size, size, self.rank, mine)
 
     def parallel(self, tp: int) -> tuple[TensorParallel, ProcessGroup | None]:
-        """This rank's tensor-parallel group for `tp`, and its data-parallel one. All ranks call it together."""
+        """This rank's tensor-parallel and data-parallel group for `tp`. All ranks must call this together."""
         if tp not in self._parallel:
             mine: ProcessGroup | None = None
             for first in range(0, self.world_size, tp):
@@ -140,9 +140,9 @@ class Groups:
 
 
 class ChannelStore(Store):
-    """torch's store over a rank's channel to the driver, by which process groups find each other. Keep a reference.
+    """torch's rendezvous store for process groups, over a rank's channel to the driver. Keep a reference to it.
 
-    Any thread may call it, those of NCCL included. A question without an answer in time raises DistStoreError.
+    Any thread may call it, including those of NCCL. Raises DistStoreError if the driver does not answer in time.
     """
 
     def __init__(self, channel: RankChannel, timeout: timedelta) -> None:
@@ -150,26 +150,26 @@ class ChannelStore(Store):
         self._channel, self._timeout = channel, timeout
 
     def set(self, key: str, value: str | bytes) -> None:
-        """Put a value under a key."""
+        """Store a value under a key."""
         value = value.encode() if isinstance(value, str) else value
         if len(value) > MAX_VALUE_BYTES:
             raise ValueError(f"{len(value)} bytes for {key!r}: the ranks' store takes at most {MAX_VALUE_BYTES}")
         self._ask(StoreSet(key=key, value=value))
 
     def get(self, key: str) -> bytes:
-        """The value under a key, once it is there."""
+        """Wait for a key, and return its value."""
         return (self._ask(StoreGet(keys=[key], wait=True)) or [b""])[0]
 
     def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:
-        """Return when all keys are there."""
+        """Wait until all keys exist."""
         self._ask(StoreGet(keys=list(keys), wait=True), timeout)
 
     def check(self, keys: Sequence[str]) -> bool:
-        """Whether all keys are there now."""
+        """Whether all keys exist now."""
         return self._ask(StoreGet(keys=list(keys), wait=False)) is not None
 
     def add(self, key: str, amount: int) -> int:
-        """Add to the number under a key; the sum."""
+        """Add to the number under a key. Returns the sum."""
         return int((self._ask(StoreAdd(key=key, amount=amount)) or [b"0"])[0])
 
     def _ask(self, request: Message, timeout: timedelta | None = None) -> list[bytes] | None:

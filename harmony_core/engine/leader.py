@@ -1,7 +1,7 @@
-"""A leader's decisions: requests in, one instruction at a time out, answers back. The worker executes. No tensors.
+"""The leader of a domain turns requests into instructions for the worker, and answers the driver. No tensors.
 
-Global requests run in the driver's sequence, each once every micro-batch that was sent to its model before it has run.
-Between them, models with pending work take turns, one step each; within a model training, scoring and generation do.
+Global requests run in the driver's order, each after all micro-batches that were sent to its model before it. Between
+them, models with pending work take turns, one step each; within a model, training, scoring and generation take turns.
 """
 
 from __future__ import annotations
@@ -55,35 +55,35 @@ class GlobalWork(msgspec.Struct, tag=True):
 
 
 class TrainWork(msgspec.Struct, tag=True):
-    """One micro-batch for each replica of the domain that has one."""
+    """At most one micro-batch for each replica of the domain."""
 
     model: str
     batches: dict[int, MicroBatch]
 
 
 class ScoreWork(msgspec.Struct, tag=True):
-    """Sequences to score, for each replica of the domain that has some."""
+    """Sequences to score, by replica of the domain."""
 
     model: str
     requests: dict[int, list[Score]]
 
 
 class GenerateWork(msgspec.Struct, tag=True):
-    """One generation step for each replica of the domain that has one."""
+    """At most one generation step for each replica of the domain."""
 
     model: str
     plans: dict[int, StepPlan]
 
 
 class Settle(msgspec.Struct, tag=True):
-    """Wait for the oldest generation step that is under way, and take its tokens."""
+    """Wait for the oldest generation step in flight, and read its tokens."""
 
 
 Instruction = GlobalWork | TrainWork | ScoreWork | GenerateWork | Settle
 
 
 class RankResult(msgspec.Struct):
-    """One rank's result of an instruction: an answer, or a failure, or neither when it had no part in it."""
+    """One rank's result of an instruction: an answer or a failure; empty if the rank took no part in it."""
 
     failure: Failure | None = None
     trained: MicroBatchDone | None = None
@@ -98,7 +98,7 @@ decode_result = msgspec.msgpack.Decoder(RankResult).decode
 
 
 GLOBAL_WITHOUT_QUEUE = (Spawn, Clone, Regroup)
-"""Global requests that wait for no model's micro-batches."""
+"""Global requests that do not wait for the micro-batches of a model."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class ReplicaQueue:
     scoring: deque[tuple[int, Score]] = field(default_factory=deque)
 
     def micro_batch(self) -> tuple[int, MicroBatch] | None:
-        """The next micro-batch, unless a global request stands before it."""
+        """The next micro-batch, or None if there is none or a global request precedes it."""
         head = self.training[0] if self.training else None
         return None if head is None or isinstance(head, Barrier) else head
 
@@ -146,7 +146,7 @@ class ModelQueue:
 
 @dataclass
 class Step:
-    """An instruction, and the calls that it answers: by replica, in the order of its parts."""
+    """An instruction and the call ids that it answers, by replica, in the order of the instruction's parts."""
 
     instruction: Instruction
     calls: dict[int, list[int]]
@@ -162,50 +162,50 @@ class Order:
         self._turn: deque[str] = deque()
 
     def continue_from(self, seq: int) -> None:
-        """Begin at a sequence number, as a new leader does."""
+        """Continue at a sequence number. A new leader calls this."""
         self._next_seq = seq
 
     @property
     def next_seq(self) -> int:
-        """The global request that is due."""
+        """Sequence number of the next global request."""
         return self._next_seq
 
     def add_model(self, queue: ModelQueue) -> None:
-        """A model that this domain now serves."""
+        """Start to serve a model in this domain."""
         self._models[queue.name] = queue
         self._turn.append(queue.name)
 
     def remove_model(self, name: str) -> ModelQueue | None:
-        """Forget a model; returns its pending work."""
+        """Remove a model. Returns its pending work, or None if the model does not live here."""
         if name in self._models:
             self._turn.remove(name)
         return self._models.pop(name, None)
 
     def model(self, name: str) -> ModelQueue | None:
-        """A model's queues, or None when it does not live here."""
+        """A model's queues, or None if the model does not live here."""
         return self._models.get(name)
 
     def forget_prefixes(self, name: str) -> None:
-        """A model's weights change, and its version need not: no request is to read pages of the old ones."""
+        """Clear the prefix cache of a model. Call this when its weights change, since its version may stay the same."""
         queue = self._models.get(name)
         for replica in queue.replicas.values() if queue is not None else ():
             if replica.scheduler is not None:
                 replica.scheduler.flush_prefixes()
 
     def replica(self, model: str, replica: int) -> ReplicaQueue | None:
-        """A replica's queue, or None when it does not live here."""
+        """A replica's queue, or None if the replica does not live here."""
         queue = self._models.get(model)
         return queue.replicas.get(replica) if queue else None
 
     def add_global(self, call: int, seq: int, message: Message) -> None:
-        """A request of the driver's sequence."""
+        """Queue a global request under its sequence number."""
         self._globals[seq] = call, message
         queue = None if isinstance(message, GLOBAL_WITHOUT_QUEUE) else self._models.get(getattr(message, "model", ""))
         for replica in queue.replicas.values() if queue else ():
             replica.training.append(Barrier(seq))
 
     def next(self) -> Step | None:
-        """The next step, or None when nothing can run."""
+        """The next step, or None if no work can run now."""
         due = self._due_global()
         if due is not None:
             return due
@@ -243,7 +243,7 @@ class Order:
         if kind == "score":
             return self._score(queue)
         plans = {r: q.scheduler.plan() for r, q in queue.replicas.items() if q.scheduler and q.scheduler.has_work}
-        # Everything that is running may wait for the tokens of a step under way.
+        # There may be no plan: all running requests may wait for the tokens of a step in flight.
         found = {replica: plan for replica, plan in plans.items() if plan is not None}
         return Step(GenerateWork(queue.name, found), {}) if found else None
 
@@ -275,7 +275,7 @@ class Order:
 
 
 class Leader:
-    """Decides for a domain. It belongs to the engine thread; only the channel's inbox is shared with another."""
+    """Chooses the steps of a domain. Only the engine thread uses it; other threads share only the channel's inbox."""
 
     def __init__(self, channel: RankChannel) -> None:
         self.order = Order()
@@ -284,7 +284,7 @@ class Leader:
         self._shutdown: Incoming | None = None
 
     def next_step(self, wait: bool) -> Step | None:
-        """The next step. With nothing to do, wait for requests, or return None. A shutdown comes before all else."""
+        """The next step. Without work, wait for requests if `wait`, else return None. A shutdown precedes all work."""
         self._take_in(block=False)
         while self._shutdown is None:
             step = self.order.next()
@@ -337,7 +337,7 @@ class Leader:
             self._channel.fail(call, ConflictError("the request was cancelled"))
 
     def forget(self, model: str) -> None:
-        """A model is gone: its pending requests fail."""
+        """Remove a deallocated model and fail its pending requests."""
         removed = self.order.remove_model(model)
         if removed is not None:
             self._fail_pending(removed)
@@ -353,7 +353,7 @@ class Leader:
                 self._channel.fail(call, gone)
 
     def answer(self, step: Step, results: dict[int, list[RankResult]]) -> None:
-        """Tell the driver the result of a step. `results`: those of each replica's ranks, first rank first."""
+        """Send the result of a step to the driver. `results`: the results of each replica's ranks, in rank order."""
         instruction = step.instruction
         for number, ranks in results.items():
             failure = next((o.failure for o in ranks if o.failure is not None), None)

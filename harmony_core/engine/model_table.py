@@ -35,18 +35,18 @@ if TYPE_CHECKING:
 Announce = Callable[[str, dict[str, Any]], None]
 
 SHORT_REHEARSAL_TOKENS = 64
-"""Enough to run every operation of a micro-batch once, and to fail early where one cannot run."""
+"""Enough to run every operation of a micro-batch once, so that one that cannot run fails early."""
 
 
 @dataclass
 class BaseWeights:
-    """Weights and how many spawns use them. `key` None: private, may be changed in place."""
+    """Base weights and the number of spawns that use them. `key` None: private, may be changed in place."""
 
     model: CausalLM
     key: tuple[str, int, torch.dtype] | None
     users: int = 1
     checkpointed_layers: int = 0
-    """The most that one of its trainers asked for."""
+    """The highest count that one of their trainers asked for."""
 
 
 @dataclass
@@ -60,13 +60,13 @@ class SpawnedModel:
     """The scalar head, `[1, d]`; None for a model with a vocabulary head."""
     trainer: Trainer | None = None
     runner: Runner | None = None
-    """None where there is a scalar head, and in a copy that was not asked to generate yet."""
+    """None with a scalar head, and in a copy until it gets a pool."""
     frozen_version: int = 0
     poison: Failure | None = None
 
     @property
     def name(self) -> str:
-        """The name of the spawn."""
+        """Name of the spawn."""
         return self.spawn.name
 
     @property
@@ -75,11 +75,11 @@ class SpawnedModel:
         return self.base.model
 
     def version(self) -> int:
-        """Optimizer steps that the weights have seen."""
+        """Policy version: optimizer steps of the weights."""
         return self.trainer.step if self.trainer else self.frozen_version
 
     def statistics(self) -> dict[str, float]:
-        """Totals of the runner's work, and this rank's device memory in bytes; peaks since the last call."""
+        """Totals of the runner, and this rank's device memory in bytes, with peaks since the last call."""
         values = dict(self.runner.statistics) if self.runner else {}
         device = self.model.device
         if device.type == "cuda":
@@ -91,7 +91,7 @@ class SpawnedModel:
         return values
 
     def held(self) -> dict[str, int]:
-        """The bytes that this rank holds for it, those of them that other spawns hold too, and its parameters."""
+        """Bytes that this rank holds for the spawn, the part shared with other spawns, and its number of parameters."""
         trainer = self.trainer
         return {
             "parameter_bytes": self.model.parameter_bytes(self.adapter),
@@ -110,7 +110,7 @@ class ModelTable:
     def __init__(
         self, device: torch.device, deterministic: bool = False, announce: Announce = lambda _what, _fields: None
     ) -> None:
-        """`announce` is told of long work and of shortcomings: an event's type and fields."""
+        """`announce` gets events, as type and fields: the start of long work, and degraded operation."""
         self.device = device
         self._announce = announce
         self._deterministic = deterministic
@@ -119,7 +119,7 @@ class ModelTable:
         self._adapters = 0
 
     def get(self, name: str) -> SpawnedModel:
-        """A live model. Raises ConflictError when there is none of that name."""
+        """A live model. Raises ConflictError if no model has this name."""
         model = self._models.get(name)
         if model is None:
             raise ConflictError(f"no model named {name!r} is live on this rank")
@@ -130,9 +130,9 @@ class ModelTable:
         return list(self._models.values())
 
     def spawn(self, request: Spawn, tp: TensorParallel, replicas: ProcessGroup | None) -> SpawnedModel:
-        """Build a spawn and rehearse it. On an error everything it took is given back.
+        """Build a spawn and rehearse it. On an error all its memory is freed.
 
-        Raises MemoryRefused when the device turns out to be fuller than was promised.
+        Raises MemoryRefused if the device has less free memory than was promised.
         """
         with _refused(f"{request.name!r} was promised {request.promised_bytes} bytes", request.name):
             return self._spawn(request, tp, replicas)
@@ -159,7 +159,7 @@ class ModelTable:
 
     @contextmanager
     def _building(self, made: SpawnedModel) -> Iterator[None]:
-        """The model is in the table once it is whole; on an error everything that it took is given back."""
+        """Enter the model into the table when it is complete; on an error free all its memory."""
         built = False
         try:
             yield
@@ -178,7 +178,7 @@ class ModelTable:
             self._shared[key].users += 1
             return self._shared[key]
         directory = Path(request.source.weights)
-        # Shared weights keep their vocabulary head, which other spawns of them need.
+        # Shared weights keep their vocabulary head, because other spawns need it.
         model = load_model(
             directory, tp, self.device, dtype, deterministic=self._deterministic, scalar=request.headless
         )
@@ -188,7 +188,7 @@ class ModelTable:
         return base
 
     def _compile(self, model: CausalLM, name: str) -> None:
-        """From now on; the code is made when a pass first needs it, in the rehearsal for instance."""
+        """Compile the layers of a model. A pass that first needs the code generates it, for instance the rehearsal."""
         if model.compiled or self._deterministic:
             return
         missing = missing_tool()
@@ -218,7 +218,7 @@ class ModelTable:
             )
 
     def _new_adapter_name(self) -> str:
-        """A name of our own: a spawn's may hold characters that a module's may not."""
+        """A generated name: the name of a spawn may have characters that a module name may not."""
         self._adapters += 1
         return f"adapter_{self._adapters}"
 
@@ -230,9 +230,9 @@ class ModelTable:
             adapters.remove_adapter(base.model, adapter)
 
     def clone(self, request: Clone) -> SpawnedModel:
-        """A frozen copy of a model's trained state: A and B of an adapter, else the weights. It has no pages.
+        """Make a frozen copy of a model's trained state: A and B of an adapter, else the weights. It has no pool.
 
-        On an error everything it took is given back. Raises MemoryRefused as `spawn` does.
+        On an error all its memory is freed. Raises MemoryRefused as `spawn` does.
         """
         source = self.get(request.source)
         with _refused(f"{request.name!r} was promised a copy of {request.source!r}", request.name):
@@ -250,7 +250,7 @@ class ModelTable:
         return made
 
     def make_pool(self, request: MakePool) -> SpawnedModel:
-        """Give a model its pages, from when on it generates. Raises MemoryRefused as `spawn` does."""
+        """Allocate a model's pool, so that it can generate. Raises MemoryRefused as `spawn` does."""
         live = self.get(request.model)
         with _refused(f"the pool of {request.model!r} was promised its memory", request.model):
             live.spawn = structs.replace(live.spawn, kv_tokens=request.kv_tokens)
@@ -260,14 +260,14 @@ class ModelTable:
         return live
 
     def drop_pool(self, name: str) -> None:
-        """Take a model's pages away again."""
+        """Free a model's pool."""
         live = self.get(name)
         if live.runner is not None:
             live.runner.close()
         live.runner, live.spawn = None, structs.replace(live.spawn, kv_tokens=0)
 
     def dealloc(self, name: str) -> None:
-        """Free a model; one that is not here is fine."""
+        """Free a model. Unknown names are ignored."""
         live = self._models.pop(name, None)
         if live is not None:
             if live.trainer is not None:
@@ -277,16 +277,16 @@ class ModelTable:
             base, adapter = live.base, live.adapter
             del live
             self._give_back(base, adapter)
-            # Adapters, and some layers, refer to themselves: without a collection their weights would stay.
+            # Adapters and some layers have reference cycles: only a garbage collection frees their weights.
             del base
             gc.collect()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
     def save(self, request: Save, write: bool) -> None:
-        """Gather over the tensor-parallel ranks and, where `write`, store.
+        """Gather over the tensor-parallel ranks and, with `write`, store.
 
-        Raises EngineError for weights with a NaN or an infinity, which are of no use, and ResourceError.
+        Raises EngineError for weights with a NaN or an infinity, which are useless, and ResourceError.
         """
         live = self.get(request.model)
         bad: str | None = None
@@ -294,7 +294,7 @@ class ModelTable:
         for part in (self._save_weights, self._save_optimizer):
             try:
                 bad = part(live, request, write and not failures) or bad
-            except (OSError, SafetensorError) as error:  # told when the other ranks wait for nothing more
+            except (OSError, SafetensorError) as error:  # raised after the other ranks have finished gathering
                 failures.append(error)
         if failures:
             raise storage_error(f"cannot save {request.model!r} to {request.directory}", _as_os_error(failures[0]))
@@ -317,7 +317,7 @@ class ModelTable:
             live.trainer.save_optimizer(Path(request.directory), write=write)
 
     def load(self, request: Load) -> None:
-        """Replace weights in place, and the optimizer's state where the source has one.
+        """Replace weights in place, and the optimizer state if the source has one.
 
         Shared base weights are immutable: a model that uses them gets a private copy first.
         """
@@ -337,7 +337,7 @@ class ModelTable:
         copy = BaseWeights(live.model.copy_weights(), None)
         self._give_back(live.base, None)
         live.base = copy
-        # The pages stay: sequences under way keep their keys and values.
+        # The pool stays: running sequences keep their keys and values.
         if live.runner is not None:
             live.runner.rebind(copy.model)
         if live.score is not None:
@@ -346,7 +346,7 @@ class ModelTable:
 
 @contextmanager
 def _refused(promised: str, name: str) -> Iterator[None]:
-    """Turn refusals of the device and of the compiler into errors of ours."""
+    """Convert out-of-memory errors of the device and errors of the compiler to HarmonyErrors."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:
@@ -373,7 +373,7 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def _as_os_error(error: Exception) -> OSError:
-    """The system's error; safetensors only quotes it."""
+    """The system's error, which safetensors only quotes in its message."""
     if isinstance(error, OSError):
         return error
     number = re.search(r"os error (\d+)", str(error))

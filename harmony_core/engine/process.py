@@ -1,11 +1,11 @@
 """One rank, from its first instruction: log file, death signal, connection, torch, process group, worker.
 
-Order matters. The output goes to its file and the driver hears of us before anything slow or fallible happens; torch
-and the engine are imported before the rendezvous, so that a broken import on one rank keeps no other waiting.
+Order matters. The output is redirected and the driver is notified before any slow or fallible work; torch and the
+engine are imported before the rendezvous, so that a broken import on one rank does not block the others.
 
-Imports run without garbage collection: the collector would walk everything that torch and transformers define over and
-over, a quarter of the time, and find nothing. What they defined is set aside for good, so that no later collection, in
-the middle of a decode step, walks it either.
+Imports run without garbage collection, which would scan all objects of torch and transformers repeatedly, take a
+quarter of the time and free no memory. These objects are then frozen, so that later collections, such as one during a
+decode step, do not scan them.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ __all__ = ["Topology", "begin", "live", "run_rank"]
 Serve = Callable[[RankChannel, Topology], None]
 
 READY = "rank_ready"
-"""The event by which a rank says that it takes requests, and how many seconds each part of its start took."""
+"""The event of a rank that is ready for requests, with the seconds that each part of its start took."""
 
 LIBRARIES = ("torch", "torch.distributed", "transformers.modeling_utils", "transformers.models.auto")
-"""Libraries that the engine imports, so that they can be timed apart."""
+"""Libraries that the engine imports; they are imported first, to time each of them."""
 
 
 def begin() -> RankChannel:
-    """A process becomes a rank: everything that needs no torch. Its environment comes from the launcher."""
+    """Make this process a rank, as far as that needs no torch. The launcher sets the environment."""
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     socket_path = os.environ["ADAPTIVE_RANK_SOCKET"]
     told = f"rank {rank} of {world_size}, pid {os.getpid()}\n"
@@ -80,27 +80,27 @@ def begin() -> RankChannel:
 
 
 def _redirect_output(pipe: Path, told: str) -> None:
-    """Send this process's output, that of native code included, to the reader that keeps it; `told` comes first."""
+    """Redirect this process's output, including that of native code, to the pipe's reader; write `told` first."""
     try:
         descriptor = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)  # fails without a reader
     except OSError:
         os._exit(DRIVER_GONE)
     os.set_blocking(descriptor, True)
-    os.write(descriptor, told.encode())  # before the launcher's pipe is let go: so the reader knows that we began
+    os.write(descriptor, told.encode())  # before closing the launcher's pipe: tells the reader of the start
     for standard in (1, 2):
         os.dup2(descriptor, standard)
     os.close(descriptor)
 
 
 def _thread_failed(failed: threading.ExceptHookArgs) -> None:
-    """A rank whose reader or writer is gone would hang: it ends. Other threads are the recipe's."""
+    """End the process if its reader or writer thread failed: it would hang. Other threads are the recipe's."""
     traceback.print_exception(failed.exc_value)
     if failed.thread is not None and failed.thread.name in (READER, WRITER):
         _leave(1)
 
 
 def _sweep(socket_path: str) -> None:
-    """Remove the files of the driver, which is gone and cannot do so."""
+    """Remove the files of a driver that has died."""
     shutil.rmtree(Path(socket_path).parent, ignore_errors=True)
 
 
@@ -112,9 +112,9 @@ def _torch_version() -> str:
 
 
 def run_rank(load: Callable[[], Serve], libraries: Sequence[str] = ()) -> None:
-    """A rank's whole life. `load` imports the engine and returns the function that serves the channel. Does not return.
+    """Run a rank until it ends; does not return.
 
-    `libraries` are modules to import before that.
+    `load` imports the engine and returns the function that serves the channel. `libraries`: modules to import before.
     """
     watch = _Stopwatch()
     channel = begin()
@@ -123,7 +123,7 @@ def run_rank(load: Callable[[], Serve], libraries: Sequence[str] = ()) -> None:
 
 
 def live(channel: RankChannel, work: Callable[[], None]) -> None:
-    """Do `work` at the edge of the process: every exception is told to the driver. Does not return."""
+    """Do `work` at the edge of the process: report every exception to the driver. Does not return."""
     try:
         work()
     except BaseException as error:
@@ -135,10 +135,10 @@ def live(channel: RankChannel, work: Callable[[], None]) -> None:
 
 
 class _Stopwatch:
-    """Seconds by name; `lap` gives a name the time since the last one."""
+    """Seconds by name; `lap` assigns the time since the last lap to a name."""
 
     def __init__(self) -> None:
-        # The interpreter and our first modules are up: their cost is the processor time so far.
+        # The processor time so far is the cost of starting the interpreter and importing our first modules.
         self.seconds = {"python": time.process_time()}
         self._last = time.perf_counter()
 
@@ -151,7 +151,7 @@ class _Stopwatch:
 def _serve(channel: RankChannel, load: Callable[[], Serve], libraries: Sequence[str], watch: _Stopwatch) -> None:
     channel.phase = "importing"
     progress.report_to(channel.progressed)
-    sys.meta_path.insert(0, cast("Any", SimpleNamespace(find_spec=progress.made)))  # finds nothing: each import is told
+    sys.meta_path.insert(0, cast("Any", SimpleNamespace(find_spec=progress.made)))  # reports imports, finds none
     gc.disable()
     for name in libraries:
         importlib.import_module(name)
@@ -171,7 +171,7 @@ def _serve(channel: RankChannel, load: Callable[[], Serve], libraries: Sequence[
 
 
 def _leave(status: int) -> None:
-    """End without the interpreter's teardown, which can wait for other ranks' collectives."""
+    """End the process without the interpreter's teardown, which can wait for other ranks' collectives."""
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
         sys.stderr.flush()
@@ -195,9 +195,9 @@ def _topology(rank: int) -> Topology:
 
 
 def _init_distributed(topology: Topology, channel: RankChannel) -> Store:
-    """The default group, for the device's tensors; other data have gloo groups of their own (`engine.groups`).
+    """Create the default group, for the device's tensors; other data use gloo groups (`engine.groups`).
 
-    Returns the store over which ranks find each other. torch does not keep it alive: the caller does.
+    Returns the store that connects the ranks. torch does not keep it alive, so the caller must.
     """
     import torch.distributed as dist
 

@@ -1,4 +1,4 @@
-"""Where a rank stands: its number, its device, and how long its collectives may take."""
+"""The topology of a rank: its number, its device, and the timeouts of its collectives."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 OPTIONS = RunOptions.of_rank()
 
 COLLECTIVE_TIMEOUT = timedelta(seconds=3 * OPTIONS.hang_timeout or 365 * 86400)
-"""For collectives whose members are all under way: torch gives up on one that takes longer. The driver does so sooner,
-and names the rank that is waited for."""
+"""For collectives that all members have started or will start soon: torch aborts after this time. The driver gives up
+sooner, and names the missing rank."""
 
 IDLE_TIMEOUT = timedelta(days=365)
-"""For gloo groups on which ranks wait for the next announcement, which comes when the recipe wants it."""
+"""For gloo groups on which ranks wait for the next announcement, which may come at any time."""
 
 
 @dataclass(frozen=True)

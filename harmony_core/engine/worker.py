@@ -1,7 +1,7 @@
 """The engine thread of one rank: take an instruction, execute it, answer. It issues every collective of the rank.
 
-A leader makes its instructions from requests; the other ranks of its domain get them from it and execute them as they
-are. Nothing else decides anything, so all ranks of a domain enter the same collectives in the same order.
+The leader of a domain turns requests into instructions and sends them to the other ranks, which execute them
+unchanged. Only the leader decides, so all ranks of a domain enter the same collectives in the same order.
 """
 
 from __future__ import annotations
@@ -69,9 +69,9 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def score(model: CausalLM, adapter: str | None, requests: list[Score], head: Tensor | None = None) -> list[bytes]:
-    """For each request float32 log-probs `[T]` of its targets; a negative target is not asked for and gives 0.
+    """Return float32 log-probs `[T]` of the targets of each request; a negative target is skipped and gives 0.
 
-    With a scalar `head` the values at the positions of the targets, for any targets.
+    With a scalar `head`, return the values at the positions of the targets instead; any non-negative target will do.
     """
     tokens = [np.frombuffer(request.tokens, "<i4").astype(np.int64) for request in requests]
     targets = np.concatenate([np.frombuffer(request.targets, "<i4").astype(np.int64) for request in requests])
@@ -94,11 +94,11 @@ def score(model: CausalLM, adapter: str | None, requests: list[Score], head: Ten
 
 Result = TypeVar("Result")
 Launched = Pending | Failure | None
-"""The result of launching a step: under way, failed, or None where this rank has no part in it."""
+"""The result of launching a step: in flight, failed, or None if this rank has no part in it."""
 
 
 class Worker:
-    """Serves one rank until the driver says to stop."""
+    """Serves one rank until the driver sends `Shutdown`."""
 
     def __init__(self, channel: RankChannel, topology: Topology) -> None:
         self._channel = channel
@@ -110,7 +110,7 @@ class Worker:
         self._domain: Domain = self._groups.domain(1)
         self._leader: Leader | None = Leader(channel)
         self._running = True
-        # Generation steps whose tokens are not read yet, oldest first.
+        # Generation steps in flight, whose tokens have not been read yet; oldest first.
         self._under_way: deque[tuple[GenerateWork, Step | None, Launched]] = deque()
 
     def serve(self) -> None:
@@ -143,9 +143,9 @@ class Worker:
         self._channel.phase = IDLE
 
     def _generate(self, instruction: GenerateWork, step: Step | None) -> None:
-        """Launch a step; take the tokens of those before it once more are under way than the device needs.
+        """Launch a step, then settle the oldest steps while more than `runner.depth` are in flight.
 
-        All ranks of a domain go by the same instructions, so they settle the same step at the same time.
+        All ranks of a domain follow the same instructions, so they settle the same step at the same time.
         """
         live = self._models.get(instruction.model)
         plan = instruction.plans.get(self._topology.rank // self._models.get(instruction.model).spawn.tp)
@@ -165,14 +165,14 @@ class Worker:
         self._finish(instruction, step, own)
 
     def _tried(self, work: Callable[[], Result]) -> Result | Failure:
-        """The result of `work`. Its exception belongs to a request, not to the rank: it comes back as data."""
+        """Run `work` and return its result. An exception fails a request, not the rank, so it is returned as data."""
         try:
             return work()
         except Exception as error:
             return failure_of(error, self._topology.rank)
 
     def _finish(self, instruction: TrainWork | ScoreWork | GenerateWork, step: Step | None, own: RankResult) -> None:
-        """Gather the results of the domain's ranks; the leader answers."""
+        """Gather the results of the domain's ranks; the leader answers the driver."""
         results = [own]
         if self._domain.size > 1:
             results = [decode_result(o) for o in self._domain.exchange(encode_result(own))]
@@ -184,7 +184,7 @@ class Worker:
         self._leader.answer(step, parts)
 
     def _guarded(self, instruction: TrainWork | ScoreWork) -> RankResult:
-        """Run this rank's part; a failed sample spoils its step."""
+        """Run this rank's part of an instruction. A failed sample fails its optimizer step."""
         own = self._tried(lambda: self._run(instruction))
         if not isinstance(own, Failure):
             return own
@@ -206,7 +206,7 @@ class Worker:
             return RankResult()
         assert live.trainer is not None
         done = live.trainer.accumulate(batch)
-        # A group that was cut counts, and took its time, with its last part.
+        # Samples and seconds of a group that was cut into parts are reported with its last part.
         for left, tokens in zip(reversed(range(len(done.tokens))), done.tokens, strict=True):
             counts = {"tokens": tokens, "samples": 0 if left else done.samples, "seconds": 0 if left else done.seconds}
             self._channel.event("micro_batch", {"model": live.name, "replica": replica, **counts})
@@ -289,14 +289,14 @@ class Worker:
         return [msgspec.msgpack.decode(p, type=Failure) for p in payloads if p]
 
     def _undo(self, message: Message) -> None:
-        """Another rank, or this one, could not spawn: no rank keeps it."""
+        """Remove the model or pool from this rank, because some rank failed to create it."""
         if isinstance(message, Spawn | Clone):
             self._models.dealloc(message.name)
         elif isinstance(message, MakePool):
             self._models.drop_pool(message.model)
 
     def _registered(self, message: Message) -> None:
-        """Give a new model its queue, or a new pool its scheduler; fail the requests of a model that is gone."""
+        """Create the queue of a new model or the scheduler of a new pool; fail the requests of a deallocated model."""
         if isinstance(message, Spawn | Clone):
             if self._leader is not None:
                 self._leader.order.add_model(self._queue(self._models.get(message.name)))
@@ -320,14 +320,14 @@ class Worker:
             kv_tokens=live.spawn.kv_tokens,
             max_positions=live.model.max_positions,
             vocab_size=live.model.vocab_size,
-            # By name: a model that is given up must not live on, with its memory, in the scheduler's closure.
+            # Look the model up by name: the closure must not keep a deallocated model and its memory alive.
             version=lambda: self._models.get(name).version(),
             prefill_tokens=live.spawn.max_batch_tokens,
             max_splits=live.runner.max_splits,
         )
 
     def _regroup(self, message: Regroup, step: Step | None) -> None:
-        """Regroup; the old leaders answer, and the new ones go on from the same place in the driver's sequence."""
+        """Form new domains. The old leaders answer; the new ones continue at the same place in the driver's order."""
         domain = self._groups.domain(message.size)
         seqs = self._groups.agree(b"%d" % (self._leader.order.next_seq if self._leader is not None else -1))
         self._reply(step, Nothing())
@@ -342,7 +342,7 @@ class Worker:
             self._leader.order.add_model(self._queue(live))
 
     def _agree_on_poison(self, message: OptimStep, step: Step | None) -> None:
-        """A step whose samples failed anywhere is taken nowhere."""
+        """Take an optimizer step, or fail it on all ranks if a sample failed on any rank."""
         live = self._models.get(message.model)
         failures = self._agree(live.poison)
         if failures:
@@ -380,7 +380,7 @@ class Worker:
 
 
 def _replicas(instruction: TrainWork | ScoreWork | GenerateWork) -> list[int]:
-    """The replicas of the domain that have a part in an instruction."""
+    """The replicas of the domain that take part in an instruction."""
     if isinstance(instruction, TrainWork):
         return list(instruction.batches)
     if isinstance(instruction, ScoreWork):

@@ -1,6 +1,6 @@
 """The contract of a grader, graders made from plain functions, and the score of a thread.
 
-Graders are independent of training: a training class, a callback or a recipe asks for a score and reads the logs.
+Graders do not depend on training: a training class, a callback or a recipe asks for a score and reads the logs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from harmony_core.text.threads import StringThread
 
 @dataclass
 class Grade:
-    """A thread's score, the key of the grader that gave it, and why, if the grader says."""
+    """A thread's score, the key of the grader that gave it, and the grader's reason, if it gave one."""
 
     value: float
     grader_key: str
@@ -36,7 +36,7 @@ LogT = TypeVar("LogT")
 
 
 class SuccessJudgeLog(TypedDict):
-    """A sample that was scored, as a log entry."""
+    """The log entry of a sample that was scored."""
 
     prompt: str
     reasoning: str
@@ -44,17 +44,17 @@ class SuccessJudgeLog(TypedDict):
 
 
 class FailedJudgeLog(TypedDict):
-    """A sample that could not be scored, as a log entry."""
+    """The log entry of a sample that could not be scored."""
 
     prompt: str
     error: str | None
 
 
 class BaseGrader(ABC, Generic[LogT]):
-    """Scores threads. Subclasses write `grade`; calls of it run concurrently.
+    """Scores threads. Subclasses implement `grade`, which is called concurrently.
 
-    `grade` raises IgnoreGradeException for a sample to ignore, and any other error for one that it fails on; in a
-    rollout both drop the prompt, under different reasons. `get_logs` sums up the entries of `add_log`.
+    `grade` raises IgnoreGradeException for a sample to ignore, and any other error for a sample that it cannot grade.
+    In a rollout both drop the prompt, with different reasons. `get_logs` sums up the entries of `add_log`.
     """
 
     def __init__(self, grader_key: str) -> None:
@@ -100,7 +100,7 @@ class BaseGrader(ABC, Generic[LogT]):
     def get_sample_tables(
         self, successful_samples: Sequence[SuccessJudgeLog], failed_samples: Sequence[FailedJudgeLog] | None = None
     ) -> dict[str, float | Table]:
-        """Tables `score/scored_samples` and, with failed ones, `score/unscored_samples`, and how many each has."""
+        """Tables `score/scored_samples` and, if any failed, `score/unscored_samples`, and the row count of each."""
         scored = Table(["Prompt", "Reasoning", "Score"])
         scored.add_rows([[s["prompt"], s["reasoning"], s["score"]] for s in successful_samples])
         tables: dict[str, float | Table] = {
@@ -119,7 +119,7 @@ class BaseGrader(ABC, Generic[LogT]):
     def from_function(
         cls, grader_key: str, async_fn: Callable[[StringThread], Awaitable[float] | float]
     ) -> BaseGrader[dict[str, Any]]:
-        """A grader that returns and logs the value of a function, which may be a coroutine function or a plain one."""
+        """A grader that returns and logs the value of a coroutine function or a plain function."""
         return FunctionGrader(grader_key, async_fn)
 
 
@@ -141,14 +141,14 @@ class FunctionGrader(BaseGrader[dict[str, Any]]):
 async def score_or_refuse(grader: BaseGrader[Any], sample: StringThread) -> float:
     """The grader's score of the thread.
 
-    Raises IgnoreGradeException when the grader does, GradeFailed for anything else that it raises and for a score that
-    is no finite number, EngineError as it is.
+    Raises IgnoreGradeException when the grader does, GradeFailed for any other error in it and for a score that is not
+    a finite number. An EngineError is raised unchanged.
     """
     try:
         score = float(await grader.score_float_value(sample))
     except (EngineError, IgnoreGradeException):
         raise
-    except Exception as error:  # a grader is foreign code: its failure is its sample's
+    except Exception as error:  # a grader is foreign code: its failure concerns one sample
         place = place_of(error)
         reason = summary(error) + (f" ({place})" if place else "")
         raise GradeFailed(f"grader {grader.grader_key!r} raised {reason}", grader=grader.grader_key) from error

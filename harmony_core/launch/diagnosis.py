@@ -44,7 +44,7 @@ _CHILD_STATUS = re.compile(r"returned non-zero exit status (\d+)")
 
 
 def last_lines(path: Path, count: int = LOG_LINES) -> list[str]:
-    """The last lines of a log that are not blank, without terminal control characters; empty without a file."""
+    """The last non-blank lines of a log, without terminal control characters; empty if the file does not exist."""
     try:
         with path.open("rb") as file:
             lines = [_CONTROL.sub("", line).rstrip()[:2000] for line in plain_files.last_lines(file)]
@@ -54,14 +54,14 @@ def last_lines(path: Path, count: int = LOG_LINES) -> list[str]:
 
 
 def shown(path: Path, lines: list[str]) -> str:
-    """The tail of a log for an error message, or ""."""
+    """The tail of a log for an error message, "" if it is empty."""
     return f"\nlast lines of {path}:" + "".join(f"\n  {line}" for line in lines[-_SHOWN_LINES:]) if lines else ""
 
 
 def excerpt(path: Path) -> list[str]:
-    """The most telling lines of the launcher's log: the first traceback, else the last lines.
+    """The most informative lines of the launcher's log: the first traceback, else the last lines.
 
-    What torchrun prints after a traceback only says that it happened.
+    After a traceback, torchrun only reports that it happened.
     """
     lines = last_lines(path, 400)
     start = next((at for at, line in enumerate(lines) if line.startswith("Traceback (most recent call last)")), None)
@@ -72,16 +72,16 @@ def excerpt(path: Path) -> list[str]:
 
 
 def stack(dump: str) -> list[str]:
-    """The frames of a process's main thread, innermost first, from the dump that faulthandler wrote on a signal."""
+    """The frames of a process's main thread, innermost first, from the dump that faulthandler writes on a signal."""
     found = dump.rpartition("Current thread ")[2].splitlines()[1:]
     return list(itertools.takewhile(lambda line: line.startswith("File "), map(str.strip, found)))
 
 
 async def exit_status(process: ProcessHandle, launcher_log: Path) -> int | None:
-    """How a rank that closed its socket ended: negative for a signal. None: it still runs, or the status is unknown.
+    """Exit status of a rank that closed its socket, negative for a signal. None: it still runs, or it is unknown.
 
-    Its parent is the launcher, so the kernel tells us only until the launcher has collected it; after that the
-    launcher's own report is read.
+    The rank's parent is the launcher, so the kernel provides the status only until the launcher has collected it; after
+    that the launcher's own report is read.
     """
     await wait_for(lambda: not process.alive(), _CONFIRM_SECONDS, 0.002)
     if process.alive():
@@ -95,7 +95,7 @@ async def exit_status(process: ProcessHandle, launcher_log: Path) -> int | None:
 
 @dataclass(frozen=True)
 class Reported:
-    """The first failure that torchrun tells of."""
+    """The first failure that torchrun reports."""
 
     rank: int
     pid: int
@@ -109,7 +109,7 @@ def _told(launcher_log: Path) -> str:
 def reported_failure(launcher_log: Path) -> Reported | None:
     """The rank that failed first as torchrun reports it, or the only rank as accelerate does, without its pid (0).
 
-    On one machine torchrun's local rank is the rank.
+    On one machine torchrun's local rank equals the rank.
     """
     text = _told(launcher_log)
     if found := _ELASTIC_STATUS.search(text):
@@ -121,12 +121,12 @@ def reported_failure(launcher_log: Path) -> Reported | None:
 
 
 def _ended_by_launcher(pid: int, launcher_log: Path) -> bool:
-    """Whether the launcher was shutting down and ended process `pid`: it says so before it does."""
+    """Whether the launcher was shutting down and ended process `pid`, which it logs before it does so."""
     return str(pid) in _ELASTIC_ENDS.findall(_told(launcher_log))
 
 
 def reported_status(pid: int, launcher_log: Path) -> int | None:
-    """The exit status of process `pid` as the launcher's log tells it."""
+    """The exit status of process `pid` according to the launcher's log."""
     first = reported_failure(launcher_log)
     if first is None or first.pid in (pid, 0):
         return None if first is None else first.status
@@ -135,13 +135,13 @@ def reported_status(pid: int, launcher_log: Path) -> int | None:
 
 
 def launcher_signal(code: int | None, launcher_log: Path) -> int:
-    """The signal that ended the launcher, or that it reports to have got; 0 if there was none."""
+    """The signal that ended the launcher, or that it reports to have received; 0 if there is neither."""
     found = _LAUNCHER_SIGNAL.search("\n".join(last_lines(launcher_log)))
     return -code if code is not None and code < 0 else int(found[1]) if found else 0
 
 
 def in_words(status: int | None, oom_kills: int) -> str:
-    """An exit status for people. `oom_kills`: how many the kernel killed for memory since the start."""
+    """An exit status for people. `oom_kills`: number of processes that the kernel killed for memory since the start."""
     if status is None:
         return "ended; how is not known"
     if status >= 0:
@@ -157,7 +157,7 @@ def in_words(status: int | None, oom_kills: int) -> str:
 
 
 def is_collateral_error(error: HarmonyError) -> bool:
-    """Whether an exception on a rank reads as the echo of another rank's failure."""
+    """Whether an exception on a rank looks like a consequence of another rank's failure."""
     if not isinstance(error, RankError):
         return False
     kind = str(error.details.get("type", ""))
@@ -167,9 +167,9 @@ def is_collateral_error(error: HarmonyError) -> bool:
 
 
 async def follows_from(process: ProcessHandle, status: int | None, launcher_log: Path) -> str:
-    """The cause of a rank's end that came without a word, when it is a consequence of another failure, else "".
+    """The cause of a rank's end without a report, if it is a consequence of another failure, else "".
 
-    A rank that ends by a signal of its own makes the launcher report it; one that the launcher ends, it named before.
+    The launcher reports a rank that died of its own signal; a rank that the launcher ends is named before that.
     """
     if status not in (None, -signal.SIGTERM):
         return ""
@@ -182,7 +182,7 @@ async def follows_from(process: ProcessHandle, status: int | None, launcher_log:
 
 
 class StartingRank:
-    """A rank that has not connected: its process, or the launcher's. Processor time counts as a sign of life."""
+    """A rank that has not connected: its process, or the launcher's. Using processor time counts as a sign of life."""
 
     device = "cpu"
     ready = lost = False
@@ -195,7 +195,7 @@ class StartingRank:
         self._used = 0.0
 
     def look(self, now: float) -> None:
-        """See whether it has used processor time since the last look."""
+        """Check whether the process has used processor time since the last check."""
         try:
             used = sum(psutil.Process(self.pid).cpu_times()[:2])
         except psutil.Error:
@@ -209,7 +209,7 @@ class StartingRank:
         return self.beat.phase
 
     def where(self) -> str:
-        """The phase, as part of a sentence."""
+        """The phase as part of a sentence."""
         return "while idle" if self.phase == IDLE else f"in phase {self.phase!r}"
 
 
@@ -226,7 +226,7 @@ class RankHandle(StartingRank):
         self.error: HarmonyError | None = None
         self.status: int | None = None
         self.follows = ""
-        """The cause of its end, when that is a consequence of another failure; "" when it ended by itself."""
+        """The cause of its end, if it is a consequence of another failure; "" if the rank ended by itself."""
 
     @property
     def phase(self) -> str:
@@ -240,7 +240,7 @@ class RankHandle(StartingRank):
 
 
 class Watch:
-    """Looks at the ranks every tick. Time in which the driver's own loop was blocked does not count against a rank."""
+    """Checks the ranks every tick. Time in which the driver's own loop was blocked does not count against a rank."""
 
     def __init__(
         self, options: EngineOptions, handles: Mapping[int, RankHandle], log_of: Callable[[int], Path]
@@ -252,10 +252,10 @@ class Watch:
         self._last_tick = asyncio.get_running_loop().time()
         self._silent: set[int] = set()
         self._excused: set[int] = set()
-        """Stuck ranks that were found waiting for another rank, which made progress."""
+        """Stuck ranks that were found waiting for another rank that made progress."""
 
     def look(self, processes: Sequence[int], launcher: int) -> None:
-        """Take note of the processes of the ranks, in order; they stand for ranks that have not connected."""
+        """Record the processes of the ranks, in order; they represent ranks that have not connected."""
         now = asyncio.get_running_loop().time()
         for rank, pid in enumerate(processes):
             known = self._starting.get(rank)
@@ -270,7 +270,7 @@ class Watch:
         return {**self._starting, **self._handles}
 
     def newly_silent(self) -> list[tuple[int, float]]:
-        """(rank, seconds) of each rank whose silence has just reached 10 s; each silence is reported once."""
+        """(rank, seconds) of each rank whose silence has just reached 10 s. Each silence is reported once."""
         now = asyncio.get_running_loop().time()
         if now - self._last_tick > 4 * TICK_SECONDS:
             for handle in self.ranks.values():
@@ -283,7 +283,7 @@ class Watch:
         return new
 
     def stuck(self) -> list[StartingRank]:
-        """Ranks past their limit, the silent and least advanced first; none while all wait for a working one."""
+        """Ranks past their limit, silent and least advanced ones first; empty while all wait for a working rank."""
         now = asyncio.get_running_loop().time()
         found = [h for h in self.ranks.values() if not h.lost and self._is_stuck(h, now)]
         self._excused &= {handle.rank for handle in found}
@@ -302,9 +302,9 @@ class Watch:
         return bool(hang and handle.beat.phase != IDLE and handle.beat.seconds + silence > hang)
 
     async def diagnose(self, stuck: list[StartingRank], late: str = "") -> RunTimeout | None:
-        """Have every rank write its stacks, and name the stuck rank that is not merely waiting for another one.
+        """Make every rank write its stacks, and find the stuck rank that is not merely waiting for another one.
 
-        `late` begins the message about ranks that are not ready in time: these are at fault even while they work.
+        `late` begins the message about ranks that are not ready in time, which are at fault even while they work.
         """
         ranks = self.ranks
         before = {rank: self._size(rank) for rank in ranks}
@@ -351,7 +351,7 @@ class Watch:
         return path.stat().st_size if path.exists() else 0
 
     def _since(self, rank: int, offset: int) -> str:
-        """The text that a rank wrote into its log after `offset`: its stacks, if it still could write."""
+        """The text that a rank wrote into its log after `offset`: its stacks, if it was still able to write."""
         with contextlib.suppress(FileNotFoundError), self._log_of(rank).open("rb") as file:
             file.seek(offset)
             return file.read(1 << 20).decode("utf-8", "replace")
@@ -359,7 +359,7 @@ class Watch:
 
 
 def _waits(handle: StartingRank, dump: str) -> bool:
-    """Whether a rank may be in a collective. On a device it waits for the collective wherever it reads a result."""
+    """Whether a rank may be in a collective. On a device it waits for the collective at any read of a result."""
     innermost = "".join(stack(dump)[:1])
     ours = "/harmony_core/engine/" in innermost or "/torch/" in innermost
     return "torch/distributed" in dump or (handle.device != "cpu" and ours)

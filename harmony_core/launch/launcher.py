@@ -1,8 +1,8 @@
 """How the ranks are started: the accelerate configuration, the command line, and the environment.
 
-An accelerate configuration file may set the number of processes, the devices, and environment variables. Everything
-else in such a file changes how accelerate would train, which the engine does itself: it is refused by name, unless it
-has the value that `accelerate config` writes for "no".
+An accelerate configuration file may set the number of processes, the devices, and environment variables. All other
+settings change how accelerate trains, which the engine does itself. They are refused by name, unless they have the
+value that `accelerate config` writes for "no".
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _HARMLESS: dict[str, tuple[Any, ...]] = {
     "same_network": (True,),
     "use_cpu": (True,),
 }
-"""Values beside those that are empty, 0 or false."""
+"""Accepted values in addition to those that are empty, 0 or false."""
 _TAKEN = ("num_processes", "gpu_ids", "environment")
 
 
@@ -64,12 +64,12 @@ _KINDS = {
     "a list of devices": (_DEVICES, "CUDA_VISIBLE_DEVICES"),
 }
 VARIABLES = {name: (kind, pattern) for kind, (pattern, names) in _KINDS.items() for name in names.split()}
-"""The variables that `environment` may set, with the kind and form of the value. None names a file or a library."""
+"""The variables that `environment` may set, with the kind and form of the value. They never name files or libraries."""
 
 
 @dataclass(frozen=True)
 class AccelerateSettings:
-    """The settings that are taken from the file. `gpu_ids` is "" for all devices."""
+    """The settings taken from the file. `gpu_ids` is "" for all devices."""
 
     num_processes: int | None = None
     gpu_ids: str = ""
@@ -78,7 +78,7 @@ class AccelerateSettings:
 
 
 def read_accelerate_config(path: Path) -> AccelerateSettings:
-    """Read and check a file. Raises ConfigError with every problem and its place, NotFoundError, ResourceError."""
+    """Read and check a file. Raises ConfigError listing every problem with its place, NotFoundError, ResourceError."""
     document = load_yaml_file(path)
     values = document.data
     count, gpu_ids, environment = (values.get(key) for key in _TAKEN)
@@ -119,13 +119,13 @@ def read_accelerate_config(path: Path) -> AccelerateSettings:
 
 
 def _allowed(key: str, value: Any) -> bool:
-    if not value or key in _TAKEN or key == "main_process_port":  # ours is always a free one
+    if not value or key in _TAKEN or key == "main_process_port":  # the port is always a free one
         return True
     return any(value == ok and type(value) is type(ok) for ok in _HARMLESS.get(key, ()))
 
 
 def _problem(name: str, value: Any) -> str:
-    """Why a variable may not be set to a value, or ""."""
+    """The reason why a variable may not be set to a value, or ""."""
     if name not in VARIABLES:
         return "may not be set in this file, only in the environment that the run is started in"
     kind, pattern = VARIABLES[name]
@@ -157,9 +157,9 @@ class Launch:
 
 
 def resolve(num_processes: int | None, device: str, accelerate_config: Path | None) -> Launch:
-    """The devices and the number of ranks that these options mean here. Flags win over the accelerate file.
+    """The devices and the number of ranks for these options on this machine. Flags override the accelerate file.
 
-    Raises ConfigError, ResourceError when there are fewer devices, NotFoundError for the file.
+    Raises ConfigError, ResourceError if there are fewer devices, NotFoundError for the file.
     """
     if device not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"device {device!r}", hint="auto, cpu or cuda")
@@ -200,7 +200,7 @@ def launch_command(options: EngineOptions, launch: Launch, directory: Path) -> l
 
 
 def _config_file(launch: Launch) -> str:
-    """One rank is started without torchrun. More are started with it, on CPU too: `use_cpu` would start only one."""
+    """One rank is started without torchrun, several with it. `use_cpu` stays false on CPU: it starts only one rank."""
     kind = "MULTI_GPU" if launch.world_size > 1 else "NO"
     return (
         "compute_environment: LOCAL_MACHINE\n"
@@ -222,13 +222,13 @@ def launch_environment(options: EngineOptions, launch: Launch, environ: Mapping[
     cores = max(1, available_cores() // launch.world_size)
     preferred = {
         "OMP_NUM_THREADS": str(cores),
-        # Threads that spin while they wait cost a busy machine several times the work itself.
+        # Threads that spin while they wait cost several times the work itself on a busy machine.
         "OMP_WAIT_POLICY": "PASSIVE",
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # the order in which the driver's own tool counts them
         "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
         "MALLOC_ARENA_MAX": "1",
-        # Larger tensors go back to the system when they are freed: pieces of them in the heap would make memory outgrow
-        # its plan by half. Smaller ones stay, and cost no page faults.
+        # Tensors above this size are returned to the system when they are freed: kept in the heap as fragments, they
+        # would raise memory to one and a half times its plan. Smaller ones stay, and cost no page faults.
         "MALLOC_MMAP_THRESHOLD_": "1048576",
         "TORCHINDUCTOR_COMPILE_THREADS": str(min(8, cores)),
     }
@@ -242,8 +242,8 @@ def launch_environment(options: EngineOptions, launch: Launch, environ: Mapping[
         "PYTHONFAULTHANDLER": "1",
         "PYTHONUNBUFFERED": "1",
         "NCCL_NVLS_ENABLE": "0",  # no NVLink multicast
-        "NCCL_RAS_ENABLE": "0",  # it listens, and answers anyone
-        "TORCH_GLOO_LAZY_INIT": "0",  # ranks connect while a group is made: afterwards its port is closed
+        "NCCL_RAS_ENABLE": "0",  # it listens, and answers any client
+        "TORCH_GLOO_LAZY_INIT": "0",  # ranks connect while a group is made; afterwards its port is closed
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
         "ADAPTIVE_RUN_ID": options.run_id,
@@ -254,12 +254,12 @@ def launch_environment(options: EngineOptions, launch: Launch, environ: Mapping[
 
 
 def available_cores() -> int:
-    """Cores that this process may use."""
+    """The CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def installed_devices() -> int:
-    """CUDA devices of this machine, as the driver's own tool lists them; 0 without one."""
+    """Number of CUDA devices of this machine, as listed by the driver's own tool; 0 without the tool."""
     try:
         shown = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=True).stdout
     except (OSError, subprocess.SubprocessError):
@@ -277,5 +277,5 @@ def visible_devices(environ: Mapping[str, str] = os.environ) -> list[str]:
     def is_device(name: str) -> bool:
         return bool(name) and not name.startswith("-") and not (name.isdigit() and int(name) >= installed)
 
-    # The CUDA driver stops at the first name that means no device.
+    # The CUDA driver stops at the first name that does not match a device.
     return list(itertools.takewhile(is_device, map(str.strip, chosen.split(","))))

@@ -1,4 +1,4 @@
-"""The processes of one launch, marked in their environment so that they can be ended, and its short-lived directory."""
+"""The processes of one launch, marked in their environment so that they can be ended, and its temporary directory."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from harmony_core.rpc.platform import start_time
 
 LAUNCHER = "launcher"
 MARK = "ADAPTIVE_RANK_LAUNCH"
-"""Environment variable that every process of one launch has, and no other process: only those are ever ended."""
+"""Environment variable set in all processes of one launch and in no other process. Only these are ever ended."""
 
 _TERM_SECONDS = 2.0
 _KILL_SECONDS = 5.0
@@ -39,9 +39,9 @@ _WRITTEN_SECONDS = 1.0
 class PrivateDirectories:
     """The directories of this process's launches: socket, the launcher's configuration, torch elastic's files.
 
-    They lie outside the run's directory, because the path of a socket has at most about 100 bytes. A launch removes
-    its directory as soon as all ranks are connected; the next launch removes those that a killed driver left behind.
-    An engine without a run has one for its logs, too.
+    They are outside the run's directory, because the path of a socket has at most about 100 bytes. A launch removes its
+    directory as soon as all ranks are connected; the next launch removes directories left behind by a killed driver. An
+    engine without a run also has a directory here for its logs.
     """
 
     _prefix, _owner, _longest_base = "adaptive-", "owner", 64
@@ -60,17 +60,17 @@ class PrivateDirectories:
         return directory
 
     def remove(self, *directories: Path) -> None:
-        """Remove directories, as far as they are there."""
+        """Remove the directories that exist."""
         for directory in directories:
             shutil.rmtree(directory, ignore_errors=True)
             self._own.discard(directory)
 
     def remove_own(self) -> None:
-        """Remove all directories of this process: for the end of a process that cleans up no further."""
+        """Remove all directories of this process, for an end without further cleanup."""
         self.remove(*self._own)
 
     def _base(self) -> Path:
-        """XDG_RUNTIME_DIR where it is ours and short enough, else /tmp, whatever TMPDIR says: paths must stay short."""
+        """XDG_RUNTIME_DIR if it is ours and short enough, else /tmp regardless of TMPDIR: paths must stay short."""
         runtime = os.environ.get("XDG_RUNTIME_DIR", "")
         if runtime and len(os.fsencode(runtime)) <= self._longest_base and os.access(runtime, os.W_OK | os.X_OK):
             status = os.stat(runtime)
@@ -79,7 +79,7 @@ class PrivateDirectories:
         return Path("/tmp") if os.access("/tmp", os.W_OK) else Path(tempfile.gettempdir())
 
     def _abandoned(self, directory: Path) -> bool:
-        """Whether it is ours, and the process that made it is gone for certain."""
+        """Whether the directory is ours, and the process that made it has certainly ended."""
         with contextlib.suppress(OSError, ValueError):
             status = directory.lstat()
             if stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid():
@@ -92,7 +92,7 @@ private_directory = PrivateDirectories()
 
 
 class ProcessHandle:
-    """One process, identified by its number and start time: a later process of the same number is another one."""
+    """One process, identified by pid and start time, since a later process may have the same pid."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
@@ -115,7 +115,7 @@ class ProcessHandle:
 
 
 def processes_with(variable: str, value: str) -> dict[int, dict[str, str]]:
-    """Pids whose starting environment holds `variable=value`, each with that environment."""
+    """Pids of processes started with `variable=value`, each with its environment."""
     found = {process.pid: process.info["environ"] or {} for process in psutil.process_iter(["environ"])}
     return {pid: environment for pid, environment in found.items() if environment.get(variable) == value}
 
@@ -135,7 +135,7 @@ def start_reader(
             os.mkfifo(pipe, 0o600)
             reading = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
             opened.callback(os.close, reading)
-            with contextlib.suppress(OSError, AttributeError):  # Linux only, and bounded for the user
+            with contextlib.suppress(OSError, AttributeError):  # Linux only, and limited per user
                 fcntl.fcntl(reading, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
             anew = os.O_TRUNC if name == LAUNCHER else 0
             log = os.open(log_dir / f"{name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | anew, 0o600)
@@ -156,7 +156,7 @@ def start_reader(
 
 
 class LaunchedProcesses:
-    """The launcher and its descendants. `log` takes the launcher's own output."""
+    """The launcher and its descendants. `log` receives the launcher's own output."""
 
     def __init__(self, options: EngineOptions, launch: Launch) -> None:
         self.log = options.log_dir / "launcher.log"
@@ -169,7 +169,7 @@ class LaunchedProcesses:
     def spawn(self, directory: Path, environment: dict[str, str]) -> None:
         """Start the launcher in its own session, so that a terminal's Ctrl-C does not reach it.
 
-        Raises ResourceError when the logs cannot be written.
+        Raises ResourceError if the logs cannot be written.
         """
         env = launch_environment(self._options, self._launch, os.environ)
         known = {*self._options.secrets, *Redactor.from_environment(env).values}
@@ -191,24 +191,24 @@ class LaunchedProcesses:
             )
 
     def reader_died(self) -> bool:
-        """Whether the launcher lives and the process that reads the ranks' output does not."""
+        """Whether the launcher lives although the process that reads the ranks' output has ended."""
         return self._reader is not None and self._reader.poll() is not None and not self.launcher_gone()
 
     async def written(self, log: Path) -> None:
-        """Wait until a log has everything that its process wrote; not for long where another keeps its pipe open."""
+        """Wait until a log has all output of its process; only briefly, in case another process keeps the pipe open."""
         await wait_for(lambda: not is_locked(log), _WRITTEN_SECONDS)
 
     @property
     def launcher_pid(self) -> int:
-        """0 before it was started."""
+        """The launcher's pid, 0 before it was started."""
         return self._launcher.pid if self._launcher is not None else 0
 
     def of_ranks(self) -> list[int]:
-        """The process of each rank, in order; the launcher's where a rank has none."""
+        """The process of each rank, in order; the launcher's for a rank without one."""
         marked = processes_with(MARK, self._id)
         marked.pop(self.launcher_pid, None)
         ranks = range(self._launch.world_size)
-        alone = len(ranks) == 1  # its process is not told its number
+        alone = len(ranks) == 1  # a single rank has no number in its environment
         own = [[pid for pid, env in marked.items() if alone or env.get("RANK") == str(rank)] for rank in ranks]
         return [min(pids, default=self.launcher_pid) for pids in own]
 
@@ -221,7 +221,7 @@ class LaunchedProcesses:
         return self._launcher is None or self._launcher.poll() is not None
 
     async def end(self, ranks: Iterable[ProcessHandle]) -> None:
-        """SIGTERM to the launcher, then SIGKILL to all that is left. Raises EngineError for what survives even that."""
+        """Send SIGTERM to the launcher, then SIGKILL to the remaining processes. Raises EngineError if any survives."""
         ranks = list(ranks)
         if self._launcher is not None and not self.launcher_gone():
             self._launcher.terminate()
@@ -234,31 +234,31 @@ class LaunchedProcesses:
                     f"processes that even SIGKILL does not end: {pids}", hint="the kernel waits for a device"
                 )
             await asyncio.sleep(0.02)
-        # The reader ends by itself, when everything is written.
+        # The reader ends by itself when everything is written.
         await wait_for(lambda: self._reader is None or self._reader.poll() is not None, _KILL_SECONDS)
 
     def kill(self) -> None:
-        """SIGKILL to all that is left; of the ends only the launcher's and the reader's are awaited."""
+        """Send SIGKILL to the remaining processes, and wait only for the launcher and the reader to end."""
         self._kill_marked([])
         for process in filter(None, (self._launcher, self._reader)):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(_TERM_SECONDS)
 
     def _kill_marked(self, ranks: list[ProcessHandle]) -> bool:
-        """SIGKILL to all that is left. Returns whether anything was."""
+        """Send SIGKILL to the remaining processes. Returns whether there were any."""
         left = [p for p in [*map(ProcessHandle, processes_with(MARK, self._id)), *ranks] if p.alive()]
         for process in left:
             process.send(signal.SIGKILL)
         if self._launcher is not None and not self.launcher_gone():
             self._launcher.kill()
         for rank in ranks:
-            with contextlib.suppress(ChildProcessError):  # ours to collect only where we are process 1
+            with contextlib.suppress(ChildProcessError):  # we can collect it only as process 1
                 os.waitpid(rank.pid, os.WNOHANG)
         return bool(left) or not self.launcher_gone()
 
 
 async def wait_for(done: Callable[[], bool], seconds: float, every: float = 0.01) -> None:
-    """Look `every` so many seconds until `done`, for at most `seconds`."""
+    """Check `done` every `every` seconds until it holds, for at most `seconds`."""
     deadline = asyncio.get_running_loop().time() + seconds
     while not done() and asyncio.get_running_loop().time() < deadline:
         await asyncio.sleep(every)

@@ -1,7 +1,7 @@
 """A process of its own that reads the output of a launch, masks secrets, and writes the log files.
 
-The launcher and each rank write to a pipe. The reader takes what they write at once, so that none of them waits for the
-disk, and keeps it until it is masked and written. It ends when all writers have ended, by whatever signal, and does not
+The launcher and each rank write to a pipe. The reader takes their output at once, so that they never wait for the
+disk, and keeps it until it is masked and written. It ends when all writers have ended, by any signal, and does not
 need the driver for that. While it writes to a file it holds the file's lock.
 """
 
@@ -18,11 +18,11 @@ from harmony_core.redaction import KeptPrints, Redactor
 
 PIPE_BYTES = 1 << 20
 _MAX_BACKLOG = 1 << 30
-"""Bytes that may wait to be written; with more, whoever writes has to wait."""
+"""The most bytes that may wait to be written. Above this, writers have to wait."""
 
 
 class _Backlog:
-    """The bytes that were read and are not yet written, by pipe."""
+    """The bytes that were read and not yet written, by pipe."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -31,7 +31,7 @@ class _Backlog:
         self._bytes = 0
 
     def put(self, pipe: int, data: bytes) -> None:
-        """Keep bytes that were read; empty bytes mean the end of the pipe."""
+        """Keep bytes that were read. Empty bytes mark the end of the pipe."""
         with self._changed:
             self._changed.wait_for(lambda: self._bytes < _MAX_BACKLOG)
             self._held.setdefault(pipe, bytearray()).extend(data)
@@ -41,7 +41,7 @@ class _Backlog:
             self._changed.notify_all()
 
     def take(self) -> tuple[dict[int, bytearray], set[int]]:
-        """Everything that waits, and the pipes of which this is the end; waits until there is something."""
+        """All waiting bytes, and the pipes that end after them. Waits until there are any."""
         with self._changed:
             self._changed.wait_for(lambda: bool(self._held))
             (held, self._held), (ended, self._ended) = (self._held, {}), (self._ended, set())
@@ -61,10 +61,10 @@ def _write(kept: dict[int, KeptPrints], backlog: _Backlog) -> None:
 
 
 def _read(pipes: list[int], backlog: _Backlog) -> None:
-    """Read until every pipe has its end. The first pipe is the launcher's.
+    """Read every pipe to its end. The first pipe is the launcher's.
 
-    A rank opens its own pipe before it lets go of the launcher's, and writes at once: when that one has its end, a pipe
-    of which nothing was read belongs to a rank that never began.
+    A rank opens its own pipe before it closes the launcher's, and writes at once. So when the launcher's pipe has
+    ended, a pipe from which nothing was read belongs to a rank that never began.
     """
     poll, left, begun = select.poll(), set(pipes), set[int]()
     for pipe in pipes:

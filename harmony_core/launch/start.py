@@ -1,7 +1,7 @@
 """Run as a program of its own: `python -m harmony_core.launch.start PARENT RANKS ARGUMENTS...` becomes the launcher.
 
-The kernel ends it when PARENT ends. A child that asks for this itself needs no code between fork and exec in the
-parent, which may have threads. With RANKS 0 the arguments are a command to execute, otherwise arguments of
+The kernel ends it when PARENT ends. Because the child requests this itself, the parent, which may have threads, runs
+no code between fork and exec. With RANKS 0 the arguments are a command to execute, otherwise arguments of
 `accelerate launch`.
 """
 
@@ -16,7 +16,7 @@ from harmony_core.rpc.platform import die_with_parent
 
 
 def main() -> None:
-    """Ask for the signal, see that the parent is still there, and become the launcher."""
+    """Request the signal, check that the parent still exists, and become the launcher."""
     parent, ranks, *arguments = sys.argv[1:]
     if not die_with_parent(int(parent), signal.SIGTERM):
         sys.exit(0)
@@ -32,8 +32,8 @@ def main() -> None:
 def _meet_in_memory() -> None:
     """Give torchrun's agent a store in memory.
 
-    By default torchrun opens a store for its agents on all interfaces, for anyone. Here one agent runs on one machine,
-    and ranks find each other over the driver (`harmony_core/rpc/connection.py`).
+    By default torchrun opens a store for its agents on all interfaces, without access control. Here one agent runs on
+    one machine, and ranks find each other through the driver (`harmony_core/rpc/connection.py`).
     """
     from torch.distributed import HashStore  # type: ignore[attr-defined]
     from torch.distributed.elastic.rendezvous import RendezvousInfo, RendezvousParameters, RendezvousStoreInfo, registry
@@ -49,7 +49,7 @@ def _meet_in_memory() -> None:
             """Returns at once."""
             return RendezvousInfo(HashStore(), self.rank, self.world_size, RendezvousStoreInfo("127.0.0.1", 0))
 
-    # For every kind of rendezvous: when a port is taken, accelerate changes to one that listens and unpickles.
+    # For every kind of rendezvous: when a port is taken, accelerate switches to one that listens and unpickles.
     registry.get_rendezvous_handler = InProcess
     os.environ["PET_RDZV_ENDPOINT"] = "none"  # without one torchrun warns that there is no address
 

@@ -1,8 +1,8 @@
-"""Starts, watches and ends the ranks of a launch, apart from the client: it is run with fake ranks, too.
+"""Starts, watches and ends the ranks of a launch. It does not depend on the client, so it also runs with fake ranks.
 
-It reports the first failure from three signals: the end of a rank's socket (immediate), the launcher's exit (the
-fallback), and a beat every second that tells a stuck rank from a dead one. The first failure ends the engine: every
-pending and later call raises it.
+It detects the first failure from three signals: the end of a rank's socket (immediate), the launcher's exit (the
+fallback), and a beat every second that distinguishes a stuck rank from a dead one. The first failure ends the engine:
+every pending and later call raises it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _POLL_SECONDS = 0.05
 
 
 class Supervisor(Listener):
-    """One launch. `failure` resolves to the first failure; `on_event` gets the ranks' events."""
+    """One launch. `failure` resolves to the first failure; `on_event` receives the ranks' events."""
 
     def __init__(self, options: EngineOptions, launch: Launch, on_event: Callable[[int, Event], None]) -> None:
         loop = asyncio.get_running_loop()
@@ -58,16 +58,16 @@ class Supervisor(Listener):
         self._watch = Watch(options, self._handles, self._log_of)
         self._oom_kills = platform.oom_kills()
         self._ended: list[RankHandle] = []
-        """Ranks whose end was seen, in that order."""
+        """Ranks whose end was seen, in the order in which it was seen."""
 
     @classmethod
     async def start(cls, options: EngineOptions, launch: Launch, on_event: Callable[[int, Event], None]) -> Supervisor:
-        """Start the launcher and return; call on the main thread, with whose end the kernel ends the ranks."""
+        """Start the launcher and return. Call on the main thread: when it ends, the kernel ends the ranks."""
         self = cls(options, launch, on_event)
         try:
             path = self._directory / "s"
             loop = asyncio.get_running_loop()
-            # Two calls: cancelled while it begins to serve, one call would lose the open socket.
+            # Two calls: if one call were cancelled while it begins to serve, the open socket would be lost.
             self._server = await loop.create_unix_server(lambda: Connection(self), str(path), start_serving=False)
             os.chmod(path, 0o600)
             await self._server.start_serving()
@@ -88,12 +88,12 @@ class Supervisor(Listener):
         return self._launch.world_size
 
     async def ready(self) -> list[RankHandle]:
-        """Wait until every rank takes requests; the ranks in order. Raises the failure that prevented it."""
+        """Wait until every rank takes requests. Returns the ranks in order; raises the failure that prevented it."""
         await asyncio.shield(self._all_ready)
         return [self._handles[rank] for rank in range(self.world_size)]
 
     def hello(self, connection: Connection, message: Hello) -> None:
-        """A process presents itself as a rank; it is accepted if it knows the token."""
+        """A process presents itself as a rank. It is accepted if it knows the token."""
         if not hmac.compare_digest(message.token.encode(), self._token.encode()):
             connection.close()
             return
@@ -139,7 +139,7 @@ class Supervisor(Listener):
         self._store.ask(message, answer)
 
     def _close_door(self) -> None:
-        """Take no more connections, and remove the directory, so that a later kill leaves no files behind."""
+        """Accept no more connections, and remove the directory, so that a later kill leaves no files behind."""
         if self._server is not None:
             self._server.close()
         private_directory.remove(self._directory)
@@ -154,13 +154,13 @@ class Supervisor(Listener):
                 self._fail(error)
 
     def fatal(self, connection: Connection, error: HarmonyError) -> None:
-        """A rank reports that it cannot go on."""
+        """A rank reports that it cannot continue."""
         handle = self._handle_of(connection)
         handle.error = error
         self._incident(handle)
 
     def lost(self, connection: Connection, reason: str) -> None:
-        """A socket is closed: of a rank, that is its death."""
+        """A socket is closed. For a rank, this means that it is dead."""
         handle = next((h for h in self._handles.values() if h.connection is connection), None)
         if handle is None or handle.lost:
             return
@@ -178,9 +178,9 @@ class Supervisor(Listener):
             self._background(self._judge())
 
     async def _judge(self) -> None:
-        """Find the rank that ended first, by itself; the others are taken in the order in which their end was seen.
+        """Find the rank that ended first, by itself. Ranks are examined in the order in which their end was seen.
 
-        An end that follows from another rank's gives that one time to show.
+        If an end follows from another rank's, wait a while for that one to show.
         """
         loop = asyncio.get_running_loop()
         judged, deadline = 0, math.inf
@@ -206,7 +206,7 @@ class Supervisor(Listener):
             self._fail(self._describe(handle))
 
     async def _cause(self, handle: RankHandle) -> str:
-        """The cause of a rank's end, when that is a consequence of another failure; "" when it ended by itself."""
+        """The cause of a rank's end, if it is a consequence of another failure; "" if the rank ended by itself."""
         await self._processes.written(self._log_of(handle.rank))
         if handle.error is not None:
             return "its connection to another rank broke" if diagnosis.is_collateral_error(handle.error) else ""
@@ -250,7 +250,7 @@ class Supervisor(Listener):
         return RankDied(text + diagnosis.shown(log, lines), cause=cause, status=handle.status, **where)
 
     def _hold_error(self, error: HarmonyError) -> float:
-        """A call that failed because another rank did gets that rank's failure, if it shows soon."""
+        """Seconds to hold back a call's error that follows from another rank's failure, until that failure shows."""
         return _SETTLE_SECONDS if diagnosis.is_collateral_error(error) else 0.0
 
     def _launcher_died(self, status: int) -> None:
@@ -270,12 +270,12 @@ class Supervisor(Listener):
     def _fail_waiters(self, error: HarmonyError) -> None:
         if not self._all_ready.done():
             self._all_ready.set_exception(error)
-            self._all_ready.exception()  # marks it as retrieved, where nothing waits
+            self._all_ready.exception()  # marks it as retrieved, if no call awaits it
         for handle in self._handles.values():
             handle.connection.fail(error)
 
     async def _watch_launcher(self) -> None:
-        """The fallback: a launcher that ends before its ranks are known, or without them."""
+        """The fallback: the launcher has ended without its ranks, or before they are known."""
         while not self.failure.done():
             await asyncio.sleep(_POLL_SECONDS)
             status = self._processes.launcher_status()
@@ -284,7 +284,7 @@ class Supervisor(Listener):
                     self._fail(LauncherDied("the process that keeps the ranks' output has ended"))
                 continue
             await self._processes.written(self._processes.log)
-            if self._handles:  # a rank that ends just before it, or with it, is the better news and comes soon
+            if self._handles:  # a rank's end just before or with it explains more, and comes soon
                 await wait_for(lambda: bool(self._ended), 0.2 if status < 0 else 2 * _SETTLE_SECONDS)
             if self._ended:
                 await asyncio.wait([self.failure], timeout=5 * _SETTLE_SECONDS)
@@ -308,7 +308,7 @@ class Supervisor(Listener):
     async def stop(self, grace: float = 10.0) -> None:
         """Ask the ranks to leave, for at most `grace` seconds, then end all processes of the launch.
 
-        A second call with less grace shortens the first; cancelling a caller does not stop it.
+        A second call with less grace shortens the first. Cancelling a caller does not stop it.
         """
         self._patience = min(self._patience, asyncio.get_running_loop().time() + grace)
         if self._stop is None:

@@ -28,7 +28,7 @@ class Table:
         return len(next(iter(self._columns.values()), []))
 
     def add_column(self, header: str, column: Sequence[Cell]) -> Self:
-        """Add a column; its length must be the table's, unless the table is empty."""
+        """Add a column. Its length must equal the table's, unless the table is empty."""
         if header in self._columns:
             raise UsageError(f"the table has a column '{header}' already")
         if self._columns and len(column) != len(self):
@@ -84,17 +84,17 @@ Metrics: TypeAlias = Mapping[str, "str | int | float | Table"]
 
 
 class Logger:
-    """One call records the metrics of one step. The step's number is the logger's own count and survives a resume.
+    """Each call records the metrics of one step. The step number is the logger's own count and survives a resume.
 
-    Subclasses write `record`, or `__call__` in its place, which then has to count the steps if it needs them.
+    Subclasses implement `record`, or `__call__`; the latter must count the steps itself if it needs them.
     """
 
     step: int = 0
     writes_events: bool = False
-    """Whether metrics become events of a run, which its report is made of."""
+    """Whether metrics become events of a run, from which its report is made."""
 
     failed = False
-    """Whether the run has failed; set before `close`."""
+    """Whether the run has failed. Set before `close`."""
 
     def __init__(self) -> None:
         self.step = 0
@@ -117,7 +117,7 @@ class Logger:
         return True
 
     def get_state(self) -> dict[str, Any]:
-        """The state that `set_state` takes on resume."""
+        """The state to pass to `set_state` on resume."""
         return {"step": self.step}
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -126,7 +126,7 @@ class Logger:
 
     @property
     def training_monitoring_link(self) -> str | None:
-        """Where people can watch the metrics."""
+        """The address at which the metrics can be watched."""
         return None
 
     def close(self) -> None:
@@ -142,6 +142,6 @@ def masked(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def number_of(value: object) -> float | None:
-    """A number, numpy's and torch's scalars included; None for anything else."""
+    """A number, including numpy's and torch's scalars; None for anything else."""
     found = unwrapped(value)
     return float(found) if isinstance(found, int | float) else None

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class StdoutLogger(Logger):
-    """One line for each step. It carries the documented name and writes to stderr: stdout is the recipe's own."""
+    """One line on stderr for each step; stdout belongs to the recipe. The class has its documented name."""
 
     def record(self, step: int, metrics: Metrics) -> None:
         """Write `step N  name=value ...`."""
@@ -72,9 +72,9 @@ class EventLogger(Logger):
 class JSONLLogger(Logger):
     """Appends `{"step": 1, "time": ..., "metrics": {...}}` for each step and `{"config": {...}}` for each config.
 
-    `time` is in seconds since 1970. A number that JSON has no name for is written as text, a table as headers and
-    rows. A resumed run takes back the lines of the steps that it takes again. Raises ResourceError when the file cannot
-    be opened.
+    `time` is in seconds since 1970. A number that JSON cannot represent is written as text, a table as headers and
+    rows. A resumed run removes the lines of the steps that it repeats. Raises ResourceError when the file cannot be
+    opened.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -85,7 +85,7 @@ class JSONLLogger(Logger):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self.path.open("a", encoding="utf-8")
             if self._file.tell() and not self.path.read_bytes().endswith(b"\n"):
-                self._file.write("\n")  # the last line was cut off: the next one must not continue it
+                self._file.write("\n")  # the last line was cut off: do not continue it
         except OSError as error:
             raise ResourceError(f"cannot write metrics to {self.path}: {error.strerror or error}") from error
 
@@ -96,7 +96,7 @@ class JSONLLogger(Logger):
     def set_state(self, state: dict[str, Any]) -> None:
         """Continue from `get_state`."""
         super().set_state(state)
-        # Not yet: of several stages with one logger the next may go on further down in the file.
+        # Not yet: when several stages share a logger, the next stage may continue further down in the file.
         self._restored = True
 
     def record(self, step: int, metrics: Metrics) -> None:
@@ -107,13 +107,13 @@ class JSONLLogger(Logger):
         self._line({"step": step + 1, "time": round(time.time(), 3), "metrics": masked(metrics)})
 
     def _take_back(self, steps: int) -> None:
-        """Remove lines of later steps from the end, and one that was cut off; configs stay."""
+        """Remove lines of later steps from the end, and a line that was cut off. Configs stay."""
         lines = self.path.read_bytes().splitlines(keepends=True)
         configs: list[bytes] = []
         while lines:
             try:
                 line = json.loads(lines[-1])
-            except ValueError:  # its process was killed while it wrote
+            except ValueError:  # the process was killed during the write
                 line = {"step": steps + 1}
             if "config" in line:
                 configs.insert(0, lines[-1])
@@ -138,15 +138,15 @@ log = logging.getLogger(__name__)
 DEFAULT_PROJECT = "harmony-core"
 
 PATIENCE = 10
-"""After a failed call the second logger rests this many times as long as the call took."""
+"""After a failed call, the second logger pauses for this many times the duration of the call."""
 
 
 class CompositeLogger(Logger):
-    """Hands everything to `main_logger`, then to `second_logger`.
+    """Passes everything to `main_logger`, then to `second_logger`.
 
-    Errors of the second logger never end the run; the first one is a warning. The client of a service that is down may
-    try for minutes before it raises, so the second logger then rests for ten times as long: at most a tenth of a run's
-    time is lost.
+    Errors of the second logger never end the run; the first one is logged as a warning. The client of a service that is
+    down may try for minutes before it raises, so the second logger then pauses for ten times as long, which limits the
+    loss to a tenth of a run's time.
     """
 
     def __init__(self, main_logger: Logger, second_logger: Logger) -> None:
@@ -163,7 +163,7 @@ class CompositeLogger(Logger):
             return
         try:
             call()
-        except Exception as error:  # a service's client raises what it likes
+        except Exception as error:  # the client of a service may raise any exception
             if not self._warned:
                 name = type(self.second_logger).__name__
                 log.warning("%s failed, and the run goes on: %s: %s", name, type(error).__name__, error)
@@ -204,12 +204,12 @@ class CompositeLogger(Logger):
 
 
 def get_prod_logger(ctx: RecipeContext | None = None) -> Logger:
-    """Lines on stderr, with a context `metrics` events in the run's `events.jsonl`, and the service that is set up.
+    """Lines on stderr, with a context also `metrics` events in the run's `events.jsonl`, and the configured service.
 
     The service is the first of these: W&B with `WANDB_API_KEY`, MLflow with `MLFLOW_TRACKING_URI`, TensorBoard with
     `TENSORBOARD_LOGGING_DIR`. It is the second logger: its first error is a warning, and its errors never end the run.
     A service whose package is missing is skipped with a warning. With a context the logger is closed when the run ends,
-    as failed if the run has failed; without one, call `close()`.
+    and marked as failed if the run has failed. Without a context, call `close()`.
     """
     lines: Logger = StdoutLogger()
     service = _service(ctx)
@@ -221,7 +221,7 @@ def get_prod_logger(ctx: RecipeContext | None = None) -> Logger:
 
 
 def logger_of_training(logger: Logger | None) -> Logger:
-    """The logger of a training class: the given one or lines on stderr, and in a run also its events."""
+    """The logger of a training class: the given one or lines on stderr, plus the events of the run, if there is one."""
     logger = logger or StdoutLogger()
     write = current().write
     return logger if write is None or logger.writes_events else CompositeLogger(logger, EventLogger(write))

@@ -16,10 +16,10 @@ from harmony_core.errors import ResourceError
 from harmony_core.loggers.base import Logger, Metrics, Table, masked, number_of
 
 KEYS = {"wandb": "WANDB_API_KEY", "mlflow": "MLFLOW_TRACKING_URI", "tensorboard": "TENSORBOARD_LOGGING_DIR"}
-"""The variable that sets each service up, by its package, the first choice first."""
+"""The variable that configures each service, by package, in order of preference."""
 
 MAX_PARAMETER = 500
-"""Characters of a parameter's value that every version of MLflow takes."""
+"""The length in characters of a parameter's value that every version of MLflow accepts."""
 
 _NOT_IN_NAMES = re.compile(r"[^\w\-./ ]")
 _PAGE = """<!doctype html><html><head><meta charset="utf-8"><title>{title}</title><style>
@@ -30,13 +30,13 @@ vertical-align: top; white-space: pre-wrap }}</style></head><body><h1>{title}</h
 
 
 def is_installed(package: str) -> bool:
-    """Whether the package can be imported, found without importing it. A folder of its name does not count."""
+    """Whether the package can be imported. It is searched for, not imported; a folder of its name does not count."""
     spec = importlib.util.find_spec(package)
     return spec is not None and spec.origin is not None
 
 
 def how_to_install(package: str) -> str:
-    """The command that brings the extra of the package's name."""
+    """The command that installs the extra of the package's name."""
     return f'pip install "harmony-core[{package}]"'
 
 
@@ -56,7 +56,7 @@ class _Service(Logger):
         return bool(os.environ.get(KEYS[cls.package])) and is_installed(cls.package)
 
     def _module(self, name: str) -> Any:
-        """A module of the package. Raises ResourceError that names the extra."""
+        """A module of the package. Raises ResourceError naming the extra to install."""
         needs, hint = f"{type(self).__name__} needs the package {self.package}", how_to_install(self.package)
         try:
             found = importlib.import_module(name)
@@ -124,7 +124,7 @@ class WandbLogger(_Service):
         return None if self._run is None else self._run.url
 
     def close(self) -> None:
-        """Finish the W&B run, as failed if it has failed."""
+        """Finish the W&B run; it is marked as failed if the run has failed."""
         if self._run is not None:
             self._run.finish(exit_code=int(self.failed))
             self._run = None
@@ -133,7 +133,7 @@ class WandbLogger(_Service):
 class MLFlowLogger(_Service):
     """Logs to a run of the experiment `project_name`; `tracking_uri="sqlite:///mlflow.db"` needs no server.
 
-    Tables are logged at most every `min_table_logging_step_interval` steps, each name for itself. The MLflow run
+    Tables are logged at most every `min_table_logging_step_interval` steps, counted for each name. The MLflow run
     begins with the first config or step, and a resumed logger continues it. Raises ResourceError when mlflow is not
     installed, or refuses the URI.
     """
@@ -232,7 +232,7 @@ class TBMetricsLogger(_Service):
             raise ResourceError(f"cannot write TensorBoard events to {self.directory}: {error}") from error
 
     def record(self, step: int, metrics: Metrics) -> None:
-        """One event with the step's numbers and texts, a page for each table."""
+        """Write one event with the step's numbers and texts, and a page for each table."""
         numbers = {name: number for name, value in metrics.items() if (number := number_of(value)) is not None}
         texts = {name: str(v) for name, v in metrics.items() if name not in numbers and not isinstance(v, Table)}
         self._write(step + 1, numbers, texts)

@@ -1,7 +1,7 @@
 """The promised and the free memory of a machine. Plain numbers, no torch.
 
-All amounts are bytes per rank. On CUDA a rank owns a device; on CPU the ranks of a host share one capacity, of which
-each has an equal part, since every spawn puts a shard of the same size on every rank.
+All amounts are bytes per rank. On CUDA a rank owns a device. On CPU the ranks of a host share its capacity in equal
+parts, since every spawn puts a shard of the same size on every rank.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ RANK_BASELINE_BYTES = 450 << 20
 """Resident memory of a CPU rank before its first model: interpreter, torch, transformers, one process group."""
 
 MAX_SIZE = 2**50
-"""Bytes: no memory is larger."""
+"""Bytes; larger memory sizes are refused."""
 
 MAX_RANKS = 1024
 
@@ -33,10 +33,10 @@ _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
 class MemoryPlan:
     """The bytes of one spawn on each rank, by part.
 
-    `weights` are the base weights, which spawns of one model share; `adapter` those that are this spawn's own.
-    `decode`: the tensors of CUDA graphs of decode steps, for any size of the pool.
-    `activations` and `workspace` are transient: a rank runs one instruction at a time, so of all the models on
-    it only the largest such need counts.
+    `weights`: the base weights, which spawns of one model share. `adapter`: weights of this spawn alone.
+    `decode`: tensors of the CUDA graphs of decode steps, for any size of the pool.
+    `activations` and `workspace` are transient: a rank runs one instruction at a time, so only the largest
+    transient need of all models on it counts.
     """
 
     weights: int = 0
@@ -50,12 +50,12 @@ class MemoryPlan:
 
     @property
     def resident(self) -> int:
-        """Held from spawn to dealloc."""
+        """Bytes held from spawn to dealloc."""
         return self.weights + self.adapter + self.gradients + self.optimizer + self.kv + self.decode
 
     @property
     def transient(self) -> int:
-        """Held only while the model works."""
+        """Bytes held only while the model works."""
         return self.activations + self.workspace
 
     @property
@@ -69,7 +69,7 @@ class MemoryPlan:
 
 
 class Ledger:
-    """Promises made on a machine; a promise either fits beside the others or is refused and changes nothing.
+    """The memory promises of a machine. A promise that does not fit with the others is refused without any change.
 
     `capacity`: bytes of the host, shared by `ranks` CPU ranks, or a list with the bytes of each rank's device.
     """
@@ -83,16 +83,16 @@ class Ledger:
 
     @property
     def free(self) -> int:
-        """Bytes per rank that no model holds between two instructions."""
+        """Bytes per rank that are free between two instructions."""
         return self.capacity - sum(plan.resident for plan in self._counted().values())
 
     @property
     def transient(self) -> int:
-        """Bytes per rank that the largest live model needs on top while it works."""
+        """Most transient bytes per rank of any live model."""
         return self.transient_beside()
 
     def transient_beside(self, *names: str) -> int:
-        """The same without the models `names`."""
+        """`transient` without the models `names`."""
         return max((plan.transient for name, (plan, _) in self._promises.items() if name not in names), default=0)
 
     def holds(self, weights_key: str) -> bool:
@@ -100,7 +100,7 @@ class Ledger:
         return weights_key in self._shared_weights
 
     def fits(self, plan: MemoryPlan, weights_key: str = "") -> bool:
-        """Whether `plan` fits beside the promises."""
+        """Whether `plan` fits with the present promises."""
         return self._needed(plan, weights_key) <= self.free
 
     def _needed(self, plan: MemoryPlan, weights_key: str) -> int:
@@ -137,19 +137,19 @@ class Ledger:
             self._shared_weights.setdefault(weights_key, plan.weights)
 
     def release(self, name: str) -> None:
-        """Forget the promise made to `name`; unknown names are ignored."""
+        """Remove the promise to `name`; unknown names are ignored."""
         self._promises.pop(name, None)
         live = {weights_key for _, weights_key in self._promises.values()}
         self._shared_weights = {key: size for key, size in self._shared_weights.items() if key in live}
 
     def without(self, name: str) -> Ledger:
-        """The same ledger as if nothing were promised to `name`."""
+        """A copy of the ledger without the promise to `name`."""
         other = copy.deepcopy(self)
         other.release(name)
         return other
 
     def snapshot(self) -> dict[str, Any]:
-        """Everything as plain data, bytes per rank; weights that models share are the first one's."""
+        """The ledger as plain data, bytes per rank; shared weights are counted for the first of their models."""
         return {
             "ranks": self.ranks,
             "capacity": self.capacity,
@@ -178,7 +178,7 @@ class Ledger:
         return "\n".join(f"  {label:<{width}}  {format_size(size):>11}" for label, size in rows)
 
     def _counted(self) -> dict[str, MemoryPlan]:
-        """Every promise, with weights that are shared in the first of those that share them."""
+        """All promises, with shared weights counted in the first promise that has them."""
         found: dict[str, MemoryPlan] = {}
         counted: set[str] = set()
         for name, (plan, key) in self._promises.items():
@@ -189,7 +189,7 @@ class Ledger:
 
 
 def format_size(size: int) -> str:
-    """Bytes as people read them: `1.5 GiB`."""
+    """Format bytes for people: `1.5 GiB`."""
     value, sign = float(abs(size)), "-" if size < 0 else ""
     for unit in ("B", "KiB", "MiB"):
         if value < 1024:
@@ -199,7 +199,7 @@ def format_size(size: int) -> str:
 
 
 def parse_size(text: str | int, name: str = "memory") -> int:
-    """Bytes from `512MiB`, `8GB`, `8G` (1024-based), or a plain number. Raises UsageError naming `name`."""
+    """Parse bytes from `512MiB`, `8GB`, `8G` (1024-based), or a plain number. Raises UsageError naming `name`."""
     match = _SIZE.fullmatch(str(text))
     unit = _UNITS.get(match[2].upper()) if match else None
     size = float(match[1]) * unit if match and unit else 0.0
@@ -225,10 +225,10 @@ def parse_assume(text: str) -> list[int]:
 
 
 def host_capacity(limit: int | None = None, *, ranks: int = 0) -> int:
-    """Bytes that models may take on this host: the least of what is available, the cgroup's rest, and `limit`.
+    """Bytes for models on this host: the least of available memory, the rest of the cgroup's limit, and `limit`.
 
-    `ranks` that are still to be started take their interpreters and libraries from the machine first; `limit` (the
-    user's `--memory`) is for models alone.
+    Interpreters and libraries of `ranks` ranks that are still to be started are subtracted from the machine's memory;
+    `limit` (the user's `--memory`) is for models alone.
     """
     available = _meminfo_available()
     rest = _cgroup_rest()
@@ -246,7 +246,7 @@ def _meminfo_available() -> int | None:
 
 
 def _cgroup_rest(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> int | None:
-    """Limit less use, the least over this process's cgroup and its parents (v2 and v1); None without a limit."""
+    """Limit minus use, the least over this process's cgroup and its parents (v2 and v1); None without a limit."""
     rests: list[int] = []
     try:
         entries = [line.split(":", 2) for line in membership.read_text().splitlines()]
@@ -278,5 +278,5 @@ def _rest_at(directory: Path, limit_name: str, usage_name: str) -> int | None:
         return None
     if not limit.isdecimal() or int(limit) >= 1 << 60:
         return None
-    # Clean page cache counts as used but is given back under pressure.
+    # Clean page cache counts as used but is freed under pressure.
     return max(0, int(limit) - used + int(stat.get("total_inactive_file", stat.get("inactive_file", 0))))

@@ -1,4 +1,4 @@
-"""The closed-form memory plan of a spawn: which bytes each rank will hold, from its record alone, without torch.
+"""The closed-form memory plan of a spawn: the bytes on each rank, computed from the `Spawn` record, without torch.
 
 Every term is derived from the engine's allocations; tests compare the sums with measured memory.
 
@@ -19,29 +19,29 @@ from harmony_core.rpc.protocol import LoraSettings, Spawn
 PAGE_SIZE = 16
 """Tokens in a page of the KV cache."""
 MAX_RUNNING = 256
-"""Most sequences that hold pages at once, and so most in one decode step."""
+"""Most sequences that hold pages at once, so also the most in a decode step."""
 LOGITS_AT_ONCE = 8 << 20
-"""Elements of the logits that are sampled from at once."""
+"""Elements of logits in one sampling call."""
 DECODE_SPLIT = 256
 """Tokens of a context that one work item of a decode step covers; a multiple of every page size."""
 PAGE_SHARING = 8
-"""How often each page of the pool may count in one decode step; beyond that it runs without the static tensors."""
+"""Limit on the uses of a page in one decode step, on average; above it the step runs without the static tensors."""
 HEAD_HOST_BYTES = 64 << 20
-"""Logits of one tile of the head in plain torch."""
+"""Bytes of logits in one tile of the head in plain torch."""
 HEAD_DEVICE_BYTES = 1 << 30
-"""On CUDA: the float32 logits of one tile of the head, and the gradients of `HEAD_TILES` tiles."""
+"""On CUDA: bytes of float32 logits in one tile of the head, and of the gradients of `HEAD_TILES` tiles."""
 HEAD_TILES = 4
 """Tiles whose gradients are multiplied at once on CUDA: each product reads and writes all of the head's gradient."""
 PADDING_SHARE = 0.2
-"""Padded tokens allowed in a group of sequences of like length, as a share of its real ones."""
+"""Padding tokens allowed in a group of sequences of similar length, as a share of its real tokens."""
 
 _PADDING = 1 + PADDING_SHARE
-"""Attention pads sequences of like length to groups."""
+"""Factor for the padding of attention groups."""
 _OUTER_HIDDEN = 3
-"""Hidden states outside of the layers: the last one, its normalised form, the gradient that comes from the head."""
+"""Hidden states outside the layers: the last one, its normalised form, the gradient from the head."""
 _ROPE_TABLES = 2
 _GRAPH_BYTES = 192 << 20
-"""Graphs themselves, workspaces of matrix products while they are recorded, and losses to rounding."""
+"""The graphs, workspaces of matrix products during recording, and losses to rounding."""
 _INDEX_BYTES = 80
 """Ten 64-bit numbers a token: ids, positions, targets, coefficients, gather indices."""
 
@@ -51,14 +51,14 @@ def plan(spawn: Spawn) -> MemoryPlan:
     own_weights = spawn.train and spawn.lora is None
     base = weight_elements(spawn.spec, spawn.tp, spawn.headless)
     adapter = adapter_elements(spawn.spec, spawn.lora, spawn.tp) if spawn.lora else 0
-    # A scalar head of its own, where it is not part of the weights.
+    # Its own scalar head, unless that is part of the weights.
     adapter += spawn.spec.hidden_size if spawn.scalar and (spawn.lora or not spawn.headless) else 0
     trained = (adapter if spawn.lora else base) if spawn.train else 0
     state = 2 if spawn.element >= 4 else 3
     activations, workspace = _training(spawn) if spawn.train else (0, 0)
     masks = _window_masks(spawn)
     activations, inference = activations + (masks if spawn.train else 0), _inference(spawn) + masks
-    # A training model samples and scores too, but not while it is in a micro-batch.
+    # A training model also samples and scores, but not during a micro-batch.
     workspace = max(workspace, inference - activations)
     return MemoryPlan(
         weights=0 if spawn.weights_shared and not own_weights else base * spawn.element,
@@ -73,7 +73,7 @@ def plan(spawn: Spawn) -> MemoryPlan:
 
 
 def weight_elements(spec: ModelSpec, tp: int, headless: bool = False) -> int:
-    """Elements of the base weights on a rank; `headless` ones have a scalar head in place of the vocabulary's."""
+    """Elements of the base weights on a rank; with `headless`, a scalar head replaces the vocabulary's."""
     n = LocalSizes.of(spec, tp)
     attention = n.d * (n.q + 2 * n.projected_kv) + n.q * n.d
     attention += (n.q + 2 * n.projected_kv) if spec.attention_bias else 0
@@ -86,14 +86,14 @@ def weight_elements(spec: ModelSpec, tp: int, headless: bool = False) -> int:
 def _window_masks(spawn: Spawn) -> int:
     """Bytes of the masks for sliding windows on CPU, which all layers share.
 
-    The most is that of one sequence which fills the micro-batch.
+    The maximum is reached by one sequence that fills the micro-batch.
     """
     window, tokens = spawn.spec.window, spawn.max_batch_tokens
     return tokens * tokens * spawn.element if spawn.device == "cpu" and window and tokens > window else 0
 
 
 def adapter_elements(spec: ModelSpec, lora: LoraSettings, tp: int) -> int:
-    """Elements of an adapter on a rank: the half that meets a split dimension is split with it."""
+    """Elements of an adapter on a rank; A or B is split if its layer's dimension is split."""
     sides = _lora_sides(spec, lora, tp)
     return lora.rank * sum(layers * (inside + outside) for layers, inside, outside in sides)
 
@@ -104,9 +104,9 @@ def kv_token_bytes(spawn: Spawn) -> int:
 
 
 def decode_bytes(spawn: Spawn) -> int:
-    """Bytes of decode steps as CUDA graphs on a rank: tensors that stay, the graphs, the memory that they share.
+    """Bytes of decode steps as CUDA graphs on a rank: static tensors, the graphs, and the memory that they share.
 
-    Logits are written where they stay, but for parts that ranks gather; attention leaves float32 for each split.
+    Logits are written in place, except for slices that ranks gather; attention writes float32 results of each split.
     """
     n = LocalSizes.of(spawn.spec, spawn.tp)
     longest = min(spawn.kv_tokens, spawn.spec.max_positions)
@@ -123,7 +123,7 @@ def decode_bytes(spawn: Spawn) -> int:
 
 
 def _lora_sides(spec: ModelSpec, lora: LoraSettings, tp: int) -> list[tuple[int, int, int]]:
-    """For each target: the layers that it names, and the widths of its input and output on a rank."""
+    """For each target: its number of layers, and the widths of its input and output on a rank."""
     n = LocalSizes.of(spec, tp)
     widths = {
         "q_proj": (n.d, n.q),
@@ -134,30 +134,30 @@ def _lora_sides(spec: ModelSpec, lora: LoraSettings, tp: int) -> list[tuple[int,
         "up_proj": (n.d, n.i),
         "down_proj": (n.i, n.d),
     }
-    # A target is the name of a module in every layer, or the path of one.
+    # A target is the name of a module in every layer, or the path of one module.
     named = [(target.rpartition(".")[2], 1 if "layers." in target else spec.num_layers) for target in lora.targets]
     return [(layers, *widths[leaf]) for leaf, layers in named if leaf in widths]
 
 
 def _training(spawn: Spawn) -> tuple[int, int]:
-    """Bytes that the forward pass keeps for the backward pass, and the most that comes on top of them at once."""
+    """Bytes that the forward pass keeps for the backward pass, and the most additional bytes at any time."""
     spec, tokens, n = spawn.spec, spawn.max_batch_tokens, LocalSizes.of(spawn.spec, spawn.tp)
     layer = _layer_activations(spawn, n)
     recomputed = spawn.checkpointed_layers
-    # A recomputed layer keeps its input only.
+    # A recomputed layer keeps only its input.
     kept = (
         (spec.num_layers - recomputed) * layer + recomputed * n.d + _OUTER_HIDDEN * n.d + _ROPE_TABLES * spec.head_dim
     )
     activations = tokens * (kept * spawn.element + _INDEX_BYTES)
 
-    # The head's gradient goes where all gradients are, so that it holds chunks of logits only.
+    # The head's gradient is added to the gradient buffer, so the head needs only chunks of logits.
     at_head = _head_chunks(spawn, n)
-    # In the deepest layer, which is all there once recomputed: two tensors as wide as the feed-forward beyond what is
-    # freed, two hidden states, and the gradients of weights before they are added up: compiled, the feed-forward's.
+    # In the deepest layer, with all its recomputed activations: two tensors of feed-forward width that are not freed
+    # yet, two hidden states, and gradients of weights before they are added up (if compiled, the feed-forward's).
     in_layers = tokens * (2 * n.i + 2 * n.d) * spawn.element
     if recomputed == spec.num_layers:
         in_layers += tokens * layer * spawn.element
-    # At the end, when nothing is kept any more, the embedding's gradient.
+    # At the end, when all activations are freed, the embedding's gradient.
     at_end = 0
     if spawn.lora is None:
         in_layers += n.d * (3 * n.i if spawn.compile else max(n.i, n.q)) * spawn.element
@@ -168,19 +168,19 @@ def _training(spawn: Spawn) -> tuple[int, int]:
 def _layer_activations(spawn: Spawn, n: LocalSizes) -> int:
     """Elements that one layer keeps for the backward pass, per token.
 
-    Of each norm its input and its output, and where its weight is trained the normalised state between (half precision
-    normalises in float32, so that its input counts twice); of a norm inside the heads not its output, which rotation
-    replaces. Query, key, value and output of attention, and the softmax's sums; on CPU these lie in padded groups, and
-    the output once more in row order. Of the feed-forward four tensors: gate, its activation, up and their product.
+    Each norm keeps its input and output, and if its weight is trained the normalised state (half precision normalises
+    in float32, so its input counts twice); a norm inside the heads does not keep its output, which rotation replaces.
+    Attention keeps query, key, value, output and the softmax's sums; on CPU these are in padded groups, and the output
+    also in row order. The feed-forward keeps four tensors: gate, its activation, up and their product.
     """
     if spawn.compile:
         return _compiled_activations(spawn, n)
-    # A norm keeps, per width: its input in float32, and what it normalised where its weight is trained.
+    # A norm keeps, per width: its input in float32, and the normalised state if its weight is trained.
     wide = 4 // min(4, spawn.element)
     norm = wide + (1 if spawn.lora is None else 0)
     norms = 2 * (norm * n.d + n.d) + 2 * wide
     if spawn.spec.post_norms:
-        # Two norms more, whose outputs are added and not kept; these models normalise and weight in float32.
+        # Two more norms, whose outputs are added and not kept; these models apply norm and weight in float32.
         norm = wide + (wide if spawn.lora is None else 0)
         norms = 4 * norm * n.d + 2 * n.d + 4 * wide
     if spawn.spec.qk_norm:
@@ -192,10 +192,10 @@ def _layer_activations(spawn: Spawn, n: LocalSizes) -> int:
 
 
 def _compiled_activations(spawn: Spawn, n: LocalSizes) -> int:
-    """The same of a compiled layer, which makes again what takes no matrix product.
+    """The same for a compiled layer, which recomputes all tensors that need no matrix product.
 
-    Inputs and outputs of both norms (where there are four norms, one more); query and key before a norm inside the
-    heads; what attention keeps; gate, up and their product.
+    It keeps inputs and outputs of both norms (with four norms, one more); query and key before a norm inside the heads;
+    the tensors kept by attention; gate, up and their product.
     """
     wide = 4 // min(4, spawn.element)
     hidden = (5 if spawn.spec.post_norms else 4) * n.d
@@ -206,7 +206,7 @@ def _compiled_activations(spawn: Spawn, n: LocalSizes) -> int:
 
 
 def _adapter_activations(spawn: Spawn) -> int:
-    """Elements per token that an adapter keeps in one layer: r between its halves; with dropout, mask and result."""
+    """Elements per token that an adapter keeps in one layer: r between A and B; with dropout also mask and result."""
     assert spawn.lora is not None
     sides = _lora_sides(spawn.spec, spawn.lora, spawn.tp)
     kept = sum(layers * (spawn.lora.rank + (2 * inside if spawn.lora.dropout else 0)) for layers, inside, _ in sides)
@@ -214,9 +214,9 @@ def _adapter_activations(spawn: Spawn) -> int:
 
 
 def _head_chunks(spawn: Spawn, n: LocalSizes) -> int:
-    """Bytes of the logits being scored and, on CUDA in training, of gradients with respect to logits before them."""
+    """Bytes of the current logits and, on CUDA in training, of the buffered gradients of earlier tiles."""
     if spawn.scalar:
-        # In half precision the hidden states and their gradient, widened.
+        # In half precision, the widened hidden states and their gradient.
         return spawn.max_batch_tokens * (2 * n.d if spawn.element < 4 else 4) * spawn.accumulate
     if spawn.device == "cpu" or spawn.element > 4:
         rows = min(spawn.max_batch_tokens, max(1, HEAD_HOST_BYTES // (4 * n.v)))
@@ -227,15 +227,15 @@ def _head_chunks(spawn: Spawn, n: LocalSizes) -> int:
 
 
 def _inference(spawn: Spawn) -> int:
-    """Bytes that a pass over `max_batch_tokens` tokens, or the sampling after it, needs beside weights and pages.
+    """Bytes for a pass over `max_batch_tokens` tokens and the sampling after it, besides weights and pages.
 
-    No layer keeps anything: at the widest point there are two hidden states and either three tensors of the
-    feed-forward's width, or query, key and value with their padded groups and the output in both orders.
+    Layers keep no activations: at the peak there are two hidden states and either three tensors of feed-forward width,
+    or query, key and value with their padded groups and the output in both orders.
     """
     n = LocalSizes.of(spawn.spec, spawn.tp)
     attention = n.q + 2 * n.kv + int(_PADDING * (2 * n.q + 2 * n.kv)) + n.q
     widest = spawn.max_batch_tokens * ((2 * n.d + max(3 * n.i, attention)) * spawn.element + _INDEX_BYTES)
-    # A row of logits for each sequence, and nine times as much while top-p sorts them in float64 for some of the rows.
+    # A row of logits for each sequence, and nine times as much while top-p sorts some of the rows in float64.
     drawn = min(MAX_RUNNING * spawn.spec.vocab_size, LOGITS_AT_ONCE) if spawn.generates else 0
     sampling = 10 * spawn.accumulate * drawn
     # A decode step gathers one layer's keys and values at a time.
@@ -244,16 +244,16 @@ def _inference(spawn: Spawn) -> int:
 
 
 DEFAULT_KV_TOKENS = 131_072
-"""Most tokens of a pool whose size was left to the plan."""
+"""Most tokens of a pool whose size is chosen by the plan."""
 
 BATCH_STEP = 16
 """Computed micro-batch sizes are multiples of this."""
 
 
 def choose_checkpointing(spawn: Spawn, free: int, transient: int = 0) -> int:
-    """The fewest layers to recompute so that the spawn fits; as many as helps most if it does not fit anyhow.
+    """The fewest layers to recompute so that the spawn fits; if none suffices, the number that needs least memory.
 
-    `free`: bytes per rank that no model holds; `transient`: bytes of the largest live model while it works.
+    `free`: free bytes per rank; `transient`: bytes of the largest live model while it works.
     """
     if not spawn.train:
         return 0
@@ -267,7 +267,7 @@ def choose_checkpointing(spawn: Spawn, free: int, transient: int = 0) -> int:
 
 
 def largest_batch(spawn: Spawn, free: int, transient: int = 0) -> int:
-    """The most tokens of a micro-batch that fit, recomputing as many layers as it takes; a multiple of 16, or 0."""
+    """The most tokens of a micro-batch that fit with any number of recomputed layers; a multiple of 16, or 0."""
 
     def fits(steps: int) -> bool:
         return could_fit(replace(spawn, max_batch_tokens=steps * BATCH_STEP), free, transient)
@@ -276,7 +276,7 @@ def largest_batch(spawn: Spawn, free: int, transient: int = 0) -> int:
 
 
 def default_kv_tokens(spawn: Spawn, free: int, transient: int = 0) -> int:
-    """Tokens of a pool of no given size: up to 131,072, as many as fit after everything else, 0 if none."""
+    """Tokens of a pool without a given size: as many as fit after all other memory, up to 131,072; 0 if none fit."""
 
     def fits(tokens: int) -> bool:
         return _fits(plan(replace(spawn, kv_tokens=tokens)), free, transient)
@@ -287,10 +287,10 @@ def default_kv_tokens(spawn: Spawn, free: int, transient: int = 0) -> int:
 def ways_out(
     spawn: Spawn, free: int, world: int, transient: int = 0, *, base_live: bool = False, beside: Iterable[int] = ()
 ) -> list[str]:
-    """Changes, each enough by itself, with which the spawn would fit; every one has been planned.
+    """Changes that each suffice for the spawn to fit; each has been checked with a plan.
 
     `base_live`: the model's base weights are on the ranks, so that an adapter in place of full weights shares them.
-    `beside`: the tp values in use, of which each must divide tp or be divided by it.
+    `beside`: the tp values in use; each must divide tp or be a multiple of it.
     """
     found: list[str] = []
 
@@ -303,7 +303,7 @@ def ways_out(
     for tp in fitting_tp(spawn.spec, world):
         if any(tp % other and other % tp for other in beside):
             continue
-        # Weights on the ranks already are sharded for the present tp.
+        # Weights that are already on the ranks are sharded for the present tp.
         if tp > spawn.tp and fits(replace(spawn, tp=tp, weights_shared=False)):
             found.append(f"tp={tp}")
             break
@@ -321,9 +321,9 @@ def ways_out(
 
 
 def ways_out_with_copy(source: Spawn, free: int, transient: int, *, generating: bool = False) -> list[str]:
-    """Changes of a training spawn, each enough by itself, with which a copy of it fits beside it.
+    """Changes of a training spawn that each suffice for a copy of it to fit as well.
 
-    `free`: bytes per rank that no other model holds; `transient`: those of the largest of the others while it works.
+    `free`: bytes per rank that no other model holds; `transient`: most transient bytes of any other model.
     `generating`: the copy has a pool as large as the spawn's.
     """
 
@@ -354,10 +354,10 @@ def _fits(needed: MemoryPlan, free: int, transient: int) -> bool:
 
 
 def _tightest(spawn: Spawn) -> Spawn:
-    """With the number of recomputed layers that needs least memory."""
+    """The spawn with the number of recomputed layers that needs least memory."""
     if not spawn.train:
         return spawn
-    # The deepest layer is needed again at once: recomputing it saves only what would lie there beside the head's work.
+    # The deepest layer is recomputed at once, so recomputing it saves memory only during the head's work.
     layers = spawn.spec.num_layers
     choices = (replace(spawn, checkpointed_layers=count) for count in (layers - 1, layers))
     return min(choices, key=lambda choice: plan(choice).total)

@@ -1,6 +1,6 @@
 """What a model's directory holds, as the registry, the memory plan and the ranks read it.
 
-The classes here name what a recipe needs of a model, as a type argument: `Model[model_kinds.Trainable]`.
+A recipe states the kind of model that it needs by one of these classes: `Model[model_kinds.Trainable]`.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from typing import ClassVar
 
 
 class ModelKind:
-    """Base of the kinds; `kind` is the name by which a model is asked for it."""
+    """Base of the kinds; `kind` is the name that requests for a model use."""
 
     kind: ClassVar[str] = "all"
 
 
 class Inferable(ModelKind):
-    """Any model: it can be sampled from and scored with. What a bare `Model` means."""
+    """Any model: it can sample and score. A bare `Model` means this kind."""
 
 
 class Trainable(ModelKind):

@@ -1,7 +1,7 @@
 """The supported model families, in the format of transformers' config.json: their tensors and their defaults.
 
-To add one: a `Family` in FAMILIES, and if it has tensors beyond these, a line in `spec._expected_shapes`. Settings
-that transformers computes and the engine does not are refused in `refuse_unsupported`.
+To add one, add a `Family` to FAMILIES and, if it has other tensors, a line to `spec._expected_shapes`.
+`refuse_unsupported` refuses settings that transformers supports and the engine does not.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 """transformers' names of the kinds of layers."""
 
 LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
-"""Rotary embeddings whose frequencies change with the longest sequence of a pass, which caches and packed rows lack."""
+"""Rotary embeddings whose frequencies depend on the longest sequence of a pass; caches and packed rows exclude them."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """A model type: its architecture and the settings that its config does not hold."""
+    """A model type: its architecture and the settings that are not in its config."""
 
     architecture: str
     scalar_architecture: str
-    """With a scalar head in place of the vocabulary's: transformers' sequence classification with one label."""
+    """Architecture with a scalar head instead: transformers' sequence classification with one label."""
     qkv_bias: bool | None = None
-    """None: the config's `attention_bias`, which then holds for the output projection too."""
+    """None: the config's `attention_bias`, which then applies to the output projection too."""
     qk_norm: bool = False
     post_norms: bool = False
-    """Attention and feed-forward have a norm after them too, and norms multiply by 1 + weight."""
+    """Whether attention and feed-forward are also followed by a norm, and norms multiply by 1 + weight."""
     mlp_bias: bool = False
-    """Whether the config's `mlp_bias` counts."""
+    """Whether the config's `mlp_bias` applies."""
     windows: str = ""
     """Which layers have a sliding window: "all", "pattern" (all but every n-th), "upper" (if switched on), or none."""
     defaults: Mapping[str, int | bool] = field(default_factory=dict)
-    """transformers' values for entries that the config does not have."""
+    """transformers' defaults for entries that are missing in the config."""
 
 
 FAMILIES = {
@@ -102,7 +102,7 @@ _RELATED = {
 
 
 def family_of(path: Path, config: Mapping[str, Any]) -> Family:
-    """The family of a config read from `path`. Raises ModelRefused for an unsupported one, with name and reason."""
+    """The family of a config read from `path`. Raises ModelRefused with name and reason if it is not supported."""
     model_type = config.get("model_type")
     known = f"supported model types: {', '.join(sorted(FAMILIES))}"
     if not isinstance(model_type, str) or model_type not in FAMILIES:
@@ -140,7 +140,7 @@ def _labels(config: Mapping[str, Any]) -> int:
 
 
 def refuse_unsupported(path: Path, config: Mapping[str, Any]) -> None:
-    """Raise ModelRefused for settings of a supported family that the engine does not compute."""
+    """Raise ModelRefused for settings of a supported family that the engine does not support."""
     if config.get("quantization_config"):
         raise ModelRefused(f"{path}: quantised weights are not supported", hint="add the unquantised model")
     for name in ("attn_logit_softcapping", "final_logit_softcapping"):
@@ -150,7 +150,7 @@ def refuse_unsupported(path: Path, config: Mapping[str, Any]) -> None:
         raise ModelRefused(f"{path}: use_bidirectional_attention: only causal models are supported")
     for name in ("rope_parameters", "rope_scaling"):
         settings = config.get(name)
-        # One set, or one for each kind of layer.
+        # One set of settings, or one for each kind of layer.
         nested = [settings, *settings.values()] if isinstance(settings, dict) else []
         for kind in (each.get("rope_type", each.get("type")) for each in nested if isinstance(each, dict)):
             if isinstance(kind, str) and kind in LENGTH_DEPENDENT_ROPE:
@@ -158,9 +158,9 @@ def refuse_unsupported(path: Path, config: Mapping[str, Any]) -> None:
 
 
 def layer_windows(path: Path, config: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
-    """For each layer how many tokens one sees, itself included; None: all before it. As transformers reads the config.
+    """The window of each layer in tokens, including the current one; None: no window. Follows transformers.
 
-    Raises ModelRefused for layers that are not computed, VerificationError for entries that contradict each other.
+    Raises ModelRefused for unsupported layers, VerificationError for contradictory entries.
     """
     family = FAMILIES[config["model_type"]]
     window = config.get("sliding_window", family.defaults.get("sliding_window"))
@@ -178,7 +178,7 @@ def layer_windows(path: Path, config: Mapping[str, Any], layers: int) -> tuple[i
 
 
 def _kinds(path: Path, config: Mapping[str, Any], family: Family, layers: int, windowed: bool) -> list[str]:
-    """The kind of each layer, by the entries of the config other than `layer_types`."""
+    """The kind of each layer, from entries of the config other than `layer_types`."""
 
     def number(name: str) -> int:
         value = config.get(name, family.defaults[name])
@@ -198,7 +198,7 @@ def _kinds(path: Path, config: Mapping[str, Any], family: Family, layers: int, w
 
 
 def _stated(path: Path, stated: object, family: Family, kinds: list[str]) -> list[str]:
-    """`layer_types`, which goes before everything else in the families that have it."""
+    """`layer_types`, which takes precedence in the families that have it."""
     if not isinstance(stated, list) or not all(kind in (FULL, SLIDING) for kind in stated):
         raise ModelRefused(
             f"{path}: layer_types {str(stated)[:80]!r} is not supported", hint=f"a list of {FULL} and {SLIDING} is"
@@ -206,7 +206,7 @@ def _stated(path: Path, stated: object, family: Family, kinds: list[str]) -> lis
     if len(stated) != len(kinds):
         raise damaged(path, f"layer_types names {len(stated)} layers, and there are {len(kinds)}")
     if family.windows in ("", "all") and stated != kinds:
-        # transformers would read over it.
+        # transformers would ignore it.
         raise ModelRefused(
             f"{path}: layer_types asks for sliding-window attention in other layers than a {family.architecture} has it"
         )

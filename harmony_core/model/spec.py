@@ -1,6 +1,6 @@
 """The shape of a stored model, read from config.json and safetensors headers: enough to plan with, without torch.
 
-A family (`families.py`) says which tensors an architecture has.
+The family (`families.py`) determines the tensors of an architecture.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat1
 class ModelSpec:
     """A causal language model's shape. `num_parameters` counts tied embeddings once.
 
-    `post_norms`: four norms a layer, not two. `window`: the tokens that one sees, itself included, in
-    `windowed_layers` of the layers; None where there are none. `scalar`: stored with a scalar head in place of the
+    `post_norms`: four norms per layer, not two. `window`: window in tokens, including the current one, of
+    `windowed_layers` layers; None if there are none. `scalar`: stored with a scalar head in place of the
     vocabulary's.
     """
 
@@ -51,7 +51,7 @@ class ModelSpec:
 
     @classmethod
     def read(cls, directory: Path) -> ModelSpec:
-        """The spec of a model directory, every tensor's shape checked against the config.
+        """Read the spec of a model directory, and check every tensor's shape against the config.
 
         Raises ModelRefused for an unsupported model, VerificationError (naming the file) for a damaged one.
         """
@@ -68,7 +68,7 @@ class ModelSpec:
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """config.json, checked: a supported family, known layers, no code of its own, not quantised."""
+    """Read config.json and check it: a supported family, known layers, no remote code, not quantised."""
     path = directory / "config.json"
     config = read_json(path)
     refuse_code(path, config)
@@ -79,7 +79,7 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def _shape(path: Path, config: Mapping[str, Any]) -> ModelSpec:
-    """The spec that a config describes, without the facts that only the tensors tell."""
+    """The spec from a config, without the fields that follow from the tensors."""
     family = FAMILIES[config["model_type"]]
 
     def number(name: str, default: int | None = None, most: int = 2**31) -> int:
@@ -127,7 +127,7 @@ def _flag(path: Path, config: Mapping[str, Any], name: str) -> bool:
 
 
 def _expected_shapes(spec: ModelSpec, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the model."""
+    """The shapes of all tensors of the model, by name."""
     family, d, i = FAMILIES[spec.model_type], spec.hidden_size, spec.intermediate_size
     q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     layer: dict[str, tuple[int, ...]] = {
@@ -174,7 +174,7 @@ def _compare(
                 directory / tensors[name].file,
                 f"tensor {name!r} has shape {found}, and config.json says {list(shape)}",
             )
-    # A tied head stored again, and the rotary tables of old checkpoints, say nothing new.
+    # A tied head stored again, and the rotary tables of old checkpoints, are redundant.
     spare = {name for name in tensors if name.endswith("rotary_emb.inv_freq")}
     if spec.tied:
         spare.add("lm_head.weight")
@@ -200,12 +200,12 @@ class LocalSizes:
 
     @classmethod
     def of(cls, spec: ModelSpec, tp: int) -> LocalSizes:
-        """Those of a model split over `tp` ranks."""
+        """The sizes of a model split over `tp` ranks."""
         split = spec.num_kv_heads % tp == 0
         return cls(
             d=spec.hidden_size,
             q=spec.num_heads // tp * spec.head_dim,
-            # With fewer key-value heads than ranks each rank computes all of them and attends to one.
+            # With fewer key-value heads than ranks, each rank computes all of them and attends to one.
             kv=(spec.num_kv_heads // tp if split else 1) * spec.head_dim,
             projected_kv=(spec.num_kv_heads // tp if split else spec.num_kv_heads) * spec.head_dim,
             heads=spec.num_heads // tp,
@@ -215,9 +215,9 @@ class LocalSizes:
 
 
 def check_tp(spec: ModelSpec, tp: int, world: int) -> None:
-    """Raise ModelRefused, naming the values that work, unless `tp` fits the model and `world` ranks.
+    """Raise ModelRefused, listing the values that work, unless `tp` fits the model and `world` ranks.
 
-    Key-value heads fewer than tp are replicated.
+    If there are fewer key-value heads than tp, they are replicated.
     """
     if tp in fitting_tp(spec, world):
         return
@@ -237,7 +237,7 @@ def fitting_tp(spec: ModelSpec, world: int) -> list[int]:
 
 
 def model_tp(spec: ModelSpec) -> list[int]:
-    """The tensor-parallel sizes that divide the model, whatever the ranks."""
+    """The tensor-parallel sizes that divide the model, for any number of ranks."""
     return [
         tp
         for tp in range(1, spec.num_heads + 1)

@@ -65,7 +65,7 @@ class Tensor:
 
 
 def read_header(path: Path) -> dict[str, Tensor]:
-    """The tensors of one safetensors file; its header is checked against the file's size, no data is read."""
+    """The tensors of one safetensors file. Checks the header against the file's size; reads no data."""
     with open_plain(path) as opened:
         size = int.from_bytes(opened.read(8), "little")
         header = opened.read(min(size, _MAX_HEADER))
@@ -83,7 +83,7 @@ def read_header(path: Path) -> dict[str, Tensor]:
         if start == b"PK" or start[:1] == b"\x80":
             raise damaged(path, "not a safetensors file but a pickled one, which is never read") from error
         raise damaged(path, f"not a safetensors file, or truncated ({str(error)[:200]})") from error
-    parse_json(path, header)  # refuses a name that stands there twice
+    parse_json(path, header)  # refuses duplicate names
     for tensor in tensors.values():
         if tensor.dtype not in ITEM_BYTES:
             types = ", ".join(ITEM_BYTES)
@@ -107,9 +107,9 @@ def same_values(directory: Path, first: Tensor, second: Tensor) -> bool:
 
 
 def weight_names(directory: Path, stem: str = "model") -> list[str]:
-    """Names of the safetensors files that hold a directory's weights; `stem` is "model" or "adapter_model".
+    """Names of the safetensors files with a directory's weights; `stem` is "model" or "adapter_model".
 
-    A directory in which programs would look for them in different files is refused.
+    Refuses a directory from which programs may read different files.
     """
     single, index = f"{stem}.safetensors", f"{stem}.safetensors.index.json"
     names = [single] if exists(directory / single) else []
@@ -133,7 +133,7 @@ def weight_names(directory: Path, stem: str = "model") -> list[str]:
 
 
 def model_names(directory: Path) -> list[str]:
-    """Names of the files that make up the model or adapter in a directory: all that is ever read of it."""
+    """Names of the files of the model or adapter in a directory. No other files of it are read."""
     stem = "model"
     config = "config.json"
     if exists(directory / "adapter_config.json"):
@@ -158,7 +158,7 @@ def _weight_map(path: Path) -> dict[str, str]:
 
 
 def read_headers(directory: Path, stem: str = "model") -> dict[str, Tensor]:
-    """Every tensor of a model directory by name; the index, when there is one, must agree with the files."""
+    """All tensors of a model directory by name. The index, if there is one, must agree with the files."""
     tensors: dict[str, Tensor] = {}
     for name in weight_names(directory, stem):
         for tensor in read_header(directory / name).values():
@@ -180,7 +180,7 @@ def read_headers(directory: Path, stem: str = "model") -> dict[str, Tensor]:
 ADAPTER_SETTINGS = frozenset(
     {"r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "peft_type", "task_type"}
 )
-"""Settings of an adapter_config.json whose meaning is computed."""
+"""Supported settings of an adapter_config.json."""
 
 _HARMLESS = frozenset(
     {
@@ -197,19 +197,19 @@ _HARMLESS = frozenset(
         *("eva_config", "corda_config", "lora_ga_config", "loftq_config"),
     }
 )
-"""Settings about the origin and the start of an adapter, and those that peft ignores in a layer's linear modules."""
+"""Settings of the origin and initialisation of an adapter, and those that peft ignores in linear modules of a layer."""
 
 _CHECKED = frozenset({"bias", "init_lora_weights", "modules_to_save", "layers_to_transform", "layers_pattern"})
 
 _STARTS = frozenset({"gaussian", "eva", "orthogonal", "mica"})
-"""Initialisations, beside peft's default, that leave the base unchanged. With all others the adapter is relative to a
-base without its principal, or quantised, part."""
+"""Initialisations, besides peft's default, that leave the base unchanged. With others the adapter is relative to a base
+without its principal, or quantised, part."""
 
 
 def check_adapter_config(path: Path, config: Mapping[str, Any]) -> None:
-    """Raise ModelRefused for a setting of the config at `path` with which peft would compute something else.
+    """Raise ModelRefused for a setting of the config at `path` with which peft would compute a different result.
 
-    Modules that are saved whole are found in the tensors, which are not read here.
+    Modules that are saved whole are not checked here: they are found in the tensors.
     """
     if config.get("peft_type") != "LORA":
         raise ModelRefused(
@@ -235,9 +235,9 @@ def check_adapter_config(path: Path, config: Mapping[str, Any]) -> None:
 
 
 def adapter_targets(config: Mapping[str, Any], module: str) -> bool:
-    """Whether peft would put the adapter on a module, such as "model.layers.0.self_attn.q_proj", as lists say.
+    """Whether the target lists put the adapter on a module, such as "model.layers.0.self_attn.q_proj", as in peft.
 
-    A pattern in place of a list is not evaluated, since it is untrusted code: the tensors of the file are believed.
+    A pattern instead of a list is not evaluated, since it is untrusted code; then the tensors of the file decide.
     """
 
     def named(names: object) -> bool:

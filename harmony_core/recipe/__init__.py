@@ -45,7 +45,7 @@ SHAPES = "async def main(ctx: RecipeContext) or async def main(config: YourInput
 
 
 def recipe_main(func: F) -> F:
-    """Mark the function with which the recipe starts. It may be `async` or not."""
+    """Mark the function that starts the recipe. It may be `async`."""
     setattr(func, MARK, True)
     return func
 
@@ -64,7 +64,7 @@ class InputConfig(BaseModel):
     VARIANT: ClassVar[str] = "union_variant"
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        # Before pydantic looks at the annotations: the class's own name becomes one of its fields.
+        # Add the class's own name as a field before pydantic reads the annotations.
         own = inspect.get_annotations(cls)
         cls.__annotations__ = {cls.VARIANT: Literal[cls.__name__], **own}
         setattr(cls, cls.VARIANT, cls.__name__)
@@ -77,7 +77,7 @@ class InputConfig(BaseModel):
 
     @classmethod
     def tag_unions(cls) -> None:
-        """Make unions of `InputConfig` classes discriminated and defaults of names read, once annotations are known."""
+        """Once annotations are known, make unions of `InputConfig` classes discriminated and read defaults of names."""
         fields = cls.model_fields.items()
         unions = [info for name, info in fields if _is_variant_union(info.annotation) and not _is_annotated(cls, name)]
         texts = [info for _, info in fields if isinstance(info.default, str | os.PathLike)]
@@ -103,7 +103,7 @@ def _members(annotation: Any) -> list[Any]:
 
 
 def _names_something(annotation: Any) -> bool:
-    """Whether a field holds a model, a dataset or a grader: a default that is a string is then read as one, too."""
+    """Whether a field holds a model, a dataset or a grader: then a string default is also read as one."""
     return any(isinstance(kind, type) and issubclass(kind, Parameter) for kind in _members(annotation))
 
 
@@ -113,7 +113,7 @@ def _is_variant_union(annotation: Any) -> bool:
 
 
 def _is_annotated(cls: type, name: str) -> bool:
-    """Whether the author wrote `Annotated[A | B, ...]`: then the union is left as it is."""
+    """Whether the author wrote `Annotated[A | B, ...]`: then the union is not changed."""
     written: list[Any] = [inspect.get_annotations(ancestor).get(name) for ancestor in cls.__mro__]
     raw = next((annotation for annotation in written if annotation is not None), None)
     return get_origin(raw) is Annotated or (isinstance(raw, str) and "Annotated[" in raw.split("|")[0])
@@ -193,7 +193,7 @@ def built_in_recipes() -> dict[str, Path]:
 
 
 def locate(spec: str) -> tuple[Path, str | None, bool]:
-    """The file, the function where one is named, and whether the recipe is a built-in. Raises NotFoundError."""
+    """The file, the function if one is named, and whether the recipe is a built-in. Raises NotFoundError."""
     name, colon, function = spec.rpartition(":")
     if not colon:
         name, function = spec, ""
@@ -281,7 +281,7 @@ def _check_fields(config_type: type[InputConfig], where: str) -> None:
     try:
         config_type.model_rebuild()
         config_type.tag_unions()
-    except Exception as error:  # pydantic raises its own and whatever a default factory raises
+    except Exception as error:  # pydantic's own errors, and any error of a default factory
         raise RecipeLoadError(f"{where}: {config_type.__name__} cannot be built: {error}") from error
     if clashes := sorted(RUNNER_FLAGS.intersection(config_type.model_fields) - {"seed"}):
         raise RecipeLoadError(

@@ -83,13 +83,13 @@ class RecipeConfig(BaseModel):
 
     @classmethod
     def from_environment(cls) -> Self:
-        """Each field from `ADAPTIVE_<FIELD>` where that is set."""
+        """Read each field from `ADAPTIVE_<FIELD>` if it is set."""
         variables = {name: os.environ.get(f"{cls.ENVIRONMENT}{name.upper()}") for name in cls.model_fields}
         return cls.model_validate({name: value for name, value in variables.items() if value})
 
 
 class RecipeContext:
-    """Handed to a recipe's main function."""
+    """The context that a recipe's main function receives."""
 
     control_plane: None = None
     """A remote registry service; always None here."""
@@ -105,7 +105,7 @@ class RecipeContext:
     """The run's directory and events."""
     registry: Registry
     gates: list[Gate]
-    """Every gate so far, in order."""
+    """The gates declared so far, in order."""
     _working_dir: Path
     _owns_run: bool = False
     _endings: list[Callable[[bool], None]]
@@ -147,7 +147,7 @@ class RecipeContext:
 
     @property
     def working_dir(self) -> Path:
-        """Where the recipe may write."""
+        """The directory in which the recipe may write."""
         return _made(self._working_dir)
 
     @property
@@ -166,9 +166,9 @@ class RecipeContext:
         return _made(self._working_dir / "datasets")
 
     def gate(self, name: str, value: float, op: Comparison, threshold: float) -> bool:
-        """Declare that `value op threshold` must hold for the run to count as good, and whether it does.
+        """Declare that `value op threshold` must hold for the run to succeed. Returns whether it holds.
 
-        The recipe goes on either way; a run with a gate that does not hold exits with 8. NaN holds never.
+        The recipe continues either way; a run with a gate that does not hold exits with 8. NaN never holds.
         """
         if op not in _COMPARE:
             raise UsageError(f"gate '{name}': {op!r} is no comparison", hint=f"one of {' '.join(_COMPARE)}")
@@ -178,11 +178,11 @@ class RecipeContext:
         return passed
 
     def at_end(self, call: Callable[[bool], None]) -> None:
-        """Have `call(failed)` made when the run has ended and the engine is gone, whatever became of the recipe."""
+        """Register `call(failed)` to be called after the run has ended and the engine is gone, also after a failure."""
         self._endings.append(call)
 
     def end(self, failed: bool) -> None:
-        """For code that runs recipes: make the calls of `at_end`, the last one first."""
+        """For code that runs recipes: make the calls registered by `at_end`, last one first."""
         while self._endings:
             self._endings.pop()(failed)
 
@@ -201,7 +201,7 @@ class RecipeContext:
     def _end(self, exit_code: int = 0) -> None:
         self.job.close()
         self.end(failed=exit_code != 0)
-        # A run of the command line is ended by the command line, which also knows the result.
+        # The command line ends its own runs, because it also knows the result.
         if self._owns_run:
             self.run.finish("failed" if exit_code else "succeeded", exit_code, {})
 

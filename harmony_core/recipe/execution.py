@@ -1,4 +1,4 @@
-"""Running a recipe: engine, context, `main`, and an end in every case."""
+"""Run a recipe: start the engine, make the context, call `main`, and always end the run."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ from harmony_core.text.row_lengths import PlannedRows
 CLOSE_SECONDS = 5.0
 
 MAX_LAST_EVENTS = 16 * 2**20
-"""Bytes of events of which a report is still made when the process is ended at once; reading these takes a second."""
+"""Maximum bytes of events for a report when the process ends at once; reading this many takes a second."""
 
 
 class RecipeExit(Exception):
-    """The recipe called `sys.exit` or was interrupted by its own hand."""
+    """The recipe called `sys.exit` or raised KeyboardInterrupt itself."""
 
     def __init__(self, cause: BaseException) -> None:
         super().__init__(f"the recipe called {type(cause).__name__}({cause})")
@@ -61,7 +61,7 @@ async def execute(
 ) -> Outcome:
     """Run the recipe to its end and stop the engine. An exception of the recipe is kept in the outcome, not raised.
 
-    `sink` draws progress. `stop` was entered around the event loop. The run goes on from the checkpoint `resumed`.
+    `sink` draws progress. `stop` was entered around the event loop. The run continues from the checkpoint `resumed`.
     """
     outcome = Outcome()
     run.events.listen(lambda event: outcome.models.append(event["data"]) if event["type"] == "model.saved" else None)
@@ -80,7 +80,7 @@ async def execute(
         try:
             if not options.dry_run:
                 ctx.checkpoint_restore_data = _attach_checkpoints(ctx, config, options, stop, resumed)
-            with kept(run.events.write, job, rows, run.redactor):  # a task keeps the context in which it is made
+            with kept(run.events.write, job, rows, run.redactor):  # a task keeps the context in which it was made
                 task = asyncio.get_running_loop().create_task(_call(recipe, config, ctx), name="recipe")
             stop.watch(task)
             job.mark_running()
@@ -117,15 +117,15 @@ def _for_engine(options: RunOptions, run: Run, recipe: Recipe, resumed: Checkpoi
 
 
 def _note_fault(run: Run, event: dict[str, Any]) -> None:
-    """Have a failure of the engine in the run's record from when it happens."""
+    """Write a failure of the engine into the run's record as soon as it happens."""
     if event["type"] == FAILED:
         error, message = event["data"]["error"], event["data"]["message"]
-        with contextlib.suppress(OSError):  # a full disk must not keep it from being told
+        with contextlib.suppress(OSError):  # a full disk must not hide the failure
             run.note(fault={"at": event["ts"], "rank": event["rank"], "error": error, "message": message})
 
 
 async def _end_after_fault(client: HarmonyClient, grace: float, stop: Interruption) -> None:
-    """Cancel a recipe that holds models of a failed engine for long, waiting for something else."""
+    """Cancel a recipe that still holds models of a failed engine after `grace` seconds: it waits for something else."""
     error = await client.wait_failed()
     await asyncio.sleep(grace)
     if client.in_use:
@@ -133,7 +133,7 @@ async def _end_after_fault(client: HarmonyClient, grace: float, stop: Interrupti
 
 
 def _settle_checkpoints(run: Run, outcome: Outcome, keep: bool) -> None:
-    """Say how the run can be resumed; delete checkpoints that are no longer needed, unless `keep`."""
+    """Print how to resume the run; delete checkpoints that are no longer needed, unless `keep`."""
     store = CheckpointStore(run.directory / "checkpoints")
     outcome.resume = going_on(store, run.id, outcome.status)
     if outcome.resume is not None and outcome.exit_code not in (0, 2, 8):
@@ -169,7 +169,7 @@ def _attach_checkpoints(
 
 
 def _tell_of_compiling(event: dict[str, Any]) -> None:
-    """Say why a spawn takes longer than usual, or will be slower: once, for the first rank."""
+    """Print why a spawn takes longer than usual or will be slower; once, for the first rank."""
     told = {
         "compiling": "compiling the layers of {model!r}: about 20 s the first time, then from the cache",
         "not_compiled": "warning: {reason}: layers run uncompiled, and slower",
@@ -179,7 +179,7 @@ def _tell_of_compiling(event: dict[str, Any]) -> None:
 
 
 async def _call(recipe: Recipe, config: InputConfig | None, ctx: RecipeContext) -> Any:
-    # These two would leave the event loop at once, with the engine still running.
+    # These two exceptions would leave the event loop at once, with the engine still running.
     try:
         result = recipe.call(config, ctx)
         return await result if inspect.isawaitable(result) else result
@@ -217,7 +217,7 @@ def _record(task: asyncio.Task[Any], ctx: RecipeContext, outcome: Outcome, run: 
 
 
 def _count_stop(stop: Interruption, outcome: Outcome, options: RunOptions) -> None:
-    """A run that was asked to stop ends with the code of the reason; `Preempted` keeps its own."""
+    """Give a run that was stopped the exit code of the reason; `Preempted` keeps its own."""
     if stop.reason is None or outcome.exit_code == 75:
         return
     outcome.errors = [error for error in outcome.errors if error["code"] != "recipe_cancelled"]

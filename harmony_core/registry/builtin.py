@@ -71,7 +71,7 @@ _CONFIG = {
 
 
 def write_builtin(home: Home, directory: Path, key: str) -> None:
-    """Write a model in place of a missing or damaged one; a good one that another process wrote stays."""
+    """Write a model if it is missing or damaged; a good one that another process wrote is kept."""
     temporary = directory.with_name(f"{directory.name}.{uuid.uuid4().hex}.tmp")
     with storing(f"cannot write {key}"), contextlib.ExitStack() as stack:
         stack.callback(shutil.rmtree, temporary, ignore_errors=True)
@@ -118,7 +118,7 @@ def _write_model(directory: Path) -> None:
 
 
 def _write_safetensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    """Our own dozen bytes of framing, so that no library's version changes the file's hash."""
+    """Write the framing (a dozen bytes) here, so that a library's version cannot change the file's hash."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     position = 0
     for name, tensor in tensors.items():
@@ -134,7 +134,7 @@ def _write_safetensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
 
 
 def _tokenizer() -> dict[str, object]:
-    """One token a character: byte-pair encoding without a single merge."""
+    """One token for each character: byte-pair encoding without merges."""
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     special = [{"id": index, "content": text, **flags, "special": True} for index, text in enumerate(_SPECIAL)]
     model: dict[str, object] = {

@@ -1,4 +1,4 @@
-"""Checks of a directory that shall become a model or an adapter, and edits that let other libraries read it.
+"""Check a directory before it becomes a model or an adapter, and edit it so that other libraries can read it.
 
 A peft adapter must be a plain LoRA whose tensors fit a registered base.
 """
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 _HEAD = "base_model.model.score.weight"
 """A scalar head in peft's files."""
 _HEAD_MODULES = frozenset({"score", "classifier"})
-"""Modules that peft saves whole for sequence classification: models have one of these names."""
+"""Modules that peft saves whole for sequence classification; a model has one of these names."""
 _NAME = re.compile(
     r"base_model\.model\.(model\.layers\.(\d{1,5})\.(?:self_attn|mlp)\.(\w+))\.lora_([AB])\.weight",
     re.ASCII,
@@ -46,7 +46,7 @@ _NAME = re.compile(
 SLOW_TOKENIZERS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt")
 """Files of tokenizers from which a tokenizer.json has to be made first."""
 SLOW_NEEDS = "; for that transformers needs: pip install sentencepiece protobuf tiktoken"
-"""Said of those named *.model."""
+"""Added to errors about files named *.model."""
 _QUESTION = {"role": "user", "content": "Hello"}
 _TRIALS = (([_QUESTION], True), ([_QUESTION, {"role": "assistant", "content": "Hi"}], False))
 _ANOTHER = "take another template: --chat-template FILE"
@@ -60,7 +60,7 @@ _KNOWN = frozenset(
 
 
 def find_base(registry: Registry, directory: Path, base: ModelVersion | str | None) -> ModelVersion:
-    """The version that an adapter belongs to: the one given, else the one its config names.
+    """The version that an adapter belongs to: `base` if given, otherwise the one named in its config.
 
     A name is a reference, or the source of a registered model.
     """
@@ -91,7 +91,7 @@ def find_base(registry: Registry, directory: Path, base: ModelVersion | str | No
 
 
 def _recorded(registry: Registry, directory: Path) -> ModelVersion | None:
-    """The base that another home's record beside the adapter names, if this home has it, with the same bytes."""
+    """The base named in another home's record beside the adapter, if this home has it with the same bytes."""
     path = directory / MANIFEST
     record = read_json(path).get("base") if exists(path) else None
     if isinstance(record, dict):
@@ -110,7 +110,7 @@ def _whole(base: ModelVersion) -> ModelVersion:
 def check_adapter(directory: Path, base: ModelVersion) -> bool:
     """Raise ModelRefused or VerificationError unless the adapter is a plain LoRA whose tensors fit the base.
 
-    True if it has a scalar head beside its halves, as peft saves one: the module "score", whole.
+    Returns true if the adapter has a scalar head in peft's form: the module "score", saved whole.
     """
     path = directory / "adapter_config.json"
     config = read_json(path)
@@ -183,7 +183,7 @@ def _check_tensor(path: Path, tensor: Tensor, config: dict[str, Any], base: Mode
 
 @dataclass(frozen=True)
 class Content:
-    """A directory that was found good."""
+    """A directory that passed the checks."""
 
     directory: Path
     format: str
@@ -191,13 +191,13 @@ class Content:
     base: ModelVersion | None
     notes: tuple[str, ...]
     scalar: bool = False
-    """Whether it has a scalar head: of its own, or its base has."""
+    """Whether it or its base has a scalar head."""
 
 
 def inspect(directory: Path, registry: Registry, base: ModelVersion | str | None, in_place: bool) -> Content:
     """Check a whole directory: format, shapes, tokenizer; code, pickled files and links are refused.
 
-    `in_place`: the directory is not the registry's own, and only the files of the model are looked at.
+    `in_place`: the directory is not the registry's own, and only the files of the model are checked.
     """
     if adapter := exists(directory / "adapter_config.json"):
         belongs: ModelVersion | None = (found := find_base(registry, directory, base))
@@ -229,7 +229,7 @@ def _refuse_two_heads(directory: Path, spec: ModelSpec) -> None:
 
 
 def _check_tokenizer(directory: Path, vocab_size: int) -> tuple[str, ...]:
-    """Notes on missing parts of the tokenizer. Raises for one that cannot be used, or does not fit the model."""
+    """Notes on missing parts of the tokenizer. Raises an error if it is unusable or does not fit the model."""
     path = directory / "tokenizer.json"
     if not exists(path):
         if slow := next((name for name in SLOW_TOKENIZERS if (directory / name).is_file()), None):
@@ -267,13 +267,13 @@ def has_template(directory: Path) -> bool:
 
 
 def take_tokenizer(parent: ModelVersion, directory: Path) -> None:
-    """Give a directory its parent's tokenizer and generation config, if it has no own ones."""
+    """Copy the parent's tokenizer and generation config into a directory that lacks them."""
     from harmony_core.text.tokenizer_files import load_tokenizer
 
     source = None if exists(directory / "tokenizer.json") else parent.tokenizer_dir
     if source and (directory / "adapter_config.json").exists():
         vocabulary = load_tokenizer(source / "tokenizer.json").get_vocab(with_added_tokens=True)
-        # Beside an adapter peft reads further tokens as a wish for more rows, which it would make up.
+        # If there are further tokens beside an adapter, peft adds made-up rows for them.
         source = source if max(vocabulary.values(), default=0) < parent.spec.vocab_size else None
     for name in TOKENIZER_FILES:
         origins = (parent.path, parent.weights_dir) if name == "generation_config.json" else (source,)
@@ -315,7 +315,7 @@ def _check_template(template: ChatTemplate) -> None:
         try:
             template.render(messages, add_generation_prompt)
         except TokenizationError as error:
-            if not error.details["refused"]:  # a template may refuse a conversation, and not fail on a plain one
+            if not error.details["refused"]:  # a template may refuse a conversation, but must not fail on a plain one
                 raise
 
 
@@ -341,7 +341,7 @@ def complete(directory: Path, config: Path, stop_ids: AbstractSet[int]) -> None:
     if missing := sorted(stop_ids - set(ids)):
         ids = [*ids, *missing]
         settings["eos_token_id"] = ids if len(ids) > 1 else ids[0]
-        # Marked as made from config.json, which names one token, it would be made again.
+        # With this mark libraries generate the file again from config.json, which names one token.
         settings.pop("_from_model_config", None)
     if missing or not exists(path):
         write_json(path, settings)
@@ -352,7 +352,7 @@ def _readable_tokenizer(settings: dict[str, Any]) -> dict[str, Any]:
     if known.get("tokenizer_class") not in _KNOWN:
         known["tokenizer_class"] = _PLAIN
     if isinstance(known.get("extra_special_tokens"), list):
-        # transformers 4 has tokens with a name under this one, and these under the other.
+        # transformers 4 expects named tokens under this key, and a list under the other.
         extra = known.pop("extra_special_tokens")
         known["additional_special_tokens"] = [*known.get("additional_special_tokens", ()), *extra]
     return known

@@ -1,8 +1,8 @@
-"""Writing a version: everything into a private directory first, then one rename. And removing versions.
+"""Publish a version, which is written into a private directory and renamed once; remove versions.
 
-A version becomes visible whole or not at all. Two writers of one key get two numbers, because renaming onto an
-existing version fails. The next writer sweeps the files of a killed one, once its owner is known to be dead. All
-this is correct also where locks are not. A version that something still needs is not removed.
+A version becomes visible completely or not at all. Two writers of one key get two numbers, because renaming onto an
+existing version fails. The next writer removes the files of a killed one once its owner is known to be dead. This
+is also correct without locks. A version that is still needed is not removed.
 """
 
 from __future__ import annotations
@@ -103,11 +103,11 @@ class Staging:
     ) -> ModelVersion:
         """Check, record and publish the directory as the next version of `key`; returns it resolved.
 
-        `parent` gives the tokenizer, where none was written, and a new key's inference defaults. `base` is the model
-        of an adapter; unset, the name in its adapter_config.json is looked up. With `location` the files stay
+        `parent` supplies the tokenizer if the directory lacks one, and a new key's inference defaults. `base` is the
+        model of an adapter; if unset, the name in its adapter_config.json is looked up. With `location` the files stay
         there and only the record is stored. With `resumed` a version that run `run_id` has published with the same
-        bytes is returned instead. `stop_ids`, the tokens that end a turn, are for files of our own making, which are
-        then completed for other libraries. Raises ModelRefused, VerificationError, or ResourceError (disk).
+        bytes is returned instead. Pass `stop_ids`, the tokens that end a turn, for files written by this library: they
+        are completed for other libraries. Raises ModelRefused, VerificationError, or ResourceError (disk).
         """
         check_key(key)
         registry = self._registry
@@ -152,17 +152,17 @@ class Staging:
         return None
 
     def _make_durable(self, files: list[Path]) -> None:
-        """On the disk, and with the permissions that the umask gives: some libraries write for the owner alone."""
+        """Sync files to disk and apply the umask's permissions: some libraries write files for the owner only."""
         mode = stat.S_IMODE(self.directory.stat().st_mode) & 0o666
         for path in files:
             state = path.stat()
-            if state.st_nlink == 1 and stat.S_IMODE(state.st_mode) != mode:  # a shared file keeps its owner's
+            if state.st_nlink == 1 and stat.S_IMODE(state.st_mode) != mode:  # a shared file keeps its permissions
                 path.chmod(mode)
         for path in {*files, *(path.parent for path in files)}:
             fsync_path(path)
 
     def _rename(self, key: str) -> int:
-        """Become the next version. Another writer may take the number, or remove the key, between any two lines."""
+        """Become the next version. Another writer may take the number or remove the key at any moment."""
         models, parent = self._home.models, self._home.models / key
         for _ in range(10_000):
             refuse_links(models, parent)
@@ -181,7 +181,7 @@ class Staging:
         raise ResourceError(f"cannot store {key!r}: another process keeps changing it")
 
     def _describe(self, key: str, parent: ModelVersion | None) -> None:
-        """A new key begins with its parent's settings; an adapter has its base's anyway, as they are at the time."""
+        """Give a new key its parent's settings. An adapter needs no copy: it uses its base's current settings."""
         with entry_lock(self._home, key):
             if (self._home.models / key / ENTRY_NAME).exists():
                 return
@@ -191,7 +191,7 @@ class Staging:
 
 
 def _owner(pid: int) -> str:
-    """Host, process namespace, process and its start time: names one process, also after its number is used again."""
+    """Host, process namespace, process and start time: identifies a process even after its number is reused."""
     host = "".join(c if c.isalnum() or c in "-." else "-" for c in socket.gethostname())
     space = Path("/proc/self/ns/pid")
     return f"{host}~{space.stat().st_ino if space.exists() else 0}~{pid}~{start_time(pid)}"
@@ -211,7 +211,7 @@ def sweep(home: Home) -> list[str]:
 
 
 def _abandoned(path: Path) -> bool:
-    """Whether the writer is gone. Its lock must be free, and its process dead or, when not of this machine, old."""
+    """Whether the writer is gone: its lock is free, and its process dead or, on another machine, the directory old."""
     with contextlib.suppress(OSError), _opened(path) as descriptor:
         if not try_lock(descriptor):
             return False
@@ -312,7 +312,7 @@ def _refuse_when_needed(registry: Registry, key: str, numbers: list[int], doomed
 
 
 def _settings(home: Home, key: str) -> Entry:
-    """The settings of a key. A damaged model.json counts as an empty one: it must not cost a trained model."""
+    """The settings of a key. A damaged model.json counts as empty, so that a trained model is not lost."""
     with contextlib.suppress(VerificationError):
         return read_entry(home, key)
     return Entry(key=key)
@@ -326,7 +326,7 @@ def _records(registry: Registry, key: str) -> Iterator[tuple[str, Manifest]]:
 
 
 def _tidy(registry: Registry, key: str, highest: int) -> None:
-    """Remember the numbers that were given; after the last version, remove the key's directories."""
+    """Record the highest number used; if no version is left, remove the key's directories."""
     directory = registry.home.models / key
     if registry.versions(key):
         entry = _settings(registry.home, key)

@@ -39,15 +39,15 @@ FORMAT = 1
 OPTIMIZER = "optimizer.safetensors"
 """The optimizer's state, which a save may leave beside the weights."""
 SMALL_BYTES = MIB
-"""Up to here a file is hashed whenever it is looked at."""
+"""Files up to this size are hashed at every check."""
 CONFIGS = {"hf": "config.json", "peft": "adapter_config.json"}
 SCALAR = "scalar"
-"""The kind of models that have a scalar head in place of the vocabulary's; the others are of kind "lm"."""
+"""The kind of models with a scalar head in place of the vocabulary's; other models are of kind "lm"."""
 Default = int | dict[str, Any] | None
 ENTRY_NAME = "model.json"
 DEFAULT_NAMES = ("tp", "kv_cache_len", "tokens_to_generate", "chat_template_kwargs")
 LIBRARY_DEFAULTS: dict[str, Default] = {"tp": 1, "kv_cache_len": None, "tokens_to_generate": 2048}
-"""Defaults of settings that are not stored. kv_cache_len None: up to 131,072 tokens, as much as fits."""
+"""Defaults of settings that are not stored. kv_cache_len None: as many tokens as fit, up to 131,072."""
 
 
 @dataclass(frozen=True)
@@ -90,13 +90,13 @@ def check_key(key: str) -> None:
 
 
 def check_alias(alias: str) -> None:
-    """Raise UsageError for an invalid alias; it starts with a letter, so that it cannot be taken for a version."""
+    """Raise UsageError for an invalid alias; it starts with a letter, so that it cannot be mistaken for a version."""
     if not _ALIAS.fullmatch(alias):
         raise UsageError(f"{alias[:100]!r} cannot be an alias: a-z first, then a-z, 0-9, '.', '_' and '-'")
 
 
 def parse_reference(text: str) -> Reference:
-    """`key`, `key@3`, `key@alias`, each also behind `model_registry://`. NotFoundError for an invalid one."""
+    """Parse `key`, `key@3` or `key@alias`, with or without `model_registry://`. Raises NotFoundError if invalid."""
     key, at, tail = text.removeprefix(SCHEME).partition("@")
     if problem := key_problem(key):
         raise NotFoundError(f"there is no model {text[:200]!r}: a key has {problem}", hint=source_hint(text), ref=text)
@@ -172,7 +172,7 @@ class Manifest(Description):
     files: tuple[FileRecord, ...]
     base: BaseRecord | None = None
     location: str = ""
-    """Where the files are, when they were left in place (`--reference`); "" for beside the manifest."""
+    """The directory of files that were left in place (`--reference`); "" if they are beside the manifest."""
     harmony_core: str = ""
 
     def write(self, directory: Path) -> None:
@@ -195,7 +195,7 @@ def list_files(directory: Path) -> list[Path]:
 
 
 def record_files(directory: Path, paths: list[Path]) -> tuple[FileRecord, ...]:
-    """Size and hash of each file. Some are read at once: one thread hashes more slowly than most disks read."""
+    """Size and hash of each file. Reads several in parallel: one thread hashes more slowly than most disks read."""
     with ThreadPoolExecutor(8) as pool:
         hashes = pool.map(file_hash, paths)
         return tuple(
@@ -238,7 +238,7 @@ def read_manifest(directory: Path, key: str) -> Manifest:
 
 
 def _was_added(manifest: Manifest) -> bool:
-    """Whether the location of a version that was left in place is that of its source, and no link on the way is new."""
+    """Whether a version that was left in place is at the location of its source, with no new link on the path."""
     name, source = Path(manifest.location).name, manifest.source
     if source.startswith("hf:"):
         same = name == source.rpartition("@")[2]
@@ -252,8 +252,8 @@ def _was_added(manifest: Manifest) -> bool:
 def check_files(directory: Path, manifest: Manifest, full: bool = False, trusted: int = -1) -> None:
     """Compare the files with the record: sizes, and hashes of small files; with `full`, every hash.
 
-    Every file that a reader would open must be recorded; with `full` every file of a directory of the registry. A
-    large file that was last written at `trusted` (in nanoseconds since 1970) or before is not hashed.
+    Every file that a reader would open must be recorded; with `full`, every file of a directory of the registry. A
+    large file last written at or before `trusted` (in nanoseconds since 1970) is not hashed.
     """
     own = [] if manifest.location else list_files(directory)
     for record in manifest.files:
@@ -280,7 +280,7 @@ def check_files(directory: Path, manifest: Manifest, full: bool = False, trusted
 
 @dataclass(frozen=True)
 class Defaults:
-    """Inference defaults stored with a model; None where nothing is stored. `sources` names where each comes from."""
+    """Inference defaults stored with a model; None if a value is not stored. `sources` names the source of each."""
 
     tp: int | None = None
     kv_cache_len: int | None = None
@@ -289,7 +289,7 @@ class Defaults:
     sources: dict[str, str] = field(default_factory=dict)
 
     def effective(self) -> dict[str, tuple[Default, str]]:
-        """Name -> (value, where it comes from), the library's own default where nothing is stored."""
+        """Name -> (value, source), with the library's default for a value that is not stored."""
         stored = {name: getattr(self, name) for name in DEFAULT_NAMES}
         known = {name: (value, self.sources.get(name, "")) for name, value in stored.items() if value is not None}
         return {name: (value, "library default") for name, value in LIBRARY_DEFAULTS.items()} | known
@@ -307,13 +307,13 @@ class ModelVersion(Description):
     base: ModelVersion | None
     """The model that an adapter belongs to."""
     spec: ModelSpec
-    """Of the base weights."""
+    """The specification of the base weights."""
     defaults: Defaults
     bytes: int = 0
 
     @property
     def scalar(self) -> bool:
-        """Whether it scores with a scalar head, and so does not generate."""
+        """Whether it scores with a scalar head and therefore cannot generate."""
         return self.kind == SCALAR
 
     @property
@@ -328,13 +328,13 @@ class ModelVersion(Description):
 
     @property
     def tokenizer_dir(self) -> Path | None:
-        """The directory of the tokenizer, an adapter's own before its base's; None: raw tokens only."""
+        """The directory of the tokenizer, an adapter's own before its base's; None if it takes raw tokens only."""
         return next((path for path in (self.path, self.weights_dir) if exists(path / "tokenizer.json")), None)
 
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """One key in a listing. `problem` says why the newest version cannot be read."""
+    """One key in a listing. `problem` is the reason why the newest version cannot be read."""
 
     key: str
     versions: tuple[int, ...]
@@ -353,7 +353,7 @@ class Entry(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     aliases: dict[str, int] = msgspec.field(default_factory=dict)
     defaults: dict[str, int | dict[str, Any]] = msgspec.field(default_factory=dict)
     last_version: int = 0
-    """The highest number ever given, so that no number is given twice after a removal."""
+    """The highest number ever used, so that numbers are not reused after a removal."""
 
 
 def read_entry(home: Home, key: str) -> Entry:
@@ -369,7 +369,7 @@ def read_entry(home: Home, key: str) -> Entry:
 
 @contextlib.contextmanager
 def edited_entry(home: Home, key: str) -> Iterator[Entry]:
-    """An entry to change, under the key's lock; it is written when the block ends without an error."""
+    """Yield an entry to change, under the key's lock. It is written if the block ends without an error."""
     with entry_lock(home, key):
         entry = read_entry(home, key)
         yield entry
@@ -382,7 +382,7 @@ def entry_lock(home: Home, key: str) -> AbstractContextManager[None]:
 
 
 def write_entry(home: Home, key: str, entry: Entry) -> None:
-    """Replace a key's model.json, also while another process removes the key's directory."""
+    """Replace a key's model.json, even while another process removes the key's directory."""
     path = home.models / key / ENTRY_NAME
     for last in (*[False] * 100, True):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Where models come from: a directory, the Hugging Face hub, a GGUF file, a builtin one; each ends in one import.
+"""Import models from a directory, the Hugging Face hub, a GGUF file or the built-in ones; all end in one import.
 
 Only `hf:` touches the network. A branch or tag is pinned to its commit first, and only safetensors, config and
 tokenizer files are fetched, into the hub's own cache, from which the import shares them. A GGUF file is converted once,
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ImportOptions:
-    """How to bring a model in."""
+    """Options of an import."""
 
     reference: bool = False
     """Leave the files where they are."""
@@ -84,7 +84,7 @@ def import_directory(
 ) -> ModelVersion:
     """Import a Hugging Face directory or a peft adapter; only the files that make up the model are taken.
 
-    Config and weights are checked before a byte is copied.
+    Config and weights are checked before anything is copied.
     """
     from harmony_core.text import tokenizer_files
 
@@ -143,7 +143,7 @@ def _left_out(directory: Path) -> tuple[str, ...]:
 
 
 def _write_template(directory: Path, staging: Staging, options: ImportOptions) -> None:
-    """Bring the chat template into a place where tokenizers look for it: an option's, else a processor's file."""
+    """Write the chat template to where tokenizers look for it: the option's, otherwise a processor's file."""
     target = staging.directory / "chat_template.jinja"
     processor = directory / "chat_template.json"
     if options.chat_template:
@@ -187,7 +187,7 @@ _PATTERNS = (
 
 
 def import_hub(registry: Registry, key: str, source: str, options: ImportOptions) -> ModelVersion:
-    """Import `hf:org/name[@revision]`; a model that would be refused is refused before its weights are fetched.
+    """Import `hf:org/name[@revision]`; an unsupported model is refused before its weights are fetched.
 
     Raises NotFoundError, ResourceError (network, offline), or a refusal.
     """
@@ -204,13 +204,13 @@ def import_hub(registry: Registry, key: str, source: str, options: ImportOptions
             info = api.model_info(name, revision=revision)
             names = [sibling.rfilename for sibling in info.siblings or ()]
             _refuse_early(api, name, str(info.sha), names)
-            # By branch rather than by commit: so the cache learns what the branch means, for when there is no network.
+            # By branch, not by commit: the cache then records the branch's commit, for use without network.
             directory = Path(api.snapshot_download(name, revision=revision, allow_patterns=list(_PATTERNS)))
     return import_directory(registry, key, directory, options, source=f"hf:{name}@{directory.name}")
 
 
 def _refuse_early(api: HfApi, name: str, commit: str, names: list[str]) -> None:
-    """Look at the list of files and at the config before anything large is fetched."""
+    """Check the list of files and the config before large files are fetched."""
     pickled = [file for file in names if Path(file).suffix in PICKLE_SUFFIXES]
     if not any(file.endswith(".safetensors") and "/" not in file for file in names):
         reason = f"only pickled weights, which are never read ({pickled[0]})" if pickled else "no safetensors weights"
@@ -263,7 +263,7 @@ NAME = "model.gguf"
 _GROWTH = 8  # a 4-bit file becomes float32 at worst
 _MEMORY = 3 << 30
 _SECONDS, _RATE = 120, 5_000_000
-"""To load the libraries, and then the bytes of a file in a second, at the least."""
+"""Seconds to load the libraries, and the minimum number of a file's bytes in each further second."""
 
 
 def import_gguf(registry: Registry, key: str, source: str, options: ImportOptions) -> ModelVersion:
@@ -287,7 +287,7 @@ def _at(source: str) -> Path:
 
 
 def _in_package(name: str) -> Path:
-    """The .gguf file that a package carries, found without importing it."""
+    """The .gguf file in a package, found without importing the package."""
     top = name.replace("-", "_")
     spec = importlib.util.find_spec(top) if top.isidentifier() else None
     roots = list(spec.submodule_search_locations or ()) if spec else []

@@ -1,4 +1,4 @@
-"""The registry: versioned models by name. It reads the directory tree each time, and keeps no index."""
+"""The registry: versioned models by name. It has no index and reads the directory tree each time."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class Registry:
         return self._load(key, directory, entry, 1)
 
     def number(self, reference: Reference) -> int:
-        """The version number that a reference means. Raises NotFoundError."""
+        """The version number that a reference refers to. Raises NotFoundError."""
         key = reference.key
         if not (known := self.versions(key)):
             hint = source_hint(str(reference)) or did_you_mean(key, self.names()) or "adaptive models list"
@@ -146,7 +146,7 @@ class Registry:
         return base
 
     def directory(self, key: str, number: int) -> Path:
-        """Where a version's record lies."""
+        """The directory of a version's record."""
         return self.home.models / key / f"v{number:06d}"
 
     def versions(self, key: str) -> list[int]:
@@ -214,12 +214,12 @@ class Registry:
         return import_model(self, key, source, ImportOptions(reference, base, chat_template))
 
     def remove(self, ref: str, every: bool = False) -> builtins.list[str]:
-        """Remove a version (or, with `every`, all of a key's). Raises ConflictError while something refers to it."""
+        """Remove a version, or with `every` all versions of a key. Raises ConflictError while something needs one."""
         return remove(self, ref, every)
 
     @contextlib.contextmanager
     def hold(self, version: ModelVersion) -> Iterator[None]:
-        """Keep a version, and its base, from being removed by anyone while the block runs."""
+        """Protect a version and its base from removal while the block runs."""
         with contextlib.ExitStack() as stack:
             for used in (version, version.base):
                 if used and not used.key.startswith(BUILTIN):
@@ -239,7 +239,7 @@ class Registry:
         return version
 
     def set_alias(self, key: str, alias: str, version: int | None) -> Entry:
-        """Point an alias at a version of a key; None removes it. Raises UsageError or NotFoundError."""
+        """Point an alias at a version of a key; None removes the alias. Raises UsageError or NotFoundError."""
         check_alias(alias)
         self.number(Reference(key, version=version))
         with edited_entry(self.home, key) as entry:
@@ -250,7 +250,7 @@ class Registry:
         return entry
 
     def imported_from(self, name: str) -> ModelVersion | None:
-        """The newest full model that came from a hub id or a path, or lies at that path, if there is one."""
+        """The newest full model that was imported from a hub id or a path, or is at that path, if any."""
         for found in self.list():
             source = found.newest.source if found.newest and not found.newest.base else ""
             if source == name or source.partition("@")[0] == f"hf:{name}":
@@ -308,7 +308,7 @@ def _defaults(entry: Entry, base: ModelVersion | None) -> Defaults:
 
 
 def _apply_setting(entry: Entry, name: str, value: object) -> None:
-    """Set one thing; None takes it back. Raises UsageError for an unknown name or an invalid value."""
+    """Set one value; None unsets it. Raises UsageError for an unknown name or an invalid value."""
     if name not in _SETTINGS:
         raise UsageError(f"{name[:100]!r} cannot be set on a model", hint=did_you_mean(name, _SETTINGS))
     wanted, words, example = _SETTINGS[name]

@@ -1,4 +1,4 @@
-"""The driver's end of one socket: calls out, answers and events in; and the store that ranks share over it."""
+"""The driver's end of one socket: calls out, answers and events in; and the store that the ranks share over it."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ from harmony_core.rpc.wire import (
 )
 
 HELLO_SECONDS = 10.0
-"""A peer that has not sent its Hello by then is cut off."""
+"""Seconds after which a peer that has not sent its Hello is disconnected."""
 
 
 MAX_STORE_BYTES = 64 << 20
-"""For everything that the store of the ranks holds: keys, values, and ranks that wait."""
+"""The maximum size of the ranks' store: keys, values, and waiting ranks."""
 _ENTRY_BYTES = 256
-"""The cost of an entry beside its own bytes."""
+"""The cost of an entry in addition to its own bytes."""
 
 Answer = Callable[[StoreValues], None]
 
 
 class Listener:
-    """Hears the events of a connection. `lost` comes once and last."""
+    """Receives the events of a connection. `lost` comes once, as the last."""
 
     def hello(self, connection: Connection, message: Hello) -> None:
         """The first frame, and the only one until `accept`."""
@@ -50,17 +50,17 @@ class Listener:
         """A Beat or an Event."""
 
     def asked(self, connection: Connection, message: Message, answer: Answer) -> None:
-        """The rank asks something of the table `ASKED`. A HarmonyError that this raises is its answer."""
+        """The rank sends a request from the table `ASKED`. A HarmonyError raised here is sent as the answer."""
 
     def fatal(self, connection: Connection, error: HarmonyError) -> None:
-        """The rank cannot go on: an `err` frame that answers no call."""
+        """The rank cannot continue: an `err` frame that does not answer a call."""
 
     def lost(self, connection: Connection, reason: str) -> None:
         """The socket is closed. `reason` is "" when the other side closed it."""
 
 
 class Connection(asyncio.Protocol):
-    """One rank's socket. Answers are matched with calls by id; the answer's type is checked against the table."""
+    """One rank's socket. Answers are matched to calls by id, and their type is checked against the table."""
 
     def __init__(self, listener: Listener) -> None:
         self.listener = listener
@@ -76,7 +76,7 @@ class Connection(asyncio.Protocol):
         self._failure: HarmonyError | None = None
 
     def submit(self, message: Message, seq: int | None = None) -> tuple[int, asyncio.Future[Message]]:
-        """Send a call now; its id, and the future of its answer. Never raises: a failure is in the future."""
+        """Send a call now. Returns its id, and the future of its answer. Never raises: a failure is in the future."""
         future: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
         call = self._next_id
         self._next_id += 1
@@ -94,12 +94,12 @@ class Connection(asyncio.Protocol):
         return call, future
 
     def cast(self, message: Message, seq: int | None = None) -> None:
-        """Send a message that is not answered; dropped when the rank is gone."""
+        """Send a message without an answer. It is dropped when the rank is gone."""
         if self._failure is None:
             self._write(encode("cast", message, seq=seq))
 
     def refuse(self, error: HarmonyError) -> None:
-        """Tell the peer why it is not taken, and close."""
+        """Tell the peer why it is refused, and close."""
         self._write(encode("err", failure_of(error, -1)))
         self.close()
 
@@ -109,12 +109,12 @@ class Connection(asyncio.Protocol):
             self._transport.write(frame)
 
     def accept(self) -> None:
-        """The peer is a rank of ours: take frames of any length, and events."""
+        """Accept the peer as a rank of ours: take frames of any length, and events."""
         self._accepted = True
         self._decoder.max_body_bytes = MAX_BODY_BYTES
 
     def fail(self, error: HarmonyError) -> None:
-        """Every pending and later call fails with `error`."""
+        """Make every pending and later call fail with `error`."""
         self._failure = error
         pending, self._pending = self._pending, {}
         for _, future in pending.values():
@@ -136,7 +136,7 @@ class Connection(asyncio.Protocol):
                 self._abort(f"refused: the peer is user {uid}")
 
     def data_received(self, data: bytes) -> None:
-        """Hand each complete frame on."""
+        """Pass each complete frame on."""
         try:
             for frame in self._decoder.feed(data):
                 self._dispatch(frame)
@@ -146,7 +146,7 @@ class Connection(asyncio.Protocol):
             self._abort(str(error))
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Tell the listener, which knows whether that was expected."""
+        """Notify the listener, which knows whether the end was expected."""
         self.listener.lost(self, self._reason)
 
     def _dispatch(self, frame: Frame) -> None:
@@ -209,14 +209,14 @@ class Connection(asyncio.Protocol):
 def _fail(future: asyncio.Future[Message], error: HarmonyError) -> None:
     if not future.done():
         future.set_exception(error)
-        future.exception()  # marks it as seen: a call that is not awaited any more is not a warning
+        future.exception()  # marks it as retrieved: a call that is no longer awaited does not cause a warning
 
 
 class RankStore:
     """The keys and values over which the process groups of one run's ranks find each other.
 
-    The driver holds them, and ranks speak over their own connections: no port is opened, and only the run's ranks can
-    ask. Each answer goes to the function that comes with its request.
+    The driver holds them, and ranks use their own connections: no port is opened, and only the run's ranks have access.
+    Each answer is passed to the function that comes with its request.
     """
 
     def __init__(self) -> None:
@@ -225,7 +225,7 @@ class RankStore:
         self._waiting: list[tuple[list[str], Answer]] = []
 
     def ask(self, request: Message, answer: Answer) -> None:
-        """Answer now, or a `StoreGet` that waits later. Raises EngineError when the store is full."""
+        """Answer now, or later for a `StoreGet` that waits. Raises EngineError when the store is full."""
         if isinstance(request, StoreGet):
             if not self._answered(request.keys, answer):
                 if request.wait:

@@ -1,7 +1,7 @@
 """Everything that depends on the machine: calls that only Linux has, and the tools for making code at run time.
 
-Death signals, peer credentials and /proc do nothing or answer "unknown" elsewhere; nothing else in the
-project asks which system it runs on.
+Death signals, peer credentials and /proc do nothing or return "unknown" on other systems. No other module checks
+which system it runs on.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ _SO_ATTACH_FILTER = 26
 
 
 def die_with_parent(parent: int, signal_number: int = signal.SIGKILL) -> bool:
-    """Ask the kernel to signal this process when the thread that started it ends. False: `parent` is gone already.
+    """Ask the kernel to signal this process when the thread that started it ends. False: `parent` is already gone.
 
-    The request is lost by fork, kept by exec. The parent is compared with the process that is expected, never with 1:
-    in a container the parent may well be process 1.
+    The request is lost by fork, kept by exec. The parent is compared with the expected process, never with 1: in a
+    container the parent may be process 1.
     """
     if LINUX:
         _libc.prctl(_PR_SET_PDEATHSIG, int(signal_number))
@@ -41,7 +41,7 @@ def die_with_parent(parent: int, signal_number: int = signal.SIGKILL) -> bool:
 
 
 def peer(sock: socket.socket) -> tuple[int, int] | None:
-    """(pid, uid) of the process at the other end of a unix socket; None where the system does not tell."""
+    """(pid, uid) of the process at the other end of a unix socket; None if the system does not provide it."""
     if not LINUX:
         return None
     credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
@@ -50,7 +50,7 @@ def peer(sock: socket.socket) -> tuple[int, int] | None:
 
 
 def _stat_fields(pid: int) -> list[str]:
-    """/proc/<pid>/stat from the state on (field 3), or nothing."""
+    """/proc/<pid>/stat from the state on (field 3), or an empty result."""
     try:
         return (_PROC / str(pid) / "stat").read_text().rsplit(")", 1)[1].split()
     except (OSError, IndexError):
@@ -64,19 +64,19 @@ def state(pid: int) -> str:
 
 
 def is_ending(pid: int) -> bool:
-    """Whether a process is on its way out: the kernel signals its children before its own exit can be collected."""
+    """Whether a process is exiting: the kernel signals its children before its own exit can be collected."""
     fields = _stat_fields(pid)
     return len(fields) > 6 and bool(int(fields[6]) & _PF_EXITING)
 
 
 def start_time(pid: int) -> str:
-    """When the process started, in the kernel's ticks: with the pid it names one process for ever. "" unknown."""
+    """The start time of the process in kernel ticks, "" if unknown. With the pid it identifies one process for ever."""
     fields = _stat_fields(pid)
     return fields[19] if len(fields) > 19 else ""
 
 
 def zombie_status(pid: int) -> int | None:
-    """Exit status of a process that is not collected yet: negative for a signal, as subprocess has it."""
+    """Exit status of a process that is not collected yet; negative for a signal, as in subprocess."""
     fields = _stat_fields(pid)
     if len(fields) < 50 or fields[0] not in "ZX":
         return None
@@ -84,7 +84,7 @@ def zombie_status(pid: int) -> int | None:
 
 
 def oom_kills() -> int:
-    """How many processes the kernel has killed for want of memory since it started; 0 where it does not say."""
+    """Number of processes that the kernel has killed for lack of memory since it started; 0 if unknown."""
     try:
         for line in (_PROC / "vmstat").read_text().splitlines():
             if line.startswith("oom_kill "):
@@ -110,7 +110,7 @@ def _sockets() -> Iterator[tuple[int, str]]:
 
 
 def listening_sockets() -> set[int]:
-    """Descriptors of this process's TCP sockets that take connections."""
+    """Descriptors of this process's TCP sockets that accept connections."""
     found = set()
     for descriptor, _ in _sockets():
         with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as sock:
@@ -122,7 +122,7 @@ def listening_sockets() -> set[int]:
 def drop_connections(descriptor: int) -> None:
     """Make the kernel drop every packet for a listening socket; its owner sees no difference."""
     nothing = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))  # a filter's "return 0 bytes"
-    # A sandbox that knows no filters has a network of its own.
+    # A sandbox without filters has a network of its own.
     with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as sock:
         sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HP", 1, ctypes.addressof(nothing)))
 
@@ -133,7 +133,7 @@ def foreign_peers() -> list[int]:
     tables = (_PROC / "self/net/tcp", _PROC / "self/net/tcp6")
     lines = [line.split() for table in tables if table.exists() for line in table.read_text().splitlines()[1:]]
     rows = [(row[1].removeprefix(mapped), row[2].removeprefix(mapped), int(row[7]), row[9]) for row in lines]
-    # A connection that its listener has not accepted yet has no inode, and no meaningful owner.
+    # A connection that its listener has not accepted yet has no inode and no meaningful owner.
     owner = {(local, remote): uid for local, remote, uid, inode in rows if inode != "0"}
     ours = {inode for _, inode in _sockets()}
     found = {owner.get((remote, local), os.geteuid()) for local, remote, _, inode in rows if inode in ours}
@@ -141,7 +141,7 @@ def foreign_peers() -> list[int]:
 
 
 def processor_vendor() -> str:
-    """The maker of the processor as the kernel names it, such as "AuthenticAMD"; "" where the system does not tell."""
+    """The processor's vendor as reported by the kernel, such as "AuthenticAMD"; "" if unknown."""
     try:
         lines = (_PROC / "cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -150,20 +150,20 @@ def processor_vendor() -> str:
 
 
 def set_heap_limits(mapped: int, trimmed: int) -> None:
-    """What the C library asks of the system piece by piece, in bytes, and how much it keeps free at the heap's end."""
+    """Set the size in bytes from which allocations are mapped one by one, and the free bytes kept at the heap's end."""
     if hasattr(_libc, "mallopt"):
         _libc.mallopt(_M_MMAP_THRESHOLD, mapped)
         _libc.mallopt(_M_TRIM_THRESHOLD, trimmed)
 
 
 def trim_heap() -> None:
-    """Give the pages of the heap that hold nothing back to the system."""
+    """Return unused pages of the heap to the system."""
     if hasattr(_libc, "malloc_trim"):
         _libc.malloc_trim(0)
 
 
 def find_compiler() -> str | None:
-    """The C compiler that Triton and inductor would find; None when there is none."""
+    """The C compiler that Triton and inductor would find, or None."""
     for name in (os.environ.get("CC", ""), "gcc", "cc", "clang"):
         found = shutil.which(name.split()[0]) if name.strip() else None
         if found is not None:
@@ -172,13 +172,13 @@ def find_compiler() -> str | None:
 
 
 def find_headers() -> Path | None:
-    """Python.h, which the code that launches kernels is compiled with; None when it is not installed."""
+    """Python.h, needed to compile the code that launches kernels; None if it is not installed."""
     header = Path(sysconfig.get_path("include"), "Python.h")
     return header if header.is_file() else None
 
 
 def missing_tool() -> str:
-    """The missing tool for compiling layers, in words: a C compiler, Python's headers; "" when all are there."""
+    """The missing tool for compiling layers, in words: a C compiler or Python's headers; "" if both are there."""
     if find_compiler() is None:
         return "no C compiler"
     return "" if find_headers() is not None else "no Python.h"

@@ -1,4 +1,4 @@
-"""The requests that a rank takes from the driver: a closed table of typed messages, plain data only.
+"""The requests that a rank accepts from the driver: a closed table of typed messages, plain data only.
 
 A *global* request goes to every leader with a number that the driver counts up over the run; leaders execute them in
 that order. A *replica* request goes to the leader of one replica's domain. Token ids travel as int32, values as float32
@@ -19,7 +19,7 @@ _DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
 class Message(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """Base of everything that crosses the wire."""
+    """Base of all messages."""
 
 
 class Hello(Message):
@@ -36,7 +36,7 @@ class Hello(Message):
 
 
 class Beat(Message):
-    """Sent by a rank's own thread every second: what the engine thread does, and for how long without progress."""
+    """Sent by a separate thread of a rank every second: the engine thread's activity, and seconds without progress."""
 
     phase: str
     seconds: float
@@ -51,7 +51,7 @@ class Event(Message):
 
 
 class Nothing(Message):
-    """The result of a request that only succeeds."""
+    """The empty result of a request."""
 
 
 class LoraSettings(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, frozen=True):
@@ -65,13 +65,13 @@ class LoraSettings(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, fro
 
 
 Ranges = tuple[tuple[int, int], ...]
-"""Ranges of ids: the first, and the one behind the last."""
+"""Ranges of ids, each as (first, last + 1)."""
 
 
 class ModelSource(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, frozen=True):
-    """Where a model's bytes are. Paths are absolute.
+    """The locations of a model's files. Paths are absolute.
 
-    `weights` is a directory with config.json and safetensors; `adapter` one with adapter_config.json, or "" for none.
+    `weights` is a directory with config.json and safetensors; `adapter` one with adapter_config.json, "" without one.
     Spawns with equal `digest` (of the base weights) and tp share them.
     """
 
@@ -84,7 +84,7 @@ class Spawn(Message, frozen=True):  # type: ignore[misc]  # msgspec takes a froz
     """One spawn: made by its builder, completed by the plan, executed by the ranks, kept while the model lives."""
 
     spec: ModelSpec
-    """The model on paper."""
+    """The model's architecture."""
     name: str = ""
     ref: str = ""
     """The exact reference of its version in the registry."""
@@ -94,17 +94,17 @@ class Spawn(Message, frozen=True):  # type: ignore[misc]  # msgspec takes a froz
     tp: int = 1
     train: bool = False
     private: bool = False
-    """Whether its base weights are its own, as full training needs, and so may change in place."""
+    """Whether the base weights are not shared and may change in place, as full training needs."""
     weights_shared: bool = False
-    """Whether the ranks held its base weights already when it was planned."""
+    """Whether the ranks already held the base weights when the spawn was planned."""
     lora: LoraSettings | None = None
-    """Of the adapter that the source holds, or else of a new one; None for full weights."""
+    """Settings of the source's adapter or of a new one; None for full weights."""
     scalar: bool = False
-    """With a scalar head: it scores and does not generate. A new head where neither adapter nor weights have one."""
+    """Whether it has a scalar head and only scores. The head is new if neither adapter nor weights have one."""
     max_batch_tokens: int = 0
     """Most tokens in one micro-batch (training), or in one scoring or prefill batch."""
     kv_cache_len: int | None = None
-    """Tokens of the page pool that were asked for; None leaves the size to the plan."""
+    """Requested tokens of the page pool; None leaves the size to the plan."""
     kv_tokens: int = 0
     """Tokens in the page pool of each replica."""
     max_seqlen: int | None = None
@@ -112,17 +112,17 @@ class Spawn(Message, frozen=True):  # type: ignore[misc]  # msgspec takes a froz
     tokens_to_generate: int = 2048
     """Most new tokens of one request."""
     tokenless: Ranges = ()
-    """Ids that no token has: they are never drawn."""
+    """Ids without a token, which are never drawn."""
     checkpointed_layers: int = 0
-    """How many layers recompute their activations in the backward pass."""
+    """Number of layers that recompute their activations in the backward pass."""
     compile: bool = False
     rehearse: bool = False
-    """A full rehearsal: worst-case micro-batch, all pages. Else a short one."""
+    """Whether to rehearse in full: worst-case micro-batch, all pages. Otherwise the rehearsal is short."""
     seed: int = 0
-    """Of everything random in its training, such as adapter dropout."""
+    """The seed of all randomness in training, such as adapter dropout."""
     promised_bytes: int = 0
     copied_from: str = ""
-    """The live model of which it is a frozen copy."""
+    """The live model that this spawn is a frozen copy of."""
 
     @property
     def element(self) -> int:
@@ -131,57 +131,57 @@ class Spawn(Message, frozen=True):  # type: ignore[misc]  # msgspec takes a froz
 
     @property
     def accumulate(self) -> int:
-        """Bytes of a gradient or a moment: float32 at least."""
+        """Bytes of a gradient or a moment: at least those of float32."""
         return max(4, self.element)
 
     @property
     def generates(self) -> bool:
-        """Whether it has pages."""
+        """Whether it has a page pool, and so generates."""
         return self.kv_tokens > 0 and not self.scalar
 
     @property
     def shared_key(self) -> str:
-        """Equal for spawns whose base weights could be shared."""
+        """Equal for spawns that can share base weights."""
         return f"{self.source.digest}/{self.tp}/{self.dtype}"
 
     @property
     def weights_key(self) -> str:
-        """`shared_key` where its weights are shared, else ""."""
+        """`shared_key` if the weights are shared, else ""."""
         return "" if self.private else self.shared_key
 
     @property
     def headless(self) -> bool:
-        """Whether its weights have a scalar head in place of the vocabulary's."""
+        """Whether its weights have a scalar head in place of the vocabulary head."""
         return self.spec.scalar or (self.scalar and self.private)
 
     def copied(self, name: str, kv_tokens: int = 0) -> Spawn:
-        """A frozen copy; beside an adapter it shares the base weights. Without pages it scores only."""
+        """A frozen copy; with an adapter it shares the base weights. Without pages it only scores."""
         changed = {"train": False, "checkpointed_layers": 0, "weights_shared": self.lora is not None}
         return structs.replace(self, name=name, copied_from=self.name, kv_tokens=kv_tokens, **changed)
 
 
 class Clone(Message):
-    """A frozen copy of a live model's trained state under a new name. It has no page pool: it scores only."""
+    """Make a frozen copy of a live model's trained state under a new name. It has no page pool, so it only scores."""
 
     source: str
     name: str
 
 
 class MakePool(Message):
-    """Give a model without a page pool one of `kv_tokens` tokens on each replica: from now on it generates."""
+    """Give a model without a page pool one of `kv_tokens` tokens on each replica. It can generate afterwards."""
 
     model: str
     kv_tokens: int
 
 
 class Inspect(Message):
-    """Ask for a model's counters and the memory of its ranks."""
+    """Request a model's counters and the memory of its ranks."""
 
     model: str
 
 
 class Inspected(Message):
-    """Counters since the spawn, and bytes of the device; peaks are those since the last `Inspect`."""
+    """Counters since the spawn, and bytes of the device. Peaks are those since the last `Inspect`."""
 
     values: dict[str, float]
 
@@ -195,9 +195,9 @@ class OptimStep(Message):
     max_grad_norm: float
     skip_nan: bool
     normalise: str = "mean"
-    """"mean" divides by the denominator (one unit per step); "sum" divides by nothing."""
+    """"mean" divides by the denominator (one unit per step); "sum" does not divide."""
     denominator: float = 1.0
-    """Over all replicas, counted by the driver."""
+    """The total over all replicas, counted by the driver."""
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
@@ -222,12 +222,12 @@ class Save(Message):
     directory: str
     inference_only: bool
     base: str = ""
-    """The base that a saved adapter names: a path, or a hub id with `base_revision`, its commit."""
+    """The base named in a saved adapter: a path, or a hub id with `base_revision`, its commit."""
     base_revision: str = ""
 
 
 class Load(Message):
-    """Put stored weights (and optimizer state where there is one) into a live model."""
+    """Load stored weights (and optimizer state, if stored) into a live model."""
 
     model: str
     source: ModelSource
@@ -253,11 +253,11 @@ class Regroup(Message):
 
 
 class Shutdown(Message):
-    """Leave in good order."""
+    """End normally."""
 
 
 class Sampling(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, frozen=True):
-    """How to draw tokens."""
+    """Sampling settings."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -279,13 +279,13 @@ class Generate(Message):
 
 
 class Generated(Message):
-    """Tokens with their records; all lists are as long as `tokens`. The stop token is included when one was drawn."""
+    """Tokens with their records; all lists are as long as `tokens`. A drawn stop token is included."""
 
     tokens: bytes
     logprobs: bytes
-    """Raw distribution (temperature 1), float32."""
+    """Log-probs under the raw distribution (temperature 1), float32."""
     sampled_logprobs: bytes
-    """The distribution that was drawn from, float32."""
+    """Log-probs under the distribution that was sampled from, float32."""
     versions: bytes
     """Policy version (optimizer steps seen by the weights) of each token, int32."""
     finish_reason: str
@@ -295,15 +295,15 @@ class Generated(Message):
 
 
 class Cancel(Message):
-    """Withdraw a `Generate` by its call id. One way: no answer."""
+    """Withdraw a `Generate` by its call id. This message is not answered."""
 
     call: int
 
 
 class Score(Message):
-    """Raw log-probs of `targets`, position by position, given the tokens up to there; negative ones are not asked for.
+    """Raw log-probs of `targets`, each given the tokens up to its position. Negative targets are not scored.
 
-    Of a model with a scalar head: the values there, for any target.
+    For a model with a scalar head: the values at these positions, for any target.
     """
 
     model: str
@@ -319,7 +319,7 @@ class Scored(Message):
 
 
 class CustomLoss(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, frozen=True):
-    """A loss of the recipe's own: a function at the top level of the recipe's file, which ranks import by its name."""
+    """A loss of the recipe: a function at the top level of the recipe's file, which ranks import by its name."""
 
     path: str
     sha256: str
@@ -331,14 +331,14 @@ class MicroBatch(Message):
 
     tokens, targets: int32; coefficients: float64; lengths: int32, one for each sample. Positions with coefficient 0
     are not scored. The loss "linear" is -sum(coefficient * logprob(target)): a coefficient is a token's weight
-    (language modelling) or its tangent. Every other loss is a function of all scored tokens, in which a coefficient
-    is the weight of its token.
-    sampler_logprobs: float32, or empty: the sampler's record of each target under the present weights (raw
-    distribution), to be compared with; NaN where there is none.
+    (language modelling) or its tangent. Every other loss is a function of all scored tokens, with the coefficients as
+    their weights.
+    sampler_logprobs: float32, or empty: the sampler's log-prob of each target under the present weights (raw
+    distribution), for comparison; NaN where it is missing.
     loss: a name in the ranks' table of losses, or "custom". settings: its hyper-parameters. fields: float64, one for
-    each scored position, in order. group: so many adjacent samples belong together, 2 for pairs.
-    parts: int32, or empty: one group whose samples do not fit together, and how many of them go through the model at
-    once; each part has at most `max_batch_tokens`. dropout: whether an adapter's is on.
+    each scored position, in order. group: the number of adjacent samples that belong together, 2 for pairs.
+    parts: int32, or empty: for one group whose samples do not fit together, the numbers of samples to pass through the
+    model at once; each part has at most `max_batch_tokens`. dropout: whether an adapter's dropout is on.
     """
 
     model: str
@@ -358,10 +358,10 @@ class MicroBatch(Message):
 
 
 class MicroBatchDone(Message):
-    """The result of the forward and backward passes, of which one has the tokens of a part."""
+    """The result of the forward and backward passes; each pass takes the tokens of one part."""
 
     numerator: float
-    """The loss, summed."""
+    """The sum of the loss."""
     tokens: list[int]
     samples: int
     seconds: float
@@ -381,7 +381,7 @@ GLOBAL: dict[type[Message], type[Message]] = {
     Regroup: Nothing,
     Shutdown: Nothing,
 }
-"""Requests that every rank executes in one order, with the type of each answer."""
+"""Requests that every rank executes in the same order, with the type of each answer."""
 
 REPLICA: dict[type[Message], type[Message]] = {
     Generate: Generated,

@@ -1,7 +1,7 @@
-"""A rank's end of its socket. Loads no torch; none of its threads issues a collective.
+"""A rank's end of its socket. It does not load torch, and its threads issue no collectives.
 
-One thread reads requests into `inbox`, one writes a beat every second, and frames that the socket did not take at once.
-The engine thread takes from `inbox` and answers. When the driver goes away the process ends at once.
+One thread reads requests into `inbox`; another writes a beat every second, and frames that the socket did not take at
+once. The engine thread takes from `inbox` and answers. When the driver ends, the process ends at once.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from harmony_core.rpc.wire import Failure, FrameDecoder, StoreValues, WireError,
 
 BEAT_SECONDS = 1.0
 DRIVER_GONE = 17
-"""Exit status of a rank whose driver went away."""
+"""Exit status of a rank whose driver has ended."""
 
 IDLE = "idle"
-"""The phase of a rank that waits for work; it may last for ever. Any other phase has to end."""
+"""The phase of a rank that waits for work, without a time limit. Every other phase must end."""
 
 
 @dataclass(frozen=True)
 class Incoming:
-    """One request. `id` answers it; it is 0 for a message that wants no answer. `seq` orders global requests."""
+    """One request. `id` is used to answer it, 0 if no answer is expected. `seq` orders global requests."""
 
     id: int
     message: Message
@@ -45,31 +45,31 @@ READER, WRITER = "rank-reader", "rank-writer"
 
 
 class Progress:
-    """Progress within a phase: long work tells it piece by piece, so that silence means a hang."""
+    """Progress within a phase. Long work reports each piece, so that silence means a hang."""
 
     def __init__(self) -> None:
         self._listener: Callable[[], None] | None = None
 
     def report_to(self, listener: Callable[[], None]) -> None:
-        """Have `listener` called for every piece from now on; it must be quick."""
+        """Call `listener` for every piece from now on. It must be quick."""
         self._listener = listener
 
     def made(self, *_: object) -> None:
-        """A piece is done: a layer, what a compiler made for it, a tensor read or written, a collective."""
+        """Report a finished piece: a layer, a compiled part of it, a tensor read or written, a collective."""
         if self._listener is not None:
             self._listener()
 
 
 progress = Progress()
-"""Of this process, which is one rank with one engine thread: its channel listens, and its beats carry the news."""
+"""The progress of this process, which is one rank with one engine thread. Its channel listens and adds it to beats."""
 
 _NOTE_BYTES = 64
 
 
 class PhaseNote:
-    """The phase of a rank, in a file beside the socket that both sides hold open: beats come once a second only.
+    """The phase of a rank, in a file beside the socket that both sides hold open, since beats come only once a second.
 
-    It stays readable when the rank is dead and the file is removed.
+    It stays readable when the rank is dead and the file is deleted.
     """
 
     def __init__(self, socket: str | Path, rank: int) -> None:
@@ -80,11 +80,11 @@ class PhaseNote:
         os.pwrite(self._file, phase.encode()[:_NOTE_BYTES].ljust(_NOTE_BYTES), 0)
 
     def read(self) -> str:
-        """The phase that was written last, "" before that and once it is closed."""
+        """The phase that was written last; "" before the first one and after closing."""
         return "" if self._file < 0 else os.pread(self._file, _NOTE_BYTES, 0).decode("utf-8", "replace").strip()
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         os.close(self._file)
         self._file = -1
 
@@ -126,7 +126,7 @@ class RankChannel:
 
     @property
     def phase(self) -> str:
-        """The work of the engine thread; `IDLE` while it waits. Shown in beats and in errors."""
+        """The engine thread's present work, or `IDLE` while it waits. Shown in beats and in errors."""
         return self._phase[0]
 
     @phase.setter
@@ -135,7 +135,7 @@ class RankChannel:
         self._note.write(name)
 
     def progressed(self) -> None:
-        """A piece of the phase is done: the time that counts as a hang begins anew."""
+        """Report a finished piece of the phase, which restarts the time that counts as a hang."""
         self._phase = (self._phase[0], time.monotonic())
 
     def reply(self, id: int, message: Message) -> None:
@@ -145,14 +145,14 @@ class RankChannel:
         self._send(encode("ok", message, id=id, method=method))
 
     def fail(self, id: int, error: BaseException) -> None:
-        """Answer call `id` with an exception, which the driver raises to the caller."""
+        """Answer call `id` with an exception, which the driver raises in the caller."""
         self._methods.pop(id, None)
         self._send(encode("err", failure_of(error, self.rank), id=id))
 
     def ask(self, message: Message, timeout: float) -> list[bytes] | None:
-        """Ask the driver something of the table `ASKED`, and wait for the values; `timeout` is in seconds.
+        """Send the driver a request from the table `ASKED`, and wait for the values; `timeout` is in seconds.
 
-        Raises TimeoutError, or the error that the driver answers with.
+        Raises TimeoutError, or the error in the driver's answer.
         """
         call, answers = next(self._calls), queue.SimpleQueue[Message]()
         self._asked[call] = answers
@@ -169,16 +169,16 @@ class RankChannel:
         return answer.values
 
     def event(self, type: str, data: dict[str, Any]) -> None:
-        """Report something for `events.jsonl`."""
+        """Report an event for `events.jsonl`."""
         self._send(encode("event", Event(type=type, data=data)))
 
     def fatal(self, error: BaseException) -> None:
-        """Tell the driver that this rank cannot go on, and wait until that is sent."""
+        """Tell the driver that this rank cannot continue, and wait until the message is sent."""
         self._send(encode("err", failure_of(error, self.rank)))
         self.flush()
 
     def flush(self, timeout: float = 2.0) -> None:
-        """Wait until everything is handed to the kernel."""
+        """Wait until all frames are handed to the kernel."""
         self._flushed.wait(timeout)
 
     def _send(self, frame: bytes) -> None:
@@ -190,7 +190,7 @@ class RankChannel:
                 except (BlockingIOError, InterruptedError):
                     pass
                 except OSError:
-                    self._gone = True  # the reader sees the same, and ends the process
+                    self._gone = True  # the reader sees the same error, and ends the process
                     return
             if frame:
                 self._outbox.append(frame)
@@ -241,7 +241,7 @@ class RankChannel:
 
     def _take(self, kind: str, id: int, seq: int | None, message: Message) -> None:
         if kind in ("ok", "err") and id:
-            if answers := self._asked.get(id):  # else it comes too late
+            if answers := self._asked.get(id):  # otherwise the answer is too late
                 answers.put(message)
             return
         if isinstance(message, Failure):

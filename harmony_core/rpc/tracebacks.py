@@ -1,4 +1,4 @@
-"""Tracebacks for people: the author's frames with their source, ours and the libraries' folded to a count."""
+"""Tracebacks for people: the author's frames with their source; ours and the libraries' are folded to a count."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ class Frame:
 
 
 def frames_in(trace: TracebackType | None) -> list[Frame]:
-    """Every frame, the outermost first."""
+    """Every frame, outermost first."""
     summary = traceback.extract_tb(trace)
     return [Frame(frame.filename, frame.lineno or 0, frame.name) for frame in summary]
 
 
 def is_own(frame: Frame) -> bool:
-    """Whether the frame is the author's: not ours, not the standard library's, not an installed package's."""
+    """Whether the frame is the author's, as opposed to ours, the standard library's or an installed package's."""
     if frame.filename.startswith("<"):
         return False
     path = Path(frame.filename)
-    if path.is_relative_to(_BUILT_IN):  # a built-in recipe is written as a user's is
+    if path.is_relative_to(_BUILT_IN):  # a built-in recipe counts as a user's
         return True
     if not {"site-packages", "dist-packages"}.isdisjoint(path.parts):
         return False
@@ -59,7 +59,7 @@ _BUILT_IN = Path(harmony_core.__file__).parent / "recipes"
 
 
 def describe(error: BaseException) -> list[str]:
-    """Lines with the exception and its place in the author's code; causes after it."""
+    """Lines with the exception and its place in the author's code, followed by its causes."""
     lines: list[str] = []
     seen: set[int] = set()
     current: BaseException | None = error
@@ -90,7 +90,7 @@ def place_of(error: BaseException) -> str | None:
 
 
 def callers_line(otherwise: str) -> str:
-    """file:line of the nearest caller that is the author's own code."""
+    """file:line of the nearest caller in the author's own code."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         here = Frame(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name)
@@ -101,7 +101,7 @@ def callers_line(otherwise: str) -> str:
 
 
 def _folded(frames: list[Frame]) -> Iterator[str]:
-    """The author's frames, from the first of them on; the frames before it are ours by construction."""
+    """The frames from the author's first frame on; the frames before it are always ours."""
     first = next((i for i, frame in enumerate(frames) if is_own(frame)), len(frames))
     shown = 0
     for own, group in itertools.groupby(frames[first:], is_own):

@@ -2,8 +2,8 @@
 
     u32 header length | u64 body length | header | body          little-endian
 
-Header and body are msgpack. The header names the method and the kind; both bodies and headers are typed, unknown
-fields and methods are refused, and lengths are checked before a byte is stored. No input or output happens here.
+Header and body are msgpack. The header contains the method and the kind; headers and bodies are typed, unknown
+fields and methods are refused, and lengths are checked before a byte is stored. This module does no input or output.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ Kind = Literal["call", "ok", "err", "event", "cast"]
 MAX_HEADER_BYTES = 4096
 MAX_BODY_BYTES = 1 << 30
 MAX_HELLO_BYTES = 1 << 16
-"""The most that a peer may send before its Hello is accepted."""
+"""The most bytes that a peer may send before its Hello is accepted."""
 
 MAX_VALUE_BYTES = 1 << 20
-"""Of one value in the store of the ranks."""
+"""The maximum size of one value in the ranks' store."""
 
 _PREFIX = struct.Struct("<IQ")
 
 
 class WireError(Exception):
-    """Bytes that are not a frame of ours: the stream they came on is lost."""
+    """Bytes that are not a valid frame; the stream that contained them cannot be used any more."""
 
 
 class Header(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
@@ -67,27 +67,27 @@ class StoreSet(Message):
 
 
 class StoreAdd(Message):
-    """Add to the number under a key, 0 where there is none. The answer is the sum, as digits."""
+    """Add to the number under a key, or to 0 without one. The answer is the sum, as digits."""
 
     key: Key
     amount: int
 
 
 class StoreGet(Message):
-    """Ask for the values of keys, and `wait` until all of them are there."""
+    """Ask for the values of keys, and `wait` until all of them exist."""
 
     keys: Annotated[list[Key], msgspec.Meta(max_length=4096)]
     wait: bool
 
 
 class StoreValues(Message):
-    """The answer to each of them; None when a key is missing."""
+    """The answer to each store request; None when a key is missing."""
 
     values: list[Value] | None
 
 
 ASKED: tuple[type[Message], ...] = (StoreSet, StoreAdd, StoreGet)
-"""The closed table of the questions of ranks to the driver."""
+"""The closed table of requests from ranks to the driver."""
 
 
 class Frame(msgspec.Struct):
@@ -112,7 +112,7 @@ _failure_decoder = msgspec.msgpack.Decoder(Failure)
 
 
 def encode(kind: Kind, message: Message, *, id: int = 0, method: str = "", seq: int | None = None) -> bytes:
-    """One frame. `method` defaults to the message's class; answers name the method that they answer."""
+    """Encode one frame. `method` defaults to the message's class; an answer has the method of its request."""
     header = _encoder.encode(Header(id=id, kind=kind, method=method or type(message).__name__, seq=seq))
     body = _encoder.encode(message)
     if len(body) > MAX_BODY_BYTES:
@@ -128,7 +128,7 @@ class FrameDecoder:
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> Iterator[Frame]:
-        """Frames completed by `data`, each decoded when it is asked for. Raises WireError; the stream is then lost."""
+        """Frames completed by `data`, each decoded on demand. Raises WireError; the stream cannot be used after it."""
         self._buffer += data
         return self._frames()
 
@@ -160,7 +160,7 @@ def _decode(header_bytes: bytes, body: bytes) -> Frame:
 
 
 def failure_of(error: BaseException, rank: int) -> Failure:
-    """An exception as data. One that is not ours becomes a RankError that carries its traceback."""
+    """An exception as data. An exception of another library becomes a RankError with its traceback."""
     if not isinstance(error, HarmonyError):
         lines = traceback.format_exception(error)
         text = str(error).strip() or "no message"
@@ -175,7 +175,7 @@ def failure_of(error: BaseException, rank: int) -> Failure:
 
 
 def _plain(value: Any) -> Any:
-    """`value` where msgpack can carry it, else its representation."""
+    """`value` if msgpack can encode it, else its representation."""
     try:
         return msgspec.msgpack.decode(_encoder.encode(value))
     except (TypeError, ValueError, OverflowError, RecursionError, msgspec.MsgspecError):
@@ -187,18 +187,18 @@ def _plain_text(text: str) -> str:
 
 
 def error_of(failure: Failure) -> HarmonyError:
-    """The exception that a `Failure` describes, looked up in the error tree; of an unknown class: a RankError."""
+    """The exception that a `Failure` describes, looked up in the error tree. An unknown class becomes a RankError."""
     known = all_errors().get(failure.type)
     if known is not None:
         try:
             return known(failure.message, hint=failure.hint, **failure.details)
-        except TypeError:  # details that this class cannot be built from
+        except TypeError:  # the details do not fit this class
             pass
     return RankError(f"{failure.type}: {failure.message}", hint=failure.hint, type=failure.type)
 
 
 def pack_ints(values: Iterable[int]) -> bytes:
-    """int32."""
+    """Pack as int32."""
     return array("i", values).tobytes()
 
 
@@ -208,7 +208,7 @@ def unpack_ints(data: bytes) -> list[int]:
 
 
 def pack_floats(values: Iterable[float]) -> bytes:
-    """float32."""
+    """Pack as float32."""
     return array("f", values).tobytes()
 
 
@@ -218,5 +218,5 @@ def unpack_floats(data: bytes) -> list[float]:
 
 
 def pack_doubles(values: Iterable[float]) -> bytes:
-    """float64."""
+    """Pack as float64."""
     return array("d", values).tobytes()

@@ -1,8 +1,8 @@
-"""Checkpoints on disk: directories that are there whole or not at all, with a hash of every file.
+"""Checkpoints on disk: directories that exist completely or not at all, with a hash of every file.
 
     checkpoints/checkpoint-000004/  manifest.json  state.json  models/<role>/*.safetensors, *.json
     checkpoints/.writing-<id>/      a checkpoint that is being written, or was when its process was killed
-    checkpoints/.damaged-<name>/    a checkpoint whose bytes are not those that were written
+    checkpoints/.damaged-<name>/    a checkpoint whose bytes have changed since they were written
 
 Only the process that holds the run's lock writes here. Nothing is ever pickled.
 """
@@ -80,7 +80,7 @@ class _Manifest(TypedDict):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One whole checkpoint. `state` was saved beside the models' files."""
+    """One complete checkpoint. `state` is the content of `state.json`, next to the models' files."""
 
     directory: Path
     state: dict[str, Any]
@@ -91,13 +91,13 @@ class Checkpoint:
         return self.directory.name
 
     def models(self, role: str) -> Path:
-        """Where the files of one model are."""
+        """The directory of one model's files."""
         return self.directory / "models" / role
 
 
 @contextlib.contextmanager
 def taking_back(checkpoint: Checkpoint) -> Iterator[None]:
-    """Turn an error of the block, where a part of the state is missing or of another shape, into VerificationError."""
+    """Raise VerificationError for errors of the block, which mean that a part of the state is missing or malformed."""
     try:
         yield
     except (LookupError, TypeError, ValueError) as error:
@@ -107,13 +107,13 @@ def taking_back(checkpoint: Checkpoint) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class CheckpointStore:
-    """The checkpoints of one run. The newest `keep` stay, and those that they name in `needs`."""
+    """The checkpoints of one run. The newest `keep` are kept, and those that they name in `needs`."""
 
     directory: Path
     keep: int = 2
 
     def names(self) -> list[str]:
-        """The names of all checkpoints, whole or not, newest first."""
+        """The names of all checkpoints, complete or not, newest first."""
         found = self.directory.iterdir() if self.directory.is_dir() else ()
         return sorted((path.name for path in found if _NAME.fullmatch(path.name)), key=_number, reverse=True)
 
@@ -125,7 +125,7 @@ class CheckpointStore:
         return None
 
     def read(self, name: str) -> Checkpoint:
-        """A checkpoint after comparing its files, and those of the checkpoints it needs, with their hashes.
+        """Load a checkpoint after comparing its files, and those of the checkpoints it needs, with their hashes.
 
         Raises VerificationError.
         """
@@ -135,9 +135,9 @@ class CheckpointStore:
         return found
 
     def newest_whole(self, tell: Callable[[str], None]) -> Checkpoint:
-        """The newest checkpoint that is whole; `tell` gets a warning about each newer one that is damaged.
+        """The newest complete checkpoint; `tell` gets a warning about each newer one that is damaged.
 
-        Raises NotFoundError when there is none, VerificationError when none is whole.
+        Raises NotFoundError if there are no checkpoints, VerificationError if all of them are damaged.
         """
         problems: list[HarmonyError] = []
         for name in self.names():
@@ -157,7 +157,7 @@ class CheckpointStore:
         raise NotFoundError(f"there is no checkpoint in {self.directory}", hint="start the run anew")
 
     def prepare(self, chosen: Checkpoint | None) -> None:
-        """Prepare the directory for a run: remove unfinished checkpoints, put aside those newer than `chosen`."""
+        """Prepare the directory for a run: remove unfinished checkpoints, set aside those newer than `chosen`."""
         self.directory.mkdir(parents=True, exist_ok=True)
         for path in self.directory.glob(".writing-*"):
             shutil.rmtree(path, ignore_errors=True)
@@ -167,7 +167,7 @@ class CheckpointStore:
 
     @contextlib.contextmanager
     def write(self, expected_bytes: int = 0) -> Iterator[Writing]:
-        """A checkpoint to fill and commit; leaving the block without `commit` removes it.
+        """A checkpoint to fill and commit. It is removed if the block ends without `commit`.
 
         Raises ResourceError when the disk has no room for `expected_bytes`.
         """
@@ -183,7 +183,7 @@ class CheckpointStore:
             shutil.rmtree(writing.directory, ignore_errors=True)
 
     def prune(self) -> list[str]:
-        """Remove the checkpoints that are older than the newest `keep` and not needed by them. Returns their names."""
+        """Remove the checkpoints older than the newest `keep`, unless these need them. Returns the removed names."""
         names = self.names()
         kept = set(names[: max(self.keep, 1)])
         for name in list(kept):
@@ -200,7 +200,7 @@ class CheckpointStore:
         return before - size_of(self.directory)
 
     def _remove(self, names: Iterable[str]) -> None:
-        """Out of sight in one step, then for good."""
+        """Rename the directory out of sight in one step, then delete it."""
         for name in names:
             grave = self.directory / f".writing-{uuid.uuid4().hex}"
             os.rename(self.directory / name, grave)
@@ -222,7 +222,7 @@ class Writing:
         return path
 
     def commit(self, state: Mapping[str, Any]) -> Checkpoint:
-        """Hash and sync everything, then appear under the next number. Raises ResourceError for a failing disk."""
+        """Hash and sync everything, then publish it under the next number. Raises ResourceError for a failing disk."""
         with storing("cannot write a checkpoint"):
             (self.directory / STATE).write_text(json.dumps(dict(state), indent=1) + "\n", encoding="utf-8")
             files = sorted(path for path in self.directory.rglob("*") if path.is_file())
@@ -276,7 +276,7 @@ def _verified(directory: Path) -> Checkpoint:
 
 
 def _state_of(directory: Path) -> dict[str, Any]:
-    """The state of a checkpoint. Raises VerificationError where a part of it has another type."""
+    """The state of a checkpoint. Raises VerificationError if a part of it has the wrong type."""
     state = read_json(directory / STATE)
     check_kind(directory / STATE, state, _State)
     return state

@@ -1,10 +1,10 @@
 """Stopping a recipe from outside: signals, `--timeout` and a failed engine, also while its code blocks the event loop.
 
-Signals reach a watching thread through a socket that the C-level handler writes to, so they are noticed whatever the
-main thread does. The first one cancels the recipe; if the loop does not react, the main thread is signalled and the
-handler raises the cancellation inside the blocking code. The second one, and a recipe that does not end in time, end
-the process: the ranks see their socket close and end too. A signal that was ignored when the process was started, as
-`nohup` does with SIGHUP, stays ignored.
+Signals reach a watching thread through a socket that the C-level handler writes to, so they are noticed even if the
+main thread is busy. The first one cancels the recipe; if the loop does not react, the main thread is signalled and the
+handler raises the cancellation inside the blocking code. A second one, and a recipe that does not end in time, end
+the process: the ranks see their socket close and end too. A signal that was ignored when the process was started
+stays ignored, such as SIGHUP under `nohup`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _REASONS: dict[int, Reason] = {signal.SIGINT: "interrupt", signal.SIGTERM: "term
 class Interruption:
     """A context manager around the event loop that runs the recipe; use it on the main thread.
 
-    `say` tells people what happens. `last_words(exit_code)` may be set; it runs on the watching thread just before the
+    `say` prints messages for people. `last_words(exit_code)` may be set; it runs on the watching thread just before the
     process is ended at once, and must be quick.
     """
 
@@ -53,9 +53,9 @@ class Interruption:
         self._say = say
         self.last_words: Callable[[int], None] = lambda exit_code: None
         self.patience: Callable[[], float] = lambda: 0.0
-        """Called on the event loop: how many seconds the recipe has to end by itself before it is cancelled."""
+        """Returns how many seconds the recipe has to end by itself before it is cancelled. Called on the event loop."""
         self.resumable: Callable[[], bool] = lambda: False
-        """Whether there is a checkpoint: a run ended by SIGTERM or SIGHUP can then be resumed, and ends with 75."""
+        """Whether there is a checkpoint: a run ended by SIGTERM or SIGHUP can then be resumed, and exits with 75."""
         self._grace = grace
         self._timeout = timeout
         self._started = time.monotonic()
@@ -74,12 +74,12 @@ class Interruption:
 
     @property
     def seconds_left(self) -> float:
-        """Until the process is ended, once it was asked to stop; the whole grace before."""
+        """Seconds until the process is ended, if it was asked to stop; otherwise the whole grace."""
         return self._grace if self.reason is None else max(0.0, self._deadline - time.monotonic())
 
     @property
     def exit_code(self) -> int:
-        """Of a run that was stopped, by the reason."""
+        """The exit code of a stopped run, by the reason of the stop."""
         assert self.reason is not None
         if self.reason == "fault" and self.fault is not None:
             return self.fault.exit_code
@@ -88,7 +88,7 @@ class Interruption:
 
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:
-        """In here the grace does not run out, for ten minutes at most; afterwards it begins again."""
+        """Suspend the grace inside the block, for ten minutes at most; afterwards it starts again."""
         self._saving += 1
         try:
             yield
@@ -97,24 +97,24 @@ class Interruption:
             self._deadline = time.monotonic() + self._grace
 
     def watch(self, task: asyncio.Task[Any]) -> None:
-        """The task to cancel. If a stop was asked for already, it is cancelled now."""
+        """Set the task to cancel. If a stop was already requested, the task is cancelled now."""
         self._task = task
         self._loop = task.get_loop()
         if self.reason is not None:
             self._cancel()
 
     def end_for(self, fault: HarmonyError) -> None:
-        """Cancel a recipe that cannot go on, unless it was asked to stop before. Call on its event loop."""
+        """Cancel a recipe that cannot continue, unless a stop was already requested. Call on its event loop."""
         if self.reason is None:
             self.fault = fault
             self._stop("fault")
-            self._writer.send(b"\0")  # from now on the watching thread looks at the grace
+            self._writer.send(b"\0")  # from now on the watching thread checks the grace
 
     def __enter__(self) -> Interruption:
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         self._heeded = {number for number in _REASONS if signal.getsignal(number) is not signal.SIG_IGN}
-        for number in {*self._heeded, signal.SIGINT}:  # with SIGINT blocking code is interrupted, ignored or not
+        for number in {*self._heeded, signal.SIGINT}:  # SIGINT interrupts blocking code, ignored or not
             self._restore[number] = signal.signal(number, self._on_signal)
         self._old_wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         self._main = threading.main_thread().ident
@@ -133,18 +133,18 @@ class Interruption:
         self._writer.close()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        """On the main thread, between two of its instructions."""
+        """Runs on the main thread, between two of its instructions."""
         if not self._raise_now or self._loop is None:
             return
         running = asyncio.current_task(self._loop)
         if running is not None:
             self._raise_now = False
-            # The task itself must not be cancelled again when the loop comes to it: it is in its `finally` by then.
+            # The loop must not cancel the task again later, when the task is in its `finally`.
             self._raised = running is self._task
             raise asyncio.CancelledError
 
     def _live(self) -> None:
-        """Without this thread no signal and no time limit would end the run: when it fails, that does."""
+        """Without this thread no signal and no time limit could end the run, so an error in it ends the run."""
         try:
             self._watch()
         except BaseException as error:  # the edge of a thread
@@ -155,7 +155,7 @@ class Interruption:
             readable, _, _ = select.select([self._reader], [], [], self._next_check())
             numbers = self._reader.recv(64) if readable else None
             if numbers == b"":
-                return  # the writing end is closed: this is how the watcher is told to end
+                return  # the writing end is closed, which ends the watcher
             for number in numbers or b"":
                 if number == signal.SIGINT and self._own_signals:
                     self._own_signals -= 1
@@ -176,7 +176,7 @@ class Interruption:
             return
         if now >= self._deadline + (SAVING_SECONDS if self._saving else 0.0):
             self._end(self.exit_code, f"not stopped within {self._grace:.0f} s")
-        # A recipe that has been told is in its `finally`, which must not be cut short; the grace bounds it.
+        # A recipe that was notified is in its `finally`, which must not be cut short; the grace limits it.
         told = self._acknowledged or self._raised
         stalled = self._loop is not None and not told and now >= self._pushed_at + STALL_SECONDS
         if stalled and not self._raise_now and self._main is not None:
@@ -187,7 +187,7 @@ class Interruption:
 
     def _stop(self, reason: Reason) -> None:
         if self.reason is not None:
-            # A terminal that closes sends SIGHUP more than once, and a session that ends SIGTERM beside it.
+            # A closing terminal sends SIGHUP more than once, and an ending session sends SIGTERM as well.
             twice = "hangup" not in (self.reason, reason)
             self.reason = reason if reason not in ("timeout", "hangup") else self.reason
             if twice:
@@ -205,7 +205,7 @@ class Interruption:
         }
         self._tell(f"stopping{told[reason]}")
         if self._loop is None:
-            return  # the task is cancelled as soon as there is one
+            return  # the task is cancelled as soon as it exists
         with contextlib.suppress(RuntimeError):  # the loop is closed: the run is over
             self._loop.call_soon_threadsafe(self._cancel)
 
@@ -222,13 +222,13 @@ class Interruption:
             self._task.cancel()
 
     def _tell(self, text: str) -> None:
-        """Say it, for at most a second: a closed terminal or a full pipe must not delay the end."""
+        """Print the message, for at most a second: a closed terminal or a full pipe must not delay the end."""
         teller = threading.Thread(target=self._say, args=(text,), daemon=True)
         teller.start()
         teller.join(TELL_SECONDS)
 
     def _end(self, exit_code: int, why: str) -> None:
-        """Leave without cleaning up; closing the sockets to the ranks ends them."""
+        """End the process without cleanup. Closing the sockets to the ranks ends the ranks."""
         try:
             self._tell(f"ended: {why}")
             self.last_words(exit_code)

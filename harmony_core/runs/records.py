@@ -1,4 +1,4 @@
-"""Runs as their directories record them: listing them, finding one, and checking its files."""
+"""Runs as recorded in their directories: listing them, finding one, and checking its files."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from harmony_core.plain_files import check_kind, damaged, exists, is_locked, ope
 
 DAMAGED = "damaged"
 FILES = ("result.json", "argv.json", "versions.json", "models.json", "sources.json")
-"""The files that are checked beside `run.json` and, where they are read, the events."""
+"""The files that are checked in addition to `run.json` and, when they are read, the events."""
 MAX_JSON_BYTES = 128 * 1024 * 1024
-"""Of one file, and of one line of events."""
+"""The maximum size of one file, and of one line of events."""
 
 Count = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class _Options(TypedDict, total=False):
-    """The options that a resumed run takes over."""
+    """The options that a resumed run inherits."""
 
     num_processes: Count | None
     device: Literal["auto", "cpu", "cuda"]
@@ -73,26 +73,26 @@ _KINDS: dict[str, Any] = {
     "models.json": dict[str, _Model],
     "sources.json": dict[str, str],
 }
-"""The type of each file's content, as far as it is read; each line of a .jsonl file is an object."""
+"""The type of each file's content, for the parts that are read; each line of a .jsonl file is an object."""
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A run as its directory records it."""
+    """A run as recorded in its directory."""
 
     id: str
     directory: Path
     status: str
-    """running, succeeded, failed, stopped, or crashed: recorded as running while no process holds its lock.
+    """running, succeeded, failed, stopped, damaged or crashed.
 
-    Or damaged: there is a `run.json` that cannot be read.
+    Damaged: `run.json` cannot be read. Crashed: recorded as running, but no process holds its lock.
     """
     data: dict[str, Any]
     problem: str = ""
-    """The defect of `run.json`; "" without one."""
+    """The defect of `run.json`, "" if it has no defect."""
 
     def require(self, *names: str) -> None:
-        """Check files of the run; a missing one is fine. Raises VerificationError with every damaged file."""
+        """Check files of the run; a missing file is fine. Raises VerificationError naming every damaged file."""
         there = [path for name in names if exists(path := self.directory / name)]
         found = [problem for problem in (self.problem, *(_loaded(path)[1] for path in there)) if problem]
         if found:
@@ -109,7 +109,7 @@ class RunRecord:
 
 
 def list_runs(home: Home) -> list[RunRecord]:
-    """All runs, the newest first. A directory without a record is left out."""
+    """All runs, newest first. A directory without a record is left out."""
     if not home.runs.is_dir():
         return []
     records = [_read(directory) for directory in sorted(home.runs.iterdir(), reverse=True)]
@@ -117,7 +117,7 @@ def list_runs(home: Home) -> list[RunRecord]:
 
 
 def find_run(home: Home, reference: str) -> RunRecord:
-    """A run by its id, by a prefix or part of it that only one run has, or `last`; it may be damaged.
+    """Find a run by its id, by a unique prefix or part of it, or by `last`. The run may be damaged.
 
     Raises NotFoundError, UsageError.
     """
@@ -149,7 +149,7 @@ def _read(directory: Path) -> RunRecord | None:
 def _loaded(path: Path) -> tuple[Any, str]:
     """The content of a JSON file, and its defect ("" without one).
 
-    For a .jsonl file the content is None; a last line that was cut off is no defect.
+    For a .jsonl file the content is None; a last line that was cut off is not a defect.
     """
     try:
         if path.suffix != ".jsonl":
@@ -164,7 +164,7 @@ def _loaded(path: Path) -> tuple[Any, str]:
 
 
 def lines_of(file: IO[bytes]) -> Iterator[bytes]:
-    """The lines of a file, each cut at the bound."""
+    """The lines of a file, each cut at the maximum size."""
     line = b"\n"
     while line.endswith(b"\n") and (line := file.readline(MAX_JSON_BYTES)):
         yield line

@@ -1,6 +1,6 @@
-"""Resuming: the stages of a run, finding a run that can be resumed, and comparing it with its checkpoint.
+"""Resuming: the stages of a run, finding a resumable run, and comparing a run with its checkpoint.
 
-A recipe's training classes are its stages, in the order in which they begin. A finished stage leaves a checkpoint with
+Each training class of a recipe is a stage, in the order in which they begin. A finished stage leaves a checkpoint with
 its weights, so that a resumed run skips it and the next stage continues from them.
 """
 
@@ -23,9 +23,9 @@ NEWEST = "newest"
 """The reference of the newest run that can be resumed."""
 SWITCH_OFF = "HARMONY_NO_CHECKPOINTING"
 LEAVE = "GRACEFUL_EXIT"
-"""A file of this name among the checkpoints: the stage that runs saves after its step and ends."""
+"""The name of a file among the checkpoints. When it exists, the running stage saves after its step and ends."""
 PATIENCE_SECONDS = 5.0
-"""How long a stage that was asked to stop may take to the end of its step."""
+"""Seconds that a stage may take to finish its step when it is asked to stop."""
 
 _ABSENT = "(not there)"
 log = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class RunCheckpoints:
-    """The training classes of one run share it."""
+    """The checkpoint state of one run, shared by its training classes."""
 
     store: CheckpointStore
     facts: Mapping[str, Any]
@@ -41,15 +41,15 @@ class RunCheckpoints:
     resumed: Checkpoint | None = None
     """The checkpoint that the run continues from."""
     allow_change: bool = False
-    """Whether a change passes that does not affect the training."""
+    """Whether to allow a change that does not affect the training."""
     config: Mapping[str, Any] = field(default_factory=dict)
-    """The recipe's configuration without secrets, with which the run is resumed."""
+    """The recipe's configuration without secrets, for resuming the run."""
     finished: list[dict[str, Any]] = field(default_factory=list, init=False)
     """Name, algorithm, checkpoint and result of each finished stage."""
     stopping: bool = field(default=False, init=False)
-    """Whether the run was asked to stop: the stage that runs saves and ends."""
+    """Whether the run was asked to stop: the running stage saves and ends."""
     leaving: bool = field(default=False, init=False)
-    """Whether a stage has left its loop because of the file; later ones do not begin."""
+    """Whether a stage has left its loop because of the file `GRACEFUL_EXIT`; later stages then do not begin."""
     enabled: bool = field(default=True, init=False)
     """Whether stages write checkpoints."""
     saving: Callable[[], AbstractContextManager[None]] = field(default=contextlib.nullcontext, init=False)
@@ -72,12 +72,12 @@ class RunCheckpoints:
 
     @property
     def restore_data(self) -> dict[str, Any] | None:
-        """For `ctx.checkpoint_restore_data`."""
+        """The value of `ctx.checkpoint_restore_data`."""
         return None if self.resumed is None else {**self.resumed.state, "checkpoint": str(self.resumed.directory)}
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[int]:
-        """While a training class runs; gives its number, 0 for the first of the run."""
+        """Surrounds the run of a training class; gives its number, 0 for the first of the run."""
         if self._running is not None and self.enabled:
             log.warning("%s runs beside %s: no more checkpoints are written", name, self._running)
             self.enabled = False
@@ -90,9 +90,9 @@ class RunCheckpoints:
             self._running = outer
 
     def found(self, number: int, name: str, algorithm: str) -> tuple[Checkpoint, dict[str, Any]] | None:
-        """The checkpoint that stage `number` continues from, and the stage's record in it; None to begin afresh.
+        """The checkpoint that stage `number` continues from, and the stage's record in it; None to start afresh.
 
-        Raises UsageError when the recipe's stages are not those of the checkpoint.
+        Raises UsageError when the recipe's stages differ from the checkpoint's.
         """
         if self.resumed is None:
             return None
@@ -111,23 +111,23 @@ class RunCheckpoints:
         return (self.resumed if own is None else Checkpoint(own, self.resumed.state)), stage
 
     def asked_to_leave(self) -> bool:
-        """Whether the file `GRACEFUL_EXIT` is there."""
+        """Whether the file `GRACEFUL_EXIT` exists, or has existed."""
         self.leaving = self.leaving or (self.enabled and (self.store.directory / LEAVE).exists())
         return self.leaving
 
     def step_taken(self) -> None:
-        """The running stage has a state worth saving."""
+        """Note that the running stage has a state to save."""
         self._has_step = True
 
     def stop(self) -> float:
-        """Ask the running stage to save and end. Seconds until it should be cancelled instead; 0: at once."""
+        """Ask the running stage to save and end. Returns the seconds after which to cancel it instead; 0: at once."""
         self.stopping = True
         return PATIENCE_SECONDS if self._running is not None and self.enabled and self._has_step else 0.0
 
     def state(self, data: Mapping[str, Any] | None, *ended: dict[str, Any]) -> dict[str, Any]:
-        """The state of a checkpoint; `data` is the stage's own part, None between two stages.
+        """The state for a checkpoint; `data` is the stage's own part, None between two stages.
 
-        `ended` is the record of a stage that counts as finished with this checkpoint.
+        `ended` is the record of a stage that this checkpoint marks as finished.
         """
         finished = [*self.finished, *ended]
         return {
@@ -143,9 +143,9 @@ class RunCheckpoints:
 
 
 def going_on(store: CheckpointStore, run_id: str, status: str) -> dict[str, Any] | None:
-    """Where and how a run that ended with `status` goes on, as plain data; None when nothing is saved or left.
+    """Where and how to resume a run that ended with `status`, as plain data; None if nothing is saved or left to do.
 
-    `stage` and `step` are those of the newest checkpoint, `completion` the part of the stage that is done, 0 to 1.
+    `stage` and `step` are those of the newest checkpoint, `completion` the completed part of the stage, 0 to 1.
     """
     name, state = store.newest_readable() or (None, {})
     if name is None or (status == "succeeded" and state.get("data") is None):
@@ -161,15 +161,15 @@ def going_on(store: CheckpointStore, run_id: str, status: str) -> dict[str, Any]
 
 
 def where_it_goes_on(record: RunRecord) -> dict[str, Any] | None:
-    """Where and how a run can be resumed, as plain data; None when it cannot."""
+    """Where and how a run can be resumed, as plain data; None if it cannot."""
     store = CheckpointStore(record.directory / "checkpoints")
     return going_on(store, record.id, record.status) if why_not(record) is None else None
 
 
 def find_resumable(home: Home, reference: str, recipe: str | None = None) -> RunRecord:
-    """The run that a reference means; `newest`: the newest one (of `recipe`) that can be resumed.
+    """The run with this reference; `newest` is the newest run (of `recipe`) that can be resumed.
 
-    Raises NotFoundError, ConflictError while it is alive, UsageError when it is of another recipe or complete.
+    Raises NotFoundError, ConflictError while the run is alive, UsageError if it is complete or of another recipe.
     """
     if reference != NEWEST:
         record = find_run(home, reference)
@@ -188,7 +188,7 @@ def find_resumable(home: Home, reference: str, recipe: str | None = None) -> Run
 
 
 def why_not(record: RunRecord) -> str | None:
-    """Why a run cannot be resumed; None when it can."""
+    """The reason why a run cannot be resumed, or None."""
     store = CheckpointStore(record.directory / "checkpoints")
     if record.problem or record.status == "running":
         return record.problem or "it is running"
@@ -200,14 +200,14 @@ def why_not(record: RunRecord) -> str | None:
 
 
 def compare(what: str, saved: Mapping[str, Any], present: Mapping[str, Any], hint: str) -> None:
-    """Raise UsageError with one line for each value that is not as it was saved."""
+    """Raise UsageError with one line for each value that differs from the saved one."""
     if lines := differences(saved, present):
         message = f"{what} is not what the checkpoint was saved from: {'; '.join(lines)}"
         raise UsageError(message, hint=hint, changes=lines)
 
 
 def differences(saved: Mapping[str, Any], present: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """`lr: 0.1 -> 0.2` for each value that differs, blocks by their dotted names."""
+    """`lr: 0.1 -> 0.2` for each value that differs; nested values have dotted names."""
     lines: list[str] = []
     for key in dict.fromkeys([*saved, *present]):
         old, new = saved.get(key, _ABSENT), present.get(key, _ABSENT)

@@ -1,10 +1,10 @@
-"""One run: its directory with everything needed to inspect and repeat it, its event log, and its outcome.
+"""One run: its directory with the files to inspect and repeat it, its event log, and its outcome.
 
     runs/<id>/  run.json  lock  argv.json  config.yaml  sources.json  inputs/  versions.json  models.json
                 events.jsonl  logs/  checkpoints/  result.json  report.html
 
 A resumed run continues in its directory: events are appended, ranks write to `logs/resumed-N/`. A run is alive while
-its `lock` is held; the kernel releases it with the process, so no run needs to be unlocked.
+its `lock` is held. The kernel releases the lock when the process ends, so a run never has to be unlocked.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 PACKAGES = ("harmony-core", "torch", "transformers", "accelerate", "peft", "pydantic", "tokenizers", "safetensors")
 
 _OURS = ("ok", "exit", "code", "status", "run", "resume", "planned_until")
-"""Fields of a result that hold no text of the user's."""
+"""Fields of a result that never contain the user's text."""
 
 EventListener = Callable[[dict[str, Any]], None]
 
@@ -57,11 +57,11 @@ class EventLog:
         self._listeners: list[EventListener] = []
 
     def listen(self, listener: EventListener) -> None:
-        """Call with every later event, on the thread that writes it."""
+        """Call `listener` with every later event, on the thread that writes it."""
         self._listeners.append(listener)
 
     def write(self, type: str, data: dict[str, Any], rank: int | None = None) -> None:
-        """Append one event. After `close` and on a full disk events are dropped, and the run goes on."""
+        """Append one event. After `close` and on a full disk events are dropped, and the run continues."""
         with self._lock:
             event = {
                 "v": 1,
@@ -105,7 +105,7 @@ class Run:
 
     @classmethod
     def create(cls, home: Home, name: str = "run", argv: Sequence[str] = (), redactor: Redactor | None = None) -> Run:
-        """Make the directory, take its lock and record how it was started. Raises ResourceError."""
+        """Make the directory, take its lock and record how the run was started. Raises ResourceError."""
         with storing(f"cannot write a run under {home.runs}"):
             directory = _new_directory(home.runs, name)
             redactor = redactor or Redactor.from_environment(os.environ)
@@ -117,7 +117,7 @@ class Run:
 
     @classmethod
     def reopen(cls, record: RunRecord, argv: Sequence[str] = (), redactor: Redactor | None = None) -> Run:
-        """Continue a run that has ended, in its own directory. Raises ConflictError while it is alive."""
+        """Continue an ended run in its own directory. Raises ConflictError while the run is alive."""
         state = {key: value for key, value in record.data.items() if key not in ("exit", "ended")}
         state["resumed"] = int(record.data.get("resumed", 0)) + 1
         with storing(f"cannot write to {record.directory}"):
@@ -139,7 +139,7 @@ class Run:
 
     @property
     def log_dir(self) -> Path:
-        """The directory for the output of each rank, a new one each time that the run is resumed."""
+        """The directory for the output of each rank; a new one whenever the run is resumed."""
         times = self._state.get("resumed", 0)
         return self.directory / "logs" / f"resumed-{times}" if times else self.directory / "logs"
 
@@ -158,7 +158,7 @@ class Run:
         resumed: RunRecord | None = None,
         redactor: Redactor | None = None,
     ) -> Iterator[Run]:
-        """`create` or `reopen`, finished in every case: an exception that leaves the block makes the run failed."""
+        """`create` or `reopen` a run and always finish it: an exception that leaves the block makes the run failed."""
         run = cls.create(home, name, argv, redactor) if resumed is None else cls.reopen(resumed, argv, redactor)
         try:
             yield run
@@ -189,21 +189,21 @@ class Run:
             write_text(path, text)
 
     def masked(self, result: Mapping[str, Any]) -> dict[str, Any]:
-        """A result with its secrets masked; fields that never hold a user's text stay."""
+        """A result with its secrets masked, except in fields that never contain the user's text."""
         return {name: value if name in _OURS else self.redactor.data(value, name) for name, value in result.items()}
 
     def at_finish(self, call: Callable[[], None]) -> None:
-        """Call when the end is recorded, before the report is written."""
+        """Call `call` after the end is recorded and before the report is written."""
         self._endings.append(call)
 
     def finish(self, status: str, exit_code: int, result: Mapping[str, Any], report: bool = True) -> None:
-        """Record the end, release the lock and write the report. A second call does nothing."""
+        """Record the end, release the lock and write the report. A second call has no effect."""
         if self._lock is None:
             return
         self.events.write("run.end", {"status": status, "exit": exit_code})
         for call in self._endings:
             call()
-        with contextlib.suppress(ResourceError):  # a full disk must not hide how the run ended
+        with contextlib.suppress(ResourceError):  # a full disk must not hide the outcome of the run
             self.write_json("result.json", self.masked(result))
             self.write_json("run.json", self._state | {"status": status, "exit": exit_code, "ended": _now()})
         self.events.close()
@@ -217,12 +217,12 @@ class Run:
 
         try:
             write_report(self.directory)
-        except Exception as error:  # whatever is wrong with the page, the run has ended as it has
+        except Exception as error:  # an error in the page does not change the outcome of the run
             log.warning("no report of run %s: %s: %s", self.id, type(error).__name__, error)
 
 
 def _lines_in(path: Path) -> int:
-    """How many events a file holds. A last line that was cut off is ended first, so that the next is on its own."""
+    """The number of events in a file. An incomplete last line is ended first, so that the next event follows it."""
     if not path.exists():
         return 0
     with path.open("rb+") as file:
@@ -240,7 +240,7 @@ def _now() -> str:
 
 
 def _new_directory(runs: Path, name: str) -> Path:
-    """A directory whose name sorts behind those of earlier runs: UTC, a counter within the second, the run's name."""
+    """A directory whose name sorts after earlier runs: UTC, a counter within the second, the run's name."""
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:40] or "run"
     while True:
         second = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
@@ -267,7 +267,7 @@ Status = Literal["succeeded", "failed", "stopped", "planned"]
 
 @dataclass
 class Outcome:
-    """How a run ended: exit code, status, and the data for `result.json` and `--json`."""
+    """The outcome of a run: exit code, status, and the data for `result.json` and `--json`."""
 
     exit_code: int = 0
     status: Status = "succeeded"
@@ -277,14 +277,14 @@ class Outcome:
     errors: list[dict[str, Any]] = field(default_factory=list)
     plan: list[dict[str, Any]] = field(default_factory=list)
     rows: list[dict[str, Any]] = field(default_factory=list)
-    """Of a dry run: how many rows of each dataset are too long."""
+    """In a dry run: the number of rows of each dataset that are too long."""
     planned_until: str = ""
-    """Where a dry run ended."""
+    """The place where a dry run ended."""
     resume: dict[str, Any] | None = None
-    """From where and how the run can be resumed."""
+    """Where and how the run can be resumed."""
 
     def fail(self, error: BaseException) -> None:
-        """Record an error; of several, the lowest exit code counts."""
+        """Record an error; of several errors, the lowest exit code counts."""
         code = exit_code_of(error)
         self.exit_code = code if self.exit_code == 0 else min(self.exit_code, code)
         self.status = "failed"
@@ -315,12 +315,12 @@ def leaves(error: BaseException) -> Iterator[BaseException]:
 
 
 def exit_code_of(error: BaseException) -> int:
-    """The error's own code if it is one of ours, else 1; the lowest of a group."""
+    """The error's own exit code if it is a HarmonyError, else 1; the lowest code of a group."""
     return min(leaf.exit_code if isinstance(leaf, HarmonyError) else 1 for leaf in leaves(error))
 
 
 def error_data(error: BaseException) -> dict[str, Any]:
-    """One error for people (`lines`) and for programs."""
+    """One error, formatted for people (`lines`) and for programs."""
     data: dict[str, Any] = {"type": type(error).__name__, "where": place_of(error)}
     if isinstance(error, HarmonyError):
         issues = error.details.get("issues")
@@ -337,7 +337,7 @@ def error_data(error: BaseException) -> dict[str, Any]:
 
 
 def _typed_lines(error: HarmonyError, issues: list[str]) -> list[str]:
-    """Message, place in the recipe, notes and hint. Our errors explain themselves, so other frames are left out."""
+    """Message, place in the recipe, notes and hint. Our own errors explain themselves, so other frames are left out."""
     lines = issues if issues else error.message.splitlines()
     own = [frame for frame in frames_in(error.__traceback__) if is_own(frame)]
     lines = [*lines, *(f"  {frame.filename}:{frame.line} in {frame.function}" for frame in own[-3:])]

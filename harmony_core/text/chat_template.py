@@ -2,7 +2,7 @@
 
 A template comes with the weights and is not trusted. It cannot reach Python's internals (jinja2's immutable sandbox).
 Everything that grows or repeats (loops, macros, strings, containers, output) is charged to one budget per rendering; a
-template that exceeds it fails with a TokenizationError that names the file. This module knows nothing of tokens.
+template that exceeds it fails with a TokenizationError that names the file. This module does not handle tokens.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _GROWING_FILTERS = (
 
 @dataclass
 class _Budget:
-    """What a rendering has spent so far, and the positions of the generation blocks in its output."""
+    """The cost of a rendering so far, and the positions of the generation blocks in its output."""
 
     deadline: float
     spent: int = 0
@@ -67,7 +67,7 @@ class Rendered:
 class ChatTemplate:
     """One compiled template. `origin` names it in errors; it can read `variables` (special tokens and others).
 
-    `choices` are the template itself and the one for conversations with `tools`: itself or another (`with_tools`).
+    `choices` are the template itself and the one for conversations with `tools`: the same, or that of `with_tools`.
     Raises TokenizationError for a template that cannot be compiled.
     """
 
@@ -124,7 +124,7 @@ class ChatTemplate:
         return Rendered("".join(chunks), tuple(budget.generations))
 
     def missing(self) -> list[str]:
-        """Descriptions of filters, tests and functions that the template uses and that do not exist."""
+        """Descriptions of filters, tests and functions that the template uses but that do not exist."""
         tree = self._sandbox.parse(self.source)
         guarded = {node.node.name for node in tree.find_all(nodes.Test) if isinstance(node.node, nodes.Name)}
         called = {node.node.name for node in tree.find_all(nodes.Call) if isinstance(node.node, nodes.Name)}
@@ -142,7 +142,7 @@ class ChatTemplate:
 
 
 class _GenerationTag(Extension):
-    """`{% generation %} ... {% endgeneration %}`: marks the text in the output that the model generates."""
+    """`{% generation %} ... {% endgeneration %}`: marks the part of the output that the model generates."""
 
     tags = {"generation"}  # noqa: RUF012
 

@@ -1,10 +1,10 @@
-"""Find what a rendered conversation shows of each turn by rendering it a second time with marked strings.
+"""Find the parts of each turn in a rendered conversation by rendering it a second time with marked strings.
 
 Every string of a turn (its reasoning, its text, the names and arguments of its calls, a tool's response) is enclosed in
 characters that occur nowhere else. If the marked rendering without these characters equals the plain one, the marks
 give the position of each string, and the text between two marks comes from the turn. Blank strings are not marked, and
-in a text the parts between tags are marked separately: templates test whether there is a content, test what it begins
-with, and split it at `</think>`.
+in a text the parts between tags are marked separately, because templates test whether a content is empty, test its
+beginning, and split it at `</think>`.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Shown:
-    """The pieces of a turn and the positions of their marks in `text`; not `known` if marking changes the rendering."""
+    """The pieces of a turn, and their marks' positions in `text`; `known` is false if marking changes the rendering."""
 
     text: str
     pieces: Sequence[Piece] = ()
@@ -116,7 +116,7 @@ class Shown:
     known: bool = True
 
     def span(self, start: int = 0) -> tuple[int, int] | None:
-        """The first and the last position of the turn from `start` on; None if nothing is shown."""
+        """The first and the last position of the turn from `start` on; None if no part of it is shown."""
         places = [place for piece in self.pieces if (place := self._place(piece, start))]
         if not places:
             return None
@@ -126,12 +126,12 @@ class Shown:
         return first, end + (len(rest) if rest and self.text.startswith(rest, end) else 0)
 
     def left_out(self) -> bool:
-        """Whether the turn has a text, thoughts aside, and nothing of the turn is shown."""
+        """Whether the turn has text besides its thoughts, and the template shows no part of the turn."""
         has_text = any(piece.whole == "text" and not piece.thought for piece in self.pieces)
         return has_text and not any(self._place(piece, 0) for piece in self.pieces)
 
     def problem(self, start: int = 0) -> str:
-        """What the template leaves out or rewrites of the turn, from `start` on; empty if it shows the whole turn."""
+        """Describe the part of the turn that the template omits or rewrites from `start` on; empty if it shows all."""
         if not self.known:
             return "the chat template cuts or looks into its content, so that what it keeps cannot be told"
         end = start
@@ -165,7 +165,7 @@ class Shown:
 
 
 def shown(template: ChatTemplate, turns: Sequence[Turn], text: str, add_generation_prompt: bool) -> list[Shown]:
-    """What `text`, the rendered conversation, shows of each turn.
+    """Find the pieces of each turn in `text`, the rendered conversation.
 
     If marking every turn changes the rendering, only assistant turns are marked, first together and then one by one.
     """
@@ -184,7 +184,7 @@ def shown(template: ChatTemplate, turns: Sequence[Turn], text: str, add_generati
 def _attempt(
     template: ChatTemplate, turns: Sequence[Turn], text: str, add_generation_prompt: bool, chosen: Sequence[int]
 ) -> dict[int, Shown] | None:
-    """What is shown of the chosen turns; None if marking them changes the rendering."""
+    """Find the pieces of the chosen turns; returns None if marking them changes the rendering."""
     used = set(text)
     free = (mark for mark in map(chr, _MARKS) if mark not in used)
     pieces: dict[int, list[Piece]] = {}
@@ -290,7 +290,7 @@ class _Marker:
 
 
 def _shows(how: Callable[[str, str], bool], text: str, given: str) -> bool:
-    """Whether a template wrote `given` there; it may trim and add whitespace around the tags of a thought."""
+    """Whether a template wrote `given` in `text`; it may trim and add whitespace around the tags of a thought."""
     bare_text, bare_given = "".join(text.split()), "".join(given.split())
     return how(text, given) or bool(_THOUGHT.search(given) and how(bare_text, bare_given))
 

@@ -1,4 +1,4 @@
-"""Where each turn of a conversation lies in its rendered text, and why a turn cannot be trained there.
+"""The place of each turn in the rendered text of its conversation, and why a turn cannot be trained there.
 
 An assistant turn begins where the prompt for it ends: the template's rendering of the turns before it. The text after
 the prompt is what the model would have to emit, and it must show the whole turn. The tokens of a generated turn replace
@@ -60,7 +60,7 @@ def render_whole(
 
 
 def prompts_of(template: ChatTemplate, turns: Sequence[Turn]) -> Prompts:
-    """A function that renders the prompt for a turn, once, or returns None if the template refuses it."""
+    """A cached function that renders the prompt for a turn, or returns None if the template refuses it."""
     return cache(partial(_prompt_before, template, turns))
 
 

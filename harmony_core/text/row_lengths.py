@@ -1,6 +1,6 @@
 """Lengths of dataset rows in tokens, and which rows are trained whole, trained in parts or refused, with the reason.
 
-This module knows nothing of models: its callers pass functions that measure a row, and the limits.
+This module is independent of models: its callers pass functions that measure a row, and the limits.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ log = logging.getLogger(__name__)
 
 PARTS = {"50 %": 0.5, "90 %": 0.9, "99 %": 0.99, "longest": 1.0}
 KEPT = 0.99
-SAMPLE = 10_000  # rows that are counted of a dataset that takes longer than `SECONDS`
+SAMPLE = 10_000  # rows counted if counting the whole dataset takes longer than `SECONDS`
 SECONDS = 30.0
 FIRST = 200  # rows that a dry run checks
-BINS, REASONS = 10, 10  # how many are shown at most, approximately
+BINS, REASONS = 10, 10  # the approximate maximum that is shown
 
 
 @dataclass
@@ -49,7 +49,7 @@ class Lengths:
         return sum(count for tokens, count in self.known.items() if tokens > self.limit)
 
     def quantile(self, part: float) -> int | None:
-        """The length that `part` of the rows do not exceed; None if this length is unknown and within the limit."""
+        """The length that `part` of the rows do not exceed; None if it is unknown, and therefore within the limit."""
         rank = max(math.ceil(part * self.rows), 1) - (self.rows - self.known.total())
         for tokens in sorted(self.known) if rank > 0 else ():
             rank -= self.known[tokens]
@@ -58,7 +58,7 @@ class Lengths:
         return None
 
     def enough(self) -> int | None:
-        """The setting that would keep 99 % of the rows; None if the present one does, or if there is none."""
+        """The setting that would keep 99 % of the rows; None if the current one does, or if no setting would."""
         tokens = self.quantile(KEPT)
         if not self.setting or tokens is None or tokens <= self.limit:
             return None
@@ -84,7 +84,7 @@ class Drops(Lengths):
     hint = ""
 
     def note(self, outcome: object) -> None:
-        """Count a row; `outcome` is its error, or anything else."""
+        """Count a row; `outcome` is its error or its result."""
         self.rows += 1
         if isinstance(outcome, TooLong):
             self.hint, details = outcome.hint, outcome.details
@@ -220,7 +220,7 @@ class Rows:
 class PlannedRows:
     """The datasets that a dry run counts: those of training classes and others that were loaded.
 
-    `models` has a function for each training model that makes the Rows of a name, rows, and whether they are prompts.
+    `models` has a function for each training model: from a name, rows, and whether they are prompts it makes Rows.
     """
 
     trained: list[Rows] = field(default_factory=list)

@@ -42,7 +42,7 @@ _SHOWN = 500  # characters of a tool response
 class StringThread(Conversation[Turn]):
     """A conversation as text.
 
-    The constructor gives the last turn weight 1, whatever its role, and the others 0. `assistant()` and `system()`
+    The constructor gives weight 1 to the last turn, of any role, and 0 to the others. `assistant()` and `system()`
     append with weight 1, `user()` and `tool()` with 0. The `with_weight_*` methods set the weight of every turn.
     """
 
@@ -66,7 +66,7 @@ class StringThread(Conversation[Turn]):
 
     @staticmethod
     async def from_fragments(raw_turns: Sequence[tuple[str, Sequence[Fragment]]], metadata: Any = None) -> StringThread:
-        """Build from fragment dicts; the last turn gets weight 1. Raises DataError for a fragment that is not one."""
+        """Build from fragment dicts; the last turn gets weight 1. Raises DataError for an invalid fragment."""
         turns = _last_weighted(fragment_turn(role, fragments) for role, fragments in raw_turns)
         return StringThread.from_turns(turns, metadata)
 
@@ -133,11 +133,11 @@ class StringThread(Conversation[Turn]):
         return self._append("assistant", fragment, 1.0)
 
     def last_content(self) -> str:
-        """The text of the last turn. Raises DataError when there is none."""
+        """The text of the last turn. Raises DataError if the thread is empty."""
         return self._last().text
 
     def last_turn_fragments(self) -> list[Fragment]:
-        """The fragments of the last turn. Raises DataError when there is none."""
+        """The fragments of the last turn. Raises DataError if the thread is empty."""
         return [fragment.public() for fragment in self._last().fragments]
 
     def messages(self) -> list[tuple[str, str]]:
@@ -149,7 +149,7 @@ class StringThread(Conversation[Turn]):
         return self._turns[-1].text if self._turns and self._turns[-1].role == "assistant" else None
 
     def get_turns(self) -> list[StringTurn]:
-        """Role and text of every turn; an image shows as `<|image|>`, a tool's response as nothing."""
+        """Role and text of every turn; an image appears as `<|image|>`, a tool's response is left out."""
         return [StringTurn(turn.role, _shown_text(turn)) for turn in self._turns]
 
     def _append(self, role: str, fragment: AnyFragment, weight: float) -> StringThread:
@@ -221,17 +221,17 @@ class TokenizedThread(Conversation[TokenTurn]):
 
     @property
     def logprobs(self) -> list[float] | None:
-        """The raw log-prob of each weighted token if these are the generated tokens; else None."""
+        """The raw log-prob of each weighted token, or None if the weighted tokens are not the generated ones."""
         return self._recorded("logprobs")
 
     @property
     def sampled_logprobs(self) -> list[float] | None:
-        """Like `logprobs`, under the distribution that was sampled from."""
+        """Like `logprobs`, but under the sampling distribution."""
         return self._recorded("sampled_logprobs")
 
     @property
     def versions(self) -> list[int] | None:
-        """The policy version of each weighted token if these are the generated tokens; else None."""
+        """The policy version of each weighted token, or None if the weighted tokens are not the generated ones."""
         return self._recorded("versions")
 
     def get_turns(self) -> list[TokenizedTurn]:
@@ -259,7 +259,7 @@ class TokenizedThread(Conversation[TokenTurn]):
         return self._turns[-1].end == len(self.token_ids)
 
     def last_content(self) -> list[int] | None:
-        """The tokens of the last turn, None in an empty thread."""
+        """The tokens of the last turn, or None if the thread is empty."""
         return self.token_ids[self._turns[-1].start : self._turns[-1].end] if self._turns else None
 
     def len_last_turn(self) -> int:
@@ -278,7 +278,7 @@ class TokenizedThread(Conversation[TokenTurn]):
         return super()._with_turns((*self.token_turns, TokenTurn(role, (fragment,), 0.0, problem=_PENDING)))
 
     def _weighted(self, chosen: slice) -> Self:
-        self._turns = self.token_turns  # the positions of turns that have no weight yet are needed
+        self._turns = self.token_turns  # turns that have no weight yet need their positions
         return super()._weighted(chosen)
 
     def _with_turns(self, turns: tuple[TokenTurn, ...]) -> Self:
@@ -288,7 +288,7 @@ class TokenizedThread(Conversation[TokenTurn]):
         return super()._with_turns(turns)
 
     def _recorded(self, numbers: str) -> list[Any] | None:
-        """Numbers of the last turn's record, if no other turn has a weight."""
+        """Numbers of the last turn's record, or None if the last turn is not the only one with a weight."""
         record = self.generation
         weighted = [turn for turn in self._turns if turn.weight > 0]
         return list(getattr(record, numbers)) if record is not None and weighted == [*self._turns[-1:]] else None
@@ -300,7 +300,7 @@ class TokenizedThread(Conversation[TokenTurn]):
 
 
 def repeat_thread(thread: StringThread) -> Iterator[StringThread]:
-    """The thread again and again, each time as a copy with metadata of its own."""
+    """Yield copies of the thread without end, each with its own metadata."""
     while True:
         copied = copy.copy(thread)
         copied.metadata = copy.deepcopy(thread.metadata)
@@ -313,9 +313,9 @@ def stringify_thread(thread: StringThread, sep: str = "\n\n") -> str:
 
 
 def override_system_prompt(dataset: Iterable[StringThread], system_prompt: str) -> list[StringThread]:
-    """The threads with this one system turn in place of their own; the last turn has weight 1, as in a new thread.
+    """Replace the system turns of each thread by this one; the last turn has weight 1, as in a new thread.
 
-    Raises DataError for a thread with anything but text.
+    Raises DataError for a thread with fragments other than text.
     """
     made = []
     for thread in dataset:
@@ -330,7 +330,7 @@ def override_system_prompt(dataset: Iterable[StringThread], system_prompt: str) 
 
 
 def check_last_turn(thread: StringThread | TokenizedThread, continue_final: bool) -> None:
-    """Raise DataError for a last turn that cannot be continued although it should be, or that is unfinished."""
+    """Raise DataError if the last turn cannot be continued with `continue_final`, or is unfinished without it."""
     ends_with_assistant = [turn.role for turn in thread.text_turns[-1:]] == ["assistant"]
     finished = thread.generation is not None and thread.generation.finish_reason == "stop"
     if continue_final and (finished or not ends_with_assistant):
@@ -343,7 +343,7 @@ def check_last_turn(thread: StringThread | TokenizedThread, continue_final: bool
 
 
 def fragment_turn(role: Any, content: Any) -> Turn:
-    """A turn of weight 0 from text or a list of fragment dicts. Raises DataError for anything else."""
+    """A turn of weight 0 from text or a list of fragment dicts. Raises DataError for other content."""
     if not isinstance(role, str):
         raise DataError(f"a turn's role must be a string, not {type(role).__name__}")
     if isinstance(content, str):

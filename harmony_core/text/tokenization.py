@@ -93,7 +93,7 @@ class ChatTokenizer:
         return ChatTokenizer(tokenizer_files.read(directory))
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of plain text, nothing added before or after. Raises TokenizationError for a lone surrogate."""
+        """Token ids of plain text, without added tokens. Raises TokenizationError for a lone surrogate."""
         return self._encoding(text).ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -198,7 +198,7 @@ class ChatTokenizer:
         return self._row(text, turns, places)[0].ids
 
     def completed(self, thread: TokenizedThread) -> TokenizedThread:
-        """The thread with the tokens after its last turn, or itself if the template does not write its tokens."""
+        """The thread with the tokens after its last turn, or the thread itself if the template writes other tokens."""
         completed = copy.copy(thread)
         try:
             completed.token_ids, _ = self._lay_out(self._template_of(thread.template_kwargs), thread.text_turns)
@@ -213,13 +213,13 @@ class ChatTokenizer:
         messages = all_messages(turns)
         text = template.render(messages, add_generation_prompt=True).text
         if any(str(message["content"]).strip() not in text for message in messages):
-            render_whole(template, turns, True)  # raises if the content is left out and not just rewritten
+            render_whole(template, turns, True)  # raises if content is missing, but not if it is rewritten
         return tuple(self.encode(text))
 
     def _lay_out_prompt(
         self, turns: tuple[Turn, ...], variables: TemplateKwargs, prompt_ids: tuple[int, ...]
     ) -> tuple[TokenTurn, ...]:
-        """The turns of a prompt, without weights; without positions if the template does not write these tokens."""
+        """The turns of a prompt, without weights; without positions if the template writes other tokens."""
         try:
             ids, laid_out = self._lay_out(self._template_of(variables), turns, True, every_turn=True)
         except TokenizationError:
@@ -360,7 +360,7 @@ class ChatTokenizer:
             return frozenset()
         rest = text[span[1] :].split() if span else []
         closing = self._encoding(rest[0]).ids if rest else []
-        if known & {*closing}:  # what comes before it is within the turn
+        if known & {*closing}:  # the text before the known token belongs to the turn
             return frozenset()
         added = self._tokenizer.get_added_tokens_decoder()
         return frozenset(i for i in closing[:1] if i in added and added[i].special)

@@ -5,7 +5,7 @@ beside it, generation_config.json and config.json. These files are not trusted: 
 names the file.
 
 `python -m harmony_core.text.tokenizer_files DIRECTORY` runs the tokenizer on difficult texts. `check` starts it under
-limits (`confined`) before a tokenizer is accepted, so that one that crashes, hangs or takes all memory does so there.
+limits (`confined`) before a tokenizer is accepted, so that a crash, a hang or exhausted memory affects only this check.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """The contents of a tokenizer directory; `template` is None if there is none."""
+    """The contents of a tokenizer directory; `template` is None without a chat template."""
 
     directory: Path
     tokenizer: Tokenizer

@@ -1,7 +1,7 @@
-"""Turns of a conversation: typed fragments with a training weight, and what text and token threads have in common.
+"""Turns of a conversation: typed fragments with a training weight, and the base class of text and token threads.
 
 A fragment has two serialized forms: the dictionary that recipes see, and the JSON of a stored thread. Images stay
-encoded. This module knows nothing of templates, tokenizers or models.
+encoded. This module is independent of templates, tokenizers and models.
 """
 
 from __future__ import annotations
@@ -210,7 +210,7 @@ class TemplateKwargs(Mapping[str, Any]):
 
 @dataclass(frozen=True, slots=True)
 class GenerationRecord:
-    """What the engine recorded of a generated turn, with one number for each sampled token.
+    """The engine's record of a generated turn, with one number for each sampled token.
 
     `finish_reason` is "stop" if the model ended the turn itself and "length" if it was cut. `model` is the name of the
     spawn. `tokens` are all tokens of the turn after its prompt; a given text that the model continued comes first and
@@ -333,7 +333,7 @@ class Conversation(Generic[TurnT]):
         return self._template_kwargs
 
     def with_template_kwargs(self, **kwargs: Any) -> Self:
-        """A copy with these template variables too, `enable_thinking=False` or `tools=[...]`. Raises DataError."""
+        """A copy with added template variables, such as `enable_thinking=False` or `tools=[...]`. Raises DataError."""
         copied = copy.copy(self)
         copied._template_kwargs = self._template_kwargs | kwargs
         return copied

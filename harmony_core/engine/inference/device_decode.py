@@ -1,8 +1,8 @@
-"""Decode steps on a device: what a model runner keeps there in tensors that never move, and CUDA graphs over them.
+"""Decode steps on a device: the model runner's tensors with fixed addresses, and CUDA graphs over them.
 
-The host sends one packed buffer a step and reads one back; everything between has fixed addresses and shapes, so a
-CUDA graph, one for each bucket of rows, can replay it. Rows of padding fill a batch up to its bucket: they belong to a
-table row behind all others, whose only block is one behind the pool. n rows of a bucket, V vocabulary.
+In each step the host sends one packed buffer and reads one back. All other tensors have fixed addresses and shapes, so
+CUDA graphs, one set for each bucket of rows, can replay the step. Padding rows fill a batch up to its bucket: they use
+the last row of the block table, whose only block follows the pool. n rows of a bucket, V vocabulary.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
     from harmony_core.engine.inference.runner import KVCache
 
 ROW_BYTES = 72
-"""Of the packed input: sampling parameters, row of the batch tables, place in the block table, context, block."""
+"""Bytes per row of the packed input: sampling parameters, table row, place in the block table, context, block."""
 _DENSE = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 _FURTHER = 64
-"""Rows between buckets above those: less than the step's time grows by within them."""
+"""Distance in rows of the larger buckets; the time of a step grows little within it."""
 
 Notify = Callable[[str, dict[str, Any]], None]
 
@@ -44,10 +44,10 @@ _NO_CHANGES: NDArray[np.int32] = np.zeros((0, 3), dtype=np.int32)
 
 
 class StepBuffers:
-    """Buffers of the host for one step of at most `rows` rows, and its first and last moment on the device.
+    """Host buffers for one step of at most `rows` rows, and events at its start and end on the device.
 
-    They serve one step at a time: they are free again once their step was collected, so nothing overwrites memory that
-    a copy still reads.
+    They serve one step at a time and are reused after the step was collected, so memory that a copy still reads is not
+    overwritten.
     """
 
     def __init__(self, rows: int, device: torch.device) -> None:
@@ -56,26 +56,26 @@ class StepBuffers:
         self.outputs = torch.empty(3 * rows, dtype=torch.float64, pin_memory=self._timed)
         self._seconds = 0.0
         if self._timed:
-            # Waiting sleeps: a step takes milliseconds, and the cores belong to the other threads.
+            # Sleep while waiting: a step takes milliseconds, and other threads need the cores.
             self._first = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             self._last = torch.cuda.Event(enable_timing=True, blocking=True)  # type: ignore[no-untyped-call]
 
     def start(self) -> None:
-        """The step begins, behind whatever the device has to do before."""
+        """Mark the start of the step, after all work enqueued so far."""
         if self._timed:
             self._first.record()
         else:
             self._seconds = -time.perf_counter()
 
     def stop(self) -> None:
-        """Everything of the step has been enqueued."""
+        """Mark the end of the step. Call this when all its work has been enqueued."""
         if self._timed:
             self._last.record()
         else:
             self._seconds += time.perf_counter()
 
     def wait(self) -> float:
-        """Wait for the end of the step; the seconds it took on the device."""
+        """Wait for the end of the step. Returns the seconds it took on the device."""
         if self._timed:
             self._last.synchronize()
             return float(self._first.elapsed_time(self._last)) / 1e3
@@ -87,7 +87,7 @@ class Rows:
     """The packed input of n rows on the device.
 
     `sampling` `[6, n]` float64; `req_indices`, `places` `[n]` int64; `contexts`, `blocks` `[n]` int32. Before the step
-    `blocks` go to the flat `places` of the block table.
+    `blocks` are written to the flat `places` of the block table.
     """
 
     sampling: Tensor
@@ -111,12 +111,12 @@ class DeviceState:
     def __init__(
         self, model: CausalLM, cache: KVCache, rows: int, longest: int, adapter: str | None, tokenless: Tensor | None
     ) -> None:
-        """`longest`: blocks of a sequence at most."""
+        """`longest`: most blocks of a sequence."""
         device = model.device
         self._cache, self._adapter, self._device, self._tokenless = cache, adapter, device, tokenless
         self._max_rows, self._longest = rows, longest
         self._spare_block = cache.slots // cache.block_size
-        # Splits of contexts that a decode step has room for beside rows of padding.
+        # Splits of contexts that fit into a decode step besides the padding rows.
         self.most_splits = min(
             rows * (longest * cache.block_size // DECODE_SPLIT + 1),
             rows + PAGE_SHARING * cache.slots // DECODE_SPLIT + 1,
@@ -132,13 +132,13 @@ class DeviceState:
         self._views: dict[int, Rows] = {}
 
     def rows(self, n: int) -> Rows:
-        """The packed input as the step of n rows reads it."""
+        """The packed input of a step of n rows."""
         if n not in self._views:
             self._views[n] = Rows.of(self._inputs, n)
         return self._views[n]
 
     def holds(self, contexts: NDArray[np.int32]) -> bool:
-        """Whether attention of one new token against these contexts has room for its items."""
+        """Whether the work items of a decode step with these contexts fit."""
         return int((-(-contexts // DECODE_SPLIT)).sum()) <= self.most_splits
 
     def load(
@@ -150,8 +150,8 @@ class DeviceState:
         sampling: SamplingParameters = _NO_SAMPLING,
         changes: NDArray[np.int32] = _NO_CHANGES,
     ) -> None:
-        """Send the input of a step of n rows; those behind what is given are padding, which samples nothing and only
-        touches the spare block. `changes` `[P, 3]`: what is new in the block table."""
+        """Send the input of a step of n rows. Rows beyond the given ones are padding: their samples are ignored, and
+        they touch only the spare block. `changes` `[P, 3]`: new entries of the block table."""
         if len(changes) > n:
             self.change_table(changes[n:])
             changes = changes[:n]
@@ -171,7 +171,7 @@ class DeviceState:
         self._inputs[: len(packed)].copy_(packed, non_blocking=True)
 
     def _places(self, changes: NDArray[np.int32]) -> NDArray[np.int64]:
-        """Flat places in the block table."""
+        """The flat places in the block table of these changes."""
         places: NDArray[np.int64] = changes[:, 0].astype(np.int64) * self._longest + changes[:, 1]
         return places
 
@@ -182,7 +182,7 @@ class DeviceState:
             self.block_table.view(-1).scatter_(0, put(self._places(changes), self._device), blocks)
 
     def forward(self, model: CausalLM, n: int) -> None:
-        """The logits of one new token for each of n rows: the last that was sampled for its sequence."""
+        """Compute the logits of n rows, each with the last sampled token of its sequence as its new token."""
         rows = self.rows(n)
         self.block_table.view(-1).scatter_(0, rows.places, rows.blocks)
         attention = DecodeAttention(
@@ -200,7 +200,7 @@ class DeviceState:
         model.logits(hidden, out=self.logits[:n])
 
     def sample(self, n: int, kind: int) -> None:
-        """Sample a token for each of n rows from its logits; `kind` is the dearest among them."""
+        """Sample a token for each of n rows from its logits; `kind` is the highest of the rows' kinds."""
         rows, logits, outputs = self.rows(n), self.logits[:n], self._sampled(n)
         lost = None if self._tokenless is None else hide(logits, self._tokenless)
         if logits.is_cuda and logits.dtype == torch.float32:
@@ -218,7 +218,7 @@ class DeviceState:
 
     @contextmanager
     def suppressing(self, n: int, suppressed: dict[int, list[int]]) -> Iterator[None]:
-        """None of the ids that `suppressed` names for a row is sampled there meanwhile; raw log-probs ignore that."""
+        """In the context, rows do not sample their `suppressed` ids; raw log-probs ignore the suppression."""
         if not suppressed:
             yield
             return
@@ -238,20 +238,20 @@ class DeviceState:
         return self._outputs[: 3 * n].view(3, n)
 
     def read(self, buffers: StepBuffers, n: int) -> None:
-        """Send what n rows have sampled back to the host."""
+        """Enqueue the copy of n rows' samples to the host."""
         buffers.outputs[: 3 * n].copy_(self._outputs[: 3 * n], non_blocking=True)
 
 
 def buckets_up_to(most: int, least: int = 1) -> tuple[int, ...]:
-    """Numbers of rows that a step is filled up to, ascending, `least` or more; the last is `most`."""
+    """Row counts that steps are padded to, ascending, at least `least`; the last is `most`."""
     further = range(_DENSE[-1] + _FURTHER, most, _FURTHER)
     return (*(n for n in (*_DENSE, *further) if least <= n < most), most)
 
 
 class DecodeGraphs:
-    """Recorded work by name, each with its number of rows. Not for CPU.
+    """CUDA graphs by name and number of rows. Not for CPU.
 
-    What cannot be recorded runs as it is, from then on; `notify` is told once.
+    After a failed recording everything runs eagerly; `notify` is called once.
     """
 
     def __init__(self, device: torch.device, notify: Notify) -> None:
@@ -261,24 +261,24 @@ class DecodeGraphs:
         self._pool: Any = None
         self._weights: tuple[int, ...] = ()
         self.broken = False
-        """Recording failed; everything runs eagerly."""
+        """Whether a recording failed, so that everything runs eagerly."""
         self.seconds = 0.0
-        """Spent recording, compilation of the layers included."""
+        """Time spent recording, including compilation of the layers."""
 
     def __len__(self) -> int:
         return len(self._graphs)
 
     def has(self, name: str, rows: int) -> bool:
-        """Whether this need not be recorded (any more)."""
+        """Whether the graph exists, or need not be recorded because recording failed."""
         return self.broken or (name, rows) in self._graphs
 
     def record(self, name: str, rows: int, work: Callable[[], None]) -> None:
-        """Run `work` once, then record it. It must be harmless: both happen on whatever input is loaded.
+        """Run `work` once, then record it. It must be harmless, since both use the input that is loaded.
 
-        What `work` raises when it is run is raised; what only its recording raises is announced.
+        Exceptions of the run are raised; exceptions of the recording alone are passed to `notify`.
         """
         start = time.perf_counter()
-        # The first run compiles, and makes libraries allocate what they keep.
+        # The first run compiles, and lets libraries allocate their persistent memory.
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             work()
@@ -311,7 +311,7 @@ class DecodeGraphs:
         return graph
 
     def run(self, name: str, rows: int, work: Callable[[], None]) -> None:
-        """Replay what was recorded, or do the work."""
+        """Replay the graph, or run `work` if there is none."""
         graph = self._graphs.get((name, rows))
         if graph is None:
             work()
@@ -319,14 +319,14 @@ class DecodeGraphs:
             graph.replay()
 
     def check(self, weights: Iterator[torch.Tensor]) -> None:
-        """Drop everything if a weight is not where it was when the first graph was recorded."""
+        """Drop all graphs if a weight has moved since the first graph was recorded."""
         places = tuple(weight.data_ptr() for weight in weights)
         if places != self._weights:
             self.drop()
             self._weights = places
 
     def drop(self) -> None:
-        """Forget the graphs and give their memory back to the allocator."""
+        """Drop the graphs and return their memory to the allocator."""
         if self._graphs:
             torch.cuda.synchronize(self._device)
         for graph in self._graphs.values():
@@ -337,13 +337,13 @@ class DecodeGraphs:
 
 @cache
 def _recording_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all runners: libraries keep a workspace for every stream that they have ever seen."""
+    """One stream for all runners: libraries keep a workspace for every stream they have used."""
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """No garbage collection meanwhile: it might free another graph, which a recording does not survive."""
+    """Disable garbage collection in the context: freeing another graph would break the recording."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -1,14 +1,14 @@
-"""Who holds which KV cache blocks: the block pool, its prefix cache, and the admission of waiting requests. No torch.
+"""The KV cache manager: the block pool, its prefix cache, and the admission of waiting requests. No torch.
 
-Blocks are taken one by one as sequences grow, and several sequences may hold one. A block that no sequence holds any
-more keeps its content until the room is needed, the one unused for longest going first, so memory that the system
-commits on first touch is committed only for tokens that existed. A prompt that begins like an earlier one shares its
-full blocks. A block means something only after the blocks before it, so its key is the block before it and its own
-tokens: the tokens themselves, not a digest of them.
+Sequences take blocks one by one as they grow, and several sequences may hold the same block. A free block keeps its
+content until the memory is needed; the least recently used goes first. Used blocks are preferred to new ones, so memory
+that the system commits on first touch is committed only for tokens that existed. A prompt that begins like an earlier
+one shares its full blocks. The content of a block depends on the blocks before it, so its key is the preceding block
+and its own tokens: the tokens themselves, not a digest of them.
 
-Requests with the same tokens to prefill that wait when one of them completes its prefill fork from it: they share its
-full blocks, its last block is copied for each, and all of them sample from the one row. Those that come later wait
-until its blocks are known, and share them. A request that waits holds no blocks.
+When a request completes its prefill, waiting requests with the same tokens fork from it: they share its full blocks,
+get a copy of its last block, and sample from the same row. Requests that arrive later wait until its blocks are in the
+prefix cache, and share them. A waiting request holds no blocks.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ROOT = 0
 
 
 class PrefixIndex:
-    """Nodes of a tree, each with one block; numbers of nodes are never used again, so none is mistaken for another."""
+    """A tree of full blocks, one per node. Node numbers are never reused, so a stale number matches no other node."""
 
     def __init__(self, block_size: int) -> None:
         self._width = block_size * TOKEN_BYTES
@@ -44,7 +44,7 @@ class PrefixIndex:
         return block in self._keys
 
     def match(self, tokens: bytes, most: int) -> tuple[list[int], int]:
-        """Blocks that hold the beginning of `tokens`, at most `most`, and the node of the last of them."""
+        """Find the blocks that hold the beginning of `tokens`, at most `most`. Returns them and the last one's node."""
         blocks: list[int] = []
         node = ROOT
         for start in range(0, most * self._width, self._width):
@@ -56,11 +56,11 @@ class PrefixIndex:
         return blocks, node
 
     def add(self, parent: int, tokens: bytes, block: int) -> int:
-        """Note what a full block holds. Returns its node: that of the block already known for it, if there is one."""
+        """Add a full block. Returns its node, or the existing node if another block with the same content is known."""
         assert len(tokens) == self._width, "only full blocks are shared"
         key = parent, tokens
         if key not in self._nodes and block in self._keys:
-            # The block before it was forgotten, and is known again by another node.
+            # The preceding block was forgotten, and added again under another node.
             key = self._keys[block]
             assert key[1] == tokens, "a block that is known was written again"
         found = self._nodes.get(key)
@@ -72,11 +72,11 @@ class PrefixIndex:
         return self._last
 
     def forget(self, block: int) -> None:
-        """A block is about to be overwritten. What was found behind it is not found any more."""
+        """Remove a block that will be overwritten. The blocks after it are not found any more."""
         del self._nodes[self._keys.pop(block)]
 
     def clear(self) -> None:
-        """Forget every block."""
+        """Remove all blocks."""
         self._nodes.clear()
         self._keys.clear()
 
@@ -85,12 +85,12 @@ Blocks = NDArray[np.int32]
 
 
 def blocks_for(tokens: int, block_size: int) -> int:
-    """Blocks that hold `tokens`."""
+    """Number of blocks that hold `tokens` tokens."""
     return -(-tokens // block_size)
 
 
 class BlockPool:
-    """`capacity` blocks of `block_size` tokens. `prefixes` says what the full ones hold."""
+    """`capacity` blocks of `block_size` tokens. `prefixes` is the index of the full ones."""
 
     def __init__(self, capacity: int, block_size: int = PAGE_SIZE) -> None:
         assert capacity > 0 and block_size > 0
@@ -98,10 +98,10 @@ class BlockPool:
         self.block_size = block_size
         self.prefixes = PrefixIndex(block_size)
         self.touched = 0
-        """Blocks ever handed out: those whose memory may be committed."""
+        """Number of blocks ever taken, whose memory may be committed."""
         self._holders: NDArray[np.int32] = np.zeros(capacity, dtype=np.int32)
         self._free: list[int] = []
-        # Free, but the index knows them; unused for longest first.
+        # Free blocks that are still in the index; least recently used first.
         self._kept: OrderedDict[int, None] = OrderedDict()
 
     @property
@@ -110,11 +110,11 @@ class BlockPool:
         return self.capacity - self.touched + len(self._free) + len(self._kept)
 
     def count_kept(self, blocks: list[int]) -> int:
-        """How many of these blocks are free but remembered: holding them makes that many fewer available."""
+        """How many of these blocks are free but in the index; sharing them reduces `available` by as many."""
         return sum(block in self._kept for block in blocks)
 
     def take(self, count: int) -> Blocks:
-        """Blocks to write to, `[count]`: ones used before, then new ones, then those that are only remembered."""
+        """Take blocks to write to, `[count]`: used ones first, then new ones, then free ones that are in the index."""
         assert count <= self.available, "took more blocks than are available"
         taken = [self._take() for _ in range(count)]
         blocks: Blocks = np.array(taken, dtype=np.int32)
@@ -133,13 +133,13 @@ class BlockPool:
         return block
 
     def share(self, blocks: Blocks) -> None:
-        """Hold blocks, each once more, to read them."""
+        """Add one holder to each of these blocks, to read them."""
         for block in blocks[self._holders[blocks] == 0].tolist():
             del self._kept[block]
         self._holders[blocks] += 1
 
     def give_back(self, blocks: Blocks) -> None:
-        """Let go of the blocks of a sequence, first block first. The last are forgotten first."""
+        """Release the blocks of a sequence, given in order. Its last blocks are reused first."""
         assert (self._holders[blocks] > 0).all(), "gave back a block that is not held"
         self._holders[blocks] -= 1
         for block in blocks[self._holders[blocks] == 0][::-1].tolist():
@@ -149,14 +149,14 @@ class BlockPool:
                 self._free.append(block)
 
     def forget_prefixes(self) -> None:
-        """What the blocks hold is not to be shared any more."""
+        """Stop sharing the present content of all blocks."""
         self.prefixes.clear()
         self._free.extend(self._kept)
         self._kept.clear()
 
 
 class Waiting:
-    """A queue that also knows which of its requests have the same tokens to prefill."""
+    """A queue that also finds requests with the same tokens to prefill."""
 
     def __init__(self) -> None:
         self._order: OrderedDict[int, Sequence] = OrderedDict()
@@ -169,14 +169,14 @@ class Waiting:
         return id in self._order
 
     def add(self, sequence: Sequence, front: bool = False) -> None:
-        """Queue a request, behind all others or before them."""
+        """Queue a request at the end, or at the front."""
         self._order[sequence.id] = sequence
         if front:
             self._order.move_to_end(sequence.id, last=False)
         self._alike.setdefault(sequence.tokens, {})[sequence.id] = sequence
 
     def remove(self, id: int) -> Sequence | None:
-        """Take a request out; None when it is not here."""
+        """Remove and return a request; None if it is not queued."""
         sequence = self._order.pop(id, None)
         if sequence is not None:
             alike = self._alike[sequence.tokens]
@@ -190,16 +190,16 @@ class Waiting:
         return list(islice(self._order.values(), count))
 
     def alike(self, tokens: bytes, count: int) -> list[Sequence]:
-        """Up to `count` requests with these tokens to prefill, first come first."""
+        """Up to `count` requests with these tokens to prefill, in order of arrival."""
         return list(islice(self._alike.get(tokens, {}).values(), count))
 
 
 WORTH_A_STEP = 1024
-"""Tokens whose prefill is worth a step of its own."""
+"""Tokens to prefill that justify a step of their own."""
 PATIENCE = 8
-"""Decode steps that fewer may wait for more."""
+"""Decode steps for which fewer tokens may wait."""
 FEW = 8
-"""One newcomer for so many that decode is few."""
+"""Newcomers are few if there are at least so many decoding requests for each."""
 
 
 @dataclass
@@ -209,10 +209,10 @@ class Statistics:
     requests: int = 0
     prompt_tokens: int = 0
     computed_tokens: int = 0
-    """Tokens that prefill steps had."""
+    """Tokens in prefill steps."""
     prefix_hit_tokens: int = 0
     forked_requests: int = 0
-    """Requests that were sampled from the prefill of another one."""
+    """Requests that forked from the prefill of another."""
     preemptions: int = 0
     generated_tokens: int = 0
     prefill_steps: int = 0
@@ -220,7 +220,7 @@ class Statistics:
 
 
 class Admission:
-    """Owns the queue. `prefill_tokens` is the most tokens in a step; the caller frees rows and blocks."""
+    """Owns the queue and admits requests. `prefill_tokens`: most tokens in a step. The caller frees rows and blocks."""
 
     def __init__(self, pool: BlockPool, table: InputBatch, prefill_tokens: int, statistics: Statistics) -> None:
         self.waiting = Waiting()
@@ -228,27 +228,27 @@ class Admission:
         self._table = table
         self._prefill_tokens = prefill_tokens
         self._statistics = statistics
-        # Admitted, with tokens whose prefill is not planned yet; oldest first.
+        # Admitted requests whose prefill is not fully planned; oldest first.
         self._begun: list[Sequence] = []
-        # By its tokens, the request whose blocks others wait for.
+        # Tokens -> the request whose blocks other requests with these tokens wait for.
         self._awaited: dict[bytes, Sequence] = {}
         self._reserved = 0
 
     @property
     def idle(self) -> bool:
-        """Whether no request waits for its prefill, or for the rest of it."""
+        """Whether no request has tokens left to prefill."""
         return not self._begun and not len(self.waiting)
 
     def can_wait(self, decoding: int, decodes: int) -> bool:
-        """Whether there is so little to prefill, for so few, that it may wait for more: a step of its own costs as much
-        as a decode step of all. `decodes`: decode steps since the last prefill step."""
+        """Whether prefill should wait because it has few tokens and few requests: its step costs as much as a decode
+        step of all running requests. `decodes`: decode steps since the last prefill step."""
         newcomers = min(len(self.waiting), self._table.num_vacant)
         if self._begun or decodes >= PATIENCE or newcomers * FEW > decoding:
             return False
         return sum(sequence.length for sequence in self.waiting.first(newcomers)) < WORTH_A_STEP
 
     def rows(self, weights: int) -> list[Prefill]:
-        """Rows of the next prefill step; none when there can be no prefill now. `weights`: those it will run with."""
+        """Rows of the next prefill step; empty if none is possible. `weights`: number of the weights it runs with."""
         table = self._table
         rows: list[Prefill] = []
         budget = self._prefill_tokens
@@ -273,29 +273,29 @@ class Admission:
         return rows
 
     def left(self, sequence: Sequence) -> None:
-        """A request has no row any more."""
+        """Call this when a request has lost its row."""
         if sequence in self._begun:
             self._begun.remove(sequence)
         self.known(sequence)
 
     def known(self, sequence: Sequence) -> None:
-        """Requests that waited for the blocks of this one wait no longer."""
+        """Let requests that waited for the blocks of this one proceed."""
         if self._awaited.get(sequence.tokens) is sequence:
             del self._awaited[sequence.tokens]
 
     def forget_prefixes(self) -> None:
-        """Later requests share nothing that was written so far."""
+        """Stop later requests from waiting for the blocks written so far."""
         self._awaited.clear()
 
     def _portion(self, missing: int, budget: int) -> int:
-        """How many of a request's tokens go into this step. Only a step that is less than half full cuts a prompt."""
+        """Number of a request's tokens for this step. A prompt is cut only if at least half of the step is free."""
         if missing <= budget:
             return missing
         return budget if 2 * budget >= self._prefill_tokens else 0
 
     def _admit(self, sequence: Sequence, budget: int, weights: int) -> Prefill | None:
         pool, size = self._pool, self._pool.block_size
-        # The last token is always computed: the next one is sampled from its output.
+        # Always compute the last token: the next one is sampled from its output.
         hits, node = pool.prefixes.match(sequence.tokens, (sequence.length - 1) // size)
         start = len(hits) * size
         count = self._portion(sequence.length - start, budget)
@@ -320,7 +320,7 @@ class Admission:
             if self._awaited.get(sequence.tokens) is sequence:
                 self._fork(row)
             if sequence.length <= self._pool.block_size:
-                self.known(sequence)  # there will be nothing to share
+                self.known(sequence)  # it has no full block to share before its last token
         return row
 
     def _fork(self, row: Prefill) -> None:
@@ -339,7 +339,7 @@ class Admission:
             self._statistics.forked_requests += 1
 
     def _max_blocks(self, sequence: Sequence) -> int:
-        """Blocks at its limit; the last token that is sampled never gets one."""
+        """Blocks of a sequence at its limit; the last sampled token is never written to a block."""
         return blocks_for(sequence.prompt_length + sequence.limit - 1, self._pool.block_size)
 
     def _fits(self, sequence: Sequence, blocks: int, revived: int) -> bool:
@@ -351,7 +351,7 @@ class Admission:
         return True
 
     def _enter(self, sequence: Sequence, shared: Int32s, weights: int) -> Int32s:
-        """Give a request a row, with `shared` blocks first. Returns the change of the block tables, `[P, 3]`."""
+        """Give a request a row that begins with `shared` blocks. Returns the changes to the block tables, `[P, 3]`."""
         self.waiting.remove(sequence.id)
         self._pool.share(shared)
         own = self._pool.take(blocks_for(sequence.length, self._pool.block_size) - len(shared))

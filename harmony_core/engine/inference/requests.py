@@ -1,7 +1,7 @@
-"""Requests, the state of running ones as columns, and what the scheduler plans for them. No torch.
+"""Requests, the columns with the state of running ones, and the plans of their steps. No torch.
 
-Columns make a decode step a few array operations. What is planned runs ahead of what is known: `context` counts tokens
-in the KV cache once every planned step is done, `num_sampled` the new tokens that have come back.
+With columns a decode step is planned in a few array operations. Plans run ahead of results: `context` counts the tokens
+in the KV cache after all planned steps, `num_sampled` the new tokens whose results have been committed.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from harmony_core.errors import DataError
 from harmony_core.rpc.protocol import Generated, Sampling
 
 RECORD = np.dtype([("token", "<i4"), ("logprob", "<f4"), ("sampled_logprob", "<f4"), ("version", "<i4")])
-"""What is kept of a sampled token."""
+"""Record of a sampled token."""
 Records = NDArray[np.void]
 
 
 def check_sampling(sampling: Sampling) -> None:
-    """Raise DataError, naming the setting, its value and what is allowed, for a value out of its range."""
+    """Raise DataError for a value out of range; the message names the setting, its value and the allowed range."""
     allowed = {
         "temperature": (sampling.temperature >= 0 and math.isfinite(sampling.temperature), "0 (greedy) or more"),
         "top_p": (0 < sampling.top_p <= 1, "above 0, at most 1 (off)"),
@@ -41,9 +41,9 @@ def check_sampling(sampling: Sampling) -> None:
 class Sequence:
     """A request. While it runs, most of its state is in its row of the `InputBatch`.
 
-    `tokens` (int32) are those of the next prefill: the prompt, and what was sampled before its blocks were taken from
-    it. `limit` is the most new tokens it may have, `arrival` counts requests up, `stop_ids` are those
-    of the vocabulary.
+    `tokens` (int32): tokens of the next prefill, which are the prompt and the tokens sampled before a preemption.
+    `limit`: most new tokens. `arrival`: ordinal number of the request. `stop_ids`: its stop tokens within the
+    vocabulary.
     """
 
     id: int
@@ -57,7 +57,7 @@ class Sequence:
     stream: int = field(init=False)
     req_index: int = -1
     known_blocks: int = 0
-    """Blocks of `tokens` that the prefix index knows."""
+    """Blocks of `tokens` that are in the prefix index."""
     records: list[Records] = field(default_factory=list)
     started: float = field(default_factory=time.perf_counter)
     first: float = 0.0
@@ -78,7 +78,7 @@ class Sequence:
         return self.length - self.prompt_length
 
     def preempt(self) -> None:
-        """Its blocks are gone: the next prefill has what was sampled along with the prompt."""
+        """Make the sampled tokens part of the next prefill. Call this after the blocks were freed."""
         prompt = self.tokens[: self.prompt_length * TOKEN_BYTES]
         self.tokens = prompt + b"".join(records["token"].tobytes() for records in self.records)
         self.known_blocks = 0
@@ -106,7 +106,7 @@ Int32s = NDArray[np.int32]
 
 
 class InputBatch:
-    """The state of up to `rows` running sequences of up to `blocks` blocks. Columns are `[rows]` unless said."""
+    """The state of up to `rows` running sequences of up to `blocks` blocks. Columns are `[rows]` unless noted."""
 
     def __init__(self, rows: int, blocks: int, block_size: int) -> None:
         def column(dtype: type = np.int32) -> NDArray[np.int32]:
@@ -117,15 +117,15 @@ class InputBatch:
         self._vacant = list(reversed(range(rows)))
         self._tickets = 0
         self.ticket = np.full(rows, VACANT, dtype=np.int64)
-        """Which tenancy of the row this is: results of a step in flight for another one are not for it."""
+        """Identifies the present sequence of the row: results of a step in flight with another ticket are dropped."""
         self.context = column()
         self.until = column()
-        """No step is planned with a longer context; 0 while the prefill is not all planned."""
+        """Longest context that a step is planned with; 0 until the whole prefill is planned."""
         self.num_sampled = column()
         self.limit = column()
         self.minimum = column()
         self.held_until = column()
-        """Stop tokens are suppressed after shorter contexts."""
+        """Stop tokens are suppressed while the context is shorter than this."""
         self.stream = np.zeros(rows, dtype=np.uint64)
         self.settings = np.zeros((rows, 5))
         self.stops = np.full((rows, 1), -1, dtype=np.int32)
@@ -134,15 +134,15 @@ class InputBatch:
         """`[rows, blocks]`."""
         self.num_blocks = column()
         self.max_blocks = column()
-        """Blocks it holds at its limit."""
+        """Blocks that the sequence holds at its limit."""
         self.turn = np.zeros(rows, dtype=np.int64)
-        """The decode step that last had it."""
+        """Number of the last decode step of the sequence."""
         self.weights = np.zeros(rows, dtype=np.int64)
-        """The weights that its first block was written with."""
+        """Number of the weights that the first block was written with."""
         self.node = np.zeros(rows, dtype=np.int64)
-        """The last of its blocks in the prefix index."""
+        """Node of the last block that is in the prefix index."""
         self.recent = np.zeros((rows, block_size), dtype=np.int32)
-        """`[rows, block_size]`, its last tokens: that of position p at p modulo the block size."""
+        """`[rows, block_size]`, the last tokens; the token of position p is at p modulo the block size."""
         self.records: Records = np.zeros((rows, RECORDS), dtype=RECORD)
         self._filled = column()
 
@@ -152,7 +152,7 @@ class InputBatch:
         return len(self._vacant)
 
     def enter(self, sequence: Sequence, blocks: Int32s, max_blocks: int, weights: int) -> None:
-        """Give a sequence a row, with blocks for the tokens of its prefill."""
+        """Give a sequence a vacant row, with blocks for the tokens of its prefill."""
         req_index = sequence.req_index = self._vacant.pop()
         self._tickets += 1
         sampling = sequence.sampling
@@ -200,7 +200,7 @@ class InputBatch:
         return sequence
 
     def start_decoding(self, sequence: Sequence) -> None:
-        """Its prefill is all planned: it decodes from now on, up to its limit."""
+        """Let a sequence decode up to its limit. Call this when its whole prefill is planned."""
         self.until[sequence.req_index] = sequence.prompt_length + sequence.limit - 1
 
     def ready(self) -> NDArray[np.int64]:
@@ -208,11 +208,11 @@ class InputBatch:
         return np.flatnonzero(self.context < self.until)
 
     def reserve(self) -> int:
-        """Blocks kept from newcomers: two for each sequence, or as many as it may still need."""
+        """Blocks reserved for running sequences: two for each, or fewer if it needs fewer to reach its limit."""
         return int(np.minimum(self.max_blocks - self.num_blocks, 2).sum())
 
     def add_blocks(self, req_indices: NDArray[np.int64], blocks: Int32s) -> Int32s:
-        """Give each of these rows one more block. Returns the change as a plan has it, `[P, 3]`."""
+        """Give each of these rows one more block. Returns the changes to the block tables for the plan, `[P, 3]`."""
         places = self.num_blocks[req_indices]
         self.blocks[req_indices, places] = blocks
         self.num_blocks[req_indices] += 1
@@ -226,8 +226,8 @@ class InputBatch:
         values: tuple[NDArray[np.float64], ...],
         version: int,
     ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-        """Take sampled tokens, at most one for each row, with both log-probs. Returns which of them end their sequence
-        by a stop token, and which by its limit."""
+        """Record sampled tokens, at most one for each row, with both log-probs. Returns two masks: the tokens that end
+        their sequence as stop tokens, and those that reach its limit."""
         place = self._filled[req_indices]
         rows = np.empty(len(req_indices), dtype=RECORD)
         rows["token"] = tokens
@@ -256,7 +256,7 @@ class InputBatch:
 class Prefill:
     """A row of a prefill step: tokens `start` to `stop` of a sequence.
 
-    `forked` are sequences with the same tokens, which take theirs from the blocks that this one writes.
+    `forked`: sequences with the same tokens, which share or copy the blocks that this sequence writes.
     """
 
     sequence: Sequence
@@ -268,13 +268,13 @@ class Prefill:
 
     @property
     def complete(self) -> bool:
-        """Whether a token is sampled at its end."""
+        """Whether the row ends the prefill, so that a token is sampled from it."""
         return self.stop == self.sequence.length
 
 
 @dataclass(frozen=True)
 class InFlight:
-    """A plan that is not committed: its rows of the batch tables and their tickets, and those of its samples."""
+    """A plan that is not committed yet, with the table rows and tickets of its sequences and of its samples."""
 
     plan: StepPlan
     members: Int32s
@@ -285,13 +285,13 @@ class InFlight:
     """`[N]`, context of each sample."""
     weights: int
     prefills: list[Prefill]
-    """Rows of a prefill step; none for a decode step."""
+    """Rows of a prefill step; empty for a decode step."""
 
 
 def plan_decode(
     table: InputBatch, req_indices: NDArray[np.int64], new_blocks: Int32s, version: int, weights: int
 ) -> InFlight:
-    """One new token for each of `req_indices`, which have their blocks."""
+    """Plan one new token for each of `req_indices`, which must have blocks for it."""
     table.context[req_indices] += 1
     contexts = table.context[req_indices]
     targets = req_indices.astype(np.int32)
@@ -314,7 +314,7 @@ def plan_decode(
 
 
 def plan_prefill(table: InputBatch, rows: list[Prefill], version: int, weights: int) -> InFlight:
-    """Prefill the tokens of `rows`; sample for those that are complete, and for those that fork from them."""
+    """Plan the prefill of `rows`, with samples for complete rows and for the sequences that fork from them."""
     samples = [
         (place, s.req_index) for place, row in enumerate(rows) if row.complete for s in (row.sequence, *row.forked)
     ]
@@ -343,7 +343,7 @@ def plan_prefill(table: InputBatch, rows: list[Prefill], version: int, weights: 
         suppressed=_suppressed(table, targets, contexts),
         version=version,
     )
-    # All that fork are sampled for; what is not sampled for is among the rows.
+    # Forked sequences all have a sample; sequences without a sample have a row.
     members = np.concatenate([targets, np.setdiff1d(req_indices, targets)])
     return InFlight(plan, members, table.ticket[members], targets, table.ticket[targets], contexts, weights, rows)
 

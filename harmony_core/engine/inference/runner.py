@@ -1,7 +1,7 @@
 """The model runner: executes step plans with the model, its KV cache and the sampler.
 
-Every rank of a replica runs the same plans in order. It decides nothing, and remembers the KV cache, the block tables
-and the last token of each sequence.
+Every rank of a replica runs the same plans in order. The runner keeps the KV cache, the block tables and the last token
+of each sequence; all decisions are the scheduler's.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from harmony_core.memory.plan import LOGITS_AT_ONCE, MAX_RUNNING, PAGE_SIZE
 from harmony_core.rpc.protocol import Ranges
 
 _COPIED_AT_ONCE = 16
-"""Blocks on their way at a time."""
+"""Blocks copied at a time, which bounds the temporary copy."""
 _STATISTICS = (
     "prefill_seconds",
     "decode_seconds",
@@ -49,7 +49,7 @@ _STATISTICS = (
 )
 _FORWARD = "forward"
 _SAMPLE = {GREEDY: "draw greedy", PLAIN: "draw", FILTERED: "draw filtered"}
-"""Names of what is recorded."""
+"""Names of the recorded graphs."""
 
 _ALONE_BELOW = 50_000_000
 """Products of weights and tokens in a step on CPU below which waking a second thread costs more than it saves."""
@@ -58,10 +58,10 @@ _ALONE_BELOW = 50_000_000
 class KVCache:
     """`keys[layer]`, `values[layer]`: `[slots, kv_heads_local, head_dim]`, one slot for each token.
 
-    Block b covers the slots b * block_size to (b + 1) * block_size - 1. Which of them mean something, a step plan says.
-    On CPU the memory is an anonymous private mapping: the system commits a page of it when a token is written there,
-    and it reads as zeros before that. On other devices it is allocated at once. `spare_blocks` lie behind those of the
-    pool, for rows that are there to fill a batch. Raises ResourceError when the system refuses.
+    Block b covers the slots b * block_size to (b + 1) * block_size - 1. The step plans say which slots are in use.
+    On CPU the memory is an anonymous private mapping: it reads as zeros, and the system commits a page of it when a
+    token is first written there. On other devices it is allocated at once. `spare_blocks` follow those of the pool;
+    padding rows of a batch use them. Raises ResourceError if the system refuses the memory.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class KVCache:
         self.slots = blocks_for(kv_tokens, block_size) * block_size
         slot_bytes = 2 * num_layers * num_kv_heads * head_dim * dtype.itemsize
         self.bytes = slot_bytes * self.slots
-        """What is promised to the pool."""
+        """Bytes of the pool, without the spare blocks."""
         blocks = self.slots // block_size + spare_blocks
         store = _allocate(slot_bytes * blocks * block_size, dtype, device)
         self.keys, self.values = (
@@ -89,7 +89,7 @@ class KVCache:
         self._blocks = store.view(2 * num_layers, blocks, block_size * num_kv_heads * head_dim)
 
     def copy_blocks(self, sources: Tensor, targets: Tensor) -> None:
-        """Make `targets` hold what `sources` do in every layer; `[C]` long each, no block among both."""
+        """Copy blocks `sources` to `targets` in every layer. Both are `[C]` long, and no block may be in both."""
         for start in range(0, len(sources), _COPIED_AT_ONCE):
             part = slice(start, start + _COPIED_AT_ONCE)
             self._blocks.index_copy_(1, targets[part], self._blocks.index_select(1, sources[part]))
@@ -98,7 +98,7 @@ class KVCache:
 def _allocate(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     if device.type != "cpu":
         return torch.zeros(size // dtype.itemsize, dtype=dtype, device=device)
-    # Not torch.empty: it may fill (deterministic mode does), and what malloc recycles is not zero.
+    # Not torch.empty: it may write to the memory (deterministic mode does), and memory reused by malloc is not zero.
     try:
         memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, ValueError, OverflowError) as error:
@@ -112,9 +112,9 @@ def _allocate(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class Pending:
-    """A step that has been launched; `Runner.collect` turns it into its result, once.
+    """A step that has been launched. Pass it to `Runner.collect` exactly once to get its result.
 
-    Its result is there already, or its samples, padded to `padded`, come back through `buffers`.
+    Either `result` is set already, or `padded` samples (the step's own first) come back through `buffers`.
     """
 
     plan: StepPlan
@@ -127,9 +127,9 @@ class Pending:
 class Runner:
     """Runs one model, or one adapter of it, with a KV cache of `kv_tokens` on this rank.
 
-    On a device decode steps work on tensors that never move, replayed as CUDA graphs, and a launch does not wait.
-    `static` has them on CPU too, without graphs; `buckets` are the numbers of rows that a decode step is filled up to.
-    `notify` is told what graphs were recorded, and when that failed. `tokenless` ids are never sampled.
+    On a device, decode steps use tensors with fixed addresses and replay CUDA graphs, and `launch` does not wait.
+    `static` uses such tensors on CPU too, without graphs. A decode step is padded to one of the row counts `buckets`.
+    `notify` is called when a graph was recorded and when recording failed. `tokenless` ids are never sampled.
     """
 
     def __init__(
@@ -166,18 +166,18 @@ class Runner:
         self._block_table: NDArray[np.int32] = np.zeros((max_running, longest), dtype=np.int32)
         self._state = DeviceState(model, self.cache, max_running, longest, adapter, self._tokenless) if static else None
         self._graphs = DecodeGraphs(device, notify) if on_device and static and graphs else None
-        # One compilation serves any number of rows but one, which is not worth another: it reads as many weights.
+        # One compilation serves all row counts except 1. A step of 1 row is padded to 2: it reads the same weights.
         least = 2 if on_device and model.compiled else 1
         self._buckets = tuple(buckets) if buckets is not None else buckets_up_to(max_running, least)
         self._idle: list[StepBuffers] = []
         self._last = self._state.last if self._state else torch.zeros(max_running, dtype=torch.long, device=device)
         self._weights = model.parameter_bytes(adapter) // model.dtype.itemsize
         self.depth = 2 if on_device and static else 0
-        """Steps worth launching before the oldest is collected: none where a launch waits for its result."""
+        """Steps to launch before collecting the oldest: 0 if a launch waits for its result."""
         self.max_splits = self._state.most_splits if self._state else None
-        """Most splits of `DECODE_SPLIT` tokens that the contexts of a decode step should have together; None: any."""
+        """Limit on the splits of `DECODE_SPLIT` tokens in all contexts of a decode step; None: no limit."""
         self.statistics: dict[str, float] = dict.fromkeys(_STATISTICS, 0.0)
-        """Totals: seconds on the device, tokens and steps, of what was collected; the recording of graphs."""
+        """Totals of the collected steps (seconds on the device, tokens, steps) and of graph recording."""
 
     def run(self, plan: StepPlan) -> StepResult:
         """Execute one step and wait for it."""
@@ -205,7 +205,7 @@ class Runner:
         return Pending(plan, result, time.perf_counter() - start)
 
     def collect(self, pending: Pending) -> StepResult:
-        """Wait for a step that was launched, and read its samples. Oldest first."""
+        """Wait for a launched step and read its samples. Collect steps in the order of their launch."""
         plan, result, seconds = pending.plan, pending.result, pending.seconds
         if pending.buffers is not None:
             seconds = pending.buffers.wait()
@@ -221,9 +221,9 @@ class Runner:
         return result
 
     def prepare(self) -> None:
-        """Record the largest decode step, which compiles the layers and takes the memory that all graphs share.
+        """Record the largest decode step, which compiles the layers and allocates the memory that all graphs share.
 
-        The others are recorded when they are first needed. Every rank of a replica calls it at the same time.
+        The others are recorded when they are first needed. All ranks of a replica must call this at the same time.
         """
         if self._state is not None and self._graphs is not None:
             with torch.inference_mode():
@@ -232,17 +232,17 @@ class Runner:
                     self._record(self._state, self._graphs, buffers, self._buckets[-1], kind)
 
     def rebind(self, model: CausalLM) -> None:
-        """Go on with other weights of the same shape. KV cache, tables and last tokens stay."""
+        """Use other weights of the same shape. KV cache, block tables and last tokens are kept."""
         self.model = model
         self.close()
 
     def weights_changed(self) -> None:
-        """The weights were updated, in place unless graphs have to be recorded again."""
+        """Call this after the weights were updated. Weights that moved in memory make the graphs be recorded again."""
         if self._graphs is not None and len(self._graphs):
             self._graphs.check(self._parameters())
 
     def close(self) -> None:
-        """Give back the memory of the graphs; the next steps record them again."""
+        """Free the memory of the graphs; the next steps record them again."""
         if self._graphs is not None:
             self._graphs.drop()
 
@@ -273,18 +273,18 @@ class Runner:
         return Pending(plan, buffers=buffers, padded=padded)
 
     def _continues(self, plan: StepPlan, state: DeviceState) -> bool:
-        """Whether this is one token for each sequence, sampled from it for itself, which graphs are made for."""
+        """Whether each sequence has one new token and one sample of its own, the step that the graphs are made for."""
         own = plan.is_decode and plan.targets == plan.req_indices and len(plan.sampled) == len(plan.req_indices)
         places = np.arange(len(plan.req_indices) // 4)
         return own and bool((int32(plan.sampled) == places).all()) and state.holds(int32(plan.contexts))
 
     def _decode(self, plan: StepPlan, state: DeviceState, buffers: StepBuffers, changes: NDArray[np.int32]) -> int:
-        """Enqueue a decode step; the number of rows it was filled up to."""
+        """Enqueue a decode step. Returns the number of rows it was padded to."""
         req_indices, sampling, graphs = int32(plan.req_indices), unpack_sampling(plan.sampling), self._graphs
         bucket = self._buckets[bisect_left(self._buckets, len(req_indices))]
         kind = int(sampling[KIND].max())
         if graphs is not None and not all(graphs.has(name, bucket) for name in (_FORWARD, _SAMPLE[kind])):
-            # Recording may fail, and steps after this one read the tables all the same.
+            # Write the tables first: recording may fail, and later steps read the tables in any case.
             state.change_table(changes)
             self._record(state, graphs, buffers, bucket, kind)
         buffers.start()
@@ -301,7 +301,7 @@ class Runner:
         return bucket
 
     def _record(self, state: DeviceState, graphs: DecodeGraphs, buffers: StepBuffers, bucket: int, kind: int) -> None:
-        """Record what a step of this bucket needs, on rows of padding."""
+        """Record the missing graphs for a step of this bucket, on padding rows."""
         if not len(graphs):
             graphs.check(self._parameters())
         if not graphs.has(_FORWARD, bucket):
@@ -313,7 +313,7 @@ class Runner:
         self.statistics["graph_seconds"], self.statistics["graphs"] = graphs.seconds, len(graphs)
 
     def _forward(self, plan: StepPlan) -> Tensor:
-        """Run any step's forward pass; the last hidden state that each sample follows, `[N, d]`."""
+        """Run the forward pass of any step. Returns the hidden state that each sample is drawn from, `[N, d]`."""
         size, device = self.cache.block_size, self.model.device
         req_indices = int32(plan.req_indices).astype(np.int64)
         lengths, contexts = int32(plan.lengths).astype(np.int64), int32(plan.contexts).astype(np.int64)
@@ -322,7 +322,7 @@ class Runner:
         sequence, positions = np.arange(len(lengths)), contexts - 1
         if not plan.is_decode:
             sequence = np.repeat(sequence, lengths)
-            # The last token of each sequence has this position and this place in the row; the others go up to it.
+            # `contexts - 1` and `ends` are the position and the place of the last new token; the others precede it.
             positions = np.arange(len(sequence)) + (contexts - ends - 1)[sequence]
         context_slots = None
         if (lengths != contexts).any():
@@ -348,7 +348,7 @@ class Runner:
         self.cache.copy_blocks(*put(int32(copies).reshape(-1, 2).T.astype(np.int64), self.model.device))
 
     def _sample(self, plan: StepPlan, hidden: Tensor) -> StepResult:
-        """A token for each row of `hidden` `[N, d]`; as many rows at a time as logits fit their budget."""
+        """Sample a token for each row of `hidden` `[N, d]`, in chunks whose logits fit into `LOGITS_AT_ONCE`."""
         model, sampling, suppressed = self.model, unpack_sampling(plan.sampling), plan.suppressed
         parts, step = [], max(1, LOGITS_AT_ONCE // model.vocab_size)
         for start in range(0, len(hidden), step):

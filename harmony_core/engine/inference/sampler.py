@@ -1,8 +1,8 @@
 """From logits to tokens, with the log-prob of each token in the raw distribution and in the one it was sampled from.
 
 A token is drawn by inverse CDF: the lowest id whose cumulative probability, summed in float64 in the order of ids,
-exceeds the row's random number. Every row is computed from its own logits alone. N rows, V ids, W the width of the
-working copy: V rounded up to whole chunks, with probability 0 behind V.
+exceeds the row's random number. A row depends only on its own logits. N rows, V ids, W the width of the working copy: V
+rounded up to whole chunks, with probability 0 beyond V.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from harmony_core.engine.models.heads import token_logprobs
 from harmony_core.engine.models.model import CausalLM
 
 CHUNK = 256
-"""Ids whose probabilities are summed before any of them is looked at."""
+"""Ids per chunk: the id is searched in the sums of chunks first, then within its chunk."""
 COLDEST = 1e-30
-"""Temperatures below this sample as this one does; it is greedy already, and in the range of float32."""
+"""Lower temperatures are raised to this one, which is greedy in effect and within the range of float32."""
 
 
 class Sampled(NamedTuple):
-    """`[N]` each. A row whose logits are no distribution (NaN, infinite) has log-probs that are not finite."""
+    """`[N]` each. A row with NaN or infinite logits has log-probs that are not finite."""
 
     tokens: Tensor
     logprobs: Tensor
@@ -44,7 +44,7 @@ class Sampled(NamedTuple):
 
 
 def put(array: NDArray[Any], device: torch.device) -> Tensor:
-    """An array as a tensor on `device`, without waiting for what is under way there."""
+    """Copy an array to a tensor on `device`, without waiting for work in flight there."""
     tensor = torch.from_numpy(array)
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
@@ -58,13 +58,13 @@ def sample(
     """Sample one token for each row of `logits` `[N, V]`, float32 or float64.
 
     Settings apply in the order temperature, top-k, top-p, min-p. Temperature 0 takes the lowest of the most likely
-    ids, whose log-prob in the distribution sampled from is 0. `suppressed` names ids that a row must not sample,
-    `tokenless` `[K]` those that no row must, which are taken out of `logits` in place; raw log-probs ignore both.
+    ids, whose log-prob in the processed distribution is 0. `suppressed`: ids that a row must not sample. `tokenless`
+    `[K]`: ids that no row may sample; they are removed from `logits` in place. Raw log-probs ignore both.
     """
     lost = None if tokenless is None else hide(logits, tokenless)
     allowed = _suppress(logits, suppressed) if suppressed else logits
     settings = put(parameters.copy(), logits.device)
-    # One working copy serves every pass: fresh memory costs more than arithmetic here.
+    # All passes share one working copy: allocating memory costs more than the arithmetic here.
     work = _work(logits)
     kinds = set(parameters[KIND].tolist())
     if len(kinds) == 1:
@@ -89,7 +89,7 @@ def sample(
 def _sample_alike(
     logits: Tensor, parameters: SamplingParameters, settings: Tensor, work: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`_greedy` or `_draw` for rows of one kind, without the passes that their `parameters` do not need."""
+    """`_greedy` or `_draw` for rows of one kind, skipping the passes that their `parameters` do not need."""
     if parameters[KIND, 0] == GREEDY:
         return _greedy(logits)
     heated = bool((parameters[TEMPERATURE] != 1).any())
@@ -100,7 +100,7 @@ def _sample_alike(
 def sample_on_device(logits: Tensor, settings: Tensor, kind: int) -> Sampled:
     """`sample` for rows of any kinds up to `kind` (GREEDY < PLAIN < FILTERED), with `settings` `[6, N]` on the device.
 
-    It never looks at the device's numbers: it costs what the dearest kind costs, and a CUDA graph can hold it.
+    It never reads values from the device, so a CUDA graph can hold it; all rows cost as much as kind `kind`.
     """
     tokens, processed = _greedy(logits)
     work = _work(logits)
@@ -112,20 +112,20 @@ def sample_on_device(logits: Tensor, settings: Tensor, kind: int) -> Sampled:
 
 
 def hide(logits: Tensor, ids: Tensor) -> Tensor:
-    """Take `ids` `[K]` out of `logits` `[N, V]`, in place. The log of the mass that they had, `[N]` float64."""
+    """Remove `ids` `[K]` from `logits` `[N, V]`, in place. Returns the log of their mass, `[N]` float64."""
     lost = logits.index_select(-1, ids).logsumexp(-1).double()
     logits.index_fill_(-1, ids, float("-inf"))
     return lost
 
 
 def with_lost(logprobs: Tensor, chosen: Tensor, lost: Tensor) -> Tensor:
-    """Log-probs `[N]` in the whole distribution, from those in what `hide` left; `chosen`: the tokens' logits."""
+    """Convert log-probs `[N]` after `hide` to those in the whole distribution. `chosen`: the tokens' logits."""
     chosen = chosen.double()
     return (chosen - torch.logaddexp(chosen - logprobs, lost)).to(logprobs.dtype)
 
 
 def _suppress(logits: Tensor, suppressed: dict[int, list[int]]) -> Tensor:
-    """A copy in which each named row cannot sample its ids."""
+    """A copy of the logits in which each row in `suppressed` cannot sample its ids."""
     rows = [row for row, ids in suppressed.items() for _ in ids]
     places = put(np.array([rows, [id for ids in suppressed.values() for id in ids]], dtype=np.int64), logits.device)
     masked = logits.clone()
@@ -134,9 +134,9 @@ def _suppress(logits: Tensor, suppressed: dict[int, list[int]]) -> Tensor:
 
 
 def keep(scaled: Tensor, parameters: SamplingParameters) -> Tensor:
-    """Which ids top-k, top-p and min-p leave, `[N, V]` bool, for logits already divided by the temperature.
+    """Mask `[N, V]` of the ids that top-k, top-p and min-p keep, for logits already divided by the temperature.
 
-    Each is a floor under the logits, so ids with equal logits are kept or dropped together.
+    Each filter is a floor under the logits, so ids with equal logits are kept or dropped together.
     """
     scaled = scaled - scaled.amax(-1, keepdim=True)
     return scaled >= _floors(scaled, put(parameters.copy(), scaled.device), ranked=True)
@@ -147,7 +147,7 @@ def _work(logits: Tensor) -> Tensor:
 
 
 def _greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
-    # Zero, unless the row holds something that is not a number.
+    # Zero, unless the row holds a NaN.
     best, tokens = logits.max(-1)
     return tokens, best - best
 
@@ -167,7 +167,7 @@ def _draw(
 
     `heated`: some temperature is not 1; `filtered`: some row has a filter; `ranked`: one of them top-k or top-p.
     """
-    # The maximum goes first, so that a tiny temperature cannot overflow: the best id stays at 0.
+    # Subtract the maximum first, so that a tiny temperature cannot overflow: the best id stays at 0.
     best = logits.amax(-1, keepdim=True)
     size = logits.shape[-1]
     torch.sub(logits, best, out=work[:, :size])
@@ -178,7 +178,7 @@ def _draw(
     if filtered:
         work.masked_fill_(work < _floors(work, settings, ranked), float("-inf"))
     tokens, total = _invert(work.exp_(), settings[UNIFORM, :, None])
-    # The clamp matters only for rows that are no distribution; their log-probs say so.
+    # The clamp matters only for rows with NaN or infinite logits, whose log-probs are not finite.
     tokens.clamp_(max=size - 1)
     chosen = logits.gather(-1, tokens) - best
     if heated:
@@ -189,8 +189,7 @@ def _draw(
 def _invert(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """Ids at `uniform` `[N, 1]` of the cumulative `weights` `[N, W]`, and the weights' sums, `[N, 1]` each.
 
-    In a large vocabulary the chunk is found by the chunks' sums, then the id within it. An id of weight 0 is never
-    found.
+    In a large vocabulary, find the chunk by the chunks' sums, then the id within it. An id of weight 0 is never found.
     """
     if weights.shape[-1] <= 8 * CHUNK:
         ends = weights.cumsum(-1, dtype=torch.float64)
@@ -218,7 +217,7 @@ def _floors(scaled: Tensor, settings: Tensor, ranked: bool) -> Tensor:
     best_first = _descending(scaled)
     ranks = torch.where(top_k > 0, top_k.clamp(max=size), float(size)).long()
     by_k = best_first.gather(-1, ranks - 1)
-    # The nucleus is taken from what top-k left: the first ids whose probabilities reach its share of theirs.
+    # top-p applies to the ids that top-k keeps: the first ids whose probabilities reach its share of theirs.
     ends = best_first.exp().masked_fill_(best_first < by_k, 0).cumsum(-1, dtype=torch.float64)
     last = torch.searchsorted(ends, top_p * ends[:, -1:]).clamp_(max=size - 1)
     by_p = torch.where(top_p < 1, best_first.gather(-1, last), by_k)
@@ -249,5 +248,5 @@ def sample_alone(
     logprobs = token_logprobs(model, hidden, tokens)
     raw = (parameters[KIND] == PLAIN) & (parameters[TEMPERATURE] == 1) & (tokenless is None)
     raw[list(suppressed)] = False
-    # Sampled from the raw distribution itself: one number, not two that differ in the last bit.
+    # Rows sampled from the raw distribution get the same number for both, not two that differ in the last bit.
     return Sampled(tokens, logprobs, torch.where(torch.from_numpy(raw), logprobs, processed))

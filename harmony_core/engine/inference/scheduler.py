@@ -1,14 +1,14 @@
-"""Which requests run in the next step. Bookkeeping of one replica; it knows no tensors and no torch.
+"""The scheduler of one replica chooses the requests of the next step. Bookkeeping only: no tensors, no torch.
 
-First come, first served: the head of the queue waits for its blocks and later requests wait behind it, but for those
-with the tokens of a running request: they fork from it, or wait until they find its blocks. Prefill goes before decode,
-under a token budget. A request is admitted when its prompt and a little more fits. Where blocks run out, the newest
-requests are preempted: they give theirs back, and their next prefill has what they sampled too; one alone always fits,
-so every request ends.
+First come, first served: the head of the queue waits for its blocks and later requests wait behind it. Requests with
+the same tokens as a running one are the exception: they fork from it, or wait until its blocks can be shared. Prefill
+precedes decode, under a token budget. A request is admitted if its prompt and a small reserve fit. If blocks run out,
+the newest requests are preempted: they free their blocks, and their next prefill includes the tokens they sampled. One
+request alone always fits, so every request ends.
 
-Several steps may be in flight. Every rank executes them in the order of the plans, so a block may be handed on as soon
-as the leader knows that its holder has ended: a plan in flight that still has a row of the old holder was made while
-that block was its own, so it comes before every plan that knows the block as another's.
+Several steps may be in flight. Every rank executes them in the order of the plans, so a block may be reused as soon as
+the leader knows that its holder has ended: a plan in flight with a row of the old holder was made before every plan
+that gives the block to another sequence, and so is executed before it.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ from harmony_core.memory.plan import DECODE_SPLIT, MAX_RUNNING, PAGE_SIZE
 from harmony_core.rpc.protocol import Sampling
 
 NO_CHANGES: NDArray[np.int32] = np.zeros((0, 3), dtype=np.int32)
-"""Of the block tables."""
+"""An empty list of changes to the block tables."""
 PREFILLS_IN_A_ROW = 4
-"""Prefill steps after which decode has a step."""
+"""Prefill steps in a row after which a decode step runs."""
 
 
 class Scheduler:
-    """Requests of one replica: submit and cancel at any time; plan steps, and commit them in the same order.
+    """Schedules the requests of one replica. Submit and cancel at any time; commit steps in the order of their plans.
 
-    `kv_tokens` is the pool, `max_positions` the model's context, `prefill_tokens` the most tokens in one step, prompt
-    or decoding, `max_running` the most sequences that hold blocks, `max_splits` the most work items in a decode step
-    (each covers `DECODE_SPLIT` of a context; None: any number); `version` says which policy version the weights have
-    now.
+    `kv_tokens`: size of the pool. `max_positions`: longest context of the model. `prefill_tokens`: most tokens in one
+    step, prefill or decode. `max_running`: most sequences that hold blocks. `max_splits`: most work items in a decode
+    step (each covers `DECODE_SPLIT` tokens of a context; None: no limit). `version` returns the current policy version
+    of the weights.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Scheduler:
         self._statistics = Statistics()
         self._version = version
         self._known_version = version()
-        # Counts the weights that blocks were written with: versions, and loads that keep the version.
+        # Counts changes of the weights: new versions, and loads that keep the version.
         self._weights = 0
         self._table = InputBatch(self.max_running, blocks_for(longest, block_size), block_size)
         self._admission = Admission(self.pool, self._table, prefill_tokens, self._statistics)
@@ -87,7 +87,7 @@ class Scheduler:
         self._decodes = 0
 
     def submit(self, id: int, tokens: Items[int], sampling: Sampling) -> None:
-        """Queue a request under an id of the caller's. Raises PromptTooLong or DataError; nothing is queued then."""
+        """Queue a request under the caller's id. Raises PromptTooLong or DataError without queueing it."""
         known = id in self._admission.waiting or id in self._running
         assert not known, f"request {id} was submitted twice"
         check_sampling(sampling)
@@ -100,21 +100,21 @@ class Scheduler:
         self._admission.waiting.add(Sequence(id, prompt.tobytes(), sampling, limit, arrival, stop_ids))
 
     def cancel(self, id: int) -> None:
-        """Forget a request; its blocks are free at once. Ids that are not here, or not any more, are fine."""
+        """Remove a request and free its blocks at once. Unknown ids are ignored."""
         self._admission.waiting.remove(id)
         sequence = self._running.get(id)
         if sequence is not None:
             self._leave(sequence)
 
     def flush_prefixes(self) -> None:
-        """The weights changed: what the blocks hold so far is not for new requests."""
+        """Call this when the weights changed: new requests must not share the blocks written so far."""
         self._weights += 1
         self.pool.forget_prefixes()
         self._admission.forget_prefixes()
 
     @property
     def has_work(self) -> bool:
-        """Whether a request has not ended. A step can be planned then, at the latest when none is in flight."""
+        """Whether there are unfinished requests. If so, `plan` returns a step at the latest when none is in flight."""
         return bool(self._running) or bool(len(self._admission.waiting))
 
     @property
@@ -123,8 +123,8 @@ class Scheduler:
         return asdict(self._statistics)
 
     def plan(self) -> StepPlan | None:
-        """Decide the next step; it is in flight from now on. None: not before something in flight is committed, or
-        there is no work."""
+        """Plan the next step, which is in flight from now on. Returns None if there is no work, or none before a step
+        in flight is committed."""
         self._notice_version()
         ready = self._table.ready()
         rows: list[Prefill] = []
@@ -141,9 +141,9 @@ class Scheduler:
         return flight.plan
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[Finished]:
-        """Take the tokens of the oldest step in flight; return the requests that it ended.
+        """Record the tokens of the oldest step in flight. Returns the requests that it finished.
 
-        What was sampled for a request that has ended meanwhile is left out.
+        Tokens of requests that have ended in the meantime are dropped.
         """
         flight = self._landed(plan)
         self._notice_version()
@@ -174,7 +174,7 @@ class Scheduler:
         return finished
 
     def abort(self, plan: StepPlan, error: HarmonyError) -> list[Finished]:
-        """The oldest step in flight failed: its requests end with `error`. Those that ended meanwhile are left out."""
+        """End the requests of the oldest step in flight with `error`, except those that have ended in the meantime."""
         flight = self._landed(plan)
         finished = []
         for req_index in flight.members[self._table.ticket[flight.members] == flight.tickets].tolist():
@@ -227,7 +227,7 @@ class Scheduler:
             if not len(short) or len(short) <= self.pool.available:
                 break
             if self._flights:
-                return None  # they may end a request, and only one with nothing in flight can be preempted
+                return None  # they may end a request, and preemption needs all steps committed
             self._preempt()
             req_indices = req_indices[table.until[req_indices] > 0]
         changes = table.add_blocks(short, self.pool.take(len(short))) if len(short) else NO_CHANGES
@@ -242,7 +242,7 @@ class Scheduler:
         return self._flights.popleft()
 
     def _fitting(self, req_indices: NDArray[np.int64], max_splits: int) -> NDArray[np.int64]:
-        """Those of the rows that one decode step has room for, the ones that waited longest first."""
+        """The rows that fit into one decode step; rows that have waited longest take precedence."""
         splits = self._table.context[req_indices] // DECODE_SPLIT + 1
         if splits.sum() <= max_splits:
             return req_indices
@@ -258,7 +258,7 @@ class Scheduler:
         self._statistics.preemptions += 1
 
     def _finish_prefill(self, flight: InFlight) -> None:
-        """Note which requests have a first token, and which full blocks can be shared from now on."""
+        """Record the time of first tokens, and add full blocks to the prefix cache."""
         now = time.perf_counter()
         for row in flight.prefills:
             owners = [sequence for sequence in (row.sequence, *row.forked) if sequence.req_index >= 0]
@@ -274,7 +274,7 @@ class Scheduler:
             return
         owner, width = owners[0], self.pool.block_size * TOKEN_BYTES
         blocks = self._table.blocks[owner.req_index]
-        # One that forked follows the blocks from the first on: what is known of them, the other one knows.
+        # A forked sequence adds the blocks from the first on: `known_blocks` and `node` belong to the other sequence.
         leads = owner is row.sequence
         node = int(self._table.node[owner.req_index]) if leads else ROOT
         known = row.stop // self.pool.block_size

@@ -1,11 +1,11 @@
-"""A step plan: what the scheduler of a replica decides for one step, and what comes back. Plain data, no torch.
+"""The plan of one step, made by the scheduler of a replica, and the result of the step. Plain data, no torch.
 
-Every running sequence has a row of the batch tables that each rank keeps: its block table and last token. A plan
-says only what changes in them, so a rank executes plans in the order they were made, each exactly once.
+Each rank keeps batch tables with one row for each running sequence: its block table and last token. A plan holds only
+the changes to them, so a rank must execute plans in the order they were made, each exactly once.
 
-A plan carries the sampling parameters of each row and the random number that it uses. The random number of a token
-depends on its request's seed and its position in the sequence, on nothing else, so a request uses the same numbers
-whatever runs beside it, on however many ranks, in whatever order.
+A plan carries the sampling parameters and the random number of each row. The random number of a token depends only on
+its request's seed and its position in the sequence, so a request uses the same numbers for any batch, number of ranks
+and order of execution.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from harmony_core.rpc.protocol import Generated, Sampling
 TOKEN_BYTES = 4
 """Token ids are int32."""
 GREEDY, PLAIN, FILTERED = 0, 1, 2
-"""Kinds of sampling: the best id; any id; any id that top-k, top-p and min-p leave."""
+"""Kinds of sampling: the most likely id; any id; any id that top-k, top-p and min-p keep."""
 KIND, TEMPERATURE, TOP_K, TOP_P, MIN_P, UNIFORM = range(6)
 """Rows of sampling parameters."""
 
 SamplingParameters = NDArray[np.float64]
-"""How each of N tokens is sampled, `[6, N]`: kind, temperature, top-k, top-p, min-p, and its random number."""
+"""Sampling parameters of N tokens, `[6, N]`: kind, temperature, top-k, top-p, min-p, and the random number."""
 
 
 class StepPlan(msgspec.Struct, frozen=True):
     """One forward pass over B sequences with T new tokens, N samples at its end, and copies of blocks after it.
 
-    Either every sequence has given tokens (a prefill step), or each has the one that was last sampled for it, which the
-    leader need not know yet (a decode step: `tokens` is empty, and every length is 1). Numbers are in the byte order of
-    the machine: a plan stays on its host.
+    In a prefill step `tokens` holds the new tokens of every sequence. In a decode step `tokens` is empty, every length
+    is 1, and each sequence continues with its last sampled token, which the leader need not know yet. Numbers are in
+    the byte order of the machine, since a plan stays on its host.
     """
 
     req_indices: bytes
@@ -47,14 +47,14 @@ class StepPlan(msgspec.Struct, frozen=True):
     lengths: bytes
     """int32 `[B]`, new tokens of each sequence."""
     contexts: bytes
-    """int32 `[B]`, tokens of each sequence in the KV cache once this step is done."""
+    """int32 `[B]`, tokens of each sequence in the KV cache after this step."""
     new_blocks: bytes
     """int32 `[P, 3]`, entries of the block tables that are new: row, place in the row, block."""
     copies: bytes
     """int32 `[C, 2]`, blocks whose content is copied after the forward pass: from, to."""
     sampled: bytes
-    """int32 `[N]`, the sequence whose last new token each sample follows. One may be sampled from several times; a
-    prompt that is not complete yet is not."""
+    """int32 `[N]`, the sequence whose last new token each sample follows. A sequence may have several samples; one
+    with an incomplete prompt has no sample."""
     targets: bytes
     """int32 `[N]`, the row of the batch tables that each sampled token belongs to."""
     sampling: bytes
@@ -73,7 +73,7 @@ class StepPlan(msgspec.Struct, frozen=True):
 class StepResult(msgspec.Struct, frozen=True):
     """One entry for each sample of the plan, identical on every rank of the replica.
 
-    A distribution that is not one (NaN or infinite logits) has log-probs that are not finite; its token means nothing.
+    If the logits of a sample are NaN or infinite, its log-probs are not finite and its token is meaningless.
     """
 
     tokens: bytes
@@ -81,12 +81,12 @@ class StepResult(msgspec.Struct, frozen=True):
     logprobs: bytes
     """float64 `[N]`, of the raw distribution (temperature 1)."""
     sampled_logprobs: bytes
-    """float64 `[N]`, of the distribution that was sampled from."""
+    """float64 `[N]`, of the processed distribution, from which the token was sampled."""
 
 
 @dataclass(frozen=True)
 class Finished:
-    """A request that has left: with its completion, or with the error it died of."""
+    """A finished request, with its completion or its error."""
 
     id: int
     generated: Generated | None
@@ -94,7 +94,7 @@ class Finished:
 
 
 class Setting(NamedTuple):
-    """How a request samples each of its tokens, as the first numbers of a column of `SamplingParameters`."""
+    """Sampling settings of a request: the first five numbers of a column of `SamplingParameters`."""
 
     kind: float
     temperature: float
@@ -104,7 +104,7 @@ class Setting(NamedTuple):
 
     @staticmethod
     def of(sampling: Sampling) -> Setting:
-        """A request's settings; they must be sound."""
+        """The settings of a request, which must have passed `check_sampling`."""
         filters = sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0
         kind = GREEDY if sampling.temperature == 0 else FILTERED if filters else PLAIN
         return Setting(kind, sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
@@ -146,7 +146,7 @@ def _mix(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def stream(seed: int) -> int:
-    """A request seed as the key of its numbers. Seeds of any size are taken modulo 2^64."""
+    """The stream of a request's random numbers, from its seed. Seeds of any size are taken modulo 2^64."""
     return int(_mix(np.array([seed & _MASK], dtype=np.uint64) + _GOLDEN)[0])
 
 

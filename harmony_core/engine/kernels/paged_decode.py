@@ -1,14 +1,14 @@
 """Triton kernels for CUDA: split key-value attention of decode steps, and writing new keys and values to the KV cache.
 
-A decode step has one new token of each sequence against its pages, which is what the kernels call KV cache blocks.
+In a decode step one new token of each sequence attends to its pages. A page is a KV cache block.
 
-A context is cut into splits of `DECODE_SPLIT` tokens at multiples of it, whatever else is in the batch, so a row's
-bits never depend on its neighbours. A step's (row, split) items are listed once on the device and shared by all layers;
-a fixed number of programs walks the list for each key-value head. A second kernel combines each row's splits, in their
+A context is cut into splits at multiples of `DECODE_SPLIT` tokens, independently of the batch, so a row's bits never
+depend on its neighbours. A step's work items (row, split) are listed once on the device and shared by all layers; a
+fixed number of programs walks the list for each key-value head. A second kernel combines the splits of each row, in
 order.
 
-Nothing here looks at a length on the host: every shape follows from the batch, the capacity of the item list and the
-model, so a CUDA graph replays it with other contexts. B sequences, H query heads, K key-value heads, D head width.
+The host reads no lengths: all shapes follow from the batch, the capacity of the item list and the model, so a CUDA
+graph can replay a step with other contexts. B sequences, H query heads, K key-value heads, D head width.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _LOG2_E = 1.4426950408889634
 
 @dataclass(frozen=True)
 class Config:
-    """How the work is cut into instructions; only `block` reaches the rounding."""
+    """Launch configuration of the kernels; only `block` affects rounding."""
 
     block: int
     num_warps: int = 4
@@ -38,17 +38,17 @@ class Config:
 
     @classmethod
     def of(cls, width: int, dtype: torch.dtype) -> Config:
-        """The fixed choice for a head width: the keys and values of a block take at most 16 KiB of shared memory."""
+        """The fixed configuration for a head width: keys and values of a block take at most 16 KiB of shared memory."""
         return cls(block=min(64, 8192 // (_padded(width) * dtype.itemsize)))
 
 
 @dataclass(frozen=True)
 class WorkList:
-    """The items of a step under one window; `total` `[1]` of them.
+    """The work items of a step for one window; `total` `[1]` is their number.
 
     `items` `[capacity, 8]`: row, split, context, row of the table, the row's first whole item, its number of whole
-    ones, so that a program has it all in one access. Whole splits of all rows come first, then the last one of each
-    row. When there is no room for all, only the last ones are listed, with -1 whole items.
+    items; a program reads them in one access. The whole splits of all rows come first, then the last split of each row.
+    If they do not all fit, only the last splits are listed, with -1 whole items.
     """
 
     items: Tensor
@@ -57,7 +57,7 @@ class WorkList:
 
 @dataclass(frozen=True)
 class Scratch:
-    """What the items of a layer give; the next overwrites it. `partial` `[capacity, H, D]`, `lse` `[capacity, H]`."""
+    """Results of the items of one layer, reused by the next: `partial` `[capacity, H, D]`, `lse` `[capacity, H]`."""
 
     partial: Tensor
     lse: Tensor
@@ -87,7 +87,7 @@ def _list_items(
     if row == 0:
         tl.store(total, all_whole + batch)
     listed = tl.maximum(count, 0)
-    # One turn more than there are whole splits: the last split of the row has its own place.
+    # One iteration more than there are whole splits: the last split of the row is listed separately.
     for begin in range(0, listed + 1, BLOCK):
         turn = begin + tl.arange(0, BLOCK)
         item = items + tl.where(turn < listed, start + turn, all_whole + row) * 8
@@ -125,7 +125,7 @@ def _attend(
         newest = context - 1
         mine = real & (split == newest // SPLIT)
         begin, end = split * SPLIT, tl.minimum(split * SPLIT + SPLIT, newest)
-        # All that waits for the item alone is asked for first; the loop's loads then depend on no other and overlap.
+        # Issue all loads that depend only on the item first; the loads of the loop are then independent and overlap.
         index = split * (SPLIT // PAGE) + tl.arange(0, SPLIT // PAGE)
         held = tl.load(pages + index, mask=index * PAGE < end, other=0)
         queries = q + row * q_row + (head * GROUP + member)[:, None] * q_head + lane[None, :]
@@ -137,14 +137,14 @@ def _attend(
         oldest = 0
         if WINDOW > 0:
             oldest = tl.maximum(context - WINDOW, 0)
-            # Every block has a key in sight, or there is none: of a window of 1, only the new token is.
+            # Every block has a visible key, or there is no block: with a window of 1 only the new token is visible.
             begin = tl.where(oldest < end, tl.maximum(begin, oldest // BLOCK * BLOCK), end)
         top = tl.full((GROUP_PADDED,), -float("inf"), tl.float32)
         sums = tl.zeros((GROUP_PADDED, BLOCK), tl.float32)
         output = tl.zeros((GROUP_PADDED, WIDTH_PADDED), tl.float32)
         for start in tl.range(begin, end, BLOCK, num_stages=STAGES):
             position = start + tl.arange(0, BLOCK)
-            # Entries and pages beyond the context may hold anything: neither is ever read.
+            # Table entries and pages beyond the context are undefined and never read.
             seen = (position < end) & (position >= oldest)
             slots = tl.gather(held, position % SPLIT // PAGE, 0).to(tl.int64) * PAGE + position % PAGE
             inside = seen[:, None] & real[None, :]
@@ -153,11 +153,11 @@ def _attend(
             column = head * values_head + lane[None, :]
             value = tl.load(values + slots[:, None] * values_slot + column, mask=inside, other=0.0)
             top, sums, output = _block(query, key, value, seen, scale, top, sums, output, PRECISION)
-        # The new token is written to its slot but not read back: the program of the row's last split has it here.
+        # The new token is written to its slot but not read back: the program of the row's last split has it already.
         tl.store(keys + slot * keys_slot + head * keys_head + lane, new_k, mask=mine)
         tl.store(values + slot * values_slot + head * values_head + lane, new_v, mask=mine)
         log, output = _new_token(query, new_k, new_v, split == newest // SPLIT, scale, top, tl.sum(sums, 1), output)
-        # Without room for all items the rows come out as NaN, never as wrong numbers.
+        # If the items do not all fit, the rows are NaN rather than wrong.
         output = tl.where(tl.load(item + 5) < 0, float("nan"), output)
         place = work * GROUP + member.to(tl.int64)
         tl.store(partial + place[:, None] * WIDTH + lane[None, :], output, mask=real_q)
@@ -176,7 +176,7 @@ def _block(
     higher = tl.maximum(top, tl.max(scores, 1))
     shrink = tl.exp2(top - higher)
     weights = tl.exp2(scores - higher[:, None])
-    # Added up over the block's columns at the end: one exchange between warps less in each turn.
+    # Summed over the block's columns at the end, which saves an exchange between warps in each iteration.
     sums = sums * shrink[:, None] + weights
     output = tl.dot(weights.to(value.dtype), value, output * shrink[:, None], input_precision=PRECISION)
     return higher, sums, output
@@ -232,9 +232,9 @@ def _combine(
 
 
 def list_work(contexts: Tensor, rows: Tensor, capacity: int, window: int | None) -> WorkList:
-    """The items of sequences under one window.
+    """List the work items of sequences for one window.
 
-    `contexts` `[B]`: their tokens, the new one included, at least 1. `rows` `[B]`: their rows of the page table.
+    `contexts` `[B]`: their tokens with the new one, at least 1. `rows` `[B]`: their rows of the page table.
     """
     (batch,) = contexts.shape
     assert capacity >= batch
@@ -252,7 +252,7 @@ def list_work(contexts: Tensor, rows: Tensor, capacity: int, window: int | None)
 
 
 def make_scratch(capacity: int, q: Tensor) -> Scratch:
-    """Room for `capacity` items of queries `[B, H, D]`."""
+    """Allocate scratch for `capacity` items of queries `[B, H, D]`."""
     _, heads, width = q.shape
     return Scratch(
         partial=torch.empty((capacity, heads, width), dtype=torch.float32, device=q.device),
@@ -312,13 +312,13 @@ def paged_decode(
 
 
 def _padded(size: int) -> int:
-    # A matrix product has at least 16 of everything.
+    # Every dimension of a matrix product is at least 16.
     return max(16, int(triton.next_power_of_2(size)))
 
 
 @cache
 def _multiprocessors(device: torch.device) -> int:
-    # Triton's interpreter runs on CPU tensors, one program after the other.
+    # Triton's interpreter runs on CPU tensors, one program after another.
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 

@@ -1,8 +1,8 @@
-"""Sampling on CUDA by Triton kernels: one pass over the logits sums up every chunk of a row, one finds the id.
+"""Sampling on CUDA by Triton kernels: one pass over the logits sums every chunk of a row, another finds the id.
 
 The algorithm is that of `inference.sampler`: inverse CDF over ids at a given number, sums in float64, equal logits
-kept or dropped together; results differ from it by rounding only. top-k and top-p need no sorting: the lowest logit
-they keep is found four bits at a time. N rows, V ids, C chunks of a row.
+kept or dropped together; results differ from it only by rounding. top-k and top-p need no sorting: the lowest logit
+that they keep is found four bits at a time. N rows, V ids, C chunks of a row.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from torch import Tensor
 
 _CHUNK = 4096
 _BLOCK = 256
-"""Ids whose weights are summed before any of them is looked at; a part of a chunk."""
+"""Ids per block, a part of a chunk; the id is searched in the sums of blocks first."""
 _SETTINGS = ["temperature", "uniform", "wanted"]
-"""Rows of one matrix: where they begin depends on the number of rows, and what is compiled should not."""
+"""Rows of one matrix. Their alignment depends on the number of rows, and the compiled code should not."""
 
 
 @triton.jit
@@ -26,7 +26,7 @@ def _divide(x: tl.tensor, y: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def _heat(temperature: tl.tensor, row: tl.tensor) -> tl.tensor:
-    # The sampler's coldest temperature.
+    # `COLDEST` of the sampler.
     return tl.maximum(tl.load(temperature + row), 1e-30).to(tl.float32)
 
 
@@ -45,7 +45,7 @@ def _summarise(
     index = chunk * CHUNK + part[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     x = tl.load(logits + row * stride + index, mask=index < size, other=-float("inf"))
     top = tl.max(tl.max(x, 1), 0)
-    # Of a chunk that is all minus infinity the weights are 0, not what comes of subtracting it from itself.
+    # In a chunk of minus infinities all weights are 0; subtracting the maximum would give NaN.
     base = tl.where(top == -float("inf"), 0.0, top)
     if SCORES:
         tl.store(maxima + place, top)
@@ -80,7 +80,7 @@ def _pick(
     token = tl.minimum(tl.min(tl.where(highest == top, best, size), 0), size - 1)
     mass = tl.load(raw + row * chunks + chunk, mask=known, other=0.0)
     total_raw = tl.sum(mass * tl.exp(highest - top).to(tl.float64), 0)
-    # Zero, unless the row holds something that is not a number.
+    # Zero, unless the row holds a NaN.
     processed = total_raw - total_raw
     if DRAWS:
         heat = _heat(temperature, row)
@@ -135,10 +135,10 @@ def _count_keys(
     if (wish < 1) if MASS else (wish > 0):
         index = chunk * CHUNK + tl.arange(0, CHUNK // BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
         x = tl.load(logits + row * stride + index, mask=index < size, other=-float("inf"))
-        # Bits of how far a logit lies below the row's maximum: they grow as logits fall.
+        # Bits of the distance below the row's maximum: they grow as logits fall.
         below = tl.abs(_divide(x - tl.load(tops + row), _heat(temperature, row)))
         key = below.to(tl.int32, bitcast=True)
-        # In two moves: a number is not moved by as many bits as it has.
+        # Two shifts: shifting by all bits of a number at once is undefined.
         inside = (key <= tl.load(limits + row)) & (((key >> shift) >> 4) == ((tl.load(found + row) >> shift) >> 4))
         into = counts + (row * tl.num_programs(1) + chunk) * 16
         if tl.max(tl.max(inside.to(tl.int32), 1), 0) > 0:
@@ -181,9 +181,9 @@ def _choose_digit(
 
 
 def _find_floors(logits: Tensor, draws: Tensor, maxima: Tensor, tops: Tensor, floors: Tensor) -> None:
-    """The lowest scaled logit that each row keeps, `[N]`: of top-k, the nucleus of what that leaves, and min-p.
+    """Find the lowest scaled logit that each row keeps, `[N]`, after top-k, then top-p, and min-p.
 
-    It is found as bits, four at a time from the highest: how many ids, or how much mass, there is up to each digit.
+    Its bits are found four at a time from the highest, by counting ids or summing mass up to each digit.
     """
     rows, size = logits.shape
     chunks, device = maxima.shape[1], logits.device
@@ -191,7 +191,7 @@ def _find_floors(logits: Tensor, draws: Tensor, maxima: Tensor, tops: Tensor, fl
     torch.amax(maxima, 1, out=tops)
     found = torch.zeros(rows, dtype=torch.int32, device=device)
     needed = torch.zeros(rows, dtype=torch.float64, device=device)
-    # Infinity: nothing is too low.
+    # Infinity: no logit is too low.
     limits = torch.full((rows,), 0x7F800000, dtype=torch.int32, device=device)
     counts = torch.empty((rows, chunks, 16), dtype=torch.float64, device=device)
     for wanted, mass in ((top_k, False), (top_p, True)):
@@ -215,7 +215,7 @@ def _find_floors(logits: Tensor, draws: Tensor, maxima: Tensor, tops: Tensor, fl
 def draw_tokens(
     logits: Tensor, draws: Tensor, slots: Tensor, last: Tensor, outputs: Tensor, *, warm: bool, filtered: bool
 ) -> None:
-    """Draw a token for each row: `outputs` `[3, N]` float64 are ids, raw and processed log-probs, `last[slots]` ids.
+    """Sample a token for each row: `outputs` `[3, N]` float64 get ids, raw and processed log-probs, `last[slots]` ids.
 
     `logits` `[N, V]` float32; `draws` `[6, N]` float64 are `SamplingParameters`; `slots` `[N]` int64. `warm`: some
     temperature is not 0; `filtered`: some row has top-k, top-p or min-p.

@@ -54,9 +54,9 @@ def update_in_one_pass(
     keep: float,
     step_size: float,
 ) -> None:
-    """One step on N consecutive elements, all but `gradients` in place; all flat and contiguous.
+    """One step on N consecutive elements, in place except for `gradients`; all flat and contiguous.
 
-    `rounded` takes the new weights in its own type. `scale` multiplies the gradients; `keep` the weights (decay);
+    `rounded` receives the new weights in its own type. `scale` multiplies the gradients; `keep` the weights (decay);
     `root_correction` and `step_size` hold Adam's bias corrections.
     """
     count = gradients.numel()
@@ -88,14 +88,14 @@ def _statistics(
     row = tl.program_id(0).to(tl.int64)
     logits += row * logits_row
     lanes = tl.arange(0, BLOCK)
-    # Each lane keeps its own maximum and sum; they meet after the last block.
+    # Each lane keeps its own maximum and sum; they are combined after the last block.
     top = tl.full([BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, COUNT, BLOCK):
         real = start + lanes < COUNT
         x = tl.load(logits + start + lanes, mask=real, other=float("-inf"))
         higher = tl.maximum(top, x)
-        # A lane that has seen nothing has no maximum to subtract.
+        # A lane without finite logits so far has no maximum to subtract.
         shift = tl.where(higher > float("-inf"), higher, 0.0)
         total = total * tl.exp(top - shift) + tl.exp(x - shift)
         top = higher
@@ -127,7 +127,7 @@ def _gradient(
 def softmax_statistics(logits: Tensor, columns: Tensor, tops: Tensor, sums: Tensor, picked: Tensor) -> None:
     """Fill, for each row of `logits` `[N, V]`, its maximum, `Σ exp(logit - maximum)` and the logit at `columns`.
 
-    `columns` `[N]` long: a column outside of the row picks 0. `tops`, `sums`, `picked`: `[N]` float32.
+    `columns` `[N]` long: a column outside the row gives 0. `tops`, `sums`, `picked`: `[N]` float32.
     """
     count, width = logits.shape
     assert logits.stride(1) == 1 and all(x.is_contiguous() for x in (columns, tops, sums, picked))

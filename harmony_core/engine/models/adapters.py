@@ -1,9 +1,9 @@
 """Adapters: low-rank additions to the linear layers of a shared base model (Hu et al., LoRA, 2021).
 
-peft makes the layers and reads its own files' settings; which adapter a forward pass uses comes from the forward
-context, never from peft's switches, which would turn gradients off on every other adapter. The only file that imports
-peft. On tensor-parallel ranks A and B are split as the layer they belong to: of a column-parallel layer B by rows, of
-a row-parallel layer A by columns.
+peft creates the layers and reads the settings in its files. The forward context selects the adapter of a forward pass;
+peft's own switches are not used, because they turn off gradients of all other adapters. Only this file imports peft. On
+tensor-parallel ranks A and B are split like their layer: B by rows in a column-parallel layer, A by columns in a
+row-parallel layer.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from harmony_core.engine.models.model import CausalLM
 
 PREFIX = "base_model.model."
-"""What peft puts before a module's name in its files."""
+"""Prefix of module names in peft's files."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,10 @@ Draw = Callable[[str, Shard | None, tuple[int, ...]], Tensor]
 
 
 def add_lora(model: CausalLM, name: str, settings: LoraSettings) -> None:
-    """Add a new adapter: A random, B zero, so that it changes nothing yet.
+    """Add a new adapter with random A and zero B, which does not change the model's output.
 
-    A is drawn whole from (seed, module name) and then cut, so it is the same for every number of ranks. Raises
-    `ModelRefused` for targets that the model does not have, `ConflictError` for a name in use.
+    The full A is drawn from (seed, module name) and then sliced, so it is the same for every number of ranks. Raises
+    `ModelRefused` for targets that the model lacks, `ConflictError` for a name in use.
     """
 
     def draw(stored_name: str, shard: Shard | None, shape: tuple[int, ...]) -> Tensor:
@@ -77,7 +77,7 @@ def add_lora(model: CausalLM, name: str, settings: LoraSettings) -> None:
 
 
 def load_adapter(model: CausalLM, name: str, directory: Path) -> None:
-    """Add the peft adapter stored in `directory`. Raises `ModelRefused` naming the first setting we do not run."""
+    """Add the peft adapter stored in `directory`. Raises `ModelRefused` for the first unsupported setting."""
     with CheckpointReader(directory, "adapter_model") as stored:
         settings = read_settings(model, directory, stored)
         _attach(model, name, settings, lambda key, shard, shape: _read(stored, key, shard, shape, model.dtype))
@@ -90,7 +90,7 @@ def load_adapter(model: CausalLM, name: str, directory: Path) -> None:
 
 
 def load_into_adapter(model: CausalLM, name: str, directory: Path) -> None:
-    """Overwrite a live adapter's values with stored ones, which must have its rank, scale and layers."""
+    """Overwrite a live adapter's values with those of a stored adapter of the same rank, scale and layers."""
     info = model.adapters[name]
     with CheckpointReader(directory, "adapter_model") as stored:
         found = read_settings(model, directory, stored)
@@ -111,7 +111,7 @@ def load_into_adapter(model: CausalLM, name: str, directory: Path) -> None:
 
 
 def copy_adapter(model: CausalLM, source: str, name: str) -> None:
-    """A frozen copy of a live adapter under a new name, on the same base."""
+    """Add a frozen copy of a live adapter under a new name, on the same base."""
     info = model.adapters[source]
     _attach(model, name, info.settings, lambda key, _shard, _shape: info.parameters[key].detach().clone())
     if SCORE in info.parameters:
@@ -119,7 +119,7 @@ def copy_adapter(model: CausalLM, source: str, name: str) -> None:
 
 
 def add_score(model: CausalLM, name: str, values: Tensor | None = None) -> None:
-    """Give an adapter a scalar head `[1, d]` of its own, trained whole and stored with it; `values` or a new one."""
+    """Give an adapter its own scalar head `[1, d]`, trained and stored with it; `values`, or a new head."""
     head = new_head(model)
     if values is not None:
         head.data = values.to(model.device, model.dtype)
@@ -127,7 +127,7 @@ def add_score(model: CausalLM, name: str, values: Tensor | None = None) -> None:
 
 
 def remove_adapter(model: CausalLM, name: str) -> None:
-    """Take an adapter off the model and drop its parameters; the last one leaves the layers as they were."""
+    """Remove an adapter and its parameters; after the last one the layers are restored."""
     del model.adapters[name]
     key = _module_key(name)
     for path, layer in _lora_layers(model.module):
@@ -141,7 +141,7 @@ def remove_adapter(model: CausalLM, name: str) -> None:
 
 
 def settings_as_stored(info: AdapterInfo, base: str, revision: str = "") -> dict[str, Any]:
-    """The content of `adapter_config.json`, as every version of peft reads it; `base` is a path or a hub id."""
+    """The content of `adapter_config.json`, readable by every version of peft; `base` is a path or a hub id."""
     more: dict[str, Any] = {"task_type": "CAUSAL_LM"}
     if SCORE in info.parameters:
         more = {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
@@ -149,18 +149,18 @@ def settings_as_stored(info: AdapterInfo, base: str, revision: str = "") -> dict
         more["revision"] = revision
     config = _lora_config(info.settings, base_model_name_or_path=base, inference_mode=True, **more)
     raw: dict[str, Any] = config.to_dict()
-    # Defaults are left out: each version of peft has settings of its own that the others do not know.
+    # Omit defaults: each version of peft has settings that others do not know.
     kept = ADAPTER_SETTINGS | {"base_model_name_or_path", "inference_mode", "peft_version", *more}
     return {key: sorted(value) if isinstance(value, set) else value for key, value in raw.items() if key in kept}
 
 
 def read_settings(model: CausalLM, directory: Path, stored: CheckpointReader) -> LoraSettings:
-    """The settings of a stored adapter; anything that we would have to ignore is refused."""
+    """The settings of a stored adapter. Refuses settings that we would have to ignore."""
     path = directory / "adapter_config.json"
     raw = read_json(path)
     check_adapter_config(path, raw)
     if raw.get("modules_to_save") and PREFIX + SCORE not in stored.names:
-        # With a head there, what else is saved whole is seen in the file.
+        # If there is a head, other modules that are saved whole are found in the file.
         raise ModelRefused(f"{path}: modules_to_save={raw['modules_to_save']!r} is not supported")
     try:
         rank, alpha, dropout = int(raw["r"]), float(raw["lora_alpha"]), float(raw.get("lora_dropout") or 0.0)
@@ -168,9 +168,9 @@ def read_settings(model: CausalLM, directory: Path, stored: CheckpointReader) ->
         raise VerificationError(f"{path}: r, lora_alpha or lora_dropout: {error!r}") from None
     if rank < 1:
         raise VerificationError(f"{path}: r={rank}")
-    # rsLoRA divides by the square root of the rank; as an ordinary alpha that is:
+    # rsLoRA divides by the square root of the rank; convert to an ordinary alpha.
     alpha = alpha * math.sqrt(rank) if raw.get("use_rslora") else alpha
-    # Which layers it has is what the file holds: target_modules may be a pattern, or missing.
+    # Take the layers from the file: target_modules may be a pattern, or missing.
     modules = {key.removeprefix(PREFIX).rpartition(".lora_")[0] for key in stored.names - {PREFIX + SCORE}}
     leaves = tuple(sorted({module.rpartition(".")[2] for module in modules}))
     named_by_leaves = {path for path in _linear_layers(model) if path.rpartition(".")[2] in leaves}
@@ -181,7 +181,7 @@ def read_settings(model: CausalLM, directory: Path, stored: CheckpointReader) ->
 def _attach(model: CausalLM, name: str, settings: LoraSettings, draw: Draw) -> None:
     if name in model.adapters:
         raise ConflictError(f"the model has an adapter {name!r} already")
-    # Everything that can fail comes before the first layer is touched.
+    # All checks come before the first change of a layer.
     targets = _find_targets(model, settings)
     parameters: dict[str, nn.Parameter] = {}
     for path in targets:
@@ -236,16 +236,16 @@ def _linear_layers(model: CausalLM) -> list[str]:
 
 
 def _inject(module: nn.Module, key: str, settings: LoraSettings) -> None:
-    """Let peft wrap the target layers, on the meta device, and undo what it does to everything else."""
+    """Let peft wrap the target layers, on the meta device, and undo its other changes."""
     from peft import inject_adapter_in_model
 
     required = {parameter: parameter.requires_grad for parameter in module.parameters()}
     training = {child: child.training for child in module.modules()}
     with warnings.catch_warnings():
-        # Several adapters on one model are the plan here.
+        # Several adapters on one model are intended here.
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         inject_adapter_in_model(_lora_config(settings), module, key, low_cpu_mem_usage=True)
-    # We keep our own record; peft's would only make it warn about further adapters.
+    # We keep our own record; with peft's, further adapters would cause a warning.
     del module.peft_config
     for parameter, flag in required.items():
         parameter.requires_grad_(flag)
@@ -256,7 +256,7 @@ def _inject(module: nn.Module, key: str, settings: LoraSettings) -> None:
 def _lora_config(settings: LoraSettings, **more: Any) -> Any:
     from peft import LoraConfig
 
-    # peft declares an integer and takes any number.
+    # peft declares an integer but accepts any number.
     alpha: Any = int(settings.alpha) if settings.alpha == int(settings.alpha) else settings.alpha
     targets = list(settings.targets)
     return LoraConfig(r=settings.rank, lora_alpha=alpha, lora_dropout=settings.dropout, target_modules=targets, **more)
@@ -264,16 +264,16 @@ def _lora_config(settings: LoraSettings, **more: Any) -> Any:
 
 @cache
 def _adapted(kind: Any) -> Any:
-    """A class of peft's with our forward pass. Set on the layer itself, it would tie the layer, and its weights, to
-    itself: they would stay until a garbage collection."""
+    """Subclass a peft class with our forward pass. A method set on the layer itself would be a reference cycle, which
+    keeps the layer and its weights until a garbage collection."""
     return kind if kind.__dict__.get("forward") is _forward else type(kind.__name__, (kind,), {"forward": _forward})
 
 
 def _forward(layer: Any, x: Tensor, *_: Any, **__: Any) -> Tensor:
     """`base(x) + scaling * B(A(x))` with the context's adapter, in place of peft's own.
 
-    It runs compiled too, and what it reads is then checked before each call: of the context the adapter's name and
-    whether it drops, which change seldom.
+    When compiled, values that it reads are guards, checked before each call: from the context only the adapter's name
+    and whether it has dropout, which change rarely.
     """
     result: Tensor = layer.base_layer(x)
     context = current_context()
@@ -295,12 +295,12 @@ def _forward(layer: Any, x: Tensor, *_: Any, **__: Any) -> Tensor:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _drop(layer: Any, x: Tensor, p: float) -> Tensor:
-    """Never compiled: the seed is another one for each micro-batch."""
+    """Apply dropout. Not compiled, because the seed changes with each micro-batch."""
     return x * _dropout_mask(layer, x, p, current_context().seed)
 
 
 def _dropout_mask(layer: Any, x: Tensor, p: float, seed: int) -> Tensor:
-    """Drawn from (seed, layer) for the full width and then cut: equal for every tp, and again in a recomputation."""
+    """Draw a mask of full width from (seed, layer), then slice it: equal for every tp and in a recomputation."""
     generator = torch.Generator(device=x.device).manual_seed(_hash(seed, layer.harmony_name))
     keep = torch.rand((*x.shape[:-1], layer.in_features), generator=generator, device=x.device) >= p
     if keep.shape[-1] != x.shape[-1]:

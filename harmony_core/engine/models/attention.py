@@ -1,10 +1,11 @@
-"""The one attention function of every model, for training and for sampling; registered with transformers by name.
+"""The attention function of all models, for training and sampling; registered with transformers by name.
 
-It reads the forward context: sequences packed back to back, or new tokens and the KV cache. No mask function is
-registered under the name, so transformers builds no mask. Flash kernels are in `attention_cuda`; here attention is
-`scaled_dot_product_attention` over gathered keys and values, on any device and in any dtype, made for CPUs. Sequences
-of like length are padded on the right and computed together: under a causal mask a real token never sees padding to its
-right, so such a group needs no mask. Groups, index tensors and masks are made once for all layers of a forward pass.
+It reads the layout from the forward context: sequences packed back to back, or new tokens and the KV cache. No mask
+function is registered under the name, so transformers builds no mask. `attention_cuda` has the flash kernels; this file
+applies `scaled_dot_product_attention` to gathered keys and values, on any device and in any dtype, and is tuned for
+CPUs. Sequences of similar length are padded on the right and computed together: with a causal mask a real token never
+sees padding to its right, so a group needs no other mask. Groups, index tensors and masks are made once for all layers
+of a forward pass.
 
 T tokens, B sequences, L their padded length, M tokens of the longest context, H query heads, K key-value heads, D head
 width.
@@ -35,9 +36,9 @@ from harmony_core.memory.plan import PADDING_SHARE
 
 NAME = "harmony"
 PADDING_TOKENS = 64
-"""Padded tokens always allowed in a group: below this an extra call costs more than it saves."""
+"""Padding tokens always allowed in a group: to save fewer is not worth another call."""
 PADDING_CONTEXT = 256
-"""The same for the contexts of a decode step, where a padded token is gathered but hardly computed with."""
+"""The same for the contexts of a decode step, where a padding token is gathered but costs little computation."""
 
 
 def attend(
@@ -55,7 +56,7 @@ def attend(
 ) -> tuple[Tensor, None]:
     """`query` `[1, H, T, D]`, `key`, `value` `[1, K, T, D]` -> `[1, T, H, D]`.
 
-    What it computes depends on the forward context, so no compiler traces it: a compiled layer breaks off here.
+    It depends on the forward context, so it is not traced: a compiled layer has a graph break here.
     """
     if softcap is not None or s_aux is not None or dropout:
         feature = "attention dropout" if dropout else "soft-capped attention" if softcap else "attention sinks"
@@ -92,7 +93,7 @@ def _packed(
     scale: float | None,
     window: int | None,
 ) -> Tensor:
-    """Each sequence causally with itself; `[T, H, D]`."""
+    """Causal attention within each sequence; `[T, H, D]`."""
     assert sum(lengths) == q.shape[0], "lengths do not add up to the row"
     if q.is_cuda and attention_cuda.applies(q):
         return attention_cuda.packed(context, lengths, q, k, v, scale, window)
@@ -135,7 +136,7 @@ def attend_to_cache(
     scale: float | None,
     window: int | None,
 ) -> Tensor:
-    """New tokens, already written to the KV cache, against their whole context; `[T, H, D]`."""
+    """Attention of new tokens, already written to the KV cache, to their whole context; `[T, H, D]`."""
     keys, values = layout.keys[layer], layout.values[layer]
     if "paged" not in context.prepared:
         context.prepared["paged"] = plan_paged(layout, q.device)
@@ -175,7 +176,7 @@ def _by_groups(
         )
         mask = None
         if window is not None and group.length > window:
-            # The longest group comes first; of a shorter one's mask the corner of its is all.
+            # The longest group comes first; a shorter group uses the corner of its mask.
             longest = plan.groups[0].length
             mask = _mask(context, longest, longest, window, q)[: group.length, : group.length]
         out = F.scaled_dot_product_attention(
@@ -195,26 +196,26 @@ def _decode(
     scale: float | None,
     window: int | None,
 ) -> Tensor:
-    """One token of each sequence: one gather and one call for the group; `q` `[B, H, D]`."""
+    """One new token of each sequence, by one gather and one call for the group; `q` `[B, H, D]`."""
     batch, heads, width = q.shape
     kv_heads = keys.shape[1]
     if window not in plan.masks:
         visible = plan.visible
         if window is not None:
-            # Keys lie in order; of a context of n the last `window` are in sight.
+            # Keys are in order; the last `window` keys of a context of n are visible.
             n = visible.sum(1, keepdim=True)
             visible = visible & (torch.arange(visible.shape[1], device=visible.device) >= n - window)
         hidden = torch.zeros_like(visible, dtype=q.dtype).masked_fill_(~visible, -torch.inf)
         plan.masks[window] = hidden[:, None, None]
     count, gathered = len(plan.slots), context.prepared.get("gathered")
     if gathered is None or len(gathered[0]) < count:
-        # Every layer gathers as much: one pair of buffers serves them all, and every group in turn.
+        # Every layer gathers equally many keys: one pair of buffers serves all layers and groups in turn.
         gathered = [store.new_empty((count, kv_heads, width)) for store in (keys, values)]
         context.prepared["gathered"] = gathered
     k, v = gathered
     k = torch.index_select(keys, 0, plan.slots, out=k[:count]).view(batch, -1, kv_heads, width).transpose(1, 2)
     v = torch.index_select(values, 0, plan.slots, out=v[:count]).view(batch, -1, kv_heads, width).transpose(1, 2)
-    # All query heads of one key-value head see the same keys: they become its query rows.
+    # All query heads of one key-value head see the same keys, so they become its query rows.
     rows = q.reshape(batch, kv_heads, heads // kv_heads, width)
     out = F.scaled_dot_product_attention(rows, k, v, attn_mask=plan.masks[window], scale=scale)
     return out.reshape(batch, heads, width)
@@ -229,7 +230,7 @@ def _chunk(
     scale: float | None,
     window: int | None,
 ) -> Tensor:
-    """Several tokens of one sequence behind its past; `[L, H, D]`."""
+    """Several new tokens of one sequence with a past; `[L, H, D]`."""
     rows = q[plan.start : plan.stop].transpose(0, 1)[None]
     k, v = (x.index_select(0, plan.slots).transpose(0, 1)[None] for x in (keys, values))
     mask = _mask(context, rows.shape[2], k.shape[2], window, q)
@@ -240,10 +241,10 @@ def _chunk(
 
 
 def _mask(context: ForwardContext, new: int, total: int, window: int | None, q: Tensor) -> Tensor:
-    """Additive, `[new, total]`: the last `new` of `total` tokens see what is not after them and inside the window.
+    """Additive mask `[new, total]`: each of the last `new` of `total` tokens sees itself and the past in its window.
 
-    Made once for all layers: a mask of truth values would be turned into numbers, and kept for the backward pass, by
-    each of them.
+    It is made once for all layers: each layer would convert a boolean mask to numbers and keep it for the backward
+    pass.
     """
     name = f"mask {new} {total} {window}"
     if name not in context.prepared:
@@ -265,10 +266,10 @@ class Group:
 
 @dataclass(frozen=True)
 class PackedPlan:
-    """Causal attention of each sequence to itself.
+    """Causal attention within each sequence.
 
-    `order` `[padded]`: for each row of the gathered layout, the row's token; None when it is the row itself.
-    `restore` `[tokens]`: where each token of these sequences, in row order, lies in the gathered layout; None likewise.
+    `order` `[padded]`: the token in each place of the gathered layout; None if that layout equals the row.
+    `restore` `[tokens]`: the place in the gathered layout of each token, in row order; None in the same case.
     """
 
     groups: tuple[Group, ...]
@@ -278,21 +279,21 @@ class PackedPlan:
 
 @dataclass(frozen=True)
 class DecodePlan:
-    """One new token of each of B sequences of like context. `slots` `[B * M]`, `visible` `[B, M]`.
+    """One new token of each of B sequences with similar contexts. `slots` `[B * M]`, `visible` `[B, M]`.
 
-    `rows` `[B]`: their tokens in the row of the step; None: all of it.
+    `rows` `[B]`: places of these tokens in the row of the step; None: the whole row.
     """
 
     rows: Tensor | None
     slots: Tensor
     visible: Tensor
     masks: dict[int | None, Tensor] = field(default_factory=dict, compare=False)
-    """By window: additive, `[B, 1, 1, M]`; made by the first layer that has it."""
+    """Additive masks `[B, 1, 1, M]` by window; the first layer with a window makes its mask."""
 
 
 @dataclass(frozen=True)
 class ChunkPlan:
-    """Several new tokens of one sequence after its past: rows `[start, stop)` of the row, all its `slots` `[M]`."""
+    """Several new tokens of one sequence with a past: `[start, stop)` of the row, `slots` `[M]` of its context."""
 
     start: int
     stop: int
@@ -301,7 +302,7 @@ class ChunkPlan:
 
 @dataclass(frozen=True)
 class PagedPlan:
-    """Which rows of a paged step go which way. `fresh_rows` None: all of them; `restore` None: already in row order."""
+    """The calls of a paged step. `fresh_rows` None: all rows are fresh; `restore` None: already in row order."""
 
     fresh: PackedPlan | None
     fresh_rows: Tensor | None
@@ -311,7 +312,7 @@ class PagedPlan:
 
 
 def group_by_length(lengths: Sequence[int], spare: int = PADDING_TOKENS) -> list[list[int]]:
-    """Indices of sequences in groups of like length, longest first, with bounded padding in each."""
+    """Group sequences of similar length, longest first, with bounded padding. Returns their indices by group."""
     groups: list[list[int]] = []
     padded = real = longest = 0
     for index in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
@@ -327,7 +328,7 @@ def group_by_length(lengths: Sequence[int], spare: int = PADDING_TOKENS) -> list
 
 
 def plan_packed(lengths: Sequence[int], device: torch.device) -> PackedPlan:
-    """The calls for sequences back to back."""
+    """Plan the calls for sequences packed back to back."""
     starts = [0, *accumulate(lengths)]
     order: list[int] = []
     restore = [0] * starts[-1]
@@ -338,7 +339,7 @@ def plan_packed(lengths: Sequence[int], device: torch.device) -> PackedPlan:
         for index in members:
             start, length = starts[index], lengths[index]
             restore[start : start + length] = range(len(order), len(order) + length)
-            # Padding repeats the first token of its own sequence: any real row will do, its output is dropped.
+            # Padding repeats the first token of its sequence; its output is dropped.
             order += [*range(start, start + length), *[start] * (longest - length)]
     if order == list(range(len(order))):
         return PackedPlan(tuple(groups), None, None)
@@ -346,11 +347,11 @@ def plan_packed(lengths: Sequence[int], device: torch.device) -> PackedPlan:
 
 
 def plan_paged(attention: PagedAttention, device: torch.device) -> PagedPlan:
-    """The calls for a prefill or decode step; sequences without a past attend to their new tokens alone."""
+    """Plan the calls for a prefill or decode step; sequences without a past attend to their new tokens alone."""
     lengths, contexts, slots = attention.lengths, attention.context_lengths, attention.context_slots
     assert slots is not None, "a sequence with a past needs context_slots"
     if max(lengths) == 1 and min(contexts) > 1:
-        # A decode step, the common case by far.
+        # The common case: a decode step.
         groups = group_by_length(contexts, PADDING_CONTEXT)
         if len(groups) == 1:
             return PagedPlan(None, None, (_plan_decode(slots, contexts, None),), (), None)
@@ -377,7 +378,7 @@ def plan_paged(attention: PagedAttention, device: torch.device) -> PagedPlan:
 def _plan_decode(slots: Tensor, contexts: Sequence[int], rows: Sequence[int] | None) -> DecodePlan:
     longest = max(contexts)
     visible = torch.arange(longest, device=slots.device) < torch.tensor(contexts, device=slots.device)[:, None]
-    # Padding may name a slot that holds anything; a masked NaN would still reach the output, so read one of ours.
+    # A padding slot may hold NaN, which reaches the output in spite of the mask: read a slot of the sequence.
     safe = torch.where(visible, slots[:, :longest], slots[:, :1])
     chosen = None if rows is None else torch.tensor(rows, device=slots.device)
     return DecodePlan(chosen, safe.reshape(-1), visible)

@@ -1,8 +1,8 @@
 """Attention on CUDA: torch's variable-length flash kernels for training and prefill, our own kernel for decode.
 
-Decode has its lengths on the device, so that a CUDA graph replays it; `reference` is a plain computation of the same
-layout for any device, which the kernel is compared with. T tokens, B sequences, H query heads, K key-value heads, D
-head width, S tokens of the contexts of one call, M tokens of the longest context.
+Decode has its lengths on the device, so that a CUDA graph can replay it; `reference` computes the same in plain torch
+on any device, to compare the kernel with. T tokens, B sequences, H query heads, K key-value heads, D head width, S
+tokens of the contexts of one call, M tokens of the longest context.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from harmony_core.engine.models.context import DecodeAttention, ForwardContext, 
 
 DTYPES = (torch.bfloat16, torch.float16)
 GATHERED_TOKENS = 65_536
-"""Context tokens whose keys and values are copied out of the KV cache at a time, unless one context has more."""
+"""Context tokens gathered from the KV cache in one call; a longer context is gathered whole."""
 
 
 @dataclass(frozen=True)
 class PastPlan:
     """One call for some sequences, rows `[start, stop)` of the step.
 
-    `bounds`: where queries and keys of each of them begin, int32 `[n + 1]`; `longest`: the most of either. `slots`
-    `[S]`: of all their contexts.
+    `bounds`: cumulative lengths of queries and of keys, int32 `[n + 1]` each; `longest`: the maximum of either. `slots`
+    `[S]`: slots of all their contexts.
     """
 
     start: int
@@ -41,7 +41,7 @@ class PastPlan:
 
 @cache
 def _varlen_options() -> dict[str, Any] | None:
-    """What this torch's variable-length attention needs beside its tensors; None when there is none."""
+    """Options for this torch's variable-length attention; None if this torch does not have it."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -50,7 +50,7 @@ def _varlen_options() -> dict[str, Any] | None:
 
 
 def applies(q: Tensor) -> bool:
-    """Whether `packed` can compute on this tensor of a CUDA device."""
+    """Whether `packed` supports this tensor of a CUDA device."""
     width = q.shape[2]
     return q.dtype in DTYPES and width <= 256 and width % 8 == 0 and _varlen_options() is not None
 
@@ -64,7 +64,7 @@ def packed(
     scale: float | None,
     window: int | None,
 ) -> Tensor:
-    """Each sequence causally with itself; `q` `[T, H, D]`, `k`, `v` `[T, K, D]` -> `[T, H, D]`."""
+    """Causal attention within each sequence; `q` `[T, H, D]`, `k`, `v` `[T, K, D]` -> `[T, H, D]`."""
     if "cu_seqlens" not in context.prepared:
         bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
         context.prepared["cu_seqlens"] = _to(bounds, q.device)
@@ -81,7 +81,7 @@ def paged(
     scale: float | None,
     window: int | None,
 ) -> Tensor:
-    """New tokens, already written to the KV cache, against their whole context; `[T, H, D]`."""
+    """Attention of new tokens, already written to the KV cache, to their whole context; `[T, H, D]`."""
     if "past" not in context.prepared:
         context.prepared["past"] = plan_past(layout)
     outputs = []
@@ -93,7 +93,7 @@ def paged(
 
 
 def plan_past(layout: PagedAttention) -> list[PastPlan]:
-    """The calls of a step in which some sequence has a past: one unless the contexts are long."""
+    """Plan the calls of a step in which some sequence has a past: one call unless the contexts are long."""
     edges, gathered = [0], 0
     for index, context in enumerate(layout.context_lengths):
         if gathered and gathered + context > GATHERED_TOKENS:
@@ -106,7 +106,7 @@ def plan_past(layout: PagedAttention) -> list[PastPlan]:
 
 
 def _plan_call(layout: PagedAttention, members: slice, start: int) -> PastPlan:
-    """Made without waiting for the device."""
+    """Plan one call without waiting for the device."""
     assert layout.context_slots is not None, "a sequence with a past needs context_slots"
     read, lengths, contexts = layout.context_slots[members], layout.lengths[members], layout.context_lengths[members]
     bounds = _to(torch.tensor([[0, *accumulate(lengths)], [0, *accumulate(contexts)]]), read.device)
@@ -117,14 +117,14 @@ def _plan_call(layout: PagedAttention, members: slice, start: int) -> PastPlan:
 
 
 def write(keys: Tensor, values: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
-    """The keys and values of new tokens to their slots."""
+    """Write the keys and values of new tokens to their slots."""
     from harmony_core.engine.kernels.paged_decode import write_kv
 
     write_kv(keys, values, slots, k, v)
 
 
 def _to(tensor: Tensor, device: torch.device) -> Tensor:
-    # From pinned memory the copy is queued; from any other the host would wait for all work before it.
+    # A copy from pinned memory is queued; from other memory the host would wait for all work before it.
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
@@ -185,7 +185,7 @@ def _by_kernel(
     if (name := f"work {window}") not in prepared:
         prepared[name] = list_work(layout.contexts, layout.rows, layout.capacity, window)
     if "scratch" not in prepared:
-        # One layer after the other uses it.
+        # All layers use it in turn.
         prepared["scratch"] = make_scratch(layout.capacity, q)
     return paged_decode(
         q,
@@ -203,7 +203,7 @@ def _by_kernel(
 def reference(
     layout: DecodeAttention, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
 ) -> Tensor:
-    """What `decode` computes, on any device and in any dtype; it waits for the longest context."""
+    """Reference for `decode`, on any device and in any dtype. It waits for the device to read the longest context."""
     keys, values, size = layout.keys[layer], layout.values[layer], layout.block_size
     newest = layout.contexts.long() - 1
     blocks = layout.block_table.index_select(0, layout.rows).long()
@@ -214,7 +214,7 @@ def reference(
     visible = token <= newest[:, None]
     if window is not None:
         visible &= token > newest[:, None] - window
-    # What is not in sight may hold a NaN, which a mask would not stop: read the row's own new token in its place.
+    # Invisible slots may hold NaN, which a mask does not stop: read the row's own new token instead.
     slots = torch.where(visible, blocks[:, token // size] * size + token % size, write[:, None])
     # [B, M, K, D] -> [B, K, M, D]; all query heads of one key-value head become its query rows.
     seen_k, seen_v = keys[slots].transpose(1, 2), values[slots].transpose(1, 2)

@@ -1,6 +1,6 @@
-"""What one forward pass needs to know beside its tokens: the adapter, and how the row's attention is laid out.
+"""The forward context: the adapter of a forward pass, and the attention layout of its row.
 
-The only mutable global of the engine. Every forward runs one row `[1, T]` of sequences back to back inside
+It is the only mutable global of the engine. Every forward pass runs one row `[1, T]` of sequences back to back inside
 `with forward_context(...)`; the attention function and the adapter layers read it.
 """
 
@@ -17,19 +17,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PackedAttention:
-    """Sequences back to back, each attending causally to itself only. `sum(lengths) == T`."""
+    """Sequences back to back, with causal attention within each. `sum(lengths) == T`."""
 
     lengths: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class PagedAttention:
-    """New tokens of B sequences back to back, attending to everything their sequence has in the KV cache.
+    """New tokens of B sequences back to back, with attention to all tokens of their sequence in the KV cache.
 
-    `keys[layer]`, `values[layer]`: `[slots, kv_heads_local, head_dim]`. `slot_mapping`: `[T]` long, the slots that the
-    new tokens' keys and values go to. `lengths`: new tokens of each sequence; `context_lengths`: its past plus new
-    ones. `context_slots`: `[B, max(context_lengths)]` long, the slots of each sequence's tokens, padded with any valid
-    one; may be None when every sequence has no past. All lengths 1 is a decode step.
+    `keys[layer]`, `values[layer]`: `[slots, kv_heads_local, head_dim]`. `slot_mapping`: `[T]` long, the slots for the
+    keys and values of the new tokens. `lengths`: new tokens of each sequence; `context_lengths`: past and new tokens.
+    `context_slots`: `[B, max(context_lengths)]` long, the slots of each sequence's tokens, padded with any valid slot;
+    may be None if no sequence has a past. If all lengths are 1, it is a decode step.
     """
 
     keys: Sequence[Tensor]
@@ -42,13 +42,13 @@ class PagedAttention:
 
 @dataclass(frozen=True)
 class DecodeAttention:
-    """One new token of each of B sequences against its context. All lengths are on the device: a CUDA graph replays it.
+    """One new token of each of B sequences, with all lengths on the device so that a CUDA graph can replay the step.
 
     `keys[layer]`, `values[layer]`: `[slots, kv_heads_local, head_dim]`; block b is the slots from `b * block_size`.
-    `block_table`: int32 `[table rows, most blocks]`, the blocks of each sequence in order; what lies beyond a context
-    is never read. `rows`: int32 `[B]`, each sequence's row of the table. `contexts`: int32 `[B]`, its tokens with the
-    new one, at least 1; the new key and value go to the slot of token `contexts - 1`. `capacity`: the most work items
-    that a step may have, `Σ ceil(contexts / DECODE_SPLIT)`; past it rows come out as NaN.
+    `block_table`: int32 `[table rows, most blocks]`, the blocks of each sequence in order; entries beyond a
+    context are never read. `rows`: int32 `[B]`, each sequence's row of the table. `contexts`: int32 `[B]`, its tokens
+    with the new one, at least 1; the new key and value are written to the slot of token `contexts - 1`. `capacity`:
+    most work items of a step, `Σ ceil(contexts / DECODE_SPLIT)`; with more, the outputs are NaN.
     """
 
     keys: Sequence[Tensor]
@@ -64,9 +64,9 @@ class DecodeAttention:
 class ForwardContext:
     """One forward pass. `adapter` None runs the base weights alone.
 
-    `seed` is what an adapter's dropout draws from: the same on all tensor-parallel ranks of a replica, another one for
-    each micro-batch; `dropout` says whether a trained adapter draws at all. `prepared` is the attention function's own:
-    what it computes once for all layers.
+    `seed`: seed of an adapter's dropout, equal on all tensor-parallel ranks of a replica and different for each
+    micro-batch. `dropout`: whether a trained adapter applies dropout. `prepared`: tensors and plans that the attention
+    function computes once for all layers.
     """
 
     attention: PackedAttention | PagedAttention | DecodeAttention
@@ -81,7 +81,7 @@ _current: list[ForwardContext] = []
 
 @contextmanager
 def forward_context(context: ForwardContext) -> Iterator[None]:
-    """Make `context` the one that attention and adapters read."""
+    """Set the context that attention and adapters read."""
     _current.append(context)
     try:
         yield
@@ -90,7 +90,7 @@ def forward_context(context: ForwardContext) -> Iterator[None]:
 
 
 def current_context() -> ForwardContext:
-    """The innermost context; a forward outside of one is our bug."""
-    # Not the list itself: a compiler takes what is asserted for a tensor.
+    """The innermost context. A forward pass must run inside one."""
+    # Do not assert the list itself: a compiler would treat it as a tensor.
     assert len(_current) > 0, "a forward pass outside of forward_context()"
     return _current[-1]

@@ -1,17 +1,17 @@
-"""The deterministic mode of CPUs, in float32: a token's numbers have the same bits whatever is computed beside it.
+"""The deterministic mode of CPUs, in float32: a token's numbers have the same bits in any batch.
 
-A matrix product, a reduction or an exponential may be evaluated in another order, or by other instructions, when the
-number of rows changes; so the sampler, which sees a few rows, and the trainer, which sees thousands, would differ in
-the last bits. Here every product runs over tiles of exactly 16 rows; the rows of a pass are padded so that no
-elementwise kernel has a remainder that it treats otherwise than the rest; sums over ranks are taken in the order of
-ranks; and a rank has one thread. What is left is that a row's result does not depend on its place within a tile, which
-is checked for every shape when a model is loaded.
+Matrix products, reductions and exponentials may use another order or other instructions when the number of rows
+changes, so the sampler with few rows and the trainer with thousands would differ in the last bits. In this mode every
+product runs over tiles of exactly 16 rows; the rows of a pass are padded so that elementwise kernels have no remainder
+that they treat differently; sums over ranks are taken in the order of ranks; and a rank has one thread. It remains to
+ensure that a row's result does not depend on its place in a tile, which is checked for every shape when a model is
+loaded.
 
 Attention has shapes that depend on a token's position alone. A query at position p is computed among the 16 queries of
 its group, p // 16, against the keys 0 to 64 * (p // 64 + 1), or with a sliding window from the multiple of 64 below its
 first visible one; keys that it must not see, or that do not exist yet, are masked. Packed training, whole and chunked
-prefill and decode all make these same calls, with other queries of the group missing, so a query's output has the same
-bits in all of them. T tokens, B sequences, H query heads, K key-value heads, D head width.
+prefill and decode all make these calls, only with different queries of the group missing, so a query's output has the
+same bits in all of them. T tokens, B sequences, H query heads, K key-value heads, D head width.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from harmony_core.engine.models.model import CausalLM
 from harmony_core.errors import ResourceError
 
 TILE = 16
-"""Rows of every matrix product. Decode pads its sequences to a multiple of it, so it is no larger than it must be."""
+"""Rows of every matrix product. Decode pads its sequences to a multiple of it, so it is as small as possible."""
 NARROW = 16
-"""Fewest columns of a product's result; zeros make up for those that are missing."""
+"""Fewest columns of a product's result; missing ones are padded with zeros."""
 LANES = 32
-"""Numbers that an elementwise kernel takes at a time at most: two registers of 16 float32."""
+"""Most numbers that an elementwise kernel takes at a time: two registers of 16 float32."""
 
 
 def make_deterministic(model: CausalLM) -> None:
-    """Switch a freshly loaded model to the deterministic mode, for good. Its ranks must have one thread each.
+    """Switch a freshly loaded model permanently to the deterministic mode. Its ranks must have one thread each.
 
-    Raises ResourceError when this machine's matrix products depend on a row's place.
+    Raises ResourceError if this machine's matrix products depend on a row's place.
     """
     assert model.device.type == "cpu" and model.dtype == torch.float32, "the deterministic mode is for float32 on CPU"
     linear = TiledLinear()
@@ -51,7 +51,7 @@ def make_deterministic(model: CausalLM) -> None:
         elif hasattr(module, "layer_idx") and hasattr(module, "q_proj"):
             module.tiled_attention = tiled_attention  # type: ignore[assignment]
     decoder: nn.Module = model.module.base_model  # type: ignore[assignment]
-    # Not the head's: its parts need not be alike, and all ranks must pad alike.
+    # Without the head: its slices may differ in size, and all ranks must pad equally.
     sizes = {size for m in decoder.modules() if isinstance(m, nn.Linear) for size in m.weight.shape}
     _pad_rows(decoder, LANES if any(size % (LANES // TILE) for size in sizes) else TILE)
     model.use_product(linear)
@@ -59,7 +59,7 @@ def make_deterministic(model: CausalLM) -> None:
 
 
 class TiledLinear:
-    """`F.linear` by tiles of 16 rows. The backward pass is an ordinary one: nothing is compared with it."""
+    """`F.linear` by tiles of 16 rows. The backward pass is not tiled, because its bits are not compared."""
 
     def __init__(self) -> None:
         self._checked: set[torch.Size] = set()
@@ -73,9 +73,9 @@ class TiledLinear:
         return output if bias is None else output + bias
 
     def check(self, weight: Tensor) -> None:
-        """Raise ResourceError unless one row gives the same bits at every place of a tile, for a matrix of this shape.
+        """Raise ResourceError unless a row gives the same bits at every place of a tile, for a matrix of this shape.
 
-        Each shape is looked at once.
+        Each shape is checked once.
         """
         if weight.shape in self._checked:
             return
@@ -93,7 +93,7 @@ class TiledLinear:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        # A frozen weight needs no input kept for it.
+        # The input is kept only for a trained weight.
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         return _by_tiles(x, weight)
 
@@ -110,12 +110,12 @@ def _by_tiles(x: Tensor, weight: Tensor) -> Tensor:
     """`[N, in]` -> `[N, out]`."""
     count, width = len(x), len(weight)
     x = _with_rows(x, -(-count // TILE) * TILE).contiguous()
-    # Libraries take another way for narrow results, an adapter's for one, and there a row's place can matter.
+    # Libraries compute narrow results differently, such as those of adapters, where a row's place can matter.
     columns = _with_rows(weight, max(width, NARROW)).t()
     output = x.new_empty(len(x), columns.shape[1])
     for start in range(0, len(x), TILE):
         tile, place = x[start : start + TILE], output[start : start + TILE]
-        # The head's rows are padded with whole tiles of zeros; the product of those is known.
+        # The head's rows are padded with whole tiles of zeros, whose product is known.
         if start < count - TILE or tile.any():
             plain_matmul(tile, columns, out=place)
         else:
@@ -128,7 +128,7 @@ def _with_rows(x: Tensor, count: int) -> Tensor:
 
 
 def _pad_rows(decoder: nn.Module, multiple: int) -> None:
-    """Let a decoder compute a multiple of this many rows, and return those it was given."""
+    """Pad the input of a decoder to a multiple of this many rows, and drop the padding from its output."""
     plain = decoder.forward
 
     def forward(input_ids: Tensor, position_ids: Tensor, **options: Any) -> Any:
@@ -144,17 +144,17 @@ def _pad_rows(decoder: nn.Module, multiple: int) -> None:
 
 
 QUERIES = 16
-"""Queries of a block. Decode computes a whole block for one token, so it is as small as the kernels run well with."""
+"""Queries of a block. Decode computes a whole block for one token, so it is the smallest that runs efficiently."""
 KEYS = 64
-"""Keys come in multiples of this."""
+"""Keys are padded to a multiple of this."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Sequences whose new tokens lie in the same blocks `first` to `last`, one call for all of them per block.
+    """Sequences whose new tokens lie in the same blocks `first` to `last`; each block takes one call for all of them.
 
     `queries` `[n * 16 * blocks]`: rows of the new tokens, by position; `keys` `[n * keys of the last block]`: rows of
-    the new tokens or, with `paged`, slots of the KV cache. Places without a token name one of the sequence's own.
+    the new tokens or, with `paged`, slots of the KV cache. Places without a token repeat one of the same sequence.
     """
 
     size: int
@@ -167,7 +167,7 @@ class Group:
 
 @dataclass(frozen=True)
 class TiledPlan:
-    """`restore` `[T]`: where each row of the forward pass lies in the groups' outputs; any place for padding."""
+    """`restore` `[T]`: the place of each row of the forward pass in the groups' outputs; any place for padding."""
 
     groups: tuple[Group, ...]
     restore: Tensor
@@ -197,7 +197,7 @@ def tiled_attention(
 
 
 def make_plan(layout: PackedAttention | PagedAttention, rows: int) -> TiledPlan:
-    """Which sequences are computed together, and where their tokens are. `rows`: T, padding included."""
+    """Plan the groups of sequences and the places of their tokens. `rows`: T, including padding."""
     if isinstance(layout, PackedAttention):
         lengths = contexts = layout.lengths
         slots = None
@@ -261,7 +261,7 @@ def _keys_from(block: int, window: int | None) -> int:
 
 
 def _mask(context: ForwardContext, block: int, window: int | None) -> Tensor:
-    """`[16, keys]` to be added to the scores: 0 for what a query sees, else minus infinity."""
+    """Additive mask `[16, keys]`: 0 for visible keys, else minus infinity."""
     name = f"tiled mask {block} {window}"
     if name not in context.prepared:
         query = torch.arange(block * QUERIES, (block + 1) * QUERIES)[:, None]

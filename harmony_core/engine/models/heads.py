@@ -1,15 +1,15 @@
-"""From hidden states to log-probs of given tokens, without ever holding `[tokens, vocabulary]`; and scalar heads.
+"""Log-probs of given tokens from hidden states, without a full `[tokens, vocabulary]` tensor; and scalar heads.
 
 The head runs over chunks of rows; each tensor-parallel rank scores its own slice of the vocabulary, and two small
-reductions per chunk make the softmax whole. The gradient with respect to the logits comes with it where it is asked
-for. Scorers do this in plain torch, or by two kernels. N rows, d hidden, V vocabulary (in a scorer the local columns).
+reductions per chunk complete the softmax. If needed, the gradient with respect to the logits is computed along with it.
+Scorers do this in plain torch, or by two kernels. N rows, d hidden, V vocabulary (in a scorer the local columns).
 
-A scalar head gives one number for a token in place of the logits. It is a matrix `[1, d]` without bias, whole on every
+A scalar head gives one number per token instead of logits. It is a matrix `[1, d]` without bias, replicated on every
 tensor-parallel rank and stored as `score.weight`, as in transformers' `*ForSequenceClassification` with one label. It
-belongs to the base weights where these are trained or were stored with one, else to an adapter. A new one is zero:
-every score is then exactly 0, whatever the number of ranks and without a random draw, so a value model begins as no
-baseline and a reward model without a preference. The first step moves the head alone, since a zero head passes no
-gradient on; from the second on everything is trained.
+belongs to the base weights if these are trained or were stored with one, else to an adapter. A new head is zero: all
+scores are exactly 0 for any number of ranks and without a random draw, so a value model starts as no baseline and a
+reward model without preference. The first step trains only the head, since a zero head passes no gradient on; later
+steps train all parameters.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ if TYPE_CHECKING:
 
 
 class HostScorer:
-    """In plain torch operations, on any device. The gradient takes the place of the logits."""
+    """Scores in plain torch operations, on any device. The gradient overwrites the logits."""
 
     tiles = 1
     entropies: Tensor
-    """Of the tile scored last, `[n]`, where they are asked for."""
+    """Entropies of the last scored tile, `[n]`, if requested."""
 
     def __init__(self, model: CausalLM, rows: int, entropies: bool = False) -> None:
-        """`entropies`: score them too, which takes a second matrix as large as the logits."""
+        """`entropies`: compute them too, which takes a second matrix as large as the logits."""
         self.model, self.weight = model, model.head_weight
         self.rows = rows
         self._with_entropies = entropies
 
     @staticmethod
     def rows_for(model: CausalLM, matrices: int = 1) -> int:
-        """Rows of a tile of which there are `matrices`; the same number on every tensor-parallel rank."""
+        """Rows of a tile if there are `matrices` of its size; the same on every tensor-parallel rank."""
         rows = HEAD_HOST_BYTES // (4 * _widest(model) * matrices)
         return max(1, rows // model.row_multiple) * model.row_multiple
 
@@ -90,24 +90,24 @@ class HostScorer:
         self._values.scatter_add_(1, self._columns[:, None], torch.where(self._mine, -coefficients, 0.0)[:, None])
 
     def drop(self) -> None:
-        """Forget what a gradient with entropies would need of the tile scored last."""
+        """Free the tensors that a gradient with entropies would need of the last scored tile."""
         del self._values, self._products
 
     def take(self) -> Tensor:
         """The gradients added since the last call, `[N, V]`."""
         values = self._values
-        # The next tile must not find this one's still there.
+        # Free the memory before the next tile.
         del self._values
         return values
 
 
 class DeviceScorer:
-    """By the kernels of `kernels.softmax`: float32 logits, gradients in the model's type, both in fixed buffers."""
+    """Scores with Triton kernels: float32 logits, gradients in the model's type, both in fixed buffers."""
 
     tiles = HEAD_TILES
 
     def __init__(self, model: CausalLM, rows: int, gradients: int = 0) -> None:
-        """`rows` of a tile; room for the gradients of so many rows."""
+        """`rows`: rows of a tile. `gradients`: rows whose gradients are buffered."""
         from harmony_core.engine.kernels import training
 
         self.model, self.weight, self.rows = model, model.head_weight, rows
@@ -156,7 +156,7 @@ Scorer = HostScorer | DeviceScorer
 
 
 def make_scorer(model: CausalLM, count: int, rows: int | None, gradients: bool) -> Scorer:
-    """What scores `count` rows of this model, `rows` at a time or as many as the budget allows."""
+    """A scorer for `count` rows of this model, `rows` at a time or as many as the budget allows."""
     if model.device.type == "cuda" and model.dtype != torch.float64:
         rows = min(rows or DeviceScorer.rows_for(model), max(1, count))
         return DeviceScorer(model, rows, min(count, HEAD_TILES * rows) if gradients else 0)
@@ -164,7 +164,7 @@ def make_scorer(model: CausalLM, count: int, rows: int | None, gradients: bool) 
 
 
 def _widest(model: CausalLM) -> int:
-    """Columns of the rank that has most."""
+    """Most vocabulary columns on any rank."""
     return -(-model.vocab_size // model.tp.size)
 
 
@@ -172,7 +172,7 @@ def _widest(model: CausalLM) -> int:
 def token_logprobs(model: CausalLM, hidden: Tensor, targets: Tensor, chunk: int | None = None) -> Tensor:
     """log p(targets | hidden): `[N, d]`, `[N]` -> `[N]`, float32 (float64 in a float64 model), without gradient.
 
-    The same on every tensor-parallel rank, which must all call it with the same N.
+    The same on every tensor-parallel rank; all must call it with the same N.
     """
     return _score(model, hidden, targets, chunk, entropies=False)[0]
 
@@ -181,13 +181,13 @@ def token_logprobs(model: CausalLM, hidden: Tensor, targets: Tensor, chunk: int 
 def token_logprobs_and_entropies(
     model: CausalLM, hidden: Tensor, targets: Tensor, chunk: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`token_logprobs`, and the entropy of each row's distribution over the whole vocabulary, in nats, `[N]`."""
+    """`token_logprobs`, and the entropy of each row's distribution over the full vocabulary, in nats, `[N]`."""
     logprobs, entropies = _score(model, hidden, targets, chunk, entropies=True)
     return logprobs, entropies
 
 
 def _score(model: CausalLM, hidden: Tensor, targets: Tensor, chunk: int | None, entropies: bool) -> Tensor:
-    """Log-probs and, where asked for, entropies, `[1 or 2, N]`."""
+    """Log-probs and, if requested, entropies, `[1 or 2, N]`."""
     count = len(targets)
     hidden, targets = pad_rows(model, hidden, targets)
     found = hidden.new_empty((1 + entropies, *targets.shape), dtype=wide(hidden.dtype))
@@ -216,10 +216,10 @@ def linear_logprob_loss(
     logits are kept or computed twice. Every tensor-parallel rank calls it with the same arguments and gets the same
     loss. N may be 0: a loss of zero. A frozen head costs no gradient.
 
-    `into`, `[V_local, d]` in the type that sums are taken in: the head's gradient is added to it in the forward pass,
-    and autograd gets none. The loss must then be the root of the backward pass.
+    `into`, `[V_local, d]` in the type of sums: the head's gradient is added to it in the forward pass, and autograd
+    gets none. The loss must then be the root of the backward pass.
 
-    `entropy`, `[N]`: also `-sum(entropy * H)` with the entropy H of each row's distribution.
+    `entropy`, `[N]`: adds `-sum(entropy * H)` with the entropy H of each row's distribution.
     """
     count = len(targets)
     hidden, targets, coefficients = pad_rows(model, hidden, targets, coefficients)
@@ -278,7 +278,7 @@ class _LinearLogprobLoss(torch.autograd.Function):
                 plain_matmul(gradient.to(weight.dtype), weight, out=hidden_grad[group])
             del gradient
         if hidden_grad is not None:
-            # Each rank saw its own slice of the vocabulary.
+            # Each rank used its own slice of the vocabulary.
             all_reduce(hidden_grad, model.tp)
         ctx.grads = hidden_grad, None if weight_grad is into else weight_grad
         ctx.mark_non_differentiable(logprobs)
@@ -287,7 +287,7 @@ class _LinearLogprobLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden_grad, weight_grad = ctx.grads
-        ctx.grads = None  # a second backward through this loss is a bug, and the gradients are big
+        ctx.grads = None  # free them: they are large, and there is only one backward pass
         scale = grads[0]
         return (
             None if hidden_grad is None else hidden_grad.mul_(scale.to(hidden_grad.dtype)),
@@ -297,7 +297,7 @@ class _LinearLogprobLoss(torch.autograd.Function):
 
 
 def _entropy_scorer(model: CausalLM, chunk: int | None) -> HostScorer:
-    """In plain torch on every device: no kernel of ours gives entropies."""
+    """A scorer in plain torch on every device: the kernels do not compute entropies."""
     return HostScorer(model, chunk or HostScorer.rows_for(model, matrices=2), entropies=True)
 
 
@@ -308,7 +308,7 @@ def _chunks(start: int, stop: int, size: int) -> Iterator[slice]:
 
 
 SCORE = "score.weight"
-"""The stored name of a scalar head, and the parameter's in a base that has one."""
+"""Name of a scalar head in files, and of its parameter in base weights."""
 
 
 def scores(model: CausalLM, hidden: Tensor, head: Tensor) -> Tensor:
@@ -316,7 +316,7 @@ def scores(model: CausalLM, hidden: Tensor, head: Tensor) -> Tensor:
     kind = wide(hidden.dtype)
     if hidden.dtype == kind:
         return model.matmul(hidden, head)[:, 0]
-    # One number is all there is of a token: it is not rounded to half precision.
+    # The only number of a token is not rounded to half precision.
     return hidden.to(kind) @ head[0].to(kind)
 
 
@@ -327,20 +327,20 @@ def put_scalar_head(module: nn.Module, width: int, dtype: torch.dtype) -> None:
 
 
 def head_of(model: CausalLM, adapter: str | None) -> nn.Parameter:
-    """The scalar head that a spawn uses: its adapter's own, else the stored one, else a new one that stays as it is."""
+    """The scalar head of a spawn: the one of its adapter, else the stored one, else a new one that is not trained."""
     own = model.adapters[adapter].parameters.get(SCORE) if adapter is not None else None
     head = model.base_parameters.get(SCORE) if own is None else own
     return new_head(model) if head is None else head
 
 
 def new_head(model: CausalLM) -> nn.Parameter:
-    """A head for `model`, not trained yet: the stored one's values, or zeros where none is stored."""
+    """An untrained head for `model`: the values of the stored head, or zeros if there is no stored head."""
     stored = model.base_parameters.get(SCORE)
     values = torch.zeros(1, model.hidden_size, device=model.device, dtype=model.dtype)
     return nn.Parameter(values if stored is None else stored.detach().clone(), requires_grad=False)
 
 
 def architecture_with_score(config: Any) -> str:
-    """The name of transformers' class that a model with a scalar head is stored as."""
+    """Name of the transformers class in the config of a stored model with a scalar head."""
     known: Any = AutoModelForSequenceClassification._model_mapping
     return str(known[type(config)].__name__)

@@ -1,12 +1,12 @@
-"""Linear layers and embeddings as the engine runs them: with a product of its choice, split over ranks, or fused.
+"""The engine's linear layers and embeddings: with a product of its choice, split over ranks, or fused.
 
 A linear layer is split by its output rows (column-parallel) or by its input columns (row-parallel), the embedding by
 its vocabulary (Shoeybi et al., Megatron-LM, 2019). `shard_modules` splits a model whose parameters are still on the
-meta device, taking transformers' `tp_plan` as the recipe; the loader fills them afterwards.
+meta device, following transformers' `tp_plan`; the loader fills them afterwards.
 
 A decoder layer projects one input to queries, keys and values, and another to the two halves of its feed-forward part.
-On CUDA, where a product of a few rows is shorter than what it takes to start it, `fuse_layers` makes each of these one
-product where no gradient is asked for. The layers keep their parameters, which become views of one matrix.
+On CUDA, a product of a few rows takes less time than its launch, so `fuse_layers` makes each group one product when no
+gradient is needed. The layers keep their parameters, which become views of one matrix.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from harmony_core.engine.models.parallel import Shard, TensorParallel, copy_to, 
 from harmony_core.errors import ModelRefused
 
 Product = Callable[..., Tensor]
-"""How a weight matrix is applied: (rows, weight, bias) -> rows, as `F.linear` does it."""
+"""Function that applies a weight matrix, like `F.linear`: (rows, weight, bias) -> rows."""
 
 
 class ProductLinear(nn.Linear):
-    """A linear layer that says how its weight is applied."""
+    """A linear layer that applies its weight with its own `Product`."""
 
     product: Product = staticmethod(F.linear)
 
@@ -40,7 +40,7 @@ class ProductLinear(nn.Linear):
 def set_product(layer: nn.Linear, product: Product) -> None:
     """Let a linear layer apply its weight with `product`."""
     if type(layer) is nn.Linear:
-        # A class of its own, not a function on the layer that knows the layer: that circle would outlive the model.
+        # Change the class instead of setting a method on the layer: such a reference cycle would outlive the model.
         layer.__class__ = ProductLinear
     layer.product = product  # type: ignore[assignment]
 
@@ -48,7 +48,7 @@ def set_product(layer: nn.Linear, product: Product) -> None:
 class ColumnParallelLinear(nn.Linear):
     """A linear layer split by output rows; `in_features` and `out_features` stay those of the full layer.
 
-    With `gather_output` every rank gets the whole output, else its own slice.
+    With `gather_output` every rank gets the full output, otherwise its own slice.
     """
 
     product: Product = staticmethod(F.linear)
@@ -68,7 +68,7 @@ class ColumnParallelLinear(nn.Linear):
 
 
 class RowParallelLinear(nn.Linear):
-    """A linear layer split by input columns: each rank adds its part. The bias is whole on every rank."""
+    """A linear layer split by input columns: partial results are summed over ranks. Every rank has the full bias."""
 
     product: Product = staticmethod(F.linear)
 
@@ -85,16 +85,16 @@ class RowParallelLinear(nn.Linear):
 
 
 class VocabParallelEmbedding(nn.Embedding):
-    """An embedding split by its rows; the vocabulary need not divide evenly. `scale` multiplies what it gives."""
+    """An embedding split by its rows; the vocabulary need not divide evenly. `scale` multiplies the output."""
 
     def __init__(self, full: nn.Embedding, tp: TensorParallel, scale: float | None = None) -> None:
         nn.Module.__init__(self)
-        # Rounded as the weights are: so it is in models that scale their embeddings.
+        # Rounded to the type of the weights, as in models that scale their embeddings.
         self.scale = None if scale is None else torch.tensor(scale, dtype=full.weight.dtype).item()
         self.num_embeddings, self.embedding_dim = full.num_embeddings, full.embedding_dim
         self.padding_idx, self.tp = full.padding_idx, tp
         self.shard = Shard.of(tp, 0, full.num_embeddings)
-        # The row of the pad token takes no gradient from the embedding, here as in torch.
+        # As in torch, the row of the pad token gets no gradient from the embedding.
         pad = -1 if full.padding_idx is None else full.padding_idx
         self.local_padding_idx = pad - self.shard.start if self.shard.start <= pad < self.shard.stop else None
         self.weight = _empty_slice(full.weight, self.shard)
@@ -109,22 +109,22 @@ class VocabParallelEmbedding(nn.Embedding):
 
 
 def _empty_slice(full: Tensor, shard: Shard) -> nn.Parameter:
-    """A parameter of the slice's shape on the full one's device; its values are written by the loader."""
+    """An empty parameter for a slice, on the device of the full one; the loader writes its values."""
     parameter = nn.Parameter(torch.empty_like(shard.take(full.detach())), requires_grad=full.requires_grad)
     set_shard(parameter, shard)
     return parameter
 
 
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Names of layers in one module that read the same tensor, in the order in which transformers calls them."""
+"""Names of layers in one module with the same input, in the order in which transformers calls them."""
 
 
 class FusedWeights(nn.Module):
-    """One matrix whose rows are the weights of several layers; a module, so that compiled layers take its shape as
-    fixed. It belongs to no other module: nothing finds its parameters a second time."""
+    """One matrix with the weights of several layers as its rows. It is a module so that compiled layers treat its
+    shape as fixed, and no other module holds it, so its parameters are not listed twice."""
 
     def __init__(self, layers: list[nn.Linear]) -> None:
-        """Copies the layers' weights, which must be on their device, and makes them views of the copy."""
+        """Copy the layers' weights, which must be on their final device, and make them views of the copy."""
         super().__init__()
         self.rows = [layer.weight.shape[0] for layer in layers]
         self.weight = _stack([layer.weight for layer in layers])
@@ -133,7 +133,7 @@ class FusedWeights(nn.Module):
         self._outputs: tuple[Tensor, ...] = ()
 
     def forward(self, index: int, rows: Tensor) -> Tensor:
-        """What layer `index` makes of `rows`. Called for each layer in turn, with one tensor."""
+        """The output of layer `index` for `rows`. Call it for each layer in turn, with the same tensor."""
         if index == 0:
             product = F.linear(rows, self.weight, self.bias)
             self._input, self._outputs = rows, torch.split(product, self.rows, -1)
@@ -145,22 +145,22 @@ class FusedWeights(nn.Module):
 
 
 class _FusedPart:
-    """Applies one layer of a group; takes the place of `F.linear` there."""
+    """Applies one layer of a group; replaces `F.linear` in it."""
 
     def __init__(self, fused: FusedWeights, index: int) -> None:
         self.fused, self.index = fused, index
 
     def __call__(self, rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if torch.is_grad_enabled():
-            # Gradients belong to the parameters, not to what they are views of.
+            # Gradients go to the parameters, not to the fused matrix.
             return F.linear(rows, weight, bias)
         output: Tensor = self.fused(self.index, rows)
         return output
 
 
 def fuse_layers(module: nn.Module, name: str) -> None:
-    """Fuse the group of layers that is complete with the parameter `name` of `module`, which was filled last, if it
-    completes one whose layers can be fused."""
+    """Fuse a group of layers if parameter `name` of `module`, which was filled last, completes it and its layers can be
+    fused."""
     path, _, leaf = name.rpartition(".")
     parent, _, last = path.rpartition(".")
     for group in GROUPS:
@@ -194,10 +194,10 @@ HEAD_STYLES = frozenset({"colwise_gather_output", "colwise_rep"})
 
 @dataclass(frozen=True)
 class KVSelection:
-    """The one key-value head that this rank's query heads read, when there are fewer of them than ranks.
+    """Selects the key-value head for this rank's query heads, if there are fewer key-value heads than ranks.
 
-    Every rank computes all key-value heads; the gradient that comes back through the one it used is summed over the
-    ranks, so that the projections' gradients are complete and equal everywhere.
+    Every rank computes all key-value heads. The gradient through the selected head is summed over the ranks, so that
+    the projections' gradients are complete and equal on all ranks.
     """
 
     head: int
@@ -209,7 +209,7 @@ class KVSelection:
 
 
 def check_heads(num_heads: int, num_kv_heads: int, intermediate_size: int, tp: int) -> None:
-    """Refuse a tensor-parallel size that does not fit the model, naming those that do."""
+    """Raise ModelRefused for a tensor-parallel size that does not fit the model; the message lists those that do."""
 
     def fits(size: int) -> bool:
         return (
@@ -230,8 +230,8 @@ def check_heads(num_heads: int, num_kv_heads: int, intermediate_size: int, tp: i
 def shard_modules(model: nn.Module, tp: TensorParallel) -> frozenset[str]:
     """Replace the planned layers of a meta-device model by split ones, in place.
 
-    Returns the names of parameters that every rank holds but uses on its own heads only, whose gradients must be
-    summed (norms inside a head).
+    Returns the names of parameters whose gradients must be summed over the ranks, because every rank applies them only
+    to its own heads (norms inside a head).
     """
     if tp.size == 1:
         return frozenset()
@@ -262,7 +262,7 @@ def _plan(model: nn.Module) -> dict[str, str]:
     plan: dict[str, str] | None = getattr(model, "tp_plan", None)
     if not plan:
         raise ModelRefused(f"{type(model).__name__} has no tensor-parallel plan", hint="use tp=1")
-    # Embedding and head are always split by the vocabulary; not every version of transformers lists both.
+    # Embedding and head are always split by the vocabulary; some versions of transformers do not list both.
     head = model.get_output_embeddings()  # type: ignore[operator]
     heads = {} if head is None else {_name_of(model, head): "vocab_head"}
     embedding: str = _name_of(model, model.get_input_embeddings())  # type: ignore[operator]
@@ -275,7 +275,7 @@ def _name_of(model: nn.Module, wanted: nn.Module) -> str:
 
 
 def _split(module: nn.Module, name: str, style: str, tp: TensorParallel) -> nn.Module:
-    # transformers keeps the number that an embedding is multiplied by beside its buffer, on the meta device too.
+    # transformers stores the scale of an embedding as a number besides its buffer, also on the meta device.
     embedding = style == "embedding_rowwise"
     scale: float | None = getattr(module, "scalar_embed_scale", None) if embedding else None
     if type(module) is not (nn.Embedding if embedding else nn.Linear) and scale is None:

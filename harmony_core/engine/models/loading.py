@@ -1,7 +1,7 @@
-"""From a directory to a live model: config, an empty model of its shape, then each rank's slices from the files.
+"""Load a model from a directory: config, an empty model of its shape, then each rank's slices from the files.
 
-Full-size tensors are never built for what a rank holds a slice of. Which files are weights, `weight_files` says, as it
-does in the registry; only safetensors is ever read.
+If a rank holds a slice of a tensor, the full tensor is never built. `weight_files` determines the weight files, as in
+the registry; only safetensors files are read.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ class CheckpointReader:
 
     @property
     def names(self) -> frozenset[str]:
-        """Every stored tensor's name."""
+        """Names of all stored tensors."""
         return frozenset(self._tensors)
 
     def check(self, name: str, shape: tuple[int, ...]) -> None:
-        """Raise unless the tensor has this full shape."""
+        """Raise an error unless the tensor has this full shape."""
         stored = self._tensors[name]
         if stored.shape != shape:
             found, expected = list(stored.shape), list(shape)
@@ -74,7 +74,7 @@ class CheckpointReader:
         except SafetensorError as error:
             raise VerificationError(f"{self._path(name)}: {name} cannot be read: {error}") from None
         progress.made()
-        # A slice of a mapped file must not outlive the mapping, and the optimizer wants it contiguous.
+        # A slice of a mapped file must not outlive the mapping, and the optimizer needs it contiguous.
         return tensor.to(dtype, copy=True).contiguous()
 
     def _path(self, name: str) -> Path:
@@ -105,11 +105,11 @@ def load_model(
     deterministic: bool = False,
     scalar: bool = False,
 ) -> CausalLM:
-    """The causal language model stored in `directory`, this rank's slices of it, in `dtype` on `device`.
+    """Load this rank's slices of the causal language model in `directory`, in `dtype` on `device`.
 
-    No parameter requires a gradient. `deterministic` is for float32 on CPU (see `make_deterministic`). `scalar`: with
-    a scalar head, the stored one or else zeros, and without the vocabulary's. Raises `ModelRefused` for what we do not
-    run (remote code, quantised weights, a `tp` that does not fit) and `VerificationError` for missing or damaged files.
+    No parameter requires a gradient. `deterministic` is for float32 on CPU (see `make_deterministic`). `scalar`: use a
+    scalar head, the stored one or else zeros, in place of the vocabulary's. Raises `ModelRefused` for unsupported
+    models (remote code, quantised weights, a `tp` that does not fit), `VerificationError` for missing or damaged files.
     """
     config = read_config(directory)
     if deterministic:
@@ -151,14 +151,14 @@ def _choose_products(model: CausalLM, deterministic: bool) -> None:
 
 
 def read_config(directory: Path) -> Any:
-    """The transformers config of a model directory, never running code from it."""
+    """The transformers config of a model directory. Never runs code from it."""
     path = directory / "config.json"
     raw = read_json(path)
     refuse_code(path, raw)
     if raw.get("quantization_config"):
         raise ModelRefused(f"{path}: quantised weights are not supported", hint="store the model unquantised")
     try:
-        # From what was read here, so that no other file of the directory is looked at.
+        # Use the content read here, so that no other file of the directory is read.
         return CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
     except (ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         raise ModelRefused(f"{path}: transformers cannot read it: {error}") from None
@@ -167,9 +167,9 @@ def read_config(directory: Path) -> Any:
 def empty_module(
     config: Any, tp: TensorParallel, dtype: torch.dtype, *, scalar: bool = False
 ) -> tuple[nn.Module, frozenset[str]]:
-    """The transformers model on the meta device, its planned layers split; with `shard_modules`' names.
+    """Build the transformers model on the meta device, with split layers. Also returns the names of `shard_modules`.
 
-    Unmodified, but for its head where it is to be `scalar`.
+    Otherwise the model is unmodified, except for a `scalar` head.
     """
     try:
         with torch.device("meta"):
@@ -190,7 +190,7 @@ def empty_module(
 
 
 def fill(module: nn.Module, config: Any, device: torch.device, read: Reader) -> None:
-    """Replace every meta parameter and buffer of `module` by real ones on `device`, gradients off."""
+    """Replace every meta parameter and buffer of `module` by real ones on `device`, without gradients."""
     for name, empty in list(module.named_parameters()):
         shard = shard_of(empty)
         values = read(name, shard, full_shape(empty))
@@ -199,7 +199,7 @@ def fill(module: nn.Module, config: Any, device: torch.device, read: Reader) -> 
         owner, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(owner), leaf, parameter)
         if device.type == "cuda":
-            # At once: the memory of one layer's single matrices then serves the next layer's.
+            # Fuse now, so that the memory of this layer's separate matrices is reused for the next layer.
             fuse_layers(module, name)
     _tie(module, config)
     for name, owner_module in module.named_modules():
@@ -209,11 +209,11 @@ def fill(module: nn.Module, config: Any, device: torch.device, read: Reader) -> 
 
 
 def check_names(needed: Collection[str], aliases: frozenset[str], stored: CheckpointReader) -> None:
-    """Refuse files that lack a tensor the model needs, or hold one that would be silently ignored."""
+    """Refuse files that lack a needed tensor, or hold a tensor that would be silently ignored."""
     missing = sorted(set(needed) - stored.names)
     if missing:
         raise VerificationError(f"{stored.directory}: {len(missing)} tensors are missing, the first is {missing[0]}")
-    # A tied head may be stored a second time, and old files hold the rotary frequencies.
+    # Files may hold a tied head again, and old files the rotary frequencies.
     surplus = sorted(n for n in stored.names - set(needed) - aliases if not n.endswith("rotary_emb.inv_freq"))
     if surplus:
         raise VerificationError(
@@ -222,7 +222,7 @@ def check_names(needed: Collection[str], aliases: frozenset[str], stored: Checkp
 
 
 def tied_names(module: nn.Module) -> frozenset[str]:
-    """Second names of parameters that have two: the head of a model with tied embeddings."""
+    """Second names of shared parameters, such as the head of a model with tied embeddings."""
     first = {name for name, _ in module.named_parameters()}
     return frozenset(name for name, _ in module.named_parameters(remove_duplicate=False) if name not in first)
 
@@ -234,9 +234,9 @@ def _tie(module: nn.Module, config: Any) -> None:
 
 
 def _rebuild_buffers(module: nn.Module, name: str, buffers: list[str], config: Any, device: torch.device) -> None:
-    """Buffers that no file stores (rotary frequencies) come from building their module again, off the meta device.
+    """Compute buffers that are not stored (rotary frequencies) by building their module again, off the meta device.
 
-    An embedding's scale is a number that its module remembers.
+    The scale of an embedding is a number stored in its module.
     """
     scale: float | None = getattr(module, "scalar_embed_scale", None)
     if scale is not None and buffers == ["embed_scale"]:

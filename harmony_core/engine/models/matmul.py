@@ -1,11 +1,11 @@
 """Matrix products: in float32 of half-precision factors, and by oneDNN where torch's own are slow.
 
-Rounding logits to half precision, or a gradient that many chunks add to, would lose what the comparison of two
-log-probs, and the sum, depend on. On CUDA the product itself can give float32; elsewhere its operands are widened.
+Half precision is too coarse for logits, whose log-probs are compared, and for a gradient that many chunks add to. On
+CUDA the product itself can return float32; elsewhere its operands are widened.
 
-For float32 on CPUs torch calls MKL, which runs its AVX-512 kernels on its maker's processors only; oneDNN, which torch
-ships as well, goes by what a processor can do, and is about twice as fast on the others. Small products stay with MKL:
-oneDNN compiles a kernel for each shape, and a call costs it more.
+For float32 on CPUs torch calls MKL, which runs its AVX-512 kernels only on Intel processors; oneDNN, which torch also
+ships, checks the processor's features, and is about twice as fast on others. Small products stay with MKL: oneDNN
+compiles a kernel for each shape, and its calls cost more.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from torch.nn import functional as F
 from harmony_core.rpc.platform import processor_vendor
 
 _BLOCK_ELEMENTS = 8 << 20
-"""Of a product that cannot be added in place: small enough to stay in a device's cache until it is added."""
+"""Elements of a product that cannot be added in place; it stays in the device's cache until it is added."""
 _BLOCK_ROWS = 4096
-"""The same for a CPU's cache."""
+"""Rows of such a product, for a CPU's cache."""
 _FEWEST_WEIGHTS = 1 << 17
 _FEWEST_PRODUCTS = 1 << 20
 """Smaller matrices, and smaller products, are computed by MKL."""
 
 
 wide = partial(torch.promote_types, torch.float32)
-"""What sums over the vocabulary are taken in: float64 of float64, else float32."""
+"""Type of sums over the vocabulary: float64 for float64, else float32."""
 
 
 def wide_matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
@@ -69,7 +69,7 @@ def add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 @cache
 def _adds_in_place(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether `addmm` takes a float32 sum beside half-precision factors; not every torch that has `out_dtype` does."""
+    """Whether `addmm` accepts a float32 sum with half-precision factors; not all torch versions with `out_dtype` do."""
     total = torch.ones(16, 16, device=device)
     factor = torch.ones(16, 16, device=device, dtype=dtype)
     try:
@@ -81,7 +81,7 @@ def _adds_in_place(device: torch.device, dtype: torch.dtype) -> bool:
 
 @cache
 def onednn_is_faster(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether large products of this kind are faster by oneDNN than by torch's own choice."""
+    """Whether oneDNN is faster than torch's own choice for large products of this kind."""
     if device.type != "cpu" or dtype != torch.float32:
         return False
     # Inductor's own product; torch has no public name for it.

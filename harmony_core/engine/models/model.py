@@ -1,9 +1,9 @@
-"""A causal language model on one rank: the transformers module, this rank's weights, and what the engine asks of it.
+"""A causal language model on one rank: the transformers module, this rank's weights, and the engine's calls to it.
 
-It knows nothing of batching, sampling or optimizers. torch.compile traces a decoder layer once for any number of
-tokens, and layers of one shape share what it made; the attention function, the collectives and an adapter's dropout
-stay outside. Weights may change in place, adapters come and go. Shapes: T tokens of one packed row, d hidden, V
-vocabulary.
+Batching, sampling and optimizers are outside of it. torch.compile traces a decoder layer once for any number of tokens,
+and layers of one shape share the compiled code; the attention function, the collectives and an adapter's dropout are
+not compiled. Weights may change in place, and adapters may be added and removed. Shapes: T tokens of one packed row, d
+hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -30,40 +30,40 @@ if TYPE_CHECKING:
     from harmony_core.engine.models.adapters import AdapterInfo
 
 RECOMPILE_LIMIT = 4096
-"""Variants of one function that are compiled before the rest runs uncompiled, without a word. Each layer is four
-functions; a variant is what trains or not, has which adapter, which type, one token or many."""
+"""Variants of one function that are compiled; further ones run uncompiled, without a warning. Each layer is four
+functions; variants differ in training or not, the adapter, the type, and one token or many."""
 
 
 COMPILE_ERRORS = (torch._dynamo.exc.TorchDynamoException,)
-"""What a compiled layer's first call raises when it cannot be compiled."""
+"""Errors that the first call of a compiled layer raises if it cannot be compiled."""
 
 
 class LayerCall:
-    """Takes the place of `forward` in one module. Its inputs are positional tensors and anything by keyword."""
+    """Replaces `forward` of one module. Positional arguments are tensors; keyword arguments may be anything."""
 
     def __init__(self, module: nn.Module) -> None:
-        # The module refers to this object: without a circle a model goes, with its memory, when it is given up.
+        # The module refers to this object. A weak reference avoids a cycle, so a dropped model is freed at once.
         self._module = weakref.ref(module)
         self._run: Callable[..., Any] = type(module).forward
         self.recomputed = False
-        """Whether the backward pass runs the forward pass again, in place of keeping what it made."""
+        """Whether the backward pass recomputes the activations instead of keeping them."""
         module.forward = self
 
     def compile(self, backend: str) -> None:
-        """From now on through torch.compile. What is recomputed stays outside, so a change of it compiles nothing."""
+        """Use torch.compile from now on. Checkpointing stays outside, so changing `recomputed` recompiles nothing."""
         self._run = torch.compile(self._run, dynamic=True, backend=backend)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward pass."""
         module = self._module()
         if self.recomputed and torch.is_grad_enabled():
-            # Nothing draws from torch's random state: dropout draws from the context's seed.
+            # No layer uses torch's random state: dropout draws from the context's seed.
             made = checkpoint(self._run, module, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
         else:
             made = self._run(module, *args, **kwargs)
         progress.made()
         if isinstance(made, torch.Tensor) and made.requires_grad:
-            # The backward pass has come to this layer.
+            # Report progress when the backward pass reaches this layer.
             made.register_hook(progress.made)  # type: ignore[no-untyped-call]
         return made
 
@@ -71,7 +71,7 @@ class LayerCall:
 class CausalLM:
     """This rank's share of a model: base weights and any number of adapters on them.
 
-    `load_model` makes one. Base weights may be shared between spawns; `forward_context` says which adapter applies.
+    Create it with `load_model`. Spawns may share base weights; `forward_context` selects the adapter.
     """
 
     def __init__(
@@ -86,15 +86,15 @@ class CausalLM:
     ) -> None:
         self.module, self.config, self.tp, self.device, self.dtype = module, config, tp, device, dtype
         self.stored_config: dict[str, Any] = config.to_dict() if stored_config is None else stored_config
-        """config.json as it was read: a saved model keeps what it says."""
+        """config.json as it was read; a saved model keeps its entries."""
         self.adapters: dict[str, AdapterInfo] = {}
         self.matmul: Product = F.linear
-        """How every weight matrix is applied: (rows, weight, bias) -> rows."""
+        """Function that applies every weight matrix: (rows, weight, bias) -> rows."""
         self.deterministic = False
-        """Whether a token's numbers have the same bits whatever is computed beside it (`make_deterministic`)."""
+        """Whether a token's numbers have the same bits in any batch (`make_deterministic`)."""
         self.row_multiple = 1
-        """The head scores a multiple of this many rows at a time. Above 1 in the deterministic mode."""
-        # Taken before any adapter wraps a layer, so these are the names of the stored tensors. A tied head is absent.
+        """The head scores multiples of this many rows; above 1 in the deterministic mode."""
+        # Read before an adapter wraps a layer, so the names are those of the stored tensors. A tied head is absent.
         self.base_parameters: dict[str, nn.Parameter] = dict(module.named_parameters())
         self._summed_gradients = summed_gradients
         self._decoder: nn.Module = module.base_model  # type: ignore[assignment]
@@ -115,7 +115,7 @@ class CausalLM:
         adapter = current_context().adapter
         assert adapter is None or adapter in self.adapters, f"no adapter {adapter!r} on this model"
         if tokens.device.type == "cpu" and tokens.numel():
-            # Split over ranks, an unknown token would become a row of zeros without a word.
+            # With a split embedding, an unknown token would silently become a row of zeros.
             low, high = torch.aminmax(tokens)
             if low < 0 or high >= self.vocab_size:
                 raise DataError(
@@ -126,7 +126,7 @@ class CausalLM:
         return hidden
 
     def use_product(self, product: Product) -> None:
-        """Apply every weight matrix with `product` from now on, and adapters that are added later."""
+        """Apply every weight matrix with `product` from now on, also those of adapters added later."""
         self.matmul = product
         for layer in self.module.modules():
             if isinstance(layer, nn.Linear):
@@ -134,12 +134,12 @@ class CausalLM:
 
     @property
     def has_vocabulary_head(self) -> bool:
-        """False for weights with a scalar head in its place: they score, and give no log-probs."""
+        """False for weights with a scalar head instead: they give scores but no log-probs."""
         return self._head is not None
 
     @property
     def head_weight(self) -> nn.Parameter:
-        """`[V_local, d]`: this rank's rows of the output matrix, those of `vocab_shard`."""
+        """`[V_local, d]`: this rank's rows of the output matrix, given by `vocab_shard`."""
         assert self._head is not None, "these weights have no vocabulary head"
         weight = self._head.weight
         assert isinstance(weight, nn.Parameter)
@@ -147,14 +147,14 @@ class CausalLM:
 
     @property
     def vocab_shard(self) -> Shard:
-        """Which tokens this rank's head scores."""
+        """The token ids that this rank's head scores."""
         return shard_of(self.head_weight) or Shard(0, 0, self.vocab_size, self.vocab_size)
 
     @torch.no_grad()
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """`[N, d]` -> `[N, V]`, the full vocabulary, the same on every tensor-parallel rank, without gradient.
 
-        float32, or float64 in a float64 model; never rounded to half precision on CUDA. `out`: where to put them.
+        float32, or float64 in a float64 model; never rounded to half precision on CUDA. `out`: tensor for the result.
         """
         if hidden.is_cuda and hidden.dtype != wide(hidden.dtype):
             local = wide_matmul(hidden, self.head_weight.t(), out if self.tp.size == 1 else None)
@@ -167,9 +167,9 @@ class CausalLM:
         return local if out is None or local is out else out.copy_(local)
 
     def trainable_parameters(self, adapter: str | None) -> dict[str, nn.Parameter]:
-        """What a trainer of `adapter` (None: of the base weights) updates, by stored name.
+        """The parameters that a trainer of `adapter` (None: of the base weights) updates, by stored name.
 
-        From here on they take gradients. Each is this rank's slice: `shard_of` says which.
+        They require gradients from now on. Each is this rank's slice, described by `shard_of`.
         """
         chosen = self.base_parameters if adapter is None else self.adapters[adapter].parameters
         for name, parameter in chosen.items():
@@ -180,7 +180,7 @@ class CausalLM:
         return dict(chosen)
 
     def parameter_bytes(self, adapter: str | None = None) -> int:
-        """Bytes of the base weights held here, and of one adapter's if named."""
+        """Bytes of the base weights on this rank, plus those of `adapter` if given."""
         held = list(self.base_parameters.values())
         if adapter is not None:
             held += self.adapters[adapter].parameters.values()
@@ -191,7 +191,7 @@ class CausalLM:
         return sum(math.prod(full_shape(parameter)) for parameter in self.base_parameters.values())
 
     def copy_weights(self) -> CausalLM:
-        """A private copy of the base weights, for training all of them or for a frozen clone. Adapters stay behind."""
+        """A private copy of the base weights, for full training or for a frozen clone. Adapters are not copied."""
         from harmony_core.engine.models.loading import copy_model
 
         copied = copy_model(self)
@@ -205,13 +205,13 @@ class CausalLM:
         return self._backend is not None
 
     def compile(self, backend: str = "inductor") -> None:
-        """Run each decoder layer and the final norm through torch.compile from now on; again is fine.
+        """Run each decoder layer and the final norm through torch.compile from now on. Repeated calls have no effect.
 
         The first pass of each kind (with gradients, without, an adapter's first) takes as long as compiling one layer:
-        layers share it, and so does every number of tokens but one. It needs a compiler: see `rpc.platform`.
+        the code is shared by all layers and all numbers of tokens above one. Needs a compiler: see `rpc.platform`.
         """
         if self._backend is None:
-            # Past its limit dynamo runs the function uncompiled. The older name serves older versions.
+            # Above the limit, dynamo runs the function uncompiled. Older versions of torch use the older name.
             for limit in ("recompile_limit", "cache_size_limit"):
                 for name in (limit, f"accumulated_{limit}"):
                     if hasattr(torch._dynamo.config, name):

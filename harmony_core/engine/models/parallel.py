@@ -1,7 +1,7 @@
-"""Tensor parallelism on plain local tensors: the slices of the ranks, and collectives that autograd understands.
+"""Tensor parallelism on plain local tensors: the slices of the ranks, and collectives with autograd support.
 
-Every parameter stays an ordinary local tensor; a `Shard` remembers which part of the full one it is. `layers` says how
-each layer of a model is split.
+Every parameter is an ordinary local tensor; a `Shard` records its part of the full tensor. `layers` splits the layers
+of a model.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TensorParallel:
-    """One rank's place among the `size` ranks that hold one copy of a model together."""
+    """One rank's place in the tensor-parallel group of `size` ranks, which hold one copy of a model together."""
 
     size: int
     rank: int
     group: ProcessGroup | None
     ordered: bool = False
-    """Whether sums are taken in the order of ranks, whatever a tensor's shape: for equal bits, at some cost."""
+    """Whether sums are taken in the order of ranks for any shape, which gives equal bits but costs time."""
     _muted: list[bool] = field(default_factory=list, compare=False, repr=False)
 
     @classmethod
     def single(cls) -> TensorParallel:
-        """One rank that holds everything."""
+        """A group of one rank, which holds the full model."""
         return cls(size=1, rank=0, group=None)
 
     @property
@@ -44,7 +44,7 @@ class TensorParallel:
 
     @contextmanager
     def without_collectives(self) -> Iterator[None]:
-        """Run with local no-ops in place of collectives: same shapes and memory, wrong values; for rehearsals."""
+        """Replace collectives by local no-ops, for rehearsals: same shapes and memory, wrong values."""
         self._muted.append(True)
         try:
             yield
@@ -74,19 +74,19 @@ class Shard:
 
 
 def set_shard(parameter: nn.Parameter, shard: Shard | None) -> None:
-    """Remember on the parameter which slice it is."""
+    """Record on the parameter which slice it is."""
     parameter.tp_shard = shard  # type: ignore[attr-defined]
 
 
 def shard_of(parameter: Tensor) -> Shard | None:
-    """Which slice of the full tensor this parameter is; None when every rank holds all of it."""
+    """The slice of the full tensor that this parameter holds; None if every rank holds the full tensor."""
     shard = getattr(parameter, "tp_shard", None)
     assert shard is None or isinstance(shard, Shard)
     return shard
 
 
 def full_shape(parameter: Tensor) -> tuple[int, ...]:
-    """The shape of the whole that a parameter is a slice of."""
+    """The shape of the full tensor of a parameter."""
     shard, shape = shard_of(parameter), list(parameter.shape)
     if shard is not None:
         shape[shard.dim] = shard.full
@@ -113,14 +113,14 @@ def all_reduce(tensor: Tensor, tp: TensorParallel, op: Any = dist.ReduceOp.SUM) 
 
 
 def gather_full(tensor: Tensor, shard: Shard | None, tp: TensorParallel) -> Tensor:
-    """The full tensor from its slices, on every rank; a tensor without a shard comes back as it is.
+    """Gather the full tensor from its slices, on every rank; a tensor without a shard is returned unchanged.
 
-    `tensor` may be anything of the parameter's shape: the parameter, its gradient, an optimizer moment.
+    `tensor` may be any tensor of the parameter's shape: the parameter, its gradient, an optimizer moment.
     """
     if shard is None or tp.size == 1:
         return tensor
     longest = -(-shard.full // tp.size)
-    # all_gather wants equal shapes; uneven slices are padded by one row.
+    # all_gather needs equal shapes, so uneven slices are padded by one row.
     piece = tensor.detach().movedim(shard.dim, 0)
     padded = piece.new_zeros((longest, *piece.shape[1:]))
     padded[: piece.shape[0]] = piece
@@ -135,7 +135,7 @@ def gather_full(tensor: Tensor, shard: Shard | None, tp: TensorParallel) -> Tens
     return full.movedim(0, shard.dim)
 
 
-# Collectives with gradients. Their calls stay outside of compiled layers, which do not know `TensorParallel.silent`.
+# Collectives with gradients. They are called outside compiled layers, which cannot react to `TensorParallel.silent`.
 
 
 class _CopyTo(torch.autograd.Function):
@@ -187,7 +187,7 @@ def reduce_from(x: Tensor, tp: TensorParallel) -> Tensor:
 
 
 def gather_from(x: Tensor, full: int, tp: TensorParallel) -> Tensor:
-    """Leave a split region by joining slices of the last dimension; the gradient is the own slice of it."""
+    """Leave a split region by joining slices of the last dimension; the gradient is this rank's slice."""
     if tp.size == 1:
         return x
     gathered: Tensor = _apply(_GatherFrom, x, Shard.of(tp, x.dim() - 1, full), tp)
@@ -202,10 +202,10 @@ def _apply(function: type[torch.autograd.Function], x: Tensor, *args: Any) -> Te
 
 
 def sum_gradient(parameter: nn.Parameter, tp: TensorParallel) -> None:
-    """For a parameter that every rank holds but uses on its own part only: sum its gradient over the ranks.
+    """Sum the gradient over the ranks, for a replicated parameter that each rank applies to its own part only.
 
     A tensor hook runs on each backward pass's gradient before it is accumulated, so earlier sums are not summed again.
-    The parameter must require a gradient by now.
+    The parameter must already require a gradient.
     """
 
     def hook(gradient: Tensor) -> Tensor:

@@ -1,11 +1,11 @@
-"""Live weights to disk and back: files that plain transformers and peft load.
+"""Save live weights to disk and load them back, in files that plain transformers and peft load.
 
-Every tensor-parallel rank of one replica joins in gathering; only the one with `write` holds full tensors and writes.
-Writing is not atomic and nothing is fsynced here: the caller hands in a temporary directory.
+All tensor-parallel ranks of one replica take part in gathering; only the one with `write` holds full tensors and
+writes. Writing is not atomic and does not fsync: pass a temporary directory.
 
-config.json says what the base's did, in words that old and new readers understand: transformers 5 keeps rotary settings
-in `rope_parameters`; what came before it reads `rope_theta`, `rope_scaling` and `rope_local_base_freq`, and takes its
-defaults where they are missing, without a word. Both forms are written.
+config.json keeps the settings of the base in both forms, for old and new readers: transformers 5 has rotary settings in
+`rope_parameters`; earlier versions read `rope_theta`, `rope_scaling` and `rope_local_base_freq`, and silently use
+defaults if these are missing.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from harmony_core.engine.models.parallel import full_shape, gather_full, shard_o
 from harmony_core.rpc.rank_channel import progress
 
 _LOCAL = "sliding_attention"
-"""The layers of gemma3_text with a rotation of their own."""
+"""The layers of gemma3_text that have their own rotary settings."""
 
 
 def both_forms(stored: dict[str, Any], config: Any, dtype: str) -> dict[str, Any]:
     """`stored`, the content of a config.json, with type and rotary settings under their old and their new names.
 
-    `config` is transformers' reading of it, which is what is computed; `dtype` a name such as "float32".
+    `config`: the transformers config read from it, which the model computes with; `dtype`: a name such as "float32".
     """
     made = stored | {"dtype": dtype, "torch_dtype": dtype}
     rope = config.get_text_config().rope_parameters
@@ -50,13 +50,13 @@ def both_forms(stored: dict[str, Any], config: Any, dtype: str) -> dict[str, Any
 
 
 FILE_BYTES = 4 << 30
-"""One file's worth of tensors is what the writing rank holds at a time."""
+"""Size of one file; the writing rank holds the tensors of one file at a time."""
 
 
 def save_model(model: CausalLM, directory: Path, write: bool) -> str | None:
-    """The base weights and config.json, as a Hugging Face model directory without tokenizer.
+    """Save the base weights and config.json, as a Hugging Face model directory without tokenizer.
 
-    Returns the first tensor with a NaN or an infinity, for the caller to refuse once every rank has done its part.
+    Returns the first tensor with a NaN or an infinity, which the caller must refuse after all ranks have finished.
     """
     files = _cut_into_files(model.base_parameters)
     names = [
@@ -69,7 +69,7 @@ def save_model(model: CausalLM, directory: Path, write: bool) -> str | None:
         parameters = {key: model.base_parameters[key] for key in group}
         try:
             found = _gather_and_write(model, parameters, "", directory / name, write)
-        except (OSError, SafetensorError) as error:  # told when the other ranks wait for nothing more
+        except (OSError, SafetensorError) as error:  # raised after the other ranks have finished gathering
             failure, write = error, False
         else:
             bad = bad or found
@@ -95,7 +95,7 @@ def save_model(model: CausalLM, directory: Path, write: bool) -> str | None:
 
 
 def save_adapter(model: CausalLM, name: str, directory: Path, base: str, write: bool, revision: str = "") -> str | None:
-    """One adapter as a peft adapter directory that names `base` as its base. Returns what `save_model` does."""
+    """Save an adapter as a peft adapter directory with base model `base`. Returns the same as `save_model`."""
     info = model.adapters[name]
     bad = _gather_and_write(model, info.parameters, PREFIX, directory / "adapter_model.safetensors", write)
     if write:
@@ -104,7 +104,7 @@ def save_adapter(model: CausalLM, name: str, directory: Path, base: str, write: 
 
 
 def load_into(model: CausalLM, directory: Path, adapter: str | None = None) -> None:
-    """Overwrite live values in place with those stored in `directory`: an adapter's, or the base weights'.
+    """Overwrite live values of an adapter or of the base weights in place with those stored in `directory`.
 
     Names and shapes are checked before the first value changes.
     """

@@ -1,9 +1,9 @@
-"""Evaluate a loss of ours or of the recipe on scored tokens, and sum up the metrics of a step.
+"""Evaluate a built-in or custom loss on scored tokens, and sum up the metrics of a step.
 
-`check_cuts` compares a loss over many ways to cut its samples into micro-batches and to order them. `MetricSums`
-also sums the gap between the trainer's log-probs and those that the sampler recorded of the same tokens under the same
-weights. The two differ by rounding, since they multiply matrices of other shapes; a difference that grows is a bug, or
-training that has gone off-policy.
+`check_cuts` compares a loss over many cuts of its samples into micro-batches and many orders of them. `MetricSums` also
+sums the gap between the trainer's log-probs and those that the sampler recorded for the same tokens under the same
+weights. They differ by rounding, since the matrix products have different shapes; a growing gap means a bug, or that
+training has gone off-policy.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from harmony_core.rpc.protocol import CustomLoss
 CUSTOM = "custom"
 
 GAPS = ("sampler_logprob_diff_mean", "sampler_kl_k1", "sampler_kl_k2", "sampler_kl_k3")
-"""Metrics of the gap between sampler and trainer: absolute difference, and three estimates of the divergence."""
+"""Metrics of the gap between sampler and trainer: absolute difference, and three estimates of the KL divergence."""
 
 _SUMMED = (*GAPS, *METRICS)
 
 Cut = list[list[int]]
-"""Micro-batches of sample numbers."""
+"""Micro-batches, as lists of sample numbers."""
 
 
 def evaluate(loss: str, inputs: LossInputs, source: CustomLoss | None = None) -> tuple[float, list[Tensor], Sums]:
     """The sum of a loss, its ascent directions, and its metrics. `scored.values` need no gradient.
 
-    The directions: -dL/dvalues `[N]` and, where there are entropies, -dL/dentropies `[N]`. `source`: where the loss
-    "custom" is.
+    The directions: -dL/dvalues `[N]` and, with entropies, -dL/dentropies `[N]`. `source`: file and function of the
+    loss "custom".
     """
     function = LOSSES.get(loss) if source is None else partial(call, load(source))
     if function is None or (source is None) == (loss == CUSTOM):
@@ -55,7 +55,7 @@ def ascent(function: LossFunction, inputs: LossInputs) -> tuple[float, list[Tens
     with torch.enable_grad():
         leaves = [tensor.detach().double().requires_grad_(True) for tensor in given]
         total, sums = function(replace(inputs, values=leaves[0], entropies=leaves[1] if len(leaves) > 1 else None))
-        # A loss of the recipe's own may have no term with a gradient in this micro-batch.
+        # A custom loss may have no term with a gradient in this micro-batch.
         found = torch.autograd.grad(total, leaves, allow_unused=True) if total.requires_grad else [None] * len(leaves)
     pairs = zip(found, leaves, strict=True)
     return float(total.item()), [torch.zeros_like(leaf) if g is None else -g for g, leaf in pairs], sums
@@ -63,9 +63,9 @@ def ascent(function: LossFunction, inputs: LossInputs) -> tuple[float, list[Tens
 
 @lru_cache(maxsize=32)
 def load(source: CustomLoss) -> Callable[..., Any]:
-    """A function of the recipe's file, imported by its name.
+    """Import a function from the recipe's file.
 
-    Raises LossFailed for a file that fails here, UsageError for one that the driver did not load.
+    Raises LossFailed if the import fails on this rank, UsageError if the file differs from the one the driver loaded.
     """
     path = Path(source.path)
     if RecipeFile.of(path).sha256 != source.sha256:
@@ -81,9 +81,9 @@ def load(source: CustomLoss) -> Callable[..., Any]:
 
 
 def call(function: Callable[..., Any], inputs: LossInputs) -> tuple[Tensor, Sums]:
-    """The sum of a loss function of the recipe. Raises LossFailed when it raises or returns anything but one number.
+    """Call a custom loss. Raises LossFailed if it raises, or returns anything but a tensor of one number.
 
-    Its random numbers are the same on all tensor-parallel ranks, and do not change the state of our generators.
+    It draws the same random numbers on all tensor-parallel ranks, and leaves the state of torch's generators unchanged.
     """
     name = getattr(function, "__name__", repr(function))
     device = inputs.values.device
@@ -102,7 +102,7 @@ def call(function: Callable[..., Any], inputs: LossInputs) -> tuple[Tensor, Sums
 
 
 class MetricSums:
-    """Sum and count of every metric of a step's micro-batches, on the device, so that no micro-batch waits for them."""
+    """Sum and count of every metric of a step, kept on the device so that micro-batches do not wait for them."""
 
     def __init__(self, device: torch.device) -> None:
         self.sums = torch.zeros(2 * len(_SUMMED), dtype=torch.float64, device=device)
@@ -126,7 +126,7 @@ class MetricSums:
 
 
 def means(sums: Sequence[float], largest_gap: float) -> dict[str, float]:
-    """The metrics of a step, from `MetricSums`; metrics without a count are left out."""
+    """The metrics of a step, from `MetricSums`; metrics with a count of 0 are omitted."""
     pairs = zip(_SUMMED, sums[::2], sums[1::2], strict=True)
     found = {name: total / count for name, total, count in pairs if count}
     return found | ({"sampler_logprob_diff_max": largest_gap, "sampler_tokens": sums[1]} if sums[1] else {})
@@ -140,7 +140,7 @@ def check_cuts(
     group: int,
     tolerance: float,
 ) -> None:
-    """Compare value and gradient of the loss over many cuts and orders. Raises VerificationError."""
+    """Compare value and gradient of the loss over many cuts and orders. Raises VerificationError if they differ."""
     name = getattr(loss, "__name__", repr(loss))
     whole = _scored(logprobs, entropies, fields, group)
     count = len(logprobs)
@@ -190,7 +190,7 @@ def _scored(
     fields: Mapping[str, Sequence[Sequence[float]]],
     group: int,
 ) -> list[LossInputs]:
-    """Each sample by itself."""
+    """The inputs of each sample alone."""
 
     def tensor(values: Sequence[float]) -> Tensor:
         return torch.tensor(list(values), dtype=torch.float64)
@@ -209,7 +209,7 @@ def _scored(
 
 
 def _over(loss: Callable[..., Any], samples: list[LossInputs], cut: Cut) -> tuple[float, Tensor]:
-    """The loss of all micro-batches of a cut, and the gradient in the order of the samples."""
+    """The total loss of the micro-batches of a cut, and the gradient in the order of the samples."""
     total, parts, entropies = 0.0, dict[int, Tensor](), samples[0].entropies is not None
     for members in cut:
         chosen = [samples[i] for i in members]
@@ -223,6 +223,6 @@ def _over(loss: Callable[..., Any], samples: list[LossInputs], cut: Cut) -> tupl
         )
         value, directions, _ = ascent(partial(call, loss), batch)
         total += value
-        # One row for the log-probs, one for the entropies where the loss takes them.
+        # One row for the log-probs, and one for the entropies if the loss takes them.
         parts |= dict(zip(members, torch.split(torch.stack(directions), list(batch.counts), dim=1), strict=True))
     return total, torch.cat([parts[i] for i in range(len(samples))], dim=1)

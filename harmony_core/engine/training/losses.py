@@ -1,9 +1,9 @@
-"""Every loss of ours as a formula over the scored tokens of a micro-batch; everything is float64.
+"""The built-in losses, as formulas over the scored tokens of a micro-batch; everything is float64.
 
-A loss is a weighted sum over tokens, samples or groups of samples, without a division by their number. The step divides
-once, by a denominator that the driver counts, so a loss does not depend on how samples were cut and packed.
-`LossInputs.fields` and `LossInputs.settings` have the names of the arguments of `TrainingModel.train_*`; an option that
-was left out is not there.
+A loss is a weighted sum over tokens, samples or groups of samples, not divided by their number. The step divides once,
+by a denominator that the driver counts, so a loss does not depend on how samples were cut and packed.
+`LossInputs.fields` and `LossInputs.settings` have the names of the arguments of `TrainingModel.train_*`; options that
+were omitted are absent.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ METRICS = (
     "reward_margin",
     "value_clipfrac",
 )
-"""Every name that a loss of ours may report: ranks add them up by their places in this list."""
+"""Metric names of the built-in losses. Ranks add the metrics up by their places in this list."""
 
 Sums = dict[str, tuple[Tensor, float]]
-"""Metrics by name: the sum over tokens, samples or groups, and how many of them there are."""
+"""Metrics by name: the sum over tokens, samples or groups, and their number."""
 
 
 @dataclass(frozen=True)
 class LossInputs:
     """N scored tokens of the S samples of one micro-batch.
 
-    values: `[N]`, their log-probs or values, requiring grad. weights: `[N]`, of each in the loss, not 0. counts: how
-    many of the N each sample has. fields: `[N]` by name, settings: numbers by name; both are of the loss.
-    `group` adjacent samples belong together. entropies: `[N]`, in nats, of the distributions that the log-probs are
-    of, requiring grad, where the settings ask for them (`wants_entropies`).
+    values: `[N]`, log-probs or values, requiring grad. weights: `[N]`, the tokens' weights in the loss, not 0. counts:
+    the number of scored tokens of each sample. fields: `[N]` by name, settings: numbers by name; the loss's arguments.
+    group: the number of adjacent samples that belong together. entropies: `[N]`, in nats, of the distributions of the
+    log-probs, requiring grad; only if the settings ask for them (`wants_entropies`).
     """
 
     values: Tensor
@@ -55,7 +55,7 @@ class LossInputs:
 
     @property
     def slices(self) -> list[slice]:
-        """Where each sample lies in the N."""
+        """Each sample's slice of the N tokens."""
         ends = list(accumulate(self.counts))
         return [slice(end - count, end) for end, count in zip(ends, self.counts, strict=True)]
 
@@ -65,23 +65,23 @@ class LossInputs:
         return torch.tensor(self.counts, device=self.values.device)
 
     def per_sample(self, tokens: Tensor) -> Tensor:
-        """`[N]` -> `[S]`: sums."""
+        """`[N]` -> `[S]`: the sum of each sample."""
         return torch.segment_reduce(tokens, "sum", lengths=self.lengths, initial=0.0)
 
     def first(self, tokens: Tensor) -> Tensor:
-        """`[N]` -> `[S]`: a field that repeats a sample's number, once for each sample."""
+        """`[N]` -> `[S]`: the first entry of each sample, for fields that repeat one number per sample."""
         return tokens[self.lengths.cumsum(0) - self.lengths]
 
 
 LossFunction = Callable[[LossInputs], tuple[Tensor, Sums]]
-"""The sum of the loss as a scalar with gradient, and metrics without."""
+"""Returns the sum of the loss as a scalar with gradient, and the metrics without gradient."""
 
 LOSSES: dict[str, LossFunction] = {}
-"""The losses that a micro-batch may name, beside "linear" and a function of the recipe's file."""
+"""The losses that a micro-batch may name, besides "linear" and functions of the recipe's file."""
 
 
 def formula(*names: str) -> Callable[[LossFunction], LossFunction]:
-    """Enter a function into the table, as the formula of `TrainingModel.train_<name>`."""
+    """Register a function as the formula of `TrainingModel.train_<name>`."""
 
     def enter(function: LossFunction) -> LossFunction:
         LOSSES.update(dict.fromkeys(names, function))
@@ -91,7 +91,7 @@ def formula(*names: str) -> Callable[[LossFunction], LossFunction]:
 
 
 def wants_entropies(settings: Mapping[str, float]) -> bool:
-    """Whether a loss with these settings is given entropies; a custom loss says so by "entropies"."""
+    """Whether a loss with these settings gets entropies; a custom loss asks for them by "entropies"."""
     return "entropy_bonus" in settings or "entropies" in settings
 
 
@@ -100,7 +100,7 @@ def grpo(inputs: LossInputs) -> tuple[Tensor, Sums]:
     """Minus the clipped surrogate of each token, plus beta times the k3 estimate of KL(policy || reference).
 
     Schulman et al., "Proximal Policy Optimization Algorithms" (2017), eq. 7; Shao et al., "DeepSeekMath" (2024),
-    eqs. 3 and 4. Without a reference it is PPO's.
+    eqs. 3 and 4. Without a reference it is the PPO loss.
     """
     logprobs, settings = inputs.values, inputs.settings
     bounds = settings["clip_range"], settings.get("clip_range_high", settings["clip_range"])
@@ -113,7 +113,7 @@ def grpo(inputs: LossInputs) -> tuple[Tensor, Sums]:
 
 @formula("gspo")
 def gspo(inputs: LossInputs) -> tuple[Tensor, Sums]:
-    """One ratio for each sequence, exp(mean of its tokens' differences); its term counts as its tokens' weights do.
+    """One ratio for each sequence, exp(mean of its tokens' differences), weighted by the sum of its tokens' weights.
 
     Zheng et al., "Group Sequence Policy Optimization" (2025), eqs. 5 to 7: weights that add up to 1 in a sequence
     give the loss as published, weights of 1 the published one times the length.
@@ -155,7 +155,7 @@ def _surrogate(
 
 
 def _regulariser(inputs: LossInputs, step: Tensor) -> tuple[Tensor, Sums]:
-    """The KL term where there is a reference, minus the entropy bonus, and their metrics; `step` in log-probs."""
+    """The KL term (with a reference) minus the entropy bonus, and their metrics. `step`: log-prob differences."""
     count, total = float(len(inputs.values)), step.new_zeros(())
     sums: Sums = {"inner_kl_div": (0.5 * step.detach().square().sum(), count)}
     if "reference_logprobs" in inputs.fields:
@@ -169,7 +169,7 @@ def _regulariser(inputs: LossInputs, step: Tensor) -> tuple[Tensor, Sums]:
 
 
 def k3(logprobs: Tensor, reference: Tensor) -> Tensor:
-    """Schulman's third estimate of KL(policy || reference), of tokens that the policy drew: never negative."""
+    """Schulman's k3 estimate of KL(policy || reference) for tokens drawn from the policy; never negative."""
     difference = reference - logprobs
     return torch.expm1(difference) - difference
 
@@ -203,10 +203,10 @@ def squared_error(inputs: LossInputs) -> tuple[Tensor, Sums]:
 
 @formula("trust_region_mse")
 def trust_region_squared_error(inputs: LossInputs) -> tuple[Tensor, Sums]:
-    """1/2 max((v - R)^2, (clip(v, c - e, c + e) - R)^2): nothing is gained by leaving e around the earlier value c.
+    """1/2 max((v - R)^2, (clip(v, c - e, c + e) - R)^2): moving v further than e from c does not lower it.
 
-    The value loss of PPO implementations (Engstrom et al., "Implementation Matters in Deep Policy Gradients", 2020,
-    section 3). Without a limit it is `squared_error`.
+    c is the earlier value. The value loss of PPO implementations (Engstrom et al., "Implementation Matters in Deep
+    Policy Gradients", 2020, section 3). Without a limit it is `squared_error`.
     """
     values, target, center = inputs.values, inputs.fields["targets"], inputs.fields["clip_center"]
     near = center + (values - center).clamp(-inputs.settings["clip_range"], inputs.settings["clip_range"])

@@ -1,13 +1,13 @@
 """AdamW over flat buffers: gradients, moments, and float32 masters of half-precision weights.
 
-Reducing, checking and norms are then few large operations, and the parameters are updated where they lie. Order within
+With flat buffers, reductions, checks and norms are few large operations; the parameters are updated in place. Order in
 a buffer: parameters split over the tensor-parallel ranks first, then the replicated ones; in each, matrices first. Each
 parameter's gradient is a view of its buffer, allocated once and never replaced.
 
 Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (2019), with the arithmetic of torch.optim.AdamW. The
 state on disk is one safetensors file with full-size tensors under the parameters' names: written tensor by tensor, so
-that a sharded model gathers one at a time, and read slice by slice, so that it may be loaded with another
-tensor-parallel size than it was saved with.
+that a sharded model gathers one at a time, and read slice by slice, so that it can be loaded with another
+tensor-parallel size.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ FILE = "optimizer.safetensors"
 _DTYPES = {torch.float32: "F32", torch.float64: "F64"}
 
 BUCKET_ELEMENTS = 4 << 20
-"""Elements that one all-reduce takes at a time: bounds the buffers of a communication library."""
+"""Elements of one all-reduce, which bounds the buffers of a communication library."""
 
 PIECE_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}
 """Elements whose squares are summed in float32: a device sums them as a tree, which loses little."""
@@ -46,18 +46,18 @@ PIECE_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}
 
 @dataclass(frozen=True)
 class ParameterSpan:
-    """Where one parameter lies in the flat buffers: elements `[start, stop)`."""
+    """The place of one parameter in the flat buffers: elements `[start, stop)`."""
 
     name: str
     parameter: nn.Parameter
     start: int
     stop: int
     shard: Shard | None
-    """Its place in the tensor that the tensor-parallel ranks hold together; None for a replicated parameter."""
+    """Its slice of the full tensor over the tensor-parallel group; None for a replicated parameter."""
 
     @property
     def decays(self) -> bool:
-        """Weight decay is for matrices only."""
+        """Whether weight decay applies: to matrices only."""
         return self.parameter.ndim >= 2
 
     def of(self, buffer: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ class ParameterSpan:
 
 
 class FlatGradients:
-    """The gradient buffer of `parameters`, float32 at least, with one `ParameterSpan` for each of them."""
+    """The gradient buffer of `parameters`, at least float32, with one `ParameterSpan` for each parameter."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], tp: TensorParallel) -> None:
         self.tp = tp
@@ -108,7 +108,7 @@ class FlatGradients:
         self.buffer.zero_()
 
     def check_attached(self) -> None:
-        """Raise InternalError for a parameter whose gradient was replaced: it would not be trained."""
+        """Raise InternalError if a parameter's gradient was replaced: that parameter would not be trained."""
         if not self.low_precision:
             for span, view in zip(self.spans, self.views, strict=True):
                 if span.parameter.grad is not view:
@@ -122,12 +122,12 @@ class FlatGradients:
                 progress.made()
         replicated = self.buffer[self.first_replicated :]
         if not self.tp.silent and replicated.numel():
-            # Equal up to rounding already; equal bits keep the copies from drifting apart over many steps.
+            # Equal up to rounding already; equal bits prevent the copies from drifting apart over many steps.
             for bucket in torch.split(replicated, BUCKET_ELEMENTS):
                 dist.broadcast(bucket, group=self.tp.group, group_src=0)
 
     def of(self, parameter: nn.Parameter) -> Tensor | None:
-        """The view of the buffer that takes a parameter's gradient; None for a parameter that is not trained."""
+        """The part of the buffer for a parameter's gradient; None if the parameter is not trained."""
         views = (v for span, v in zip(self.spans, self.views, strict=True) if span.parameter is parameter)
         return next(views, None)
 
@@ -164,7 +164,7 @@ def _layout(parameters: Mapping[str, nn.Parameter], tp: TensorParallel) -> list[
 
 
 def _squares(flat: Tensor) -> Tensor:
-    """Sum of squares; of pieces in the buffer's type, of their sums in float64."""
+    """Sum of squares: within pieces in the buffer's type, over pieces in float64."""
     if not flat.numel():
         return flat.new_zeros((), dtype=torch.float64)
     pieces = [torch.linalg.vector_norm(piece) for piece in torch.split(flat, PIECE_ELEMENTS[flat.device.type])]
@@ -172,14 +172,14 @@ def _squares(flat: Tensor) -> Tensor:
 
 
 CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 24}
-"""Elements updated at a time: bounds the one temporary of an update."""
+"""Elements updated at a time, which bounds the only temporary of an update."""
 LARGE = 1 << 20
-"""On CUDA a parameter of so many elements is updated by itself; smaller ones together, and copied from the masters."""
+"""On CUDA, parameters of at least this many elements are updated alone; smaller ones together, via the masters."""
 
 
 @dataclass(frozen=True)
 class _Segment:
-    """A run of the flat buffers that is updated at once, and the parameters' elements that belong to it."""
+    """A range of the flat buffers that is updated at once, with the corresponding elements of the parameters."""
 
     start: int
     stop: int
@@ -199,7 +199,7 @@ class AdamW:
     """Moments, masters and the update. `step_count` is Adam's step counter (0 before the first update)."""
 
     def __init__(self, gradients: FlatGradients, fused: bool | None = None) -> None:
-        """`fused`: by one kernel, as on CUDA, or by torch's operations."""
+        """`fused`: update by one kernel, the default on CUDA, instead of torch operations."""
         self.gradients = gradients
         self.step_count = 0
         self.exp_avg = torch.zeros_like(gradients.buffer)
@@ -216,7 +216,7 @@ class AdamW:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of moments and masters."""
+        """Bytes of optimizer state: moments and masters."""
         return sum(buffer.nbytes for buffer in self.state().values())
 
     def state(self) -> dict[str, Tensor]:
@@ -226,14 +226,14 @@ class AdamW:
 
     @torch.no_grad()
     def refresh_masters(self) -> None:
-        """Copy the parameters to the masters, after the parameters were written from outside."""
+        """Copy the parameters to the masters. Call this after the parameters were written from outside."""
         if self.master is not None:
             for span in self.gradients.spans:
                 span.of(self.master).copy_(span.parameter)
 
     @torch.no_grad()
     def update(self, lr: float, weight_decay: float, beta1: float, beta2: float, eps: float, scale: float) -> None:
-        """One step with `scale` times the accumulated gradients, in place; the gradients are undefined afterwards."""
+        """Take one step with `scale` times the gradients, in place. The gradients are undefined afterwards."""
         self.step_count += 1
         step_size = lr / (1 - beta1**self.step_count)
         root_correction = math.sqrt(1 - beta2**self.step_count)
@@ -284,7 +284,7 @@ class AdamW:
             torch._foreach_copy_(segment.pieces, list(torch.split(weights[0], segment.sizes)))
 
     def save(self, directory: Path, write: bool) -> None:
-        """Write the state; every rank of one replica takes part in the gathering, the one with `write` writes."""
+        """Write the state. All ranks of one replica must call this to gather it; the one with `write` writes."""
         entries = self._entries()
         left = iter(entries)
         try:
@@ -295,12 +295,12 @@ class AdamW:
                         for piece in torch.split(self._full(span, buffer).detach().reshape(-1), 1 << 22):
                             file.write(piece.cpu().numpy().tobytes())
                             progress.made()
-        finally:  # the other ranks gather whatever becomes of the file
+        finally:  # the other ranks gather even if writing failed
             for _, span, buffer in left:
                 self._full(span, buffer)
 
     def load(self, directory: Path) -> None:
-        """Read this rank's slices and the step. Raises VerificationError, with nothing changed, if they do not fit."""
+        """Read this rank's slices and the step. If they do not fit, raises VerificationError before any change."""
         path = directory / FILE
         entries = self._entries()
         try:
@@ -332,13 +332,13 @@ class AdamW:
             header[name] = {"dtype": _DTYPES[buffer.dtype], "shape": shape, "data_offsets": [offset, end]}
             offset = end
         text = json.dumps(header, separators=(",", ":")).encode()
-        # The format wants the data aligned to 8 bytes; spaces may follow the JSON.
+        # The format requires data aligned to 8 bytes; spaces may follow the JSON.
         text += b" " * (-len(text) % 8)
         return struct.pack("<Q", len(text)) + text
 
 
 def _check(file: Any, entries: list[_Entry], path: Path) -> int:
-    """The step of a state file whose tensors are those of the entries."""
+    """Check that a state file has the tensors of the entries. Returns its step."""
 
     def fail(reason: str) -> VerificationError:
         return VerificationError(f"{path}: {reason}", hint="the state was saved from another model", file=str(path))
@@ -359,7 +359,7 @@ def _check(file: Any, entries: list[_Entry], path: Path) -> int:
 
 
 def _segments(spans: list[ParameterSpan], alone: float, most: int) -> Iterator[_Segment]:
-    """Runs of one decay setting, cut after `most` elements; parameters of at least `alone` elements by themselves."""
+    """Segments of equal decay and at most `most` elements; parameters of at least `alone` elements are alone."""
 
     def key(span: ParameterSpan) -> tuple[bool, str]:
         return span.decays, span.name if span.stop - span.start >= alone else ""

@@ -1,9 +1,9 @@
 """A micro-batch's wire format as tensors (samples back to back, scored positions), and its memory on CPU.
 
-Ranks give every freed tensor above a megabyte back to the system, so that memory keeps to its plan. A micro-batch frees
-and takes gigabytes in small turns, and fresh pages from the kernel would cost it a third of its time. While one runs,
-the C library keeps freed memory (`kept_while_it_runs`). The holes between tensors that stay are given back where memory
-is at its most, before the head and before the backward pass, and everything at the end.
+Ranks return every freed tensor above a megabyte to the system, so that memory keeps to its plan. A micro-batch frees
+and allocates gigabytes in turns, and new pages from the kernel would cost a third of its time. So the C library keeps
+freed memory during a micro-batch (`kept_while_it_runs`). Holes between live tensors are returned where memory is at its
+peak, before the head and before the backward pass, and everything at the end.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from harmony_core.rpc.protocol import CustomLoss, MicroBatch
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """T tokens of len(lengths) samples, of which N positions are scored.
+    """T tokens of len(lengths) samples, with N scored positions.
 
-    tokens, positions: `[T]` long, positions from 0 in each sample. rows: `[N]` long, the scored positions; None when
-    all are. targets: `[N]` long. coefficients: `[N]` float64, none of them 0.
+    tokens, positions: `[T]` long, positions from 0 in each sample. rows: `[N]` long, the scored positions; None if
+    all are. targets: `[N]` long. coefficients: `[N]` float64, not 0.
     """
 
     tokens: Tensor
@@ -39,7 +39,7 @@ class PackedBatch:
     coefficients: Tensor
     lengths: tuple[int, ...]
     sampled: tuple[Tensor, Tensor] | None = None
-    """`[K]` long and `[K]` float64: places among the N with a log-prob of the sampler, and these log-probs."""
+    """`[K]` long and `[K]` float64: places in the N that have a log-prob of the sampler, and these log-probs."""
     counts: tuple[int, ...] = ()
     """The number of scored positions of each sample."""
     loss: str = "linear"
@@ -50,7 +50,7 @@ class PackedBatch:
     group: int = 1
     """The number of adjacent samples that belong together."""
     parts: tuple[int, ...] = ()
-    """The numbers of adjacent samples that go through the model at once; (): all of them."""
+    """Numbers of adjacent samples that go through the model at once; (): all samples together."""
     dropout: bool = True
 
     def cut(self) -> list[PackedBatch]:
@@ -91,7 +91,7 @@ class PackedBatch:
 
 
 def unpack(batch: MicroBatch, device: torch.device) -> PackedBatch:
-    """Tensors on `device`. The driver has checked that all tokens are in the vocabulary."""
+    """Convert a micro-batch to tensors on `device`. The driver has checked that all tokens are in the vocabulary."""
     try:
         tokens, targets, lengths = (
             np.frombuffer(field, "<i4").astype(np.int64) for field in (batch.tokens, batch.targets, batch.lengths)
@@ -124,7 +124,7 @@ def unpack(batch: MicroBatch, device: torch.device) -> PackedBatch:
 
     def there(values: np.ndarray[tuple[int], np.dtype[Any]]) -> Tensor:
         made = torch.from_numpy(values)
-        # From pinned memory the copy does not make the host wait.
+        # A copy from pinned memory does not make the host wait.
         return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made
 
     return PackedBatch(
@@ -147,17 +147,17 @@ def unpack(batch: MicroBatch, device: torch.device) -> PackedBatch:
 
 
 LARGE_BYTES = 1 << 20
-"""Where hidden states are smaller than this, little goes back to the system anyhow."""
+"""With smaller hidden states, little memory is returned to the system in any case."""
 _SETTING = "MALLOC_MMAP_THRESHOLD_"
-"""Without this variable the C library adapts by itself, and its limits are not changed."""
+"""Without this variable the C library adapts its limits itself, and we do not change them."""
 _LARGEST_KEPT = 32 << 20
-"""Larger tensors still go back at once; the C library takes no larger limit."""
+"""Larger tensors are still returned at once: the C library accepts no larger limit."""
 _USUAL_TRIM = 128 << 10
 
 
 @contextmanager
 def kept_while_it_runs(applies: bool) -> Iterator[Callable[[], None]]:
-    """Keep freed memory inside, where `applies`; yields a function that gives the present holes back."""
+    """Keep freed memory in the context, if `applies`. Yields a function that returns the present holes."""
     usual = os.environ.get(_SETTING, "")
     if not applies or not usual.isdecimal() or int(usual) >= _LARGEST_KEPT:
         yield lambda: None

@@ -1,7 +1,7 @@
 """The interface of this package: a trainer accumulates gradients over micro-batches and takes one global step.
 
-Nothing is divided before `optim_step`: gradients, numerators and counts are summed over micro-batches and replicas
-and divided once by the step's denominator, so how samples were cut, packed and spread never changes the step.
+Gradients, numerators and counts are summed over micro-batches and replicas, and `optim_step` divides them once by the
+step's denominator. So the step does not depend on how samples were cut, packed and spread.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ if TYPE_CHECKING:
 
 
 class Trainer:
-    """Trains `adapter` of `model`, or with None all of its weights, which must then be its own.
+    """Trains `adapter` of `model`. With None it trains all weights, which the model must not share.
 
-    `dp_group` joins the ranks that hold the same shard in every replica; None when there is one replica. Gradients
-    and optimizer state are allocated here. Every rank of the model must make the same `optim_step` calls. `score`: the
-    scalar head, one of the trained parameters; its losses are of values, not of log-probs.
+    `dp_group`: the ranks that hold the same shard in every replica; None with one replica. Gradients and optimizer
+    state are allocated here. All ranks of the model must make the same `optim_step` calls. `score`: the scalar head,
+    one of the trained parameters; with it, losses are computed from values instead of log-probs.
     """
 
     def __init__(
@@ -54,15 +54,15 @@ class Trainer:
         self.seed = seed
         self.gradients = FlatGradients(model.trainable_parameters(adapter), model.tp)
         self.optimizer = AdamW(self.gradients)
-        # The head's gradient is as large as the embedding: it is added where it belongs, without a copy of it.
+        # The head's gradient is as large as the embedding: it is added directly to the buffer, without a copy.
         self._head_gradient = self.gradients.of(model.head_weight) if score is None else None
-        # The sampler has no dropout, so the gap would only measure the dropout of a trained adapter.
+        # The sampler has no dropout: with adapter dropout, the gap to its log-probs would only measure the dropout.
         self._drops = adapter is not None and bool(model.adapters[adapter].settings.dropout)
         self._reset()
 
     @property
     def step(self) -> int:
-        """Optimizer steps so far: Adam's counter."""
+        """Optimizer steps so far, Adam's step counter."""
         return self.optimizer.step_count
 
     @step.setter
@@ -73,12 +73,12 @@ class Trainer:
 
     @property
     def num_trainable(self) -> int:
-        """Elements that this rank trains."""
+        """Number of trained elements on this rank."""
         return self.gradients.buffer.numel()
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of moments and masters."""
+        """Bytes of optimizer state: moments and masters."""
         return self.optimizer.state_bytes
 
     @property
@@ -87,9 +87,9 @@ class Trainer:
         return self.gradients.buffer.nbytes
 
     def accumulate(self, batch: MicroBatch) -> MicroBatchDone:
-        """Forward and backward; adds to the gradients of this step.
+        """Run forward and backward, and add to the gradients of this step.
 
-        After an exception the step is unusable until `abandon`.
+        After an exception, call `abandon` before the next step.
         """
         started = time.perf_counter()
         self._failed = True
@@ -115,16 +115,16 @@ class Trainer:
     def optim_step(self, request: OptimStep) -> dict[str, float]:
         """Reduce over the replicas, divide, clip, update, clear. Returns the step's metrics.
 
-        Raises NothingToTrain for a denominator of 0, EngineError naming the first tensor with a NaN or an infinity and
-        the first rank that computed one (with `skip_nan` the step is skipped and counted instead); then nothing but the
-        gradients has changed.
+        Raises NothingToTrain for a denominator of 0, and EngineError for gradients with a NaN or an infinity, naming
+        the first such tensor and the first rank that computed one (with `skip_nan` the step is skipped and counted
+        instead). In these cases only the gradients have changed.
         """
         started = time.perf_counter()
         if self._failed:
             raise StepFailed(f"step {self.step + 1} of {request.model!r} cannot be taken: a micro-batch failed")
         try:
             self.gradients.check_attached()
-            # After the sum, a bad value of one rank is on every rank.
+            # Sum this rank's gradients first: after the reduction, a bad value of one rank is on every rank.
             own = None if self.dp_group is None and self.model.tp.silent else self.gradients.buffer.sum()
             self.gradients.reduce(self.dp_group)
             numerator, weighted, samples, squares, reported = self._totals()
@@ -165,17 +165,17 @@ class Trainer:
         self.optimizer.refresh_masters()
 
     def save_optimizer(self, directory: Path, write: bool) -> None:
-        """Write the optimizer's state, full size, into `directory`; every rank calls, the one with `write` writes."""
+        """Write the full-size optimizer state into `directory`. All ranks call this; the one with `write` writes."""
         self.optimizer.save(directory, write)
 
     def load_optimizer(self, directory: Path) -> None:
-        """Read the optimizer's state and step; raises VerificationError, with nothing changed, if it does not fit."""
+        """Read the optimizer state and step. Raises VerificationError without changing the state if it does not fit."""
         self.optimizer.load(directory)
 
     def rehearse(self, max_batch_tokens: int) -> None:
-        """A worst-case micro-batch without any collective; RNG, gradients and moments are left as they were.
+        """Run a worst-case micro-batch without collectives; RNG, gradients and moments stay unchanged.
 
-        Raises the errors of a real one, such as out of memory.
+        Raises the errors of a real micro-batch, such as out of memory.
         """
         device = self.model.device
         kept = self.gradients.buffer.clone() if self._samples else None
@@ -202,10 +202,10 @@ class Trainer:
                 self.gradients.buffer.copy_(kept)
 
     def _in_parts(self, packed: PackedBatch, parts: list[PackedBatch], seeds: list[int]) -> float:
-        """`_forward_backward` of samples that belong together and of which only some fit into the memory at once.
+        """`_forward_backward` for a group of samples that does not fit into memory at once.
 
-        Their log-probs or values are taken part by part; the loss of all of them is the same as together. Then each
-        part runs again, with the gradient that the loss has there: the same one, since dropout draws the same.
+        A first pass computes log-probs or values part by part, and the loss is evaluated on all of them. Then each part
+        runs again with its part of the loss's gradient. Dropout draws the same mask in both passes.
         """
         found = [self._values_of(part, seed) for part, seed in zip(parts, seeds, strict=True)]
         numerator, directions = self._evaluate(packed, *map(torch.cat, zip(*found, strict=True)))
@@ -216,7 +216,7 @@ class Trainer:
 
     @torch.no_grad()
     def _values_of(self, packed: PackedBatch, seed: int) -> list[Tensor]:
-        """Log-probs, with entropies where the loss asks for them, or values `[N]`."""
+        """Log-probs (and entropies if the loss needs them), or values, `[N]` each."""
         with forward_context(self._context(packed, seed)):
             return self._head_of(packed.scored(self.model.hidden_states(packed.tokens, packed.positions)), packed)
 
@@ -231,18 +231,18 @@ class Trainer:
         return [token_logprobs(self.model, scored, packed.targets)]
 
     def _forward_backward(self, packed: PackedBatch, seed: int, known: list[Tensor] | None = None) -> float:
-        """Adds the gradient of the micro-batch's loss; returns that loss, in float64.
+        """Add the gradient of the micro-batch's loss; return the loss, in float64.
 
-        A loss that is not linear takes two passes over the head: log-probs, from which follows the loss's gradient
-        with respect to them, and then the linear loss that has this gradient. `known`: that gradient, where it follows
-        from more than this micro-batch; the loss is then the caller's.
+        A loss that is not linear takes two passes over the head: the first computes log-probs and the loss's gradient
+        with respect to them, the second the linear loss with this gradient. `known`: that gradient, if it depends on
+        more than this micro-batch; then the caller has the loss, and 0 is returned.
         """
         if not packed.targets.numel():
             return 0.0
-        # An adapter's micro-batch keeps little memory, and the freed part would be most of it.
+        # An adapter's micro-batch keeps few tensors: holes of freed memory would be most of what it holds.
         large = packed.tokens.numel() * self.model.hidden_size * self.model.dtype.itemsize >= LARGE_BYTES
         keep = large and self.adapter is None and self.model.device.type == "cpu"
-        # Checkpointed layers run again in the backward pass and need the context there too.
+        # Checkpointed layers run again in the backward pass, so the context must cover it.
         with kept_while_it_runs(keep) as give_back, forward_context(self._context(packed, seed)):
             hidden = self.model.hidden_states(packed.tokens, packed.positions)
             give_back()
@@ -262,7 +262,7 @@ class Trainer:
                 into=self._head_gradient,
                 entropy=directions[1] if len(directions) > 1 else None,
             )
-            # The loss has its gradients already; the backward pass needs the room.
+            # The loss holds its gradients already; free the memory for the backward pass.
             del hidden, scored
             give_back()
             loss.backward()  # type: ignore[no-untyped-call]
@@ -271,7 +271,7 @@ class Trainer:
         return -float((packed.coefficients * logprobs.double()).sum().item()) if numerator is None else numerator
 
     def _evaluate(self, packed: PackedBatch, *given: Tensor) -> tuple[float, list[Tensor]]:
-        """A loss of log-probs (and entropies) or values, and the coefficients of the linear loss with its gradient."""
+        """Evaluate the loss; return it with the coefficients of the linear loss that has the same gradient."""
         numerator, directions, sums = evaluate(packed.loss, packed.given(*given), packed.custom)
         self._metrics.add(sums)
         return numerator, directions
@@ -279,9 +279,9 @@ class Trainer:
     def _train_values(
         self, hidden: Tensor, head: nn.Parameter, packed: PackedBatch, known: list[Tensor] | None
     ) -> float:
-        """As `_forward_backward`, from the hidden states of the scored positions, through the scalar head.
+        """`_forward_backward` from the hidden states of the scored positions, through the scalar head.
 
-        Every tensor-parallel rank holds all of them and the whole head, so all compute the same gradients.
+        Every tensor-parallel rank holds all these states and the whole head, so all compute the same gradients.
         """
         values = scores(self.model, hidden, head)
         if known is not None:
@@ -292,7 +292,7 @@ class Trainer:
         return numerator
 
     def _dropout_seed(self, batch: MicroBatch, part: int) -> int:
-        """Alike on the tensor-parallel ranks of a replica, another one for every micro-batch and part of one."""
+        """Equal on the tensor-parallel ranks of a replica, different for every micro-batch and part of one."""
         text = f"{self.seed}/{self.step}/{batch.replica}/{self._micro_batches + part}"
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little")
 
@@ -318,7 +318,7 @@ class Trainer:
     def _totals(self) -> tuple[float, float, float, float, dict[str, float]]:
         """Numerator, weighted tokens, samples, the reduced gradients' sum of squares, and the other metrics.
 
-        Over all replicas. The one place in a step where the host waits for the device.
+        Over all replicas. This is the only place in a step where the host waits for the device.
         """
         counts = torch.tensor([self._numerator, self._weighted, self._samples], dtype=torch.float64)
         sums = torch.cat([counts.to(self.model.device), self._metrics.sums])
@@ -330,7 +330,7 @@ class Trainer:
         return numerator, weighted, samples, squares, means(others, largest_gap)
 
     def _refuse_or_skip(self, request: OptimStep, own: Tensor | None) -> bool:
-        """With a norm that is not finite, the same on every rank: True to skip the step. `own`: this rank's sum."""
+        """Raise EngineError for a norm that is not finite, or return True to skip the step. `own`: this rank's sum."""
         name = self.gradients.first_bad()
         if request.skip_nan:
             return True
@@ -346,7 +346,7 @@ class Trainer:
         )
 
     def _first_rank(self, own: Tensor | None) -> int:
-        """The first whose own gradients were bad."""
+        """The first rank whose own gradients were not finite."""
         if own is None:
             return dist.get_rank() if dist.is_initialized() else 0
         last = dist.get_world_size() - 1

@@ -1,7 +1,7 @@
-"""A run's report: one HTML page that fetches nothing. The browser runs its one script because it knows the digest.
+"""A run's report: one HTML page that loads no other file. The browser runs only the script whose digest it names.
 
-`reading.py` reads the run's directory, this module prepares the values that need computing, and the template
-`page.html` lays out the page and escapes every value.
+`reading.py` reads the run's directory, this module computes derived values, and the template `page.html` lays out the
+page and escapes every value.
 """
 
 from __future__ import annotations
@@ -37,27 +37,27 @@ from harmony_core.runs.report.reading import (
 FILE = "report.html"
 MAX_POINTS_IN_ALL = 40_000
 LIMITS = {"text": 20_000, "rows": 50, "cell": 2000, "points": MAX_POINTS, "curves": MAX_CURVES, "samples": MAX_SAMPLES}
-"""The most that the page shows of one thing; texts and cells in characters."""
+"""The most that the page shows of each item; for texts and cells in characters."""
 MAX_TABLE_TEXT = 1_000_000
 """Characters of all tables together."""
 MAX_TOKENS = 800
-"""Trained tokens of one sample that are coloured one by one; the rest of it is one piece."""
+"""Trained tokens of one sample that are coloured individually; the rest is one piece."""
 TRAINING, OPTIMIZER = "training", "optimizer"
 WAITING = "waiting"
-"""Time between the first and the last phase in which no phase was on."""
+"""The name for time between the first and the last phase in which no phase was active."""
 _COLOURS = 7
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _FIRST = ("loss", "reward", "score", "accuracy")
 _LAST = ("completion_percentage", "training/completion_percentage", "step")
 _PHASES = {"rollout": "p0", "training": "p1", "grading": "p2", "optimizer": "p3", "reference": "p4", "values": "p5"}
 _PHASES |= {"callbacks": "p6", WAITING: "p-wait"}
-"""The same colour for a phase in every stage."""
+"""A colour for a phase, the same in every stage."""
 _HELD = {"weights": "parameter_bytes", "gradients": "gradient_bytes", "optimizer": "optimizer_bytes", "kv": "kv_bytes"}
 _SPAWN_LIMITS = ("tp", "replicas", "max_batch_size", "kv_cache_len", "tokens_to_generate", "checkpointed_layers")
 
 
 def build_report(directory: Path, status: str | None = None) -> str:
-    """The page of the run in `directory`. `status` replaces the recorded one, as for a run that has crashed."""
+    """The page of the run in `directory`. `status` replaces the recorded status, for example for a crashed run."""
     data = read_run(directory, status)
     charts = _charts(data)
     flat = [chart for chart in charts if _is_flat(chart[1])]
@@ -119,14 +119,14 @@ def _digest(text: str) -> str:
 
 
 def _visible(value: object) -> str:
-    """A value as text: control characters become visible, a character that UTF-8 lacks becomes a question mark."""
+    """A value as text. Control characters become visible; characters that UTF-8 cannot encode become question marks."""
     if isinstance(value, Markup):
         return value
     return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", str(value)).encode("utf-8", "replace").decode("utf-8")
 
 
 def number(value: object) -> str:
-    """A number for people: up to five significant digits; anything else as it is."""
+    """A number for people: up to five significant digits. Any other value is returned as text."""
     if not isinstance(value, int | float) or not math.isfinite(value):
         return str(value)
     return f"{int(value):,}" if value == int(value) and abs(value) < 1e15 else f"{value:.5g}"
@@ -159,7 +159,7 @@ def _finite(value: object) -> float | None:
 
 
 def _charts(data: RunData) -> list[tuple[str, list[dict[str, Any]]]]:
-    """(name, series) of each metric; a metric that several stages log is one chart of several series.
+    """(name, series) of each metric. A metric that several stages log is one chart with several series.
 
     Objectives come first, counters last.
     """
@@ -177,7 +177,7 @@ def _charts(data: RunData) -> list[tuple[str, list[dict[str, Any]]]]:
 
 
 def _is_flat(series: list[dict[str, Any]]) -> bool:
-    """Whether a metric had one value in each stage, and needs no curve."""
+    """Whether a metric had a single value in each stage, and so needs no curve."""
     return all(one["low"] == one["high"] and len(one["p"]) > 1 and not one["bad"] for one in series)
 
 
@@ -198,9 +198,9 @@ def _rounded(value: float) -> float:
 
 
 def shares(intervals: Sequence[Interval]) -> dict[str, float]:
-    """Seconds of each phase, the longest first, and of waiting.
+    """Seconds of each phase, the longest first, then of waiting.
 
-    Time in which several phases were on is shared equally among them, so that all sums to the time from the first
+    When several phases are active, the time is shared equally among them, so that the sum is the time from the first
     start to the last end.
     """
     marks = sorted([(i.start, 1, i.name) for i in intervals] + [(i.end, -1, i.name) for i in intervals])
@@ -224,10 +224,10 @@ def _in_order(found: dict[str, float]) -> dict[str, float]:
 
 
 def with_optimizer(found: dict[str, float], ranks_seconds: float) -> dict[str, float]:
-    """The same with the optimizer's own time, as the ranks measured it, set apart from training.
+    """The same, with the optimizer's own time, as measured on the ranks, separated from training.
 
-    `optim_step` returns when the micro-batches that wait on the ranks are done too, so to the driver most of a step's
-    forward and backward passes seem to happen in it.
+    `optim_step` also waits for the micro-batches that are queued on the ranks, so the driver counts most of a step's
+    forward and backward time in it.
     """
     together = found.get(TRAINING, 0.0) + found.get(OPTIMIZER, 0.0)
     if not together or not ranks_seconds:
@@ -258,7 +258,7 @@ def _token(piece: list[Any], share: float, marks: str) -> tuple[str, str, str]:
 
 
 def _tables(data: RunData) -> list[tuple[str, list[Any], list[list[str]]]]:
-    """(title, headers, rows) of the last table that was logged under each name, within a budget of characters."""
+    """(title, headers, rows) of the last table logged under each name, within a limit of characters."""
     blocks, room = [], MAX_TABLE_TEXT
     for name, (step, found) in (entry for stage in data.stages for entry in stage.tables.items()):
         rows = []
@@ -272,7 +272,7 @@ def _tables(data: RunData) -> list[tuple[str, list[Any], list[list[str]]]]:
 
 
 def _spawns(data: RunData) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
-    """Each spawn, as it was planned, with the records of the memory that its ranks hold; then copies of models."""
+    """Each spawn as planned, with the recorded memory of its ranks; then the copies of models."""
     held: dict[str, dict[Any, list[dict[str, Any]]]] = {}
     for found in data.kept["spawn"]:
         held.setdefault(str(found.get("model")), {}).setdefault(found["rank"], []).append(found)
@@ -283,7 +283,7 @@ def _spawns(data: RunData) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
 
 
 def _size(count: object) -> str:
-    """Bytes for people; anything else as it is."""
+    """Bytes for people. Any other value is returned as text."""
     return format_size(count) if isinstance(count, int) else str(count)
 
 

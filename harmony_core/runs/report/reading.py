@@ -17,23 +17,23 @@ from harmony_core.runs.records import MAX_JSON_BYTES, lines_of
 
 MAX_CURVES = 200
 MAX_POINTS = 400
-"""Points of one curve at most; half as many right after neighbours were joined."""
+"""Most points of one curve; half as many right after neighbours were joined."""
 MAX_STAGES = 20
 MAX_SAMPLES = 60
 MAX_TABLES = 12
 LONGEST = 1e10
-"""Seconds: a longer time is an error."""
+"""Seconds. A longer time is treated as an error."""
 LOG_LINES = 40
 LOG_LINE_LENGTH = 500
 _LOG_TAIL = 64 * 1024
 
 _KEPT = ("spawn.planned", "spawn", "rank_ready", "gate", "model.saved")
 _BARE = (b'"type": "micro_batch"', b'"type": "progress"')
-"""Frequent events that the report does not need: they are not parsed."""
+"""Frequent events that the report does not use and does not parse."""
 
 
 class Point(NamedTuple):
-    """Neighbouring values as one: the last step and time, and mean, least and greatest value."""
+    """Joined neighbouring values: the last step and time, and the mean, least and greatest value."""
 
     step: float
     seconds: float
@@ -51,18 +51,18 @@ def _joined(first: Point, second: Point) -> Point:
 
 
 class Curve:
-    """Takes values in order. Once there are too many, neighbours are joined; minimum and maximum are kept."""
+    """Collects values in order. When there are too many, neighbours are joined; minimum and maximum are kept."""
 
     def __init__(self) -> None:
         self.points: list[Point] = []
         self.values = 0
-        """Values taken, those that are no numbers left out."""
+        """Number of values taken, without those that are not numbers."""
         self.not_finite = 0
         self.last = math.nan
         self._width = 1
 
     def add(self, step: float, seconds: float, value: float) -> None:
-        """Take the next value; one that is not finite is only counted."""
+        """Take the next value. A value that is not finite is only counted."""
         self.last = value
         if not math.isfinite(value):
             self.not_finite += 1
@@ -95,7 +95,7 @@ class Curve:
 
 
 class Interval(NamedTuple):
-    """One time in a phase, in seconds since the journal began."""
+    """One period in a phase, in seconds since the journal began."""
 
     name: str
     start: float
@@ -104,7 +104,7 @@ class Interval(NamedTuple):
 
 @dataclass
 class Stage:
-    """The log of one training class, or of a whole run without one."""
+    """The log of one training class, or of a whole run without training classes."""
 
     name: str
     config: dict[str, Any] = field(default_factory=dict)
@@ -115,12 +115,12 @@ class Stage:
     intervals: list[Interval] = field(default_factory=list)
     optimizer_steps: int = 0
     optimizer_seconds: float = 0.0
-    """As the ranks measured them."""
+    """Seconds in the optimizer, as measured on the ranks."""
 
 
 @dataclass
 class RunData:
-    """Everything that the report shows. No text is escaped."""
+    """All data of the report, not yet escaped."""
 
     run: dict[str, Any] = field(default_factory=dict)
     result: dict[str, Any] = field(default_factory=dict)
@@ -132,14 +132,14 @@ class RunData:
     logs: dict[str, list[str]] = field(default_factory=dict)
     stages: list[Stage] = field(default_factory=list)
     steps: dict[str, Curve] = field(default_factory=dict)
-    """Metrics of `optim_step` by model, for runs that log none."""
+    """Metrics of `optim_step` by model, for runs that log no metrics themselves."""
     samples: list[dict[str, Any]] = field(default_factory=list)
     samples_seen: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     dropped_last: dict[str, str] = field(default_factory=dict)
     taken: int | None = None
     kept: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: {type: [] for type in _KEPT})
-    """The data of each event that is kept unchanged, by the type of the event."""
+    """The data of events that are kept unchanged, by event type."""
     curves_left_out: int = 0
     damaged_lines: int = 0
     began: float | None = None
@@ -147,12 +147,12 @@ class RunData:
 
     @property
     def status(self) -> str:
-        """How the run stands."""
+        """The status of the run."""
         return str(self.run.get("status", "unknown"))
 
     @property
     def gates_failed(self) -> bool:
-        """Whether a gate does not hold."""
+        """Whether a gate failed."""
         return any(not gate.get("passed") for gate in self.kept["gate"])
 
     @property
@@ -165,13 +165,13 @@ class RunData:
 
     @property
     def labels(self) -> list[str]:
-        """A name for each stage that no other has."""
+        """A unique name for each stage."""
         names = [stage.name for stage in self.stages]
         return [name if names.count(name) == 1 else f"{name} {place}" for place, name in enumerate(names, 1)]
 
 
 def read_run(directory: Path, status: str | None = None) -> RunData:
-    """Read what there is; files that are missing or damaged leave their part empty. `status` overrides the record."""
+    """Read the run's files. A missing or damaged file leaves its part empty. `status` overrides the recorded status."""
     reader = _Reader()
     data = reader.data
     for name in ("run", "result", "sources", "versions", "models", "argv"):
@@ -229,13 +229,13 @@ def _events(path: Path, data: RunData) -> Iterator[dict[str, Any]]:
 
 
 class _Reader:
-    """Sorts events into the data."""
+    """Sorts events into the report's data."""
 
     def __init__(self) -> None:
         self.data = RunData()
         self._config: dict[str, Any] | None = None
         self._seconds = 0.0
-        """From the first event to the present one."""
+        """Seconds from the first event to the present event."""
         self._resumed_at = self._phases_end = 0.0
         self._takers = {
             "config.resolved": lambda found: self.data.config.update(found.get("config") or {}),
@@ -248,7 +248,7 @@ class _Reader:
         }
 
     def take(self, event: dict[str, Any]) -> None:
-        """Take one event; of an unknown type only its time."""
+        """Take one event; of an unknown type only its time is used."""
         data = self.data
         data.ended = event["seconds"]
         data.began = data.ended if data.began is None else data.began
@@ -262,7 +262,7 @@ class _Reader:
                 data.run["status"] = str(event["data"].get("status"))
             elif event["type"] in self._takers:
                 self._takers[event["type"]](event["data"])
-        except (AttributeError, TypeError, ValueError, OverflowError):  # not of the shape that its type has
+        except (AttributeError, TypeError, ValueError, OverflowError):  # not of the shape that its type requires
             data.damaged_lines += 1
 
     def present_stage(self) -> Stage:
@@ -280,9 +280,9 @@ class _Reader:
         return self.data.stages[-1]
 
     def _stage(self, step: float) -> Stage:
-        """The stage that a step belongs to: of several that log in turns the one that it continues.
+        """The stage that a step belongs to: if several stages log in turns, the one that the step continues.
 
-        A new one begins after another config, and when the steps begin anew.
+        A new stage begins after a different config, and when the step numbers start again.
         """
         stage = self.present_stage()
         if stage.last_step > step or (stage.last_step + 1 < step and stage.last_step >= 0):
@@ -352,7 +352,7 @@ class _Reader:
 
 
 def thinned(samples: list[dict[str, Any]], limit: int) -> list[dict[str, Any]]:
-    """At most `limit` samples, whole steps left out evenly; the first and the last step stay."""
+    """At most `limit` samples, leaving out whole steps evenly; the first and the last step stay."""
     while len(samples) > limit:
         steps = sorted({_place(sample) for sample in samples})
         if len(steps) <= 2:
@@ -367,7 +367,7 @@ def _place(sample: dict[str, Any]) -> tuple[int, int]:
 
 
 def _number(value: object) -> float | None:
-    """A number, or the text of one that JSON cannot hold; None for anything else."""
+    """A number, or the text of a number that JSON cannot hold; None for anything else."""
     if isinstance(value, int | float):
         return float(value)
     return float(value) if value in ("nan", "inf", "-inf") and isinstance(value, str) else None
