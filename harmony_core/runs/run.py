@@ -93,7 +93,9 @@ class EventLog:
 class Run:
     """A run that this process owns."""
 
-    def __init__(self, directory: Path, run_id: str, redactor: Redactor, lock: IO[str] | None, state: dict[str, Any]):
+    def __init__(
+        self, directory: Path, run_id: str, redactor: Redactor, lock: IO[str] | None, state: dict[str, Any]
+    ) -> None:
         self.id = run_id
         self.directory = directory
         self.redactor = redactor
