@@ -16,6 +16,7 @@ EDGES: dict[str, str] = {
     "notifiers": "",
     "request_seeds": "",
     "plain_files": "errors",
+    "grammar": "errors",
     "redaction": "plain_files",
     "model": "errors plain_files",
     "rpc": "errors model",
@@ -55,6 +56,7 @@ EDGES: dict[str, str] = {
 
 OWNERS: dict[str, tuple[str, ...]] = {
     "accelerate": (),  # it is run as a command
+    "llguidance": ("harmony_core.grammar",),
     "huggingface_hub": ("harmony_core.engine", "harmony_core.registry.sources", "harmony_core.data.datasets"),
     "jinja2": ("harmony_core.text.chat_template", "harmony_core.runs.report.page"),
     "mlflow": (),  # imported by name, when its logger is made

@@ -16,8 +16,8 @@ import msgspec
 from harmony_core.engine.inference.scheduler import Scheduler
 from harmony_core.engine.inference.step import Finished, StepPlan, StepResult
 from harmony_core.errors import ConflictError, HarmonyError, InternalError
+from harmony_core.rpc.methods import METHODS
 from harmony_core.rpc.protocol import (
-    METHODS,
     Cancel,
     Clone,
     Generate,

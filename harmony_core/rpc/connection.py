@@ -10,7 +10,8 @@ from typing import cast
 
 from harmony_core.errors import EngineError, HarmonyError
 from harmony_core.rpc import platform
-from harmony_core.rpc.protocol import METHODS, Hello, Message
+from harmony_core.rpc.methods import METHODS
+from harmony_core.rpc.protocol import Hello, Message
 from harmony_core.rpc.wire import (
     ASKED,
     MAX_BODY_BYTES,

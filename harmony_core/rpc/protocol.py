@@ -1,4 +1,4 @@
-"""The requests that a rank accepts from the driver: a closed table of typed messages, plain data only.
+"""The messages between the driver and the ranks: typed, plain data only. `rpc.methods` says what answers what.
 
 A *global* request goes to every leader with a number that the driver counts up over the run; leaders execute them in
 that order. A *replica* request goes to the leader of one replica's domain. Token ids travel as int32, values as float32
@@ -365,33 +365,3 @@ class MicroBatchDone(Message):
     tokens: list[int]
     samples: int
     seconds: float
-
-
-GLOBAL: dict[type[Message], type[Message]] = {
-    Spawn: Nothing,
-    Clone: Nothing,
-    MakePool: Nothing,
-    OptimStep: StepMetrics,
-    AbandonStep: Nothing,
-    Save: Nothing,
-    Load: Nothing,
-    SetStep: Nothing,
-    Inspect: Inspected,
-    Dealloc: Nothing,
-    Regroup: Nothing,
-    Shutdown: Nothing,
-}
-"""Requests that every rank executes in the same order, with the type of each answer."""
-
-REPLICA: dict[type[Message], type[Message]] = {
-    Generate: Generated,
-    Score: Scored,
-    MicroBatch: MicroBatchDone,
-    Cancel: Nothing,
-}
-"""Requests to one replica."""
-
-METHODS: dict[str, tuple[type[Message], type[Message]]] = {
-    request.__name__: (request, answer) for request, answer in (GLOBAL | REPLICA).items()
-}
-"""The closed table of methods: name -> (request type, answer type)."""

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from harmony_core.rpc.protocol import METHODS, Beat, Event, Hello, Message
+from harmony_core.rpc.methods import METHODS
+from harmony_core.rpc.protocol import Beat, Event, Hello, Message
 from harmony_core.rpc.wire import Failure, FrameDecoder, StoreValues, WireError, encode, error_of, failure_of
 
 BEAT_SECONDS = 1.0

@@ -17,7 +17,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from harmony_core.errors import EngineError, HarmonyError, RankError, all_errors
-from harmony_core.rpc.protocol import METHODS, PROTOCOL_VERSION, Beat, Event, Hello, Message
+from harmony_core.rpc.methods import METHODS
+from harmony_core.rpc.protocol import PROTOCOL_VERSION, Beat, Event, Hello, Message
 
 Kind = Literal["call", "ok", "err", "event", "cast"]
 

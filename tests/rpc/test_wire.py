@@ -11,6 +11,7 @@ from harmony_core import errors
 from harmony_core.errors import ConfigError, HarmonyError, RankError, SampleTooLong
 from harmony_core.model.spec import ModelSpec
 from harmony_core.rpc import protocol, wire
+from harmony_core.rpc.methods import METHODS
 from harmony_core.rpc.protocol import Beat, Dealloc, Generated, Hello, Nothing, Score, Spawn
 from harmony_core.rpc.wire import Failure, Frame, FrameDecoder, WireError, encode, error_of, failure_of
 
@@ -51,9 +52,9 @@ def test_a_frame_survives_in_whatever_pieces_it_arrives():
     assert decode(b"".join(SAMPLES)) == frames
 
 
-@pytest.mark.parametrize("name", sorted(protocol.METHODS))
+@pytest.mark.parametrize("name", sorted(METHODS))
 def test_every_method_and_its_answer_have_a_decoder(name: str):
-    request, answer = protocol.METHODS[name]
+    request, answer = METHODS[name]
     assert wire._decoders["call", name].type is request
     assert wire._decoders["ok", name].type is answer
 

@@ -1,0 +1,129 @@
+"""The interface that all handles of live models share: the settings of requests, and the tokenizer. Asks no rank."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+from harmony_core.client.live import Limit, LiveModel
+from harmony_core.config.argument_kinds import checked_class
+from harmony_core.errors import UsageError
+from harmony_core.text.threads import StringThread, TokenizedThread
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """The settings that a handle adds to each of its requests."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_gen_len: int | None = None
+    min_gen_len: int = 0
+    limits: tuple[Limit, ...] = ()
+
+
+@checked_class
+class Handle:
+    """What all handles of live models have: settings, of which setters return a copy, and the tokenizer."""
+
+    def __init__(self, live: LiveModel, settings: SamplingSettings | None = None) -> None:
+        self._live = live
+        self._settings = settings or SamplingSettings()
+
+    def __repr__(self) -> str:
+        live = self._live
+        return f"{type(self).__name__}({live.name!r}, model={live.version.ref!r}, tp={live.spawn.tp})"
+
+    def _with(self, **changes: Any) -> Self:
+        other = copy.copy(self)
+        other._settings = replace(self._settings, **changes)
+        return other
+
+    def temperature(self, temperature: float) -> Self:
+        """A copy that samples at this temperature; 0 is greedy."""
+        if not 0 <= temperature < float("inf"):
+            raise UsageError(f"temperature must be 0 or more, not {temperature}")
+        return self._with(temperature=float(temperature))
+
+    def top_p(self, top_p: float) -> Self:
+        """A copy that samples from the smallest set of tokens with this probability."""
+        if not 0 < top_p <= 1:
+            raise UsageError(f"top_p must be above 0 and at most 1, not {top_p}")
+        return self._with(top_p=float(top_p))
+
+    def max_gen_len(self, max_num_tokens: int) -> Self:
+        """A copy that generates at most this many tokens (never more than `tokens_to_generate`)."""
+        if max_num_tokens < 1:
+            raise UsageError(f"max_gen_len must be at least 1, not {max_num_tokens}")
+        return self._with(max_gen_len=int(max_num_tokens))
+
+    def min_gen_len(self, min_num_tokens: int) -> Self:
+        """A copy that generates at least this many tokens before it stops."""
+        if min_num_tokens < 0:
+            raise UsageError(f"min_gen_len must be 0 or more, not {min_num_tokens}")
+        return self._with(min_gen_len=int(min_num_tokens))
+
+    def max_seqlen(self, max_seqlen: int, setting: str = "max_seqlen") -> Self:
+        """A copy that generates up to this many tokens, prompt included; `setting` names the limit in errors."""
+        if max_seqlen < 2:
+            raise UsageError(f"max_seqlen must be at least 2, not {max_seqlen}")
+        return self._with(limits=(*self._settings.limits, Limit(max_seqlen, setting, setting)))
+
+    @property
+    def longest_completion(self) -> int:
+        """The maximum number of new tokens requested; the prompt may leave room for fewer."""
+        cap = self._live.spawn.tokens_to_generate
+        return min(self._settings.max_gen_len or cap, cap)
+
+    def is_scalar(self) -> bool:
+        """Whether the model has a scalar head in place of its language-model head."""
+        return self._live.spawn.scalar
+
+    def get_builder_args(self) -> dict[str, Any]:
+        """The settings that this model was spawned with; "path" is its exact registry reference."""
+        live = self._live
+        return {
+            "path": f"model_registry://{live.version.ref}",
+            "tp": live.spawn.tp,
+            "kv_cache_len": live.spawn.kv_tokens,
+            "tokens_to_generate": live.spawn.tokens_to_generate,
+            "use_adapter": live.spawn.lora is not None,
+            "max_batch_size": live.spawn.max_batch_tokens,
+            "max_seqlen": live.spawn.max_seqlen or live.spawn.spec.max_positions,
+            "scalar": live.spawn.scalar,
+        }
+
+    async def tokenize_thread(self, thread: StringThread) -> TokenizedThread:
+        """The thread's tokens under the model's chat template, with a weight for each."""
+        return self._live.tokenizer.tokenize(thread)
+
+    async def tokenize_parts(self, thread: StringThread) -> list[TokenizedThread]:
+        """As `tokenize_thread`, but in several parts if one thread cannot show each weighted turn after its prompt.
+
+        The weights are final: an assistant turn without weight cannot be given one in a part.
+        """
+        return self._live.tokenizer.parts(thread)
+
+    async def detokenize_thread(self, thread: TokenizedThread) -> StringThread:
+        """The thread's text; turns, weights and metadata survive."""
+        return self._live.tokenizer.detokenize(thread)
+
+    async def serialize_thread(self, thread: StringThread) -> tuple[list[int], list[tuple[int, bytes]], list[float]]:
+        """Token ids, image patches (always empty: text models only), and a weight for each token."""
+        return await self.serialize_tokenized_thread(self._live.tokenizer.tokenize(thread))
+
+    async def serialize_tokenized_thread(
+        self, thread: TokenizedThread
+    ) -> tuple[list[int], list[tuple[int, bytes]], list[float]]:
+        """As `serialize_thread`, from tokens."""
+        return list(thread.token_ids), [], list(thread.token_weights)
+
+    async def tokenize(self, data: str) -> list[int]:
+        """Token ids of plain text; no template, no special tokens added."""
+        return self._live.tokenizer.encode(data)
+
+    async def detokenize(self, data: Sequence[int]) -> str:
+        """Text of token ids."""
+        return self._live.tokenizer.decode(list(data))
