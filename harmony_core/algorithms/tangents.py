@@ -122,6 +122,10 @@ def grpo_tangents(
     return tangents, {"pg_clipfrac": fmean(clipped), "inner_kl_div": fmean(moved), "Dkl": fmean(divergence)}
 
 
+grpo_loss = grpo_tangents
+"""The documented name."""
+
+
 async def train_grpo_tangents(
     model: TrainingModel,
     sample: TokenizedThread,

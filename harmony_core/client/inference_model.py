@@ -22,21 +22,27 @@ SKIPPED = -1
 
 @dataclass(frozen=True)
 class Timings:
-    """How long one generation took, on the rank. `ttft`: until the first token; `tbt`: between tokens, on average."""
+    """How long one generation took, on the rank; each time in seconds, and under `..._ms` in milliseconds.
+
+    `ttft`: until the first token, from the request on or from its pages on; `tbt`: between tokens, on average;
+    `kv_cache_allocated`: until there were pages for it. `spec_dec_acceptance_rate` is 0: there are no draft models.
+    """
 
     ttft_from_creation_sec: float
     tbt_sec: float
     num_tokens: int
+    kv_cache_allocated_sec: float = 0.0
+    spec_dec_acceptance_rate: float = 0.0
 
     @property
-    def ttft_from_creation_ms(self) -> float:
-        """Milliseconds until the first token."""
-        return self.ttft_from_creation_sec * 1000
+    def ttft_from_cache_allocation_sec(self) -> float:
+        """From the pages to the first token."""
+        return self.ttft_from_creation_sec - self.kv_cache_allocated_sec
 
-    @property
-    def tbt_ms(self) -> float:
-        """Milliseconds between tokens."""
-        return self.tbt_sec * 1000
+    ttft_from_creation_ms = property(lambda self: self.ttft_from_creation_sec * 1000)
+    ttft_from_cache_allocation_ms = property(lambda self: self.ttft_from_cache_allocation_sec * 1000)
+    kv_cache_allocated_ms = property(lambda self: self.kv_cache_allocated_sec * 1000)
+    tbt_ms = property(lambda self: self.tbt_sec * 1000)
 
 
 @checked_class
@@ -114,8 +120,8 @@ class InferenceModel(Handle):
             continued=continue_final,
         )
         rest = max(len(completion) - 1, 1)
-        timings = Timings(answer.seconds_to_first, (answer.seconds - answer.seconds_to_first) / rest, len(completion))
-        return tokenized, timings
+        between = (answer.seconds - answer.seconds_to_first) / rest
+        return tokenized, Timings(answer.seconds_to_first, between, len(completion), answer.seconds_to_pages)
 
     async def _request_generation(self, prompt: list[int], seed: int) -> Generated:
         live = self._live
@@ -214,7 +220,16 @@ class InferenceModel(Handle):
         values = await self._score(thread.token_ids, asked)
         return [v for v, t in zip(values, asked, strict=True) if t != SKIPPED]
 
-    async def _score(self, ids: Sequence[int], targets: Sequence[int]) -> list[float]:
+    async def embed(self, tokens: Sequence[int]) -> list[float]:
+        """The hidden state of the last token, after the final norm: one number for each of the model's dimensions.
+
+        Raises DataError without tokens.
+        """
+        if not tokens:
+            raise DataError("no tokens: there is nothing to embed")
+        return await self._score(tokens, [SKIPPED] * len(tokens), embed=True)
+
+    async def _score(self, ids: Sequence[int], targets: Sequence[int], embed: bool = False) -> list[float]:
         """The log-prob or value of each target, given the ids up to its position, from the ranks."""
         live, tokens = self._live, ids[: len(targets)]
         live.require_ranks()
@@ -227,7 +242,9 @@ class InferenceModel(Handle):
             check_length(live, PromptTooLong, thread, "the thread to score has {} tokens", limits)
         live.check_ids(ids)
         replica = live.least_busy()
-        message = Score(model=live.name, replica=replica, tokens=pack_ints(tokens), targets=pack_ints(targets))
+        message = Score(
+            model=live.name, replica=replica, tokens=pack_ints(tokens), targets=pack_ints(targets), embed=embed
+        )
         answer = await asyncio.shield(live.post(replica, message, len(tokens)).future)
         assert isinstance(answer, Scored)
         return unpack_floats(answer.logprobs)
@@ -237,10 +254,11 @@ class InferenceModel(Handle):
         tokenizer = self._live.tokenizer
         return tokenizer.decode_behind(tokenizer.encode(prompt), await self.raw_token_create(prompt))
 
-    async def raw_token_create(self, prompt: str) -> list[int]:
-        """As `raw_string_create`, as token ids; a final stop token is left out."""
-        tokenizer = self._live.tokenizer
-        answer = await self._request_generation(tokenizer.encode(prompt), self._live.next_request_seed())
+    async def raw_token_create(self, prompt: Sequence[int] | str) -> list[int]:
+        """The ids of new tokens after a prompt, in ids or as text; a final stop token is left out."""
+        ids = self._live.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        self._live.check_ids(ids)
+        answer = await self._request_generation(ids, self._live.next_request_seed())
         tokens = unpack_ints(answer.tokens)
         return tokens[:-1] if answer.finish_reason == "stop" else tokens
 

@@ -292,6 +292,8 @@ class Generated(Message):
     """"stop" or "length"."""
     seconds_to_first: float
     seconds: float
+    seconds_to_pages: float = 0.0
+    """How long the request waited for pages."""
 
 
 class Cancel(Message):
@@ -310,10 +312,12 @@ class Score(Message):
     replica: int
     tokens: bytes
     targets: bytes
+    embed: bool = False
+    """Answer with the hidden state of the last token instead."""
 
 
 class Scored(Message):
-    """float32, one for each target."""
+    """float32, one for each target; for an `embed`, one for each dimension."""
 
     logprobs: bytes
 

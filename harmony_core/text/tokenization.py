@@ -12,8 +12,7 @@ turn stands behind the prompt that the model would have seen.
 **Renderings.** The template renders a thread twice, plain and marked, and once more for the prompt of each weighted
 turn. A split thread takes two renderings for each part; the prompts are shared.
 
-The tokens are those of transformers' `apply_chat_template`; only `tokenizers` and jinja2 are used.
-"""
+The tokens are those of transformers' `apply_chat_template`; only `tokenizers` and jinja2 are used."""
 
 from __future__ import annotations
 
@@ -94,7 +93,7 @@ class ChatTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text, without added tokens. Raises TokenizationError for a lone surrogate."""
-        return self._encoding(text).ids
+        return self.encoding(text).ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, with special tokens."""
@@ -305,11 +304,11 @@ class ChatTokenizer:
 
         The last turn is encoded separately from its prompt if a token would span both.
         """
-        generated = generated_stretches(self._encoding, text, turns, places, self._fingerprint, self.stop_ids)
-        row = encoded(self._encoding, text, generated.values())
+        generated = generated_stretches(self.encoding, text, turns, places, self._fingerprint, self.stop_ids)
+        row = encoded(self.encoding, text, generated.values())
         end = places[-1].start
         if places[-1].prompted and len(places) - 1 not in generated and self._behind(text, end, row) is None:
-            separate = encoded(self._encoding, text, (*generated.values(), Stretch(end, end, end)))
+            separate = encoded(self.encoding, text, (*generated.values(), Stretch(end, end, end)))
             row = separate if self.decode(separate.ids) == self.decode(row.ids) else row
         return row, generated
 
@@ -359,13 +358,14 @@ class ChatTokenizer:
         except TokenizationError:
             return frozenset()
         rest = text[span[1] :].split() if span else []
-        closing = self._encoding(rest[0]).ids if rest else []
+        closing = self.encoding(rest[0]).ids if rest else []
         if known & {*closing}:  # the text before the known token belongs to the turn
             return frozenset()
         added = self._tokenizer.get_added_tokens_decoder()
         return frozenset(i for i in closing[:1] if i in added and added[i].special)
 
-    def _encoding(self, text: str) -> Encoding:
+    def encoding(self, text: str) -> Encoding:
+        """As `encode`, with the characters of each token."""
         try:
             return self._tokenizer.encode(text, add_special_tokens=False)
         except (UnicodeEncodeError, TypeError) as error:
