@@ -13,7 +13,6 @@ from pathlib import Path
 from harmony_core.errors import HarmonyError, RecipeLoadError, ResourceError
 from harmony_core.rpc.tracebacks import frames_in
 
-
 OF_PLATFORM = ("PIL", "loguru", "math_verify")
 """Packages of the extra `platform`."""
 
