@@ -126,7 +126,7 @@ class RecipeContext:
         """For code that runs recipes: a context over existing parts."""
         ctx = cls.__new__(cls)
         ctx.client, ctx.run, ctx.registry, ctx.job = client, run, registry, job
-        ctx.config = config or RecipeConfig(job_id=job.job_id, num_gpus=client.world_size)
+        ctx.config = config or RecipeConfig(job_id=job.job_id)
         ctx._working_dir, ctx.gates, ctx._endings = working_dir, [], []
         return ctx
 

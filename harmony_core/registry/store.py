@@ -38,7 +38,6 @@ from harmony_core.registry.records import (
     parse_reference,
     read_entry,
     read_manifest,
-    slugify,
     source_hint,
 )
 from harmony_core.registry.sources import ImportOptions, import_model
@@ -64,7 +63,7 @@ class Registry:
     def resolve(self, ref: str) -> ModelVersion:
         """The version that a reference names: `key`, `key@3`, `key@alias`, `builtin:NAME`, or behind `model_registry://`.
 
-        A name that is not a key, such as `Llama-3`, stands for the key under which it would be saved, `llama-3`.
+        `Llama-3` stands for the key under which it would be saved, `llama-3`.
         Sizes, small files and weight headers are checked; `verify` reads everything.
         Raises NotFoundError (with the nearest keys) or VerificationError (naming the file).
         """
@@ -72,8 +71,8 @@ class Registry:
         if plain.startswith(BUILTIN):
             return self._builtin(plain)
         name, at, tail = plain.partition("@")
-        if self.versions(slugify(name)):
-            ref = f"{slugify(name)}{at}{tail}"
+        if self.versions(name.lower()):
+            ref = f"{name.lower()}{at}{tail}"
         try:
             reference = parse_reference(ref)
         except NotFoundError as error:
