@@ -83,7 +83,7 @@ class TrainingModel(InferenceModel):
         The step divides by `denominator` summed over samples; its default is the number of non-zero tangents. All
         tangents of a sample, and all samples of a step, may be zero. `sampler_logprobs`: the raw log-probs of
         tgt_tokens recorded when this model generated them, NaN where they are missing or the weights have changed
-        since; the step's metrics compare them with the trainer's. `thread`: the thread of these tokens; log-probs of its
+        since; the metrics compare them with the trainer's. `thread`: the thread of these tokens; log-probs of its
         turns with a constraint are then over the allowed tokens, as in other losses.
         """
         given = inp_tokens, image_patches, tangents, tgt_tokens, denominator, sampler_logprobs, thread
