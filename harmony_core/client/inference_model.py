@@ -109,6 +109,8 @@ class InferenceModel(Handle):
             logprobs=unpack_floats(answer.logprobs),
             sampled_logprobs=unpack_floats(answer.sampled_logprobs),
             versions=unpack_ints(answer.versions),
+            masked_logprobs=unpack_floats(answer.masked_logprobs),
+            constraint=self._settings.constraint,
             finished=answer.finish_reason == "stop",
             model=live.name,
             continued=continue_final,
@@ -142,6 +144,7 @@ class InferenceModel(Handle):
             min_tokens=settings.min_gen_len,
             seed=seed,
             stop_ids=tuple(sorted(live.tokenizer.stop_ids)),
+            constraint=settings.constraint,
         )
         async with live.generating:
             live.require_live()

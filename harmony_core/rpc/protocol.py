@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 from msgspec import structs
 
+from harmony_core.grammar import Constraint
 from harmony_core.model.spec import ModelSpec
 
 PROTOCOL_VERSION = 1
@@ -113,6 +114,8 @@ class Spawn(Message, frozen=True):  # type: ignore[misc]  # msgspec takes a froz
     """Most new tokens of one request."""
     tokenless: Ranges = ()
     """Ids without a token, which are never drawn."""
+    tokenizer: str = ""
+    """The directory of its tokenizer, which constrained requests need; "" without one."""
     checkpointed_layers: int = 0
     """Number of layers that recompute their activations in the backward pass."""
     compile: bool = False
@@ -267,6 +270,8 @@ class Sampling(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, frozen=
     min_tokens: int = 0
     seed: int = 0
     stop_ids: tuple[int, ...] = ()
+    constraint: Constraint | None = None
+    """What the completion must match. It ends, whatever `min_tokens` says, where nothing else may follow."""
 
 
 class Generate(Message):
@@ -292,6 +297,9 @@ class Generated(Message):
     """"stop" or "length"."""
     seconds_to_first: float
     seconds: float
+    masked_logprobs: bytes = b""
+    """Of a constrained completion: log-probs at temperature 1 over the allowed tokens, before other filters, float32;
+    empty without a constraint."""
 
 
 class Cancel(Message):
