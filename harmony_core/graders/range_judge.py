@@ -68,7 +68,9 @@ class RangeJudgeGrader(Judge):
     ) -> None:
         super().__init__(grader_key, model)
         if not self.is_local:
-            raise UsageError(f"a range judge reads log-probs, which {self.model_path} does not give; take a local model")
+            raise UsageError(
+                f"{self.model_path} gives no log-probs, which a range judge reads", hint="name a model of the registry"
+            )
         if score_range[0] >= score_range[1]:
             raise UsageError(f"score_range must go up, not from {score_range[0]} to {score_range[1]}")
         if shots and evaluation_steps is None:

@@ -29,11 +29,12 @@ SupportedLanguages = Literal[
     "ru", "sk", "ur", "zh",
 ]  # fmt: skip
 
-_END = re.compile(r"""(?:[.!?…]+|[。！？｡؟۔।॥։።፧፨။]+)["'”’»)\]」』]*""")
+_END = re.compile(r"""(?:[.!?…]+|[。！？｡؟۔।॥։።፧፨။]+)(?:["'”’»)\]」』]|[ \u00a0\u202f][»›])*""")
 _NEEDS_NO_SPACE = "。！？｡؟۔।॥։።፧፨။"
-_ABBREVIATIONS = frozenset(
-    "mr mrs ms dr prof sr jr st vs etc no fig approx e.g i.e cf inc ltd co z.b d.h u.a bzw ca nr usw evtl dhr mevr "
-    "bijv m mme mlle p.ex ecc sig dott ud ej sra núm np tzn itd prof tj atď napr т.е т.д г ул им bl.a f.eks".split()
+_ABBREVIATION = re.compile(
+    r"mr|mrs|ms|dr|prof|sr|jr|st|vs|etc|no|fig|approx|e\.g|i\.e|cf|inc|ltd|co|z\.b|d\.h|u\.a|bzw|ca|nr|usw|evtl|dhr|mevr|"
+    r"bijv|m|mme|mlle|p\.ex|ecc|sig|dott|ud|ej|sra|núm|np|tzn|itd|tj|atď|napr|т\.е|т\.д|г|ул|им|bl\.a|f\.eks",
+    re.IGNORECASE,
 )
 _ORDINALS = ("da", "de", "pl", "sk")  # languages that write "3. May"
 
@@ -66,7 +67,7 @@ def _ends(line: str, mark: re.Match[str], before: list[str], language: str) -> b
         return False
     number = word.isdigit() and (language in _ORDINALS or line.lstrip().startswith(f"{word}."))
     initial = len(word) == 1 and word.isupper()
-    return mark[0] != "." or not (number or initial or word.lower() in _ABBREVIATIONS)
+    return mark[0] != "." or not (number or initial or _ABBREVIATION.fullmatch(word))
 
 
 class SingleStatementFaithfulnessJudgeOutput(BaseModel):

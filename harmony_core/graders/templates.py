@@ -1,8 +1,8 @@
 """Handlebars templates of judges, in the subset that judges use, and without HTML escapes.
 
-`{{path}}` and `{{{path}}}` write a value, `{{! }}` is a comment, and the blocks are `{{#each}}`, `{{#if}}`, `{{#unless}}`
-and `{{#with}}`, each with an optional `{{else}}`. A path has dots (`a.b.0`), `this`, `../` for the scope outside an
-`each` or `with`, or `@index`, `@key`, `@first` and `@last` in an `each`. An absent value is written as nothing.
+`{{path}}` and `{{{path}}}` write a value, `{{! }}` is a comment, and the blocks are `{{#each}}`, `{{#if}}`,
+`{{#unless}}` and `{{#with}}`, each with an optional `{{else}}`. A path has dots (`a.b.0`), `this`, `../` for the scope
+outside an `each` or `with`, or `@index`, `@key`, `@first` and `@last` in an `each`. An absent value is nothing.
 """
 
 from __future__ import annotations
@@ -35,18 +35,20 @@ def render(template: str, variables: Mapping[str, Any]) -> str:
 
 
 def _parsed(template: str) -> _Block:
-    open_blocks, into, end = [_Block()], [[]], 0  # type: list[_Block], list[list[str | _Block]], int
+    open_blocks, end = [_Block()], 0
+    into = [open_blocks[0].body]
     for found in _TAG.finditer(template):
         into[-1].append(template[end : found.start()])
-        tag, end, at = found["raw"] or found["tag"] or "!", found.end(), found.start()
+        tag, end, at = found["tag"] if found["raw"] is None else found["raw"], found.end(), found.start()
+        if tag is None or tag.startswith("!"):  # a comment
+            continue
         kind, _, path = tag.lstrip("#/&").partition(" ")
         if tag.startswith("#"):
             if kind not in _BLOCKS:
                 _fail(template, at, f"there is no helper {kind!r}, only {', '.join(_BLOCKS)}")
-            block = _Block(kind, _checked(template, at, path.strip()), at)
-            into[-1].append(block)
-            open_blocks.append(block)
-            into.append(block.body)
+            open_blocks.append(_Block(kind, _checked(template, at, path.strip()), at))
+            into[-1].append(open_blocks[-1])
+            into.append(open_blocks[-1].body)
         elif tag.startswith("/"):
             if kind != open_blocks.pop().kind or not open_blocks:
                 _fail(template, at, f"{{{{/{kind}}}}} closes no open block")
@@ -55,7 +57,7 @@ def _parsed(template: str) -> _Block:
             if not open_blocks[-1].kind:
                 _fail(template, at, "{{else}} stands in no block")
             into[-1] = open_blocks[-1].otherwise
-        elif not tag.startswith("!"):
+        else:
             into[-1].append(_Block("", _checked(template, at, tag.removeprefix("&").strip()), at))
     if "{{" in template[end:]:
         _fail(template, template.index("{{", end), "the tag is not closed")
@@ -67,7 +69,7 @@ def _parsed(template: str) -> _Block:
 
 def _checked(template: str, at: int, path: str) -> str:
     if not path or not _PATH.fullmatch(path):
-        _fail(template, at, f"{path!r} is not a path" + f"; there is no helper {path.split()[0]!r}" * (" " in path))
+        _fail(template, at, f"{path!r} is not a path{', and there is no such helper' * (' ' in path)}")
     return path
 
 

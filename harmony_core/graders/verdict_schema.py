@@ -15,7 +15,8 @@ MOST_ITEMS = 8
 """Entries of a list whose length is not given."""
 
 _COMPACT = {"whitespace_flexible": False, "key_separator": ": ", "item_separator": ", "}
-_LIMITS = {"minimum": -1_000_000, "maximum": 1_000_000}
+_RANGE = {"minimum": -1_000_000, "maximum": 1_000_000}
+_LIMITS: dict[str, dict[str, Any]] = {"integer": _RANGE, "number": {**_RANGE, "multipleOf": 0.001}}
 _NOTES = ("title", "description", "default", "discriminator")
 
 
@@ -58,10 +59,10 @@ def _closed(
         entry, length, texts = _closed(node["items"], definitions, items, characters)
         most = node.get("maxItems", MOST_ITEMS) if items is None else items
         least = node.get("minItems", 0) if items is None else items
-        closed = {"type": kind, "items": entry, "minItems": least, "maxItems": most}
-        return closed, 2 + most * (length + 2), most * texts
+        sized = {"type": kind, "items": entry, "minItems": least, "maxItems": most}
+        return sized, 2 + most * (length + 2), most * texts
     if kind == "string" and not node.keys() & {"enum", "const", "pattern", "format", "maxLength"}:
         return {"type": kind, "pattern": rf'^[^\x00-\x1f"\\]{{0,{characters}}}$'}, 2, 1
-    if kind in ("number", "integer") and not node.keys() & {"enum", "const"}:
-        return _LIMITS | ({"multipleOf": 0.001} if kind == "number" else {}) | node, 12, 0
+    if kind in _LIMITS and not node.keys() & {"enum", "const"}:
+        return {**_LIMITS[kind], **node}, 12, 0
     return node, max([8, *(len(json.dumps(value)) for value in node.get("enum", ()))]), 0
