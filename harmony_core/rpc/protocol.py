@@ -311,13 +311,15 @@ class Cancel(Message):
 class Score(Message):
     """Raw log-probs of `targets`, each given the tokens up to its position. Negative targets are not scored.
 
-    For a model with a scalar head: the values at these positions, for any target.
+    For a model with a scalar head: the values at these positions, for any target. allowed, masks: as in `MicroBatch`.
     """
 
     model: str
     replica: int
     tokens: bytes
     targets: bytes
+    allowed: bytes = b""
+    masks: bytes = b""
 
 
 class Scored(Message):
@@ -347,6 +349,8 @@ class MicroBatch(Message):
     each scored position, in order. group: the number of adjacent samples that belong together, 2 for pairs.
     parts: int32, or empty: for one group whose samples do not fit together, the numbers of samples to pass through the
     model at once; each part has at most `max_batch_tokens`. dropout: whether an adapter's dropout is on.
+    allowed: int32, or empty: for each target 0, or 1 + the number of the mask of the tokens that its log-prob is
+    renormalised over. masks: back to back, each the vocabulary's bits in int32 words (bit i of word w: token 32 w + i).
     """
 
     model: str
@@ -363,6 +367,8 @@ class MicroBatch(Message):
     group: int = 1
     parts: bytes = b""
     dropout: bool = True
+    allowed: bytes = b""
+    masks: bytes = b""
 
 
 class MicroBatchDone(Message):
