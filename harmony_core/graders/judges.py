@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 
 from pydantic import BaseModel, ValidationError
 
-from harmony_core.errors import DataError, HarmonyError, JsonParseError, UsageError
+from harmony_core.errors import DataError, JsonParseError, UsageError
 from harmony_core.graders.base import BaseGrader, FailedJudgeLog, Grade, SuccessJudgeLog
 from harmony_core.graders.verdict_schema import verdict_schema
 from harmony_core.loggers.base import Table
@@ -105,8 +105,8 @@ class Judge(BaseGrader[SuccessJudgeLog | FailedJudgeLog]):
         validate_thread_last_assistant(sample)
         try:
             score, reasoning = await self.judge(sample)
-        except HarmonyError as error:
-            self.add_log({"prompt": stringify_thread(sample), "error": error.message})
+        except Exception as error:  # a service's own, too
+            self.add_log({"prompt": stringify_thread(sample), "error": getattr(error, "message", str(error))})
             raise
         self.add_log({"prompt": stringify_thread(sample), "reasoning": reasoning, "score": score})
         return Grade(score, self._id, reasoning)
@@ -170,8 +170,8 @@ class Judge(BaseGrader[SuccessJudgeLog | FailedJudgeLog]):
 
 
 def block(name: str, text: str) -> str:
-    """The text between tags. A tag of a block within it gets a space, so that it neither opens nor closes one."""
-    return f"<{name}>\n{_OUR_TAG.sub('< ', text)}\n</{name}>"
+    """The text between tags. The "<" of a block's tag within it is escaped: it neither opens nor closes one."""
+    return f"<{name}>\n{_OUR_TAG.sub('&lt;', text)}\n</{name}>"
 
 
 def blocks(**texts: str) -> str:

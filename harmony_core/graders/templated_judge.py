@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from pydantic import BaseModel
 
 from harmony_core.config.argument_kinds import checked
+from harmony_core.errors import UndescribedField
 from harmony_core.graders.binary_judge import BaseTemplatedPromptJudgeOutput
 from harmony_core.graders.judges import Judge, said, separate_context_from_last_user_turn
 from harmony_core.graders.templates import render
@@ -50,6 +51,10 @@ class TemplatedPromptJudgeGrader(Judge, Generic[OutputT]):
     ) -> dict[str, Any]:
         """What templates can read: the thread in several forms, the output's form, and `template_variables`."""
         turns = thread.get_turns()
+        try:
+            schema = render_schema(output_model)
+        except UndescribedField:
+            schema = render_schema(output_model, with_field_descriptions=False)
         before, question = separate_context_from_last_user_turn(thread, include_system_prompt=True)
         return {
             "metadata": thread.metadata,
@@ -60,7 +65,7 @@ class TemplatedPromptJudgeGrader(Judge, Generic[OutputT]):
             "context_str_without_last_user": said(before),
             "last_user_turn_content": question,
             "completion": remove_reasoning(thread.completion() or ""),
-            "output_schema": render_schema(output_model),
+            "output_schema": schema,
             **(template_variables or {}),
         }
 
