@@ -1,6 +1,70 @@
-"""Graders: coroutines that turn a thread into a score, and the logs of their scores."""
+"""Graders: coroutines that turn a thread into a score, judges that ask a model for it, and the logs of their scores."""
 
 from harmony_core.errors import IgnoreGradeException
 from harmony_core.graders.base import BaseGrader, FailedJudgeLog, Grade, SuccessJudgeLog, score_or_refuse
+from harmony_core.graders.binary_judge import (
+    BaseTemplatedPromptJudgeOutput,
+    BinaryJudgeGrader,
+    BinaryJudgeOutput,
+    BinaryJudgeShot,
+    ScoresMap,
+    SimpleReasonedFloatOutput,
+)
+from harmony_core.graders.judges import (
+    OPENAI_MODEL_FAMILIES_TEMPERATURE_1_ONLY,
+    Judge,
+    PromptBuildingBlocks,
+    sample_score_distribution,
+    separate_context_from_last_user_turn,
+    validate_thread_last_assistant,
+)
+from harmony_core.graders.range_judge import RangeJudgeGrader, RangeJudgeShot, ReasonedScore, SubrangeExpectations
+from harmony_core.graders.relevancy import (
+    AnswerRelevancyGrader,
+    AnswerRelevancyResults,
+    ContextRelevancyGrader,
+    DocumentRelevancyResult,
+    FaithfulnessGrader,
+    FaithfulnessGraderOutput,
+    SingleStatementFaithfulnessJudgeOutput,
+    StatementRelevancy,
+    SupportedLanguages,
+    split_sentences,
+)
+from harmony_core.graders.templated_judge import TemplatedPromptJudgeGrader
 
-__all__ = ["BaseGrader", "FailedJudgeLog", "Grade", "IgnoreGradeException", "SuccessJudgeLog", "score_or_refuse"]
+__all__ = [
+    "OPENAI_MODEL_FAMILIES_TEMPERATURE_1_ONLY",
+    "AnswerRelevancyGrader",
+    "AnswerRelevancyResults",
+    "BaseGrader",
+    "BaseTemplatedPromptJudgeOutput",
+    "BinaryJudgeGrader",
+    "BinaryJudgeOutput",
+    "BinaryJudgeShot",
+    "ContextRelevancyGrader",
+    "DocumentRelevancyResult",
+    "FailedJudgeLog",
+    "FaithfulnessGrader",
+    "FaithfulnessGraderOutput",
+    "Grade",
+    "IgnoreGradeException",
+    "Judge",
+    "PromptBuildingBlocks",
+    "RangeJudgeGrader",
+    "RangeJudgeShot",
+    "ReasonedScore",
+    "ScoresMap",
+    "SimpleReasonedFloatOutput",
+    "SingleStatementFaithfulnessJudgeOutput",
+    "StatementRelevancy",
+    "SubrangeExpectations",
+    "SuccessJudgeLog",
+    "SupportedLanguages",
+    "TemplatedPromptJudgeGrader",
+    "sample_score_distribution",
+    "score_or_refuse",
+    "separate_context_from_last_user_turn",
+    "split_sentences",
+    "validate_thread_last_assistant",
+]
