@@ -7,7 +7,6 @@ import random
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain, islice
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -167,12 +166,14 @@ class Rollout:
         texts = await async_map(self.policy.detokenize_thread, threads)
         with phase("grading"):
             scores = await async_map(self._score, texts)
-        scored = [(*pair, s) for *pair, s in zip(threads, texts, scores, strict=True) if isinstance(s, float)]
+        found = zip(threads, texts, scores, strict=True)
+        scored = [(thread, text, score) for thread, text, score in found if isinstance(score, float)]
         if len(scored) < min(count, 2):
             raise next(error for error in reversed(scores) if not isinstance(error, float))
         with phase("reference"):
             logprobs = await async_map(self._logprobs, [thread for thread, _, _ in scored])
-        return [Completion(*found, *pair) for found, pair in zip(scored, logprobs, strict=True)]
+        pairs = zip(scored, logprobs, strict=True)
+        return [Completion(thread, text, score, *pair) for (thread, text, score), pair in pairs]
 
     async def _score(self, text: StringThread) -> float | Unscored:
         """The score, or the reason for which there is none; the latter is counted."""

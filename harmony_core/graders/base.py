@@ -208,8 +208,6 @@ class BaseGrader(ABC, Generic[LogT]):
         return RewardServerGrader(grader_key, grader_id, config.url)
 
 
-
-
 async def score_or_refuse(grader: BaseGrader[Any], sample: StringThread) -> float:
     """The grader's score of the thread.
 

@@ -123,8 +123,8 @@ def functions_in(source: str, where: str) -> dict[str, bool]:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             names[node.name] = isinstance(node, ast.AsyncFunctionDef)
         elif isinstance(node, ast.Assign | ast.ImportFrom | ast.Import):
-            found = node.targets if isinstance(node, ast.Assign) else node.names
-            names |= dict.fromkeys([getattr(n, "asname", None) or getattr(n, "id", None) or n.name for n in found], False)
+            found: list[Any] = [*(node.targets if isinstance(node, ast.Assign) else node.names)]
+            names |= {getattr(n, "id", "") or getattr(n, "asname", "") or getattr(n, "name", ""): False for n in found}
     return names
 
 

@@ -24,7 +24,6 @@ from typing import Any
 from harmony_core.errors import GradeFailed, IgnoreGradeException
 from harmony_core.redaction import is_secret_name
 
-
 START_SECONDS = 60.0
 """What a process may take to start and to import the grader's file, in addition to the timeout."""
 
@@ -86,14 +85,15 @@ class WorkerProcess:
         """Kill the process; a call that runs raises."""
         self._process.kill()
 
-    def ended(self) -> bool:
-        """Whether the process is gone, and if so, collect it."""
-        if self._prepared and self._process.poll() is None:
-            return False
+    def usable(self) -> bool:
+        """Whether the process has loaded the grader and runs."""
+        return self._prepared and self._process.poll() is None
+
+    def close(self) -> None:
+        """Kill the process and collect it."""
         self._process.kill()
         with contextlib.suppress(BrokenPipeError):
             self._process.communicate()
-        return True
 
 
 Callee = Direct | WorkerProcess
@@ -124,7 +124,7 @@ class _Lane(threading.Thread):
                 self._answer(job)
         self.end()
         if isinstance(self._callee, WorkerProcess):
-            self._callee.ended()
+            self._callee.close()
 
     def _answer(self, job: _Job) -> None:
         result, failure = None, None
@@ -138,7 +138,8 @@ class _Lane(threading.Thread):
         except Exception as error:  # the grader's own error is the answer
             failure = error
         with self._lock:
-            if isinstance(self._callee, WorkerProcess) and self._callee.ended():
+            if isinstance(self._callee, WorkerProcess) and not self._callee.usable():
+                self._callee.close()
                 self._callee = None
             if self._job is None:  # it was given up
                 return
