@@ -244,8 +244,9 @@ class BatchLoader(Generic[S]):
     """Loads batches of `batch_size` samples: `steps` batches, or `epochs` passes, whose last batch may be short.
 
     A sample that cannot be trained is dropped and replaced by the next one. Samples that are too long and prompts
-    without scored completions never end the run. Other failures end it when they exceed `max_failure_rate` of the last max(200, 4 batches) different rows, or of
-    all rows if there are fewer. Dropped samples count towards the epochs, and never towards the steps.
+    without scored completions never end the run. Other failures end it when they exceed `max_failure_rate` of the last
+    max(200, 4 batches) different rows, or of all rows if there are fewer. Dropped samples count towards the epochs, and
+    never towards the steps.
     """
 
     def __init__(

@@ -116,7 +116,7 @@ class GraderRegistry:
         return [*BUILTIN]
 
     def get(self, key: str) -> StoredGrader:
-        """The record of a stored key. Raises NotFoundError with the nearest keys, VerificationError for another file."""
+        """The record of a stored key. Raises NotFoundError with the nearest keys, VerificationError."""
         directory = self._directory(key)
         if key_problem(key) or not directory.is_dir():
             raise NotFoundError(f"there is no grader '{key[:100]}'", hint=did_you_mean(key, self.names()))
