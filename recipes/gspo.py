@@ -32,7 +32,7 @@ class Config(InputConfig):
     """Rows to answer before, ten times during and after the training. By default those of the sorted letters, which are
     not trained on; with another grader the first 64 rows of the dataset."""
     warm_up_epochs: float = Field(default=2.2, ge=0, le=1e6)
-    """Passes of supervised training before, over rows with an answer: a policy that is never rewarded learns nothing."""
+    """Passes of supervised training before, over rows with answers: a policy without a reward learns nothing."""
     steps: int = Field(default=120, ge=1, le=10**9)
     """Batches of completions, each followed by an optimizer step."""
     prompts_per_batch: int = Field(default=64, ge=1, le=10**9)
@@ -68,12 +68,9 @@ async def is_exact(thread: StringThread) -> float:
 
 def questions(rows: Sequence[StringThread]) -> list[StringThread]:
     """The rows' prompts, with the right answers in the metadata."""
-    return [
-        StringThread(
-            row.messages(), metadata={"answer": row.completion(), **(row.metadata or {})}
-        ).with_template_kwargs(**row.template_kwargs)
-        for row in rows
-    ]
+    given = [{"answer": row.completion(), **(row.metadata or {})} for row in rows]
+    threads = [StringThread(row.messages(), metadata=known) for row, known in zip(rows, given, strict=True)]
+    return [t.with_template_kwargs(**row.template_kwargs) for t, row in zip(threads, rows, strict=True)]
 
 
 @recipe_main
