@@ -19,12 +19,12 @@ EDGES: dict[str, str] = {
     "grammar": "errors",
     "redaction": "plain_files",
     "model": "errors plain_files",
-    "rpc": "errors model",
+    "rpc": "errors grammar model",
     "confined": "errors plain_files rpc",
     "home": "errors plain_files",
     "recipe_file": "errors rpc",
     "memory": "errors model rpc",
-    "text": "confined errors model notifiers plain_files",
+    "text": "confined errors grammar model notifiers plain_files",
     "engine.kernels": "memory",
     "journal": "notifiers plain_files redaction text",
     "options": "errors",
@@ -41,7 +41,7 @@ EDGES: dict[str, str] = {
     "graders": "config errors home loggers model plain_files recipe_file redaction registry rpc text",
     "launch": "config errors options plain_files redaction rpc",
     "algorithms": "config data errors graders journal loggers notifiers request_seeds runs text",
-    "client": "config errors home journal launch memory model "
+    "client": "config errors grammar home journal launch memory model "
     "notifiers options plain_files recipe_file registry request_seeds rpc text",
     "loss_checks": "client engine.training errors text",
     "recipe": "client config errors home journal launch memory notifiers "

@@ -68,9 +68,6 @@ class CustomJudge(_OfModel):
     user_template: str | None = None
 
 
-Judge = CustomJudge
-
-
 class RangeJudge(_OfModel):
     """A `RangeJudgeGrader`: whole numbers of `score_range`, lowest and highest included."""
 
