@@ -119,6 +119,10 @@ class GradeFailed(DataError):
     """A grader raised on a sample, or gave a score that is no finite number. Details: grader."""
 
 
+class GradeTimedOut(GradeFailed):
+    """A grader gave no score within its `timeout`. Details: grader."""
+
+
 class IgnoreGradeException(DataError):
     """Raised by a grader: this sample does not count. Where samples are counted by reason, `grade_ignored`."""
 

@@ -39,7 +39,7 @@ EDGES: dict[str, str] = {
     "engine.inference": "engine.kernels engine.models errors memory rpc",
     "engine.training": "engine.kernels engine.models errors recipe_file rpc",
     "engine": "confined engine.inference engine.models engine.training errors options plain_files rpc",
-    "graders": "config errors loggers rpc text",
+    "graders": "config errors home loggers model plain_files recipe_file redaction registry rpc text",
     "launch": "config errors options plain_files redaction rpc",
     "algorithms": "config data errors graders journal loggers notifiers request_seeds runs text",
     "client": "config errors grammar home journal launch memory model "
@@ -48,7 +48,7 @@ EDGES: dict[str, str] = {
     "recipe": "client config errors home journal launch memory notifiers "
     "options plain_files recipe_file registry rpc runs text",
     "adaptive_harmony": "algorithms client config data errors graders loggers notifiers recipe text",
-    "cli": "config errors home memory notifiers options "
+    "cli": "config errors graders home memory notifiers options "
     "plain_files recipe recipe_file redaction registry rpc runs text",
     "recipes": "adaptive_harmony",
 }
