@@ -13,6 +13,8 @@
     │       ├── NothingToTrain       2  a sample, batch or step without a weighted token
     │       ├── GradeFailed          2  a grader raised, or gave no finite number; details: grader
     │       ├── IgnoreGradeException 2  a grader asks that its sample does not count
+    │       ├── EnvironmentFailed    2  an environment raised, or gave something else than documented
+    │       │   └── EnvironmentTimeout 2  an environment did not answer in time
     │       └── TooManyFailures      2  more failed than is tolerated; details: failures, and batch_size or rows
     ├── NotFoundError                3  a named thing does not exist
     ├── ResourceError                4  devices, packages, disk
@@ -126,6 +128,14 @@ class IgnoreGradeException(DataError):
     def code(self) -> str:
         """The reason under which the sample is counted."""
         return "grade_ignored"
+
+
+class EnvironmentFailed(DataError, ValueError):
+    """An environment raised, or gave something else than documented: its trajectory does not count."""
+
+
+class EnvironmentTimeout(EnvironmentFailed):
+    """An environment did not answer in time."""
 
 
 class TooManyFailures(DataError, RuntimeError):
