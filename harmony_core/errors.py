@@ -16,6 +16,8 @@
     │       ├── OutputParserException 2 a completion that cannot be read as JSON of a schema; details: llm_output
     │       ├── JsonParseError       2  a model that gave no JSON of a schema; details: completion
     │       ├── IgnoreGradeException 2  a grader asks that its sample does not count
+    │       ├── EnvironmentFailed    2  an environment raised, or gave something else than documented
+    │       │   └── EnvironmentTimeout 2  an environment did not answer in time
     │       └── TooManyFailures      2  more failed than is tolerated; details: failures, and batch_size or rows
     ├── NotFoundError                3  a named thing does not exist
     ├── ResourceError                4  devices, packages, disk
@@ -153,6 +155,14 @@ class JsonParseError(DataError, ValueError):
     def __init__(self, message: str, completion: str, *, hint: str = "", **details: Any) -> None:
         super().__init__(message, hint=hint, completion=completion, **details)
         self.completion = completion
+
+
+class EnvironmentFailed(DataError, ValueError):
+    """An environment raised, or gave something else than documented: its trajectory does not count."""
+
+
+class EnvironmentTimeout(EnvironmentFailed):
+    """An environment did not answer in time."""
 
 
 class TooManyFailures(DataError, RuntimeError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from bisect import bisect_right
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Self
 
@@ -13,6 +14,7 @@ from harmony_core.client.live import LiveModel
 from harmony_core.config.argument_kinds import checked_class
 from harmony_core.errors import DataError, UsageError
 from harmony_core.grammar import Constraint
+from harmony_core.request_seeds import apart
 from harmony_core.text.threads import StringThread, TokenizedThread
 
 
@@ -82,6 +84,14 @@ class Handle:
         if max_seqlen < 2:
             raise UsageError(f"max_seqlen must be at least 2, not {max_seqlen}")
         return self._with(limits=(*self._settings.limits, Limit(max_seqlen, setting, setting)))
+
+    def own_seeds(self) -> AbstractContextManager[None]:
+        """Give separate random seeds to the requests inside the block.
+
+        They depend on the place of this call among the model's requests, and not on how blocks that run at the same
+        time share the model.
+        """
+        return apart(f"{self._live.name}/{self._live.next_request_seed()}")
 
     @property
     def longest_completion(self) -> int:

@@ -184,17 +184,17 @@ class LiveModel:
 
     def _recorded(self, thread: TokenizedThread) -> list[float] | None:
         """The sampler's log-prob of each target; NaN where another model or older weights drew it."""
-        record = thread.generation
-        if record is None or record.model != self.name:
-            return None
-        last, present = thread.token_turns[-1], self.present_version
-        if len(record.policy_logprobs) != last.end - last.start:
+        if thread.generation is None:
             return None
         found = [math.nan] * (len(thread.token_ids) - 1)
-        found[last.start - 1 : last.end - 1] = [
-            logprob if version == present else math.nan
-            for logprob, version in zip(record.policy_logprobs, record.versions, strict=True)
-        ]
+        for turn in thread.token_turns:
+            record = turn.generation
+            if record is None or record.model != self.name or len(record.policy_logprobs) != turn.end - turn.start:
+                continue
+            found[turn.start - 1 : turn.end - 1] = [
+                logprob if version == self.present_version else math.nan
+                for logprob, version in zip(record.policy_logprobs, record.versions, strict=True)
+            ]
         return found
 
     def take(self, build: Callable[[], list[Accepted]]) -> Coroutine[Any, Any, None]:

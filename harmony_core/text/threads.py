@@ -220,7 +220,7 @@ class TokenizedThread(Conversation[TokenTurn]):
 
     @property
     def logprobs(self) -> list[float] | None:
-        """The raw log-prob of each weighted token, or None if the weighted tokens are not the generated ones."""
+        """The raw log-prob of each weighted token, or None if one of them was not generated."""
         return self._recorded("logprobs")
 
     @property
@@ -235,7 +235,7 @@ class TokenizedThread(Conversation[TokenTurn]):
 
     @property
     def versions(self) -> list[int] | None:
-        """The policy version of each weighted token, or None if the weighted tokens are not the generated ones."""
+        """The policy version of each weighted token, or None if one of them was not generated."""
         return self._recorded("versions")
 
     def get_turns(self) -> list[TokenizedTurn]:
@@ -292,10 +292,10 @@ class TokenizedThread(Conversation[TokenTurn]):
         return super()._with_turns(turns)
 
     def _recorded(self, numbers: str) -> list[Any] | None:
-        """Numbers of the last turn's record, or None if the last turn is not the only one with a weight."""
-        record = self.generation
-        weighted = [turn for turn in self._turns if turn.weight > 0]
-        return list(getattr(record, numbers)) if record is not None and weighted == [*self._turns[-1:]] else None
+        """Numbers of the weighted turns' records, or None if a weighted token has none."""
+        lists = [(t.end - t.start, getattr(t.generation, numbers, ())) for t in self._turns if t.weight > 0]
+        complete = lists and all(length == len(found) for length, found in lists)
+        return [number for _, found in lists for number in found] if complete else None
 
     def __repr__(self) -> str:
         contents = iter([turn.content for turn in self.get_turns()])

@@ -70,17 +70,17 @@ class ChatTokenizer:
 
     def __init__(self, files: TokenizerFiles, variables: Mapping[str, Any] | None = None) -> None:
         self._tokenizer = files.tokenizer
-        self._template = files.template
+        self.template = files.template
         self._directory = files.directory
         self.fingerprint = files.fingerprint
         self._added = frozenset(files.tokenizer.get_added_tokens_decoder())
         self._warned: set[str] = set()
         if variables:
-            self._template = self._required_template().with_variables(variables)
-            for name in variables.keys() - self._template.reads:
-                raise UsageError(_unread(self._template, name), hint=f"leave {name} out of chat_template_kwargs")
+            self.template = self._required_template().with_variables(variables)
+            for name in variables.keys() - self.template.reads:
+                raise UsageError(_unread(self.template, name), hint=f"leave {name} out of chat_template_kwargs")
         # A group of completions shares one prompt. A template that writes the time is rendered each time.
-        choices = self._template.choices if self._template is not None else ()
+        choices = self.template.choices if self.template is not None else ()
         self._writes_time = any("strftime_now" in choice.source for choice in choices)
         cached = lru_cache(0 if self._writes_time else PROMPTS)
         self._prompt_ids = cached(self._render_prompt)
@@ -355,12 +355,12 @@ class ChatTokenizer:
 
     def _template_end(self, known: frozenset[int]) -> frozenset[int]:
         """The special token that the template writes after an assistant's content, unless a known one is there."""
-        if self._template is None:
+        if self.template is None:
             return frozenset()
         turns = StringThread([("user", "a"), ("assistant", "b")]).turns
         try:
-            text = self._template.render(all_messages(turns)).text
-            span = shown(self._template, turns, text, add_generation_prompt=False)[1].span()
+            text = self.template.render(all_messages(turns)).text
+            span = shown(self.template, turns, text, add_generation_prompt=False)[1].span()
         except TokenizationError:
             return frozenset()
         rest = text[span[1] :].split() if span else []
@@ -386,12 +386,12 @@ class ChatTokenizer:
         return template
 
     def _required_template(self) -> ChatTemplate:
-        if self._template is None:
+        if self.template is None:
             raise TokenizationError(
                 f"{self._directory} has no chat template, so threads cannot be tokenized",
                 hint="use raw text or tokens, or add the model with a chat_template.jinja",
             )
-        return self._template
+        return self.template
 
 
 def _unread(template: ChatTemplate, name: str) -> str:
