@@ -38,15 +38,16 @@ EDGES: dict[str, str] = {
     "engine.inference": "engine.kernels engine.models errors memory rpc",
     "engine.training": "engine.kernels engine.models errors recipe_file rpc",
     "engine": "confined engine.inference engine.models engine.training errors options plain_files rpc",
-    "graders": "config errors loggers rpc text",
+    "graders": "config errors loggers plain_files rpc text",
+    "artifacts": "data errors graders journal notifiers plain_files text",
     "launch": "config errors options plain_files redaction rpc",
     "algorithms": "config data errors graders journal loggers notifiers request_seeds runs text",
-    "client": "config errors home journal launch memory model "
+    "client": "artifacts config errors home journal launch memory model "
     "notifiers options plain_files recipe_file registry request_seeds rpc text",
     "loss_checks": "client engine.training errors text",
-    "recipe": "client config errors home journal launch memory notifiers "
+    "recipe": "artifacts client config errors graders home journal launch memory notifiers "
     "options plain_files recipe_file registry rpc runs text",
-    "adaptive_harmony": "algorithms client config data errors graders loggers notifiers recipe text",
+    "adaptive_harmony": "algorithms artifacts client config data errors graders loggers notifiers recipe text",
     "cli": "config errors home memory notifiers options "
     "plain_files recipe recipe_file redaction registry rpc runs text",
     "recipes": "adaptive_harmony",

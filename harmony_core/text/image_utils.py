@@ -58,7 +58,7 @@ def image_of_uri(url: Any) -> bytes:
 
 
 def with_file_inlined(fragment: Any) -> Any:
-    """The fragment; for an image whose `url` is a path, with the file's data URI. Raises VerificationError, DataError."""
+    """The fragment; for an image whose `url` is a path, with its data URI. Raises VerificationError, DataError."""
     url = fragment.get("url") if isinstance(fragment, Mapping) and fragment.get("type") == "image" else None
     if not isinstance(url, str | Path) or re.match(r"[a-z][a-z0-9+.-]+:", str(url), re.IGNORECASE):
         return fragment
