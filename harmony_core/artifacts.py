@@ -281,7 +281,7 @@ class DatasetArtifact(_Lines):
         common: dict[str, Any] = {
             "prompt": turns[:-1] if last else turns,
             "metadata": SampleMetadata(external_data=plain(thread.metadata)),
-            "template_kwargs": dict(thread.template_kwargs) or None,
+            "chat_template_kwargs": dict(thread.template_kwargs) or None,
         }
         if last is None and self.dataset_kind is AdaptiveDatasetKind.Completion:
             raise ValueError(f"artifact {self.name!r}: a thread without an answer is no row of kind Completion")
@@ -347,7 +347,7 @@ def _score_lines(scores: dict[str, dict[str, Scores]]) -> list[str]:
     for model, row in scores.items():
         cells = [model or "-"]
         for grader, (values, unscored) in row.items():
-            mean, marked = row[grader].mean, "*" if row[grader].mean == best[grader] else ""
+            mean, marked = row[grader].mean, "*" if row[grader].mean == best[grader] and len(scores) > 1 else ""
             told = f" ({unscored} unscored)" if unscored and values else ""
             cells.append("all failed" if mean is None else f"{mean:.3f}{marked}{told}")
         rows.append(cells)

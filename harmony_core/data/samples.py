@@ -43,7 +43,7 @@ class DatasetPromptSample(BaseModel):
 
     prompt: list[TurnTuple]
     metadata: SampleMetadata = Field(default_factory=SampleMetadata)
-    template_kwargs: dict[str, Any] | None = Field(default=None, exclude_if=lambda value: value is None)
+    chat_template_kwargs: dict[str, Any] | None = Field(default=None, exclude_if=lambda value: value is None)
     """Variables for the chat template, such as `tools`."""
 
 
