@@ -16,6 +16,7 @@ from harmony_core.runs.records import lines_of
 MAX_BYTES = 64 * 1024 * 1024
 """Bytes that are read of the file of one evaluation."""
 MAX_EVALUATIONS = 6
+MAX_MODELS = 100
 
 
 @dataclass
@@ -35,7 +36,8 @@ class Evaluation:
     @property
     def means(self) -> list[tuple[str, list[str]]]:
         """Each model with the mean by each grader."""
-        return [(model, [_mean(row.get(g, [0, 0, 0])) for g in self.graders]) for model, row in self.scores.items()]
+        means = [(model, [_mean(row.get(g, [0, 0, 0])) for g in self.graders]) for model, row in self.scores.items()]
+        return means[:MAX_MODELS]
 
 
 def read_evaluations(
@@ -98,8 +100,8 @@ def _take(found: Evaluation, sample: dict[str, Any], max_rows: int, max_text: in
 
 def _mean(sums: list[float]) -> str:
     total, count, unscored = sums
-    mean = f"{total / count:.4g} of {count:.0f}" if count else "all failed"
-    return mean + (f", {unscored:.0f} unscored" if unscored else "")
+    mean = f"{total / count:.4g}" if count else "all failed"
+    return mean + (f" ({unscored:.0f} unscored)" if unscored and count else "")
 
 
 def _text(content: list[dict[str, Any]]) -> str:
