@@ -41,15 +41,16 @@ EDGES: dict[str, str] = {
     "engine.training": "engine.kernels engine.models errors recipe_file rpc",
     "engine": "confined engine.inference engine.models engine.training errors options plain_files rpc",
     "graders": "config errors home loggers model plain_files recipe_file redaction registry rpc text",
+    "artifacts": "data errors graders journal notifiers plain_files text",
     "launch": "config errors options plain_files redaction rpc",
     "environments": "errors graders loggers returns rpc text",
     "algorithms": "config data environments errors graders journal loggers notifiers request_seeds returns runs text",
-    "client": "config errors grammar home journal launch memory model "
+    "client": "artifacts config errors grammar home journal launch memory model "
     "notifiers options plain_files recipe_file registry request_seeds rpc structured_output text",
     "loss_checks": "client engine.training errors text",
-    "recipe": "client config errors home journal launch memory notifiers "
+    "recipe": "artifacts client config errors graders home journal launch memory notifiers "
     "options plain_files recipe_file registry rpc runs text",
-    "adaptive_harmony": "algorithms client config data errors graders loggers notifiers recipe returns text",
+    "adaptive_harmony": "algorithms artifacts client config data errors graders loggers notifiers recipe returns text",
     "cli": "config errors graders home memory notifiers options "
     "plain_files recipe recipe_file redaction registry rpc runs text",
     "recipes": "adaptive_harmony",

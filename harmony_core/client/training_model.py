@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
+from harmony_core.artifacts import ModelArtifact
 from harmony_core.client import losses
 from harmony_core.client.batching import LINEAR, Accepted, require_weight
 from harmony_core.client.inference_model import InferenceModel
@@ -337,15 +338,19 @@ class TrainingModel(InferenceModel):
         inference_only: bool = True,
         draft_target: str | None = None,
         num_draft_steps: int | None = None,
-        ctx: object | None = None,
+        ctx: Any = None,
     ) -> str:
         """Store the weights (or the adapter) as a new version. Returns its exact reference, "key@version".
 
-        `inference_only=False` also stores the optimizer's state. Returns once the version is completely on disk.
+        `inference_only=False` also stores the optimizer's state. With `ctx`, the version is also registered as a
+        `ModelArtifact` of the job. Returns once the version is completely on disk.
         """
         if draft_target is not None or num_draft_steps is not None:
             raise UsageError("speculative decoding is not supported: leave draft_target and num_draft_steps out")
-        return await save_live(self._live, model_name, inference_only)
+        ref = await save_live(self._live, model_name, inference_only)
+        if ctx is not None:
+            ModelArtifact(ref, ctx)
+        return ref
 
     def state(self) -> ModelState:
         """The weights, the optimizer's state and the counters, to save in a checkpoint and load from it."""

@@ -10,10 +10,11 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from html import escape
 from typing import Any, Self
 
 from harmony_core.errors import DataError
+from harmony_core.text.display import MAX_TOOL_RESPONSE_LEN
+from harmony_core.text.image_utils import string_thread_to_html_string, with_file_inlined
 from harmony_core.text.turns import (
     AnyFragment,
     Conversation,
@@ -36,7 +37,6 @@ from harmony_core.text.turns import (
 __all__ = ["StringThread", "StringTurn", "TokenizedThread", "TokenizedTurn", "Turn"]
 
 _PENDING = "its tokens are added when a model is asked to answer it"
-_SHOWN = 500  # characters of a tool response
 
 
 class StringThread(Conversation[Turn]):
@@ -66,8 +66,8 @@ class StringThread(Conversation[Turn]):
 
     @staticmethod
     async def from_fragments(raw_turns: Sequence[tuple[str, Sequence[Fragment]]], metadata: Any = None) -> StringThread:
-        """Build from fragment dicts; the last turn gets weight 1. Raises DataError for an invalid fragment."""
-        turns = _last_weighted(fragment_turn(role, fragments) for role, fragments in raw_turns)
+        """Build from fragment dicts; the last turn gets weight 1. An image may be a file's path. Raises DataError."""
+        turns = _last_weighted(fragment_turn(role, list(map(with_file_inlined, found))) for role, found in raw_turns)
         return StringThread.from_turns(turns, metadata)
 
     @staticmethod
@@ -163,14 +163,7 @@ class StringThread(Conversation[Turn]):
         return self._shown("StringThread", _described)
 
     def _repr_html_(self) -> str:
-        rows = "".join(
-            f'<div style="margin:4px 0;padding:4px 8px;border-left:3px solid {"#2a2" if turn.weight else "#88a"}">'
-            f"<b>{escape(turn.role)}</b>{f' <small>weight {turn.weight:g}</small>' if turn.weight else ''}"
-            f'<div style="white-space:pre-wrap">{escape(_described(turn))}</div></div>'
-            for turn in self._turns
-        )
-        metadata = "" if self.metadata is None else f"<small>metadata: {escape(repr(self.metadata))}</small>"
-        return f"<div>{rows}{metadata}</div>"
+        return string_thread_to_html_string(self)
 
 
 class TokenizedThread(Conversation[TokenTurn]):
@@ -383,7 +376,7 @@ def _shown_text(turn: Turn) -> str:
 def _described(turn: Turn) -> str:
     def describe(fragment: AnyFragment) -> str:
         if isinstance(fragment, ToolResponse):
-            return fragment.content[:_SHOWN] + "…" * (len(fragment.content) > _SHOWN)
+            return fragment.content[:MAX_TOOL_RESPONSE_LEN] + "…" * (len(fragment.content) > MAX_TOOL_RESPONSE_LEN)
         if isinstance(fragment, Image):
             return f"<image, {len(fragment.data)} bytes>"
         return text_of((fragment,)) if isinstance(fragment, Text | StructuredOutput) else str(fragment)
