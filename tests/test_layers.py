@@ -31,17 +31,18 @@ EDGES: dict[str, str] = {
     "registry": "confined errors home model plain_files rpc text",
     "tokenization": "text",
     "data": "errors home plain_files registry text",
+    "external": "errors journal redaction text",
     "engine.models": "engine.kernels errors memory model plain_files rpc",
     "loggers": "errors journal notifiers plain_files",
     "runs": "errors home journal memory model plain_files redaction rpc",
-    "config": "data errors journal model plain_files registry",
+    "config": "data errors external journal model plain_files registry",
     "engine.inference": "engine.kernels engine.models errors memory rpc",
     "engine.training": "engine.kernels engine.models errors recipe_file rpc",
     "engine": "confined engine.inference engine.models engine.training errors options plain_files rpc",
     "graders": "config errors loggers rpc text",
     "launch": "config errors options plain_files redaction rpc",
     "algorithms": "config data errors graders journal loggers notifiers request_seeds runs text",
-    "client": "config errors home journal launch memory model "
+    "client": "config errors external home journal launch memory model "
     "notifiers options plain_files recipe_file registry request_seeds rpc text",
     "loss_checks": "client engine.training errors text",
     "recipe": "client config errors home journal launch memory notifiers "
