@@ -18,7 +18,7 @@ from harmony_core.client.engine import Engine, EventSink
 from harmony_core.client.storage import SCHEME
 from harmony_core.config.argument_kinds import checked, whole
 from harmony_core.errors import HarmonyError, ModelRefused, NotFoundError, UsageError
-from harmony_core.external import Address
+from harmony_core.external.address import Address
 from harmony_core.home import Home
 from harmony_core.journal import current
 from harmony_core.launch.processes import private_directory

@@ -35,7 +35,7 @@ from harmony_core.data.columns import check_columns
 from harmony_core.data.datasets import check_hub_name, is_hub_name, load_threads
 from harmony_core.data.files import paths_of
 from harmony_core.errors import HarmonyError, ModelRefused, NotFoundError, UsageError, did_you_mean
-from harmony_core.external import Address
+from harmony_core.external.address import Address
 from harmony_core.journal import current
 from harmony_core.plain_files import expanded
 
@@ -145,7 +145,7 @@ class Model(_KeyOnly, Generic[ModelKindT]):
         """
         if (address := Address.parse(self.model_key)) is not None:
             if issubclass(self.kind(), model_kinds.Trainable):
-                raise ModelRefused(f"'{address}' is an external model and cannot be trained")
+                raise ModelRefused(f"'{address.key}' is an external model and cannot be trained")
             address.check()
             return address
         version = registry.resolve(self.model_key)

@@ -4,101 +4,96 @@ from __future__ import annotations
 
 import asyncio
 import importlib
-import logging
-import os
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
 
 from harmony_core.errors import ProviderError, UsageError
 from harmony_core.external import messages
 from harmony_core.external.address import HOSTS, Address
-from harmony_core.external.messages import Reply, Tool
+from harmony_core.external.messages import Reply, Schema, Tools
 from harmony_core.journal import current
 from harmony_core.redaction import Redactor, is_secret_name
 from harmony_core.text.turns import Turn
 
-log = logging.getLogger(__name__)
-
-REQUEST = "external.request"
-"""The event of each request: {"model", "key", "prompt_tokens", "completion_tokens", "failed", "cut", "seconds"}."""
-
-DEFAULTS: dict[str, Any] = {"max_concurrent": 32, "requests_per_minute": 0, "timeout": 120, "max_retries": 4}
-"""Settings that are ours among `extra_params`; all others are the provider's, and sent with each request. `timeout` is
-in seconds, for one attempt; `requests_per_minute` 0 is no limit."""
-_OURS = ("model", "messages", "system", "tools", "stream", "response_format", "output_config", "base_url")
+_OTHERS = ("model", "messages", "system", "tools", "stream", "response_format", "output_config", "base_url")
+"""Fields of a request that are not set by `extra_params`."""
 _FIXED = ("gpt-5", "o1", "o3", "o4")
-"""OpenAI's models that take no temperature and top_p; Anthropic's interface takes none since 2026-10-21."""
+"""OpenAI's models that take no temperature and top_p. Anthropic's interface takes none since its version 2026-10-21."""
 _MAX_MESSAGE = 400
-_NO_KEY = "no-key"  # what the SDKs need in place of a key that a server does not ask for
 
 
-def check_params(address: Address, params: Mapping[str, Any]) -> None:
-    """Raise UsageError for settings that hold keys, that requests set themselves, or that are not numbers above 0."""
-    if secret := [name for name in params if is_secret_name(name)]:
-        raise UsageError(f"extra_params: {secret[0]} is not taken", hint=f"set the variable {address.key_variable}")
-    if own := [name for name in params if name in _OURS]:
-        raise UsageError(f"extra_params: {own[0]} cannot be set for {address}: its key, the thread and tools() do")
-    for name in DEFAULTS.keys() & params.keys():
-        value, least = params[name], 0 if name in ("requests_per_minute", "max_retries") else 1e-3
-        if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < float("inf"):
-            raise UsageError(
-                f"extra_params: {name} must be a number{' above 0' if least else ', 0 or more'}, not {value!r}"
-            )
+class Limits(msgspec.Struct):
+    """Those of `extra_params` that are ours; all others are sent. `timeout` is in seconds, for one attempt."""
+
+    max_concurrent: Annotated[int, Meta(ge=1)] = 32
+    requests_per_minute: Annotated[float, Meta(gt=0)] = float("inf")
+    timeout: Annotated[float, Meta(gt=0)] = 120.0
+    max_retries: Annotated[int, Meta(ge=0)] = 4
+
+
+def split_params(params: Mapping[str, Any]) -> tuple[Limits, dict[str, Any]]:
+    """The limits, and the fields to send. Raises UsageError for keys, and for what other settings determine."""
+    for name in params:
+        if is_secret_name(name) or name in _OTHERS:
+            raise UsageError(f"extra_params cannot hold {name}", hint="keys are taken from the environment only")
+    ours = {name: value for name, value in params.items() if name in Limits.__struct_fields__}
+    try:
+        return msgspec.convert(ours, Limits), {name: params[name] for name in params if name not in ours}
+    except msgspec.ValidationError as error:
+        raise UsageError(f"extra_params: {error}") from None
 
 
 class Endpoint:
-    """One external model under a name. Its handles share it, and with it the limits. Needs a running event loop."""
+    """One external model under a name. Its handles share it, and with it the limits. Raises ResourceError."""
 
     def __init__(
         self, address: Address, name: str, params: Mapping[str, Any], tell: Callable[[str, dict[str, Any], None], None]
     ) -> None:
         address.check()
-        self.address = address
-        self.name = name
-        ours = {**DEFAULTS, **params}
-        self._extra = {key: value for key, value in params.items() if key not in DEFAULTS}
-        self._tell = tell
+        self.address, self.name, self._tell = address, name, tell
+        limits, self._extra = split_params(params)
         self._sdk: Any = importlib.import_module(address.provider)
-        self._key = os.environ.get(address.key_variable) or _NO_KEY
-        client = self._sdk.AsyncOpenAI if address.provider == "openai" else self._sdk.AsyncAnthropic
-        # A redirection would carry the key to another host.
-        http = self._sdk.DefaultAsyncHttpxClient(follow_redirects=False)
-        limits = {"timeout": ours["timeout"], "max_retries": int(ours["max_retries"])}
-        self._client = client(api_key=self._key, base_url=address.server, http_client=http, **limits)
-        self._slots = asyncio.Semaphore(max(1, int(ours["max_concurrent"])))
-        self._pause = 60 / ours["requests_per_minute"] if ours["requests_per_minute"] else 0.0
-        self._next = 0.0
-        self._told = False
+        self._openai = address.provider == "openai"
+        client = self._sdk.AsyncOpenAI if self._openai else self._sdk.AsyncAnthropic
+        self.client = client(
+            api_key=address.secret or "none",  # without one the SDK makes no client, also for a server that needs none
+            base_url=address.server,
+            http_client=self._sdk.DefaultAsyncHttpxClient(follow_redirects=False),  # the key goes to no other host
+            timeout=limits.timeout,
+            max_retries=limits.max_retries,
+        )
+        self._slots = asyncio.Semaphore(limits.max_concurrent)
+        self._pause, self._next = 60 / limits.requests_per_minute, 0.0
 
     async def ask(
-        self,
-        turns: Sequence[Turn],
-        tools: Sequence[Tool],
-        schema: Mapping[str, Any] | None,
-        max_tokens: int,
-        **sampling: Any,
+        self, turns: Sequence[Turn], tools: Tools, schema: Schema, max_tokens: int, sampling: dict[str, Any]
     ) -> Reply:
-        """The model's answer to these turns; a schema asks for JSON. Raises ProviderError, and DataError for a turn."""
-        openai = self.address.provider == "openai"
-        if schema is not None and not openai:
-            schema = self._sdk.transform_schema(schema)
-        request = (messages.openai_request if openai else messages.anthropic_request)(turns, tools, schema)
-        if sampling and (not openai or self.address.model.startswith(_FIXED)):
-            self._say_once(f"{self.address} takes no {' and '.join(sampling)}: the provider's own is used")
-            sampling = {}
-        if openai:  # other servers know the older name
-            request["max_completion_tokens" if self.address.server == HOSTS["openai"] else "max_tokens"] = max_tokens
+        """The answer to these turns, in JSON if there is a schema. Raises ProviderError, and DataError for a turn."""
+        if sampling and (not self._openai or self.address.model.startswith(_FIXED)):
+            names, sampling = " and ".join(sampling), {}
+            warnings.warn(f"{self.address.key} takes no {names}: it has no effect", stacklevel=2)
+        if self._openai:
+            # Other servers know the older name.
+            limit = "max_completion_tokens" if self.address.server == HOSTS["openai"] else "max_tokens"
+            request = {limit: max_tokens, **messages.openai_request(turns, tools, schema)}
+            create, read = self.client.chat.completions.create, messages.openai_reply
         else:
-            request["max_tokens"] = max_tokens
-        create = self._client.chat.completions.create if openai else self._client.messages.create
+            schema = schema and self._sdk.transform_schema(schema)
+            request = {"max_tokens": max_tokens, **messages.anthropic_request(turns, tools, schema)}
+            create, read = self.client.messages.create, messages.anthropic_reply
         async with self._slots:
-            await self._wait()
+            at = max(time.monotonic(), self._next)
+            self._next = at + self._pause
+            await asyncio.sleep(at - time.monotonic())
             began, reply = time.monotonic(), None
             try:
-                raw = await create(model=self.address.model, extra_body=sampling | self._extra, **request)
-                reply = (messages.openai_reply if openai else messages.anthropic_reply)(raw.model_dump(warnings=False))
+                answer = await create(model=self.address.model, extra_body=sampling | self._extra, **request)
+                reply = read(answer.model_dump(warnings=False))
             except self._sdk.APIError as error:
                 raise self._failed(getattr(error, "status_code", None), str(error)) from None
             except (LookupError, TypeError, ValueError, AttributeError) as error:
@@ -107,32 +102,19 @@ class Endpoint:
                 self._count(reply, time.monotonic() - began)
         return reply
 
-    async def _wait(self) -> None:
-        """Let requests begin no faster than `requests_per_minute`."""
-        now = time.monotonic()
-        at = max(now, self._next)
-        self._next = at + self._pause
-        await asyncio.sleep(at - now)
-
-    def _say_once(self, told: str) -> None:
-        if not self._told:
-            log.warning("%s", told)
-        self._told = True
-
     def _count(self, reply: Reply | None, seconds: float) -> None:
-        counts = {"prompt_tokens": 0, "completion_tokens": 0} if reply is None else reply._asdict()
-        tokens = {name: counts[name] for name in ("prompt_tokens", "completion_tokens")}
-        cut = reply is not None and reply.finish in ("length", "max_tokens")
-        told = {"model": self.name, "key": str(self.address), "requests": 1, "failed": int(reply is None), **tokens}
-        self._tell(REQUEST, told | {"cut": int(cut), "seconds": round(seconds, 3)}, None)
+        """Write the request's event; `cut` counts answers that were cut for their length."""
+        data: dict[str, Any] = {"model": self.name, "key": self.address.key, "seconds": round(seconds, 3)}
+        data |= {"requests": 1, "failed": int(reply is None), "cut": 0, "prompt_tokens": 0, "completion_tokens": 0}
+        if reply is not None:
+            data["cut"] = int(reply.finish in ("length", "max_tokens"))
+            data |= {name: getattr(reply, name) for name in ("prompt_tokens", "completion_tokens")}
+        self._tell("external.request", data, None)
 
     def _failed(self, status: int | None, told: str) -> ProviderError:
-        masked = Redactor([*current().mask.values, self._key]).text(" ".join(told.split()))
-        hints = {401: f"{self.address.key_variable} is refused", 429: "extra_params(requests_per_minute=...) waits"}
-        short = masked if len(masked) <= _MAX_MESSAGE else masked[:_MAX_MESSAGE] + "..."
-        return ProviderError(f"{self.address}: {short}", hint=hints.get(status or 0, ""), status=status)
-
-    async def close(self) -> None:
-        """Close the connections."""
-        with suppress(RuntimeError):  # their event loop is gone, and they with it
-            await self._client.close()
+        masked = Redactor([*current().mask.values, self.address.secret]).text(" ".join(told.split()))
+        variable = f"{self.address.provider.upper()}_API_KEY"
+        hint = {401: f"{variable} is not accepted", 429: "extra_params(requests_per_minute=...) asks slower"}
+        return ProviderError(
+            f"{self.address.key}: {masked[:_MAX_MESSAGE]}", hint=hint.get(status or 0, ""), status=status
+        )

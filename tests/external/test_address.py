@@ -8,8 +8,8 @@ import pytest
 
 from harmony_core.config.parameters import Model, model_kinds
 from harmony_core.errors import ModelRefused, ResourceError, UsageError
-from harmony_core.external import Address
 from harmony_core.external import address as addresses
+from harmony_core.external.address import Address
 from harmony_core.home import Home
 from harmony_core.registry import Registry
 
@@ -21,7 +21,7 @@ def test_keys_are_read_and_written_alike() -> None:
         "openai://meta-llama/Llama-3.1-8B:free?base_url=http://127.0.0.1:8000/v1",
     ):
         found = Address.parse(key)
-        assert found is not None and str(found) == key
+        assert found is not None and found.key == key
     assert Address.parse("model_registry://tiny") is None and Address.parse("builtin:tiny-lm") is None
 
 
@@ -32,7 +32,7 @@ def test_keys_are_read_and_written_alike() -> None:
         ("openai://m?api_key=sk-secret-value", "OPENAI_API_KEY"),
         ("anthropic://m?api_key=", "ANTHROPIC_API_KEY"),
         ("openai://", "name is missing"),
-        ("openai://m?temprature=1", "it has temprature"),
+        ("openai://m?temprature=1", "it cannot have temprature"),
         ("openai://m?base_url=ftp://host/v1", "base_url must be"),
         ("openai://m?base_url=https://me:sk-secret-value@host/v1", "base_url must be"),
         ("openai://m?base_url=https:///v1", "base_url must be"),
@@ -52,7 +52,7 @@ def test_models_are_checked_before_a_run(tmp_path: Path, monkeypatch: pytest.Mon
         Model("openai://GPT-4o").check(registry)
     assert caught.value.exit_code == 4
     monkeypatch.setenv("OPENAI_API_KEY", "sk-1234567890")
-    assert Model("openai://GPT-4o").check(registry) == Address("openai", "GPT-4o", "")
+    assert Model("openai://GPT-4o").check(registry) == Address("openai://GPT-4o", "openai", "GPT-4o", "")
     with pytest.raises(ModelRefused, match="cannot be trained"):
         Model[model_kinds.Trainable]("openai://GPT-4o").check(registry)
     monkeypatch.setitem(addresses.HOSTS, "not_installed", "https://host")

@@ -15,6 +15,7 @@ from provider_server import Answer, provider_server
 
 RECIPE = """
 import asyncio
+from harmony_core.errors import HarmonyError
 from adaptive_harmony import StringThread
 from adaptive_harmony.parameters import Model
 from adaptive_harmony.runtime import InputConfig, RecipeContext, recipe_main
@@ -26,9 +27,14 @@ class Config(InputConfig):
 async def main(config: Config, ctx: RecipeContext) -> int:
     judge = await config.judge_model.extra_params(max_retries=0).spawn_inference("judge", ctx, kv_cache_len=1000)
     asked = [StringThread([("user", f"very private question {i}")]) for i in range(5)]
-    answers = await asyncio.gather(*(judge.generate(thread) for thread in asked), return_exceptions=True)
-    print([str(answer) for answer in answers if isinstance(answer, Exception)])
-    return sum(not isinstance(answer, Exception) for answer in answers)
+    async def answered(thread: StringThread) -> bool:
+        try:
+            return bool((await judge.generate(thread)).completion())
+        except HarmonyError as error:
+            print(error)
+            return False
+
+    return sum(await asyncio.gather(*map(answered, asked)))
 """
 KEY = "planted-key-1234567890"
 
