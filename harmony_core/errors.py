@@ -28,6 +28,7 @@
     │   ├── RankError                5  an exception on a rank; details: rank, type, traceback
     │   └── StepFailed               5  an accepted sample failed; the step's gradients are gone
     │       └── LossFailed           1  it failed in the recipe's own loss
+    ├── ProviderError                1  an external model's provider failed; details: status, None without a reply
     ├── ConflictError                6  exists already, in use, name taken
     ├── VerificationError            7  bytes differ from what was recorded, or a file that must not be read
     ├── InternalError               70  our bug
@@ -215,6 +216,16 @@ class LossFailed(StepFailed):
     """The recipe's own loss raised, or returned an invalid value. The engine is sound, and so is the next step."""
 
     exit_code = 1
+
+
+class ProviderError(HarmonyError):
+    """The provider of an external model refused a request, failed, or did not answer. Details: status."""
+
+    @property
+    def status(self) -> int | None:
+        """The HTTP status; None if there was no reply, or it could not be read."""
+        status: int | None = self.details.get("status")
+        return status
 
 
 class ConflictError(HarmonyError):

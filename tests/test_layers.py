@@ -33,10 +33,11 @@ EDGES: dict[str, str] = {
     "tokenization": "text",
     "structured_output": "errors text",
     "data": "errors home plain_files registry text",
+    "external": "errors journal redaction text",
     "engine.models": "engine.kernels errors memory model plain_files rpc",
     "loggers": "errors journal notifiers plain_files",
     "runs": "errors home journal memory model plain_files redaction rpc",
-    "config": "data errors journal model plain_files registry",
+    "config": "data errors external journal model plain_files registry",
     "engine.inference": "engine.kernels engine.models errors memory rpc",
     "engine.training": "engine.kernels engine.models errors recipe_file rpc",
     "engine": "confined engine.inference engine.models engine.training errors options plain_files rpc",
@@ -45,7 +46,7 @@ EDGES: dict[str, str] = {
     "launch": "config errors options plain_files redaction rpc",
     "environments": "errors graders loggers returns rpc text",
     "algorithms": "config data environments errors graders journal loggers notifiers request_seeds returns runs text",
-    "client": "artifacts config errors grammar home journal launch memory model "
+    "client": "artifacts config errors external grammar home journal launch memory model "
     "notifiers options plain_files recipe_file registry request_seeds rpc structured_output text",
     "loss_checks": "client engine.training errors text",
     "recipe": "artifacts client config errors graders home journal launch memory notifiers "

@@ -65,6 +65,7 @@ async def execute(
     """
     outcome = Outcome()
     run.events.listen(lambda event: outcome.models.append(event["data"]) if event["type"] == "model.saved" else None)
+    run.events.listen(outcome.count_request)
     run.events.listen(_tell_of_compiling)
     run.events.listen(partial(_note_fault, run))
     stop.last_words = partial(_last_words, run, outcome, stop)
