@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar, overload
+from typing import Any, ClassVar, Literal, TypeVar, overload
 
 from pydantic import BaseModel
 
@@ -60,6 +60,8 @@ class Timings:
 @checked_class
 class InferenceModel(Handle):
     """A live model. Setters return a copy of the handle that shares the model."""
+
+    T: ClassVar[Any] = T
 
     @overload
     def generate(
