@@ -34,10 +34,8 @@ def allowed_tokens(live: LiveModel, thread: TokenizedThread, verb: str) -> Allow
         if record is None or record.constraint is None or not turn.weight or turn.start == turn.end:
             continue
         try:
-            if (
-                record.tokenizer != live.tokenizer.fingerprint
-                or not len(record.masked_logprobs) == turn.end - turn.start
-            ):
+            complete = len(record.masked_logprobs) == turn.end - turn.start
+            if not complete or record.tokenizer != live.tokenizer.fingerprint:
                 raise DataError("its tokens were not all drawn under it with this model's tokenizer")
             found = live.grammar.replay(record.constraint, thread.token_ids[turn.start : turn.end])
         except DataError as error:

@@ -139,11 +139,11 @@ class InferenceModel(Handle):
         try:
             instance = wanted.model_validate_json(last.text)
         except ValidationError as error:
-            why = f"it is no {wanted.__name__}: {first_problem(error)}"
-            if last.generation is not None and last.generation.finish_reason == "length":
-                why = f"it was cut after {drawn.len_last_turn()} tokens (max_gen_len) and is no complete {wanted.__name__}"
+            why, record = f"is no {wanted.__name__}: {first_problem(error)}", last.generation
+            if record is not None and record.finish_reason == "length":
+                why = f"was cut after {drawn.len_last_turn()} tokens (max_gen_len), before its end"
             hint = "a larger max_gen_len, or limits in the schema"
-            raise JsonParseError(f"the completion cannot be used: {why}", last.text, hint=hint) from None
+            raise JsonParseError(f"the completion {why}", last.text, hint=hint) from None
         fragment = StructuredOutput(last.text, instance.model_dump_json(), schema)
         answer = TokenizedThread.of(drawn, drawn.token_ids, [*before, replace(last, fragments=(fragment,))])
         return self._live.tokenizer.detokenize(answer) if text else answer, instance
@@ -300,9 +300,9 @@ class InferenceModel(Handle):
             check_length(live, PromptTooLong, thread, "the thread to score has {} tokens", limits)
         live.check_ids(ids)
         replica = live.least_busy()
-        packed_tokens = pack_ints(tokens), pack_ints(targets), *packed([(len(tokens), allowed)])
-        names = "tokens", "targets", "allowed", "masks"
-        message = Score(model=live.name, replica=replica, **dict(zip(names, packed_tokens, strict=True)))
+        data = pack_ints(tokens), pack_ints(targets), *packed([(len(tokens), allowed)])
+        fields = dict(zip(("tokens", "targets", "allowed", "masks"), data, strict=True))
+        message = Score(model=live.name, replica=replica, **fields)
         answer = await asyncio.shield(live.post(replica, message, len(tokens)).future)
         assert isinstance(answer, Scored)
         return unpack_floats(answer.logprobs)

@@ -343,8 +343,7 @@ def groups(
         if isinstance(values, int | float) or len(values) != len(threads):
             found = "one number" if isinstance(values, int | float) else f"{len(values)} entries"
             raise DataError(f"{name}: {found} for {len(threads)} threads", hint=f"{name} takes one for each thread")
-    settings = (("entropies", 1.0),) if takes_entropies(function) else ()
-    loss = Loss("custom", settings, group, source)
+    loss = Loss("custom", (("entropies", 1.0),) if takes_entropies(function) else (), group, source)
     samples, counts = [], []
     for place, given in enumerate(threads):
         thread = live.tokenized(given)
