@@ -30,6 +30,7 @@ EDGES: dict[str, str] = {
     "options": "errors",
     "registry": "confined errors home model plain_files rpc text",
     "tokenization": "text",
+    "structured_output": "errors text",
     "data": "errors home plain_files registry text",
     "engine.models": "engine.kernels errors memory model plain_files rpc",
     "loggers": "errors journal notifiers plain_files",
@@ -42,7 +43,7 @@ EDGES: dict[str, str] = {
     "launch": "config errors options plain_files redaction rpc",
     "algorithms": "config data errors graders journal loggers notifiers request_seeds runs text",
     "client": "config errors grammar home journal launch memory model "
-    "notifiers options plain_files recipe_file registry request_seeds rpc text",
+    "notifiers options plain_files recipe_file registry request_seeds rpc structured_output text",
     "loss_checks": "client engine.training errors text",
     "recipe": "client config errors home journal launch memory notifiers "
     "options plain_files recipe_file registry rpc runs text",

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
-from harmony_core.client.live import Limit, LiveModel
+from harmony_core.client.limits import Limit
+from harmony_core.client.live import LiveModel
 from harmony_core.config.argument_kinds import checked_class
 from harmony_core.errors import UsageError
 from harmony_core.grammar import Constraint
