@@ -39,7 +39,7 @@ EDGES: dict[str, str] = {
     "engine.inference": "engine.kernels engine.models errors memory rpc",
     "engine.training": "engine.kernels engine.models errors recipe_file rpc",
     "engine": "confined engine.inference engine.models engine.training errors options plain_files rpc",
-    "graders": "config errors loggers rpc text",
+    "graders": "config errors loggers rpc structured_output text",
     "launch": "config errors options plain_files redaction rpc",
     "algorithms": "config data errors graders journal loggers notifiers request_seeds runs text",
     "client": "config errors grammar home journal launch memory model "
