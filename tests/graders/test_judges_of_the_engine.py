@@ -164,7 +164,7 @@ def test_an_answer_that_is_cut_leaves_the_sample_unscored(one_rank: LiveEngine) 
     async def work() -> None:
         model = await spawn(one_rank, "cut", tokens_to_generate=8)
         judge = BinaryJudgeGrader("b", model, "short")
-        with pytest.raises(JsonParseError, match="tokens_to_generate"):
+        with pytest.raises(JsonParseError, match="was cut after 8 tokens"):
             await judge.grade(sample("yes"))
         assert judge.get_logs()["score/unscored_samples_count"] == 1
         await model.dealloc()
