@@ -147,7 +147,7 @@ def test_steps_are_written_once_and_verdicts_kept(one_rank: LiveEngine) -> None:
         judge = RangeJudgeGrader("r", model, "short", (1, 2), subrange_expectations=expected)
         assert judge.evaluation_steps is None and judge.str_evaluation_steps is None
         first = await asyncio.gather(*(judge.score_float_value(sample(a)) for a in "abc"))
-        assert judge.evaluation_steps and judge.str_evaluation_steps.startswith("1. ")  # type: ignore[union-attr]
+        assert judge.evaluation_steps and judge.str_evaluation_steps.startswith("1. ")
         assert await requests() == 4, "the steps once, and a reasoning for each of three samples"
         assert await judge.score_float_value(sample("b")) == pytest.approx(first[1], abs=1e-6)
         assert await requests() == 4
@@ -174,7 +174,7 @@ def test_an_answer_that_is_cut_leaves_the_sample_unscored(one_rank: LiveEngine) 
 
 def test_a_judge_without_a_chat_template_says_so(one_rank: LiveEngine, tmp_path: Path) -> None:
     write_model(tmp_path / "bare")
-    (tmp_path / "bare" / "tokenizer_config.json").write_text("{}")
+    (tmp_path / "bare" / "tokenizer_config.json").write_text('{"eos_token": "l"}')
     one_rank.registry.add("bare", str(tmp_path / "bare"))
 
     async def work() -> None:
