@@ -2,11 +2,13 @@
 
 from harmony_core.algorithms import (
     DPO,
+    ENVGRPO,
     GRPO,
     GSPO,
     PPO,
     SFT,
     CheckpointCallback,
+    EnvironmentValidationCallback,
     GenerateSamplesCallback,
     GraderEvalCallback,
     RecipeCallback,
@@ -16,11 +18,13 @@ from harmony_core.algorithms import (
 
 __all__ = [
     "DPO",
+    "ENVGRPO",
     "GRPO",
     "GSPO",
     "PPO",
     "SFT",
     "CheckpointCallback",
+    "EnvironmentValidationCallback",
     "GenerateSamplesCallback",
     "GraderEvalCallback",
     "RecipeCallback",

@@ -15,6 +15,7 @@ from harmony_core.errors import DataError, PromptTooLong, UsageError
 from harmony_core.rpc.protocol import Generate, Generated, Inspect, Inspected, Sampling, Score, Scored
 from harmony_core.rpc.wire import pack_ints, unpack_floats, unpack_ints
 from harmony_core.text.threads import StringThread, TokenizedThread, check_last_turn
+from harmony_core.text.tool_calls import with_calls
 
 SKIPPED = -1
 """A target that is not scored."""
@@ -95,7 +96,9 @@ class InferenceModel(Handle):
         return (await self._complete(thread, seed, continue_final))[0]
 
     async def _complete(self, thread: AnyThread, seed: int, continue_final: bool) -> tuple[TokenizedThread, Timings]:
-        live = self._live
+        live, tools = self._live, self._settings.tools
+        if tools and "tools" not in thread.template_kwargs:
+            thread = thread.with_template_kwargs(tools=list(tools))
         if not self.is_scalar():  # else it cannot generate at all
             check_last_turn(thread, continue_final)
         prompt = live.tokenizer.unfinished_ids(thread) if continue_final else live.tokenizer.prompt_ids(thread)
@@ -115,7 +118,7 @@ class InferenceModel(Handle):
         )
         rest = max(len(completion) - 1, 1)
         timings = Timings(answer.seconds_to_first, (answer.seconds - answer.seconds_to_first) / rest, len(completion))
-        return tokenized, timings
+        return with_calls(live.tokenizer, tokenized) if tools else tokenized, timings
 
     async def _request_generation(self, prompt: list[int], seed: int) -> Generated:
         live = self._live
