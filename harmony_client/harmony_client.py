@@ -39,4 +39,5 @@ from harmony_core.text.threads import (
     TokenizedThread as TokenizedThread,
     TokenizedTurn as TokenizedTurn,
 )
+from harmony_core.text.tool_calls import Tool as Tool
 from harmony_core.text.turns import Fragment as Fragment

@@ -9,7 +9,7 @@ from typing import Any, NoReturn, Self
 
 from harmony_core.client.engine import Engine
 from harmony_core.client.handle import SamplingSettings
-from harmony_core.client.inference_model import InferenceModel, Timings
+from harmony_core.client.inference_model import InferenceModel, Timings, check_last_turn
 from harmony_core.client.live import DryRunEnded
 from harmony_core.client.losses import AnyThread
 from harmony_core.client.session import TOKENS_TO_GENERATE, ModelBuilder
@@ -18,7 +18,7 @@ from harmony_core.errors import UsageError
 from harmony_core.external.address import Address
 from harmony_core.external.endpoint import Endpoint, split_params
 from harmony_core.rpc.tracebacks import callers_line
-from harmony_core.text.threads import StringThread, check_last_turn
+from harmony_core.text.threads import StringThread
 from harmony_core.text.turns import Turn
 
 

@@ -15,6 +15,10 @@ from harmony_core.errors import DataError, UsageError, did_you_mean
 from harmony_core.grammar import Constraint, Kind
 from harmony_core.request_seeds import apart
 from harmony_core.text.threads import StringThread, TokenizedThread
+from harmony_core.text.tool_calls import Tool
+
+NO_TOOL_URIS = "tool URIs are those of a platform's tools, which are not supported"
+TOOLS_INSTEAD = "model.tools([Tool(name, description, parameters)]) shows tools; an environment answers the calls"
 
 
 class SerializedThread(NamedTuple):
@@ -35,6 +39,7 @@ class SamplingSettings:
     min_gen_len: int = 0
     limits: tuple[Limit, ...] = ()
     constraint: Constraint | None = None
+    tools: tuple[dict[str, Any], ...] = ()
 
 
 @checked_class
@@ -109,6 +114,27 @@ class Handle:
         if max_seqlen < 2:
             raise UsageError(f"max_seqlen must be at least 2, not {max_seqlen}")
         return self._with(limits=(*self._settings.limits, Limit(max_seqlen, setting, setting)))
+
+    def tools(self, tools: Sequence[Tool]) -> Self:
+        """A copy that shows these tools to the model, through the chat template, in `generate` and `generate_tokens`.
+
+        A thread with tools of its own keeps them. A call in a reply becomes function_call fragments of its turn;
+        `tool_calls` reads one that stays text. Raises UsageError if the template cannot show tools.
+        """
+        template = self._live.tokenizer.template
+        if tools and (template is None or "tools" not in template.choices[1].reads):
+            raise UsageError(
+                f"the chat template of {self._live.version.ref} cannot show tools: it does not read 'tools'",
+                hint="add the model with a template that does (models add --chat-template FILE), or describe the "
+                "tools in a system turn and read the calls in the environment",
+            )
+        return self._with(tools=tuple(tool.definition() for tool in tools))
+
+    async def thread_with_tools(self, thread: StringThread, tool_uris: Sequence[str]) -> StringThread:
+        """The thread itself without URIs. Tool URIs are not supported. Raises UsageError."""
+        if tool_uris:
+            raise UsageError(NO_TOOL_URIS, hint=TOOLS_INSTEAD)
+        return thread
 
     def own_seeds(self) -> AbstractContextManager[None]:
         """Give separate random seeds to the requests inside the block.

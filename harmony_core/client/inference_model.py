@@ -25,6 +25,7 @@ from harmony_core.structured_output import (
     render_schema,
 )
 from harmony_core.text.threads import StringThread, TokenizedThread
+from harmony_core.text.tool_calls import with_calls
 from harmony_core.text.turns import StructuredOutput
 
 T = TypeVar("T", bound=BaseModel)
@@ -166,9 +167,11 @@ class InferenceModel(Handle):
     render_pydantic_model = staticmethod(render_pydantic_model)
 
     async def _complete(self, thread: AnyThread, seed: int, continue_final: bool) -> tuple[TokenizedThread, Timings]:
-        live = self._live
+        live, tools = self._live, self._settings.tools
+        if tools and "tools" not in thread.template_kwargs:
+            thread = thread.with_template_kwargs(tools=list(tools))
         if not self.is_scalar():  # else it cannot generate at all
-            _check_last_turn(thread, continue_final)
+            check_last_turn(thread, continue_final)
         prompt = live.tokenizer.unfinished_ids(thread) if continue_final else live.tokenizer.prompt_ids(thread)
         live.check_ids(prompt)
         answer = await self._request_generation(prompt, seed)
@@ -188,7 +191,8 @@ class InferenceModel(Handle):
         )
         rest = max(len(completion) - 1, 1)
         between = (answer.seconds - answer.seconds_to_first) / rest
-        return tokenized, Timings(answer.seconds_to_first, between, len(completion), answer.seconds_to_pages)
+        timings = Timings(answer.seconds_to_first, between, len(completion), answer.seconds_to_pages)
+        return with_calls(live.tokenizer, tokenized) if tools else tokenized, timings
 
     async def _request_generation(self, prompt: list[int], seed: int) -> Generated:
         live = self._live
@@ -365,7 +369,7 @@ class InferenceModel(Handle):
             await asyncio.shield(freed)
 
 
-def _check_last_turn(thread: AnyThread, continue_final: bool) -> None:
+def check_last_turn(thread: AnyThread, continue_final: bool) -> None:
     """Raise DataError if the last turn cannot be continued with `continue_final`, or is unfinished without it."""
     ends_with_assistant = [turn.role for turn in thread.text_turns[-1:]] == ["assistant"]
     finished = thread.generation is not None and thread.generation.finish_reason == "stop"
