@@ -19,12 +19,12 @@ EDGES: dict[str, str] = {
     "grammar": "errors",
     "redaction": "plain_files",
     "model": "errors plain_files",
-    "rpc": "errors model",
+    "rpc": "errors grammar model",
     "confined": "errors plain_files rpc",
     "home": "errors plain_files",
     "recipe_file": "errors rpc",
     "memory": "errors model rpc",
-    "text": "confined errors model notifiers plain_files",
+    "text": "confined errors grammar model notifiers plain_files",
     "engine.kernels": "memory",
     "journal": "notifiers plain_files redaction text",
     "options": "errors",
@@ -38,17 +38,17 @@ EDGES: dict[str, str] = {
     "engine.inference": "engine.kernels engine.models errors memory rpc",
     "engine.training": "engine.kernels engine.models errors recipe_file rpc",
     "engine": "confined engine.inference engine.models engine.training errors options plain_files rpc",
-    "graders": "config errors loggers plain_files rpc text",
+    "graders": "config errors home loggers model plain_files recipe_file redaction registry rpc text",
     "artifacts": "data errors graders journal notifiers plain_files text",
     "launch": "config errors options plain_files redaction rpc",
     "algorithms": "config data errors graders journal loggers notifiers request_seeds runs text",
-    "client": "artifacts config errors home journal launch memory model "
+    "client": "artifacts config errors grammar home journal launch memory model "
     "notifiers options plain_files recipe_file registry request_seeds rpc text",
     "loss_checks": "client engine.training errors text",
     "recipe": "artifacts client config errors graders home journal launch memory notifiers "
     "options plain_files recipe_file registry rpc runs text",
     "adaptive_harmony": "algorithms artifacts client config data errors graders loggers notifiers recipe text",
-    "cli": "config errors home memory notifiers options "
+    "cli": "config errors graders home memory notifiers options "
     "plain_files recipe recipe_file redaction registry rpc runs text",
     "recipes": "adaptive_harmony",
 }

@@ -64,8 +64,11 @@ class GRPO(RolloutTraining):
     mini-batch is one optimizer step. Give either `epochs` over the prompts or `max_num_grpo_steps` batches.
 
     Prompt and completion together have at most `max_batch_size` tokens; a completion that reaches this limit counts
-    as truncated. A prompt is dropped if it leaves no room or if the grader ignores or fails on one of its completions;
-    it is counted under `dropped/<reason>` and replaced by the next. `max_failure_rate` is as in `SFT`.
+    as truncated. A completion that the grader ignores, fails on or does not grade in time is unscored: it leaves its
+    group, whose advantages are those of the scored ones, and is counted in `rewards/unscored` and by reason. A prompt
+    with fewer than two scored completions, or one that leaves no room, is dropped, counted under `dropped/<reason>` and
+    replaced by the next. `max_failure_rate` is as in `SFT`; grades do not count there, but 64 failures of the grader
+    one after the other end the run.
     Prompts whose completions have equal scores stay in (only the divergence from the reference trains them) and are
     counted in `percentage_no_advantages`. The old log-probs are the sampler's own. With `kl_beta=0` there is no
     reference model.
@@ -134,6 +137,7 @@ class GRPO(RolloutTraining):
 
     async def _step(self) -> dict[str, Any]:
         results, metrics = await self.loader.next_batch(settle_each(self.gen_data))
+        metrics |= self.rollout.unscored()
         groups = [group for group in results if group]
         samples = [sample for group in groups for sample in group]
         if not samples:

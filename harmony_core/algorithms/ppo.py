@@ -71,9 +71,9 @@ class PPO(RolloutTraining):
     mini-batches of `samples_per_mini_batch`, each an optimizer step: first all of the policy's, then all of the value
     model's (without weight decay). Give either `epochs` over the prompts or `max_num_ppo_steps` batches.
 
-    Prompts are dropped, counted and replaced as in `GRPO`. Metrics of the value model's steps are logged as `value/*`.
-    `loss_options` are further keyword arguments of `train_ppo`. With `whiten_advantages` the policy is trained on
-    (A - mean) / (std + 1e-8) over a batch's tokens, which cancels a common offset of the values.
+    Prompts are dropped, counted and replaced as in `GRPO`, here with one completion. Metrics of the value model's steps
+    are logged as `value/*`. `loss_options` are further keyword arguments of `train_ppo`. With `whiten_advantages` the
+    policy is trained on (A - mean) / (std + 1e-8) over a batch's tokens, which cancels a common offset of the values.
 
     A subclass may override `generate_sample`, `train_ppo`, `train_value` and `get_train_batch_logs`.
     """
@@ -148,6 +148,7 @@ class PPO(RolloutTraining):
 
     async def _step(self) -> dict[str, Any]:
         results, metrics = await self.loader.next_batch(settle_each(self.generate_sample))
+        metrics |= self.rollout.unscored()
         samples = [sample for sample in results if sample is not None]
         if not samples:
             return metrics

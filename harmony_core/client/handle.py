@@ -10,6 +10,7 @@ from typing import Any, Self
 from harmony_core.client.live import Limit, LiveModel
 from harmony_core.config.argument_kinds import checked_class
 from harmony_core.errors import UsageError
+from harmony_core.grammar import Constraint
 from harmony_core.text.threads import StringThread, TokenizedThread
 
 
@@ -22,6 +23,7 @@ class SamplingSettings:
     max_gen_len: int | None = None
     min_gen_len: int = 0
     limits: tuple[Limit, ...] = ()
+    constraint: Constraint | None = None
 
 
 @checked_class

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, overload
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar, overload
 
+from pydantic import BaseModel
+
+from harmony_core.client.allowed_tokens import AllowedTokens, packed
 from harmony_core.client.handle import Handle
 from harmony_core.client.live import check_length, of_batch, of_context, of_pool
 from harmony_core.client.losses import AnyThread
@@ -14,8 +17,17 @@ from harmony_core.config.argument_kinds import checked_class
 from harmony_core.errors import DataError, PromptTooLong, UsageError
 from harmony_core.rpc.protocol import Generate, Generated, Inspect, Inspected, Sampling, Score, Scored
 from harmony_core.rpc.wire import pack_ints, unpack_floats, unpack_ints
+from harmony_core.structured_output import (
+    generate_and_validate,
+    get_pydantic_schema,
+    parse_constrained,
+    render_pydantic_model,
+    render_schema,
+)
 from harmony_core.text.threads import StringThread, TokenizedThread, check_last_turn
+from harmony_core.text.turns import StructuredOutput
 
+T = TypeVar("T", bound=BaseModel)
 SKIPPED = -1
 """A target that is not scored."""
 
@@ -61,10 +73,14 @@ class InferenceModel(Handle):
         return_timings: Literal[True],
         continue_final: bool = False,
     ) -> Coroutine[Any, Any, tuple[StringThread, Timings]]: ...
+    @overload
+    def generate(
+        self, thread: AnyThread, response_model: type[T], return_timings: bool = False
+    ) -> Coroutine[Any, Any, tuple[StringThread, T]]: ...
     def generate(
         self,
         thread: AnyThread,
-        response_model: None = None,
+        response_model: type[BaseModel] | None = None,
         return_timings: bool = False,
         *,
         continue_final: bool = False,
@@ -74,25 +90,68 @@ class InferenceModel(Handle):
         Tokens that a model with this tokenizer drew before are continued as they were drawn. With `continue_final` the
         thread's last turn, an unfinished assistant turn, is continued; without it such a thread raises DataError. The
         request gets its number, and with it its random seed, when this is called, not when it is awaited.
-        Raises PromptTooLong when no room is left to generate, TokenizationError for tokens that cannot be continued.
+
+        With a `response_model`, a pydantic model, the completion is constrained to its JSON schema, the last turn holds
+        a structured-output fragment, and the result is the thread and the instance; there are no timings.
+
+        Raises PromptTooLong when no room is left to generate, TokenizationError for tokens that cannot be continued,
+        JsonParseError for JSON that is cut off, UsageError for a schema that the grammar cannot express.
         """
+        seed = self._live.next_request_seed()
         if response_model is not None:
-            raise UsageError("structured output (response_model) is not supported", hint="parse the completion instead")
-        return self._generate(thread, self._live.next_request_seed(), return_timings, continue_final)
+            return self._respond(thread, seed, response_model, continue_final, text=True)
+        return self._generate(thread, seed, return_timings, continue_final)
 
     async def _generate(self, thread: AnyThread, seed: int, return_timings: bool, continue_final: bool) -> Any:
         tokenized, timings = await self._complete(thread, seed, continue_final)
         generated = self._live.tokenizer.detokenize(tokenized)
         return (generated, timings) if return_timings else generated
 
+    @overload
     def generate_tokens(
-        self, thread: AnyThread, *, continue_final: bool = False
-    ) -> Coroutine[Any, Any, TokenizedThread]:
+        self, thread: AnyThread, response_model: None = None, *, continue_final: bool = False
+    ) -> Coroutine[Any, Any, TokenizedThread]: ...
+    @overload
+    def generate_tokens(
+        self, thread: AnyThread, response_model: type[T]
+    ) -> Coroutine[Any, Any, tuple[TokenizedThread, T]]: ...
+    def generate_tokens(
+        self, thread: AnyThread, response_model: type[BaseModel] | None = None, *, continue_final: bool = False
+    ) -> Coroutine[Any, Any, Any]:
         """As `generate`, with the tokens as they were drawn, their log-probs and policy versions."""
-        return self._generate_tokens(thread, self._live.next_request_seed(), continue_final)
+        seed = self._live.next_request_seed()
+        if response_model is not None:
+            return self._respond(thread, seed, response_model, continue_final, text=False)
+        return self._generate_tokens(thread, seed, continue_final)
 
     async def _generate_tokens(self, thread: AnyThread, seed: int, continue_final: bool) -> TokenizedThread:
         return (await self._complete(thread, seed, continue_final))[0]
+
+    async def _respond(
+        self, thread: AnyThread, seed: int, response_model: type[BaseModel], continue_final: bool, text: bool
+    ) -> tuple[AnyThread, BaseModel]:
+        """The thread, as text or tokens, with an instance of the model as its last turn, and the instance."""
+        if continue_final:
+            raise UsageError(
+                "continue_final with a response_model: a grammar begins with the turn", hint="leave one out"
+            )
+        schema, live = get_pydantic_schema(response_model), self._live
+        drawn = await self.constrained_decoding(schema, "json")._generate_tokens(thread, seed, False)
+        *before, last = drawn.token_turns
+        cut = last.generation is not None and last.generation.finish_reason == "length"
+        instance = parse_constrained(last.text, response_model, drawn.len_last_turn() if cut else None)
+        fragment = StructuredOutput(last.text, instance.model_dump_json(), schema)
+        answer = TokenizedThread.of(drawn, drawn.token_ids, [*before, replace(last, fragments=(fragment,))])
+        return live.tokenizer.detokenize(answer) if text else answer, instance
+
+    async def generate_and_validate(
+        self, thread: StringThread, pydantic_model: type[T], max_parsing_retries: int = 1
+    ) -> tuple[str, T]:
+        """See `harmony_core.structured_output.generate_and_validate`."""
+        return await generate_and_validate(self, thread, pydantic_model, max_parsing_retries)
+
+    render_schema = staticmethod(render_schema)
+    render_pydantic_model = staticmethod(render_pydantic_model)
 
     async def _complete(self, thread: AnyThread, seed: int, continue_final: bool) -> tuple[TokenizedThread, Timings]:
         live = self._live
@@ -109,6 +168,8 @@ class InferenceModel(Handle):
             logprobs=unpack_floats(answer.logprobs),
             sampled_logprobs=unpack_floats(answer.sampled_logprobs),
             versions=unpack_ints(answer.versions),
+            masked_logprobs=unpack_floats(answer.masked_logprobs),
+            constraint=self._settings.constraint,
             finished=answer.finish_reason == "stop",
             model=live.name,
             continued=continue_final,
@@ -142,6 +203,7 @@ class InferenceModel(Handle):
             min_tokens=settings.min_gen_len,
             seed=seed,
             stop_ids=tuple(sorted(live.tokenizer.stop_ids)),
+            constraint=settings.constraint,
         )
         async with live.generating:
             live.require_live()
@@ -157,7 +219,7 @@ class InferenceModel(Handle):
         return answer
 
     async def logprobs(self, thread: StringThread) -> float:
-        """Sum of the log-probs of the thread's weighted tokens, under the raw distribution.
+        """Sum of the log-probs of the thread's weighted tokens; see `logprobs_per_token`.
 
         Each weighted turn is scored after the prompt that the model would have been given for it, as
         `train_language_modelling` trains it.
@@ -166,9 +228,12 @@ class InferenceModel(Handle):
         return sum(sum(found) for found in await asyncio.gather(*map(self.logprobs_per_token, parts)))
 
     async def logprobs_per_token(self, thread: TokenizedThread) -> list[float]:
-        """One log-prob for each weighted token, in order, under the raw distribution."""
+        """One log-prob for each weighted token, in order, under the raw distribution.
+
+        Those of a turn that was generated under a constraint are renormalised over the tokens that it allowed.
+        """
         self._require_head(scalar=False, method="logprobs")
-        return await self._score_weighted(thread, thread.token_ids[1:])
+        return await self._score_weighted(thread, thread.token_ids[1:], self._live.allowed(thread, "logprobs"))
 
     async def raw_logprobs(self, tokens: Sequence[int]) -> list[float]:
         """The log-prob of each token given those before it; the first is 0."""
@@ -208,13 +273,17 @@ class InferenceModel(Handle):
                 hint="into_scoring_model() before the spawn",
             )
 
-    async def _score_weighted(self, thread: TokenizedThread, targets: Sequence[int]) -> list[float]:
+    async def _score_weighted(
+        self, thread: TokenizedThread, targets: Sequence[int], allowed: AllowedTokens | None = None
+    ) -> list[float]:
         """`_score` of the targets that have a weight."""
         asked = [t if w > 0 else SKIPPED for t, w in zip(targets, thread.token_weights[1:], strict=True)]
-        values = await self._score(thread.token_ids, asked)
+        values = await self._score(thread.token_ids, asked, allowed)
         return [v for v, t in zip(values, asked, strict=True) if t != SKIPPED]
 
-    async def _score(self, ids: Sequence[int], targets: Sequence[int]) -> list[float]:
+    async def _score(
+        self, ids: Sequence[int], targets: Sequence[int], allowed: AllowedTokens | None = None
+    ) -> list[float]:
         """The log-prob or value of each target, given the ids up to its position, from the ranks."""
         live, tokens = self._live, ids[: len(targets)]
         live.require_ranks()
@@ -227,7 +296,9 @@ class InferenceModel(Handle):
             check_length(live, PromptTooLong, thread, "the thread to score has {} tokens", limits)
         live.check_ids(ids)
         replica = live.least_busy()
-        message = Score(model=live.name, replica=replica, tokens=pack_ints(tokens), targets=pack_ints(targets))
+        packed_tokens = pack_ints(tokens), pack_ints(targets), *packed([(len(tokens), allowed)])
+        names = "tokens", "targets", "allowed", "masks"
+        message = Score(model=live.name, replica=replica, **dict(zip(names, packed_tokens, strict=True)))
         answer = await asyncio.shield(live.post(replica, message, len(tokens)).future)
         assert isinstance(answer, Scored)
         return unpack_floats(answer.logprobs)

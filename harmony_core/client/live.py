@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from msgspec import structs
 
+from harmony_core.client.allowed_tokens import AllowedTokens, allowed_tokens
 from harmony_core.client.batching import (
     Accepted,
     Loss,
@@ -246,9 +247,19 @@ class LiveModel:
     def sample(
         self, thread: TokenizedThread, coefficients: list[float], loss: Loss, fields: dict[str, list[float]]
     ) -> TrainSample:
-        """A thread as inputs and targets of a loss, with the sampler's log-probs of the targets."""
-        tokens = thread.token_ids
-        return TrainSample(tokens[:-1], tokens[1:], coefficients, self._recorded(thread), loss, fields)
+        """A thread as inputs and targets of a loss, with the sampler's log-probs and the allowed tokens of the targets."""
+        tokens, recorded = thread.token_ids, self._recorded(thread)
+        verb = "train_language_modelling" if loss.name == "linear" else f"train_{loss.name}"
+        return TrainSample(
+            tokens[:-1], tokens[1:], coefficients, recorded, loss, fields, False, self.allowed(thread, verb)
+        )
+
+    def allowed(self, thread: TokenizedThread, verb: str) -> AllowedTokens | None:
+        """The tokens that the grammars of the thread's constrained turns allowed; None without such turns.
+
+        Raises UsageError, naming `verb`, if they cannot be known.
+        """
+        return None if self.spawn.scalar else allowed_tokens(thread, verb, self.tokenizer.fingerprint, self._grammar)
 
     def _recorded(self, thread: TokenizedThread) -> list[float] | None:
         """The sampler's log-prob of each target; NaN where another model or older weights drew it."""
@@ -256,12 +267,12 @@ class LiveModel:
         if record is None or record.model != self.name:
             return None
         last, present = thread.token_turns[-1], self.present_version
-        if len(record.logprobs) != last.end - last.start:
+        if len(record.policy_logprobs) != last.end - last.start:
             return None
         found = [math.nan] * (len(thread.token_ids) - 1)
         found[last.start - 1 : last.end - 1] = [
             logprob if version == present else math.nan
-            for logprob, version in zip(record.logprobs, record.versions, strict=True)
+            for logprob, version in zip(record.policy_logprobs, record.versions, strict=True)
         ]
         return found
 

@@ -30,8 +30,9 @@ from harmony_core.client.storage import ModelState, save_live
 from harmony_core.config.argument_kinds import checked_class, whole
 from harmony_core.errors import HarmonyError, TokenizationError, UsageError
 from harmony_core.rpc.protocol import AbandonStep, Message, OptimStep, SetStep, StepMetrics
+from harmony_core.text.row_lengths import growth
 from harmony_core.text.threads import TokenizedThread
-from harmony_core.text.tokenization import MAX_GROWTH, growth
+from harmony_core.text.tokenization import MAX_GROWTH
 
 Queued = Coroutine[Any, Any, None]
 

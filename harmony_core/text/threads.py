@@ -125,12 +125,11 @@ class StringThread(Conversation[Turn]):
         return self._append("tool", ToolResponse(call_id, _checked_text(content)), 0.0)
 
     def structured(self, value: Any) -> StringThread:
-        """A copy with a pydantic instance appended as an assistant turn of weight 1."""
+        """A copy with a pydantic instance, its JSON and its schema's JSON appended as an assistant turn of weight 1."""
         if not hasattr(value, "model_dump_json"):
             raise TypeError(f"structured() takes a pydantic instance, not {type(value).__name__}")
-        schema = type(value).model_json_schema()
-        fragment = StructuredOutput(value.model_dump_json(), value.model_dump(mode="json"), schema)
-        return self._append("assistant", fragment, 1.0)
+        text, schema = value.model_dump_json(), json.dumps(type(value).model_json_schema())
+        return self._append("assistant", StructuredOutput(text, text, schema), 1.0)
 
     def last_content(self) -> str:
         """The text of the last turn. Raises DataError if the thread is empty."""

@@ -30,6 +30,7 @@ from typing import Any
 from tokenizers import Encoding
 
 from harmony_core.errors import TokenizationError, UsageError, did_you_mean
+from harmony_core.grammar import Constraint
 from harmony_core.notifiers import say
 from harmony_core.text import tokenizer_files
 from harmony_core.text.chat_template import ChatTemplate
@@ -99,6 +100,10 @@ class ChatTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, with special tokens."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+
+    def to_json(self) -> str:
+        """The tokenizer as tokenizer.json, with the tokens that other files declare: what `GrammarTokenizer` reads."""
+        return self._tokenizer.to_str()
 
     def tokenless(self, size: int) -> tuple[tuple[int, int], ...]:
         """The ids below `size` without a token, as half-open ranges."""
@@ -181,8 +186,7 @@ class ChatTokenizer:
 
     def unfinished_ids(self, thread: StringThread | TokenizedThread) -> list[int]:
         """The conversation up to the end of its last, unfinished assistant turn. Raises TokenizationError."""
-        turns = thread.text_turns
-        *before, last = turns
+        *before, last = turns = thread.text_turns
         if isinstance(thread, TokenizedThread) and thread.ends_with_last_turn():
             return list(thread.token_ids)
         if (record := last.generated_with(self._fingerprint)) is not None:
@@ -238,15 +242,16 @@ class ChatTokenizer:
         logprobs: Sequence[float] = (),
         sampled_logprobs: Sequence[float] = (),
         versions: Sequence[int] = (),
+        masked_logprobs: Sequence[float] = (),
+        constraint: Constraint | None = None,
         finished: bool = True,
         model: str = "",
         continued: bool = False,
     ) -> TokenizedThread:
-        """The thread with the tokens that a model generated for `prompt_ids` as its last turn, with weight 1.
+        """The thread with the tokens that a model generated for `prompt_ids` as its last turn, alone with weight.
 
-        All other turns get weight 0. `finished` is true if the model ended the turn itself; `model` is its name.
-        `continued`: the completion continues the last turn. Earlier generated tokens of this turn keep their numbers. A
-        text that no model generated becomes part of the turn, but not of its weighted tokens.
+        `finished`: whether the model ended the turn itself; `model`: its name. `continued`: the completion continues
+        the last turn, whose generated tokens keep their numbers; other text of it is in the turn, without weight.
         """
         turns = thread.text_turns
         start, begun = len(prompt_ids), None
@@ -255,8 +260,9 @@ class ChatTokenizer:
             prompt = self._prompt_ids(turns, thread.template_kwargs) if begun is None else prompt_ids
             start = len(prompt) - (len(begun.tokens) if begun is not None else 0)
         tokens = (*prompt_ids[start:], *completion_ids)
-        finish, numbers = "stop" if finished else "length", (tuple(logprobs), tuple(sampled_logprobs), tuple(versions))
-        record = GenerationRecord(*numbers, finish, model, tokens, self._fingerprint).after(begun)
+        numbers = tuple(logprobs), tuple(sampled_logprobs), tuple(versions), "stop" if finished else "length"
+        masked = tuple(masked_logprobs)
+        record = GenerationRecord(*numbers, model, tokens, self._fingerprint, masked, constraint).after(begun)
         ended = bool(completion_ids) and completion_ids[-1] in self.stop_ids
         text = self.decode_behind(prompt_ids[:start], tokens[:-1] if ended else tokens)
         ids = [*prompt_ids, *completion_ids]
@@ -392,9 +398,3 @@ def _unread(template: ChatTemplate, name: str) -> str:
     known = [other for other in template.reads if other not in RESERVED and not other.endswith("_token")]
     hint = did_you_mean(name, known)
     return f"{template.origin}: the chat template does not read {name!r}{hint and f'; {hint}'}"
-
-
-def growth(parts: Sequence[TokenizedThread]) -> float:
-    """The tokens of all parts of a thread, divided by those of its longest part; 1 if the thread is not split."""
-    lengths = [len(part.token_ids) for part in parts]
-    return sum(lengths) / max(lengths)

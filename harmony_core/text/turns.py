@@ -15,6 +15,7 @@ from typing import Any, Generic, NamedTuple, NoReturn, Self, TypeVar, cast
 import msgspec
 
 from harmony_core.errors import DataError, TokenizationError
+from harmony_core.grammar import Constraint
 from harmony_core.text.display import wrapped
 from harmony_core.text.image_utils import checked_image, data_uri, image_of_uri
 
@@ -188,6 +189,8 @@ class GenerationRecord:
     `finish_reason` is "stop" if the model ended the turn itself and "length" if it was cut. `model` is the name of the
     spawn. `tokens` are all tokens of the turn after its prompt; a given text that the model continued comes first and
     has no numbers. `tokenizer` is the fingerprint of the tokenizer of these tokens.
+    `masked_logprobs`: those at temperature 1 over the tokens that the `constraint` allowed, one for each token that was
+    sampled under one; `logprobs` ignore it. A continued turn has the last constraint of its parts.
     """
 
     logprobs: tuple[float, ...]
@@ -197,18 +200,17 @@ class GenerationRecord:
     model: str = ""
     tokens: tuple[int, ...] = ()
     tokenizer: str = ""
+    masked_logprobs: tuple[float, ...] = ()
+    constraint: Constraint | None = None
 
     def after(self, earlier: GenerationRecord | None) -> GenerationRecord:
         """The record of the whole turn, with the numbers of the tokens that were sampled earlier."""
         if earlier is None:
             return self
-        return replace(
-            self,
-            logprobs=earlier.logprobs + self.logprobs,
-            sampled_logprobs=earlier.sampled_logprobs + self.sampled_logprobs,
-            versions=earlier.versions + self.versions,
-            model=self.model if self.model == earlier.model else "",
-        )
+        numbers = "logprobs", "sampled_logprobs", "versions", "masked_logprobs"
+        joined = {name: getattr(earlier, name) + getattr(self, name) for name in numbers}
+        model = self.model if self.model == earlier.model else ""
+        return replace(self, **joined, model=model, constraint=self.constraint or earlier.constraint)
 
 
 @dataclass(frozen=True, slots=True)
