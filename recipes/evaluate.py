@@ -69,6 +69,8 @@ async def main(config: Config, ctx: RecipeContext) -> dict[str, Any]:
         live = live.temperature(config.temperature).max_gen_len(config.max_gen_len)
         answers = await async_map_fallible(live.generate, prompts, stage_notifier=ctx.job.stage_notifier("Answering"))
         await live.dealloc()
+        if not answers:
+            raise ValueError(f"{key} answered none of {len(rows)} questions; the log says why")
         answered[key] = len(answers)
         for prompt, answer in list(zip(prompts, answers, strict=False))[: config.show]:
             print(f"  {prompt.last_content()} -> {answer.last_content()!r}, right: {prompt.metadata['answer']!r}")
@@ -78,8 +80,6 @@ async def main(config: Config, ctx: RecipeContext) -> dict[str, Any]:
             return EvalSample(EvalSampleInteraction(answer, source), grades, config.dataset.dataset_key)
 
         samples += await async_map(graded, answers, stage_notifier=ctx.job.stage_notifier("Grading"))
-    if not samples:
-        raise ValueError("no question was answered; the log says why")
     EvaluationArtifact("evaluation", ctx).add_samples(samples)
     ctx.log_eval_result(samples)
 

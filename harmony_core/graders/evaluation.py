@@ -130,8 +130,9 @@ class Difference(NamedTuple):
     prompts: int
 
     def __str__(self) -> str:
-        told = f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}] over {self.prompts} prompts"
-        return f"{self.grader}: {self.model} - {self.baseline} = {told}"
+        told = f"= {self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}] over {self.prompts} prompts"
+        told = told if self.prompts else "is not known: no prompt has a score of both"
+        return f"{self.grader}: {self.model} - {self.baseline} {told}"
 
 
 def compare_models(samples: Sequence[EvalSample], **bootstrap: Any) -> list[Difference]:
