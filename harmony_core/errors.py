@@ -16,6 +16,8 @@
     │       ├── OutputParserException 2 a completion that cannot be read as JSON of a schema; details: llm_output
     │       ├── JsonParseError       2  a model that gave no JSON of a schema; details: completion
     │       ├── IgnoreGradeException 2  a grader asks that its sample does not count
+    │       ├── EnvironmentFailed    2  an environment raised, or gave something else than documented
+    │       │   └── EnvironmentTimeout 2  an environment did not answer in time
     │       └── TooManyFailures      2  more failed than is tolerated; details: failures, and batch_size or rows
     ├── NotFoundError                3  a named thing does not exist
     ├── ResourceError                4  devices, packages, disk
@@ -26,6 +28,7 @@
     │   ├── RankError                5  an exception on a rank; details: rank, type, traceback
     │   └── StepFailed               5  an accepted sample failed; the step's gradients are gone
     │       └── LossFailed           1  it failed in the recipe's own loss
+    ├── ProviderError                1  an external model's provider failed; details: status, None without a reply
     ├── ConflictError                6  exists already, in use, name taken
     ├── VerificationError            7  bytes differ from what was recorded, or a file that must not be read
     ├── InternalError               70  our bug
@@ -155,6 +158,14 @@ class JsonParseError(DataError, ValueError):
         self.completion = completion
 
 
+class EnvironmentFailed(DataError, ValueError):
+    """An environment raised, or gave something else than documented: its trajectory does not count."""
+
+
+class EnvironmentTimeout(EnvironmentFailed):
+    """An environment did not answer in time."""
+
+
 class TooManyFailures(DataError, RuntimeError):
     """More items failed, not for their length, than is tolerated. Details: failures, and batch_size or rows."""
 
@@ -205,6 +216,16 @@ class LossFailed(StepFailed):
     """The recipe's own loss raised, or returned an invalid value. The engine is sound, and so is the next step."""
 
     exit_code = 1
+
+
+class ProviderError(HarmonyError):
+    """The provider of an external model refused a request, failed, or did not answer. Details: status."""
+
+    @property
+    def status(self) -> int | None:
+        """The HTTP status; None if there was no reply, or it could not be read."""
+        status: int | None = self.details.get("status")
+        return status
 
 
 class ConflictError(HarmonyError):

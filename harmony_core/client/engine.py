@@ -115,6 +115,8 @@ class Engine:
         self.planned: list[dict[str, Any]] = []
         self.planned_copies: dict[str, Spawn] = {}
         """By live model: its copy whose memory is promised and that is not made yet."""
+        self.closing = contextlib.AsyncExitStack()
+        """What is to be closed with the engine."""
         self._held_versions = contextlib.ExitStack()
         self._held_references: set[str] = set()
         self.spawn_order = asyncio.Lock()
@@ -201,6 +203,7 @@ class Engine:
         """Stop the ranks; nothing of the run is left afterwards."""
         self._closed = True
         self._held_versions.close()
+        await self.closing.aclose()
         if self._launching is not None:
             await _stop(self._launching, grace)
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from harmony_core.client.allowed_tokens import AllowedTokens, packed
 from harmony_core.client.handle import Handle
-from harmony_core.client.live import check_length, of_batch, of_context, of_pool
+from harmony_core.client.limits import check_length, of_batch, of_context, of_pool
 from harmony_core.client.losses import AnyThread
 from harmony_core.config.argument_kinds import checked_class
 from harmony_core.errors import DataError, PromptTooLong, UsageError
@@ -24,7 +24,7 @@ from harmony_core.structured_output import (
     render_pydantic_model,
     render_schema,
 )
-from harmony_core.text.threads import StringThread, TokenizedThread, check_last_turn
+from harmony_core.text.threads import StringThread, TokenizedThread
 from harmony_core.text.turns import StructuredOutput
 
 T = TypeVar("T", bound=BaseModel)
@@ -34,21 +34,27 @@ SKIPPED = -1
 
 @dataclass(frozen=True)
 class Timings:
-    """How long one generation took, on the rank. `ttft`: until the first token; `tbt`: between tokens, on average."""
+    """How long one generation took, on the rank; each time in seconds, and under `..._ms` in milliseconds.
+
+    `ttft`: until the first token, from the request on or from its pages on; `tbt`: between tokens, on average;
+    `kv_cache_allocated`: until there were pages for it. `spec_dec_acceptance_rate` is 0: there are no draft models.
+    """
 
     ttft_from_creation_sec: float
     tbt_sec: float
     num_tokens: int
+    kv_cache_allocated_sec: float = 0.0
+    spec_dec_acceptance_rate: float = 0.0
 
     @property
-    def ttft_from_creation_ms(self) -> float:
-        """Milliseconds until the first token."""
-        return self.ttft_from_creation_sec * 1000
+    def ttft_from_cache_allocation_sec(self) -> float:
+        """From the pages to the first token."""
+        return self.ttft_from_creation_sec - self.kv_cache_allocated_sec
 
-    @property
-    def tbt_ms(self) -> float:
-        """Milliseconds between tokens."""
-        return self.tbt_sec * 1000
+    ttft_from_creation_ms = property(lambda self: self.ttft_from_creation_sec * 1000)
+    ttft_from_cache_allocation_ms = property(lambda self: self.ttft_from_cache_allocation_sec * 1000)
+    kv_cache_allocated_ms = property(lambda self: self.kv_cache_allocated_sec * 1000)
+    tbt_ms = property(lambda self: self.tbt_sec * 1000)
 
 
 @checked_class
@@ -132,9 +138,7 @@ class InferenceModel(Handle):
     ) -> tuple[AnyThread, BaseModel]:
         """The thread, as text or tokens, with an instance of the model as its last turn, and the instance."""
         if continue_final:
-            raise UsageError(
-                "continue_final with a response_model: a grammar begins with the turn", hint="leave one out"
-            )
+            raise UsageError("continue_final with a response_model: its grammar begins with the turn")
         schema, live = get_pydantic_schema(response_model), self._live
         drawn = await self.constrained_decoding(schema, "json")._generate_tokens(thread, seed, False)
         *before, last = drawn.token_turns
@@ -156,7 +160,7 @@ class InferenceModel(Handle):
     async def _complete(self, thread: AnyThread, seed: int, continue_final: bool) -> tuple[TokenizedThread, Timings]:
         live = self._live
         if not self.is_scalar():  # else it cannot generate at all
-            check_last_turn(thread, continue_final)
+            _check_last_turn(thread, continue_final)
         prompt = live.tokenizer.unfinished_ids(thread) if continue_final else live.tokenizer.prompt_ids(thread)
         live.check_ids(prompt)
         answer = await self._request_generation(prompt, seed)
@@ -175,8 +179,8 @@ class InferenceModel(Handle):
             continued=continue_final,
         )
         rest = max(len(completion) - 1, 1)
-        timings = Timings(answer.seconds_to_first, (answer.seconds - answer.seconds_to_first) / rest, len(completion))
-        return tokenized, timings
+        between = (answer.seconds - answer.seconds_to_first) / rest
+        return tokenized, Timings(answer.seconds_to_first, between, len(completion), answer.seconds_to_pages)
 
     async def _request_generation(self, prompt: list[int], seed: int) -> Generated:
         live = self._live
@@ -281,8 +285,21 @@ class InferenceModel(Handle):
         values = await self._score(thread.token_ids, asked, allowed)
         return [v for v, t in zip(values, asked, strict=True) if t != SKIPPED]
 
+    async def embed(self, tokens: Sequence[int]) -> list[float]:
+        """The hidden state of the last token, after the final norm: one number for each of the model's dimensions.
+
+        Raises DataError without tokens.
+        """
+        if not tokens:
+            raise DataError("no tokens: there is nothing to embed")
+        return await self._score(tokens, [SKIPPED] * len(tokens), embed=True)
+
     async def _score(
-        self, ids: Sequence[int], targets: Sequence[int], allowed: AllowedTokens | None = None
+        self,
+        ids: Sequence[int],
+        targets: Sequence[int],
+        allowed: AllowedTokens | None = None,
+        embed: bool = False,
     ) -> list[float]:
         """The log-prob or value of each target, given the ids up to its position, from the ranks."""
         live, tokens = self._live, ids[: len(targets)]
@@ -298,7 +315,7 @@ class InferenceModel(Handle):
         replica = live.least_busy()
         packed_tokens = pack_ints(tokens), pack_ints(targets), *packed([(len(tokens), allowed)])
         names = "tokens", "targets", "allowed", "masks"
-        message = Score(model=live.name, replica=replica, **dict(zip(names, packed_tokens, strict=True)))
+        message = Score(model=live.name, replica=replica, embed=embed, **dict(zip(names, packed_tokens, strict=True)))
         answer = await asyncio.shield(live.post(replica, message, len(tokens)).future)
         assert isinstance(answer, Scored)
         return unpack_floats(answer.logprobs)
@@ -308,10 +325,11 @@ class InferenceModel(Handle):
         tokenizer = self._live.tokenizer
         return tokenizer.decode_behind(tokenizer.encode(prompt), await self.raw_token_create(prompt))
 
-    async def raw_token_create(self, prompt: str) -> list[int]:
-        """As `raw_string_create`, as token ids; a final stop token is left out."""
-        tokenizer = self._live.tokenizer
-        answer = await self._request_generation(tokenizer.encode(prompt), self._live.next_request_seed())
+    async def raw_token_create(self, prompt: Sequence[int] | str) -> list[int]:
+        """The ids of new tokens after a prompt, in ids or as text; a final stop token is left out."""
+        ids = self._live.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        self._live.check_ids(ids)
+        answer = await self._request_generation(ids, self._live.next_request_seed())
         tokens = unpack_ints(answer.tokens)
         return tokens[:-1] if answer.finish_reason == "stop" else tokens
 
@@ -337,3 +355,16 @@ class InferenceModel(Handle):
         freed = self._live.free()
         if freed is not None:
             await asyncio.shield(freed)
+
+
+def _check_last_turn(thread: AnyThread, continue_final: bool) -> None:
+    """Raise DataError if the last turn cannot be continued with `continue_final`, or is unfinished without it."""
+    ends_with_assistant = [turn.role for turn in thread.text_turns[-1:]] == ["assistant"]
+    finished = thread.generation is not None and thread.generation.finish_reason == "stop"
+    if continue_final and (finished or not ends_with_assistant):
+        reason = "is finished" if finished else "is not the assistant's"
+        raise DataError(f"continue_final=True: the last turn {reason}, so there is nothing to continue")
+    if ends_with_assistant and not finished and not continue_final:
+        cut = " that was cut for its length" if thread.generation is not None else ""
+        hint = "continue_final=True continues it; else append a user turn, or take StringThread(thread.messages())"
+        raise DataError(f"the thread ends with an assistant turn{cut}", hint=hint)

@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 from msgspec import structs
 
 from harmony_core.client.engine import Engine, EventSink
+from harmony_core.client.progress import SpawnsWithProgress
 from harmony_core.client.storage import SCHEME
 from harmony_core.config.argument_kinds import checked, whole
 from harmony_core.errors import HarmonyError, ModelRefused, NotFoundError, UsageError
+from harmony_core.external.address import Address
 from harmony_core.home import Home
 from harmony_core.journal import current
 from harmony_core.launch.processes import private_directory
@@ -44,7 +46,7 @@ PREFILL_TOKENS = 8192
 """The most tokens that an inference model takes in one pass."""
 
 
-class ModelBuilder:
+class ModelBuilder(SpawnsWithProgress):
     """Fluent configuration of one model; every setter returns a new builder."""
 
     def __init__(self, engine: Engine, version: ModelVersion, asked: Spawn, variables: TemplateKwargs) -> None:
@@ -163,7 +165,7 @@ class ModelBuilder:
 
     def with_draft(self, draft_model_path: str, num_draft_steps: int | None = None) -> ModelBuilder:
         """Speculative decoding is not supported. Raises UsageError."""
-        raise UsageError("speculative decoding (with_draft) is not supported")
+        raise UsageError("speculative decoding (with_draft) is not supported", hint="leave with_draft out")
 
     def tools(self, tools: list[str]) -> ModelBuilder:
         """Tool URIs are not supported. Raises UsageError unless the list is empty."""
@@ -172,14 +174,14 @@ class ModelBuilder:
         return self
 
     def extra_params(self, **params: Any) -> ModelBuilder:
-        """For external providers, which are not supported. Raises UsageError unless empty."""
+        """For external models. Raises UsageError unless empty."""
         if params:
-            raise UsageError(f"extra_params are for external providers; {', '.join(params)} means nothing here")
+            raise UsageError(f"extra_params are for external models; {', '.join(params)} means nothing here")
         return self
 
     def api_key(self, api_key: str) -> ModelBuilder:
-        """For external providers, which are not supported. Raises UsageError."""
-        raise UsageError("api_key is for external providers; local models need none")
+        """For external models. Raises UsageError."""
+        raise UsageError("api_key is for external models; local models need none")
 
     def to_python_dict(self) -> dict[str, Any]:
         """The full configuration, with defaults filled in."""
@@ -263,16 +265,18 @@ class HarmonyClient:
 
     @checked
     def model(self, path: str, kv_cache_len: int | None = None, tokens_to_generate: int | None = None) -> ModelBuilder:
-        """A builder for a registry key, `key@version`, or `model_registry://key`. Raises NotFoundError."""
-        scheme, found, _ = path.partition("://")
-        if found and path.removeprefix(SCHEME) == path:
-            raise UsageError(
-                f"{path!r}: models of the scheme {scheme}:// cannot be used here",
-                hint="name a model of the local registry",
-            )
-        version = self._engine.registry.resolve(path.removeprefix(SCHEME))
-        builder = ModelBuilder.of(self._engine, version)
-        if kv_cache_len is not None:
+        """A builder for a registry key, `key@version`, `model_registry://key`, or an external model's key.
+
+        `kv_cache_len` has no effect on an external model. Raises NotFoundError, and UsageError for an unknown scheme.
+        """
+        address = Address.parse(path)
+        if address is not None:
+            from harmony_core.client.external_model import ExternalBuilder
+
+            builder: ModelBuilder = ExternalBuilder(self._engine, address)
+        else:
+            builder = ModelBuilder.of(self._engine, self._engine.registry.resolve(path.removeprefix(SCHEME)))
+        if kv_cache_len is not None and address is None:
             builder = builder.kv_cache_len(kv_cache_len)
         if tokens_to_generate is not None:
             builder = builder.tokens_to_generate(tokens_to_generate)

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from harmony_core.config.parameters import Model, Parameter
+from harmony_core.config.parameters import Parameter
 from harmony_core.config.schema import Node, Schema, UnknownKey, bounds_of, from_text, is_open
 from harmony_core.config.yaml_source import (
     DEFAULT,
@@ -33,7 +33,7 @@ from harmony_core.config.yaml_source import (
     raise_if_any,
 )
 from harmony_core.errors import HarmonyError
-from harmony_core.registry import Registry
+from harmony_core.registry import ModelVersion, Registry
 
 ENV_PREFIX = "ADAPTIVE_CFG__"
 
@@ -347,7 +347,7 @@ def settle_names(
             told = "; ".join(filter(None, (error.message, error.hint)))
             failures.append((error, Issue(told, source, dotted(path), error.code)))
             return parameter
-        if isinstance(parameter, Model):
+        if isinstance(found, ModelVersion):
             models[dotted(path)] = {"ref": found.ref, "digest": found.digest, "path": str(found.path)}
         return parameter
 

@@ -35,6 +35,7 @@ from harmony_core.data.columns import check_columns
 from harmony_core.data.datasets import check_hub_name, is_hub_name, load_threads
 from harmony_core.data.files import paths_of
 from harmony_core.errors import HarmonyError, ModelRefused, NotFoundError, UsageError, did_you_mean
+from harmony_core.external.address import Address
 from harmony_core.journal import current
 from harmony_core.plain_files import expanded
 
@@ -121,7 +122,7 @@ def _kind_of(cls: type[BaseModel], base: type[KindT]) -> type[KindT]:
 
 
 class Model(KeyOnly, Generic[ModelKindT]):
-    """A model of the registry by its key. The builder's setters may be called on it; `to_builder` replays them."""
+    """A model of the registry, or an external one, by its key. `to_builder` replays the setters called on it."""
 
     key_field: ClassVar[str] = "model_key"
     schema_format: ClassVar[str] = "model-key"
@@ -140,11 +141,17 @@ class Model(KeyOnly, Generic[ModelKindT]):
         model._calls = self._calls
         return model
 
-    def check(self, registry: Registry) -> ModelVersion:
-        """The version that the key refers to.
+    def check(self, registry: Registry) -> ModelVersion | Address:
+        """The version that the key refers to, or the address of an external model.
 
-        Raises NotFoundError for an unknown key, ModelRefused if a kind that cannot be trained is to be trained.
+        Raises NotFoundError for an unknown key, ModelRefused if a kind that cannot be trained is to be trained,
+        ResourceError if an external model's SDK or key is missing.
         """
+        if (address := Address.parse(self.model_key)) is not None:
+            if issubclass(self.kind(), model_kinds.Trainable):
+                raise ModelRefused(f"'{address.key}' is an external model and cannot be trained")
+            address.check()
+            return address
         version = registry.resolve(self.model_key)
         if issubclass(self.kind(), model_kinds.Trainable) and not version.trainable:
             raise ModelRefused(
@@ -175,7 +182,7 @@ class Model(KeyOnly, Generic[ModelKindT]):
         return self._recorded("into_scoring_model")
 
     def extra_params(self, **params: Any) -> Self:
-        """Parameters for an external provider."""
+        """Parameters of an external model."""
         return self._recorded("extra_params", **params)
 
     def tools(self, tools: list[str]) -> Self:
@@ -183,7 +190,7 @@ class Model(KeyOnly, Generic[ModelKindT]):
         return self._recorded("tools", tools)
 
     def api_key(self, api_key: str) -> Self:
-        """An external provider's key."""
+        """An external model's key, which must be the environment's."""
         return self._recorded("api_key", api_key)
 
     @checked

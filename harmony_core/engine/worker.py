@@ -73,6 +73,7 @@ def score(model: CausalLM, adapter: str | None, requests: list[Score], head: Ten
     """Return float32 log-probs `[T]` of the targets of each request; a negative target is skipped and gives 0.
 
     With a scalar `head`, return the values at the positions of the targets instead; any non-negative target will do.
+    A request to `embed` gets the hidden state of its last token, `[d]`.
     """
     tokens = [np.frombuffer(request.tokens, "<i4").astype(np.int64) for request in requests]
     targets = np.concatenate([np.frombuffer(request.targets, "<i4").astype(np.int64) for request in requests])
@@ -95,7 +96,10 @@ def score(model: CausalLM, adapter: str | None, requests: list[Score], head: Ten
             else:
                 found = scores(model, rows, head)
             values[asked] = found.float().cpu().numpy()
-    return [part.astype("<f4").tobytes() for part in np.split(values, np.cumsum(lengths)[:-1])]
+        last = hidden[put(np.cumsum(lengths) - 1)].float().cpu().numpy()
+    parts = np.split(values, np.cumsum(lengths)[:-1])
+    answers = [state if request.embed else part for request, state, part in zip(requests, last, parts, strict=True)]
+    return [answer.astype("<f4").tobytes() for answer in answers]
 
 
 Result = TypeVar("Result")

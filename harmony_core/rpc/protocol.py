@@ -297,6 +297,8 @@ class Generated(Message):
     """"stop" or "length"."""
     seconds_to_first: float
     seconds: float
+    seconds_to_pages: float = 0.0
+    """How long the request waited for pages."""
     masked_logprobs: bytes = b""
     """Of a constrained completion: log-probs at temperature 1 over the allowed tokens, before other filters, float32;
     empty without a constraint."""
@@ -318,12 +320,14 @@ class Score(Message):
     replica: int
     tokens: bytes
     targets: bytes
+    embed: bool = False
+    """Answer with the hidden state of the last token instead."""
     allowed: bytes = b""
     masks: bytes = b""
 
 
 class Scored(Message):
-    """float32, one for each target."""
+    """float32, one for each target; for an `embed`, one for each dimension."""
 
     logprobs: bytes
 

@@ -20,6 +20,7 @@ import secrets
 import sys
 import tempfile
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -284,6 +285,15 @@ class Outcome:
     """The place where a dry run ended."""
     resume: dict[str, Any] | None = None
     """Where and how the run can be resumed."""
+    external: dict[str, Counter[str]] = field(default_factory=dict)
+    """Requests and tokens of each external model, by its key."""
+
+    def count_request(self, event: dict[str, Any]) -> None:
+        """Add an event of a request to an external model to the totals."""
+        if event["type"] == "external.request":
+            data = event["data"]
+            counted = ("requests", "failed", "cut", "prompt_tokens", "completion_tokens")
+            self.external.setdefault(data["key"], Counter()).update({name: data[name] for name in counted})
 
     def fail(self, error: BaseException) -> None:
         """Record an error; of several errors, the lowest exit code counts."""
@@ -302,6 +312,8 @@ class Outcome:
             "run": run_id,
             **{name: plain(getattr(self, name)) for name in ("result", "gates", "models", "errors", "resume")},
         }
+        if self.external:
+            data["external"] = plain(self.external)
         if self.status == "planned":
             data |= {"plan": plain(self.plan), "rows": plain(self.rows), "planned_until": self.planned_until or None}
         return data

@@ -213,8 +213,13 @@ class TokenizedThread(Conversation[TokenTurn]):
 
     @property
     def logprobs(self) -> list[float] | None:
-        """The raw log-prob of each weighted token, or None if the weighted tokens are not the generated ones."""
+        """The raw log-prob of each weighted token, or None if one of them was not generated."""
         return self._recorded("logprobs")
+
+    @property
+    def policy_logprobs(self) -> list[float] | None:
+        """Like `logprobs`, but over the tokens that a constraint allowed: what `logprobs_per_token` gives."""
+        return self._recorded("policy_logprobs")
 
     @property
     def sampled_logprobs(self) -> list[float] | None:
@@ -223,7 +228,7 @@ class TokenizedThread(Conversation[TokenTurn]):
 
     @property
     def versions(self) -> list[int] | None:
-        """The policy version of each weighted token, or None if the weighted tokens are not the generated ones."""
+        """The policy version of each weighted token, or None if one of them was not generated."""
         return self._recorded("versions")
 
     def get_turns(self) -> list[TokenizedTurn]:
@@ -280,10 +285,10 @@ class TokenizedThread(Conversation[TokenTurn]):
         return super()._with_turns(turns)
 
     def _recorded(self, numbers: str) -> list[Any] | None:
-        """Numbers of the last turn's record, or None if the last turn is not the only one with a weight."""
-        record = self.generation
-        weighted = [turn for turn in self._turns if turn.weight > 0]
-        return list(getattr(record, numbers)) if record is not None and weighted == [*self._turns[-1:]] else None
+        """Numbers of the weighted turns' records, or None if a weighted token has none."""
+        lists = [(t.end - t.start, getattr(t.generation, numbers, ())) for t in self._turns if t.weight > 0]
+        complete = lists and all(length == len(found) for length, found in lists)
+        return [number for _, found in lists for number in found] if complete else None
 
     def __repr__(self) -> str:
         contents = iter([turn.content for turn in self.get_turns()])
@@ -319,19 +324,6 @@ def override_system_prompt(dataset: Iterable[StringThread], system_prompt: str) 
         new = StringThread([("system", system_prompt), *others], thread.metadata)
         made.append(new.with_template_kwargs(**thread.template_kwargs))
     return made
-
-
-def check_last_turn(thread: StringThread | TokenizedThread, continue_final: bool) -> None:
-    """Raise DataError if the last turn cannot be continued with `continue_final`, or is unfinished without it."""
-    ends_with_assistant = [turn.role for turn in thread.text_turns[-1:]] == ["assistant"]
-    finished = thread.generation is not None and thread.generation.finish_reason == "stop"
-    if continue_final and (finished or not ends_with_assistant):
-        reason = "is finished" if finished else "is not the assistant's"
-        raise DataError(f"continue_final=True: the last turn {reason}, so there is nothing to continue")
-    if ends_with_assistant and not finished and not continue_final:
-        cut = " that was cut for its length" if thread.generation is not None else ""
-        hint = "continue_final=True continues it; else append a user turn, or take StringThread(thread.messages())"
-        raise DataError(f"the thread ends with an assistant turn{cut}", hint=hint)
 
 
 def fragment_turn(role: Any, content: Any) -> Turn:
