@@ -50,7 +50,7 @@ async def is_exact(thread: StringThread) -> float:
 async def in_place(thread: StringThread) -> float:
     """The share of the right answer's characters that stand in their place."""
     found, right = (thread.completion() or "").strip(), thread.metadata["answer"].strip()
-    return sum(a == b for a, b in zip(found, right, strict=False)) / max(len(found), len(right), 1)
+    return float(sum(a == b for a, b in zip(found, right, strict=False)) / max(len(found), len(right), 1))
 
 
 @recipe_main

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROWS = [("ba", "ab"), ("cba", "abc"), ("dcb", "bcd"), ("ed", "de")]
 GRADERS = """
 def short(thread):
