@@ -30,7 +30,7 @@ from harmony_core.data.samples import (
 from harmony_core.errors import UsageError, storing
 from harmony_core.graders.evaluation import EvalSample, EvaluationArtifactBase, Scores, compare_models, scores_of
 from harmony_core.journal import current
-from harmony_core.notifiers import say
+from harmony_core.notifiers import JobNotifier, say
 from harmony_core.plain_files import expanded, fsync_path, plain, size_of, write_json, write_text
 from harmony_core.text.image_utils import string_thread_to_html_string
 from harmony_core.text.threads import StringThread
@@ -301,14 +301,18 @@ def _entry(
     return {"id": id, "name": name, "kind": kind, "path": shown, "bytes": size, "metadata": plain(metadata)}
 
 
-def log_eval_result(eval_samples: Sequence[EvalSample]) -> None:
-    """See `RecipeContext.log_eval_result`."""
-    job = current().job
+def log_eval_result(eval_samples: Sequence[EvalSample], job: JobNotifier | None = None) -> None:
+    """Print the mean score of each model by each grader, and write the scores and samples among the job's artifacts.
+
+    With several models, prints their differences to the first one with 95 % intervals. The folder
+    `adaptive_eval_samples/<time>/` has `aggregate_scores.json` ({model: {grader: mean or null}}), `metadata.json` and
+    `evaluation_samples.html`. Without `job`, the job is that of the recipe's task. Raises UsageError without samples,
+    and outside of a run.
+    """
+    job = job or current().job
     if not eval_samples or job is None or job.artifacts_dir is None:
         what = "there are no samples" if not eval_samples else "there is no run to keep the results in"
-        raise UsageError(
-            f"log_eval_result: {what}", hint="call it in a recipe's task, with the answers of an evaluation"
-        )
+        raise UsageError(f"log_eval_result: {what}", hint="ctx.log_eval_result(samples) in a recipe or a session")
     scores = scores_of(eval_samples)
     for line in _score_lines(scores):
         say(line)
@@ -335,7 +339,7 @@ def log_eval_result(eval_samples: Sequence[EvalSample]) -> None:
         write_text(partial / "evaluation_samples.html", _samples_page(eval_samples), durable=True)
         os.replace(partial, place)
     entry = _entry(job.directory, str(uuid4()), "evaluation results", "custom", place, size_of(place), about)
-    current().tell("artifact", entry)
+    job.list_artifact(entry)
     say(f"evaluation results: {place}")
 
 

@@ -199,7 +199,11 @@ class JobNotifier:
 
     def register_artifact(self, artifact: Artifact, session_id: str | None = None) -> None:
         """Write an artifact into the run's record: from now on it is listed."""
-        self._event("artifact", **artifact.record())
+        self.list_artifact(artifact.record())
+
+    def list_artifact(self, entry: dict[str, Any]) -> None:
+        """Write the entry of an artifact into the run's record."""
+        self._event("artifact", **entry)
 
     def add_pending_artifact(self, artifact: Artifact, file_path: str) -> None:
         """Finalise the artifact when the job ends, also after a failure."""

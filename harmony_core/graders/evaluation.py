@@ -12,10 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from uuid import uuid4
 
-from harmony_core.errors import EngineError, HarmonyError, UsageError
-from harmony_core.graders.base import BaseGrader, Grade
+from harmony_core.errors import GradeFailed, IgnoreGradeException, UsageError
+from harmony_core.graders.base import BaseGrader, Grade, grade_or_refuse
 from harmony_core.plain_files import plain
-from harmony_core.rpc.tracebacks import summary
 from harmony_core.text.threads import StringThread
 
 SCHEME = "model_registry://"
@@ -80,14 +79,11 @@ class EvaluationArtifactBase:
 
 
 async def grade_or_reason(grader: BaseGrader[Any], sample: StringThread) -> Grade:
-    """The grader's grade; if it fails or ignores the sample, an unscored grade (NaN) with the reason."""
+    """The grader's grade; if it fails, takes too long or ignores the sample, an unscored one (NaN) with the reason."""
     try:
-        return await grader.grade(sample)
-    except EngineError:
-        raise
-    except Exception as error:  # a grader is foreign code: its failure concerns one sample
-        reason = error.message if isinstance(error, HarmonyError) else summary(error)
-        return Grade(math.nan, grader.grader_key, reason)
+        return await grade_or_refuse(grader, sample)
+    except (GradeFailed, IgnoreGradeException) as error:
+        return Grade(math.nan, grader.grader_key, error.message)
 
 
 class Scores(NamedTuple):
@@ -134,8 +130,9 @@ class Difference(NamedTuple):
     prompts: int
 
     def __str__(self) -> str:
-        told = f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}] over {self.prompts} prompts"
-        return f"{self.grader}: {self.model} - {self.baseline} = {told}"
+        told = f"= {self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}] over {self.prompts} prompts"
+        told = told if self.prompts else "is not known: no prompt has a score of both"
+        return f"{self.grader}: {self.model} - {self.baseline} {told}"
 
 
 def compare_models(samples: Sequence[EvalSample], **bootstrap: Any) -> list[Difference]:

@@ -10,8 +10,9 @@ import math
 import operator
 import os
 import traceback
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Literal, Self
@@ -108,6 +109,8 @@ class RecipeContext:
     registry: Registry
     gates: list[Gate]
     """The gates declared so far, in order."""
+    log_eval_result: Callable[[Sequence[EvalSample]], None] = staticmethod(log_eval_result)
+    """Prints the mean score of each model by each grader, and writes scores and samples among the run's artifacts."""
     _working_dir: Path
     _owns_run: bool = False
     _endings: list[Callable[[bool], None]]
@@ -130,6 +133,7 @@ class RecipeContext:
         ctx.client, ctx.run, ctx.registry, ctx.job = client, run, registry, job
         ctx.config = config or RecipeConfig(job_id=job.job_id)
         ctx._working_dir, ctx.gates, ctx._endings = working_dir, [], []
+        ctx.log_eval_result = partial(log_eval_result, job=job)
         job.directory, job.artifacts_dir = run.directory, working_dir / f"job_{job.job_id}" / "artifacts"
         return ctx
 
@@ -180,16 +184,6 @@ class RecipeContext:
         self.gates.append(Gate(name, float(value), op, float(threshold), passed))
         self.run.events.write("gate", plain(vars(self.gates[-1])))
         return passed
-
-    @staticmethod
-    def log_eval_result(eval_samples: list[EvalSample]) -> None:
-        """Print the mean score of each model by each grader, and write the scores and samples among the artifacts.
-
-        `adaptive_eval_samples/<time>/` has `aggregate_scores.json` ({model: {grader: mean or null}}), `metadata.json`
-        and `evaluation_samples.html`. With several models, prints their differences to the first one with 95 %
-        intervals. Raises UsageError without samples, and outside of a run.
-        """
-        log_eval_result(eval_samples)
 
     def at_end(self, call: Callable[[bool], None]) -> None:
         """Register `call(failed)` to be called after the run has ended and the engine is gone, also after a failure."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -271,7 +272,9 @@ def test_log_eval_result(home: Home, capsys: pytest.CaptureFixture[str]) -> None
         async with RecipeContext.from_config(RecipeConfig(name="notebook", num_gpus=1)) as ctx:
             rows = [sample(float(n % 2), "a@1", f"{n}?") for n in range(4)]
             rows += [sample(1.0 if n else float("nan"), "b@1", f"{n}?") for n in range(4)]
-            ctx.log_eval_result(rows)
+            # Each cell of a notebook has the context variables from before the session was made.
+            contextvars.Context().run(ctx.log_eval_result, rows)
+            RecipeContext.log_eval_result(rows)
             CustomArtifact("kept", ctx, file="kept.txt")
             return ctx.run.directory
 
@@ -279,7 +282,7 @@ def test_log_eval_result(home: Home, capsys: pytest.CaptureFixture[str]) -> None
     said = capsys.readouterr()
     assert said.out == "" and "b@1    1.000* (1 unscored)" in said.err
     assert "exact: b@1 - a@1 = +0.333 [+0.000, +1.000] over 3 prompts, 95 % interval" in said.err
-    found, kept = find_run(home, directory.name).artifacts()
+    found, _, kept = find_run(home, directory.name).artifacts()
     folder = directory / found["path"]
     assert json.loads((folder / "aggregate_scores.json").read_text()) == {"a@1": {"exact": 0.5}, "b@1": {"exact": 1.0}}
     about = {"total_samples": 8, "unique_prompts": 4, "models": ["a@1", "b@1"], "graders": ["exact"]}

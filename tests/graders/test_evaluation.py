@@ -82,7 +82,7 @@ def test_models_are_compared_on_the_prompts_that_both_have_scores_for() -> None:
     assert compare_models(twice)[0].mean == 0.25, "two answers to one prompt count by their mean"
     assert compare_models(first) == []
     (nothing,) = compare_models(first + answers("b", math.nan))
-    assert nothing.prompts == 0 and math.isnan(nothing.mean)
+    assert nothing.prompts == 0 and math.isnan(nothing.mean) and "is not known" in str(nothing)
 
 
 class Poisoned(BaseGrader[None]):
