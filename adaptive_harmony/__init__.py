@@ -11,6 +11,7 @@ from harmony_core.client import HarmonyClient, InferenceModel, ModelBuilder, Tim
 from harmony_core.data.datasets import DataSet
 from harmony_core.errors import HarmonyError
 from harmony_core.graders import Grade
+from harmony_core.graders.evaluation import EvalSample, EvalSampleInteraction
 from harmony_core.loggers import Logger, WandbLogger
 from harmony_core.notifiers import JobNotifier, StageNotifier, StdoutJobNotifier, StdoutStageNotifier
 from harmony_core.text.threads import StringThread, StringTurn, TokenizedThread, TokenizedTurn
@@ -20,6 +21,8 @@ __all__ = [
     "CosineScheduler",
     "CosineSchedulerWithoutWarmup",
     "DataSet",
+    "EvalSample",
+    "EvalSampleInteraction",
     "Grade",
     "HarmonyClient",
     "HarmonyError",

@@ -41,6 +41,7 @@ COMMANDS = {
     "recipes": "List, show and copy the built-in recipes.",
     "config": "Show a recipe's configuration, or its schema.",
     "models": "The registry of models.",
+    "graders": "The graders of this machine: add, try, serve.",
     "datasets": "What a model would be trained on.",
     "runs": "List, show and remove runs; a report of each.",
     "doctor": "Check this machine.",
@@ -232,7 +233,9 @@ def recipe_word(words: Sequence[str], doubtful_too: bool = True) -> str | None:
             plain.append(word)
         previous = ""
     candidates = plain + (doubtful if doubtful_too else [])
-    return next((word for word in candidates if _is_file(word)), next(iter(candidates), None))
+    # A grader's file may be a flag's value: it is no recipe if a plain word is one.
+    files = [word for word in (plain if any(map(_is_recipe, plain)) else candidates) if _is_file(word)]
+    return next(iter([*files, *filter(_is_recipe, plain), *candidates]), None)
 
 
 def _is_file(word: str) -> bool:

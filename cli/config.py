@@ -175,11 +175,12 @@ class Invocation:
     ) -> Configured:
         """Merge YAML files, the environment, `--set` and flags over `base`, `check` the result, and validate it.
 
+        Below all of them, without a `base`: the file `$ADAPTIVE_USER_INPUT_FILE` or else the text `$USER_INPUT_JSON`.
         Raises NotFoundError if a file does not exist, ConfigError listing all other problems.
         """
         files = self.values.get("config") or []
         layers: list[Layer] = [
-            *([] if base is None else [base]),
+            *(_user_input(environment) if base is None else [base]),
             *map(_read, files),
             *assignments_from_env(environment),
         ]
@@ -213,6 +214,13 @@ class Invocation:
 
 def _read(file: str) -> YamlDocument:
     return load_yaml(sys.stdin.buffer.read(), "<stdin>") if file == "-" else load_yaml_file(Path(file), file)
+
+
+def _user_input(environment: Mapping[str, str]) -> list[YamlDocument]:
+    if file := environment.get("ADAPTIVE_USER_INPUT_FILE"):
+        return [_read(file)]
+    text = environment.get("USER_INPUT_JSON")
+    return [load_yaml(text, "$USER_INPUT_JSON")] if text else []
 
 
 def command(

@@ -63,7 +63,7 @@ def list_(
 def show(
     run: Annotated[str, typer.Argument(help="An id, a part of one, or `last`.")] = "last", json: Json = False
 ) -> None:
-    """A run's status, result, saved models and errors, where its files are, and how it is resumed."""
+    """A run's status, result, saved models, artifacts and errors, where its files are, and how it is resumed."""
     record = find_run(Home.open(writes=False), run)
     _check(record)
     result = record.read("result.json")
@@ -72,9 +72,21 @@ def show(
         found["resume"] = "{command}  ({checkpoint}: {stage}, step {step})".format_map(resume)
     shown = [*found.items(), ("result", result.get("result"))]
     shown += [("saved", model.get("ref")) for model in result.get("models", ())]
+    artifacts = record.artifacts()
+    shown += [("artifact", _artifact(entry, record.directory)) for entry in artifacts]
     shown += [("error", line) for error in result.get("errors", ()) for line in error.get("lines", ())]
     lines = [f"{n:10} {v if isinstance(v, str) else output.dumped(v)}" for n, v in shown if v is not None]
-    output.answer(json, {"run": _data(record), "outcome": result}, *lines)
+    output.answer(json, {"run": _data(record), "outcome": result, "artifacts": artifacts}, *lines)
+
+
+def _artifact(entry: dict[str, Any], directory: Path) -> str:
+    """An artifact in one line: name, kind, number of samples, size and path."""
+    metadata = entry["metadata"] if isinstance(entry["metadata"], dict) else {}
+    facts = [str(entry["kind"])]
+    facts += [f"{metadata['sample_count']} samples"] if "sample_count" in metadata else []
+    facts += [format_size(entry["bytes"])] if isinstance(entry["bytes"], int) else []
+    facts += [str(directory / str(entry["path"]))] if entry["path"] else []
+    return f"{entry['name']}: {', '.join(facts)}"
 
 
 class Open(StrEnum):

@@ -6,13 +6,18 @@
     │   ├── RecipeLoadError          2  the recipe file itself
     │   ├── ModelRefused             2  architecture, kind, tp, or weights we do not take
     │   ├── TokenizationError        2  a thread or template from which tokens or weights cannot be derived
+    │   ├── UndescribedField         2  a field of a pydantic model that has no description
     │   └── DataError                2  a dataset line, a sample, a prompt
     │       ├── TooLong              2  more tokens than a limit; details: tokens, limit, needed, setting, context
     │       │   ├── SampleTooLong    2
     │       │   └── PromptTooLong    2
     │       ├── NothingToTrain       2  a sample, batch or step without a weighted token
     │       ├── GradeFailed          2  a grader raised, or gave no finite number; details: grader
+    │       ├── OutputParserException 2 a completion that cannot be read as JSON of a schema; details: llm_output
+    │       ├── JsonParseError       2  a model that gave no JSON of a schema; details: completion
     │       ├── IgnoreGradeException 2  a grader asks that its sample does not count
+    │       ├── EnvironmentFailed    2  an environment raised, or gave something else than documented
+    │       │   └── EnvironmentTimeout 2  an environment did not answer in time
     │       └── TooManyFailures      2  more failed than is tolerated; details: failures, and batch_size or rows
     ├── NotFoundError                3  a named thing does not exist
     ├── ResourceError                4  devices, packages, disk
@@ -117,6 +122,10 @@ class GradeFailed(DataError):
     """A grader raised on a sample, or gave a score that is no finite number. Details: grader."""
 
 
+class GradeTimedOut(GradeFailed):
+    """A grader gave no score within its `timeout`. Details: grader."""
+
+
 class IgnoreGradeException(DataError):
     """Raised by a grader: this sample does not count. Where samples are counted by reason, `grade_ignored`."""
 
@@ -127,6 +136,34 @@ class IgnoreGradeException(DataError):
     def code(self) -> str:
         """The reason under which the sample is counted."""
         return "grade_ignored"
+
+
+class UndescribedField(UsageError, ValueError):
+    """A field of a pydantic model without the description that is to be shown."""
+
+
+class OutputParserException(DataError, ValueError):
+    """The text of a completion, `llm_output`, cannot be read as an instance of a pydantic model."""
+
+    def __init__(self, message: str, llm_output: str | None = None, *, hint: str = "", **details: Any) -> None:
+        super().__init__(message, hint=hint, llm_output=llm_output, **details)
+        self.llm_output = llm_output
+
+
+class JsonParseError(DataError, ValueError):
+    """A model gave no instance of a pydantic model; `completion` is the text that it gave last."""
+
+    def __init__(self, message: str, completion: str, *, hint: str = "", **details: Any) -> None:
+        super().__init__(message, hint=hint, completion=completion, **details)
+        self.completion = completion
+
+
+class EnvironmentFailed(DataError, ValueError):
+    """An environment raised, or gave something else than documented: its trajectory does not count."""
+
+
+class EnvironmentTimeout(EnvironmentFailed):
+    """An environment did not answer in time."""
 
 
 class TooManyFailures(DataError, RuntimeError):

@@ -10,18 +10,18 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import msgspec
-import numpy as np
-from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
-from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
-from numpy.typing import NDArray
-from tokenizers import Tokenizer
 
 from harmony_core.errors import DataError, UsageError
 
-Masks = NDArray[np.int32]
+if TYPE_CHECKING:  # heavy ones: messages name constraints, and few processes use one
+    import numpy as np
+    from llguidance import LLMatcher, LLTokenizer
+    from numpy.typing import NDArray
+
+Masks: TypeAlias = "NDArray[np.int32]"
 """`[N, words]`: bit i of word w of a row says whether token 32 w + i is allowed."""
 
 
@@ -33,6 +33,8 @@ class Constraint(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
     def compiled(self) -> str:
         """The grammar for llguidance. Raises UsageError for one that it cannot express."""
+        from llguidance import LLMatcher
+
         try:
             if self.kind == "json":
                 return str(LLMatcher.grammar_from_json_schema(self.text))
@@ -65,6 +67,8 @@ class GrammarTokenizer:
 
     def matcher(self, constraint: Constraint) -> LLMatcher:
         """A matcher at the start of a completion. Raises UsageError for a constraint that cannot be used."""
+        from llguidance import LLMatcher
+
         matcher = LLMatcher(self._tokenizer, constraint.compiled(), log_level=0)
         if matcher.is_error():
             raise UsageError(f"the {constraint.kind} constraint cannot be used: {matcher.get_error()}")
@@ -75,6 +79,9 @@ class GrammarTokenizer:
 
         Raises DataError if the constraint does not allow one of them.
         """
+        import numpy as np
+        from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
+
         matcher, rows, seen = self.matcher(constraint), [], dict[bytes, int]()
         for place, token in enumerate(tokens):
             mask = allocate_token_bitmask(1, self.vocab_size)
@@ -88,6 +95,8 @@ class GrammarTokenizer:
 
 @lru_cache(maxsize=4)
 def _tokenizer(tokenizer_json: str, vocab_size: int, stop_ids: tuple[int, ...]) -> LLTokenizer:
+    from llguidance import LLTokenizer, TokenizerWrapper
+
     try:
         return LLTokenizer(tokenizer_json, n_vocab=vocab_size, eos_token=list(stop_ids))
     except ValueError:  # it reads the bytes of tokens from byte-level and byte-fallback decoders only
@@ -102,6 +111,8 @@ class _DecodedTokens:
     bos_token_id = None
 
     def __init__(self, tokenizer_json: str, vocab_size: int, eos_token_id: int) -> None:
+        from tokenizers import Tokenizer
+
         self._tokenizer = Tokenizer.from_str(tokenizer_json)
         special = self._tokenizer.get_added_tokens_decoder()
         self.eos_token_id = eos_token_id

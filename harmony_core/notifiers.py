@@ -12,7 +12,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
 if TYPE_CHECKING:
     from harmony_core.runs.resuming import RunCheckpoints
@@ -31,6 +32,27 @@ class EventWriter(Protocol):
 
     def __call__(self, type: str, data: dict[str, Any], /) -> None:
         """Write one event."""
+
+
+class Artifact(Protocol):
+    """What a notifier asks of an artifact."""
+
+    @property
+    def id(self) -> str:
+        """Its identifier."""
+
+    def publish(self) -> None:
+        """Make its file durable and move it to its place."""
+
+    def record(self) -> dict[str, Any]:
+        """Its entry in the run's record."""
+
+
+class PendingArtifact(NamedTuple):
+    """An artifact that is finalised when the job ends, and its file until then."""
+
+    artifact: Artifact
+    file_path: str
 
 
 _silent: ContextVar[bool] = ContextVar("silent", default=False)
@@ -109,6 +131,10 @@ class JobNotifier:
 
     checkpoints: RunCheckpoints | None = None
     """The checkpoints that the job's training classes save and continue from; None disables saving."""
+    directory: Path | None = None
+    """The run's directory."""
+    artifacts_dir: Path | None = None
+    """Where the job's artifacts go; None: it has no run, and keeps none."""
 
     def __init__(
         self, job_id: str = "local", *, sink: ProgressSink | None = None, events: EventWriter | None = None
@@ -119,6 +145,7 @@ class JobNotifier:
         self._sink = sink or PlainProgress()
         self._events = events
         self._announced: str | None = None
+        self._pending: dict[str, PendingArtifact] = {}
 
     def _event(self, type: str, **data: Any) -> None:
         if self._events is not None:
@@ -170,8 +197,36 @@ class JobNotifier:
             "checkpoint", id=checkpoint_id, step=step, percent=completion_percentage, models=models, stage=stage_name
         )
 
+    def register_artifact(self, artifact: Artifact, session_id: str | None = None) -> None:
+        """Write an artifact into the run's record: from now on it is listed."""
+        self._event("artifact", **artifact.record())
+
+    def add_pending_artifact(self, artifact: Artifact, file_path: str) -> None:
+        """Finalise the artifact when the job ends, also after a failure."""
+        self._pending[artifact.id] = PendingArtifact(artifact, file_path)
+
+    def remove_pending_artifact(self, artifact_id: str) -> None:
+        """Forget a pending artifact; it is not listed."""
+        self._pending.pop(artifact_id, None)
+
+    def finalize_artifact(self, artifact: Artifact, file_path: str) -> None:
+        """Publish the artifact's file and register it. Raises ResourceError."""
+        artifact.publish()
+        self.remove_pending_artifact(artifact.id)
+        self.register_artifact(artifact)
+
+    def finalize_pending_artifacts(self) -> None:
+        """Finalise all pending artifacts. The failure of one is logged."""
+        while self._pending:
+            artifact, file = self._pending.pop(next(iter(self._pending)))
+            try:
+                self.finalize_artifact(artifact, file)
+            except Exception as error:  # one artifact must not take the others, or the outcome of the run, with it
+                logger.warning("artifact %s is lost: %s", artifact.id, error)
+
     def report_error(self, error: str) -> None:
-        """The job failed; the command line shows the error itself."""
+        """The job failed; the command line shows the error itself. Pending artifacts are finalised."""
+        self.finalize_pending_artifacts()
         self._event("job.error", error=error)
 
     def mark_running(self) -> None:
@@ -179,7 +234,8 @@ class JobNotifier:
         self._event("job.running", id=self.job_id)
 
     def complete(self) -> None:
-        """The job ended well."""
+        """The job ended well. Pending artifacts are finalised."""
+        self.finalize_pending_artifacts()
         self._event("job.complete", id=self.job_id)
 
     def heartbeat(self) -> None:
@@ -192,7 +248,8 @@ class JobNotifier:
         """End `start_heartbeat`; does nothing here."""
 
     def close(self) -> None:
-        """Stop the notifier's background work."""
+        """Finalise pending artifacts and stop the notifier's background work."""
+        self.finalize_pending_artifacts()
         self.stop_heartbeat()
 
     def __enter__(self) -> Self:

@@ -13,6 +13,9 @@ from pathlib import Path
 from harmony_core.errors import HarmonyError, RecipeLoadError, ResourceError
 from harmony_core.rpc.tracebacks import frames_in
 
+OF_PLATFORM = ("PIL", "loguru", "math_verify")
+"""Packages of the extra `platform`."""
+
 
 @dataclass(frozen=True)
 class RecipeFile:
@@ -71,6 +74,8 @@ def where_raised(error: BaseException, path: Path) -> str:
 
 
 def _import_hint(error: ImportError) -> str:
+    if error.name and error.name.split(".")[0] in OF_PLATFORM:
+        return "pip install 'harmony-core[platform]' installs what recipes of the platform import"
     if error.name and importlib.util.find_spec(error.name.split(".")[0]) is None:
         return f"install {error.name.split('.')[0]}, or name it in the recipe's `# /// adaptive` block"
     return ""

@@ -6,6 +6,7 @@ of training.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,9 +30,13 @@ def looking(label: str) -> Iterator[None]:
 
     The seeds depend on `label` and on the number of the request since the beginning of the block.
     """
-    if _evaluation.get() is not None:
+    with contextlib.nullcontext() if _evaluation.get() is not None else apart(label):
         yield
-        return
+
+
+@contextmanager
+def apart(label: str) -> Iterator[None]:
+    """As `looking`, but also within another block; `label` must be different each time."""
     token = _evaluation.set(_Evaluation(label))
     try:
         yield

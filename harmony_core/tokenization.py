@@ -1,3 +1,3 @@
 """The documented path of `growth`."""
 
-from harmony_core.text.tokenization import growth as growth
+from harmony_core.text.row_lengths import growth as growth

@@ -1,26 +1,31 @@
-"""Evaluate: the share of a dataset's rows that a model answers exactly, with a few of its answers to look at.
+"""Evaluate: the mean grades of one or several models on a dataset, and how sure their differences are.
 
-Without any flag it asks the built-in tiny model, which has not learnt anything yet.
+Without any flag it asks the built-in tiny model, which has not learnt anything yet, and counts exact answers. The
+answers with their grades are an artifact of the run.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from pydantic import Field
 
-from adaptive_harmony import StringThread
-from adaptive_harmony.core.utils import async_map_fallible
+from adaptive_harmony import EvalSample, EvalSampleInteraction, StringThread
+from adaptive_harmony.core.utils import async_map, async_map_fallible
+from adaptive_harmony.evaluation import EvaluationArtifact, compare_models, grade_or_reason, scores_of
 from adaptive_harmony.graders import BaseGrader
 from adaptive_harmony.parameters import Dataset, Model, dataset_kinds, model_kinds
 from adaptive_harmony.runtime import InputConfig, RecipeContext, recipe_main
 
 
 class Config(InputConfig):
-    """The model and the questions."""
+    """The models and the questions."""
 
     model: Model[model_kinds.Inferable] = Model[model_kinds.Inferable](model_key="builtin:tiny-lm")
     """The model: a key of the registry."""
+    models: list[Model[model_kinds.Inferable]] = Field(default_factory=list)
+    """Several models in place of it: each is compared with the first."""
     dataset: Dataset[dataset_kinds.Completion] = Dataset[dataset_kinds.Completion](dataset_key="sort-letters-held-out")
     """Conversations that end with the right answer."""
     temperature: float = Field(default=0.0, ge=0, le=100)
@@ -30,9 +35,9 @@ class Config(InputConfig):
     kv_cache_len: int = Field(default=16_384, ge=1, le=10**9)
     """Tokens that all answers under way may hold together."""
     show: int = Field(default=3, ge=0, le=10**9)
-    """Answers to print."""
+    """Answers of each model to print."""
     at_least: float = Field(default=0.0, ge=0, le=1)
-    """A score below this counts as a failed run."""
+    """A share of exact answers of the first model below this counts as a failed run."""
 
 
 async def is_exact(thread: StringThread) -> float:
@@ -40,22 +45,51 @@ async def is_exact(thread: StringThread) -> float:
     return float((thread.completion() or "").strip() == thread.metadata["answer"].strip())
 
 
+async def in_place(thread: StringThread) -> float:
+    """The share of the right answer's characters that stand in their place."""
+    found, right = (thread.completion() or "").strip(), thread.metadata["answer"].strip()
+    return sum(a == b for a, b in zip(found, right, strict=False)) / max(len(found), len(right), 1)
+
+
 @recipe_main
 async def main(config: Config, ctx: RecipeContext) -> dict[str, Any]:
-    """Ask for every row, grade the answers, and compare the mean with the bar."""
+    """Let each model answer every row, grade the answers, and compare the first model's share with the bar."""
     rows = await config.dataset.load(ctx)
-    model = await config.model.spawn_inference("evaluated", ctx, kv_cache_len=config.kv_cache_len)
-    model = model.temperature(config.temperature).max_gen_len(config.max_gen_len)
-    grader = BaseGrader.from_function("exact", is_exact)
     prompts = [
         StringThread(row.messages(), metadata={"answer": row.completion()}).with_template_kwargs(**row.template_kwargs)
         for row in rows
     ]
+    graders = [BaseGrader.from_function("exact", is_exact), BaseGrader.from_function("in_place", in_place)]
+    samples: list[EvalSample] = []
+    answered = {}
+    for key, model in {model.model_key: model for model in config.models or [config.model]}.items():
+        live = await model.spawn_inference("evaluated", ctx, kv_cache_len=config.kv_cache_len)
+        live = live.temperature(config.temperature).max_gen_len(config.max_gen_len)
+        answers = await async_map_fallible(live.generate, prompts, stage_notifier=ctx.job.stage_notifier("Answering"))
+        await live.dealloc()
+        answered[key] = len(answers)
+        for prompt, answer in list(zip(prompts, answers, strict=False))[: config.show]:
+            print(f"  {prompt.last_content()} -> {answer.last_content()!r}, right: {prompt.metadata['answer']!r}")
 
-    answers = await async_map_fallible(model.generate, prompts, stage_notifier=ctx.job.stage_notifier("Answering"))
-    scores = await async_map_fallible(grader.score_float_value, answers)
-    for prompt, answer in list(zip(prompts, answers, strict=False))[: config.show]:
-        print(f"  {prompt.last_content()} -> {answer.last_content()!r}, right: {prompt.metadata['answer']!r}")
-    score = sum(scores) / len(rows)
-    ctx.gate("score", score, ">=", config.at_least)
-    return {"score": score, "rows": len(rows), "answered": len(answers), "graded": len(scores)}
+        async def graded(answer: StringThread, source: str = key) -> EvalSample:
+            grades = [await grade_or_reason(grader, answer) for grader in graders]
+            return EvalSample(EvalSampleInteraction(answer, source), grades, config.dataset.dataset_key)
+
+        samples += await async_map(graded, answers, stage_notifier=ctx.job.stage_notifier("Grading"))
+    if not samples:
+        raise ValueError("no question was answered; the log says why")
+    EvaluationArtifact("evaluation", ctx).add_samples(samples)
+    ctx.log_eval_result(samples)
+
+    scores = scores_of(samples)
+    key, first = next(iter(scores.items()))
+    score = first["exact"].mean
+    ctx.gate("score", math.nan if score is None else score, ">=", config.at_least)
+    return {
+        "score": score,
+        "rows": len(rows),
+        "answered": answered[key],
+        "graded": answered[key] - first["exact"].unscored,
+        "scores": {model: {name: found.mean for name, found in row.items()} for model, row in scores.items()},
+        "differences": [difference._asdict() for difference in compare_models(samples)],
+    }

@@ -15,7 +15,7 @@ from adaptive_harmony.common import GRPO, SFT, GraderEvalCallback
 from adaptive_harmony.core.schedulers import CosineScheduler
 from adaptive_harmony.graders import BaseGrader
 from adaptive_harmony.metric_logger import get_prod_logger
-from adaptive_harmony.parameters import Dataset, Model, model_kinds
+from adaptive_harmony.parameters import Dataset, Grader, Model, model_kinds
 from adaptive_harmony.runtime import InputConfig, RecipeContext, recipe_main
 
 
@@ -26,10 +26,13 @@ class Config(InputConfig):
     """The policy: a key of the registry."""
     dataset: Dataset = Dataset(dataset_key="sort-letters")
     """Prompts with their right answers, which only the grader sees."""
-    held_out: Dataset = Dataset(dataset_key="sort-letters-held-out")
-    """Rows to answer before, ten times during and after the training; they are not trained on."""
+    grader: Grader | None = None
+    """Who scores: a grader's key, or mine.py:reward; by default the share of letters in their place."""
+    held_out: Dataset | None = None
+    """Rows to answer before, ten times during and after the training. By default those of the sorted letters, which are
+    not trained on; with another grader the first 64 rows of the dataset."""
     warm_up_epochs: float = Field(default=2.2, ge=0, le=1e6)
-    """Passes of supervised training before: a policy that is never rewarded learns nothing."""
+    """Passes of supervised training before, over rows with answers: a policy without a reward learns nothing."""
     steps: int = Field(default=120, ge=1, le=10**9)
     """Batches of completions, each followed by an optimizer step."""
     prompts_per_batch: int = Field(default=64, ge=1, le=10**9)
@@ -65,26 +68,30 @@ async def is_exact(thread: StringThread) -> float:
 
 def questions(rows: Sequence[StringThread]) -> list[StringThread]:
     """The rows' prompts, with the right answers in the metadata."""
-    return [
-        StringThread(row.messages(), metadata={"answer": row.completion()}).with_template_kwargs(**row.template_kwargs)
-        for row in rows
-    ]
+    given = [{"answer": row.completion(), **(row.metadata or {})} for row in rows]
+    threads = [StringThread(row.messages(), metadata=known) for row, known in zip(rows, given, strict=True)]
+    return [t.with_template_kwargs(**row.template_kwargs) for t, row in zip(threads, rows, strict=True)]
 
 
 @recipe_main
 async def main(config: Config, ctx: RecipeContext) -> str:
     """Warm up, learn from the reward, save."""
-    rows, held_out = await config.dataset.load(ctx), questions(await config.held_out.load(ctx))
+    rows = await config.dataset.load(ctx)
+    grader = BaseGrader.from_function("letters-in-place", letters_in_place)
+    exact = BaseGrader.from_function("exact", is_exact)
+    held_out = config.held_out or (None if config.grader else Dataset(dataset_key="sort-letters-held-out"))
+    watched = questions(rows[:64] if held_out is None else await held_out.load(ctx))
+    if config.grader is not None:
+        grader = exact = await config.grader.load(ctx)
     policy = (await config.model.spawn_train("policy", ctx, max_batch_size=2048)).max_gen_len(config.max_gen_len)
     logger = get_prod_logger(ctx)
-    exact = BaseGrader.from_function("exact", is_exact)
-    accuracy = GraderEvalCallback(held_out, policy, exact, frequency=0.1, log_key="held_out")
+    accuracy = GraderEvalCallback(watched, policy, exact, frequency=0.1, log_key="held_out")
     # Constructed first: a model that does not fit in memory is refused before the warm-up.
     size = config.prompts_per_batch * config.completions_per_sample
     training = GRPO(
         questions(rows),
         policy.temperature(config.temperature),
-        BaseGrader.from_function("letters-in-place", letters_in_place),
+        grader,
         logger,
         ctx.job.stage_notifier("GRPO Training"),
         [accuracy],
@@ -96,9 +103,10 @@ async def main(config: Config, ctx: RecipeContext) -> str:
         kl_beta=config.kl_beta,
         data_seed=config.seed,
     )
-    if config.warm_up_epochs:
+    answered = [row for row in rows if row.completion() is not None]
+    if config.warm_up_epochs and answered:
         stage = ctx.job.stage_notifier("Warm-up")
-        await SFT(rows, policy, logger, stage, lr=3e-3, samples_per_batch=128, epochs=config.warm_up_epochs).run()
+        await SFT(answered, policy, logger, stage, lr=3e-3, samples_per_batch=128, epochs=config.warm_up_epochs).run()
     before = (await accuracy.callback(0))["score_mean"]
     await training.run()
     after = (await accuracy.callback(1))["score_mean"]

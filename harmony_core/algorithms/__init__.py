@@ -1,7 +1,8 @@
-"""Training classes: SFT, DPO, reward modelling, GRPO, GSPO, PPO; callbacks. No tensors."""
+"""Training classes: SFT, DPO, reward modelling, GRPO, GSPO, PPO, three for environments; callbacks. No tensors."""
 
 from harmony_core.algorithms.callbacks import (
     CheckpointCallback,
+    EnvironmentValidationCallback,
     GenerateSamplesCallback,
     GraderEvalCallback,
     RecipeCallback,
@@ -9,6 +10,8 @@ from harmony_core.algorithms.callbacks import (
     invoke_callbacks,
 )
 from harmony_core.algorithms.dpo import DPO
+from harmony_core.algorithms.env_grpo import ENVGRPO, ENVGSPO
+from harmony_core.algorithms.env_ppo import ENVPPO
 from harmony_core.algorithms.grpo import GRPO, GSPO
 from harmony_core.algorithms.ppo import PPO
 from harmony_core.algorithms.reward_modelling import RewardModelling
@@ -17,11 +20,15 @@ from harmony_core.algorithms.sft import SFT
 
 __all__ = [
     "DPO",
+    "ENVGRPO",
+    "ENVGSPO",
+    "ENVPPO",
     "GRPO",
     "GSPO",
     "PPO",
     "SFT",
     "CheckpointCallback",
+    "EnvironmentValidationCallback",
     "GenerateSamplesCallback",
     "GraderEvalCallback",
     "RecipeCallback",

@@ -17,7 +17,9 @@ from harmony_core.data.datasets import DataSet
 from harmony_core.errors import (
     DataError,
     EngineError,
+    GradeFailed,
     HarmonyError,
+    IgnoreGradeException,
     TokenizationError,
     TooLong,
     TooManyFailures,
@@ -37,6 +39,12 @@ FIRST_ROWS = 200
 
 Unusable = DataError | TokenizationError
 """Errors that concern one sample: the sample is dropped, and the run goes on."""
+
+Unscored = GradeFailed | IgnoreGradeException
+"""Errors that leave a completion without a score."""
+
+_Tolerated = TooLong | Unscored
+"""Errors that do not count for `max_failure_rate`: `Rollout` ends a run whose grader always fails."""
 
 
 def at_least(least: int, **values: int) -> None:
@@ -222,6 +230,8 @@ async def settle(f: Callable[[S], Awaitable[T]], items: Sequence[S]) -> list[T |
     async def call(item: S) -> T | Unusable:
         try:
             return await f(item)
+        except TooManyFailures:
+            raise
         except (DataError, TokenizationError) as error:
             return error
 
@@ -233,9 +243,10 @@ async def settle(f: Callable[[S], Awaitable[T]], items: Sequence[S]) -> list[T |
 class BatchLoader(Generic[S]):
     """Loads batches of `batch_size` samples: `steps` batches, or `epochs` passes, whose last batch may be short.
 
-    A sample that cannot be trained is dropped and replaced by the next one. Samples that are too long never end the
-    run. Other failures end it when they exceed `max_failure_rate` of the last max(200, 4 batches) different rows, or of
-    all rows if there are fewer. Dropped samples count towards the epochs, and never towards the steps.
+    A sample that cannot be trained is dropped and replaced by the next one. Samples that are too long and prompts
+    without scored completions never end the run. Other failures end it when they exceed `max_failure_rate` of the last
+    max(200, 4 batches) different rows, or of all rows if there are fewer. Dropped samples count towards the epochs, and
+    never towards the steps.
     """
 
     def __init__(
@@ -342,14 +353,14 @@ class BatchLoader(Generic[S]):
             self.dataset.drops.note(outcome)
             self._failed.pop(row, None)
             reason = outcome.code if isinstance(outcome, Unusable) else ""
-            self._failed[row] = "" if isinstance(outcome, TooLong) else reason
+            self._failed[row] = "" if isinstance(outcome, _Tolerated) else reason
             self.dropped += Counter([reason] if reason else ())
         for row in list(self._failed)[: -self._window]:
             del self._failed[row]
 
     def _exceeded(self, errors: Sequence[HarmonyError]) -> TooManyFailures | None:
         reasons = Counter(reason for reason in self._failed.values() if reason)
-        last = next((error for error in reversed(errors) if not isinstance(error, TooLong)), None)
+        last = next((error for error in reversed(errors) if not isinstance(error, _Tolerated)), None)
         if last is None or reasons.total() <= self.max_failure_rate * self._window:
             return None
         return too_many_failures(reasons, f"last {len(self._failed)}", self.max_failure_rate, last)

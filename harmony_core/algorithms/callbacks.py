@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from harmony_core.algorithms.batch_loader import Unusable, async_map, in_words, settle
 from harmony_core.config.argument_kinds import checked
+from harmony_core.environments import EnvironmentFactory
 from harmony_core.errors import DataError, NothingToTrain, UsageError
 from harmony_core.graders import BaseGrader, score_or_refuse
 from harmony_core.journal import phase
 from harmony_core.loggers.base import Table
 from harmony_core.request_seeds import looking
-from harmony_core.text.threads import StringThread
+from harmony_core.text.threads import StringThread, stringify_thread
 
 if TYPE_CHECKING:
     from harmony_core.client import InferenceModel, TrainingModel
@@ -223,6 +224,53 @@ class GraderEvalCallback(RecipeCallback):
         tokens = await self.model.generate_tokens(prompt)
         answer = await self.model.detokenize_thread(tokens)
         return await score_or_refuse(self.grader, answer), tokens.len_last_turn()
+
+
+class EnvironmentValidationCallback(RecipeCallback):
+    """Plays one trajectory for each prompt in an environment, greedy unless `temperature` is set.
+
+    Logs `<log_key>/score_mean` and `_std` of the trajectories' summed rewards, `num_turns_mean` and `_std`,
+    and `num_samples`, and the environments' logs as `<log_key>/env/<key>`. Trajectories that fail are left out
+    and counted under `<log_key>/dropped/<reason>`. `num_samples_log` of them go into the table `<log_key>/samples`.
+    With `clear_env_logs` the factory's logs are cleared before and after, apart from those of the training.
+    """
+
+    @checked
+    def __init__(
+        self,
+        validation_set: Sequence[StringThread],
+        model: InferenceModel,
+        env_factory: EnvironmentFactory,
+        frequency: float,
+        log_key: str = "validation",
+        clear_env_logs: bool = True,
+        temperature: float = 0.0,
+        num_samples_log: int = 0,
+    ) -> None:
+        super().__init__(frequency, log_key_prefix=log_key)
+        self.prompts = [prompt_of(thread) for thread in validation_set]
+        self.model, self.env_factory = model.temperature(temperature), env_factory
+        self.clear_env_logs, self.num_samples_log = clear_env_logs, num_samples_log
+
+    async def generate_trajectory(self, initial_thread: StringThread) -> tuple[list[StringThread], float, int]:
+        """The threads of one trajectory, its summed reward, and its number of turns."""
+        threads, history = await self.env_factory.play(self.model, initial_thread)
+        texts = await async_map(self.model.detokenize_thread, threads)
+        return texts, history.get_cumulative_reward(), history.total_number_of_turns_generated
+
+    async def callback(self, current_percentage: float) -> dict[str, Any]:
+        """Play and grade one trajectory for each prompt."""
+        if self.clear_env_logs:
+            self.env_factory.clear_logs()
+        outcomes = await settle(self.generate_trajectory, self.prompts)
+        played = [outcome for outcome in outcomes if not isinstance(outcome, Unusable)]
+        logs: dict[str, Any] = {f"env/{k}": v for k, v in self.env_factory.get_logs(self.clear_env_logs).items()}
+        for name, numbers in (("score", [s for _, s, _ in played]), ("num_turns", [float(n) for *_, n in played])):
+            logs |= {f"{name}_mean": fmean(numbers), f"{name}_std": pstdev(numbers)} if numbers else {}
+        if self.num_samples_log:
+            shown = [["\n\n".join(map(stringify_thread, texts)), score] for texts, score, _ in played]
+            logs["samples"] = Table(["trajectory", "score"]).add_rows(shown[: self.num_samples_log])
+        return {**logs, "num_samples": len(played), **_dropped(outcomes)}
 
 
 class CheckpointCallback(RecipeCallback):

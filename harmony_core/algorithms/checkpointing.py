@@ -158,15 +158,20 @@ class Checkpointing:
         self._saved_boundary = False
         run.step_taken()
         self._left = run.asked_to_leave()
-        # Progress is a quotient: a value missed only by rounding counts as reached.
-        due = completion < 1 and completion - self._last_saved >= self.frequency - 1e-9
-        if due or self._left or run.stopping:
+        if self.is_due(completion):
             await self._save(completion)
         if run.stopping:
             raise asyncio.CancelledError
         if self._left:
             say(f"{self.stage.stage_name} leaves at {completion:.1%}: the file {LEAVE} is there")
         return self._left
+
+    def is_due(self, completion: float) -> bool:
+        """Whether `step_done` will save: enough is done since the last checkpoint, or the run is asked to end."""
+        run = self._run
+        # Progress is a quotient: a value missed only by rounding counts as reached.
+        due = completion < 1 and completion - self._last_saved >= self.frequency - 1e-9
+        return run is not None and run.enabled and (due or run.stopping or run.asked_to_leave())
 
     # --- state ------------------------------------------------------------------------------------------------
 
@@ -181,7 +186,7 @@ class Checkpointing:
         states = self._states()
         self._facts = _as_stored(
             {
-                "settings": _plain(self._settings),
+                "settings": plain_settings(self._settings),
                 "data": {"samples": len(self._samples), "sha256": digest_of_samples(self._samples)},
                 "models": {role: state.facts for role, state in states.items()},
             }
@@ -236,7 +241,7 @@ class Checkpointing:
         known = facts["settings"]
         later = {name: self._settings[name] for name in self._settings.keys() & self._defaults.keys() - known.keys()}
         same = {name: value for name, value in later.items() if value == self._defaults[name]}
-        return {**facts, "settings": {**known, **_as_stored(_plain(same))}}
+        return {**facts, "settings": {**known, **_as_stored(plain_settings(same))}}
 
     async def _skip(self, checkpoint: Checkpoint, record: dict[str, Any]) -> dict[str, float]:
         """Restore a finished stage's weights and return its result."""
@@ -333,7 +338,7 @@ def _described(value: object) -> str:
     return type(value).__qualname__ if type(value).__repr__ is object.__repr__ else repr(value)
 
 
-def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+def plain_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings in a form that JSON can hold; a scheduler becomes its values."""
     return {
         name: [float(value(point / 10)) for point in range(11)] if callable(value) else value

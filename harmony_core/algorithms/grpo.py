@@ -64,8 +64,11 @@ class GRPO(RolloutTraining):
     mini-batch is one optimizer step. Give either `epochs` over the prompts or `max_num_grpo_steps` batches.
 
     Prompt and completion together have at most `max_batch_size` tokens; a completion that reaches this limit counts
-    as truncated. A prompt is dropped if it leaves no room or if the grader ignores or fails on one of its completions;
-    it is counted under `dropped/<reason>` and replaced by the next. `max_failure_rate` is as in `SFT`.
+    as truncated. A completion that the grader ignores, fails on or does not grade in time is unscored: it leaves its
+    group, whose advantages are those of the scored ones, and is counted in `rewards/unscored` and by reason. A prompt
+    with fewer than two scored completions, or one that leaves no room, is dropped, counted under `dropped/<reason>` and
+    replaced by the next. `max_failure_rate` is as in `SFT`; grades do not count there, but 64 failures of the grader
+    one after the other end the run.
     Prompts whose completions have equal scores stay in (only the divergence from the reference trains them) and are
     counted in `percentage_no_advantages`. The old log-probs are the sampler's own. With `kl_beta=0` there is no
     reference model.
@@ -80,6 +83,7 @@ class GRPO(RolloutTraining):
     _hooks = ("gen_data", "train_sample", "get_train_batch_logs")
     _loss = "train_grpo"
     completions_per_sample: int
+    samples_per_batch: int
 
     @keeps_settings
     def __init__(
@@ -111,29 +115,51 @@ class GRPO(RolloutTraining):
         loss_options: Mapping[str, Any] | None = None,
         max_failure_rate: float = 0.5,
     ) -> None:
-        if use_tangents and loss_options:
+        self.grader = grader
+        batches = epochs, max_num_grpo_steps, max_failure_rate
+        saving = checkpoint_frequency, checkpoint_restore_data
+        schedule = lr_scheduler or CosineScheduler(lr)
+        self._set_up(dataset, model, (logger, stage_notifier), callbacks, batches, schedule, saving, loss_options)
+
+    def _set_up(
+        self,
+        dataset: Sequence[StringThread],
+        model: TrainingModel,
+        told: tuple[Logger | None, StageNotifier | None],
+        callbacks: Sequence[RecipeCallback],
+        batches: tuple[float | None, int | None, float],
+        schedule: Scheduler,
+        saving: tuple[float, dict[str, Any] | None],
+        loss_options: Mapping[str, Any] | None,
+    ) -> None:
+        """What the constructors have in common, once the plain settings are attributes."""
+        if self.use_tangents and loss_options:
             raise UsageError("loss_options are those of the model's own loss", hint="leave use_tangents out")
-        prompts = prompts_per_batch(samples_per_batch, completions_per_sample)
-        at_least(1, samples_per_batch=samples_per_batch, samples_per_mini_batch=samples_per_mini_batch)
-        at_least(1, mini_epochs_per_batch=mini_epochs_per_batch)
-        self.model, self.grader = model, grader
-        self._log_to(logger, stage_notifier, f"{type(self).__name__} Training")
-        self.lr_schedule = lr_scheduler or CosineScheduler(lr)
+        prompts = prompts_per_batch(self.samples_per_batch, self.completions_per_sample)
+        at_least(1, samples_per_batch=self.samples_per_batch, samples_per_mini_batch=self.samples_per_mini_batch)
+        at_least(1, mini_epochs_per_batch=self.mini_epochs_per_batch)
+        self.model = model
+        name = type(self).__name__
+        self._log_to(*told, f"{name} Training")
+        self.lr_schedule = schedule
         self.loss_options = dict(loss_options or {})
         check_loss_options(getattr(model, self._loss), self.loss_options)
-        self.loader = BatchLoader(prompts_of(dataset), prompts, epochs, data_seed, max_failure_rate, max_num_grpo_steps)
-        if kl_beta:
+        epochs, steps, rate = batches
+        self.loader = BatchLoader(prompts_of(dataset), prompts, epochs, self.data_seed, rate, steps)
+        if self.kl_beta:
             model.plan_clone()
-        saving = checkpoint_frequency, checkpoint_restore_data
-        name, models = type(self).__name__, {"policy": model}
-        self.loop = StepLoop(self, name, models, dataset, callbacks, *saving, prompts=True)
+        self.loop = StepLoop(self, name, {"policy": model}, dataset, callbacks, *saving, prompts=True)
 
     async def _prepare(self) -> None:
         self.reference = await self.model.clone_inf() if self.kl_beta else None
-        self.rollout = Rollout(self.model, self.reference, self.grader)
+        self.rollout = self._make_rollout()
+
+    def _make_rollout(self) -> Any:
+        return Rollout(self.model, self.reference, self.grader)
 
     async def _step(self) -> dict[str, Any]:
         results, metrics = await self.loader.next_batch(settle_each(self.gen_data))
+        metrics |= self.rollout.unscored()
         groups = [group for group in results if group]
         samples = [sample for group in groups for sample in group]
         if not samples:
@@ -168,18 +194,21 @@ class GRPO(RolloutTraining):
             sample.sample,
             sample.logprobs,
             sample.ref_logprobs,
-            [sample.advantage] * len(sample.logprobs),
+            self._advantages(sample),
             self.clip_range,
             self.kl_beta,
             **self.loss_options,
         )
         return {}
 
+    def _advantages(self, sample: Sample) -> list[float]:
+        """One advantage for each weighted token."""
+        return [sample.advantage] * len(sample.logprobs)
+
     async def _push(self, sample: Sample, scored: ScoredThread) -> Metrics:
-        advantages, beta = [sample.advantage] * len(sample.logprobs), self.kl_beta
-        tangents, metrics = grpo_tangents(
-            scored.logprobs, sample.logprobs, sample.ref_logprobs, advantages, self.clip_range, beta
-        )
+        lists = sample.logprobs, sample.ref_logprobs, self._advantages(sample)
+        whole = self._loss == "train_gspo"
+        tangents, metrics = grpo_tangents(scored.logprobs, *lists, self.clip_range, self.kl_beta, whole)
         await push(self.model, scored, tangents, len(tangents))
         return metrics
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from harmony_core.algorithms.batch_loader import BatchLoader, at_least
 from harmony_core.algorithms.callbacks import RecipeCallback
 from harmony_core.algorithms.rollout import Rollout, RolloutTraining, completion_metrics, prompts_of
-from harmony_core.algorithms.tangents import discounted_cumulative_rewards, explained_variance, gae_advantages
+from harmony_core.algorithms.tangents import explained_variance
 from harmony_core.algorithms.training import (
     CombinedSchedule,
     CosineScheduler,
@@ -29,6 +29,7 @@ from harmony_core.graders import BaseGrader
 from harmony_core.journal import phase
 from harmony_core.loggers import Logger
 from harmony_core.notifiers import StageNotifier
+from harmony_core.returns import discounted_cumulative_rewards, gae_advantages
 from harmony_core.text.threads import StringThread, TokenizedThread
 
 if TYPE_CHECKING:
@@ -71,9 +72,9 @@ class PPO(RolloutTraining):
     mini-batches of `samples_per_mini_batch`, each an optimizer step: first all of the policy's, then all of the value
     model's (without weight decay). Give either `epochs` over the prompts or `max_num_ppo_steps` batches.
 
-    Prompts are dropped, counted and replaced as in `GRPO`. Metrics of the value model's steps are logged as `value/*`.
-    `loss_options` are further keyword arguments of `train_ppo`. With `whiten_advantages` the policy is trained on
-    (A - mean) / (std + 1e-8) over a batch's tokens, which cancels a common offset of the values.
+    Prompts are dropped, counted and replaced as in `GRPO`, here with one completion. Metrics of the value model's steps
+    are logged as `value/*`. `loss_options` are further keyword arguments of `train_ppo`. With `whiten_advantages` the
+    policy is trained on (A - mean) / (std + 1e-8) over a batch's tokens, which cancels a common offset of the values.
 
     A subclass may override `generate_sample`, `train_ppo`, `train_value` and `get_train_batch_logs`.
     """
@@ -81,7 +82,11 @@ class PPO(RolloutTraining):
     _hooks = ("generate_sample", "train_ppo", "train_value", "get_train_batch_logs")
     gae_lambda: float
     gae_gamma: float
-    whiten_advantages: bool
+    whiten_advantages: bool = False
+    samples_per_batch: int
+    value_only_fraction: float
+    lr_policy: float
+    lr_value: float
 
     @keeps_settings
     def __init__(
@@ -118,25 +123,43 @@ class PPO(RolloutTraining):
         whiten_advantages: bool = False,
         max_failure_rate: float = 0.5,
     ) -> None:
-        if not value_model.is_scalar():
-            raise UsageError("PPO's value model needs a scalar head", hint="spawn it with into_scoring_model()")
-        at_least(1, samples_per_batch=samples_per_batch, samples_per_mini_batch=samples_per_mini_batch)
-        at_least(1, mini_epochs_per_batch=mini_epochs_per_batch)
-        self.model, self.value_model, self.grader = model, value_model, grader
-        self._log_to(logger, stage_notifier, "PPO Training")
-        waiting = CombinedSchedule(lambda _: 0.0, CosineScheduler(lr_policy), value_only_fraction)
-        self.lr_schedule_policy: Scheduler = lr_scheduler_policy or waiting
-        self.lr_schedule_value: Scheduler = lr_scheduler_value or CosineScheduler(lr_value)
+        self.grader = grader
+        batches = epochs, max_num_ppo_steps, max_failure_rate
+        schedules = lr_scheduler_policy, lr_scheduler_value
+        saving = checkpoint_frequency, checkpoint_restore_data
         self.loss_options = dict(loss_options or {})
         check_loss_options(model.train_ppo, self.loss_options)
-        self.loader = BatchLoader(
-            prompts_of(dataset), samples_per_batch, epochs, data_seed, max_failure_rate, max_num_ppo_steps
+        self._set_up(
+            "PPO", dataset, (model, value_model), (logger, stage_notifier), callbacks, batches, schedules, saving
         )
-        if kl_beta:
-            model.plan_clone()
-        models = {"policy": model, "value": value_model}
-        saving = checkpoint_frequency, checkpoint_restore_data
-        self.loop = StepLoop(self, "PPO", models, dataset, callbacks, *saving, prompts=True)
+
+    def _set_up(
+        self,
+        name: str,
+        dataset: Sequence[StringThread],
+        models: tuple[TrainingModel, TrainingModel],
+        told: tuple[Logger | None, StageNotifier | None],
+        callbacks: Sequence[RecipeCallback],
+        batches: tuple[float | None, int | None, float],
+        schedules: tuple[Scheduler | None, Scheduler | None],
+        saving: tuple[float, dict[str, Any] | None],
+    ) -> None:
+        """What the constructors have in common, once the plain settings are attributes."""
+        self.model, self.value_model = models
+        if not self.value_model.is_scalar():
+            raise UsageError("PPO's value model needs a scalar head", hint="spawn it with into_scoring_model()")
+        at_least(1, samples_per_batch=self.samples_per_batch, samples_per_mini_batch=self.samples_per_mini_batch)
+        at_least(1, mini_epochs_per_batch=self.mini_epochs_per_batch)
+        self._log_to(*told, "PPO Training")
+        waiting = CombinedSchedule(lambda _: 0.0, CosineScheduler(self.lr_policy), self.value_only_fraction)
+        self.lr_schedule_policy: Scheduler = schedules[0] or waiting
+        self.lr_schedule_value: Scheduler = schedules[1] or CosineScheduler(self.lr_value)
+        epochs, steps, rate = batches
+        self.loader = BatchLoader(prompts_of(dataset), self.samples_per_batch, epochs, self.data_seed, rate, steps)
+        if self.kl_beta:
+            self.model.plan_clone()
+        both = {"policy": self.model, "value": self.value_model}
+        self.loop = StepLoop(self, name, both, dataset, callbacks, *saving, prompts=True)
 
     async def _prepare(self) -> None:
         # The value model scores the policy's tokens, so both must tokenize text alike.
@@ -144,19 +167,26 @@ class PPO(RolloutTraining):
         if await self.model.tokenize(text) != await self.value_model.tokenize(text):
             raise UsageError("policy and value model have different tokenizers", hint="use two models of one family")
         self.reference = await self.model.clone_inf() if self.kl_beta else None
-        self.rollout = Rollout(self.model, self.reference, self.grader, self.value_model)
+        self.rollout = self._make_rollout()
+
+    def _make_rollout(self) -> Any:
+        return Rollout(self.model, self.reference, self.grader, self.value_model)
 
     async def _step(self) -> dict[str, Any]:
         results, metrics = await self.loader.next_batch(settle_each(self.generate_sample))
+        metrics |= self.rollout.unscored()
         samples = [sample for sample in results if sample is not None]
         if not samples:
             return metrics
-        metrics |= await self._batch_metrics(samples, samples, [fmean(s.advantages) for s in samples])
+        metrics |= await self._batch_metrics(samples, samples, self._shown_advantages(samples))
         if self.lr_schedule_policy(self.loader.completion) > 0:
             trained = whitened(samples) if self.whiten_advantages else samples
             step = partial(self._optim_step, self.model, self.lr_schedule_policy, self.weight_decay)
             metrics |= await self._train_mini_batches(trained, "policy", self.train_ppo, step)
         return metrics | await self._train_mini_batches(samples, "value", self.train_value, self._step_value)
+
+    def _shown_advantages(self, samples: Sequence[Sample]) -> list[float]:
+        return [fmean(sample.advantages) for sample in samples]
 
     async def generate_sample(self, prompt: StringThread) -> Sample:
         """The completion of one prompt. An error of the data, such as PromptTooLong, drops the prompt."""

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import logging
 import random
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain, islice
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from harmony_core.algorithms.batch_loader import async_map, at_least
+from harmony_core.algorithms.batch_loader import Unscored, async_map, at_least
 from harmony_core.algorithms.callbacks import prompt_of, result_of
 from harmony_core.algorithms.tangents import recorded_logprobs
 from harmony_core.algorithms.training import Training, means
-from harmony_core.errors import UsageError
+from harmony_core.errors import GradeFailed, IgnoreGradeException, TooManyFailures, UsageError
 from harmony_core.graders import BaseGrader, score_or_refuse
-from harmony_core.journal import Piece, phase, samples_wanted, tell_sample
+from harmony_core.journal import Piece, phase, samples_wanted, tell_dropped, tell_sample
 from harmony_core.text.threads import StringThread, TokenizedThread, repeat_thread
 
 if TYPE_CHECKING:
@@ -101,6 +101,9 @@ log = logging.getLogger(__name__)
 SHOWN = 4
 """Completions of one step in the run's report."""
 
+MOST_FAILURES = 64
+"""Grades that may fail one after the other before the run ends. With half of them failing, that never happens."""
+
 
 class RolloutSample(Protocol):
     """The fields that samples of `GRPO` and `PPO` have in common."""
@@ -146,25 +149,55 @@ class Rollout:
         self._longest, self._setting = longest_trained([policy, *others])
         self._sampler = policy.max_seqlen(self._longest, self._setting)
         self._warned = False
+        self._graded, self._failures = 0, 0
+        self._unscored: Counter[str] = Counter()
+        self._last = ""
 
     async def group(self, prompt: StringThread, count: int) -> list[Completion]:
-        """`count` completions of one prompt. If one of them fails, the prompt fails.
+        """The scored ones of `count` completions of one prompt.
 
         A completion ends at the latest when its thread has as many tokens as can be trained. Raises PromptTooLong if
-        the prompt leaves no room, TokenizationError, GradeFailed, IgnoreGradeException.
+        the prompt leaves no room, TokenizationError, and GradeFailed or IgnoreGradeException if fewer than two
+        completions (of one: none) have a score; TooManyFailures when the grader always fails, which ends the run.
         """
         with phase("rollout"):
             threads = await async_map(self._sampler.generate_tokens, list(islice(repeat_thread(prompt), count)))
         self._warn_of_cap(threads[0])
         texts = await async_map(self.policy.detokenize_thread, threads)
         with phase("grading"):
-            scores = await async_map(partial(score_or_refuse, self.grader), texts)
+            scores = await async_map(self._score, texts)
+        found = zip(threads, texts, scores, strict=True)
+        scored = [(thread, text, score) for thread, text, score in found if isinstance(score, float)]
+        if len(scored) < min(count, 2):
+            raise next(error for error in reversed(scores) if not isinstance(error, float))
         with phase("reference"):
-            logprobs = await async_map(self._logprobs, threads)
-        return [
-            Completion(thread, text, score, *pair)
-            for thread, text, score, pair in zip(threads, texts, scores, logprobs, strict=True)
-        ]
+            logprobs = await async_map(self._logprobs, [thread for thread, _, _ in scored])
+        pairs = zip(scored, logprobs, strict=True)
+        return [Completion(thread, text, score, *pair) for (thread, text, score), pair in pairs]
+
+    async def _score(self, text: StringThread) -> float | Unscored:
+        """The score, or the reason for which there is none; the latter is counted."""
+        self._graded += 1
+        try:
+            score = await score_or_refuse(self.grader, text)
+            self._failures = 0
+            return score
+        except (GradeFailed, IgnoreGradeException) as error:
+            self._unscored[error.code] += 1
+            self._last = error.message
+            self._failures += isinstance(error, GradeFailed)
+            if self._failures >= MOST_FAILURES:
+                text_of_all = f"the last {self._failures} grades all failed; the last: {error.message}"
+                raise TooManyFailures(text_of_all, hint=error.hint, failures=self._failures) from error
+            return error
+
+    def unscored(self) -> Metrics:
+        """How many completions got no score since the last call, also by reason; they are told to the run's report."""
+        counts, self._unscored = self._unscored, Counter()
+        tell_dropped({f"unscored_{reason}": count for reason, count in counts.items()}, last=self._last)
+        metrics = {"rewards/unscored": counts.total(), "rewards/unscored_rate": counts.total() / max(self._graded, 1)}
+        self._graded = 0
+        return metrics | {f"rewards/unscored/{reason}": count for reason, count in counts.items()}
 
     async def _logprobs(self, thread: TokenizedThread) -> tuple[list[float], list[float]]:
         """The log-probs of the policy that drew the thread's completion, and those of the reference."""

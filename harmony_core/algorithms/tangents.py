@@ -60,13 +60,18 @@ async def push(model: TrainingModel, scored: ScoredThread, tangents: Sequence[fl
         for place, logprob in zip(scored.places, recorded, strict=True):
             sampler[place] = logprob
     await model.train_tangents(
-        scored.tokens[:-1], scored.patches, dense, scored.tokens[1:], denominator, sampler_logprobs=sampler
+        *(scored.tokens[:-1], scored.patches, dense, scored.tokens[1:], denominator),
+        sampler_logprobs=sampler,
+        thread=scored.thread,
     )
 
 
 def recorded_logprobs(model: TrainingModel, thread: TokenizedThread) -> list[float] | None:
-    """The sampler's log-prob of each weighted token, or None unless all were sampled with the present weights."""
-    logprobs, versions = thread.logprobs, thread.versions
+    """The sampler's log-prob of each weighted token, or None unless all were sampled with the present weights.
+
+    Those of a constrained completion are over the tokens that the constraint allowed, as in `logprobs_per_token`.
+    """
+    logprobs, versions = thread.policy_logprobs, thread.versions
     present = model.get_optim_step()
     if logprobs is None or versions is None or set(versions) - {present}:
         return None
@@ -120,6 +125,10 @@ def grpo_tangents(
         moved.append((now - old) ** 2 / 2)
         divergence.append(towards - (reference - now) - 1)
     return tangents, {"pg_clipfrac": fmean(clipped), "inner_kl_div": fmean(moved), "Dkl": fmean(divergence)}
+
+
+grpo_loss = grpo_tangents
+"""The documented name."""
 
 
 async def train_grpo_tangents(
@@ -203,42 +212,3 @@ def explained_variance(values: Sequence[float], returns: Sequence[float]) -> flo
     """1 - mean((V - R)^2) / (var(R) + 1e-8): 1 for a perfect value model, 0 for one that always predicts the mean."""
     error = statistics.fmean((value - target) ** 2 for value, target in zip(values, returns, strict=True))
     return 1.0 - error / (statistics.pvariance(returns) + 1e-8)
-
-
-def gae_advantages(
-    values: Sequence[float], rewards: Sequence[float], gae_lambda: float, gae_gamma: float
-) -> list[float]:
-    """A_t = d_t + gamma lambda A_{t+1} with d_t = r_t + gamma v_{t+1} - v_t, and A = v = 0 after the last step.
-
-    Schulman et al., "High-Dimensional Continuous Control Using Generalized Advantage Estimation" (2016), eq. 16.
-    Raises DataError for sequences of different lengths.
-    """
-    _check_lengths("values", values, "rewards", rewards)
-    advantages = [0.0] * len(values)
-    next_value = next_advantage = 0.0
-    for t in reversed(range(len(values))):
-        delta = rewards[t] + gae_gamma * next_value - values[t]
-        advantages[t] = next_advantage = delta + gae_gamma * gae_lambda * next_advantage
-        next_value = values[t]
-    return advantages
-
-
-def discounted_cumulative_rewards(rewards: Sequence[float], gamma: float) -> list[float]:
-    """R_t = r_t + gamma R_{t+1}. Raises IndexError when there are no rewards."""
-    if not rewards:
-        raise IndexError("discounted_cumulative_rewards of no rewards")
-    returns = [float(reward) for reward in rewards]
-    for t in reversed(range(len(returns) - 1)):
-        returns[t] += gamma * returns[t + 1]
-    return returns
-
-
-def gae_td_returns(advantages: Sequence[float], values: Sequence[float]) -> list[float]:
-    """A_t + v_t: the targets of a value model. Raises DataError for sequences of different lengths."""
-    _check_lengths("advantages", advantages, "values", values)
-    return [advantage + value for advantage, value in zip(advantages, values, strict=True)]
-
-
-def _check_lengths(one: str, first: Sequence[float], other: str, second: Sequence[float]) -> None:
-    if len(first) != len(second):
-        raise DataError(f"{len(first)} {one} for {len(second)} {other}", hint="give one of each for every step")

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, update_wrapper
+from itertools import chain
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, ParamSpec, TypeVar
 
@@ -26,7 +27,7 @@ from harmony_core.text.threads import StringThread
 
 if TYPE_CHECKING:
     from harmony_core.client import InferenceModel, TrainingModel
-    from harmony_core.client.live import RowGauge
+    from harmony_core.client.limits import RowGauge
 
 log = logging.getLogger(__name__)
 
@@ -391,9 +392,9 @@ def settle_each(hook: Callable[[Any], Any]) -> Callable[[Sequence[Any]], Awaitab
 
 
 def means(prefix: str, measured: Sequence[Any]) -> dict[str, float]:
-    """The mean of each number in the dictionaries that a hook returned, over the samples that returned it."""
+    """The mean of each number in the dictionaries that a hook returned, one or a list for each sample."""
     found: dict[str, list[float]] = {}
-    for numbers in measured:
+    for numbers in chain.from_iterable(one if isinstance(one, list) else [one] for one in measured):
         for name, value in (numbers if isinstance(numbers, dict) else {}).items():
             if isinstance(value, int | float):
                 found.setdefault(f"{prefix}/{name}", []).append(value)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import NamedTuple
 
+from harmony_core.client.allowed_tokens import AllowedTokens, packed
 from harmony_core.errors import NothingToTrain, UsageError
 from harmony_core.rpc.protocol import CustomLoss, Message, MicroBatch
 from harmony_core.rpc.wire import pack_doubles, pack_floats, pack_ints
@@ -29,6 +30,11 @@ class Loss:
     dropout: bool = True
     """False where log-probs are compared with the sampler's, which uses no dropout."""
 
+    @property
+    def verb(self) -> str:
+        """The method that queues samples of this loss."""
+        return "train_language_modelling" if self.name == "linear" else f"train_{self.name}"
+
 
 LINEAR = Loss()
 
@@ -39,7 +45,8 @@ class TrainSample:
 
     `sampler_logprobs`: the sampler's log-prob of each target under the present weights, NaN where it is missing.
     `fields`: one value for each target whose coefficient is not 0. `on_last`: the sample is scored at its thread's last
-    token, which is an input too; in other samples that token is only a target.
+    token, which is an input too; in other samples that token is only a target. `allowed`: the tokens that each target's
+    softmax goes over, if a grammar constrained some of them.
     """
 
     tokens: list[int]
@@ -49,6 +56,7 @@ class TrainSample:
     loss: Loss = LINEAR
     fields: dict[str, list[float]] = field(default_factory=dict)
     on_last: bool = False
+    allowed: AllowedTokens | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -237,6 +245,7 @@ def micro_batch(model: str, replica: int, batch: Sequence[TrainSample], capacity
     loss, sampler = batch[0].loss, b""
     if not all(s.sampler_logprobs is None for s in batch):
         sampler = pack_floats(chain.from_iterable(s.sampler_logprobs or [math.nan] * len(s) for s in batch))
+    allowed, masks = packed([(len(s), s.allowed) for s in batch])
     return MicroBatch(
         model=model,
         replica=replica,
@@ -252,6 +261,8 @@ def micro_batch(model: str, replica: int, batch: Sequence[TrainSample], capacity
         group=loss.group,
         parts=pack_ints(parts(batch, capacity)),
         dropout=loss.dropout,
+        allowed=allowed,
+        masks=masks,
     )
 
 

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import copy
+from bisect import bisect_right
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
-from harmony_core.client.live import Limit, LiveModel
+from harmony_core.client.limits import Limit
+from harmony_core.client.live import LiveModel
 from harmony_core.config.argument_kinds import checked_class
-from harmony_core.errors import UsageError
+from harmony_core.errors import DataError, UsageError
+from harmony_core.grammar import Constraint
+from harmony_core.request_seeds import apart
 from harmony_core.text.threads import StringThread, TokenizedThread
+
+
+class SerializedThread(NamedTuple):
+    """A thread as numbers: token ids, image patches (none here), and a weight for each token."""
+
+    token_ids: list[int]
+    image_patches: list[tuple[int, bytes]]
+    weights: list[float]
 
 
 @dataclass(frozen=True)
@@ -22,6 +35,7 @@ class SamplingSettings:
     max_gen_len: int | None = None
     min_gen_len: int = 0
     limits: tuple[Limit, ...] = ()
+    constraint: Constraint | None = None
 
 
 @checked_class
@@ -71,6 +85,14 @@ class Handle:
             raise UsageError(f"max_seqlen must be at least 2, not {max_seqlen}")
         return self._with(limits=(*self._settings.limits, Limit(max_seqlen, setting, setting)))
 
+    def own_seeds(self) -> AbstractContextManager[None]:
+        """Give separate random seeds to the requests inside the block.
+
+        They depend on the place of this call among the model's requests, and not on how blocks that run at the same
+        time share the model.
+        """
+        return apart(f"{self._live.name}/{self._live.next_request_seed()}")
+
     @property
     def longest_completion(self) -> int:
         """The maximum number of new tokens requested; the prompt may leave room for fewer."""
@@ -110,15 +132,13 @@ class Handle:
         """The thread's text; turns, weights and metadata survive."""
         return self._live.tokenizer.detokenize(thread)
 
-    async def serialize_thread(self, thread: StringThread) -> tuple[list[int], list[tuple[int, bytes]], list[float]]:
+    async def serialize_thread(self, thread: StringThread) -> SerializedThread:
         """Token ids, image patches (always empty: text models only), and a weight for each token."""
         return await self.serialize_tokenized_thread(self._live.tokenizer.tokenize(thread))
 
-    async def serialize_tokenized_thread(
-        self, thread: TokenizedThread
-    ) -> tuple[list[int], list[tuple[int, bytes]], list[float]]:
+    async def serialize_tokenized_thread(self, thread: TokenizedThread) -> SerializedThread:
         """As `serialize_thread`, from tokens."""
-        return list(thread.token_ids), [], list(thread.token_weights)
+        return SerializedThread(list(thread.token_ids), [], list(thread.token_weights))
 
     async def tokenize(self, data: str) -> list[int]:
         """Token ids of plain text; no template, no special tokens added."""
@@ -127,3 +147,21 @@ class Handle:
     async def detokenize(self, data: Sequence[int]) -> str:
         """Text of token ids."""
         return self._live.tokenizer.decode(list(data))
+
+    async def char_to_token_rewards(self, text: str, char_rewards: Sequence[float]) -> list[float]:
+        """The reward of each token of `tokenize(text)`: the sum of those of the characters that end in it.
+
+        A character of several tokens counts for its last one, a character of no token for the next token, or the last
+        one: the sum stays the same. Raises DataError unless there is one number for each character.
+        """
+        if len(char_rewards) != len(text):
+            raise DataError(f"{len(char_rewards)} rewards for {len(text)} characters", hint="give one for each")
+        offsets = self._live.tokenizer.encoding(text).offsets
+        if not offsets:
+            return []
+        starts, rewards = [start for start, _ in offsets], [0.0] * len(offsets)
+        for place, reward in enumerate(char_rewards):
+            token = bisect_right(starts, place) - 1
+            inside = token >= 0 and place < offsets[token][1]
+            rewards[token if inside else min(token + 1, len(offsets) - 1)] += float(reward)
+        return rewards

@@ -4,39 +4,57 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, overload
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar, overload
 
+from pydantic import BaseModel
+
+from harmony_core.client.allowed_tokens import AllowedTokens, packed
 from harmony_core.client.handle import Handle
-from harmony_core.client.live import check_length, of_batch, of_context, of_pool
+from harmony_core.client.limits import check_length, of_batch, of_context, of_pool
 from harmony_core.client.losses import AnyThread
 from harmony_core.config.argument_kinds import checked_class
 from harmony_core.errors import DataError, PromptTooLong, UsageError
 from harmony_core.rpc.protocol import Generate, Generated, Inspect, Inspected, Sampling, Score, Scored
 from harmony_core.rpc.wire import pack_ints, unpack_floats, unpack_ints
-from harmony_core.text.threads import StringThread, TokenizedThread, check_last_turn
+from harmony_core.structured_output import (
+    generate_and_validate,
+    get_pydantic_schema,
+    parse_constrained,
+    render_pydantic_model,
+    render_schema,
+)
+from harmony_core.text.threads import StringThread, TokenizedThread
+from harmony_core.text.turns import StructuredOutput
 
+T = TypeVar("T", bound=BaseModel)
 SKIPPED = -1
 """A target that is not scored."""
 
 
 @dataclass(frozen=True)
 class Timings:
-    """How long one generation took, on the rank. `ttft`: until the first token; `tbt`: between tokens, on average."""
+    """How long one generation took, on the rank; each time in seconds, and under `..._ms` in milliseconds.
+
+    `ttft`: until the first token, from the request on or from its pages on; `tbt`: between tokens, on average;
+    `kv_cache_allocated`: until there were pages for it. `spec_dec_acceptance_rate` is 0: there are no draft models.
+    """
 
     ttft_from_creation_sec: float
     tbt_sec: float
     num_tokens: int
+    kv_cache_allocated_sec: float = 0.0
+    spec_dec_acceptance_rate: float = 0.0
 
     @property
-    def ttft_from_creation_ms(self) -> float:
-        """Milliseconds until the first token."""
-        return self.ttft_from_creation_sec * 1000
+    def ttft_from_cache_allocation_sec(self) -> float:
+        """From the pages to the first token."""
+        return self.ttft_from_creation_sec - self.kv_cache_allocated_sec
 
-    @property
-    def tbt_ms(self) -> float:
-        """Milliseconds between tokens."""
-        return self.tbt_sec * 1000
+    ttft_from_creation_ms = property(lambda self: self.ttft_from_creation_sec * 1000)
+    ttft_from_cache_allocation_ms = property(lambda self: self.ttft_from_cache_allocation_sec * 1000)
+    kv_cache_allocated_ms = property(lambda self: self.kv_cache_allocated_sec * 1000)
+    tbt_ms = property(lambda self: self.tbt_sec * 1000)
 
 
 @checked_class
@@ -61,10 +79,14 @@ class InferenceModel(Handle):
         return_timings: Literal[True],
         continue_final: bool = False,
     ) -> Coroutine[Any, Any, tuple[StringThread, Timings]]: ...
+    @overload
+    def generate(
+        self, thread: AnyThread, response_model: type[T], return_timings: bool = False
+    ) -> Coroutine[Any, Any, tuple[StringThread, T]]: ...
     def generate(
         self,
         thread: AnyThread,
-        response_model: None = None,
+        response_model: type[BaseModel] | None = None,
         return_timings: bool = False,
         *,
         continue_final: bool = False,
@@ -74,30 +96,71 @@ class InferenceModel(Handle):
         Tokens that a model with this tokenizer drew before are continued as they were drawn. With `continue_final` the
         thread's last turn, an unfinished assistant turn, is continued; without it such a thread raises DataError. The
         request gets its number, and with it its random seed, when this is called, not when it is awaited.
-        Raises PromptTooLong when no room is left to generate, TokenizationError for tokens that cannot be continued.
+
+        With a `response_model`, a pydantic model, the completion is constrained to its JSON schema, the last turn holds
+        a structured-output fragment, and the result is the thread and the instance; there are no timings.
+
+        Raises PromptTooLong when no room is left to generate, TokenizationError for tokens that cannot be continued,
+        JsonParseError for JSON that is cut off, UsageError for a schema that the grammar cannot express.
         """
+        seed = self._live.next_request_seed()
         if response_model is not None:
-            raise UsageError("structured output (response_model) is not supported", hint="parse the completion instead")
-        return self._generate(thread, self._live.next_request_seed(), return_timings, continue_final)
+            return self._respond(thread, seed, response_model, continue_final, text=True)
+        return self._generate(thread, seed, return_timings, continue_final)
 
     async def _generate(self, thread: AnyThread, seed: int, return_timings: bool, continue_final: bool) -> Any:
         tokenized, timings = await self._complete(thread, seed, continue_final)
         generated = self._live.tokenizer.detokenize(tokenized)
         return (generated, timings) if return_timings else generated
 
+    @overload
     def generate_tokens(
-        self, thread: AnyThread, *, continue_final: bool = False
-    ) -> Coroutine[Any, Any, TokenizedThread]:
+        self, thread: AnyThread, response_model: None = None, *, continue_final: bool = False
+    ) -> Coroutine[Any, Any, TokenizedThread]: ...
+    @overload
+    def generate_tokens(
+        self, thread: AnyThread, response_model: type[T]
+    ) -> Coroutine[Any, Any, tuple[TokenizedThread, T]]: ...
+    def generate_tokens(
+        self, thread: AnyThread, response_model: type[BaseModel] | None = None, *, continue_final: bool = False
+    ) -> Coroutine[Any, Any, Any]:
         """As `generate`, with the tokens as they were drawn, their log-probs and policy versions."""
-        return self._generate_tokens(thread, self._live.next_request_seed(), continue_final)
+        seed = self._live.next_request_seed()
+        if response_model is not None:
+            return self._respond(thread, seed, response_model, continue_final, text=False)
+        return self._generate_tokens(thread, seed, continue_final)
 
     async def _generate_tokens(self, thread: AnyThread, seed: int, continue_final: bool) -> TokenizedThread:
         return (await self._complete(thread, seed, continue_final))[0]
 
+    async def _respond(
+        self, thread: AnyThread, seed: int, response_model: type[BaseModel], continue_final: bool, text: bool
+    ) -> tuple[AnyThread, BaseModel]:
+        """The thread, as text or tokens, with an instance of the model as its last turn, and the instance."""
+        if continue_final:
+            raise UsageError("continue_final with a response_model: its grammar begins with the turn")
+        schema, live = get_pydantic_schema(response_model), self._live
+        drawn = await self.constrained_decoding(schema, "json")._generate_tokens(thread, seed, False)
+        *before, last = drawn.token_turns
+        cut = last.generation is not None and last.generation.finish_reason == "length"
+        instance = parse_constrained(last.text, response_model, drawn.len_last_turn() if cut else None)
+        fragment = StructuredOutput(last.text, instance.model_dump_json(), schema)
+        answer = TokenizedThread.of(drawn, drawn.token_ids, [*before, replace(last, fragments=(fragment,))])
+        return live.tokenizer.detokenize(answer) if text else answer, instance
+
+    async def generate_and_validate(
+        self, thread: StringThread, pydantic_model: type[T], max_parsing_retries: int = 1
+    ) -> tuple[str, T]:
+        """See `harmony_core.structured_output.generate_and_validate`."""
+        return await generate_and_validate(self, thread, pydantic_model, max_parsing_retries)
+
+    render_schema = staticmethod(render_schema)
+    render_pydantic_model = staticmethod(render_pydantic_model)
+
     async def _complete(self, thread: AnyThread, seed: int, continue_final: bool) -> tuple[TokenizedThread, Timings]:
         live = self._live
         if not self.is_scalar():  # else it cannot generate at all
-            check_last_turn(thread, continue_final)
+            _check_last_turn(thread, continue_final)
         prompt = live.tokenizer.unfinished_ids(thread) if continue_final else live.tokenizer.prompt_ids(thread)
         live.check_ids(prompt)
         answer = await self._request_generation(prompt, seed)
@@ -109,13 +172,15 @@ class InferenceModel(Handle):
             logprobs=unpack_floats(answer.logprobs),
             sampled_logprobs=unpack_floats(answer.sampled_logprobs),
             versions=unpack_ints(answer.versions),
+            masked_logprobs=unpack_floats(answer.masked_logprobs),
+            constraint=self._settings.constraint,
             finished=answer.finish_reason == "stop",
             model=live.name,
             continued=continue_final,
         )
         rest = max(len(completion) - 1, 1)
-        timings = Timings(answer.seconds_to_first, (answer.seconds - answer.seconds_to_first) / rest, len(completion))
-        return tokenized, timings
+        between = (answer.seconds - answer.seconds_to_first) / rest
+        return tokenized, Timings(answer.seconds_to_first, between, len(completion), answer.seconds_to_pages)
 
     async def _request_generation(self, prompt: list[int], seed: int) -> Generated:
         live = self._live
@@ -142,6 +207,7 @@ class InferenceModel(Handle):
             min_tokens=settings.min_gen_len,
             seed=seed,
             stop_ids=tuple(sorted(live.tokenizer.stop_ids)),
+            constraint=settings.constraint,
         )
         async with live.generating:
             live.require_live()
@@ -157,7 +223,7 @@ class InferenceModel(Handle):
         return answer
 
     async def logprobs(self, thread: StringThread) -> float:
-        """Sum of the log-probs of the thread's weighted tokens, under the raw distribution.
+        """Sum of the log-probs of the thread's weighted tokens; see `logprobs_per_token`.
 
         Each weighted turn is scored after the prompt that the model would have been given for it, as
         `train_language_modelling` trains it.
@@ -166,9 +232,12 @@ class InferenceModel(Handle):
         return sum(sum(found) for found in await asyncio.gather(*map(self.logprobs_per_token, parts)))
 
     async def logprobs_per_token(self, thread: TokenizedThread) -> list[float]:
-        """One log-prob for each weighted token, in order, under the raw distribution."""
+        """One log-prob for each weighted token, in order, under the raw distribution.
+
+        Those of a turn that was generated under a constraint are renormalised over the tokens that it allowed.
+        """
         self._require_head(scalar=False, method="logprobs")
-        return await self._score_weighted(thread, thread.token_ids[1:])
+        return await self._score_weighted(thread, thread.token_ids[1:], self._live.allowed(thread, "logprobs"))
 
     async def raw_logprobs(self, tokens: Sequence[int]) -> list[float]:
         """The log-prob of each token given those before it; the first is 0."""
@@ -208,13 +277,30 @@ class InferenceModel(Handle):
                 hint="into_scoring_model() before the spawn",
             )
 
-    async def _score_weighted(self, thread: TokenizedThread, targets: Sequence[int]) -> list[float]:
+    async def _score_weighted(
+        self, thread: TokenizedThread, targets: Sequence[int], allowed: AllowedTokens | None = None
+    ) -> list[float]:
         """`_score` of the targets that have a weight."""
         asked = [t if w > 0 else SKIPPED for t, w in zip(targets, thread.token_weights[1:], strict=True)]
-        values = await self._score(thread.token_ids, asked)
+        values = await self._score(thread.token_ids, asked, allowed)
         return [v for v, t in zip(values, asked, strict=True) if t != SKIPPED]
 
-    async def _score(self, ids: Sequence[int], targets: Sequence[int]) -> list[float]:
+    async def embed(self, tokens: Sequence[int]) -> list[float]:
+        """The hidden state of the last token, after the final norm: one number for each of the model's dimensions.
+
+        Raises DataError without tokens.
+        """
+        if not tokens:
+            raise DataError("no tokens: there is nothing to embed")
+        return await self._score(tokens, [SKIPPED] * len(tokens), embed=True)
+
+    async def _score(
+        self,
+        ids: Sequence[int],
+        targets: Sequence[int],
+        allowed: AllowedTokens | None = None,
+        embed: bool = False,
+    ) -> list[float]:
         """The log-prob or value of each target, given the ids up to its position, from the ranks."""
         live, tokens = self._live, ids[: len(targets)]
         live.require_ranks()
@@ -227,7 +313,9 @@ class InferenceModel(Handle):
             check_length(live, PromptTooLong, thread, "the thread to score has {} tokens", limits)
         live.check_ids(ids)
         replica = live.least_busy()
-        message = Score(model=live.name, replica=replica, tokens=pack_ints(tokens), targets=pack_ints(targets))
+        packed_tokens = pack_ints(tokens), pack_ints(targets), *packed([(len(tokens), allowed)])
+        names = "tokens", "targets", "allowed", "masks"
+        message = Score(model=live.name, replica=replica, embed=embed, **dict(zip(names, packed_tokens, strict=True)))
         answer = await asyncio.shield(live.post(replica, message, len(tokens)).future)
         assert isinstance(answer, Scored)
         return unpack_floats(answer.logprobs)
@@ -237,10 +325,11 @@ class InferenceModel(Handle):
         tokenizer = self._live.tokenizer
         return tokenizer.decode_behind(tokenizer.encode(prompt), await self.raw_token_create(prompt))
 
-    async def raw_token_create(self, prompt: str) -> list[int]:
-        """As `raw_string_create`, as token ids; a final stop token is left out."""
-        tokenizer = self._live.tokenizer
-        answer = await self._request_generation(tokenizer.encode(prompt), self._live.next_request_seed())
+    async def raw_token_create(self, prompt: Sequence[int] | str) -> list[int]:
+        """The ids of new tokens after a prompt, in ids or as text; a final stop token is left out."""
+        ids = self._live.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        self._live.check_ids(ids)
+        answer = await self._request_generation(ids, self._live.next_request_seed())
         tokens = unpack_ints(answer.tokens)
         return tokens[:-1] if answer.finish_reason == "stop" else tokens
 
@@ -266,3 +355,16 @@ class InferenceModel(Handle):
         freed = self._live.free()
         if freed is not None:
             await asyncio.shield(freed)
+
+
+def _check_last_turn(thread: AnyThread, continue_final: bool) -> None:
+    """Raise DataError if the last turn cannot be continued with `continue_final`, or is unfinished without it."""
+    ends_with_assistant = [turn.role for turn in thread.text_turns[-1:]] == ["assistant"]
+    finished = thread.generation is not None and thread.generation.finish_reason == "stop"
+    if continue_final and (finished or not ends_with_assistant):
+        reason = "is finished" if finished else "is not the assistant's"
+        raise DataError(f"continue_final=True: the last turn {reason}, so there is nothing to continue")
+    if ends_with_assistant and not finished and not continue_final:
+        cut = " that was cut for its length" if thread.generation is not None else ""
+        hint = "continue_final=True continues it; else append a user turn, or take StringThread(thread.messages())"
+        raise DataError(f"the thread ends with an assistant turn{cut}", hint=hint)

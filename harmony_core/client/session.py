@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from msgspec import structs
 
 from harmony_core.client.engine import Engine, EventSink
+from harmony_core.client.progress import SpawnsWithProgress
 from harmony_core.client.storage import SCHEME
 from harmony_core.config.argument_kinds import checked, whole
 from harmony_core.errors import HarmonyError, ModelRefused, NotFoundError, UsageError
@@ -45,7 +46,7 @@ PREFILL_TOKENS = 8192
 """The most tokens that an inference model takes in one pass."""
 
 
-class ModelBuilder:
+class ModelBuilder(SpawnsWithProgress):
     """Fluent configuration of one model; every setter returns a new builder."""
 
     def __init__(self, engine: Engine, version: ModelVersion, asked: Spawn, variables: TemplateKwargs) -> None:
@@ -164,7 +165,7 @@ class ModelBuilder:
 
     def with_draft(self, draft_model_path: str, num_draft_steps: int | None = None) -> ModelBuilder:
         """Speculative decoding is not supported. Raises UsageError."""
-        raise UsageError("speculative decoding (with_draft) is not supported")
+        raise UsageError("speculative decoding (with_draft) is not supported", hint="leave with_draft out")
 
     def tools(self, tools: list[str]) -> ModelBuilder:
         """Tool URIs are not supported. Raises UsageError unless the list is empty."""

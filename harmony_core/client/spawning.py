@@ -59,7 +59,8 @@ async def spawn(engine: Engine, version: ModelVersion, asked: Spawn, variables: 
         planned = _planned(engine, asked)
         tokenizer = _tokenizer(version, variables)
         if tokenizer is not None and not planned.scalar:
-            planned = structs.replace(planned, tokenless=tokenizer.tokenless(version.spec.vocab_size))
+            path, tokenless = version.tokenizer_dir, tokenizer.tokenless(version.spec.vocab_size)
+            planned = structs.replace(planned, tokenless=tokenless, tokenizer=str(path))
         there = engine.ledger.holds(planned.shared_key)
 
         def ways_out(free: int, transient: int) -> list[str]:

@@ -7,10 +7,11 @@ import math
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
+from harmony_core.artifacts import ModelArtifact
 from harmony_core.client import losses
 from harmony_core.client.batching import LINEAR, Accepted, require_weight
 from harmony_core.client.inference_model import InferenceModel
-from harmony_core.client.live import RowGauge
+from harmony_core.client.limits import RowGauge
 from harmony_core.client.losses import (
     AboveOne,
     AboveZero,
@@ -29,8 +30,9 @@ from harmony_core.client.storage import ModelState, save_live
 from harmony_core.config.argument_kinds import checked_class, whole
 from harmony_core.errors import HarmonyError, TokenizationError, UsageError
 from harmony_core.rpc.protocol import AbandonStep, Message, OptimStep, SetStep, StepMetrics
+from harmony_core.text.row_lengths import growth
 from harmony_core.text.threads import TokenizedThread
-from harmony_core.text.tokenization import MAX_GROWTH, growth
+from harmony_core.text.tokenization import MAX_GROWTH
 
 Queued = Coroutine[Any, Any, None]
 
@@ -75,15 +77,17 @@ class TrainingModel(InferenceModel):
         denominator: float | None = None,
         *,
         sampler_logprobs: Sequence[float] | None = None,
+        thread: TokenizedThread | None = None,
     ) -> Queued:
         """Any loss through its ascent direction: tangents[t] = -dL/dlogprob(tgt_tokens[t] | inp_tokens[:t+1]).
 
         The step divides by `denominator` summed over samples; its default is the number of non-zero tangents. All
         tangents of a sample, and all samples of a step, may be zero. `sampler_logprobs`: the raw log-probs of
         tgt_tokens recorded when this model generated them, NaN where they are missing or the weights have changed
-        since; the step's metrics compare them with the trainer's.
+        since; the metrics compare them with the trainer's. `thread`: the thread of these tokens; log-probs of its
+        turns with a constraint are then over the allowed tokens, as in other losses.
         """
-        given = inp_tokens, image_patches, tangents, tgt_tokens, denominator, sampler_logprobs
+        given = inp_tokens, image_patches, tangents, tgt_tokens, denominator, sampler_logprobs, thread
         return self._live.take(lambda: [losses.linear(self._live, *given)])
 
     def _train(self, name: str, arguments: Mapping[str, Any]) -> Queued:
@@ -334,15 +338,19 @@ class TrainingModel(InferenceModel):
         inference_only: bool = True,
         draft_target: str | None = None,
         num_draft_steps: int | None = None,
-        ctx: object | None = None,
+        ctx: Any = None,
     ) -> str:
         """Store the weights (or the adapter) as a new version. Returns its exact reference, "key@version".
 
-        `inference_only=False` also stores the optimizer's state. Returns once the version is completely on disk.
+        `inference_only=False` also stores the optimizer's state. With `ctx`, the version is also registered as a
+        `ModelArtifact` of the job. Returns once the version is completely on disk.
         """
         if draft_target is not None or num_draft_steps is not None:
             raise UsageError("speculative decoding is not supported: leave draft_target and num_draft_steps out")
-        return await save_live(self._live, model_name, inference_only)
+        ref = await save_live(self._live, model_name, inference_only)
+        if ctx is not None:
+            ModelArtifact(ref, ctx)
+        return ref
 
     def state(self) -> ModelState:
         """The weights, the optimizer's state and the counters, to save in a checkpoint and load from it."""

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from harmony_core.config.parameters import Dataset, Parameter
+from harmony_core.config.parameters import Parameter
 from harmony_core.config.schema import Node, Schema, UnknownKey, bounds_of, from_text, is_open
 from harmony_core.config.yaml_source import (
     DEFAULT,
@@ -340,8 +340,7 @@ def settle_names(
 
     def settled(parameter: Parameter, path: Path) -> Parameter:
         source = resolved.source_at(path)
-        if isinstance(parameter, Dataset):
-            parameter = parameter.with_base(folders.get(source.kind) or FilePath(source.name).absolute().parent)
+        parameter = parameter.with_base(folders.get(source.kind) or FilePath(source.name).absolute().parent)
         try:
             found = parameter.check(registry)
         except HarmonyError as error:

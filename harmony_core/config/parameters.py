@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from harmony_core.registry import ModelVersion, Registry
     from harmony_core.text.threads import StringThread
 
-__all__ = ["Dataset", "Grader", "Model", "Parameter", "dataset_kinds", "model_kinds", "shipped_data"]
+__all__ = ["Dataset", "KeyOnly", "Model", "Parameter", "dataset_kinds", "model_kinds", "shipped_data"]
 
 ModelKindT = TypeVar("ModelKindT", bound=model_kinds.ModelKind, default=model_kinds.Inferable)
 DatasetKindT = TypeVar("DatasetKindT", bound=dataset_kinds.DatasetKind, default=dataset_kinds.DatasetKind)
@@ -86,6 +86,10 @@ class Parameter(BaseModel):
         """The same parameter as an instance of a subclass."""
         return cls(**{name: getattr(self, name) for name in type(self).model_fields})
 
+    def with_base(self, directory: Path) -> Self:
+        """The same parameter with a relative file, if it names one, resolved against `directory`."""
+        return self
+
     def check(self, registry: Registry) -> Any:
         """Look the name up, without starting or loading anything. Raises an error if it cannot be used as requested."""
         raise NotImplementedError
@@ -94,7 +98,7 @@ class Parameter(BaseModel):
         return hash(getattr(self, self.key_field))
 
 
-class _KeyOnly(Parameter):
+class KeyOnly(Parameter):
     """A parameter with a key as its only field: it is serialised and described as that string."""
 
     schema_format: ClassVar[str]
@@ -117,7 +121,7 @@ def _kind_of(cls: type[BaseModel], base: type[KindT]) -> type[KindT]:
     return next((kind for kind in arguments if isinstance(kind, type) and issubclass(kind, base)), base)
 
 
-class Model(_KeyOnly, Generic[ModelKindT]):
+class Model(KeyOnly, Generic[ModelKindT]):
     """A model of the registry, or an external one, by its key. `to_builder` replays the setters called on it."""
 
     key_field: ClassVar[str] = "model_key"
@@ -249,28 +253,6 @@ class Model(_KeyOnly, Generic[ModelKindT]):
         except HarmonyError as error:
             error.add_note(f"while spawning model '{self.model_key}' for {purpose} as '{name}'")
             raise
-
-
-class Grader(_KeyOnly):
-    """A grader by the key under which a control plane keeps it."""
-
-    key_field: ClassVar[str] = "grader_key"
-    schema_format: ClassVar[str] = "grader-key"
-
-    grader_key: str = Field(min_length=1)
-
-    def check(self, registry: Registry) -> None:
-        """Always raises UsageError: the keys of graders belong to a control plane."""
-        raise UsageError(
-            f"grader '{self.grader_key}' cannot be loaded: graders are kept by a control plane, and there is none",
-            hint="build the grader in the recipe",
-        )
-
-    async def load(
-        self, ctx: RecipeContext, tp: int | None = None, kv_cache_len: int | None = None, max_tokens: int | None = None
-    ) -> Any:
-        """Raises UsageError, as `check` does."""
-        self.check(ctx.registry)
 
 
 class Dataset(Parameter, Generic[DatasetKindT]):

@@ -6,7 +6,12 @@ Here are the kinds of rows that a recipe may ask for, as a type argument: `Datas
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+from pydantic import ValidationError
+
+from harmony_core.data.samples import ROWS, DatasetPromptSample
 
 Format = Literal["prompts", "completions", "feedbacks", "preference"]
 
@@ -15,6 +20,16 @@ class DatasetKind:
     """Base of the kinds. `kind` is the format that every row must have; None takes the format of the first row."""
 
     kind: ClassVar[Format | None] = None
+
+    @classmethod
+    def parse(cls, line: Mapping[str, Any]) -> DatasetPromptSample:
+        """A row in the platform's format: of this kind, or without a kind of the first that fits. Raises ValueError."""
+        for row in ROWS.values() if cls.kind is None else [ROWS[cls.kind]]:
+            try:
+                return row.model_validate(line)
+            except ValidationError as error:
+                reason = f"{error.errors()[0]['loc']}: {error.errors()[0]['msg']}"
+        raise ValueError(f"not a row of {cls.__name__} in the platform's format: {reason}")
 
 
 class Prompt(DatasetKind):

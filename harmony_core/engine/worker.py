@@ -36,6 +36,7 @@ from harmony_core.engine.leader import (
     encode_result,
 )
 from harmony_core.engine.model_table import ModelTable, SpawnedModel
+from harmony_core.engine.models.allowed import AllowedTokens
 from harmony_core.engine.models.context import ForwardContext, PackedAttention, forward_context
 from harmony_core.engine.models.heads import scores, token_logprobs
 from harmony_core.engine.models.model import CausalLM
@@ -72,6 +73,7 @@ def score(model: CausalLM, adapter: str | None, requests: list[Score], head: Ten
     """Return float32 log-probs `[T]` of the targets of each request; a negative target is skipped and gives 0.
 
     With a scalar `head`, return the values at the positions of the targets instead; any non-negative target will do.
+    A request to `embed` gets the hidden state of its last token, `[d]`.
     """
     tokens = [np.frombuffer(request.tokens, "<i4").astype(np.int64) for request in requests]
     targets = np.concatenate([np.frombuffer(request.targets, "<i4").astype(np.int64) for request in requests])
@@ -87,9 +89,17 @@ def score(model: CausalLM, adapter: str | None, requests: list[Score], head: Ten
         hidden = model.hidden_states(put(np.concatenate(tokens)), put(positions))
         if len(asked):
             rows = hidden[put(asked)]
-            found = token_logprobs(model, rows, put(targets[asked])) if head is None else scores(model, rows, head)
+            allowed = AllowedTokens.read([(len(t), r.allowed, r.masks) for t, r in zip(tokens, requests, strict=True)])
+            masks = None if allowed is None else allowed[torch.from_numpy(asked)]
+            if head is None:
+                found = token_logprobs(model, rows, put(targets[asked]), allowed=masks)
+            else:
+                found = scores(model, rows, head)
             values[asked] = found.float().cpu().numpy()
-    return [part.astype("<f4").tobytes() for part in np.split(values, np.cumsum(lengths)[:-1])]
+        last = hidden[put(np.cumsum(lengths) - 1)].float().cpu().numpy()
+    parts = np.split(values, np.cumsum(lengths)[:-1])
+    answers = [state if request.embed else part for request, state, part in zip(requests, last, parts, strict=True)]
+    return [answer.astype("<f4").tobytes() for answer in answers]
 
 
 Result = TypeVar("Result")

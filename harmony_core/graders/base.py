@@ -5,19 +5,23 @@ Graders do not depend on training: a training class, a callback or a recipe asks
 
 from __future__ import annotations
 
-import inspect
+import asyncio
 import math
 import statistics
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypedDict, TypeVar
 
 from harmony_core.config.argument_kinds import checked
-from harmony_core.errors import EngineError, GradeFailed, IgnoreGradeException
+from harmony_core.errors import EngineError, GradeFailed, GradeTimedOut, IgnoreGradeException
 from harmony_core.loggers.base import Table
 from harmony_core.rpc.tracebacks import place_of, summary
 from harmony_core.text.threads import StringThread
+
+if TYPE_CHECKING:
+    from harmony_core.graders.records import AdaptiveGrader, CustomJudge, PrebuiltJudge, RemoteRewardEndpoint
+    from harmony_core.recipe.context import RecipeContext
 
 
 @dataclass
@@ -54,8 +58,14 @@ class BaseGrader(ABC, Generic[LogT]):
     """Scores threads. Subclasses implement `grade`, which is called concurrently.
 
     `grade` raises IgnoreGradeException for a sample to ignore, and any other error for a sample that it cannot grade.
-    In a rollout both drop the prompt, with different reasons. `get_logs` sums up the entries of `add_log`.
+    Either leaves the sample unscored: it is counted by its reason, and never trained. `get_logs` sums up the entries of
+    `add_log`.
     """
+
+    timeout: float | None = 60.0
+    """Seconds that one grade may take; None for no limit. Set it on the grader."""
+    keeps_time: bool = False
+    """Whether `grade` itself keeps to `timeout`, which then begins with the work and not with the call."""
 
     def __init__(self, grader_key: str) -> None:
         self.grader_key = grader_key
@@ -119,39 +129,138 @@ class BaseGrader(ABC, Generic[LogT]):
     def from_function(
         cls, grader_key: str, async_fn: Callable[[StringThread], Awaitable[float] | float]
     ) -> BaseGrader[dict[str, Any]]:
-        """A grader that returns and logs the value of a coroutine function or a plain function."""
+        """A grader that returns and logs the value of a coroutine function or a plain function.
+
+        A coroutine function runs in the event loop. A plain function at the top level of a file runs in worker
+        processes that import the file; any other plain function in a thread. See `docs/graders.md`.
+        """
+        from harmony_core.graders.functions import FunctionGrader
+
         return FunctionGrader(grader_key, async_fn)
 
+    @classmethod
+    @checked
+    def from_source_code(cls, grader_key: str, source_code: str) -> BaseGrader[dict[str, Any]]:
+        """A grader by Python text that defines `grade(thread)`, plain or `async`; it runs in worker processes.
 
-class FunctionGrader(BaseGrader[dict[str, Any]]):
-    """See `BaseGrader.from_function`."""
+        Raises UsageError if the text is not Python or does not define `grade`.
+        """
+        from harmony_core.graders.functions import grader_of_source
 
-    def __init__(self, grader_key: str, function: Callable[[StringThread], Awaitable[float] | float]) -> None:
-        super().__init__(grader_key)
-        self._function = function
+        return grader_of_source(grader_key, source_code)
 
-    async def grade(self, sample: StringThread) -> Grade:
-        """The function's value."""
-        found = self._function(sample)
-        value = float(await found if inspect.isawaitable(found) else found)
-        self.add_log({"score": value})
-        return Grade(value, self.grader_key)
+    @classmethod
+    async def from_config(
+        cls,
+        grader_config: AdaptiveGrader,
+        ctx: RecipeContext,
+        tp: int | None = None,
+        kv_cache_len: int | None = None,
+        max_tokens: int | None = None,
+    ) -> BaseGrader[Any]:
+        """The grader that a record describes; a judge spawns its model with the given limits, in tokens.
+
+        Raises ValueError for a `Custom` grader, which only a recipe can build, and for `Function` without source.
+        """
+        from harmony_core.graders.records import grader_of
+
+        return await grader_of(grader_config, ctx, tp, kv_cache_len, max_tokens)
+
+    @classmethod
+    async def from_templated_judge(
+        cls,
+        grader_key: str,
+        grader_id: str,
+        config: CustomJudge,
+        ctx: RecipeContext,
+        tp: int | None = None,
+        kv_cache_len: int | None = None,
+        max_tokens: int | None = None,
+    ) -> BaseGrader[Any]:
+        """A `TemplatedPromptJudgeGrader` with the record's templates, criteria and examples."""
+        from harmony_core.graders.records import templated_judge
+
+        return await templated_judge(grader_key, grader_id, config, ctx, (tp, kv_cache_len, max_tokens))
+
+    @classmethod
+    async def from_prebuilt_judge(
+        cls,
+        grader_key: str,
+        grader_id: str,
+        config: PrebuiltJudge,
+        ctx: RecipeContext,
+        tp: int | None = None,
+        kv_cache_len: int | None = None,
+        max_tokens: int | None = None,
+    ) -> BaseGrader[Any]:
+        """The faithfulness, answer relevancy or context relevancy judge that the record names."""
+        from harmony_core.graders.records import prebuilt_judge
+
+        return await prebuilt_judge(grader_key, grader_id, config, ctx, (tp, kv_cache_len, max_tokens))
+
+    @classmethod
+    def from_remote_reward_endpoint(
+        cls, grader_key: str, grader_id: str, config: RemoteRewardEndpoint
+    ) -> BaseGrader[Any]:
+        """A `RewardServerGrader` for the record's URL."""
+        from harmony_core.graders.reward_server import RewardServerGrader
+
+        return RewardServerGrader(grader_key, grader_id, config.url)
 
 
 async def score_or_refuse(grader: BaseGrader[Any], sample: StringThread) -> float:
     """The grader's score of the thread.
 
-    Raises IgnoreGradeException when the grader does, GradeFailed for any other error in it and for a score that is not
-    a finite number. An EngineError is raised unchanged.
+    Raises IgnoreGradeException when the grader does, GradeTimedOut when it takes longer than its `timeout`, GradeFailed
+    for any other error in it and for a score that is not a finite number. An EngineError is raised unchanged.
     """
+    return (await _refusing(grader, sample, grader.score_float_value)).value
+
+
+async def grade_or_refuse(grader: BaseGrader[Any], sample: StringThread) -> Grade:
+    """As `score_or_refuse`, but returns the whole grade."""
+    return await _refusing(grader, sample, grader.grade)
+
+
+async def _refusing(
+    grader: BaseGrader[Any], sample: StringThread, call: Callable[[StringThread], Awaitable[Grade | float]]
+) -> Grade:
+    clock = asyncio.timeout(None if grader.keeps_time else grader.timeout)
     try:
-        score = float(await grader.score_float_value(sample))
-    except (EngineError, IgnoreGradeException):
+        async with clock:
+            found = await call(sample)
+        grade = found if isinstance(found, Grade) else Grade(as_score(found), grader.grader_key)
+        score = as_score(grade.value)
+    except (EngineError, IgnoreGradeException, GradeFailed):
         raise
     except Exception as error:  # a grader is foreign code: its failure concerns one sample
-        place = place_of(error)
-        reason = summary(error) + (f" ({place})" if place else "")
-        raise GradeFailed(f"grader {grader.grader_key!r} raised {reason}", grader=grader.grader_key) from error
+        if clock.expired():
+            raise timed_out(grader.grader_key, grader.timeout or 0) from None
+        raise GradeFailed(
+            f"grader {grader.grader_key!r} raised {reason_of(error)}", grader=grader.grader_key
+        ) from error
     if not math.isfinite(score):
         raise GradeFailed(f"grader {grader.grader_key!r} gave the score {score}", grader=grader.grader_key)
-    return score
+    return grade
+
+
+def as_score(found: Any) -> float:
+    """A score as a float. Raises TypeError for text, which `float` would read, and for what is no number."""
+    if isinstance(found, str | bytes):
+        raise TypeError(f"a score is a number, not {found!r:.80}")
+    return float(found)
+
+
+def reason_of(error: Exception) -> str:
+    """An exception in one line, with the place in the grader's code that raised it."""
+    place = place_of(error)
+    return summary(error) + (f" ({place})" if place else "")
+
+
+def timed_out(grader_key: str, seconds: float) -> GradeTimedOut:
+    """The error for a grade that takes too long."""
+    return GradeTimedOut(
+        f"grader {grader_key!r} gave no score within {seconds:g} s",
+        hint="the `timeout` of a grader can be set, in seconds",
+        grader=grader_key,
+    )

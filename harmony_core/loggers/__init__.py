@@ -2,6 +2,7 @@
 
 from harmony_core.loggers.base import Logger, Metrics
 from harmony_core.loggers.local import (
+    AdaptiveLogger,
     CompositeLogger,
     EventLogger,
     JSONLLogger,
@@ -12,6 +13,7 @@ from harmony_core.loggers.local import (
 from harmony_core.loggers.services import MLFlowLogger, TBMetricsLogger, WandbLogger
 
 __all__ = [
+    "AdaptiveLogger",
     "CompositeLogger",
     "EventLogger",
     "JSONLLogger",

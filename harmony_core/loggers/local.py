@@ -69,6 +69,31 @@ class EventLogger(Logger):
         self._write("metrics.config", masked(config))
 
 
+class AdaptiveLogger(EventLogger):
+    """The platform's monitoring is the run's own: metrics become events of the run. Outside of a run they are dropped.
+
+    `project_name`, `run_name`, `api_url` and `api_key` have no effect. Never `is_available`, because training classes
+    and `get_prod_logger` log to the run without it.
+    """
+
+    def __init__(
+        self,
+        project_name: str,
+        run_name: str,
+        config: dict[str, Any] | None = None,
+        api_url: str | None = None,
+        api_key: str | None = None,
+    ) -> None:
+        super().__init__(current().tell)
+        if config:
+            self.log_config(config)
+
+    @staticmethod
+    def is_available() -> bool:
+        """False."""
+        return False
+
+
 class JSONLLogger(Logger):
     """Appends `{"step": 1, "time": ..., "metrics": {...}}` for each step and `{"config": {...}}` for each config.
 

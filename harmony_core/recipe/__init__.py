@@ -238,7 +238,7 @@ def _marked(module: types.ModuleType, path: Path) -> Callable[..., Any]:
         places = ", ".join(f"{getattr(f, '__name__', f)} ({_line_of(f, path)})" for f in own)
         raise RecipeLoadError(
             f"{_line_of(own[1], path)}: {len(own)} functions are marked with @recipe_main: {places}",
-            hint=f"mark one, or name one: {path.name}:{getattr(own[0], '__name__', 'main')}",
+            hint="mark one, or name one: " + ", ".join(f"{path.name}:{getattr(f, '__name__', f)}" for f in own),
         )
     return own[0]
 

@@ -18,8 +18,10 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict
 
+from harmony_core.artifacts import log_eval_result
 from harmony_core.client import EngineOptions, HarmonyClient
 from harmony_core.errors import UsageError
+from harmony_core.graders.evaluation import EvalSample
 from harmony_core.home import Home
 from harmony_core.journal import begin
 from harmony_core.notifiers import StdoutJobNotifier, say
@@ -128,6 +130,7 @@ class RecipeContext:
         ctx.client, ctx.run, ctx.registry, ctx.job = client, run, registry, job
         ctx.config = config or RecipeConfig(job_id=job.job_id)
         ctx._working_dir, ctx.gates, ctx._endings = working_dir, [], []
+        job.directory, job.artifacts_dir = run.directory, working_dir / f"job_{job.job_id}" / "artifacts"
         return ctx
 
     @classmethod
@@ -158,7 +161,8 @@ class RecipeContext:
     @property
     def artifacts_dir(self) -> Path:
         """For files that the job leaves: `<working_dir>/job_<id>/artifacts`."""
-        return _made(self._working_dir / f"job_{self.job.job_id}" / "artifacts")
+        assert self.job.artifacts_dir is not None, "`create` sets it"
+        return _made(self.job.artifacts_dir)
 
     @property
     def datasets_dir(self) -> Path:
@@ -176,6 +180,16 @@ class RecipeContext:
         self.gates.append(Gate(name, float(value), op, float(threshold), passed))
         self.run.events.write("gate", plain(vars(self.gates[-1])))
         return passed
+
+    @staticmethod
+    def log_eval_result(eval_samples: list[EvalSample]) -> None:
+        """Print the mean score of each model by each grader, and write the scores and samples among the artifacts.
+
+        `adaptive_eval_samples/<time>/` has `aggregate_scores.json` ({model: {grader: mean or null}}), `metadata.json`
+        and `evaluation_samples.html`. With several models, prints their differences to the first one with 95 %
+        intervals. Raises UsageError without samples, and outside of a run.
+        """
+        log_eval_result(eval_samples)
 
     def at_end(self, call: Callable[[bool], None]) -> None:
         """Register `call(failed)` to be called after the run has ended and the engine is gone, also after a failure."""

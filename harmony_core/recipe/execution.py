@@ -25,7 +25,7 @@ from harmony_core.memory.ledger import format_size
 from harmony_core.notifiers import ProgressSink, StdoutJobNotifier, say
 from harmony_core.options import EngineOptions, RunOptions
 from harmony_core.recipe import InputConfig, Recipe
-from harmony_core.recipe.context import RecipeContext
+from harmony_core.recipe.context import RecipeConfig, RecipeContext
 from harmony_core.recipe_file import RecipeFile
 from harmony_core.registry import Registry
 from harmony_core.rpc.tracebacks import place_of
@@ -77,7 +77,8 @@ async def execute(
             return outcome
         rows = PlannedRows() if options.dry_run else None
         job = StdoutJobNotifier(run.id, sink=sink, events=run.events.write)
-        ctx = RecipeContext.create(client, run, registry, run.directory, job)
+        settings = RecipeConfig(job_id=run.id, num_gpus=client.world_size, recipe_name=recipe.name)
+        ctx = RecipeContext.create(client, run, registry, run.directory, job, settings)
         try:
             if not options.dry_run:
                 ctx.checkpoint_restore_data = _attach_checkpoints(ctx, config, options, stop, resumed)

@@ -63,12 +63,16 @@ class Registry:
     def resolve(self, ref: str) -> ModelVersion:
         """The version that a reference names: `key`, `key@3`, `key@alias`, `builtin:NAME`, or behind `model_registry://`.
 
+        `Llama-3` stands for the key under which it would be saved, `llama-3`.
         Sizes, small files and weight headers are checked; `verify` reads everything.
         Raises NotFoundError (with the nearest keys) or VerificationError (naming the file).
         """
         plain = ref.removeprefix(SCHEME)
         if plain.startswith(BUILTIN):
             return self._builtin(plain)
+        name, at, tail = plain.partition("@")
+        if self.versions(name.lower()):
+            ref = f"{name.lower()}{at}{tail}"
         try:
             reference = parse_reference(ref)
         except NotFoundError as error:

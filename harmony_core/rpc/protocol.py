@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 from msgspec import structs
 
+from harmony_core.grammar import Constraint
 from harmony_core.model.spec import ModelSpec
 
 PROTOCOL_VERSION = 1
@@ -113,6 +114,8 @@ class Spawn(Message, frozen=True):  # type: ignore[misc]  # msgspec takes a froz
     """Most new tokens of one request."""
     tokenless: Ranges = ()
     """Ids without a token, which are never drawn."""
+    tokenizer: str = ""
+    """The directory of its tokenizer, which constrained requests need; "" without one."""
     checkpointed_layers: int = 0
     """Number of layers that recompute their activations in the backward pass."""
     compile: bool = False
@@ -267,6 +270,8 @@ class Sampling(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, frozen=
     min_tokens: int = 0
     seed: int = 0
     stop_ids: tuple[int, ...] = ()
+    constraint: Constraint | None = None
+    """What the completion must match. It ends, whatever `min_tokens` says, where nothing else may follow."""
 
 
 class Generate(Message):
@@ -292,6 +297,11 @@ class Generated(Message):
     """"stop" or "length"."""
     seconds_to_first: float
     seconds: float
+    seconds_to_pages: float = 0.0
+    """How long the request waited for pages."""
+    masked_logprobs: bytes = b""
+    """Of a constrained completion: log-probs at temperature 1 over the allowed tokens, before other filters, float32;
+    empty without a constraint."""
 
 
 class Cancel(Message):
@@ -303,17 +313,21 @@ class Cancel(Message):
 class Score(Message):
     """Raw log-probs of `targets`, each given the tokens up to its position. Negative targets are not scored.
 
-    For a model with a scalar head: the values at these positions, for any target.
+    For a model with a scalar head: the values at these positions, for any target. allowed, masks: as in `MicroBatch`.
     """
 
     model: str
     replica: int
     tokens: bytes
     targets: bytes
+    embed: bool = False
+    """Answer with the hidden state of the last token instead."""
+    allowed: bytes = b""
+    masks: bytes = b""
 
 
 class Scored(Message):
-    """float32, one for each target."""
+    """float32, one for each target; for an `embed`, one for each dimension."""
 
     logprobs: bytes
 
@@ -339,6 +353,8 @@ class MicroBatch(Message):
     each scored position, in order. group: the number of adjacent samples that belong together, 2 for pairs.
     parts: int32, or empty: for one group whose samples do not fit together, the numbers of samples to pass through the
     model at once; each part has at most `max_batch_tokens`. dropout: whether an adapter's dropout is on.
+    allowed: int32, or empty: for each target 0, or 1 + the number of the mask of the tokens that its log-prob is
+    renormalised over. masks: back to back, each the vocabulary's bits in int32 words (bit i of word w: token 32 w + i).
     """
 
     model: str
@@ -355,6 +371,8 @@ class MicroBatch(Message):
     group: int = 1
     parts: bytes = b""
     dropout: bool = True
+    allowed: bytes = b""
+    masks: bytes = b""
 
 
 class MicroBatchDone(Message):

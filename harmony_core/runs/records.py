@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ FILES = ("result.json", "argv.json", "versions.json", "models.json", "sources.js
 """The files that are checked in addition to `run.json` and, when they are read, the events."""
 MAX_JSON_BYTES = 128 * 1024 * 1024
 """The maximum size of one file, and of one line of events."""
+ARTIFACT_FIELDS = ("id", "name", "kind", "path", "bytes", "metadata")
+"""An artifact's entry in the events; `path` is below the run's directory, or absolute, or None."""
 
 Count = Annotated[int, msgspec.Meta(ge=0)]
 
@@ -106,6 +109,17 @@ class RunRecord:
         """The content of a file of the run, {} if it is missing. Raises VerificationError when it is damaged."""
         self.require(name)
         return _loaded(self.directory / name)[0] or {}
+
+    def artifacts(self) -> list[dict[str, Any]]:
+        """The artifacts that the run has registered, the newest entry of each file."""
+        found: dict[Any, dict[str, Any]] = {}
+        with contextlib.suppress(VerificationError), open_plain(self.directory / "events.jsonl") as file:
+            for line in lines_of(file):
+                if b'"type": "artifact"' in line[:200] and line.endswith(b"\n"):
+                    with contextlib.suppress(ValueError, LookupError, TypeError):
+                        entry = json.loads(line)["data"]
+                        found[entry["path"] or entry["id"]] = {name: entry[name] for name in ARTIFACT_FIELDS}
+        return list(found.values())
 
 
 def list_runs(home: Home) -> list[RunRecord]:

@@ -16,7 +16,7 @@ from itertools import pairwise, takewhile
 from typing import Any
 
 from harmony_core.errors import DataError, PromptTooLong, TokenizationError, TooLong
-from harmony_core.text.threads import StringThread
+from harmony_core.text.threads import StringThread, TokenizedThread
 
 log = logging.getLogger(__name__)
 
@@ -244,3 +244,9 @@ def sequences(thread: StringThread) -> StringThread | tuple[StringThread, ...]:
     metadata = thread.metadata if isinstance(thread.metadata, dict) else {}
     sides = [metadata.get(name) for name in ("preferred_completion", "other_completion")]
     return tuple(thread.assistant(side) for side in sides if side) if all(sides) else thread
+
+
+def growth(parts: Sequence[TokenizedThread]) -> float:
+    """The tokens of all parts of a thread, divided by those of its longest part; 1 if the thread is not split."""
+    lengths = [len(part.token_ids) for part in parts]
+    return sum(lengths) / max(lengths)

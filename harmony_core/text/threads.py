@@ -10,10 +10,11 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from html import escape
 from typing import Any, Self
 
 from harmony_core.errors import DataError
+from harmony_core.text.display import MAX_TOOL_RESPONSE_LEN
+from harmony_core.text.image_utils import string_thread_to_html_string, with_file_inlined
 from harmony_core.text.turns import (
     AnyFragment,
     Conversation,
@@ -36,7 +37,6 @@ from harmony_core.text.turns import (
 __all__ = ["StringThread", "StringTurn", "TokenizedThread", "TokenizedTurn", "Turn"]
 
 _PENDING = "its tokens are added when a model is asked to answer it"
-_SHOWN = 500  # characters of a tool response
 
 
 class StringThread(Conversation[Turn]):
@@ -66,8 +66,8 @@ class StringThread(Conversation[Turn]):
 
     @staticmethod
     async def from_fragments(raw_turns: Sequence[tuple[str, Sequence[Fragment]]], metadata: Any = None) -> StringThread:
-        """Build from fragment dicts; the last turn gets weight 1. Raises DataError for an invalid fragment."""
-        turns = _last_weighted(fragment_turn(role, fragments) for role, fragments in raw_turns)
+        """Build from fragment dicts; the last turn gets weight 1. An image may be a file's path. Raises DataError."""
+        turns = _last_weighted(fragment_turn(role, list(map(with_file_inlined, found))) for role, found in raw_turns)
         return StringThread.from_turns(turns, metadata)
 
     @staticmethod
@@ -125,12 +125,11 @@ class StringThread(Conversation[Turn]):
         return self._append("tool", ToolResponse(call_id, _checked_text(content)), 0.0)
 
     def structured(self, value: Any) -> StringThread:
-        """A copy with a pydantic instance appended as an assistant turn of weight 1."""
+        """A copy with a pydantic instance, its JSON and its schema's JSON appended as an assistant turn of weight 1."""
         if not hasattr(value, "model_dump_json"):
             raise TypeError(f"structured() takes a pydantic instance, not {type(value).__name__}")
-        schema = type(value).model_json_schema()
-        fragment = StructuredOutput(value.model_dump_json(), value.model_dump(mode="json"), schema)
-        return self._append("assistant", fragment, 1.0)
+        text, schema = value.model_dump_json(), json.dumps(type(value).model_json_schema())
+        return self._append("assistant", StructuredOutput(text, text, schema), 1.0)
 
     def last_content(self) -> str:
         """The text of the last turn. Raises DataError if the thread is empty."""
@@ -164,14 +163,7 @@ class StringThread(Conversation[Turn]):
         return self._shown("StringThread", _described)
 
     def _repr_html_(self) -> str:
-        rows = "".join(
-            f'<div style="margin:4px 0;padding:4px 8px;border-left:3px solid {"#2a2" if turn.weight else "#88a"}">'
-            f"<b>{escape(turn.role)}</b>{f' <small>weight {turn.weight:g}</small>' if turn.weight else ''}"
-            f'<div style="white-space:pre-wrap">{escape(_described(turn))}</div></div>'
-            for turn in self._turns
-        )
-        metadata = "" if self.metadata is None else f"<small>metadata: {escape(repr(self.metadata))}</small>"
-        return f"<div>{rows}{metadata}</div>"
+        return string_thread_to_html_string(self)
 
 
 class TokenizedThread(Conversation[TokenTurn]):
@@ -221,8 +213,13 @@ class TokenizedThread(Conversation[TokenTurn]):
 
     @property
     def logprobs(self) -> list[float] | None:
-        """The raw log-prob of each weighted token, or None if the weighted tokens are not the generated ones."""
+        """The raw log-prob of each weighted token, or None if one of them was not generated."""
         return self._recorded("logprobs")
+
+    @property
+    def policy_logprobs(self) -> list[float] | None:
+        """Like `logprobs`, but over the tokens that a constraint allowed: what `logprobs_per_token` gives."""
+        return self._recorded("policy_logprobs")
 
     @property
     def sampled_logprobs(self) -> list[float] | None:
@@ -231,7 +228,7 @@ class TokenizedThread(Conversation[TokenTurn]):
 
     @property
     def versions(self) -> list[int] | None:
-        """The policy version of each weighted token, or None if the weighted tokens are not the generated ones."""
+        """The policy version of each weighted token, or None if one of them was not generated."""
         return self._recorded("versions")
 
     def get_turns(self) -> list[TokenizedTurn]:
@@ -288,10 +285,10 @@ class TokenizedThread(Conversation[TokenTurn]):
         return super()._with_turns(turns)
 
     def _recorded(self, numbers: str) -> list[Any] | None:
-        """Numbers of the last turn's record, or None if the last turn is not the only one with a weight."""
-        record = self.generation
-        weighted = [turn for turn in self._turns if turn.weight > 0]
-        return list(getattr(record, numbers)) if record is not None and weighted == [*self._turns[-1:]] else None
+        """Numbers of the weighted turns' records, or None if a weighted token has none."""
+        lists = [(t.end - t.start, getattr(t.generation, numbers, ())) for t in self._turns if t.weight > 0]
+        complete = lists and all(length == len(found) for length, found in lists)
+        return [number for _, found in lists for number in found] if complete else None
 
     def __repr__(self) -> str:
         contents = iter([turn.content for turn in self.get_turns()])
@@ -327,19 +324,6 @@ def override_system_prompt(dataset: Iterable[StringThread], system_prompt: str) 
         new = StringThread([("system", system_prompt), *others], thread.metadata)
         made.append(new.with_template_kwargs(**thread.template_kwargs))
     return made
-
-
-def check_last_turn(thread: StringThread | TokenizedThread, continue_final: bool) -> None:
-    """Raise DataError if the last turn cannot be continued with `continue_final`, or is unfinished without it."""
-    ends_with_assistant = [turn.role for turn in thread.text_turns[-1:]] == ["assistant"]
-    finished = thread.generation is not None and thread.generation.finish_reason == "stop"
-    if continue_final and (finished or not ends_with_assistant):
-        reason = "is finished" if finished else "is not the assistant's"
-        raise DataError(f"continue_final=True: the last turn {reason}, so there is nothing to continue")
-    if ends_with_assistant and not finished and not continue_final:
-        cut = " that was cut for its length" if thread.generation is not None else ""
-        hint = "continue_final=True continues it; else append a user turn, or take StringThread(thread.messages())"
-        raise DataError(f"the thread ends with an assistant turn{cut}", hint=hint)
 
 
 def fragment_turn(role: Any, content: Any) -> Turn:
@@ -392,7 +376,7 @@ def _shown_text(turn: Turn) -> str:
 def _described(turn: Turn) -> str:
     def describe(fragment: AnyFragment) -> str:
         if isinstance(fragment, ToolResponse):
-            return fragment.content[:_SHOWN] + "…" * (len(fragment.content) > _SHOWN)
+            return fragment.content[:MAX_TOOL_RESPONSE_LEN] + "…" * (len(fragment.content) > MAX_TOOL_RESPONSE_LEN)
         if isinstance(fragment, Image):
             return f"<image, {len(fragment.data)} bytes>"
         return text_of((fragment,)) if isinstance(fragment, Text | StructuredOutput) else str(fragment)

@@ -12,8 +12,7 @@ turn stands behind the prompt that the model would have seen.
 **Renderings.** The template renders a thread twice, plain and marked, and once more for the prompt of each weighted
 turn. A split thread takes two renderings for each part; the prompts are shared.
 
-The tokens are those of transformers' `apply_chat_template`; only `tokenizers` and jinja2 are used.
-"""
+The tokens are those of transformers' `apply_chat_template`; only `tokenizers` and jinja2 are used."""
 
 from __future__ import annotations
 
@@ -30,6 +29,7 @@ from typing import Any
 from tokenizers import Encoding
 
 from harmony_core.errors import TokenizationError, UsageError, did_you_mean
+from harmony_core.grammar import Constraint
 from harmony_core.notifiers import say
 from harmony_core.text import tokenizer_files
 from harmony_core.text.chat_template import ChatTemplate
@@ -70,17 +70,17 @@ class ChatTokenizer:
 
     def __init__(self, files: TokenizerFiles, variables: Mapping[str, Any] | None = None) -> None:
         self._tokenizer = files.tokenizer
-        self._template = files.template
+        self.template = files.template
         self._directory = files.directory
-        self._fingerprint = files.fingerprint
+        self.fingerprint = files.fingerprint
         self._added = frozenset(files.tokenizer.get_added_tokens_decoder())
         self._warned: set[str] = set()
         if variables:
-            self._template = self._required_template().with_variables(variables)
-            for name in variables.keys() - self._template.reads:
-                raise UsageError(_unread(self._template, name), hint=f"leave {name} out of chat_template_kwargs")
+            self.template = self._required_template().with_variables(variables)
+            for name in variables.keys() - self.template.reads:
+                raise UsageError(_unread(self.template, name), hint=f"leave {name} out of chat_template_kwargs")
         # A group of completions shares one prompt. A template that writes the time is rendered each time.
-        choices = self._template.choices if self._template is not None else ()
+        choices = self.template.choices if self.template is not None else ()
         self._writes_time = any("strftime_now" in choice.source for choice in choices)
         cached = lru_cache(0 if self._writes_time else PROMPTS)
         self._prompt_ids = cached(self._render_prompt)
@@ -94,11 +94,15 @@ class ChatTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text, without added tokens. Raises TokenizationError for a lone surrogate."""
-        return self._encoding(text).ids
+        return self.encoding(text).ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, with special tokens."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+
+    def to_json(self) -> str:
+        """The tokenizer as tokenizer.json, with the tokens that other files declare: what `GrammarTokenizer` reads."""
+        return self._tokenizer.to_str()
 
     def tokenless(self, size: int) -> tuple[tuple[int, int], ...]:
         """The ids below `size` without a token, as half-open ranges."""
@@ -181,11 +185,10 @@ class ChatTokenizer:
 
     def unfinished_ids(self, thread: StringThread | TokenizedThread) -> list[int]:
         """The conversation up to the end of its last, unfinished assistant turn. Raises TokenizationError."""
-        turns = thread.text_turns
-        *before, last = turns
+        *before, last = turns = thread.text_turns
         if isinstance(thread, TokenizedThread) and thread.ends_with_last_turn():
             return list(thread.token_ids)
-        if (record := last.generated_with(self._fingerprint)) is not None:
+        if (record := last.generated_with(self.fingerprint)) is not None:
             return [*self._prompt_ids(tuple(before), thread.template_kwargs), *record.tokens]
         text, places = locate(self._template_of(thread.template_kwargs), turns, add_generation_prompt=False)
         place = places[-1]
@@ -208,7 +211,7 @@ class ChatTokenizer:
 
     def _render_prompt(self, turns: tuple[Turn, ...], variables: TemplateKwargs) -> tuple[int, ...]:
         template = self._template_of(variables)
-        if any(turn.generated_with(self._fingerprint) for turn in turns):
+        if any(turn.generated_with(self.fingerprint) for turn in turns):
             return tuple(self._lay_out(template, turns, True)[0])
         messages = all_messages(turns)
         text = template.render(messages, add_generation_prompt=True).text
@@ -238,25 +241,27 @@ class ChatTokenizer:
         logprobs: Sequence[float] = (),
         sampled_logprobs: Sequence[float] = (),
         versions: Sequence[int] = (),
+        masked_logprobs: Sequence[float] = (),
+        constraint: Constraint | None = None,
         finished: bool = True,
         model: str = "",
         continued: bool = False,
     ) -> TokenizedThread:
-        """The thread with the tokens that a model generated for `prompt_ids` as its last turn, with weight 1.
+        """The thread with the tokens that a model generated for `prompt_ids` as its last turn, alone with weight.
 
-        All other turns get weight 0. `finished` is true if the model ended the turn itself; `model` is its name.
-        `continued`: the completion continues the last turn. Earlier generated tokens of this turn keep their numbers. A
-        text that no model generated becomes part of the turn, but not of its weighted tokens.
+        `finished`: whether the model ended the turn itself; `model`: its name. `continued`: the completion continues
+        the last turn, whose generated tokens keep their numbers; other text of it is in the turn, without weight.
         """
         turns = thread.text_turns
         start, begun = len(prompt_ids), None
         if continued:
-            turns, begun = turns[:-1], turns[-1].generated_with(self._fingerprint)
+            turns, begun = turns[:-1], turns[-1].generated_with(self.fingerprint)
             prompt = self._prompt_ids(turns, thread.template_kwargs) if begun is None else prompt_ids
             start = len(prompt) - (len(begun.tokens) if begun is not None else 0)
         tokens = (*prompt_ids[start:], *completion_ids)
-        finish, numbers = "stop" if finished else "length", (tuple(logprobs), tuple(sampled_logprobs), tuple(versions))
-        record = GenerationRecord(*numbers, finish, model, tokens, self._fingerprint).after(begun)
+        numbers = tuple(logprobs), tuple(sampled_logprobs), tuple(versions), "stop" if finished else "length"
+        masked = tuple(masked_logprobs)
+        record = GenerationRecord(*numbers, model, tokens, self.fingerprint, masked, constraint).after(begun)
         ended = bool(completion_ids) and completion_ids[-1] in self.stop_ids
         text = self.decode_behind(prompt_ids[:start], tokens[:-1] if ended else tokens)
         ids = [*prompt_ids, *completion_ids]
@@ -305,11 +310,11 @@ class ChatTokenizer:
 
         The last turn is encoded separately from its prompt if a token would span both.
         """
-        generated = generated_stretches(self._encoding, text, turns, places, self._fingerprint, self.stop_ids)
-        row = encoded(self._encoding, text, generated.values())
+        generated = generated_stretches(self.encoding, text, turns, places, self.fingerprint, self.stop_ids)
+        row = encoded(self.encoding, text, generated.values())
         end = places[-1].start
         if places[-1].prompted and len(places) - 1 not in generated and self._behind(text, end, row) is None:
-            separate = encoded(self._encoding, text, (*generated.values(), Stretch(end, end, end)))
+            separate = encoded(self.encoding, text, (*generated.values(), Stretch(end, end, end)))
             row = separate if self.decode(separate.ids) == self.decode(row.ids) else row
         return row, generated
 
@@ -350,22 +355,23 @@ class ChatTokenizer:
 
     def _template_end(self, known: frozenset[int]) -> frozenset[int]:
         """The special token that the template writes after an assistant's content, unless a known one is there."""
-        if self._template is None:
+        if self.template is None:
             return frozenset()
         turns = StringThread([("user", "a"), ("assistant", "b")]).turns
         try:
-            text = self._template.render(all_messages(turns)).text
-            span = shown(self._template, turns, text, add_generation_prompt=False)[1].span()
+            text = self.template.render(all_messages(turns)).text
+            span = shown(self.template, turns, text, add_generation_prompt=False)[1].span()
         except TokenizationError:
             return frozenset()
         rest = text[span[1] :].split() if span else []
-        closing = self._encoding(rest[0]).ids if rest else []
+        closing = self.encoding(rest[0]).ids if rest else []
         if known & {*closing}:  # the text before the known token belongs to the turn
             return frozenset()
         added = self._tokenizer.get_added_tokens_decoder()
         return frozenset(i for i in closing[:1] if i in added and added[i].special)
 
-    def _encoding(self, text: str) -> Encoding:
+    def encoding(self, text: str) -> Encoding:
+        """As `encode`, with the characters of each token."""
         try:
             return self._tokenizer.encode(text, add_special_tokens=False)
         except (UnicodeEncodeError, TypeError) as error:
@@ -380,21 +386,15 @@ class ChatTokenizer:
         return template
 
     def _required_template(self) -> ChatTemplate:
-        if self._template is None:
+        if self.template is None:
             raise TokenizationError(
                 f"{self._directory} has no chat template, so threads cannot be tokenized",
                 hint="use raw text or tokens, or add the model with a chat_template.jinja",
             )
-        return self._template
+        return self.template
 
 
 def _unread(template: ChatTemplate, name: str) -> str:
     known = [other for other in template.reads if other not in RESERVED and not other.endswith("_token")]
     hint = did_you_mean(name, known)
     return f"{template.origin}: the chat template does not read {name!r}{hint and f'; {hint}'}"
-
-
-def growth(parts: Sequence[TokenizedThread]) -> float:
-    """The tokens of all parts of a thread, divided by those of its longest part; 1 if the thread is not split."""
-    lengths = [len(part.token_ids) for part in parts]
-    return sum(lengths) / max(lengths)

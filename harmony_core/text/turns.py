@@ -6,8 +6,6 @@ encoded. This module is independent of templates, tokenizers and models.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import copy
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,20 +15,15 @@ from typing import Any, Generic, NamedTuple, NoReturn, Self, TypeVar, cast
 import msgspec
 
 from harmony_core.errors import DataError, TokenizationError
+from harmony_core.grammar import Constraint
+from harmony_core.text.display import wrapped
+from harmony_core.text.image_utils import checked_image, data_uri, image_of_uri
 
 _WAYS_OUT = (
     "take a template that shows the turn whole (adaptive models add KEY SOURCE --chat-template FILE); "
     "{% generation %} tags say where an answer begins that no prompt comes before"
 )
 RESERVED = ("messages", "add_generation_prompt")
-MAX_IMAGE_BYTES = 10 * 1024 * 1024
-_IMAGE_MAGIC = {
-    b"\x89PNG\r\n\x1a\n": "png",
-    b"\xff\xd8\xff": "jpeg",
-    b"GIF87a": "gif",
-    b"GIF89a": "gif",
-    b"RIFF": "webp",
-}
 
 # The public form: `{"type": "text", "text": ...}`.
 Fragment = dict[str, Any]
@@ -83,8 +76,7 @@ class Image(_Fragment, frozen=True, tag="image"):
 
     def public(self) -> Fragment:
         """The dictionary that recipes see."""
-        kind = next(kind for magic, kind in _IMAGE_MAGIC.items() if self.data.startswith(magic))
-        return {"type": "image", "url": f"data:image/{kind};base64,{base64.b64encode(self.data).decode()}"}
+        return {"type": "image", "url": data_uri(self.data)}
 
     def stored(self) -> dict[str, Any]:
         """The form in a thread's JSON: the bytes as a list of numbers."""
@@ -125,7 +117,7 @@ def from_public(raw: Any) -> AnyFragment:
     if not isinstance(kind, str) or kind not in _BY_TAG:
         raise DataError(f"invalid fragment type: {kind!r}", hint=f"there is: {', '.join(_BY_TAG)}")
     if kind == "image":
-        return _image(raw.get("url"))
+        return Image(image_of_uri(raw.get("url")))
     given = {"call_id": None, **raw} if kind == "tool_response" else dict(raw)
     try:
         return msgspec.convert(given, _BY_TAG[kind])
@@ -140,31 +132,13 @@ def from_stored(raw: Any) -> AnyFragment:
     ((name, value),) = raw.items()
     if name == "Image":
         try:
-            return _checked_image(bytes(value))
+            return Image(checked_image(bytes(value)))
         except (TypeError, ValueError):
             raise DataError("a stored image must be a list of bytes") from None
     fields = {"text": value} if name in ("Text", "Reasoning") else value
     if name not in _TAGS or not isinstance(fields, dict):
         raise DataError(f"invalid stored fragment: {name!r}")
     return from_public({"type": _TAGS[name], **fields})
-
-
-def _image(url: Any) -> Image:
-    head, separator, body = url.partition(";base64,") if isinstance(url, str) else ("", "", "")
-    if not head.startswith("data:image/") or not separator:
-        raise DataError("an image's 'url' must be a base64 data URI", hint="data:image/png;base64,...")
-    if len(body) > MAX_IMAGE_BYTES * 4 // 3 + 4:
-        raise DataError(f"an image is larger than {MAX_IMAGE_BYTES} bytes")
-    try:
-        return _checked_image(base64.b64decode(body, validate=True))
-    except binascii.Error as error:
-        raise DataError(f"an image cannot be decoded: {error}") from None
-
-
-def _checked_image(data: bytes) -> Image:
-    if not data.startswith(tuple(_IMAGE_MAGIC)) or len(data) > MAX_IMAGE_BYTES:
-        raise DataError(f"an image must be PNG, JPEG, GIF or WebP and at most {MAX_IMAGE_BYTES} bytes")
-    return Image(data)
 
 
 class TemplateKwargs(Mapping[str, Any]):
@@ -215,6 +189,8 @@ class GenerationRecord:
     `finish_reason` is "stop" if the model ended the turn itself and "length" if it was cut. `model` is the name of the
     spawn. `tokens` are all tokens of the turn after its prompt; a given text that the model continued comes first and
     has no numbers. `tokenizer` is the fingerprint of the tokenizer of these tokens.
+    `masked_logprobs`: those at temperature 1 over the tokens that the `constraint` allowed, one for each token that was
+    sampled under one; `logprobs` ignore it. A continued turn has the last constraint of its parts.
     """
 
     logprobs: tuple[float, ...]
@@ -224,18 +200,22 @@ class GenerationRecord:
     model: str = ""
     tokens: tuple[int, ...] = ()
     tokenizer: str = ""
+    masked_logprobs: tuple[float, ...] = ()
+    constraint: Constraint | None = None
+
+    @property
+    def policy_logprobs(self) -> tuple[float, ...]:
+        """The log-probs that training and scoring compare with: `masked_logprobs` under a constraint."""
+        return self.logprobs if self.constraint is None else self.masked_logprobs
 
     def after(self, earlier: GenerationRecord | None) -> GenerationRecord:
         """The record of the whole turn, with the numbers of the tokens that were sampled earlier."""
         if earlier is None:
             return self
-        return replace(
-            self,
-            logprobs=earlier.logprobs + self.logprobs,
-            sampled_logprobs=earlier.sampled_logprobs + self.sampled_logprobs,
-            versions=earlier.versions + self.versions,
-            model=self.model if self.model == earlier.model else "",
-        )
+        numbers = "logprobs", "sampled_logprobs", "versions", "masked_logprobs"
+        joined = {name: getattr(earlier, name) + getattr(self, name) for name in numbers}
+        model = self.model if self.model == earlier.model else ""
+        return replace(self, **joined, model=model, constraint=self.constraint or earlier.constraint)
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,11 +272,6 @@ class Conversation(Generic[TurnT]):
     """Turns, template variables, metadata and an identifier. Only the metadata can be changed."""
 
     __slots__ = ("__weakref__", "_template_kwargs", "_turns", "_uuid", "metadata")
-
-    _turns: tuple[TurnT, ...]
-    _template_kwargs: TemplateKwargs
-    _uuid: str | None
-    metadata: Any
 
     def __init__(
         self,
@@ -369,7 +344,7 @@ class Conversation(Generic[TurnT]):
         for turn in self._turns:
             scale = "" if turn.weight in (0.0, 1.0) else f" ×{turn.weight:g}"
             line = f"{'*' if turn.weight else ' '} [{turn.role}{scale}] {describe(turn)}"
-            lines.append(line.replace("\n", "\n    "))
+            lines.append("\n    ".join(map(wrapped, line.split("\n"))))
         if self.metadata is not None:
             lines.append(f"  metadata: {self.metadata!r}")
         return "\n".join(lines)

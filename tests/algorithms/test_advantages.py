@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from harmony_core.algorithms.tangents import explained_variance, gae_advantages, group_advantages
+from harmony_core.algorithms.tangents import explained_variance, group_advantages
+from harmony_core.returns import gae_advantages
 
 
 def test_group_advantages() -> None:

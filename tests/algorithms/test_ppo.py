@@ -10,10 +10,10 @@ import pytest
 
 from fake_policy import FakeModel, length_grader, prompts
 from harmony_core.algorithms import PPO
-from harmony_core.algorithms.tangents import discounted_cumulative_rewards, gae_advantages
 from harmony_core.algorithms.training import CosineScheduler
 from harmony_core.errors import UsageError
 from harmony_core.loggers import EventLogger
+from harmony_core.returns import discounted_cumulative_rewards, gae_advantages
 
 
 class Run:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from harmony_core.algorithms.tangents import discounted_cumulative_rewards, gae_advantages, gae_td_returns
 from harmony_core.errors import DataError
+from harmony_core.returns import discounted_cumulative_rewards, gae_advantages, gae_td_returns
 
 VALUES, REWARDS = [0.5, -0.2, 0.1, 0.7], [0.0, 1.0, -0.5, 2.0]
 

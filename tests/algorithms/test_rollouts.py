@@ -190,15 +190,53 @@ def test_prompts_that_are_too_long_never_end_the_run() -> None:
         run.go()
 
 
-def test_a_grader_that_fails_ends_the_run_by_its_rate() -> None:
-    def judge(thread: StringThread) -> None:
+def test_a_grader_that_fails_on_many_rows_does_not_end_the_run_and_one_that_always_fails_does() -> None:
+    def some(thread: StringThread) -> None:
         if int(thread.messages()[0][1].split("-")[1]) < 9:
             raise KeyError("no answer")
 
-    options: dict[str, Any] = {"grader": length_grader(judge), "max_num_grpo_steps": 3}
-    with pytest.raises(TooManyFailures, match=r"9 of the last \d+ rows failed.*: 9 grade_failed"):
-        Run(prompts(16), **options).go()
-    Run(prompts(16), max_failure_rate=9 / 16, **options).go()
+    def every(thread: StringThread) -> None:
+        raise KeyError("no answer")
+
+    run = Run(prompts(16), grader=length_grader(some), max_num_grpo_steps=3, max_failure_rate=0)
+    run.go()
+    assert [size for size, _ in run.model.steps] == [16] * 3
+    with pytest.raises(TooManyFailures, match=r"the last 64 grades all failed; .* raised KeyError: 'no answer'"):
+        Run(prompts(64), grader=length_grader(every), max_num_grpo_steps=100).go()
+    with pytest.raises(DataError, match=r"a whole pass .* nothing: 4 grade_failed"):
+        Run(prompts(4), grader=length_grader(every), max_num_grpo_steps=3).go()
+
+
+@pytest.mark.parametrize("cls", [GRPO, GSPO])
+def test_an_unscored_completion_leaves_its_group_and_nothing_else(cls: type[Any]) -> None:
+    """Of each way in which a grade fails: counted by its reason, never 0, and the others' advantages have mean 0."""
+    calls = iter(range(10**6))
+
+    async def grade(thread: StringThread) -> float:
+        way = next(calls) % 12
+        if way == 1:
+            raise KeyError("no answer")
+        if way == 4:
+            await asyncio.Event().wait()
+        if way == 7:
+            return float("nan")
+        if way == 8:
+            return "1.0"  # type: ignore[return-value]
+        if way == 10:
+            raise IgnoreGradeException
+        return 100.0 + len(thread.last_content())
+
+    grader = BaseGrader.from_function("poisoned", grade)
+    grader.timeout = 0.05
+    run = Run(prompts(32), cls=cls, grader=grader, **{f"max_num_{cls.__name__.lower()}_steps": 3})
+    run.go()
+    seen = [metrics for metrics in run.metrics if "rewards/unscored" in metrics]
+    totals = Counter({key: sum(m.get(key, 0) for m in seen) for m in seen for key in m if "unscored/" in key})
+    assert {key.rpartition("/")[2] for key in totals} == {"grade_failed", "grade_ignored", "grade_timed_out"}
+    assert all(0.3 < metrics["rewards/unscored_rate"] < 0.6 for metrics in seen)
+    assert all(metrics["score_mean"] > 100 for metrics in seen), "none counts as 0"
+    assert all(abs(metrics["advantages"]) < 1e-9 for metrics in seen)
+    assert not any("dropped" in key for metrics in seen for key in metrics), "two of four are left"
 
 
 def test_an_engine_error_in_a_grader_ends_the_run() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -59,3 +60,23 @@ def test_every_number_of_our_recipes_has_bounds(name: str) -> None:
         return own + [found for key, value in node.items() for found in numbers(value, f"{path}/{key}")]
 
     assert numbers(load_recipe(name).json_schema["properties"], "") == []
+
+
+def test_what_the_platform_gives_a_recipe_is_read_below_everything_else(
+    adaptive: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("USER_INPUT_JSON", '{"union_variant": "Config", "lr": 0.5, "note": "n"}')
+    Path("c.yaml").write_text("note: y\n")
+    done = adaptive("config", "show", "hello.py", "-c", "c.yaml", "--sources")
+    assert re.search(r"^lr +0\.5 +# \$USER_INPUT_JSON", done.out, re.MULTILINE)
+    assert re.search(r'^note +"y" +# c\.yaml', done.out, re.MULTILINE)
+    Path("input.json").write_text('{"lr": 0.25}')
+    monkeypatch.setenv("ADAPTIVE_USER_INPUT_FILE", "input.json")
+    done = adaptive("config", "show", "hello.py", "--json")
+    assert done.json["config"]["lr"] == 0.25 and done.json["config"]["note"] == ""
+    monkeypatch.setenv("ADAPTIVE_USER_INPUT_FILE", "missing.json")
+    assert adaptive("run", "hello.py", "--dry-run").code == 3
+    monkeypatch.delenv("ADAPTIVE_USER_INPUT_FILE")
+    monkeypatch.setenv("USER_INPUT_JSON", '{"lrr": 1}')
+    done = adaptive("run", "hello.py", "--dry-run")
+    assert done.code == 2 and "$USER_INPUT_JSON" in done.errors[0] and "lrr" in done.errors[0]

@@ -8,8 +8,9 @@ from typing import Any, cast
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from harmony_core.config.parameters import Dataset, Grader, Model, dataset_kinds, model_kinds, shipped_data
+from harmony_core.config.parameters import Dataset, Model, dataset_kinds, model_kinds, shipped_data
 from harmony_core.errors import DataError, ModelRefused, NotFoundError, UsageError
+from harmony_core.graders import Grader
 from harmony_core.home import Home
 from harmony_core.recipe import InputConfig
 from harmony_core.recipe.context import RecipeContext

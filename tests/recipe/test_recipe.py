@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
@@ -169,6 +170,49 @@ def test_missing_recipes_name_their_neighbours(write: Write, monkeypatch: pytest
     (path.parent / "notes.txt").write_text("")
     with pytest.raises(RecipeLoadError, match=r"end in \.py"):
         load_recipe("notes.txt")
+
+
+def test_several_recipes_in_one_file_are_named(write: Write) -> None:
+    path = write(
+        """
+        @recipe_main
+        def one(ctx: RecipeContext): ...
+        @recipe_main
+        def two(ctx: RecipeContext): ...
+        """
+    )
+    with pytest.raises(RecipeLoadError) as caught:
+        load_recipe(path)
+    assert caught.value.hint == "mark one, or name one: recipe.py:one, recipe.py:two"
+    assert load_recipe(f"{path}:two").main.__name__ == "two"
+
+
+def test_a_directory_with_its_own_modules_and_a_src_folder(write: Write, tmp_path: Path) -> None:
+    write("class Config(InputConfig):\n    steps: int = 3\n", "recipe/config.py")
+    write("from ..config import Config\n", "recipe/parts/__init__.py", head="")
+    write("def double(x):\n    return 2 * x\n", "recipe/src/only_in_src/maths.py", head="")
+    write(
+        """
+        from .config import Config
+        from .parts import Config as Same
+        from only_in_src.maths import double
+
+        @recipe_main
+        async def main(config: Config, ctx: RecipeContext):
+            return double(config.steps) if Same is Config else None
+        """,
+        "recipe/main.py",
+    )
+    recipe = load_recipe(str(tmp_path / "recipe"))
+    assert recipe.config_type is not None
+    assert asyncio.run(recipe.call(recipe.config_type(), None)) == 6
+
+
+def test_a_package_of_the_platform_names_the_extra(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "loguru", None)
+    with pytest.raises(RecipeLoadError, match=r"recipe\.py:1: .*loguru") as caught:
+        load_recipe(write("", head="from loguru import logger\n"))
+    assert "harmony-core[platform]" in caught.value.hint
 
 
 def test_built_in_recipes_load_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

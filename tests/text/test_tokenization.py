@@ -17,8 +17,9 @@ from tokenizers import AddedToken
 import tokenizer_directories as directories
 from harmony_core.errors import TokenizationError
 from harmony_core.text.chat_template import ChatTemplate, Rendered
+from harmony_core.text.row_lengths import growth
 from harmony_core.text.threads import StringThread, TokenizedThread
-from harmony_core.text.tokenization import ChatTokenizer, growth
+from harmony_core.text.tokenization import ChatTokenizer
 
 FAMILIES = sorted(directories.FAMILIES)
 PAIRS = [

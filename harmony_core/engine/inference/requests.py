@@ -61,6 +61,7 @@ class Sequence:
     records: list[Records] = field(default_factory=list)
     started: float = field(default_factory=time.perf_counter)
     first: float = 0.0
+    admitted: float = 0.0
 
     def __post_init__(self) -> None:
         self.prompt_length = len(self.tokens) // TOKEN_BYTES
@@ -94,6 +95,7 @@ class Sequence:
             finish_reason=finish_reason,
             seconds_to_first=self.first - self.started,
             seconds=time.perf_counter() - self.started,
+            seconds_to_pages=self.admitted - self.started,
         )
 
 

@@ -216,6 +216,7 @@ class Scheduler:
         for row in rows:
             for sequence in (row.sequence, *row.forked):
                 self._running[sequence.id] = sequence
+                sequence.admitted = sequence.admitted or time.perf_counter()
         return plan_prefill(self._table, rows, self._known_version, self._weights)
 
     def _decode(self, ready: NDArray[np.int64]) -> InFlight | None:

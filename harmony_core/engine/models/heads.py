@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification
 
+from harmony_core.engine.models.allowed import AllowedTokens
 from harmony_core.engine.models.matmul import add_matmul, plain_matmul, wide, wide_matmul
 from harmony_core.engine.models.model import CausalLM
 from harmony_core.engine.models.parallel import all_reduce
@@ -52,11 +53,13 @@ class HostScorer:
         rows = HEAD_HOST_BYTES // (4 * _widest(model) * matrices)
         return max(1, rows // model.row_multiple) * model.row_multiple
 
-    def score(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """`[n, d]`, `[n]` -> log-probs `[n]`."""
+    def score(self, hidden: Tensor, targets: Tensor, allowed: AllowedTokens | None = None) -> Tensor:
+        """`[n, d]`, `[n]` -> log-probs `[n]`, over the allowed tokens of each row."""
         model = self.model
         logits = wide_matmul(hidden, self.weight.t()) if hidden.is_cuda else model.matmul(hidden, self.weight)
         logits = logits.to(wide(logits.dtype))
+        if allowed is not None:
+            allowed.forbid_others(logits, model.vocab_shard.start)
         top = all_reduce(logits.amax(-1), model.tp, dist.ReduceOp.MAX)
         local = targets - model.vocab_shard.start
         self._mine = (local >= 0) & (local < self.weight.shape[0])
@@ -119,15 +122,17 @@ class DeviceScorer:
         self._filled = 0
 
     @staticmethod
-    def rows_for(model: CausalLM) -> int:
-        """Rows of a tile; the same number on every tensor-parallel rank."""
-        row = (4 + HEAD_TILES * model.dtype.itemsize) * _widest(model)
+    def rows_for(model: CausalLM, masked: bool = False) -> int:
+        """Rows of a tile; the same number on every tensor-parallel rank. `masked`: a tile has a mask, too."""
+        row = (4 + 2 * masked + HEAD_TILES * model.dtype.itemsize) * _widest(model)
         return max(1, HEAD_DEVICE_BYTES // row // 128) * 128
 
-    def score(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """`[n, d]`, `[n]` -> log-probs `[n]`."""
+    def score(self, hidden: Tensor, targets: Tensor, allowed: AllowedTokens | None = None) -> Tensor:
+        """`[n, d]`, `[n]` -> log-probs `[n]`, over the allowed tokens of each row."""
         tp, count = self.model.tp, len(targets)
         self._tile = wide_matmul(hidden, self.weight.t(), out=self._logits[:count])
+        if allowed is not None:
+            allowed.forbid_others(self._tile, self.model.vocab_shard.start)
         self._columns = targets - self.model.vocab_shard.start
         local_top, total, picked = (row[:count] for row in self._statistics)
         self._kernels.softmax_statistics(self._tile, self._columns, local_top, total, picked)
@@ -155,12 +160,19 @@ class DeviceScorer:
 Scorer = HostScorer | DeviceScorer
 
 
-def make_scorer(model: CausalLM, count: int, rows: int | None, gradients: bool) -> Scorer:
-    """A scorer for `count` rows of this model, `rows` at a time or as many as the budget allows."""
+def make_scorer(
+    model: CausalLM, count: int, rows: int | None, gradients: bool, masked: bool = False, entropies: bool = False
+) -> Scorer:
+    """A scorer for `count` rows of this model, `rows` at a time or as many as the budget allows.
+
+    `masked`: not all tokens are allowed. `entropies`: in plain torch on every device; the kernels do not compute them.
+    """
+    if entropies:
+        return HostScorer(model, rows or HostScorer.rows_for(model, 2 + masked), entropies=True)
     if model.device.type == "cuda" and model.dtype != torch.float64:
-        rows = min(rows or DeviceScorer.rows_for(model), max(1, count))
+        rows = min(rows or DeviceScorer.rows_for(model, masked), max(1, count))
         return DeviceScorer(model, rows, min(count, HEAD_TILES * rows) if gradients else 0)
-    return HostScorer(model, rows or HostScorer.rows_for(model))
+    return HostScorer(model, rows or HostScorer.rows_for(model, 1 + masked))
 
 
 def _widest(model: CausalLM) -> int:
@@ -169,31 +181,37 @@ def _widest(model: CausalLM) -> int:
 
 
 @torch.no_grad()
-def token_logprobs(model: CausalLM, hidden: Tensor, targets: Tensor, chunk: int | None = None) -> Tensor:
+def token_logprobs(
+    model: CausalLM, hidden: Tensor, targets: Tensor, chunk: int | None = None, allowed: AllowedTokens | None = None
+) -> Tensor:
     """log p(targets | hidden): `[N, d]`, `[N]` -> `[N]`, float32 (float64 in a float64 model), without gradient.
 
-    The same on every tensor-parallel rank; all must call it with the same N.
+    `allowed`: the tokens that each row's softmax goes over, of `[N]` rows; None for the whole vocabulary. The same on
+    every tensor-parallel rank; all must call it with the same N.
     """
-    return _score(model, hidden, targets, chunk, entropies=False)[0]
+    return _score(model, hidden, targets, chunk, allowed, entropies=False)[0]
 
 
 @torch.no_grad()
 def token_logprobs_and_entropies(
-    model: CausalLM, hidden: Tensor, targets: Tensor, chunk: int | None = None
+    model: CausalLM, hidden: Tensor, targets: Tensor, chunk: int | None = None, allowed: AllowedTokens | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`token_logprobs`, and the entropy of each row's distribution over the full vocabulary, in nats, `[N]`."""
-    logprobs, entropies = _score(model, hidden, targets, chunk, entropies=True)
+    """`token_logprobs`, and the entropy of each row's distribution over the same tokens, in nats, `[N]`."""
+    logprobs, entropies = _score(model, hidden, targets, chunk, allowed, entropies=True)
     return logprobs, entropies
 
 
-def _score(model: CausalLM, hidden: Tensor, targets: Tensor, chunk: int | None, entropies: bool) -> Tensor:
+def _score(
+    model: CausalLM, hidden: Tensor, targets: Tensor, chunk: int | None, allowed: AllowedTokens | None, entropies: bool
+) -> Tensor:
     """Log-probs and, if requested, entropies, `[1 or 2, N]`."""
-    count = len(targets)
+    count, masked = len(targets), allowed is not None
     hidden, targets = pad_rows(model, hidden, targets)
+    allowed = None if allowed is None else allowed.padded(len(targets))
     found = hidden.new_empty((1 + entropies, *targets.shape), dtype=wide(hidden.dtype))
-    scorer = _entropy_scorer(model, chunk) if entropies else make_scorer(model, len(targets), chunk, gradients=False)
+    scorer = make_scorer(model, len(targets), chunk, gradients=False, masked=masked, entropies=entropies)
     for rows in _chunks(0, len(targets), scorer.rows):
-        found[0, rows] = scorer.score(hidden[rows], targets[rows])
+        found[0, rows] = scorer.score(hidden[rows], targets[rows], None if allowed is None else allowed[rows])
         if entropies:
             assert isinstance(scorer, HostScorer)
             found[1, rows] = scorer.entropies
@@ -209,6 +227,7 @@ def linear_logprob_loss(
     chunk: int | None = None,
     into: Tensor | None = None,
     entropy: Tensor | None = None,
+    allowed: AllowedTokens | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`-sum(coefficients * logprobs)` as a scalar with gradient, and the log-probs `[N]` without.
 
@@ -219,13 +238,15 @@ def linear_logprob_loss(
     `into`, `[V_local, d]` in the type of sums: the head's gradient is added to it in the forward pass, and autograd
     gets none. The loss must then be the root of the backward pass.
 
-    `entropy`, `[N]`: adds `-sum(entropy * H)` with the entropy H of each row's distribution.
+    `entropy`, `[N]`: adds `-sum(entropy * H)` with the entropy H of each row's distribution. `allowed`: see
+    `token_logprobs`.
     """
     count = len(targets)
     hidden, targets, coefficients = pad_rows(model, hidden, targets, coefficients)
     padded = None if entropy is None else pad_rows(model, entropy)[0]
+    masks = None if allowed is None else allowed.padded(len(targets))
     loss, logprobs = _LinearLogprobLoss.apply(  # type: ignore[no-untyped-call]
-        hidden, model.head_weight, targets, coefficients, model, chunk, into, padded
+        hidden, model.head_weight, targets, coefficients, model, chunk, into, padded, masks
     )
     return loss, logprobs[:count]
 
@@ -248,6 +269,7 @@ class _LinearLogprobLoss(torch.autograd.Function):
         chunk: int | None,
         into: Tensor | None,
         entropy: Tensor | None,
+        allowed: AllowedTokens | None,
     ) -> tuple[Tensor, Tensor]:
         kind = wide(hidden.dtype)
         coefficients = coefficients.to(kind)
@@ -257,14 +279,11 @@ class _LinearLogprobLoss(torch.autograd.Function):
         if ctx.needs_input_grad[1] and into is None:
             weight_grad = torch.zeros_like(weight, dtype=kind)
         loss = logprobs.new_zeros(())
-        scorer: Scorer
-        if entropy is None:
-            scorer = make_scorer(model, len(targets), chunk, gradients=True)
-        else:
-            scorer, entropy = _entropy_scorer(model, chunk), entropy.to(kind)
+        entropy = None if entropy is None else entropy.to(kind)
+        scorer = make_scorer(model, len(targets), chunk, True, allowed is not None, entropy is not None)
         for group in _chunks(0, len(targets), scorer.rows * scorer.tiles):
             for rows in _chunks(group.start, group.stop, scorer.rows):
-                logprobs[rows] = scorer.score(hidden[rows], targets[rows])
+                logprobs[rows] = scorer.score(hidden[rows], targets[rows], None if allowed is None else allowed[rows])
                 if entropy is None:
                     scorer.add_gradient(coefficients[rows])
                     continue
@@ -292,13 +311,8 @@ class _LinearLogprobLoss(torch.autograd.Function):
         return (
             None if hidden_grad is None else hidden_grad.mul_(scale.to(hidden_grad.dtype)),
             None if weight_grad is None else weight_grad.mul_(scale),
-            *[None] * 6,
+            *[None] * 7,
         )
-
-
-def _entropy_scorer(model: CausalLM, chunk: int | None) -> HostScorer:
-    """A scorer in plain torch on every device: the kernels do not compute entropies."""
-    return HostScorer(model, chunk or HostScorer.rows_for(model, matrices=2), entropies=True)
 
 
 def _chunks(start: int, stop: int, size: int) -> Iterator[slice]:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from harmony_core.engine.models.allowed import AllowedTokens
 from harmony_core.engine.training.losses import LossInputs
 from harmony_core.errors import InternalError
 from harmony_core.rpc import platform
@@ -52,6 +53,8 @@ class PackedBatch:
     parts: tuple[int, ...] = ()
     """Numbers of adjacent samples that go through the model at once; (): all samples together."""
     dropout: bool = True
+    allowed: AllowedTokens | None = None
+    """The tokens that the softmax of each of the N positions goes over; None if all go over the whole vocabulary."""
 
     def cut(self) -> list[PackedBatch]:
         """The parts, each a batch of its own."""
@@ -74,6 +77,7 @@ class PackedBatch:
                 lengths=lengths,
                 counts=counts,
                 sampled=sampled,
+                allowed=None if self.allowed is None else self.allowed[rows],
                 fields={name: values[rows] for name, values in self.fields.items()},
                 parts=(),
             )
@@ -122,6 +126,8 @@ def unpack(batch: MicroBatch, device: torch.device) -> PackedBatch:
     each = np.diff(np.searchsorted(scored, np.concatenate([[0], np.cumsum(lengths)])))
     (known,) = np.nonzero(np.isfinite(sampler[scored])) if sampler.size else (np.empty(0, np.int64),)
 
+    allowed = AllowedTokens.read([(tokens.size, batch.allowed, batch.masks)])
+
     def there(values: np.ndarray[tuple[int], np.dtype[Any]]) -> Tensor:
         made = torch.from_numpy(values)
         # A copy from pinned memory does not make the host wait.
@@ -143,6 +149,7 @@ def unpack(batch: MicroBatch, device: torch.device) -> PackedBatch:
         group=batch.group,
         parts=tuple(parts.tolist()),
         dropout=batch.dropout,
+        allowed=None if allowed is None else allowed[torch.from_numpy(scored)],
     )
 
 

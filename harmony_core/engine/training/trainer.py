@@ -227,8 +227,8 @@ class Trainer:
         if self.score is not None:
             return [scores(self.model, scored, self.score)]
         if wants_entropies(packed.settings):
-            return [*token_logprobs_and_entropies(self.model, scored, packed.targets)]
-        return [token_logprobs(self.model, scored, packed.targets)]
+            return [*token_logprobs_and_entropies(self.model, scored, packed.targets, allowed=packed.allowed)]
+        return [token_logprobs(self.model, scored, packed.targets, allowed=packed.allowed)]
 
     def _forward_backward(self, packed: PackedBatch, seed: int, known: list[Tensor] | None = None) -> float:
         """Add the gradient of the micro-batch's loss; return the loss, in float64.
@@ -261,6 +261,7 @@ class Trainer:
                 directions[0],
                 into=self._head_gradient,
                 entropy=directions[1] if len(directions) > 1 else None,
+                allowed=packed.allowed,
             )
             # The loss holds its gradients already; free the memory for the backward pass.
             del hidden, scored

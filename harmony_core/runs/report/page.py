@@ -24,6 +24,7 @@ from markupsafe import Markup
 from harmony_core.journal import MAX_TEXT as MAX_SAMPLE_TEXT
 from harmony_core.memory.ledger import format_size
 from harmony_core.plain_files import write_text
+from harmony_core.runs.report.evaluations import read_evaluations
 from harmony_core.runs.report.reading import (
     MAX_CURVES,
     MAX_POINTS,
@@ -78,6 +79,7 @@ def build_report(directory: Path, status: str | None = None) -> str:
             : LIMITS["rows"]
         ],
         spawns=_spawns(data),
+        evaluations=read_evaluations(directory, data.kept["artifact"], LIMITS["rows"], LIMITS["cell"]),
         settings=[s for s in settings if (s[0], s[2]) != ("union_variant", "default")][:500],
         command=f"adaptive {shlex.join(map(str, data.argv))}" if data.argv else None,
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),

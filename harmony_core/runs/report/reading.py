@@ -27,7 +27,7 @@ LOG_LINES = 40
 LOG_LINE_LENGTH = 500
 _LOG_TAIL = 64 * 1024
 
-_KEPT = ("spawn.planned", "spawn", "rank_ready", "gate", "model.saved")
+_KEPT = ("spawn.planned", "spawn", "rank_ready", "gate", "model.saved", "artifact")
 _BARE = (b'"type": "micro_batch"', b'"type": "progress"')
 """Frequent events that the report does not use and does not parse."""
 

@@ -1,0 +1,250 @@
+"""A grader that asks a reward server over HTTP, and its client."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from typing import Any
+
+import httpx2
+from pydantic import ValidationError
+
+from harmony_core.errors import GradeFailed, IgnoreGradeException, ResourceError, UsageError
+from harmony_core.graders.base import BaseGrader, Grade, timed_out
+from harmony_core.graders.reward_types import (
+    BATCH_PATH,
+    INFO_PATH,
+    MAX_BATCH,
+    MAX_BODY,
+    METADATA_SCHEMA_PATH,
+    SCORE_PATH,
+    Failure,
+    MetadataValidationResponse,
+    Request,
+    Response,
+    ServerInfo,
+    Turn,
+)
+from harmony_core.text.threads import StringThread
+
+TOKEN = "ADAPTIVE_REWARD_TOKEN"
+"""Environment variable with the token that `adaptive graders serve` prints."""
+
+_ATTEMPTS = 4
+_FIRST_WAIT = 0.25
+
+
+class RewardClient:
+    """Scores conversations at a server's address, over at most `max_connections` connections that are used again.
+
+    Requests made at the same time are sent together if the server has `/batch_score`. Requests are repeated, with waits
+    that double, only after connection errors, 429 and 5xx. `timeout` in seconds is that of one request. The token is
+    `token`, or that of the environment variable ADAPTIVE_REWARD_TOKEN. Raises UsageError for an address that is not
+    http:// or https://.
+    """
+
+    def __init__(
+        self, base_url: str, max_connections: int = 32, timeout: float | None = None, token: str | None = None
+    ) -> None:
+        if not base_url.startswith(("http://", "https://")):
+            raise UsageError(f"the address of a reward server begins with http:// or https://, got {base_url[:100]!r}")
+        self.base_url, self.timeout = base_url.rstrip("/"), timeout
+        self._limits = httpx2.Limits(max_connections=max_connections, max_keepalive_connections=max_connections)
+        token = token or os.environ.get(TOKEN)
+        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self._http: httpx2.AsyncClient | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._waiting: list[tuple[Request, asyncio.Future[Response]]] = []
+        self._sending: set[asyncio.Task[None]] = set()
+        self._has_batches = True
+
+    async def setup(self) -> None:
+        """Ask the server for its `info`, so that one that is down is found before the work begins."""
+        await self.info()
+
+    async def connect_websocket(self) -> None:
+        """Close the connections; the next request opens new ones. A websocket is not used."""
+        await self.drop_websocket()
+
+    async def drop_websocket(self) -> None:
+        """Close the connections."""
+        if self._http is not None and self._loop is asyncio.get_running_loop():
+            await self._http.aclose()
+        self._http = None
+
+    async def score(self, req: Request) -> Response:
+        """The server's reply.
+
+        Raises ResourceError, naming the address, when the server cannot be reached; GradeFailed when it refuses the
+        request or does not reply as it should; IgnoreGradeException when it ignores the sample.
+        """
+        future: asyncio.Future[Response] = asyncio.get_running_loop().create_future()
+        self._waiting.append((req, future))
+        if len(self._waiting) == 1:
+            task = asyncio.ensure_future(self._send())
+            self._sending.add(task)
+            task.add_done_callback(self._sending.discard)
+        return await future
+
+    async def _send(self) -> None:
+        """Send what has been asked for by now."""
+        waiting, self._waiting = self._waiting, []
+        parts = [waiting[i : i + MAX_BATCH] for i in range(0, len(waiting), MAX_BATCH)]
+        await asyncio.gather(*map(self._send_part, parts))
+
+    async def _send_part(self, part: list[tuple[Request, asyncio.Future[Response]]]) -> None:
+        requests = [request for request, _ in part]
+        found: list[Response | Exception]
+        try:
+            found = list(await self._batch(requests)) if len(part) > 1 and self._has_batches else []
+            if not found:
+                found = list(await asyncio.gather(*map(self._single, requests)))
+        except Exception as error:  # whoever waits gets it
+            found = [error] * len(part)
+        for (_, future), result in zip(part, found, strict=True):
+            if future.done():
+                continue
+            if isinstance(result, Exception):
+                future.set_exception(result)
+            else:
+                future.set_result(result)
+
+    async def _single(self, request: Request) -> Response | Exception:
+        try:
+            return self._read(await self._ask("POST", SCORE_PATH, request.model_dump()))
+        except (GradeFailed, IgnoreGradeException, ResourceError) as error:
+            return error
+
+    async def _batch(self, requests: list[Request]) -> list[Response | Exception]:
+        """The replies in order; empty if the server takes no batches."""
+        body = [request.model_dump() for request in requests]
+        replies = await self._ask("POST", BATCH_PATH, body, missing=True)
+        if replies is None:
+            self._has_batches = False
+            return []
+        if not isinstance(replies, list) or len(replies) != len(requests):
+            raise self._failed(f"replied to {len(requests)} requests with {str(replies)[:100]!r}")
+        found: list[Response | Exception] = []
+        for reply in replies:
+            try:
+                found.append(self._read(reply))
+            except (GradeFailed, IgnoreGradeException) as error:
+                found.append(error)
+        return found
+
+    def _read(self, reply: Any) -> Response:
+        try:
+            if isinstance(reply, dict) and "error" in reply:
+                failure = Failure.model_validate(reply)
+                raise IgnoreGradeException(failure.error) if failure.ignored else self._failed(f"says: {failure.error}")
+            return Response.model_validate(reply)
+        except ValidationError as error:
+            raise self._failed(f"replied {str(reply)[:100]!r}: {error.errors()[0]['msg']}") from None
+
+    async def validate_metadata(self, metadata: dict[Any, Any]) -> MetadataValidationResponse:
+        """Whether the metadata have the fields that the server's JSON schema requires, of the types that it names."""
+        schema = await self._ask("GET", METADATA_SCHEMA_PATH)
+        types: dict[str, Any] = {
+            "string": str,
+            "integer": int,
+            "number": (int, float),
+            "boolean": bool,
+            "array": list,
+            "object": dict,
+        }
+        missing = [name for name in schema.get("required", ()) if name not in metadata]
+        wrong = [
+            name
+            for name, field in schema.get("properties", {}).items()
+            if name in metadata and not isinstance(metadata[name], types.get(field.get("type"), object))
+        ]
+        told = [f"{name} is missing" for name in missing] + [f"{name} has the wrong type" for name in wrong]
+        return MetadataValidationResponse(is_valid=not told, error_message="; ".join(told) or None)
+
+    async def info(self) -> ServerInfo:
+        """The server's version, name and description."""
+        return ServerInfo.model_validate(await self._ask("GET", INFO_PATH))
+
+    def blocking_info(self) -> ServerInfo:
+        """As `info`, outside of an event loop."""
+        with httpx2.Client(headers=self._headers, timeout=self.timeout, trust_env=False) as http:
+            try:
+                return ServerInfo.model_validate(http.get(self.base_url + INFO_PATH).raise_for_status().json())
+            except httpx2.HTTPError as error:
+                raise self._down(error) from error
+
+    async def _ask(self, method: str, path: str, body: Any = None, missing: bool = False) -> Any:
+        """The JSON of a reply; None for a path that the server does not have, if it may be `missing`."""
+        wait = _FIRST_WAIT
+        for attempt in range(_ATTEMPTS):
+            last = attempt == _ATTEMPTS - 1
+            try:
+                status, content = await self._exchange(method, path, body)
+            except httpx2.TimeoutException:
+                raise timed_out(self.base_url, self.timeout or 0) from None
+            except httpx2.TransportError as error:
+                if last:
+                    raise self._down(error) from error
+            else:
+                if missing and status in (404, 405):
+                    return None
+                if status < 400:
+                    return self._decoded(content)
+                if last or not (status == 429 or status >= 500):
+                    told = content[:200].decode(errors="replace")
+                    raise self._failed(f"answered {path} with status {status}: {told}")
+            await asyncio.sleep(wait)
+            wait *= 2
+
+    async def _exchange(self, method: str, path: str, body: Any) -> tuple[int, bytes]:
+        if self._http is None or self._loop is not asyncio.get_running_loop():
+            self._loop = asyncio.get_running_loop()
+            self._http = httpx2.AsyncClient(limits=self._limits, headers=self._headers, trust_env=False)
+        content = bytearray()
+        async with self._http.stream(method, self.base_url + path, json=body, timeout=self.timeout) as reply:
+            async for chunk in reply.aiter_bytes():
+                content += chunk
+                if len(content) > MAX_BODY:
+                    raise self._failed(f"replied with more than {MAX_BODY >> 20} MiB")
+        return reply.status_code, bytes(content)
+
+    def _decoded(self, content: bytes) -> Any:
+        try:
+            return json.loads(content)
+        except ValueError:
+            raise self._failed(f"replied {content[:100].decode(errors='replace')!r}, which is no JSON") from None
+
+    def _failed(self, what: str) -> GradeFailed:
+        return GradeFailed(f"the reward server {self.base_url} {what}", grader=self.base_url)
+
+    def _down(self, error: Exception) -> ResourceError:
+        return ResourceError(
+            f"the reward server {self.base_url} cannot be reached: {error or type(error).__name__}",
+            hint="start it (adaptive graders serve FILE.py:FUNCTION), or correct the address",
+            address=self.base_url,
+        )
+
+
+class RewardServerGrader(BaseGrader[dict[str, Any]]):
+    """Grades by a reward server at `reward_server_ip`, an http:// or https:// address; see `RewardClient`.
+
+    The grade's key is `grader_id`. `grade` raises as `RewardClient.score`; in a rollout the sample is then unscored.
+    """
+
+    keeps_time = True
+
+    def __init__(self, grader_key: str, grader_id: str, reward_server_ip: str, token: str | None = None) -> None:
+        super().__init__(grader_key)
+        self.grader_id = grader_id
+        self.client = RewardClient(reward_server_ip, timeout=self.timeout, token=token)
+
+    async def grade(self, sample: StringThread) -> Grade:
+        """The server's reward; its reason is `metadata["reason"]` of the reply."""
+        self.client.timeout = self.timeout
+        turns = [Turn(role=turn.role, content=turn.content) for turn in sample.get_turns()]
+        metadata = sample.metadata if isinstance(sample.metadata, dict) else None
+        response = await self.client.score(Request(turns=turns, metadata=metadata))
+        self.add_log({"score": response.reward})
+        reason = response.metadata.get("reason")
+        return Grade(response.reward, self.grader_id, None if reason is None else str(reason))

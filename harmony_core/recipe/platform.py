@@ -1,0 +1,149 @@
+"""What recipes of the platform name besides (documented path `harmony_client`): records, and its control plane.
+
+There is no control plane here: constructing something that speaks to one raises UsageError.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from dataclasses import asdict, dataclass
+from enum import Enum
+from typing import Any
+
+from pydantic import BaseModel
+
+from harmony_core.errors import UsageError
+
+DEFAULT_MAX_DRAFT_STEPS = 1024
+"""Most tokens that a draft model would draw at once; there are no draft models here."""
+
+
+def uuid_v7() -> str:
+    """A random identifier that sorts by the millisecond in which it was made (RFC 9562, section 5.7)."""
+    number = (time.time_ns() // 1_000_000) << 80 | int.from_bytes(os.urandom(10), "big")
+    number = number & ~(0xF << 76 | 0x3 << 62) | 0x7 << 76 | 0x2 << 62
+    return str(uuid.UUID(int=number))
+
+
+class utils:
+    """Where the native module keeps `uuid_v7`."""
+
+    uuid_v7 = staticmethod(uuid_v7)
+
+
+class _OfControlPlane:
+    _instead = ""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        raise UsageError(f"{type(self).__name__}: there is no control plane here", hint=self._instead)
+
+
+class ControlPlaneClient(_OfControlPlane):
+    """Models, datasets and graders of the platform. Raises UsageError."""
+
+    _instead = "Model.to_builder and Dataset.load read the local registry (adaptive models list) and files"
+
+
+class ControlPlaneJobNotifier(_OfControlPlane):
+    """Reports a job to the platform. Raises UsageError."""
+
+    _instead = "StdoutJobNotifier; in a run ctx.job"
+
+
+class ControlPlaneStageNotifier(_OfControlPlane):
+    """Reports a stage to the platform. Raises UsageError."""
+
+    _instead = "ctx.job.stage_notifier(name)"
+
+
+@dataclass(frozen=True)
+class ModelConfigResponse:
+    """A model's settings as the platform answers them; here `adaptive models show` and `models set` do this."""
+
+    model_id: str
+    model_key: str
+    harmony_url: str
+    tp: int | None = None
+    kv_cache_len: int | None = None
+    max_seq_len: int | None = None
+    extra_params: str | None = None
+
+
+@dataclass(frozen=True)
+class DatasetConfigResponse:
+    """A dataset's record as the platform answers it."""
+
+    dataset_id: str
+    dataset_key: str
+    name: str
+    file_path: str
+    kind: str
+
+
+class CheckpointArtifactMetadata(BaseModel, protected_namespaces=()):
+    """What a checkpoint says of itself; `completion_percentage` from 0 to 100."""
+
+    step: int
+    completion_percentage: float
+    model_checkpoint_names: dict[str, str] = {}
+    user_data: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class InferenceSettings:
+    """Limits of a model that generates, in tokens."""
+
+    kv_cache_len: int
+    tokens_to_generate: int
+
+    def to_python_dict(self) -> dict[str, Any]:
+        """The limits by name."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class StatDuration:
+    """Tokens of a stretch of time, in seconds."""
+
+    duration_sec: float
+    num_input_tokens: int
+    num_output_tokens: int
+    num_trained_tokens: int
+
+    @property
+    def num_input_tokens_per_s(self) -> float:
+        """Prompt tokens in a second."""
+        return self.num_input_tokens / self.duration_sec if self.duration_sec else 0.0
+
+    @property
+    def num_output_tokens_per_s(self) -> float:
+        """Generated tokens in a second."""
+        return self.num_output_tokens / self.duration_sec if self.duration_sec else 0.0
+
+    @property
+    def num_trained_tokens_per_s(self) -> float:
+        """Trained tokens in a second."""
+        return self.num_trained_tokens / self.duration_sec if self.duration_sec else 0.0
+
+    def combine(self, other: StatDuration) -> StatDuration:
+        """Both stretches together."""
+        return StatDuration(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+
+@dataclass(frozen=True)
+class StatInstant(StatDuration):
+    """Tokens counted up to an instant, `duration_sec` after the count began."""
+
+    def stats_since(self, other: StatInstant) -> StatDuration:
+        """What was counted after `other`."""
+        return StatDuration(*(a - b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+
+class Thread(Enum):
+    """The forms of a conversation."""
+
+    StringThread = "text"
+    TokenizedThread = "tokens"
+    SerializedThread = "token ids, image patches and weights"
