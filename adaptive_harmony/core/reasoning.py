@@ -1,3 +1,3 @@
 """Thoughts in completions."""
 
-from harmony_core.text.reasoning import remove_reasoning as remove_reasoning
+from harmony_core.structured_output import remove_reasoning as remove_reasoning

@@ -17,8 +17,7 @@ from harmony_core.errors import DataError, UsageError
 from harmony_core.graders.base import BaseGrader, FailedJudgeLog, Grade, SuccessJudgeLog
 from harmony_core.graders.verdict_schema import verdict_schema
 from harmony_core.loggers.base import Table
-from harmony_core.structured_output import generate_and_validate, parse_constrained
-from harmony_core.text.reasoning import remove_reasoning
+from harmony_core.structured_output import generate_and_validate, parse_constrained, remove_reasoning
 from harmony_core.text.threads import StringThread, StringTurn, stringify_thread
 
 if TYPE_CHECKING:
