@@ -171,7 +171,7 @@ def is_awaitable(found: Any) -> bool:
 
 @functools.cache
 def used_names() -> set[str]:
-    """Every name that a test uses: as a name, an attribute, a keyword or in an import."""
+    """Every name that a test uses: as a name, an attribute, a keyword, in an import, or to override a method."""
     found: set[str] = set()
     for file in TESTS.rglob("*.py"):
         if file.name in LISTS:
@@ -185,6 +185,10 @@ def used_names() -> set[str]:
                 found.add(node.arg)
             elif isinstance(node, ast.alias):
                 found.update(node.name.split("."))
+            elif isinstance(node, ast.ClassDef):  # what it overrides
+                found.update(
+                    child.name for child in node.body if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef)
+                )
     return found
 
 

@@ -110,6 +110,10 @@ class Trajectories:
         with phase("reference"):
             return await async_map(self._scored, played)
 
+    def unscored(self) -> dict[str, float]:
+        """Nothing: a trajectory that fails leaves its group, and is counted in `lost`."""
+        return {}
+
     async def _scored(self, played: tuple[list[TokenizedThread], TrajectoryHistory]) -> Trajectory:
         threads, history = played
         logprobs = await async_map(self._logprobs, threads)
