@@ -23,6 +23,7 @@ SWALLOWED = {
     "harmony_core/engine/process.py": (1, "the edge of a rank"),
     "harmony_core/engine/training/loss_evaluation.py": (1, "a recipe's loss is foreign code: its failure says where"),
     "harmony_core/graders/base.py": (1, "a grader is foreign code: its failure is its sample's, and counted"),
+    "harmony_core/graders/judges.py": (1, "a service's errors are of its own kinds; what passes is tried again"),
     "harmony_core/runs/interruption.py": (1, "the edge of a thread without which no signal is heeded: it ends the run"),
     "harmony_core/loggers/local.py": (1, "a second logger may be the client of any service, and ends nothing"),
     "harmony_core/algorithms/batch_loader.py": (2, "a failure of one item, by contract"),

@@ -60,13 +60,18 @@ async def push(model: TrainingModel, scored: ScoredThread, tangents: Sequence[fl
         for place, logprob in zip(scored.places, recorded, strict=True):
             sampler[place] = logprob
     await model.train_tangents(
-        scored.tokens[:-1], scored.patches, dense, scored.tokens[1:], denominator, sampler_logprobs=sampler
+        *(scored.tokens[:-1], scored.patches, dense, scored.tokens[1:], denominator),
+        sampler_logprobs=sampler,
+        thread=scored.thread,
     )
 
 
 def recorded_logprobs(model: TrainingModel, thread: TokenizedThread) -> list[float] | None:
-    """The sampler's log-prob of each weighted token, or None unless all were sampled with the present weights."""
-    logprobs, versions = thread.logprobs, thread.versions
+    """The sampler's log-prob of each weighted token, or None unless all were sampled with the present weights.
+
+    Those of a constrained completion are over the tokens that the constraint allowed, as in `logprobs_per_token`.
+    """
+    logprobs, versions = thread.policy_logprobs, thread.versions
     present = model.get_optim_step()
     if logprobs is None or versions is None or set(versions) - {present}:
         return None

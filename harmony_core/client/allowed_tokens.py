@@ -14,7 +14,7 @@ from harmony_core.text.threads import TokenizedThread
 class AllowedTokens(NamedTuple):
     """For each target 0, or 1 + the index of its mask in `masks`; 0 allows every token. Masks are words of bits."""
 
-    index: list[int]
+    places: list[int]
     masks: list[bytes]
 
 
@@ -40,7 +40,7 @@ def allowed_tokens(
             kind, hint = record.constraint.kind, "StringThread(thread.get_turns()) of its text has no constraint"
             what = f"{verb} cannot renormalise a completion with a {kind} constraint: {error.message}"
             raise UsageError(what, hint=hint) from error
-        allowed.index[turn.start - 1 : turn.end - 1] = [1 + len(allowed.masks) + row for row in found.index.tolist()]
+        allowed.places[turn.start - 1 : turn.end - 1] = [1 + len(allowed.masks) + row for row in found.index.tolist()]
         allowed.masks.extend(mask.tobytes() for mask in found.masks)
     return allowed
 
@@ -51,5 +51,5 @@ def packed(sequences: Sequence[tuple[int, AllowedTokens | None]]) -> tuple[bytes
     index: list[int] = []
     for count, own in sequences:
         numbers = [0, *(1 + rows.setdefault(mask, len(rows)) for mask in own.masks)] if own else [0]
-        index += [numbers[place] for place in own.index] if own else [0] * count
+        index += [numbers[place] for place in own.places] if own else [0] * count
     return (pack_ints(index), b"".join(rows)) if rows else (b"", b"")

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, Self, cast, get_args
 
-from harmony_core.client.live import Limit, LiveModel
+from harmony_core.client.limits import Limit
+from harmony_core.client.live import LiveModel
 from harmony_core.config.argument_kinds import checked_class
-from harmony_core.errors import UsageError
-from harmony_core.grammar import Constraint
+from harmony_core.errors import UsageError, did_you_mean
+from harmony_core.grammar import Constraint, Kind
 from harmony_core.text.threads import StringThread, TokenizedThread
 
 
@@ -66,6 +67,32 @@ class Handle:
         if min_num_tokens < 0:
             raise UsageError(f"min_gen_len must be 0 or more, not {min_num_tokens}")
         return self._with(min_gen_len=int(min_num_tokens))
+
+    def constrained_decoding(self, schema_json: str, format: str = "json") -> Self:
+        """A copy whose completions match a grammar: at each position only the tokens that it allows are sampled.
+
+        `format` says what `schema_json` is: "json" a JSON schema, "regex" a regular expression that the whole
+        completion matches, "choice" a JSON list of texts of which the completion is one, "lark" a grammar in
+        llguidance's dialect of Lark. A completion ends where nothing but its end is allowed, even before `min_gen_len`;
+        one that is cut at its limit (`finish_reason` "length") only begins as the grammar demands. Its record keeps the
+        log-probs over the allowed tokens as `masked_logprobs`. With `continue_final` the new tokens alone match.
+
+        Raises UsageError for a text that is not of this format, and for a schema with what the grammar cannot express;
+        ModelRefused for a model without a tokenizer.
+        """
+        if format not in get_args(Kind):
+            raise UsageError(
+                f"there is no format {format!r} of a constraint",
+                hint=did_you_mean(format, get_args(Kind)) or f"there is: {', '.join(get_args(Kind))}",
+            )
+        if not self._live.tokenizer.stop_ids:
+            raise UsageError(
+                f"{self._live.name!r} has no stop token, with which a constrained completion ends",
+                hint="name an eos_token in its tokenizer_config.json and import it again",
+            )
+        constraint = Constraint(cast(Kind, format), schema_json)
+        constraint.compiled()
+        return self._with(constraint=constraint)
 
     def max_seqlen(self, max_seqlen: int, setting: str = "max_seqlen") -> Self:
         """A copy that generates up to this many tokens, prompt included; `setting` names the limit in errors."""

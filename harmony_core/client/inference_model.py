@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from harmony_core.client.allowed_tokens import AllowedTokens, packed
 from harmony_core.client.handle import Handle
-from harmony_core.client.live import check_length, of_batch, of_context, of_pool
+from harmony_core.client.limits import check_length, of_batch, of_context, of_pool
 from harmony_core.client.losses import AnyThread
 from harmony_core.config.argument_kinds import checked_class
 from harmony_core.errors import DataError, PromptTooLong, UsageError
@@ -24,7 +24,7 @@ from harmony_core.structured_output import (
     render_pydantic_model,
     render_schema,
 )
-from harmony_core.text.threads import StringThread, TokenizedThread, check_last_turn
+from harmony_core.text.threads import StringThread, TokenizedThread
 from harmony_core.text.turns import StructuredOutput
 
 T = TypeVar("T", bound=BaseModel)
@@ -132,9 +132,7 @@ class InferenceModel(Handle):
     ) -> tuple[AnyThread, BaseModel]:
         """The thread, as text or tokens, with an instance of the model as its last turn, and the instance."""
         if continue_final:
-            raise UsageError(
-                "continue_final with a response_model: a grammar begins with the turn", hint="leave one out"
-            )
+            raise UsageError("continue_final with a response_model: its grammar begins with the turn")
         schema, live = get_pydantic_schema(response_model), self._live
         drawn = await self.constrained_decoding(schema, "json")._generate_tokens(thread, seed, False)
         *before, last = drawn.token_turns
@@ -156,7 +154,7 @@ class InferenceModel(Handle):
     async def _complete(self, thread: AnyThread, seed: int, continue_final: bool) -> tuple[TokenizedThread, Timings]:
         live = self._live
         if not self.is_scalar():  # else it cannot generate at all
-            check_last_turn(thread, continue_final)
+            _check_last_turn(thread, continue_final)
         prompt = live.tokenizer.unfinished_ids(thread) if continue_final else live.tokenizer.prompt_ids(thread)
         live.check_ids(prompt)
         answer = await self._request_generation(prompt, seed)
@@ -337,3 +335,16 @@ class InferenceModel(Handle):
         freed = self._live.free()
         if freed is not None:
             await asyncio.shield(freed)
+
+
+def _check_last_turn(thread: AnyThread, continue_final: bool) -> None:
+    """Raise DataError if the last turn cannot be continued with `continue_final`, or is unfinished without it."""
+    ends_with_assistant = [turn.role for turn in thread.text_turns[-1:]] == ["assistant"]
+    finished = thread.generation is not None and thread.generation.finish_reason == "stop"
+    if continue_final and (finished or not ends_with_assistant):
+        reason = "is finished" if finished else "is not the assistant's"
+        raise DataError(f"continue_final=True: the last turn {reason}, so there is nothing to continue")
+    if ends_with_assistant and not finished and not continue_final:
+        cut = " that was cut for its length" if thread.generation is not None else ""
+        hint = "continue_final=True continues it; else append a user turn, or take StringThread(thread.messages())"
+        raise DataError(f"the thread ends with an assistant turn{cut}", hint=hint)

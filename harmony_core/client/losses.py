@@ -251,12 +251,12 @@ def importance(thread: TokenizedThread, fields: Fields, settings: Settings) -> N
         return
     trajectory = fields["trajectory_logprobs"]
     if sampler is None:
-        if thread.logprobs is None:
+        if thread.policy_logprobs is None:
             raise UsageError(
                 "importance_cap needs the sampler's log-probs, and the thread's weighted tokens have no record of them",
                 hint="give sampler_logprobs=, or train the thread that generate_tokens returned",
             )
-        sampler = per_token("sampler_logprobs", thread.logprobs, len(trajectory))
+        sampler = per_token("sampler_logprobs", thread.policy_logprobs, len(trajectory))
     steps = zip(fields["advantages"], trajectory, sampler, strict=True)
     fields["advantages"] = [a * math.exp(min(t - s, math.log(cap))) for a, t, s in steps]
 
@@ -354,10 +354,9 @@ def groups(
     accepted = []
     for first in range(0, len(samples), group):
         members = samples[first : first + group]
-        if denominator is None:
-            accepted.append(Accepted(members, "weighted tokens", sum(counts[first : first + group])))
-        else:
-            accepted.append(Accepted(members, "given denominators", float(denominator)))
+        unit = "weighted tokens" if denominator is None else "given denominators"
+        amount = sum(counts[first : first + group]) if denominator is None else float(denominator)
+        accepted.append(Accepted(members, unit, amount))
     return accepted
 
 
@@ -369,15 +368,14 @@ def linear(
     tgt_tokens: Sequence[int],
     denominator: float | None,
     sampler_logprobs: Sequence[float] | None,
+    thread: TokenizedThread | None,
 ) -> Accepted:
     """The sample of `TrainingModel.train_tangents`."""
     if image_patches:
         raise DataError("image patches given to a text model")
     if not len(inp_tokens) == len(tangents) == len(tgt_tokens):
-        raise DataError(
-            f"inp_tokens, tangents and tgt_tokens must be of one length, not {len(inp_tokens)}, "
-            f"{len(tangents)} and {len(tgt_tokens)}"
-        )
+        found = f"{len(inp_tokens)}, {len(tangents)} and {len(tgt_tokens)}"
+        raise DataError(f"inp_tokens, tangents and tgt_tokens must be of one length, not {found}")
     tokens, targets = [int(t) for t in inp_tokens], [int(t) for t in tgt_tokens]
     live.check_ids(tokens)
     live.check_ids(targets)
@@ -386,7 +384,10 @@ def linear(
     recorded = None if sampler_logprobs is None else [float(x) for x in sampler_logprobs]
     if recorded is not None and len(recorded) != len(tgt_tokens):
         raise DataError(f"{len(recorded)} sampler_logprobs for {len(tgt_tokens)} tgt_tokens")
-    sample = TrainSample(tokens, targets, [float(t) for t in tangents], recorded)
+    if thread is not None and thread.token_ids != [*tokens, *targets[-1:]]:
+        raise DataError(f"the thread's {len(thread.token_ids)} tokens are not inp_tokens and the last of tgt_tokens")
+    allowed = None if thread is None else live.allowed(thread, "train_tangents")
+    sample = TrainSample(tokens, targets, [float(t) for t in tangents], recorded, allowed=allowed)
     if denominator is None:
         return Accepted([sample], "tangents", float(sum(t != 0 for t in tangents)))
     return Accepted([sample], "given denominators", float(denominator))

@@ -10,7 +10,7 @@ from typing import Any
 from harmony_core.client import losses
 from harmony_core.client.batching import LINEAR, Accepted, require_weight
 from harmony_core.client.inference_model import InferenceModel
-from harmony_core.client.live import RowGauge
+from harmony_core.client.limits import RowGauge
 from harmony_core.client.losses import (
     AboveOne,
     AboveZero,
@@ -76,15 +76,17 @@ class TrainingModel(InferenceModel):
         denominator: float | None = None,
         *,
         sampler_logprobs: Sequence[float] | None = None,
+        thread: TokenizedThread | None = None,
     ) -> Queued:
         """Any loss through its ascent direction: tangents[t] = -dL/dlogprob(tgt_tokens[t] | inp_tokens[:t+1]).
 
         The step divides by `denominator` summed over samples; its default is the number of non-zero tangents. All
         tangents of a sample, and all samples of a step, may be zero. `sampler_logprobs`: the raw log-probs of
         tgt_tokens recorded when this model generated them, NaN where they are missing or the weights have changed
-        since; the step's metrics compare them with the trainer's.
+        since; the metrics compare them with the trainer's. `thread`: the thread of these tokens; log-probs of its
+        turns with a constraint are then over the allowed tokens, as in other losses.
         """
-        given = inp_tokens, image_patches, tangents, tgt_tokens, denominator, sampler_logprobs
+        given = inp_tokens, image_patches, tangents, tgt_tokens, denominator, sampler_logprobs, thread
         return self._live.take(lambda: [losses.linear(self._live, *given)])
 
     def _train(self, name: str, arguments: Mapping[str, Any]) -> Queued:

@@ -224,6 +224,11 @@ class TokenizedThread(Conversation[TokenTurn]):
         return self._recorded("logprobs")
 
     @property
+    def policy_logprobs(self) -> list[float] | None:
+        """Like `logprobs`, but over the tokens that a constraint allowed: what `logprobs_per_token` gives."""
+        return self._recorded("policy_logprobs")
+
+    @property
     def sampled_logprobs(self) -> list[float] | None:
         """Like `logprobs`, but under the sampling distribution."""
         return self._recorded("sampled_logprobs")
@@ -326,19 +331,6 @@ def override_system_prompt(dataset: Iterable[StringThread], system_prompt: str) 
         new = StringThread([("system", system_prompt), *others], thread.metadata)
         made.append(new.with_template_kwargs(**thread.template_kwargs))
     return made
-
-
-def check_last_turn(thread: StringThread | TokenizedThread, continue_final: bool) -> None:
-    """Raise DataError if the last turn cannot be continued with `continue_final`, or is unfinished without it."""
-    ends_with_assistant = [turn.role for turn in thread.text_turns[-1:]] == ["assistant"]
-    finished = thread.generation is not None and thread.generation.finish_reason == "stop"
-    if continue_final and (finished or not ends_with_assistant):
-        reason = "is finished" if finished else "is not the assistant's"
-        raise DataError(f"continue_final=True: the last turn {reason}, so there is nothing to continue")
-    if ends_with_assistant and not finished and not continue_final:
-        cut = " that was cut for its length" if thread.generation is not None else ""
-        hint = "continue_final=True continues it; else append a user turn, or take StringThread(thread.messages())"
-        raise DataError(f"the thread ends with an assistant turn{cut}", hint=hint)
 
 
 def fragment_turn(role: Any, content: Any) -> Turn:

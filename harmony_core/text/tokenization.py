@@ -73,7 +73,7 @@ class ChatTokenizer:
         self._tokenizer = files.tokenizer
         self._template = files.template
         self._directory = files.directory
-        self._fingerprint = files.fingerprint
+        self.fingerprint = files.fingerprint
         self._added = frozenset(files.tokenizer.get_added_tokens_decoder())
         self._warned: set[str] = set()
         if variables:
@@ -189,7 +189,7 @@ class ChatTokenizer:
         *before, last = turns = thread.text_turns
         if isinstance(thread, TokenizedThread) and thread.ends_with_last_turn():
             return list(thread.token_ids)
-        if (record := last.generated_with(self._fingerprint)) is not None:
+        if (record := last.generated_with(self.fingerprint)) is not None:
             return [*self._prompt_ids(tuple(before), thread.template_kwargs), *record.tokens]
         text, places = locate(self._template_of(thread.template_kwargs), turns, add_generation_prompt=False)
         place = places[-1]
@@ -212,7 +212,7 @@ class ChatTokenizer:
 
     def _render_prompt(self, turns: tuple[Turn, ...], variables: TemplateKwargs) -> tuple[int, ...]:
         template = self._template_of(variables)
-        if any(turn.generated_with(self._fingerprint) for turn in turns):
+        if any(turn.generated_with(self.fingerprint) for turn in turns):
             return tuple(self._lay_out(template, turns, True)[0])
         messages = all_messages(turns)
         text = template.render(messages, add_generation_prompt=True).text
@@ -256,13 +256,13 @@ class ChatTokenizer:
         turns = thread.text_turns
         start, begun = len(prompt_ids), None
         if continued:
-            turns, begun = turns[:-1], turns[-1].generated_with(self._fingerprint)
+            turns, begun = turns[:-1], turns[-1].generated_with(self.fingerprint)
             prompt = self._prompt_ids(turns, thread.template_kwargs) if begun is None else prompt_ids
             start = len(prompt) - (len(begun.tokens) if begun is not None else 0)
         tokens = (*prompt_ids[start:], *completion_ids)
         numbers = tuple(logprobs), tuple(sampled_logprobs), tuple(versions), "stop" if finished else "length"
         masked = tuple(masked_logprobs)
-        record = GenerationRecord(*numbers, model, tokens, self._fingerprint, masked, constraint).after(begun)
+        record = GenerationRecord(*numbers, model, tokens, self.fingerprint, masked, constraint).after(begun)
         ended = bool(completion_ids) and completion_ids[-1] in self.stop_ids
         text = self.decode_behind(prompt_ids[:start], tokens[:-1] if ended else tokens)
         ids = [*prompt_ids, *completion_ids]
@@ -311,7 +311,7 @@ class ChatTokenizer:
 
         The last turn is encoded separately from its prompt if a token would span both.
         """
-        generated = generated_stretches(self._encoding, text, turns, places, self._fingerprint, self.stop_ids)
+        generated = generated_stretches(self._encoding, text, turns, places, self.fingerprint, self.stop_ids)
         row = encoded(self._encoding, text, generated.values())
         end = places[-1].start
         if places[-1].prompted and len(places) - 1 not in generated and self._behind(text, end, row) is None:

@@ -230,6 +230,11 @@ class GenerationRecord:
     masked_logprobs: tuple[float, ...] = ()
     constraint: Constraint | None = None
 
+    @property
+    def policy_logprobs(self) -> tuple[float, ...]:
+        """The log-probs that training and scoring compare with: `masked_logprobs` under a constraint."""
+        return self.logprobs if self.constraint is None else self.masked_logprobs
+
     def after(self, earlier: GenerationRecord | None) -> GenerationRecord:
         """The record of the whole turn, with the numbers of the tokens that were sampled earlier."""
         if earlier is None:
@@ -294,11 +299,6 @@ class Conversation(Generic[TurnT]):
     """Turns, template variables, metadata and an identifier. Only the metadata can be changed."""
 
     __slots__ = ("__weakref__", "_template_kwargs", "_turns", "_uuid", "metadata")
-
-    _turns: tuple[TurnT, ...]
-    _template_kwargs: TemplateKwargs
-    _uuid: str | None
-    metadata: Any
 
     def __init__(
         self,

@@ -224,7 +224,8 @@ def test_structured_output_is_text_with_its_schema() -> None:
     thread = StringThread([("user", "a")]).structured(Answer(value=3))
     assert thread.completion() == '{"value":3}'
     fragment = thread.last_turn_fragments()[0]
-    assert fragment["parsed_json"] == {"value": 3} and fragment["schema"]["properties"]["value"]["type"] == "integer"
+    assert json.loads(fragment["parsed_json"]) == {"value": 3}
+    assert json.loads(fragment["schema"])["properties"]["value"]["type"] == "integer"
     with pytest.raises(TypeError):
         thread.structured({"value": 3})
 

@@ -17,7 +17,7 @@ from harmony_core.rpc.protocol import MicroBatch, Score
 from harmony_core.rpc.wire import pack_ints, unpack_floats
 from ranks import Group
 
-VOCAB, WORDS = 67, 3
+VOCAB = 67
 
 
 def allowed_tokens(everything: list[Sample], sample: int) -> torch.Tensor | None:
@@ -44,9 +44,7 @@ def with_masks(batch: MicroBatch, everything: list[Sample], chosen: list[int]) -
             index += [0] * (len(everything[sample][0]) - 1)
             continue
         for mask in masks:
-            words = [
-                sum(1 << bit for bit in range(32) if 32 * w + bit < VOCAB and mask[32 * w + bit]) for w in range(3)
-            ]
+            words = [sum(1 << bit for bit, there in enumerate(part) if there) for part in mask.split(32)]
             signed = pack_ints(word - (1 << 32) * (word >> 31) for word in words)
             index.append(1 + rows.setdefault(signed, len(rows)))
     if rows:

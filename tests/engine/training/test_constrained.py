@@ -1,4 +1,4 @@
-"""Losses of constrained completions: the gradient of a masked softmax in float64, however samples are cut and spread."""
+"""Losses of constrained completions: the gradient of a masked softmax, however samples are cut and spread."""
 
 from __future__ import annotations
 
