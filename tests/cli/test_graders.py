@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from harmony_core.graders import RewardServerGrader, score_or_refuse
+from harmony_core.graders import score_or_refuse
+from harmony_core.graders.reward_server import RewardServerGrader
 from harmony_core.text.threads import StringThread
 
 Adaptive = Any
