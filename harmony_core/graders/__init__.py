@@ -40,6 +40,7 @@ from harmony_core.graders.relevancy import (
     SupportedLanguages,
     split_sentences,
 )
+from harmony_core.graders.reward_server import RewardClient, RewardServerGrader
 from harmony_core.graders.templated_judge import TemplatedPromptJudgeGrader
 from harmony_core.graders.verifiable import exact_match_grader, json_grader, math_grader, regex_grader
 
@@ -67,6 +68,8 @@ __all__ = [
     "RangeJudgeGrader",
     "RangeJudgeShot",
     "ReasonedScore",
+    "RewardClient",
+    "RewardServerGrader",
     "ScoresMap",
     "SimpleReasonedFloatOutput",
     "SingleStatementFaithfulnessJudgeOutput",

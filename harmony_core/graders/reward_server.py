@@ -6,9 +6,8 @@ import asyncio
 import json
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import httpx2
 from pydantic import ValidationError
 
 from harmony_core.errors import DataError, GradeFailed, HarmonyError, IgnoreGradeException, ResourceError, UsageError
@@ -28,6 +27,9 @@ from harmony_core.graders.reward_types import (
     Turn,
 )
 from harmony_core.text.threads import StringThread
+
+if TYPE_CHECKING:
+    import httpx2  # imported when it is used: it takes a tenth of a second
 
 TOKEN = "ADAPTIVE_REWARD_TOKEN"
 """Environment variable with the token that `adaptive graders serve` prints."""
@@ -52,7 +54,7 @@ class RewardClient:
         if not base_url.startswith(("http://", "https://")):
             raise UsageError(f"the address of a reward server begins with http:// or https://, got {base_url[:100]!r}")
         self.base_url, self.timeout = base_url.rstrip("/"), timeout
-        self._limits = httpx2.Limits(max_connections=max_connections, max_keepalive_connections=max_connections)
+        self._most = max_connections
         token = token or os.environ.get(TOKEN)
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._http: httpx2.AsyncClient | None = None
@@ -138,6 +140,8 @@ class RewardClient:
 
     def blocking_info(self) -> ServerInfo:
         """As `info`, outside of an event loop."""
+        import httpx2
+
         with httpx2.Client(headers=self._headers, timeout=self.timeout, trust_env=False) as http:
             try:
                 return ServerInfo.model_validate(http.get(self.base_url + INFO_PATH).raise_for_status().json())
@@ -146,6 +150,8 @@ class RewardClient:
 
     async def _ask(self, method: str, path: str, body: Any = None, missing: bool = False) -> Any:
         """The JSON of a reply; None for a path that the server does not have, if it may be `missing`."""
+        import httpx2
+
         for attempt in range(_ATTEMPTS):
             if attempt:
                 await asyncio.sleep(_FIRST_WAIT * 2 ** (attempt - 1))
@@ -170,9 +176,12 @@ class RewardClient:
         raise failure
 
     async def _exchange(self, method: str, path: str, body: Any) -> tuple[int, bytes]:
+        import httpx2
+
         if self._http is None or self._loop is not asyncio.get_running_loop():
             self._loop = asyncio.get_running_loop()
-            self._http = httpx2.AsyncClient(limits=self._limits, headers=self._headers, trust_env=False)
+            limits = httpx2.Limits(max_connections=self._most, max_keepalive_connections=self._most)
+            self._http = httpx2.AsyncClient(limits=limits, headers=self._headers, trust_env=False)
         content = bytearray()
         async with self._http.stream(method, self.base_url + path, json=body, timeout=self.timeout) as reply:
             async for chunk in reply.aiter_bytes():
