@@ -95,9 +95,12 @@ def test_a_grader_is_served_until_it_is_interrupted(tmp_path: Path) -> None:
             await grader.client.drop_websocket()
             return found
 
-        assert asyncio.run(score()) == 3.0
-        process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 130
+        try:
+            assert asyncio.run(score()) == 3.0
+            process.send_signal(signal.SIGINT)
+            assert process.wait(20) == 130
+        finally:
+            process.kill()
 
 
 @pytest.mark.slow
