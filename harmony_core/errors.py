@@ -13,6 +13,7 @@
     │       │   └── PromptTooLong    2
     │       ├── NothingToTrain       2  a sample, batch or step without a weighted token
     │       ├── GradeFailed          2  a grader raised, or gave no finite number; details: grader
+    │       │   └── GradeTimedOut    2  it gave none within its timeout
     │       ├── OutputParserException 2 a completion that cannot be read as JSON of a schema; details: llm_output
     │       ├── JsonParseError       2  a model that gave no JSON of a schema; details: completion
     │       ├── IgnoreGradeException 2  a grader asks that its sample does not count

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import secrets
 import shutil
@@ -71,6 +72,7 @@ def no_leftovers() -> Iterator[Path]:
         patch.setenv(SESSION, session)
         patch.setenv("XDG_RUNTIME_DIR", str(directory))
         yield directory
+    gc.collect()  # a grader's processes end with it
     wait_until(lambda: not running(SESSION, session), 5)
     processes = {pid: command_line(pid) for pid in running(SESSION, session)}
     sockets, left = sockets_under(directory), sorted(path.name for path in directory.iterdir())

@@ -79,6 +79,7 @@ def _stage(run: Run, name: str, steps: int, draw: random.Random) -> None:
         if step % max(steps // 10, 1) == 0:
             with kept(run.events.write):
                 tell_dropped({"sample_too_long": 2}, last="the sample has 9000 tokens", taken=step * 64)
+                tell_dropped({"unscored_grade_timed_out": 3}, last="no score within 60 s")
                 for number, answer in enumerate(ANSWERS):
                     _tell(step, name, answer, number, draw)
 

@@ -1,4 +1,4 @@
-"""Graders: coroutines that turn a thread into a score, judges that ask a model for it, and the logs of their scores."""
+"""Graders: coroutines that turn a thread into a score, and the logs of their scores."""
 
 from harmony_core.errors import IgnoreGradeException
 from harmony_core.graders.base import (

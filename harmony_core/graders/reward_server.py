@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-import httpx2
 from pydantic import ValidationError
 
-from harmony_core.errors import GradeFailed, IgnoreGradeException, ResourceError, UsageError
+from harmony_core.errors import DataError, GradeFailed, HarmonyError, IgnoreGradeException, ResourceError, UsageError
 from harmony_core.graders.base import BaseGrader, Grade, timed_out
 from harmony_core.graders.reward_types import (
     BATCH_PATH,
@@ -28,9 +28,13 @@ from harmony_core.graders.reward_types import (
 )
 from harmony_core.text.threads import StringThread
 
+if TYPE_CHECKING:
+    import httpx2  # imported when it is used: it takes a tenth of a second
+
 TOKEN = "ADAPTIVE_REWARD_TOKEN"
 """Environment variable with the token that `adaptive graders serve` prints."""
 
+_TYPES: dict[str, Any] = {"string": str, "integer": int, "number": int | float, "array": list, "object": dict}
 _ATTEMPTS = 4
 _FIRST_WAIT = 0.25
 
@@ -50,7 +54,7 @@ class RewardClient:
         if not base_url.startswith(("http://", "https://")):
             raise UsageError(f"the address of a reward server begins with http:// or https://, got {base_url[:100]!r}")
         self.base_url, self.timeout = base_url.rstrip("/"), timeout
-        self._limits = httpx2.Limits(max_connections=max_connections, max_keepalive_connections=max_connections)
+        self._most = max_connections
         token = token or os.environ.get(TOKEN)
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._http: httpx2.AsyncClient | None = None
@@ -88,78 +92,46 @@ class RewardClient:
         return await future
 
     async def _send(self) -> None:
-        """Send what has been asked for by now."""
+        """Send what has been asked for by now, and hand out the replies."""
         waiting, self._waiting = self._waiting, []
         parts = [waiting[i : i + MAX_BATCH] for i in range(0, len(waiting), MAX_BATCH)]
-        await asyncio.gather(*map(self._send_part, parts))
+        await asyncio.gather(*(self._send_part(*zip(*part, strict=True)) for part in parts))
 
-    async def _send_part(self, part: list[tuple[Request, asyncio.Future[Response]]]) -> None:
-        requests = [request for request, _ in part]
-        found: list[Response | Exception]
+    async def _send_part(self, requests: Sequence[Request], futures: Sequence[asyncio.Future[Response]]) -> None:
+        bodies = [request.model_dump() for request in requests]
+        replies: Any = None
         try:
-            found = list(await self._batch(requests)) if len(part) > 1 and self._has_batches else []
-            if not found:
-                found = list(await asyncio.gather(*map(self._single, requests)))
-        except Exception as error:  # whoever waits gets it
-            found = [error] * len(part)
-        for (_, future), result in zip(part, found, strict=True):
-            if future.done():
-                continue
-            if isinstance(result, Exception):
-                future.set_exception(result)
-            else:
-                future.set_result(result)
-
-    async def _single(self, request: Request) -> Response | Exception:
-        try:
-            return self._read(await self._ask("POST", SCORE_PATH, request.model_dump()))
-        except (GradeFailed, IgnoreGradeException, ResourceError) as error:
-            return error
-
-    async def _batch(self, requests: list[Request]) -> list[Response | Exception]:
-        """The replies in order; empty if the server takes no batches."""
-        body = [request.model_dump() for request in requests]
-        replies = await self._ask("POST", BATCH_PATH, body, missing=True)
+            if len(bodies) > 1 and self._has_batches:
+                replies = await self._ask("POST", BATCH_PATH, bodies, missing=True)
+                self._has_batches = replies is not None
+                if self._has_batches and (not isinstance(replies, list) or len(replies) != len(bodies)):
+                    raise self._failed(f"replied to {len(bodies)} requests with {str(replies)[:100]!r}")
+        except (GradeFailed, ResourceError) as error:
+            replies = [error] * len(bodies)
         if replies is None:
-            self._has_batches = False
-            return []
-        if not isinstance(replies, list) or len(replies) != len(requests):
-            raise self._failed(f"replied to {len(requests)} requests with {str(replies)[:100]!r}")
-        found: list[Response | Exception] = []
-        for reply in replies:
-            try:
-                found.append(self._read(reply))
-            except (GradeFailed, IgnoreGradeException) as error:
-                found.append(error)
-        return found
+            calls = (self._ask("POST", SCORE_PATH, body) for body in bodies)
+            replies = await asyncio.gather(*calls, return_exceptions=True)
+        for future, reply in zip(futures, replies, strict=True):
+            found = reply if isinstance(reply, BaseException) else self._read(reply)
+            if not future.done():
+                future.set_exception(found) if isinstance(found, BaseException) else future.set_result(found)
 
-    def _read(self, reply: Any) -> Response:
+    def _read(self, reply: Any) -> Response | DataError:
         try:
-            if isinstance(reply, dict) and "error" in reply:
-                failure = Failure.model_validate(reply)
-                raise IgnoreGradeException(failure.error) if failure.ignored else self._failed(f"says: {failure.error}")
-            return Response.model_validate(reply)
+            if not isinstance(reply, dict) or "error" not in reply:
+                return Response.model_validate(reply)
+            failure = Failure.model_validate(reply)
+            return IgnoreGradeException(failure.error) if failure.ignored else self._failed(f"says: {failure.error}")
         except ValidationError as error:
-            raise self._failed(f"replied {str(reply)[:100]!r}: {error.errors()[0]['msg']}") from None
+            return self._failed(f"replied {str(reply)[:100]!r}: {error.errors()[0]['msg']}")
 
     async def validate_metadata(self, metadata: dict[Any, Any]) -> MetadataValidationResponse:
         """Whether the metadata have the fields that the server's JSON schema requires, of the types that it names."""
         schema = await self._ask("GET", METADATA_SCHEMA_PATH)
-        types: dict[str, Any] = {
-            "string": str,
-            "integer": int,
-            "number": (int, float),
-            "boolean": bool,
-            "array": list,
-            "object": dict,
-        }
-        missing = [name for name in schema.get("required", ()) if name not in metadata]
-        wrong = [
-            name
-            for name, field in schema.get("properties", {}).items()
-            if name in metadata and not isinstance(metadata[name], types.get(field.get("type"), object))
-        ]
-        told = [f"{name} is missing" for name in missing] + [f"{name} has the wrong type" for name in wrong]
+        told = [f"{name} is missing" for name in schema.get("required", ()) if name not in metadata]
+        for name, field in schema.get("properties", {}).items():
+            if name in metadata and not isinstance(metadata[name], _TYPES.get(field.get("type"), object)):
+                told.append(f"{name} has the wrong type")
         return MetadataValidationResponse(is_valid=not told, error_message="; ".join(told) or None)
 
     async def info(self) -> ServerInfo:
@@ -168,6 +140,8 @@ class RewardClient:
 
     def blocking_info(self) -> ServerInfo:
         """As `info`, outside of an event loop."""
+        import httpx2
+
         with httpx2.Client(headers=self._headers, timeout=self.timeout, trust_env=False) as http:
             try:
                 return ServerInfo.model_validate(http.get(self.base_url + INFO_PATH).raise_for_status().json())
@@ -176,31 +150,38 @@ class RewardClient:
 
     async def _ask(self, method: str, path: str, body: Any = None, missing: bool = False) -> Any:
         """The JSON of a reply; None for a path that the server does not have, if it may be `missing`."""
-        wait = _FIRST_WAIT
+        import httpx2
+
         for attempt in range(_ATTEMPTS):
-            last = attempt == _ATTEMPTS - 1
+            if attempt:
+                await asyncio.sleep(_FIRST_WAIT * 2 ** (attempt - 1))
             try:
                 status, content = await self._exchange(method, path, body)
             except httpx2.TimeoutException:
                 raise timed_out(self.base_url, self.timeout or 0) from None
             except httpx2.TransportError as error:
-                if last:
-                    raise self._down(error) from error
-            else:
-                if missing and status in (404, 405):
-                    return None
-                if status < 400:
-                    return self._decoded(content)
-                if last or not (status == 429 or status >= 500):
-                    told = content[:200].decode(errors="replace")
-                    raise self._failed(f"answered {path} with status {status}: {told}")
-            await asyncio.sleep(wait)
-            wait *= 2
+                failure: HarmonyError = self._down(error)
+                continue
+            if missing and status in (404, 405):
+                return None
+            told = content[:200].decode(errors="replace")
+            if status < 400:
+                try:
+                    return json.loads(content)
+                except ValueError:
+                    raise self._failed(f"replied {told!r}, which is no JSON") from None
+            failure = self._failed(f"answered {path} with status {status}: {told}")
+            if status != 429 and status < 500:
+                break
+        raise failure
 
     async def _exchange(self, method: str, path: str, body: Any) -> tuple[int, bytes]:
+        import httpx2
+
         if self._http is None or self._loop is not asyncio.get_running_loop():
             self._loop = asyncio.get_running_loop()
-            self._http = httpx2.AsyncClient(limits=self._limits, headers=self._headers, trust_env=False)
+            limits = httpx2.Limits(max_connections=self._most, max_keepalive_connections=self._most)
+            self._http = httpx2.AsyncClient(limits=limits, headers=self._headers, trust_env=False)
         content = bytearray()
         async with self._http.stream(method, self.base_url + path, json=body, timeout=self.timeout) as reply:
             async for chunk in reply.aiter_bytes():
@@ -208,12 +189,6 @@ class RewardClient:
                 if len(content) > MAX_BODY:
                     raise self._failed(f"replied with more than {MAX_BODY >> 20} MiB")
         return reply.status_code, bytes(content)
-
-    def _decoded(self, content: bytes) -> Any:
-        try:
-            return json.loads(content)
-        except ValueError:
-            raise self._failed(f"replied {content[:100].decode(errors='replace')!r}, which is no JSON") from None
 
     def _failed(self, what: str) -> GradeFailed:
         return GradeFailed(f"the reward server {self.base_url} {what}", grader=self.base_url)

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from harmony_core.graders import RewardServerGrader, score_or_refuse
+from harmony_core.graders import score_or_refuse
+from harmony_core.graders.reward_server import RewardServerGrader
 from harmony_core.text.threads import StringThread
 
 Adaptive = Any
@@ -94,9 +95,12 @@ def test_a_grader_is_served_until_it_is_interrupted(tmp_path: Path) -> None:
             await grader.client.drop_websocket()
             return found
 
-        assert asyncio.run(score()) == 3.0
-        process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 130
+        try:
+            assert asyncio.run(score()) == 3.0
+            process.send_signal(signal.SIGINT)
+            assert process.wait(20) == 130
+        finally:
+            process.kill()
 
 
 @pytest.mark.slow

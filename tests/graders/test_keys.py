@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from harmony_core.errors import ConfigError, ConflictError, NotFoundError, UsageError, VerificationError
-from harmony_core.graders import BaseGrader, Grader, GraderRegistry, RewardServerGrader, score_or_refuse
+from harmony_core.graders import BaseGrader, Grader, GraderRegistry, score_or_refuse
 from harmony_core.graders.records import AdaptiveGrader, CustomJudge, FunctionConfig, read_config
+from harmony_core.graders.reward_server import RewardServerGrader
 from harmony_core.registry import Registry
 from harmony_core.text.threads import StringThread
 

@@ -15,7 +15,8 @@ import httpx2
 import pytest
 
 from harmony_core.errors import GradeFailed, IgnoreGradeException, ResourceError, UsageError
-from harmony_core.graders import BaseGrader, RewardClient, RewardServerGrader, score_or_refuse
+from harmony_core.graders import BaseGrader, score_or_refuse
+from harmony_core.graders.reward_server import RewardClient, RewardServerGrader
 from harmony_core.graders.reward_types import Request, Turn
 from harmony_core.graders.server import RewardServer
 from harmony_core.text.threads import StringThread

@@ -100,6 +100,7 @@ def test_metadata_reach_the_worker_and_what_json_cannot_hold_stays_here() -> Non
     grader = BaseGrader.from_source_code("s", source)
     assert asyncio.run(score_or_refuse(grader, thread("x", {"n": 3}))) == 5.0
     assert "cannot be written as JSON" in str(asyncio.run(outcome(grader, thread("x", {"n": {1}}))))
+    del grader
     until_no_worker()
     grader = BaseGrader.from_function("f", by_answer)
     assert asyncio.run(score_or_refuse(grader, thread("four", {"n": (1, 2)}))) == 4.0

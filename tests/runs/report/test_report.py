@@ -119,6 +119,8 @@ def test_time_drops_models_and_configuration(read: Reader) -> None:
     assert "SFT 24.8 s, 40 steps" in sft and "rollout" not in sft
     assert re.search(r"rollout108\.0 s54\.\d%0\.90 s", grpo) and "waiting" in grpo
     assert "sample_too_long40" in read.text("dropped") and "the sample has 9000 tokens" in read.text("dropped")
+    # Completions without a score are counted beside the samples that were dropped, not with them.
+    assert "Dropped samples40 of" in read.text("dropped") and "unscored_grade_timed_out60–" in read.text("dropped")
     models = read.text("models")
     assert "policy tiny@3 for train" in models and "324,000 parameters" in models and "held by 2 ranks" in models
     assert "kv144.0 MiB144.0 MiB" in models
