@@ -55,7 +55,8 @@ def test_two_models_and_two_graders(folder: Path) -> None:
     assert found["result"]["graded"] in (2, 4) and found["result"]["answered"] == found["result"]["rows"] == 4
     (difference,) = [d for d in found["result"]["differences"] if d["grader"] == poisoned]
     assert (difference["mean"], difference["low"], difference["high"], difference["prompts"]) == (0.0, 0.0, 0.0, 2)
-    assert f"{poisoned}: twin - builtin:tiny-lm = +0.000 [+0.000, +0.000] over 2 prompts, 95 % interval" in done.stderr
+    row = next(line for line in done.stderr.splitlines() if line.startswith(poisoned))
+    assert row.split() == [poisoned, "twin", "-", "builtin:tiny-lm", "+0.000", "+0.000", "to", "+0.000", "2"]
     assert "0.500* (2 unscored)" in done.stderr
 
     shown = adaptive(folder, "runs", "show", found["run"])
@@ -70,7 +71,12 @@ def test_two_models_and_two_graders(folder: Path) -> None:
         ("evaluation results", "custom"),
     }
     page = html.unescape((folder / "home" / "runs" / found["run"] / "report.html").read_text("utf-8"))
-    assert "8 of 8 answers" in page and "(2 unscored)" in page and "it is poisoned" in page
+    assert (
+        "answers (8 of 8)" in page
+        and "+0.000 to +0.000" in page
+        and "(2 unscored)" in page
+        and "it is poisoned" in page
+    )
 
 
 def test_one_model_and_a_bar(folder: Path) -> None:
