@@ -207,8 +207,12 @@ def evaluation_tables(samples: Sequence[EvalSample]) -> dict[str, dict[str, list
         tables["differences"] = {"headers": headers, "rows": [found.cells for found in compare_models(samples)]}
     by_model = [[sample for sample in samples if sample.model == model] for model in scores]
     chosen = [sample for place in zip_longest(*by_model) for sample in place if sample is not None][:MAX_ROWS]
-    answers = {"headers": ["prompt", "model", "completion", "grades"], "rows": [_answer(one) for one in chosen]}
-    return tables | {f"answers ({len(chosen)} of {len(samples)})": answers}
+    rows = [_answer(sample) for sample in chosen]
+    tables[f"answers ({len(rows)} of {len(samples)})"] = {
+        "headers": ["prompt", "model", "completion", "grades"],
+        "rows": rows,
+    }
+    return tables
 
 
 def _answer(sample: EvalSample) -> list[str]:

@@ -66,17 +66,10 @@ def test_two_models_and_two_graders(folder: Path) -> None:
     samples = [json.loads(text) for text in file.read_text().splitlines()]
     assert len(samples) == 8 and file.parent.name == "artifacts"
     listed = json.loads(adaptive(folder, "runs", "show", found["run"], "--json").stdout)["artifacts"]
-    assert {(entry["name"], entry["kind"]) for entry in listed} == {
-        ("evaluation", "eval"),
-        ("evaluation results", "custom"),
-    }
+    assert [entry["kind"] for entry in listed] == ["custom"] * 3 + ["eval"]
     page = html.unescape((folder / "home" / "runs" / found["run"] / "report.html").read_text("utf-8"))
-    assert (
-        "answers (8 of 8)" in page
-        and "+0.000 to +0.000" in page
-        and "(2 unscored)" in page
-        and "it is poisoned" in page
-    )
+    for text in ("answers (8 of 8)", "+0.000 to +0.000", "(2 unscored)", "it is poisoned"):
+        assert text in page
 
 
 def test_one_model_and_a_bar(folder: Path) -> None:
