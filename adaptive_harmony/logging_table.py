@@ -1,5 +1,3 @@
-"""Tables of samples for loggers."""
+"""Tables as metrics."""
 
-from harmony_core.loggers.base import Table
-
-__all__ = ["Table"]
+from harmony_client.logging_table import *

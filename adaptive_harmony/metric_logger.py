@@ -1,23 +1,4 @@
-"""Metric loggers."""
+"""Loggers of metrics."""
 
-from harmony_core.loggers import (
-    CompositeLogger,
-    JSONLLogger,
-    Logger,
-    MLFlowLogger,
-    StdoutLogger,
-    TBMetricsLogger,
-    WandbLogger,
-    get_prod_logger,
-)
-
-__all__ = [
-    "CompositeLogger",
-    "JSONLLogger",
-    "Logger",
-    "MLFlowLogger",
-    "StdoutLogger",
-    "TBMetricsLogger",
-    "WandbLogger",
-    "get_prod_logger",
-]
+from harmony_core.loggers import *
+from harmony_core.loggers.base import Table as Table

@@ -1,6 +1,3 @@
-"""Models, datasets and graders that a recipe's configuration names."""
+"""Models, datasets and graders in a configuration."""
 
-from harmony_core.config.parameters import Dataset, Model, dataset_kinds, model_kinds
-from harmony_core.graders import Grader
-
-__all__ = ["Dataset", "Grader", "Model", "dataset_kinds", "model_kinds"]
+from harmony_client.parameters import *

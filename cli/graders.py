@@ -112,7 +112,7 @@ async def _row(grader: BaseGrader[Any], row: int, thread: StringThread) -> dict[
 @contextlib.asynccontextmanager
 async def _opened(key: str) -> Any:
     """The grader; a judge comes with an engine of its own."""
-    source = Grader(key).check(Registry(Home.open()))
+    source = Grader(grader_key=key).check(Registry(Home.open()))
     if source.model_key is None:
         yield await source.load(None)
         return

@@ -86,9 +86,9 @@ class StageNotifier:
     stage_name: str
     monitoring_link: str | None = None
 
-    def __init__(self, job_notifier: JobNotifier, stage_name: str) -> None:
-        self.job_notifier = job_notifier
-        self.stage_name = stage_name
+    def __init__(self, notifier: JobNotifier, stage: str) -> None:
+        self.job_notifier = notifier
+        self.stage_name = stage
 
     def set_monitoring_link(self, monitoring_link: str) -> None:
         """Set the link for watching this stage; it overrides the job's link."""

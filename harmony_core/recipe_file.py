@@ -82,15 +82,16 @@ def _import_hint(error: ImportError) -> str:
 
 
 def check_alias_package() -> None:
-    """Raise ResourceError if recipes would import another `adaptive_harmony` than this package's."""
+    """Raise ResourceError if recipes would import another `adaptive_harmony` or `harmony_client` than ours."""
     import harmony_core
 
-    spec = importlib.util.find_spec("adaptive_harmony")
-    found = [Path(location).resolve() for location in spec.submodule_search_locations or ()] if spec else []
-    ours = Path(harmony_core.__file__).resolve().parent.parent / "adaptive_harmony"
-    if ours not in found:
-        place = spec.origin if spec and spec.origin else found[0] if found else None
-        raise ResourceError(
-            f"another adaptive_harmony is in the way: {place}" if place else "the package adaptive_harmony is missing",
-            hint="uninstall or rename it, then install harmony-core again",
-        )
+    for name in ("adaptive_harmony", "harmony_client"):
+        spec = importlib.util.find_spec(name)
+        found = [Path(location).resolve() for location in spec.submodule_search_locations or ()] if spec else []
+        ours = Path(harmony_core.__file__).resolve().parent.parent / name
+        if ours not in found:
+            place = spec.origin if spec and spec.origin else found[0] if found else None
+            raise ResourceError(
+                f"another {name} is in the way: {place}" if place else f"the package {name} is missing",
+                hint="uninstall or rename it, then install harmony-core again",
+            )

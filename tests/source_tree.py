@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 MOUNTED = {"cli": "harmony_core.cli", "recipes": "harmony_core.recipes"}
 """Folders of the checkout that are installed under another name."""
-FOLDERS = ("adaptive_harmony", "cli", "harmony_core", "recipes")
+FOLDERS = ("adaptive_harmony", "cli", "harmony_client", "harmony_core", "recipes")
 
 
 @dataclass(frozen=True)

@@ -129,12 +129,34 @@ print("steps", int(metrics["step"]), "turns", len(answer.get_turns()))
 """
 
 
+EXTRACTION = """
+from typing import Literal
+from pydantic import BaseModel, Field
+from adaptive_harmony import StringThread, get_client
+
+class Ticket(BaseModel):
+    kind: Literal["bug", "question"] = Field(description="what the user writes about")
+    urgent: bool = Field(description="whether it cannot wait")
+
+client = await get_client(num_gpus=1)
+model = await client.model("builtin:tiny-lm", kv_cache_len=2048, tokens_to_generate=400).spawn_inference("reader")
+thread = StringThread([("user", "It is on fire! Answer with JSON:\\n" + model.render_schema(Ticket))])
+thread, ticket = await model.generate(thread, Ticket)
+text, again = await model.generate_and_validate(StringThread([("user", "And this?")]), Ticket)
+await client.aclose()
+print(type(ticket).__name__, ticket.kind in ("bug", "question"), type(again.urgent).__name__, len(thread.get_turns()))
+"""
+
+
 @pytest.mark.slow
-def test_a_notebook_has_the_same_client(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("cell", "expected"), [(NOTEBOOK, "steps 1 turns 2"), (EXTRACTION, "Ticket True bool 2")])
+def test_a_notebook_has_the_same_client(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cell: str, expected: str
+) -> None:
     nbformat = pytest.importorskip("nbformat")
     nbclient = pytest.importorskip("nbclient")
     monkeypatch.setenv("ADAPTIVE_HOME", str(home))
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(NOTEBOOK)])
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell)])
     nbclient.NotebookClient(notebook, timeout=720, kernel_name="python3").execute(cwd=str(tmp_path))
     printed = "".join(o.get("text", "") for o in notebook.cells[0].outputs)
-    assert "steps 1 turns 2" in printed
+    assert expected in printed

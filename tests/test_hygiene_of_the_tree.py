@@ -27,6 +27,7 @@ SWALLOWED = {
         1,
         "an artifact that is lost takes neither the others nor the outcome with it",
     ),
+    "harmony_core/graders/judges.py": (1, "a service's errors are of its own kinds; what passes is tried again"),
     "harmony_core/runs/interruption.py": (1, "the edge of a thread without which no signal is heeded: it ends the run"),
     "harmony_core/loggers/local.py": (1, "a second logger may be the client of any service, and ends nothing"),
     "harmony_core/algorithms/batch_loader.py": (2, "a failure of one item, by contract"),

@@ -38,22 +38,23 @@ EDGES: dict[str, str] = {
     "loggers": "errors journal notifiers plain_files",
     "runs": "errors home journal memory model plain_files redaction rpc",
     "config": "data errors external journal model plain_files registry",
-    "engine.inference": "engine.kernels engine.models errors memory rpc",
+    "engine.inference": "engine.kernels engine.models errors grammar memory rpc",
     "engine.training": "engine.kernels engine.models errors recipe_file rpc",
-    "engine": "confined engine.inference engine.models engine.training errors options plain_files rpc",
-    "graders": "config errors home loggers model plain_files recipe_file redaction registry rpc text",
+    "engine": "confined engine.inference engine.models engine.training errors options plain_files rpc text",
+    "graders": "config errors home loggers model plain_files recipe_file redaction registry rpc structured_output text",
     "artifacts": "data errors graders journal notifiers plain_files text",
     "launch": "config errors options plain_files redaction rpc",
     "environments": "errors graders loggers returns rpc text",
     "algorithms": "config data environments errors graders journal loggers notifiers request_seeds returns runs text",
-    "client": "artifacts config errors external grammar home journal launch memory model "
-    "notifiers options plain_files recipe_file registry request_seeds rpc structured_output text",
+    "client": "artifacts config errors external grammar home journal launch memory model notifiers "
+    "options plain_files recipe_file registry request_seeds rpc structured_output text",
     "loss_checks": "client engine.training errors text",
-    "recipe": "artifacts client config errors graders home journal launch memory notifiers "
-    "options plain_files recipe_file registry rpc runs text",
-    "adaptive_harmony": "algorithms artifacts client config data errors graders loggers notifiers recipe returns text",
-    "cli": "config errors graders home memory notifiers options "
-    "plain_files recipe recipe_file redaction registry rpc runs text",
+    "recipe": "artifacts client config errors graders home journal launch memory notifiers options "
+    "plain_files recipe_file registry rpc runs text",
+    "adaptive_harmony": "algorithms artifacts client config data environments errors graders loggers model "
+    "notifiers recipe returns structured_output text",
+    "cli": "config errors graders home memory notifiers options plain_files recipe recipe_file "
+    "redaction registry rpc runs text",
     "recipes": "adaptive_harmony",
 }
 """What each part may import, lowest first: only parts that stand above it in this table."""
@@ -90,8 +91,8 @@ MODULES = modules()
 def part_of(module: str) -> str:
     """The part of the architecture that a module belongs to; "" for the package itself."""
     names = module.split(".")
-    if names[0] == "adaptive_harmony":
-        return names[0]
+    if names[0] in ("adaptive_harmony", "harmony_client"):
+        return "adaptive_harmony"
     within_engine = ".".join(names[1:3])
     return within_engine if within_engine in EDGES else ".".join(names[1:2])
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
+from pydantic import BaseModel, Field
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engines import LiveEngine, start_engine, stop_engine
@@ -108,3 +110,25 @@ def test_a_recipe_of_the_benchmarks_takes_a_step(home: Path, tmp_path: Path, nam
     small = ("--held-out", "asked.jsonl", *words.split(), "--save-as", "null", "--at-least", "0", "--json")
     done = result(adaptive(home, tmp_path, "run", recipe, *small))
     assert done["ok"] and all(0 <= share <= 1 for share in done["result"].values())
+
+
+class Person(BaseModel):
+    name: str = Field(max_length=40)
+    age: int
+    city: Literal["Paris", "London", "Rome"]
+
+
+def test_structured_extraction(engine: LiveEngine) -> None:
+    async def work() -> None:
+        live = await engine.client.model("smollm2", kv_cache_len=4096, tokens_to_generate=96).spawn_train("reader", 512)
+        model = live.temperature(0)
+        text = "My name is Maria, I am 34 years old and I live in Rome."
+        thread = StringThread([("user", f"{text}\nWrite the name, the age and the city as JSON.")])
+        answered, person = await model.generate_tokens(thread, Person)
+        assert (person.name, person.age, person.city) == ("Maria", 34, "Rome")
+        assert await live.logprobs_per_token(answered) == pytest.approx(answered.policy_logprobs, abs=1e-4)
+        _, again = await model.generate_and_validate(thread, Person)
+        assert again == person
+        await live.dealloc()
+
+    engine.run(work(), 400)

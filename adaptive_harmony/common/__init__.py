@@ -1,29 +1,3 @@
-"""Training classes and their callbacks."""
+"""Training classes and callbacks."""
 
-from harmony_core.algorithms import (
-    DPO,
-    GRPO,
-    GSPO,
-    PPO,
-    SFT,
-    CheckpointCallback,
-    GenerateSamplesCallback,
-    GraderEvalCallback,
-    RecipeCallback,
-    RewardModelling,
-    ValidationLossCallback,
-)
-
-__all__ = [
-    "DPO",
-    "GRPO",
-    "GSPO",
-    "PPO",
-    "SFT",
-    "CheckpointCallback",
-    "GenerateSamplesCallback",
-    "GraderEvalCallback",
-    "RecipeCallback",
-    "RewardModelling",
-    "ValidationLossCallback",
-]
+from harmony_core.algorithms import *

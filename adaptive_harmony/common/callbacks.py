@@ -1,19 +1,11 @@
-"""Work beside training, every so often."""
+"""Callbacks."""
 
-from harmony_core.algorithms import (
-    CheckpointCallback,
-    GenerateSamplesCallback,
-    GraderEvalCallback,
-    RecipeCallback,
-    ValidationLossCallback,
-    invoke_callbacks,
+from harmony_core.algorithms.callbacks import (
+    CheckpointCallback as CheckpointCallback,
+    EnvironmentValidationCallback as EnvironmentValidationCallback,
+    GenerateSamplesCallback as GenerateSamplesCallback,
+    GraderEvalCallback as GraderEvalCallback,
+    RecipeCallback as RecipeCallback,
+    ValidationLossCallback as ValidationLossCallback,
+    invoke_callbacks as invoke_callbacks,
 )
-
-__all__ = [
-    "CheckpointCallback",
-    "GenerateSamplesCallback",
-    "GraderEvalCallback",
-    "RecipeCallback",
-    "ValidationLossCallback",
-    "invoke_callbacks",
-]

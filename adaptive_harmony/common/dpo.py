@@ -1,5 +1,3 @@
-"""Direct preference optimisation."""
+"""DPO."""
 
-from harmony_core.algorithms.dpo import DPO
-
-__all__ = ["DPO"]
+from harmony_core.algorithms import DPO as DPO

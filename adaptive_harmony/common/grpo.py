@@ -1,5 +1,4 @@
-"""Group relative policy optimisation."""
+"""GRPO."""
 
-from harmony_core.algorithms.grpo import GRPO, Sample
-
-__all__ = ["GRPO", "Sample"]
+from harmony_core.algorithms.grpo import GRPO as GRPO, Sample as Sample
+from harmony_core.algorithms.helpers import GRPO_HYPERPARAMS as GRPO_HYPERPARAMS, FloatArray as FloatArray

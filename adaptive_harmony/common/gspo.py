@@ -1,5 +1,3 @@
-"""Group sequence policy optimisation."""
+"""GSPO."""
 
-from harmony_core.algorithms.grpo import GSPO
-
-__all__ = ["GSPO"]
+from harmony_core.algorithms.grpo import GSPO as GSPO

@@ -1,5 +1,3 @@
-"""Reward modelling."""
+"""Reward models."""
 
-from harmony_core.algorithms.reward_modelling import RewardModelling
-
-__all__ = ["RewardModelling"]
+from harmony_core.algorithms import RewardModelling as RewardModelling

@@ -1,5 +1,4 @@
-"""Supervised fine-tuning."""
+"""SFT."""
 
-from harmony_core.algorithms.sft import SFT
-
-__all__ = ["SFT"]
+from harmony_core.algorithms import SFT as SFT
+from harmony_core.algorithms.helpers import SFT_HYPERPARAMS as SFT_HYPERPARAMS

@@ -1,5 +1,7 @@
 """Samples in a seeded random order."""
 
-from harmony_core.data.datasets import DataSet, convert_sample_dict, load_from_hf
-
-__all__ = ["DataSet", "convert_sample_dict", "load_from_hf"]
+from harmony_core.data.datasets import (
+    DataSet as DataSet,
+    convert_sample_dict as convert_sample_dict,
+    load_from_hf as load_from_hf,
+)

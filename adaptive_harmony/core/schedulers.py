@@ -1,10 +1,8 @@
 """Learning rates over a run."""
 
 from harmony_core.algorithms.training import (
-    CombinedSchedule,
-    CosineScheduler,
-    CosineSchedulerWithoutWarmup,
-    Scheduler,
+    CombinedSchedule as CombinedSchedule,
+    CosineScheduler as CosineScheduler,
+    CosineSchedulerWithoutWarmup as CosineSchedulerWithoutWarmup,
+    Scheduler as Scheduler,
 )
-
-__all__ = ["CombinedSchedule", "CosineScheduler", "CosineSchedulerWithoutWarmup", "Scheduler"]

@@ -1,5 +1,3 @@
-"""Graders and their grades."""
+"""Graders and judges."""
 
-from harmony_core.graders import BaseGrader, Grade
-
-__all__ = ["BaseGrader", "Grade"]
+from harmony_core.graders import *

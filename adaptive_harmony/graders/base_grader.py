@@ -1,5 +1,4 @@
-"""The contract of a grader."""
+"""The base of graders."""
 
-from harmony_core.graders import BaseGrader
-
-__all__ = ["BaseGrader"]
+from harmony_core.graders import BaseGrader as BaseGrader
+from harmony_core.graders.records import get_model as get_model

@@ -1,5 +1,3 @@
-"""Exceptions of graders."""
+"""What graders raise."""
 
-from harmony_core.graders import IgnoreGradeException
-
-__all__ = ["IgnoreGradeException"]
+from harmony_core.errors import IgnoreGradeException as IgnoreGradeException

@@ -1,24 +1,3 @@
-"""Decorator, configuration, context and notifiers of a recipe."""
+"""What a recipe is given, and its job."""
 
-from harmony_core.notifiers import (
-    JobNotifier,
-    SimpleProgressNotifier,
-    StageNotifier,
-    StdoutJobNotifier,
-    StdoutStageNotifier,
-)
-from harmony_core.recipe import InputConfig, recipe_main
-from harmony_core.recipe.context import RecipeConfig, RecipeContext, RecipeContextManager
-
-__all__ = [
-    "InputConfig",
-    "JobNotifier",
-    "RecipeConfig",
-    "RecipeContext",
-    "RecipeContextManager",
-    "SimpleProgressNotifier",
-    "StageNotifier",
-    "StdoutJobNotifier",
-    "StdoutStageNotifier",
-    "recipe_main",
-]
+from harmony_client.runtime import *

@@ -1,5 +1,3 @@
-"""The context that a recipe is given."""
+"""The context."""
 
-from harmony_core.recipe.context import RecipeConfig, RecipeContext, RecipeContextManager
-
-__all__ = ["RecipeConfig", "RecipeContext", "RecipeContextManager"]
+from harmony_client.runtime.context import *

@@ -1,5 +1,3 @@
-"""The base of a recipe's configuration."""
+"""The configuration."""
 
-from harmony_core.recipe import InputConfig
-
-__all__ = ["InputConfig"]
+from harmony_client.runtime.data import *

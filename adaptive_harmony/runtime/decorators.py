@@ -1,5 +1,3 @@
-"""The mark of a recipe's main function."""
+"""The mark of the main function."""
 
-from harmony_core.recipe import recipe_main
-
-__all__ = ["recipe_main"]
+from harmony_client.runtime.decorators import *

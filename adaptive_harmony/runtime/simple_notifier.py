@@ -1,5 +1,3 @@
 """A stage without samples."""
 
-from harmony_core.notifiers import SimpleProgressNotifier
-
-__all__ = ["SimpleProgressNotifier"]
+from harmony_client.runtime.simple_notifier import *

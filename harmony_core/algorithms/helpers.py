@@ -9,17 +9,43 @@ from collections.abc import Awaitable, Callable, Sequence
 from functools import wraps
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias, TypedDict, TypeVar
 
 from harmony_core.algorithms.checkpointing import digest_of_samples, plain_settings
+from harmony_core.algorithms.env_grpo import ENVGRPO, ENVGSPO
+from harmony_core.algorithms.grpo import GRPO
+from harmony_core.algorithms.ppo import PPO
+from harmony_core.algorithms.sft import SFT
 from harmony_core.errors import DataError
 from harmony_core.loggers import Logger
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+FloatArray: TypeAlias = "NDArray[np.float32]"
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
 
 MOST_LOGGED = 100
 """Longest list that `log_args` sends to a logger."""
+
+
+_NOT_COMPARED = {"dataset", "model", "value_model", "grader", "environment_factory", "logger", "stage_notifier"} | {
+    *("callbacks", "checkpoint_restore_data", "checkpoint_frequency", "max_failure_rate")
+}
+
+
+def _hyperparams(algorithm: Callable[..., Any]) -> set[str]:
+    return {*inspect.signature(algorithm).parameters} - _NOT_COMPARED
+
+
+SFT_HYPERPARAMS = _hyperparams(SFT)
+GRPO_HYPERPARAMS = _hyperparams(GRPO)
+PPO_HYPERPARAMS = _hyperparams(PPO)
+ENVGRPO_HYPERPARAMS = _hyperparams(ENVGRPO)
+ENVGSPO_HYPERPARAMS = _hyperparams(ENVGSPO)
 
 
 class ProgressCounter(Protocol):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 import time
 from collections.abc import Coroutine, Sequence
-from typing import Any, NoReturn, Self
+from typing import Any, NoReturn, Self, cast
 
 from harmony_core.client.engine import Engine
 from harmony_core.client.handle import SamplingSettings
@@ -14,12 +15,14 @@ from harmony_core.client.live import DryRunEnded
 from harmony_core.client.losses import AnyThread
 from harmony_core.client.session import TOKENS_TO_GENERATE, ModelBuilder
 from harmony_core.config.argument_kinds import checked, checked_class, whole
-from harmony_core.errors import UsageError
+from harmony_core.errors import DataError, UsageError
 from harmony_core.external.address import Address
 from harmony_core.external.endpoint import Endpoint, split_params
+from harmony_core.grammar import Constraint
 from harmony_core.rpc.tracebacks import callers_line
-from harmony_core.text.threads import StringThread, check_last_turn
-from harmony_core.text.turns import Turn
+from harmony_core.structured_output import get_pydantic_schema
+from harmony_core.text.threads import StringThread
+from harmony_core.text.turns import AnyFragment, StructuredOutput, Turn
 
 
 class ExternalBuilder(ModelBuilder):
@@ -110,6 +113,12 @@ class ExternalModel(InferenceModel):
         other._tools = tuple({"type": "function", "function": function} for function in given)
         return other
 
+    def constrained_decoding(self, schema_json: str, format: str = "json") -> Self:
+        """A copy that asks for JSON of this schema by the provider's JSON mode. Raises UsageError for other formats."""
+        if format != "json":
+            raise UsageError(f"{self._built['path']}: a provider constrains by JSON schemas only, not by {format}")
+        return self._with(constraint=Constraint("json", schema_json))
+
     def generate(
         self,
         thread: AnyThread,
@@ -123,25 +132,37 @@ class ExternalModel(InferenceModel):
         A `response_model`, a pydantic model, is asked for by the provider's JSON mode. Raises ProviderError when the
         provider fails, DataError for a thread that cannot be sent, JsonParseError for JSON that cannot be read.
         """
+        if response_model is not None:
+            return self._instance(thread, response_model)
         return self._answer(thread, return_timings, continue_final)
 
+    async def _instance(self, thread: AnyThread, response_model: Any) -> tuple[StringThread, Any]:
+        text, instance = await self.generate_and_validate(cast(StringThread, thread), response_model, 0)
+        fragment = StructuredOutput(text, instance.model_dump_json(), get_pydantic_schema(response_model))
+        return _with_answer(thread, (fragment,)), instance
+
     async def _answer(self, thread: AnyThread, return_timings: bool, continue_final: bool) -> Any:
-        settings, before, cap = self._settings, thread.text_turns, self._built["tokens_to_generate"]
+        settings, cap = self._settings, self._built["tokens_to_generate"]
         if continue_final or settings.min_gen_len or settings.limits:
             raise UsageError(f"{self._built['path']} has no continue_final, min_gen_len and max_seqlen")
-        check_last_turn(thread, continue_final)
+        if [turn.role for turn in thread.text_turns[-1:]] == ["assistant"]:
+            raise DataError("the thread ends with an assistant turn", hint="append a user turn")
         if self._dry_run:
             raise DryRunEnded(callers_line("the recipe"))
         given = {"temperature": settings.temperature, "top_p": settings.top_p}
         sampling = {name: value for name, value in given.items() if value != 1}  # some models refuse even the default
+        schema = json.loads(settings.constraint.text) if settings.constraint else None
         began, limit = time.monotonic(), min(settings.max_gen_len or cap, cap)
-        reply = await self._endpoint.ask(before, self._tools, None, limit, sampling)
-        turns = [*(Turn(turn.role, turn.fragments, 0.0) for turn in before), Turn("assistant", reply.fragments, 1.0)]
-        answered = StringThread.from_turns(turns, thread.metadata, thread.uuid(), thread.template_kwargs)
-        seconds = time.monotonic() - began
-        timings = Timings(ttft_from_creation_sec=seconds, tbt_sec=0.0, num_tokens=reply.completion_tokens)
+        reply = await self._endpoint.ask(thread.text_turns, self._tools, schema, limit, sampling)
+        answered = _with_answer(thread, reply.fragments)
+        timings = Timings(time.monotonic() - began, 0.0, reply.completion_tokens)
         return (answered, timings) if return_timings else answered
 
     async def dealloc(self) -> None:
         """Close the connections; its handles cannot be used afterwards."""
         await self._endpoint.client.close()
+
+
+def _with_answer(thread: AnyThread, fragments: tuple[AnyFragment, ...]) -> StringThread:
+    turns = [*(Turn(turn.role, turn.fragments, 0.0) for turn in thread.text_turns), Turn("assistant", fragments, 1.0)]
+    return StringThread.from_turns(turns, thread.metadata, thread.uuid(), thread.template_kwargs)

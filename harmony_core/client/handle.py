@@ -7,15 +7,18 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, cast, get_args
 
-from harmony_core.client.limits import Limit
-from harmony_core.client.live import LiveModel
+from harmony_core.client.live import Limit, LiveModel
 from harmony_core.config.argument_kinds import checked_class
-from harmony_core.errors import DataError, UsageError
-from harmony_core.grammar import Constraint
+from harmony_core.errors import DataError, UsageError, did_you_mean
+from harmony_core.grammar import Constraint, Kind
 from harmony_core.request_seeds import apart
 from harmony_core.text.threads import StringThread, TokenizedThread
+from harmony_core.text.tool_calls import Tool
+
+NO_TOOL_URIS = "tool URIs are those of a platform's tools, which are not supported"
+TOOLS_INSTEAD = "model.tools([Tool(name, description, parameters)]) shows tools; an environment answers the calls"
 
 
 class SerializedThread(NamedTuple):
@@ -36,6 +39,7 @@ class SamplingSettings:
     min_gen_len: int = 0
     limits: tuple[Limit, ...] = ()
     constraint: Constraint | None = None
+    tools: tuple[dict[str, Any], ...] = ()
 
 
 @checked_class
@@ -79,11 +83,58 @@ class Handle:
             raise UsageError(f"min_gen_len must be 0 or more, not {min_num_tokens}")
         return self._with(min_gen_len=int(min_num_tokens))
 
+    def constrained_decoding(self, schema_json: str, format: str = "json") -> Self:
+        """A copy whose completions match a grammar: at each position only the tokens that it allows are sampled.
+
+        `format` says what `schema_json` is: "json" a JSON schema, "regex" a regular expression that the whole
+        completion matches, "choice" a JSON list of texts of which the completion is one, "lark" a grammar in
+        llguidance's dialect of Lark. A completion ends where nothing but its end is allowed, even before `min_gen_len`;
+        one that is cut at its limit (`finish_reason` "length") only begins as the grammar demands. Its record keeps the
+        log-probs over the allowed tokens as `masked_logprobs`. With `continue_final` the new tokens alone match.
+
+        Raises UsageError for a text that is not of this format, and for a schema with what the grammar cannot express;
+        ModelRefused for a model without a tokenizer.
+        """
+        if format not in get_args(Kind):
+            raise UsageError(
+                f"there is no format {format!r} of a constraint",
+                hint=did_you_mean(format, get_args(Kind)) or f"there is: {', '.join(get_args(Kind))}",
+            )
+        if not self._live.tokenizer.stop_ids:
+            raise UsageError(
+                f"{self._live.name!r} has no stop token, with which a constrained completion ends",
+                hint="name an eos_token in its tokenizer_config.json and import it again",
+            )
+        constraint = Constraint(cast(Kind, format), schema_json)
+        constraint.compiled()
+        return self._with(constraint=constraint)
+
     def max_seqlen(self, max_seqlen: int, setting: str = "max_seqlen") -> Self:
         """A copy that generates up to this many tokens, prompt included; `setting` names the limit in errors."""
         if max_seqlen < 2:
             raise UsageError(f"max_seqlen must be at least 2, not {max_seqlen}")
         return self._with(limits=(*self._settings.limits, Limit(max_seqlen, setting, setting)))
+
+    def tools(self, tools: Sequence[Tool]) -> Self:
+        """A copy that shows these tools to the model, through the chat template, in `generate` and `generate_tokens`.
+
+        A thread with tools of its own keeps them. A call in a reply becomes function_call fragments of its turn;
+        `tool_calls` reads one that stays text. Raises UsageError if the template cannot show tools.
+        """
+        template = self._live.tokenizer.template
+        if tools and (template is None or "tools" not in template.choices[1].reads):
+            raise UsageError(
+                f"the chat template of {self._live.version.ref} cannot show tools: it does not read 'tools'",
+                hint="add the model with a template that does (models add --chat-template FILE), or describe the "
+                "tools in a system turn and read the calls in the environment",
+            )
+        return self._with(tools=tuple(tool.definition() for tool in tools))
+
+    async def thread_with_tools(self, thread: StringThread, tool_uris: Sequence[str]) -> StringThread:
+        """The thread itself without URIs. Tool URIs are not supported. Raises UsageError."""
+        if tool_uris:
+            raise UsageError(NO_TOOL_URIS, hint=TOOLS_INSTEAD)
+        return thread
 
     def own_seeds(self) -> AbstractContextManager[None]:
         """Give separate random seeds to the requests inside the block.

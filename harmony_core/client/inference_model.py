@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar, overload
+from typing import Any, ClassVar, Literal, TypeVar, overload
 
 from pydantic import BaseModel
 
-from harmony_core.client.allowed_tokens import AllowedTokens, packed
+from harmony_core.client.allowed_tokens import AllowedTokens, allowed_tokens, packed
 from harmony_core.client.handle import Handle
-from harmony_core.client.limits import check_length, of_batch, of_context, of_pool
+from harmony_core.client.live import check_length, of_batch, of_context, of_pool
 from harmony_core.client.losses import AnyThread
 from harmony_core.config.argument_kinds import checked_class
 from harmony_core.errors import DataError, PromptTooLong, UsageError
@@ -25,6 +25,7 @@ from harmony_core.structured_output import (
     render_schema,
 )
 from harmony_core.text.threads import StringThread, TokenizedThread
+from harmony_core.text.tool_calls import with_calls
 from harmony_core.text.turns import StructuredOutput
 
 T = TypeVar("T", bound=BaseModel)
@@ -60,6 +61,8 @@ class Timings:
 @checked_class
 class InferenceModel(Handle):
     """A live model. Setters return a copy of the handle that shares the model."""
+
+    T: ClassVar[Any] = T
 
     @overload
     def generate(
@@ -134,19 +137,19 @@ class InferenceModel(Handle):
         return (await self._complete(thread, seed, continue_final))[0]
 
     async def _respond(
-        self, thread: AnyThread, seed: int, response_model: type[BaseModel], continue_final: bool, text: bool
+        self, thread: AnyThread, seed: int, wanted: type[BaseModel], continue_final: bool, text: bool
     ) -> tuple[AnyThread, BaseModel]:
-        """The thread, as text or tokens, with an instance of the model as its last turn, and the instance."""
+        """The thread, as text or tokens, with an instance of the wanted model as its last turn, and the instance."""
         if continue_final:
             raise UsageError("continue_final with a response_model: its grammar begins with the turn")
-        schema, live = get_pydantic_schema(response_model), self._live
+        schema = get_pydantic_schema(wanted)
         drawn = await self.constrained_decoding(schema, "json")._generate_tokens(thread, seed, False)
         *before, last = drawn.token_turns
         cut = last.generation is not None and last.generation.finish_reason == "length"
-        instance = parse_constrained(last.text, response_model, drawn.len_last_turn() if cut else None)
+        instance = parse_constrained(last.text, wanted, drawn.len_last_turn() if cut else None)
         fragment = StructuredOutput(last.text, instance.model_dump_json(), schema)
         answer = TokenizedThread.of(drawn, drawn.token_ids, [*before, replace(last, fragments=(fragment,))])
-        return live.tokenizer.detokenize(answer) if text else answer, instance
+        return self._live.tokenizer.detokenize(answer) if text else answer, instance
 
     async def generate_and_validate(
         self, thread: StringThread, pydantic_model: type[T], max_parsing_retries: int = 1
@@ -158,9 +161,11 @@ class InferenceModel(Handle):
     render_pydantic_model = staticmethod(render_pydantic_model)
 
     async def _complete(self, thread: AnyThread, seed: int, continue_final: bool) -> tuple[TokenizedThread, Timings]:
-        live = self._live
+        live, tools = self._live, self._settings.tools
+        if tools and "tools" not in thread.template_kwargs:
+            thread = thread.with_template_kwargs(tools=list(tools))
         if not self.is_scalar():  # else it cannot generate at all
-            _check_last_turn(thread, continue_final)
+            check_last_turn(thread, continue_final)
         prompt = live.tokenizer.unfinished_ids(thread) if continue_final else live.tokenizer.prompt_ids(thread)
         live.check_ids(prompt)
         answer = await self._request_generation(prompt, seed)
@@ -180,7 +185,8 @@ class InferenceModel(Handle):
         )
         rest = max(len(completion) - 1, 1)
         between = (answer.seconds - answer.seconds_to_first) / rest
-        return tokenized, Timings(answer.seconds_to_first, between, len(completion), answer.seconds_to_pages)
+        timings = Timings(answer.seconds_to_first, between, len(completion), answer.seconds_to_pages)
+        return with_calls(live.tokenizer, tokenized) if tools else tokenized, timings
 
     async def _request_generation(self, prompt: list[int], seed: int) -> Generated:
         live = self._live
@@ -237,7 +243,7 @@ class InferenceModel(Handle):
         Those of a turn that was generated under a constraint are renormalised over the tokens that it allowed.
         """
         self._require_head(scalar=False, method="logprobs")
-        return await self._score_weighted(thread, thread.token_ids[1:], self._live.allowed(thread, "logprobs"))
+        return await self._score_weighted(thread, thread.token_ids[1:], allowed_tokens(self._live, thread, "logprobs"))
 
     async def raw_logprobs(self, tokens: Sequence[int]) -> list[float]:
         """The log-prob of each token given those before it; the first is 0."""
@@ -313,9 +319,9 @@ class InferenceModel(Handle):
             check_length(live, PromptTooLong, thread, "the thread to score has {} tokens", limits)
         live.check_ids(ids)
         replica = live.least_busy()
-        packed_tokens = pack_ints(tokens), pack_ints(targets), *packed([(len(tokens), allowed)])
-        names = "tokens", "targets", "allowed", "masks"
-        message = Score(model=live.name, replica=replica, embed=embed, **dict(zip(names, packed_tokens, strict=True)))
+        data = pack_ints(tokens), pack_ints(targets), *packed([(len(tokens), allowed)])
+        fields = dict(zip(("tokens", "targets", "allowed", "masks"), data, strict=True))
+        message = Score(model=live.name, replica=replica, embed=embed, **fields)
         answer = await asyncio.shield(live.post(replica, message, len(tokens)).future)
         assert isinstance(answer, Scored)
         return unpack_floats(answer.logprobs)
@@ -357,7 +363,7 @@ class InferenceModel(Handle):
             await asyncio.shield(freed)
 
 
-def _check_last_turn(thread: AnyThread, continue_final: bool) -> None:
+def check_last_turn(thread: AnyThread, continue_final: bool) -> None:
     """Raise DataError if the last turn cannot be continued with `continue_final`, or is unfinished without it."""
     ends_with_assistant = [turn.role for turn in thread.text_turns[-1:]] == ["assistant"]
     finished = thread.generation is not None and thread.generation.finish_reason == "stop"

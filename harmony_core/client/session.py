@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from msgspec import structs
 
 from harmony_core.client.engine import Engine, EventSink
+from harmony_core.client.handle import NO_TOOL_URIS, TOOLS_INSTEAD
 from harmony_core.client.progress import SpawnsWithProgress
 from harmony_core.client.storage import SCHEME
 from harmony_core.config.argument_kinds import checked, whole
@@ -170,7 +171,7 @@ class ModelBuilder(SpawnsWithProgress):
     def tools(self, tools: list[str]) -> ModelBuilder:
         """Tool URIs are not supported. Raises UsageError unless the list is empty."""
         if tools:
-            raise UsageError("tool URIs are not supported; tools live in the recipe's environment")
+            raise UsageError(NO_TOOL_URIS, hint=TOOLS_INSTEAD)
         return self
 
     def extra_params(self, **params: Any) -> ModelBuilder:

@@ -11,7 +11,7 @@ from harmony_core.artifacts import ModelArtifact
 from harmony_core.client import losses
 from harmony_core.client.batching import LINEAR, Accepted, require_weight
 from harmony_core.client.inference_model import InferenceModel
-from harmony_core.client.limits import RowGauge
+from harmony_core.client.live import RowGauge
 from harmony_core.client.losses import (
     AboveOne,
     AboveZero,

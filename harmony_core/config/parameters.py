@@ -28,8 +28,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 from typing_extensions import TypeVar
 
-from harmony_core import data as dataset_kinds
-from harmony_core import model as model_kinds
+from harmony_core import data as dataset_kinds, model as model_kinds
 from harmony_core.config.argument_kinds import checked
 from harmony_core.data.columns import check_columns
 from harmony_core.data.datasets import check_hub_name, is_hub_name, load_threads
@@ -70,7 +69,7 @@ class Parameter(BaseModel):
 
     @model_validator(mode="wrap")
     @classmethod
-    def validate_from_json(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+    def _read(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
         """Accept a string, an object, or a parameter that was written without its kind."""
         if isinstance(data, cls):
             return data
@@ -81,6 +80,11 @@ class Parameter(BaseModel):
         if not isinstance(data, Mapping):
             raise ValueError(f"expected a name as a string, got {type(data).__name__}")
         return handler(data)
+
+    @classmethod
+    def validate_from_json(cls, data: Any) -> Self:
+        """Validate a string, an object or another parameter. Raises pydantic's ValidationError."""
+        return cls.model_validate(data)
 
     def _as(self, cls: type[Any]) -> Any:
         """The same parameter as an instance of a subclass."""

@@ -6,7 +6,7 @@ Here are the kinds of rows that a recipe may ask for, as a type argument: `Datas
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from pydantic import ValidationError
@@ -20,6 +20,9 @@ class DatasetKind:
     """Base of the kinds. `kind` is the format that every row must have; None takes the format of the first row."""
 
     kind: ClassVar[Format | None] = None
+
+    def __init__(self, kind: str | None = None, formats: Sequence[type] = ()) -> None:
+        """The classes are the kinds: an instance, and so its arguments, has no use."""
 
     @classmethod
     def parse(cls, line: Mapping[str, Any]) -> DatasetPromptSample:

@@ -19,8 +19,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 import msgspec
 
-from harmony_core.data import Format
-from harmony_core.data import files as dataset_files
+from harmony_core.data import Format, files as dataset_files
 from harmony_core.data.columns import Line, Reading, check_columns
 from harmony_core.data.files import SUFFIXES, RowFile, Threads, as_lines, numbered, open_rows, paths_of
 from harmony_core.data.messages import json_type, read_messages

@@ -28,6 +28,7 @@ from harmony_core.errors import ConflictError, EngineError, MemoryRefused, Model
 from harmony_core.rpc.platform import missing_tool
 from harmony_core.rpc.protocol import Clone, Load, MakePool, Save, Spawn
 from harmony_core.rpc.wire import Failure
+from harmony_core.text import tokenizer_files
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -214,7 +215,11 @@ class ModelTable:
         spawn = made.spawn
         if not spawn.scalar:
             made.runner = Runner(
-                made.model, spawn.kv_tokens, adapter=made.adapter, notify=self._announce, tokenless=spawn.tokenless
+                *(made.model, spawn.kv_tokens),
+                adapter=made.adapter,
+                notify=self._announce,
+                tokenless=spawn.tokenless,
+                tokenizer=lambda: tokenizer_files.read(Path(spawn.tokenizer)).tokenizer.to_str(),
             )
 
     def _new_adapter_name(self) -> str:

@@ -28,12 +28,16 @@ _MAX_MESSAGE = 400
 
 
 class Limits(msgspec.Struct):
-    """Those of `extra_params` that are ours; all others are sent. `timeout` is in seconds, for one attempt."""
+    """Those of `extra_params` that are ours; all others are sent. `timeout` is in seconds, for one attempt.
+
+    `json_mode` False is for servers without one: their answers are only parsed.
+    """
 
     max_concurrent: Annotated[int, Meta(ge=1)] = 32
     requests_per_minute: Annotated[float, Meta(gt=0)] = float("inf")
     timeout: Annotated[float, Meta(gt=0)] = 120.0
     max_retries: Annotated[int, Meta(ge=0)] = 4
+    json_mode: bool = True
 
 
 def split_params(params: Mapping[str, Any]) -> tuple[Limits, dict[str, Any]]:
@@ -67,6 +71,7 @@ class Endpoint:
             timeout=limits.timeout,
             max_retries=limits.max_retries,
         )
+        self._json_mode = limits.json_mode
         self._slots = asyncio.Semaphore(limits.max_concurrent)
         self._pause, self._next = 60 / limits.requests_per_minute, 0.0
 
@@ -77,6 +82,7 @@ class Endpoint:
         if sampling and (not self._openai or self.address.model.startswith(_FIXED)):
             names, sampling = " and ".join(sampling), {}
             warnings.warn(f"{self.address.key} takes no {names}: it has no effect", stacklevel=2)
+        schema = schema if self._json_mode else None
         if self._openai:
             # Other servers know the older name.
             limit = "max_completion_tokens" if self.address.server == HOSTS["openai"] else "max_tokens"

@@ -9,6 +9,7 @@ from pydantic import BaseModel, Field
 
 from harmony_core.config.argument_kinds import checked
 from harmony_core.errors import IgnoreGradeException
+from harmony_core.graders.base import FailedJudgeLog, SuccessJudgeLog
 from harmony_core.graders.judges import DATA, Judge, PromptBuildingBlocks
 from harmony_core.text.threads import StringThread
 
@@ -117,6 +118,10 @@ class BinaryJudgeGrader(Judge):
     @shots.setter
     def shots(self, shots: list[BinaryJudgeShot]) -> None:
         self._shots = list(shots)
+
+    def add_log(self, log: SuccessJudgeLog | FailedJudgeLog) -> None:
+        """As of every grader, with the documented name of the argument."""
+        super().add_log(log)
 
     async def judge(self, sample: StringThread) -> tuple[float, str]:
         """The verdict's value and its reason."""

@@ -117,7 +117,7 @@ def functions_in(source: str, where: str) -> dict[str, bool]:
     try:
         tree = ast.parse(source)
     except (SyntaxError, ValueError) as error:
-        raise UsageError(f"{where}:{getattr(error, 'lineno', None) or 1}: {error}") from None
+        raise UsageError(f"{where}:{getattr(error, 'lineno', 1)}: {getattr(error, 'msg', error)}") from None
     names: dict[str, bool] = {}
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):

@@ -11,14 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar, cast
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
-from harmony_core.errors import DataError, JsonParseError, UsageError
+from harmony_core.errors import DataError, UsageError
 from harmony_core.graders.base import BaseGrader, FailedJudgeLog, Grade, SuccessJudgeLog
 from harmony_core.graders.verdict_schema import verdict_schema
 from harmony_core.loggers.base import Table
-from harmony_core.structured_output import generate_and_validate
-from harmony_core.text.reasoning import remove_reasoning
+from harmony_core.structured_output import generate_and_validate, parse_constrained, remove_reasoning
 from harmony_core.text.threads import StringThread, StringTurn, stringify_thread
 
 if TYPE_CHECKING:
@@ -99,8 +98,10 @@ class Judge(BaseGrader[SuccessJudgeLog | FailedJudgeLog]):
         """The score and its reasoning."""
 
     async def grade(self, sample: StringThread) -> Grade:
-        """The model's grade of the last turn. Raises IgnoreGradeException without a verdict, JsonParseError for an
-        answer that does not parse, DataError if the last turn is not the assistant's; each is logged with the sample.
+        """The model's grade of the last turn; a failure is logged with the sample.
+
+        Raises DataError if the last turn is not the assistant's, JsonParseError for an answer that does not parse, and
+        IgnoreGradeException for one without a verdict.
         """
         validate_thread_last_assistant(sample)
         try:
@@ -129,12 +130,10 @@ class Judge(BaseGrader[SuccessJudgeLog | FailedJudgeLog]):
     async def _constrained(self, prompt: StringThread, output: type[V], items: int | None) -> V:
         room = min(self.model.longest_completion, self.model.get_builder_args()["max_seqlen"] // 4)
         bound = self.model.constrained_decoding(verdict_schema(output, room, items), "json")
-        text = (await bound.generate(await self.without_control_tokens(prompt))).completion() or ""
-        try:
-            return output.model_validate_json(text)
-        except ValidationError:
-            cut = "the judge's answer was cut: spawn it with more tokens_to_generate, or shorten the sample"
-            raise JsonParseError(cut, text) from None
+        answered = await bound.generate(await self.without_control_tokens(prompt))
+        record = answered.generation
+        cut = len(record.tokens) if record is not None and record.finish_reason == "length" else None
+        return parse_constrained(answered.completion() or "", output, cut)
 
     async def _tried(self, prompt: StringThread, output: type[V]) -> V:
         for wait in _WAITS:

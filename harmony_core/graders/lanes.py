@@ -24,6 +24,8 @@ from typing import Any
 from harmony_core.errors import GradeFailed, IgnoreGradeException
 from harmony_core.redaction import is_secret_name
 
+_LOOKS = 1.0
+"""Seconds between two looks at when the work began."""
 START_SECONDS = 60.0
 """What a process may take to start and to import the grader's file, in addition to the timeout."""
 
@@ -186,7 +188,7 @@ class Lanes:
                 left = None if timeout is None else (job.since or time.monotonic()) + timeout - time.monotonic()
                 if left is not None and left <= 0:
                     raise TimeoutError
-                await asyncio.wait([answer], timeout=left)
+                await asyncio.wait([answer], timeout=None if left is None else min(left, _LOOKS))
             return answer.result()
         finally:
             self._open -= 1

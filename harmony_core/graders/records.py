@@ -188,6 +188,7 @@ async def templated_judge(
     from harmony_core.graders import BinaryJudgeGrader, BinaryJudgeOutput, BinaryJudgeShot, TemplatedPromptJudgeGrader
 
     model = await _model(ctx, key, config, limits)
+    verdicts: list[tuple[JudgeExample, Literal["PASS", "FAIL"]]]
     verdicts = [(example, "PASS" if example.passes else "FAIL") for example in config.examples]
     if config.user_template is None:
         shots = [BinaryJudgeShot(e.thread(), e.reasoning, verdict) for e, verdict in verdicts] or None

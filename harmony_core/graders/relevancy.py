@@ -11,6 +11,7 @@ from pydantic import BaseModel, Field
 
 from harmony_core.config.argument_kinds import checked
 from harmony_core.errors import DataError, IgnoreGradeException
+from harmony_core.graders.base import FailedJudgeLog, SuccessJudgeLog
 from harmony_core.graders.judges import (
     DATA,
     Judge,
@@ -136,6 +137,10 @@ class FaithfulnessGrader(_StatementJudge):
         grader_id: str | None = None,
     ) -> None:
         super().__init__(model, language, grader_key, grader_id)
+
+    def add_log(self, log: SuccessJudgeLog | FailedJudgeLog) -> None:
+        """As of every grader, with the documented name of the argument."""
+        super().add_log(log)
 
     async def judge(self, sample: StringThread) -> tuple[float, str]:
         """The share of supported sentences, rounded to three decimals, and a reason for each."""

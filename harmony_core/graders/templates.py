@@ -1,4 +1,4 @@
-"""Handlebars templates of judges, in the subset that judges use, and without HTML escapes.
+"""The format of judges' templates: Handlebars, in the subset that judges use, and without HTML escapes.
 
 `{{path}}` and `{{{path}}}` write a value, `{{! }}` is a comment, and the blocks are `{{#each}}`, `{{#if}}`,
 `{{#unless}}` and `{{#with}}`, each with an optional `{{else}}`. A path has dots (`a.b.0`), `this`, `../` for the scope
@@ -17,7 +17,6 @@ from harmony_core.errors import UsageError
 
 _TAG = re.compile(r"\{\{\{\s*(?P<raw>.*?)\s*\}\}\}|\{\{!--.*?--\}\}|\{\{\s*(?P<tag>.*?)\s*\}\}", re.DOTALL)
 _PATH = re.compile(r"(\.\./)*(this|\.|@\w+|\w+)?([./]\w+)*")
-_BLOCKS = ("each", "if", "unless", "with")
 
 
 @dataclass
@@ -31,7 +30,7 @@ class _Block:
 
 def render(template: str, variables: Mapping[str, Any]) -> str:
     """The template with its variables. Raises UsageError with the line and column of what cannot be read."""
-    return "".join(_written(_parsed(template).body, [dict(variables)]))
+    return "".join(_written(_parsed(template).body, [{"this": variables}]))
 
 
 def _parsed(template: str) -> _Block:
@@ -42,14 +41,8 @@ def _parsed(template: str) -> _Block:
         tag, end, at = found["tag"] if found["raw"] is None else found["raw"], found.end(), found.start()
         if tag is None or tag.startswith("!"):  # a comment
             continue
-        kind, _, path = tag.lstrip("#/&").partition(" ")
-        if tag.startswith("#"):
-            if kind not in _BLOCKS:
-                _fail(template, at, f"there is no helper {kind!r}, only {', '.join(_BLOCKS)}")
-            open_blocks.append(_Block(kind, _checked(template, at, path.strip()), at))
-            into[-1].append(open_blocks[-1])
-            into.append(open_blocks[-1].body)
-        elif tag.startswith("/"):
+        kind, _, path = tag.lstrip("#/").partition(" ")
+        if tag.startswith("/"):
             if kind != open_blocks.pop().kind or not open_blocks:
                 _fail(template, at, f"{{{{/{kind}}}}} closes no open block")
             into.pop()
@@ -58,19 +51,23 @@ def _parsed(template: str) -> _Block:
                 _fail(template, at, "{{else}} stands in no block")
             into[-1] = open_blocks[-1].otherwise
         else:
-            into[-1].append(_Block("", _checked(template, at, tag.removeprefix("&").strip()), at))
+            node = _Block(kind, path.strip(), at) if tag.startswith("#") else _Block("", tag.lstrip("& "), at)
+            if node.kind not in ("", "each", "if", "unless", "with"):
+                _fail(template, at, f"there is no helper {kind!r}, only each, if, unless and with")
+            if not node.path or not _PATH.fullmatch(node.path):
+                _fail(
+                    template, at, f"{node.path!r} is not a path{', and there is no such helper' * (' ' in node.path)}"
+                )
+            into[-1].append(node)
+            if node.kind:
+                open_blocks.append(node)
+                into.append(node.body)
     if "{{" in template[end:]:
         _fail(template, template.index("{{", end), "the tag is not closed")
-    if open_blocks[-1].kind:
+    if len(open_blocks) > 1:
         _fail(template, open_blocks[-1].at, f"the block {{{{#{open_blocks[-1].kind}}}}} is not closed")
     into[-1].append(template[end:])
     return open_blocks[0]
-
-
-def _checked(template: str, at: int, path: str) -> str:
-    if not path or not _PATH.fullmatch(path):
-        _fail(template, at, f"{path!r} is not a path{', and there is no such helper' * (' ' in path)}")
-    return path
 
 
 def _fail(template: str, at: int, reason: str) -> NoReturn:
@@ -78,44 +75,38 @@ def _fail(template: str, at: int, reason: str) -> NoReturn:
     raise UsageError(f"template, line {line}, column {column}: {reason}", line=line, column=column)
 
 
-def _written(nodes: Sequence[str | _Block], scopes: list[Any]) -> Iterable[str]:
-    """The text of nodes. A scope is a value, or in an `each` a pair of `this` and the variables with @."""
+def _written(nodes: Sequence[str | _Block], scopes: list[Mapping[str, Any]]) -> Iterable[str]:
+    """The text of nodes. A scope has "this", and in an `each` the names with @."""
     for node in nodes:
         if isinstance(node, str):
             yield node
             continue
         value = _value(node.path, scopes)
         if not node.kind:
-            yield _text(value)
+            structured = isinstance(value, bool | Mapping | list | tuple)
+            yield (
+                json.dumps(value, ensure_ascii=False, default=str)
+                if structured
+                else str("" if value is None else value)
+            )
         elif node.kind == "each" and value:
             entries = list(value.items() if isinstance(value, Mapping) else enumerate(value))
             for index, (key, entry) in enumerate(entries):
                 own = {"@index": index, "@key": key, "@first": not index, "@last": index == len(entries) - 1}
-                yield from _written(node.body, [*scopes, _Scope(entry, own)])
-        elif bool(value) == (node.kind != "unless"):
-            yield from _written(node.body, [*scopes, value] if node.kind == "with" else scopes)
+                yield from _written(node.body, [*scopes, {"this": entry, **own}])
         else:
-            yield from _written(node.otherwise, scopes)
+            chosen = node.body if bool(value) == (node.kind != "unless") else node.otherwise
+            yield from _written(chosen, [*scopes, {"this": value}] if value and node.kind == "with" else scopes)
 
 
-@dataclass(frozen=True)
-class _Scope:
-    this: Any
-    own: dict[str, Any]
-
-
-def _value(path: str, scopes: list[Any]) -> Any:
+def _value(path: str, scopes: list[Mapping[str, Any]]) -> Any:
     """What a path names. Only keys, indices and fields of named tuples are read, never attributes of objects."""
     while path.startswith("../"):
         path, scopes = path[3:], scopes[:-1] or scopes
-    value = scopes[-1]
-    if isinstance(value, _Scope):
-        value, own = value.this, value.own
-        if path in own:
-            return own[path]
+    value = scopes[-1] if path.startswith("@") else scopes[-1]["this"]
     for name in re.split(r"[./]", re.sub(r"^(this\b|\.)[./]?", "", path)):
         if isinstance(value, Mapping):
-            value = value.get(name)
+            value = value.get(name) if name else value
         elif name in getattr(value, "_fields", ()):
             value = getattr(value, name)
         elif isinstance(value, list | tuple) and name.isdigit() and int(name) < len(value):
@@ -123,11 +114,3 @@ def _value(path: str, scopes: list[Any]) -> Any:
         elif name:
             return None
     return value
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, str):
-        return value
-    if isinstance(value, bool | Mapping | list | tuple):
-        return json.dumps(value, ensure_ascii=False, default=str)
-    return "" if value is None else str(value)

@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 class StdoutLogger(Logger):
     """One line on stderr for each step; stdout belongs to the recipe. The class has its documented name."""
 
+    def __call__(self, logs: Metrics) -> None:
+        """As of every logger, with the documented name of the argument."""
+        super().__call__(logs)
+
     def record(self, step: int, metrics: Metrics) -> None:
         """Write `step N  name=value ...`."""
         say(f"step {step + 1}  {_line(metrics)}")

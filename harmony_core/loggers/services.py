@@ -231,6 +231,10 @@ class TBMetricsLogger(_Service):
         except OSError as error:
             raise ResourceError(f"cannot write TensorBoard events to {self.directory}: {error}") from error
 
+    def __call__(self, logs: Metrics) -> None:
+        """As of every logger, with the documented name of the argument."""
+        super().__call__(logs)
+
     def record(self, step: int, metrics: Metrics) -> None:
         """Write one event with the step's numbers and texts, and a page for each table."""
         numbers = {name: number for name, value in metrics.items() if (number := number_of(value)) is not None}

@@ -13,6 +13,9 @@ class ModelKind:
 
     kind: ClassVar[str] = "all"
 
+    def __init__(self, kind: str | None = None) -> None:
+        """The classes are the kinds: an instance, and so its argument, has no use."""
+
 
 class Inferable(ModelKind):
     """Any model: it can sample and score. A bare `Model` means this kind."""

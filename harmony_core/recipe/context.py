@@ -260,14 +260,14 @@ class RecipeContextManager:
         return self._ctx
 
     async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+        self, exc_type: type[BaseException] | None, exc_val: BaseException | None, exc_tb: TracebackType | None
     ) -> None:
         assert self._ctx is not None, "the context manager was not entered"
-        if exc is None:
+        if exc_val is None:
             return await self._ctx.aclose()
-        self._ctx.job.report_error("".join(traceback.format_exception(exc)))
+        self._ctx.job.report_error("".join(traceback.format_exception(exc_val)))
         await self._ctx.client.aclose()
-        self._ctx._end(getattr(exc, "exit_code", 1))
+        self._ctx._end(getattr(exc_val, "exit_code", 1))
 
 
 def _made(directory: Path) -> Path:

@@ -10,11 +10,13 @@ import time
 import uuid
 from dataclasses import asdict, dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
+from harmony_core.client import ModelBuilder
 from harmony_core.errors import UsageError
+from harmony_core.recipe import InputConfig
 
 DEFAULT_MAX_DRAFT_STEPS = 1024
 """Most tokens that a draft model would draw at once; there are no draft models here."""
@@ -27,32 +29,57 @@ def uuid_v7() -> str:
     return str(uuid.UUID(int=number))
 
 
+IN = TypeVar("IN", bound=InputConfig)
+MetadataType = TypeVar("MetadataType", bound=BaseModel)
+
+spawn_inference = ModelBuilder.spawn_inference
+spawn_train = ModelBuilder.spawn_train
+
+
 class utils:
     """Where the native module keeps `uuid_v7`."""
 
     uuid_v7 = staticmethod(uuid_v7)
 
 
-class _OfControlPlane:
+class _NotHere:
+    """Raises UsageError."""
+
     _instead = ""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        raise UsageError(f"{type(self).__name__}: there is no control plane here", hint=self._instead)
+        raise UsageError(f"{type(self).__name__} is not here: there is no control plane", hint=self._instead)
 
 
-class ControlPlaneClient(_OfControlPlane):
+class ControlPlaneClient(_NotHere):
     """Models, datasets and graders of the platform. Raises UsageError."""
 
     _instead = "Model.to_builder and Dataset.load read the local registry (adaptive models list) and files"
 
 
-class ControlPlaneJobNotifier(_OfControlPlane):
+class ControlPlaneJobNotifier(_NotHere):
     """Reports a job to the platform. Raises UsageError."""
 
     _instead = "StdoutJobNotifier; in a run ctx.job"
 
 
-class ControlPlaneStageNotifier(_OfControlPlane):
+class ResponseAccumulator(_NotHere):
+    """Joins the parts of a reward server's answer. Raises UsageError."""
+
+    _instead = "RewardClient.score reads whole answers"
+
+
+class read_task(ResponseAccumulator):
+    """Reads a reward server's answers. Raises UsageError."""
+
+
+class main(_NotHere):
+    """Asks a reward server once. Raises UsageError."""
+
+    _instead = "await RewardClient(base_url).score(request)"
+
+
+class ControlPlaneStageNotifier(_NotHere):
     """Reports a stage to the platform. Raises UsageError."""
 
     _instead = "ctx.job.stage_notifier(name)"

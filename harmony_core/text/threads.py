@@ -267,6 +267,13 @@ class TokenizedThread(Conversation[TokenTurn]):
         """A copy with a user turn appended; its tokens are added when a model is asked for an answer."""
         return self._awaiting("user", Text(content))
 
+    def assistant(self, content: Sequence[int]) -> TokenizedThread:
+        """Raises DataError: tokens that no model drew have no place in the template."""
+        raise DataError(
+            "a model appends the assistant's tokens",
+            hint="await model.generate_tokens(thread), or model.tokenize_thread of a StringThread with its text",
+        )
+
     def tool(self, content: str, call_id: str | None = None) -> TokenizedThread:
         """A copy with the response of a tool appended, like `user`."""
         return self._awaiting("tool", ToolResponse(call_id, content))

@@ -12,6 +12,7 @@ from harmony_core.errors import UsageError
 from harmony_core.graders import BaseGrader
 from harmony_core.loggers import EventLogger
 from harmony_core.text.threads import StringThread
+from poisoned_graders import by_chance
 
 PROMPTS = [StringThread([("user", f"say {i}")]) for i in range(8)]
 SIZES: dict[str, Any] = {"completions_per_sample": 8, "samples_per_batch": 32, "samples_per_mini_batch": 32, "lr": 1e-2}
@@ -117,3 +118,32 @@ def test_two_replicas_take_the_steps_of_one(one_rank: LiveEngine, two_ranks: Liv
     for a, b in zip(alone, both, strict=True):
         for name in ("score_mean", "generation_length", "grad_norm", "num_tokens", "kl_div"):
             assert b[name] == pytest.approx(a[name], rel=1e-6, abs=1e-9), name
+
+
+@pytest.mark.slow
+def test_a_poisoned_grader_neither_stops_a_run_nor_moves_the_mean_advantage(one_rank: LiveEngine) -> None:
+    """In 30 % of its calls, whatever the answer, it raises, ends its process, hangs, gives NaN or text, or ignores."""
+
+    async def run() -> list[dict[str, Any]]:
+        metrics: list[dict[str, Any]] = []
+        logger = EventLogger(lambda type, data: metrics.append(data["metrics"]) if type == "metrics" else None)
+        builder = one_rank.client.model("builtin:tiny-lm", kv_cache_len=4096, tokens_to_generate=8)
+        model = await builder.spawn_train("poisoned", max_batch_size=512)
+        grader = BaseGrader.from_function("poisoned", by_chance)
+        grader.timeout = 1.0
+        try:
+            await GRPO(PROMPTS, model, grader, logger, max_num_grpo_steps=5, **SIZES).run()
+        finally:
+            await model.dealloc()
+        return metrics
+
+    metrics = one_rank.run(run())
+    assert len(metrics) == 5
+    unscored = sum(step["rewards/unscored"] for step in metrics)
+    by_reason = {
+        key: sum(step.get(key, 0) for step in metrics) for step in metrics for key in step if "unscored/" in key
+    }
+    assert {key.rpartition("/")[2] for key in by_reason} == {"grade_failed", "grade_timed_out", "grade_ignored"}
+    assert sum(by_reason.values()) == unscored and 0.15 < unscored / 160 < 0.45
+    assert all(abs(step["advantages"]) < 1e-6 and step["num_tokens"] > 0 for step in metrics)
+    assert not any("dropped" in key for step in metrics for key in step), "no prompt is lost"

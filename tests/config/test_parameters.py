@@ -205,9 +205,16 @@ def test_a_refused_spawn_keeps_its_class_and_names_the_key() -> None:
     assert any("'m'" in note for note in caught.value.__notes__)
 
 
-def test_a_grader_needs_a_control_plane(registry: Registry) -> None:
-    with pytest.raises(UsageError, match="grader 'g'"):
-        Grader(grader_key="g").check(registry)
+def test_a_grader_is_looked_up_and_not_run(registry: Registry, tmp_path: Path) -> None:
+    with pytest.raises(NotFoundError, match="there is no grader 'jsno'") as caught:
+        Grader(grader_key="jsno").check(registry)
+    assert "builtin:json" in caught.value.hint
+    (tmp_path / "mine.py").write_text("raise SystemExit\ndef reward(thread): return 1.0\n")
+    beside = Grader(grader_key="mine.py:reward").with_base(tmp_path)
+    assert beside.check(registry).function == "reward"
+    with pytest.raises(NotFoundError, match="no function 'rewards'") as caught:
+        Grader(grader_key="mine.py:rewards").with_base(tmp_path).check(registry)
+    assert "reward" in caught.value.hint
 
 
 # --- datasets ---------------------------------------------------------------------------------------------------

@@ -18,8 +18,7 @@ from pyarrow import parquet
 
 from dataset_table import WRITERS, as_parquet, json_lines
 from harmony_core.algorithms.checkpointing import digest_of_samples
-from harmony_core.data import datasets
-from harmony_core.data import files as dataset_files
+from harmony_core.data import datasets, files as dataset_files
 from harmony_core.data.datasets import DataSet, load_threads
 from harmony_core.data.files import Threads
 from harmony_core.errors import DataError, HarmonyError, NotFoundError, ResourceError

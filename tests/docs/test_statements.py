@@ -10,8 +10,7 @@ import pytest
 from harmony_core.client import engine, spawning
 from harmony_core.config import yaml_source
 from harmony_core.errors import all_errors
-from harmony_core.memory import ledger
-from harmony_core.memory import plan as memory_plan
+from harmony_core.memory import ledger, plan as memory_plan
 from harmony_core.model.families import FAMILIES
 from harmony_core.options import RUNNER_FLAGS
 from harmony_core.recipe import built_in_recipes

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import pytest
+from pydantic import BaseModel
 
 from harmony_core.client import DryRunEnded, EngineOptions, HarmonyClient
 from harmony_core.client.engine import Engine
-from harmony_core.errors import DataError, ProviderError, ResourceError, UsageError
+from harmony_core.errors import DataError, JsonParseError, ProviderError, ResourceError, UsageError
 from harmony_core.home import Home
 from harmony_core.registry import Registry
 from harmony_core.text.threads import StringThread
@@ -144,6 +145,52 @@ def test_images_are_sent_as_they_are(session: Session, key: str) -> None:
         assert image["image_url"]["url"] == f"data:image/png;base64,{PNG}"
     else:
         assert image["source"] == {"type": "base64", "media_type": "image/png", "data": PNG}
+
+
+class City(BaseModel):
+    """What a model is asked for."""
+
+    name: str
+    country: str
+
+
+class Loose(BaseModel):
+    """With a field that may be left out, which strict mode does not know."""
+
+    name: str = "?"
+
+
+@pytest.mark.parametrize("key", ["openai://m", "anthropic://m"])
+def test_structured_output_is_asked_for_by_the_provider_s_own_mode(session: Session, key: str) -> None:
+    model, found = session.spawn(key), City(name="Lima", country="Peru")
+    session.server.script.append(Answer(text=found.model_dump_json()))
+    answered, instance = session.run(model.generate(ASKED, City))
+    assert instance == found and answered.metadata == {"id": 7}
+    (fragment,) = answered.last_turn_fragments()
+    assert fragment["type"] == "structured_output" and json.loads(fragment["parsed_json"]) == found.model_dump()
+    (request,) = session.server.requests
+    if key.startswith("openai"):
+        asked = request["response_format"]["json_schema"]
+        assert asked["strict"] and asked["schema"]["required"] == ["name", "country"]
+    else:
+        assert request["output_config"]["format"]["schema"]["required"] == ["name", "country"]
+    session.server.script.extend([Answer(text="Lima"), Answer(text=f"```json\n{found.model_dump_json()}\n```")])
+    assert session.run(model.generate_and_validate(ASKED, City))[1] == found
+    assert len(session.server.requests[2]["messages"]) == 1, "the completion that cannot be read is given again"
+    session.server.respond = lambda request: Answer(text="no")
+    with pytest.raises(JsonParseError) as caught:
+        session.run(model.generate(ASKED, City))
+    assert caught.value.completion == "no"
+    with pytest.raises(UsageError, match="JSON schemas only"):
+        model.constrained_decoding("[ab]", "regex")
+
+
+def test_optional_fields_and_servers_without_json_mode(session: Session) -> None:
+    session.server.respond = lambda request: Answer(text="{}")
+    assert session.run(session.spawn("openai://m").generate(ASKED, Loose))[1] == Loose()
+    assert session.server.requests[-1]["response_format"]["json_schema"]["strict"] is False
+    assert session.run(session.spawn("openai://m", json_mode=False).generate(ASKED, Loose))[1] == Loose()
+    assert "response_format" not in session.server.requests[-1]
 
 
 def test_busy_and_failing_providers_are_tried_again(session: Session) -> None:

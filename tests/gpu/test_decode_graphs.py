@@ -16,8 +16,15 @@ from harmony_core.engine.inference.device_decode import DecodeGraphs
 from harmony_core.engine.inference.runner import Runner
 from harmony_core.engine.inference.sampler import sample
 from harmony_core.engine.inference.scheduler import Scheduler
-from harmony_core.engine.inference.step import FILTERED, PLAIN, StepResult, float64, int32, unpack_sampling
-from harmony_core.engine.inference.step import GREEDY as GREEDY_TAIL
+from harmony_core.engine.inference.step import (
+    FILTERED,
+    GREEDY as GREEDY_TAIL,
+    PLAIN,
+    StepResult,
+    float64,
+    int32,
+    unpack_sampling,
+)
 from harmony_core.engine.models.adapters import add_lora
 from harmony_core.engine.models.loading import load_model
 from harmony_core.engine.models.model import CausalLM

@@ -12,6 +12,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
 from engine.training.test_loss_evaluation import BATCHES
+from harmony_core.engine.models.allowed import AllowedTokens
 from harmony_core.engine.models.heads import linear_logprob_loss, token_logprobs, token_logprobs_and_entropies
 from harmony_core.engine.models.loading import load_model
 from harmony_core.engine.models.parallel import TensorParallel
@@ -73,3 +74,26 @@ def test_entropies_and_their_gradients_are_those_of_the_cpu(
         found.append([loss.detach(), logprobs, entropies, leaf.grad])
     for mine, other in zip(found[1], found[0], strict=True):
         assert (mine.cpu() - other).abs().max() <= tolerance * max(1.0, other.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 1e-4), (torch.bfloat16, 2e-2)]
+)
+def test_losses_over_allowed_tokens_are_those_of_the_cpu(tmp_path: Path, dtype: torch.dtype, tolerance: float) -> None:
+    directory = build(tmp_path, "llama")
+    hidden, targets = torch.randn(50, 32, dtype=torch.float64).to(dtype), torch.randint(0, 67, (50,))
+    masks = torch.randint(0, 256, (51, 9), dtype=torch.uint8)
+    masks[0] = 255
+    masks[range(1, 51), targets // 8] |= (1 << targets % 8).to(torch.uint8)
+    allowed = AllowedTokens(torch.arange(1, 51) * (targets % 3 > 0), masks)
+    found = []
+    for device in (torch.device("cpu"), DEVICE):
+        model = load_model(directory, TensorParallel.single(), device, dtype)
+        leaf = hidden.to(device).requires_grad_()
+        weights = torch.ones(50, device=device)
+        loss, logprobs = linear_logprob_loss(model, leaf, targets.to(device), weights, allowed=allowed)
+        loss.backward()
+        assert leaf.grad is not None
+        found.append((logprobs.double().cpu(), leaf.grad.double().cpu()))
+    for mine, other in zip(*found, strict=True):
+        assert (mine - other).norm() <= tolerance * mine.norm()

@@ -74,7 +74,7 @@ def verdict(score: str, reasoning: str = "so") -> str:
 
 
 def binary(model: Service, **settings: Any) -> BinaryJudgeGrader:
-    return BinaryJudgeGrader("kind", model, "It is kind.", **settings)  # type: ignore[arg-type]
+    return BinaryJudgeGrader("kind", model, "It is kind.", **settings)
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ def test_an_answer_that_does_not_parse_is_asked_for_once_more_and_then_left_out(
             await judge.grade(SAMPLE)
         assert caught.value.completion == "It is fine."
         logs = judge.get_logs(clear=True)
-        (row,) = logs["score/unscored_samples"].rows()  # type: ignore[union-attr]
+        (row,) = logs["score/unscored_samples"].rows()
         assert "Who are you?" in row[0] and caught.value.message == row[1]
         assert judge.get_logs() == {}
 
@@ -133,7 +133,7 @@ def test_what_does_not_pass_is_not(error: Exception) -> None:
     with pytest.raises(type(error)):
         asyncio.run(judge.grade(SAMPLE))
     assert len(model.asked) == 1
-    assert str(error) in str(judge.get_logs()["score/unscored_samples"].rows())  # type: ignore[union-attr]
+    assert str(error) in str(judge.get_logs()["score/unscored_samples"].rows())
 
 
 def test_requests_at_once_are_limited() -> None:
@@ -261,7 +261,7 @@ def test_a_templated_judge() -> None:
             "Rate {{metadata.kind}}.",
             user,
             SimpleReasonedFloatOutput,
-            {"criteria": "kind & short"},  # type: ignore[arg-type]
+            {"criteria": "kind & short"},
         )
         sample = StringThread(SAMPLE.get_turns(), {"kind": "<b>"})
         grade = await judge.grade(sample)
@@ -269,17 +269,17 @@ def test_a_templated_judge() -> None:
         system, asked = (turn.content for turn in model.asked[0].get_turns())
         assert system == "Rate <b>."
         assert asked.startswith("kind & short|Who are you?|A bot. I help.|[system]\nBe kind.|{") and "float" in asked
-        stars = TemplatedPromptJudgeGrader("s", Service('{"stars": 4}'), None, "{{completion}}", Stars)  # type: ignore[arg-type]
+        stars = TemplatedPromptJudgeGrader("s", Service('{"stars": 4}'), None, "{{completion}}", Stars)
         # Its field has no description, so that there is no schema to show; the template does not ask for it.
         assert (await stars.grade(sample)).value == 0.8
-        passing = TemplatedPromptJudgeGrader("b", Service(verdict("PASS")), None, "{{completion}}", BinaryJudgeOutput)  # type: ignore[arg-type]
+        passing = TemplatedPromptJudgeGrader("b", Service(verdict("PASS")), None, "{{completion}}", BinaryJudgeOutput)
         assert (await passing.grade(sample)).value == 1.0
 
     asyncio.run(work())
     shown = TemplatedPromptJudgeGrader.render_template("{{#each turns}}{{role}} {{/each}}", SAMPLE, BinaryJudgeOutput)
     assert shown == "system user assistant "
     with pytest.raises(UsageError, match="line 1, column 1"):
-        TemplatedPromptJudgeGrader("t", Service(""), None, "{{#each turns}}", BinaryJudgeOutput)  # type: ignore[arg-type]
+        TemplatedPromptJudgeGrader("t", Service(""), None, "{{#each turns}}", BinaryJudgeOutput)
 
 
 def faithful(*scores: str) -> str:
@@ -294,20 +294,20 @@ def test_statements_and_documents() -> None:
             {"documents": ["A cat.", "A </document>"]},
         )
         model = Service(faithful("1", "1", "0"))
-        grade = await FaithfulnessGrader(model).grade(sample)  # type: ignore[arg-type]
+        grade = await FaithfulnessGrader(model).grade(sample)
         assert grade.value == 0.667 and grade.grader_key == "faithfulness_judge"
         assert "0: It flies. (r2)" in str(grade.reasoning)
         assert "0. A cat.\n1. It is red.\n2. It flies." in model.asked[0].last_content()
         assert "What is it?" in model.asked[0].last_content() and "A cat.\n\nA " in model.asked[0].last_content()
         with pytest.raises(IgnoreGradeException, match="2 scores for 3"):
-            await FaithfulnessGrader(Service(faithful("1", "1"))).grade(sample)  # type: ignore[arg-type]
+            await FaithfulnessGrader(Service(faithful("1", "1"))).grade(sample)
         empty = StringThread([("user", "q"), ("assistant", "...")])
         with pytest.raises(IgnoreGradeException, match="no sentence"):
-            await FaithfulnessGrader(Service("")).grade(empty)  # type: ignore[arg-type]
-        assert (await AnswerRelevancyGrader(Service("")).grade(empty)).value == 0.0  # type: ignore[arg-type]
+            await FaithfulnessGrader(Service("")).grade(empty)
+        assert (await AnswerRelevancyGrader(Service("")).grade(empty)).value == 0.0
 
         relevant = Service(json.dumps({"results": [{"reason": "why", "score": s} for s in (1, 0, 0)]}))
-        grade = await AnswerRelevancyGrader(relevant, "en").grade(sample)  # type: ignore[arg-type]
+        grade = await AnswerRelevancyGrader(relevant, "en").grade(sample)
         assert grade.value == pytest.approx(1 / 3) and str(grade.reasoning).splitlines() == [
             "1: why",
             "0: why",
@@ -315,7 +315,7 @@ def test_statements_and_documents() -> None:
         ]
 
         documents = Service('{"reason": "a", "score": 1}', '{"reason": "b", "score": 0}')
-        judge = ContextRelevancyGrader(documents, grader_id="id")  # type: ignore[arg-type]
+        judge = ContextRelevancyGrader(documents, grader_id="id")
         grade = await judge.grade(sample)
         assert (grade.value, grade.grader_key, len(documents.asked)) == (0.5, "id", 2)
         assert documents.asked[1].last_content().count("</document>") == 1
@@ -325,12 +325,12 @@ def test_statements_and_documents() -> None:
 
     asyncio.run(work())
     with pytest.raises(UsageError, match="language"):
-        FaithfulnessGrader(Service(""), "xx")  # type: ignore[arg-type]
+        FaithfulnessGrader(Service(""), "xx")
 
 
 def test_a_range_judge_needs_a_model_with_log_probs() -> None:
     with pytest.raises(UsageError, match=r"openai://gpt-4\.1 gives no log-probs"):
-        RangeJudgeGrader("r", Service(""), "kind")  # type: ignore[arg-type]
+        RangeJudgeGrader("r", Service(""), "kind")
 
 
 def test_only_an_answer_is_judged() -> None:
@@ -370,7 +370,7 @@ def test_tables_show_some_samples_or_all() -> None:
         some, every = judge.get_logs(), judge.get_logs(log_all_samples=True)
         for logs, rows in ((some, (15, 15)), (every, (40, 20))):
             tables = logs["score/scored_samples"], logs["score/unscored_samples"]
-            assert tuple(len(table) for table in tables) == rows  # type: ignore[arg-type]
+            assert tuple(len(table) for table in tables) == rows
             assert (logs["score/scored_samples_count"], logs["score/unscored_samples_count"]) == (40, 20)
             assert (logs["score/mean"], logs["score/count"]) == (0.5, 40)
 

@@ -38,7 +38,7 @@ def test_identifiers_sort_by_time() -> None:
 
 @pytest.mark.parametrize("refused", [ControlPlaneClient, ControlPlaneJobNotifier, ControlPlaneStageNotifier])
 def test_there_is_no_control_plane(refused: type) -> None:
-    with pytest.raises(UsageError, match=f"{refused.__name__}: there is no control plane here") as caught:
+    with pytest.raises(UsageError, match=f"{refused.__name__} is not here: there is no control plane") as caught:
         refused("https://platform", api_token="t", project="p")
     assert caught.value.hint
 

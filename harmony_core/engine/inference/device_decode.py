@@ -20,10 +20,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from harmony_core.engine.inference.sampler import hide, put, sample_on_device, with_lost
+from harmony_core.engine.inference.sampler import Masking, hide, put, sample_on_device, with_lost
 from harmony_core.engine.inference.step import FILTERED, GREEDY, SamplingParameters
 from harmony_core.engine.models.context import DecodeAttention, ForwardContext, forward_context
 from harmony_core.engine.models.model import CausalLM
+from harmony_core.grammar import Limits
 from harmony_core.memory.plan import DECODE_SPLIT, PAGE_SHARING
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class StepBuffers:
     def __init__(self, rows: int, device: torch.device) -> None:
         self._timed = device.type == "cuda"
         self.inputs = torch.empty(ROW_BYTES * rows, dtype=torch.uint8, pin_memory=self._timed)
-        self.outputs = torch.empty(3 * rows, dtype=torch.float64, pin_memory=self._timed)
+        self.outputs = torch.empty(4 * rows, dtype=torch.float64, pin_memory=self._timed)
         self._seconds = 0.0
         if self._timed:
             # Sleep while waiting: a step takes milliseconds, and other threads need the cores.
@@ -128,7 +129,7 @@ class DeviceState:
         kind = torch.promote_types(model.dtype, torch.float32)
         self.logits = torch.zeros(rows, model.vocab_size, dtype=kind, device=device)
         self._inputs = torch.zeros(ROW_BYTES * rows, dtype=torch.uint8, device=device)
-        self._outputs = torch.zeros(3 * rows, dtype=torch.float64, device=device)
+        self._outputs = torch.zeros(4 * rows, dtype=torch.float64, device=device)
         self._views: dict[int, Rows] = {}
 
     def rows(self, n: int) -> Rows:
@@ -217,6 +218,15 @@ class DeviceState:
             outputs[1] = with_lost(outputs[1], chosen, lost)
 
     @contextmanager
+    def limiting(self, n: int, limits: Limits) -> Iterator[None]:
+        """In the context, rows sample only what the limits leave; raw log-probs ignore them."""
+        masking = Masking(self.logits[:n], limits.allowed) if limits.allowed else None
+        with self.suppressing(n, limits.suppressed):
+            yield
+        if masking is not None:
+            masking.record(self._outputs[: 4 * n].view(4, n))
+
+    @contextmanager
     def suppressing(self, n: int, suppressed: dict[int, list[int]]) -> Iterator[None]:
         """In the context, rows do not sample their `suppressed` ids; raw log-probs ignore the suppression."""
         if not suppressed:
@@ -238,8 +248,8 @@ class DeviceState:
         return self._outputs[: 3 * n].view(3, n)
 
     def read(self, buffers: StepBuffers, n: int) -> None:
-        """Enqueue the copy of n rows' samples to the host."""
-        buffers.outputs[: 3 * n].copy_(self._outputs[: 3 * n], non_blocking=True)
+        """Enqueue the copy of n rows' samples to the host: `_sampled`, and log-probs over the allowed ids."""
+        buffers.outputs[: 4 * n].copy_(self._outputs[: 4 * n], non_blocking=True)
 
 
 def buckets_up_to(most: int, least: int = 1) -> tuple[int, ...]:

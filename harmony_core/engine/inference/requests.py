@@ -15,9 +15,12 @@ from numpy.typing import NDArray
 
 from harmony_core.engine.inference.step import TOKEN_BYTES, Setting, StepPlan, pack_sampling, stream, uniforms
 from harmony_core.errors import DataError
+from harmony_core.grammar import Entry
 from harmony_core.rpc.protocol import Generated, Sampling
 
-RECORD = np.dtype([("token", "<i4"), ("logprob", "<f4"), ("sampled_logprob", "<f4"), ("version", "<i4")])
+RECORD = np.dtype(
+    [("token", "<i4"), ("logprob", "<f4"), ("sampled_logprob", "<f4"), ("masked_logprob", "<f4"), ("version", "<i4")]
+)
 """Record of a sampled token."""
 Records = NDArray[np.void]
 
@@ -92,6 +95,7 @@ class Sequence:
             logprobs=records["logprob"].tobytes(),
             sampled_logprobs=records["sampled_logprob"].tobytes(),
             versions=records["version"].tobytes(),
+            masked_logprobs=records["masked_logprob"].tobytes() if self.sampling.constraint else b"",
             finish_reason=finish_reason,
             seconds_to_first=self.first - self.started,
             seconds=time.perf_counter() - self.started,
@@ -163,8 +167,10 @@ class InputBatch:
         self.context[req_index] = self.until[req_index] = 0
         self.num_sampled[req_index] = sequence.num_sampled
         self.limit[req_index] = sequence.limit
-        self.minimum[req_index] = min(sampling.min_tokens, sequence.limit)
-        self.held_until[req_index] = sequence.prompt_length + self.minimum[req_index] if sequence.stop_ids else 0
+        minimum = min(sampling.min_tokens, sequence.limit)
+        self.held_until[req_index] = sequence.prompt_length + minimum if sequence.stop_ids else 0
+        # Under a constraint a stop token is drawn early only where nothing else is allowed.
+        self.minimum[req_index] = 0 if sampling.constraint else minimum
         self.stream[req_index] = sequence.stream
         self.settings[req_index] = sequence.setting
         if len(sequence.stop_ids) > self.stops.shape[1]:
@@ -228,12 +234,12 @@ class InputBatch:
         values: tuple[NDArray[np.float64], ...],
         version: int,
     ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-        """Record sampled tokens, at most one for each row, with both log-probs. Returns two masks: the tokens that end
+        """Record sampled tokens, at most one for each row, with their log-probs. Returns two masks: the tokens that end
         their sequence as stop tokens, and those that reach its limit."""
         place = self._filled[req_indices]
         rows = np.empty(len(req_indices), dtype=RECORD)
         rows["token"] = tokens
-        rows["logprob"], rows["sampled_logprob"] = values
+        rows["logprob"], rows["sampled_logprob"], rows["masked_logprob"] = values
         rows["version"] = version
         self.records[req_indices, place] = rows
         place += 1
@@ -344,6 +350,7 @@ def plan_prefill(table: InputBatch, rows: list[Prefill], version: int, weights: 
         sampling=pack_sampling(table.settings[targets], uniforms(table.stream[targets], contexts)),
         suppressed=_suppressed(table, targets, contexts),
         version=version,
+        constrained=_constrained(table, targets),
     )
     # Forked sequences all have a sample; sequences without a sample have a row.
     members = np.concatenate([targets, np.setdiff1d(req_indices, targets)])
@@ -353,6 +360,16 @@ def plan_prefill(table: InputBatch, rows: list[Prefill], version: int, weights: 
 def _suppressed(table: InputBatch, req_indices: Int32s, contexts: Int32s) -> dict[int, list[int]]:
     held = np.flatnonzero(contexts < table.held_until[req_indices])
     return {place: table.tenant(int(req_indices[place])).stop_ids for place in held.tolist()}
+
+
+def _constrained(table: InputBatch, req_indices: Int32s) -> dict[int, Entry]:
+    found = {}
+    for req_index in req_indices.tolist():
+        sequence = table.tenant(req_index)
+        if (constraint := sequence.sampling.constraint) is not None:
+            sampled = sequence.tokens[sequence.prompt_length * TOKEN_BYTES :]
+            found[req_index] = Entry(constraint, sequence.stop_ids, sampled)
+    return found
 
 
 def _integers(numbers: list[int]) -> Int32s:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import mmap
 import time
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from harmony_core.engine.inference.device_decode import DecodeGraphs, DeviceState, Notify, StepBuffers, buckets_up_to
 from harmony_core.engine.inference.kv_cache_manager import blocks_for
-from harmony_core.engine.inference.sampler import put, sample, sample_alone
+from harmony_core.engine.inference.sampler import draw, put
 from harmony_core.engine.inference.step import (
     FILTERED,
     GREEDY,
@@ -33,20 +34,16 @@ from harmony_core.engine.inference.step import (
 from harmony_core.engine.models.context import ForwardContext, PagedAttention, forward_context
 from harmony_core.engine.models.model import CausalLM
 from harmony_core.errors import ResourceError
+from harmony_core.grammar import Limits, Matchers, Members
 from harmony_core.memory.plan import LOGITS_AT_ONCE, MAX_RUNNING, PAGE_SIZE
 from harmony_core.rpc.protocol import Ranges
 
 _COPIED_AT_ONCE = 16
 """Blocks copied at a time, which bounds the temporary copy."""
-_STATISTICS = (
-    "prefill_seconds",
-    "decode_seconds",
-    "prefill_tokens",
-    "decode_tokens",
-    "steps",
-    "graph_seconds",
-    "graphs",
-)
+_SECONDS = ("prefill_seconds", "decode_seconds", "graph_seconds")
+_COUNTS = ("prefill_tokens", "decode_tokens", "steps", "graphs")
+_MASK_THREADS = 8
+"""Most threads that compute the masks of constrained sequences."""
 _FORWARD = "forward"
 _SAMPLE = {GREEDY: "draw greedy", PLAIN: "draw", FILTERED: "draw filtered"}
 """Names of the recorded graphs."""
@@ -110,11 +107,12 @@ def _allocate(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.frombuffer(memory, dtype=dtype)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pending:
     """A step that has been launched. Pass it to `Runner.collect` exactly once to get its result.
 
-    Either `result` is set already, or `padded` samples (the step's own first) come back through `buffers`.
+    Either `result` is set already, or `padded` samples (the step's own first) come back through `buffers`. `members`:
+    the constrained samples.
     """
 
     plan: StepPlan
@@ -122,6 +120,15 @@ class Pending:
     seconds: float = 0.0
     buffers: StepBuffers | None = None
     padded: int = 0
+    members: Members = field(default_factory=dict)
+
+    def tokens(self) -> NDArray[Any]:
+        """Wait for the sampled tokens, `[N]` integers or floats."""
+        if self.result is not None:
+            return int32(self.result.tokens)
+        assert self.buffers is not None
+        self.buffers.wait()
+        return self.buffers.outputs[: len(self.plan.targets) // 4].numpy()
 
 
 class Runner:
@@ -130,6 +137,7 @@ class Runner:
     On a device, decode steps use tensors with fixed addresses and replay CUDA graphs, and `launch` does not wait.
     `static` uses such tensors on CPU too, without graphs. A decode step is padded to one of the row counts `buckets`.
     `notify` is called when a graph was recorded and when recording failed. `tokenless` ids are never sampled.
+    `tokenizer` gives the tokenizer.json that constrained sequences need.
     """
 
     def __init__(
@@ -145,6 +153,7 @@ class Runner:
         buckets: Sequence[int] | None = None,
         notify: Notify = lambda _what, _fields: None,
         tokenless: Ranges = (),
+        tokenizer: Callable[[], str] = str,
     ) -> None:
         self.model, self.adapter = model, adapter
         device = model.device
@@ -170,13 +179,14 @@ class Runner:
         least = 2 if on_device and model.compiled else 1
         self._buckets = tuple(buckets) if buckets is not None else buckets_up_to(max_running, least)
         self._idle: list[StepBuffers] = []
+        self._matchers = Matchers(tokenizer, model.vocab_size, min(torch.get_num_threads(), _MASK_THREADS))
         self._last = self._state.last if self._state else torch.zeros(max_running, dtype=torch.long, device=device)
         self._weights = model.parameter_bytes(adapter) // model.dtype.itemsize
         self.depth = 2 if on_device and static else 0
         """Steps to launch before collecting the oldest: 0 if a launch waits for its result."""
         self.max_splits = self._state.most_splits if self._state else None
         """Limit on the splits of `DECODE_SPLIT` tokens in all contexts of a decode step; None: no limit."""
-        self.statistics: dict[str, float] = dict.fromkeys(_STATISTICS, 0.0)
+        self.statistics: dict[str, float] = dict.fromkeys(_SECONDS + _COUNTS, 0.0)
         """Totals of the collected steps (seconds on the device, tokens, steps) and of graph recording."""
 
     def run(self, plan: StepPlan) -> StepResult:
@@ -196,22 +206,27 @@ class Runner:
         if alone:
             torch.set_num_threads(1)
         try:
-            result = self._sample(plan, self._forward(plan))
+            hidden = self._forward(plan)
+            limits = self._limits(plan)
+            result = self._sample(plan, hidden, limits)
             if plan.copies:
                 self._copy_blocks(plan.copies)
         finally:
             if alone:
                 torch.set_num_threads(threads)
-        return Pending(plan, result, time.perf_counter() - start)
+        return self._launched(Pending(plan, result, time.perf_counter() - start, members=limits.members))
 
     def collect(self, pending: Pending) -> StepResult:
         """Wait for a launched step and read its samples. Collect steps in the order of their launch."""
         plan, result, seconds = pending.plan, pending.result, pending.seconds
+        if pending.members:
+            self._matchers.read_through(pending.members)
         if pending.buffers is not None:
             seconds = pending.buffers.wait()
             count = len(plan.targets) // 4
-            outputs = pending.buffers.outputs[: 3 * pending.padded].view(3, -1)[:, :count].numpy()
-            result = StepResult(outputs[0].astype(np.int32).tobytes(), outputs[1].tobytes(), outputs[2].tobytes())
+            outputs = pending.buffers.outputs[: 4 * pending.padded].view(4, -1)[:, :count].numpy()
+            logprobs = (row.tobytes() for row in outputs[1 : 4 if pending.members else 3])
+            result = StepResult(outputs[0].astype(np.int32).tobytes(), *logprobs)
             self._idle.append(pending.buffers)
         assert result is not None
         kind = "decode" if plan.is_decode else "prefill"
@@ -219,6 +234,18 @@ class Runner:
         self.statistics[f"{kind}_tokens"] += len(plan.tokens or plan.req_indices) // 4
         self.statistics["steps"] += 1
         return result
+
+    def _limits(self, plan: StepPlan) -> Limits:
+        """What may be sampled. Call this after the forward pass was enqueued: the device runs it meanwhile."""
+        if not (plan.constrained or self._matchers.rows):
+            return Limits(plan.suppressed)
+        entries = None if plan.is_decode else plan.constrained
+        return self._matchers.limits(int32(plan.targets).tolist(), entries, plan.suppressed)
+
+    def _launched(self, pending: Pending) -> Pending:
+        if pending.members:
+            self._matchers.expect(pending.members, pending.tokens)
+        return pending
 
     def prepare(self) -> None:
         """Record the largest decode step, which compiles the layers and allocates the memory that all graphs share.
@@ -255,22 +282,23 @@ class Runner:
         buffers = self._idle.pop() if self._idle else StepBuffers(len(self._block_table), self.model.device)
         sampling = unpack_sampling(plan.sampling)
         if self._continues(plan, state):
-            padded = self._decode(plan, state, buffers, changes)
+            padded, limits = self._decode(plan, state, buffers, changes)
         else:
             padded = sampling.shape[1]
             buffers.start()
             state.change_table(changes)
             hidden = self._forward(plan)
+            limits = self._limits(plan)
             if padded:
                 state.load(buffers, padded, int32(plan.targets), sampling=sampling)
                 self.model.logits(hidden, out=state.logits[:padded])
-                with state.suppressing(padded, plan.suppressed):
+                with state.limiting(padded, limits):
                     state.sample(padded, int(sampling[KIND].max()))
         if plan.copies:
             self._copy_blocks(plan.copies)
         state.read(buffers, padded)
         buffers.stop()
-        return Pending(plan, buffers=buffers, padded=padded)
+        return self._launched(Pending(plan, buffers=buffers, padded=padded, members=limits.members))
 
     def _continues(self, plan: StepPlan, state: DeviceState) -> bool:
         """Whether each sequence has one new token and one sample of its own, the step that the graphs are made for."""
@@ -278,8 +306,10 @@ class Runner:
         places = np.arange(len(plan.req_indices) // 4)
         return own and bool((int32(plan.sampled) == places).all()) and state.holds(int32(plan.contexts))
 
-    def _decode(self, plan: StepPlan, state: DeviceState, buffers: StepBuffers, changes: NDArray[np.int32]) -> int:
-        """Enqueue a decode step. Returns the number of rows it was padded to."""
+    def _decode(
+        self, plan: StepPlan, state: DeviceState, buffers: StepBuffers, changes: NDArray[np.int32]
+    ) -> tuple[int, Limits]:
+        """Enqueue a decode step. Returns the number of rows it was padded to, and what they might sample."""
         req_indices, sampling, graphs = int32(plan.req_indices), unpack_sampling(plan.sampling), self._graphs
         bucket = self._buckets[bisect_left(self._buckets, len(req_indices))]
         kind = int(sampling[KIND].max())
@@ -293,12 +323,13 @@ class Runner:
             state.forward(self.model, bucket)
         else:
             graphs.run(_FORWARD, bucket, lambda: state.forward(self.model, bucket))
-        with state.suppressing(bucket, plan.suppressed):
+        limits = self._limits(plan)
+        with state.limiting(bucket, limits):
             if graphs is None:
                 state.sample(bucket, kind)
             else:
                 graphs.run(_SAMPLE[kind], bucket, lambda: state.sample(bucket, kind))
-        return bucket
+        return bucket, limits
 
     def _record(self, state: DeviceState, graphs: DecodeGraphs, buffers: StepBuffers, bucket: int, kind: int) -> None:
         """Record the missing graphs for a step of this bucket, on padding rows."""
@@ -347,24 +378,19 @@ class Runner:
     def _copy_blocks(self, copies: bytes) -> None:
         self.cache.copy_blocks(*put(int32(copies).reshape(-1, 2).T.astype(np.int64), self.model.device))
 
-    def _sample(self, plan: StepPlan, hidden: Tensor) -> StepResult:
+    def _sample(self, plan: StepPlan, hidden: Tensor, limits: Limits) -> StepResult:
         """Sample a token for each row of `hidden` `[N, d]`, in chunks whose logits fit into `LOGITS_AT_ONCE`."""
-        model, sampling, suppressed = self.model, unpack_sampling(plan.sampling), plan.suppressed
+        model, sampling = self.model, unpack_sampling(plan.sampling)
         parts, step = [], max(1, LOGITS_AT_ONCE // model.vocab_size)
         for start in range(0, len(hidden), step):
             rows = slice(start, start + step)
-            if plan.suppressed:
-                suppressed = {row - start: ids for row, ids in plan.suppressed.items() if start <= row < start + step}
-            if model.deterministic:
-                parts.append(sample_alone(model, hidden[rows], sampling[:, rows], suppressed, self._tokenless))
-            else:
-                parts.append(sample(model.logits(hidden[rows]), sampling[:, rows], suppressed, self._tokenless))
+            part = limits if len(hidden) <= step else limits.of(start, start + step)
+            parts.append(draw(model, hidden[rows], sampling[:, rows], part, self._tokenless))
         if not parts:
             return StepResult(b"", b"", b"")
-        tokens, logprobs, sampled_logprobs = map(torch.cat, zip(*parts, strict=True))
+        tokens, *logprobs = map(torch.cat, zip(*parts, strict=True))
         self._last[put(int32(plan.targets).astype(np.int64), model.device)] = tokens
         return StepResult(
             tokens.to("cpu", torch.int32).numpy().tobytes(),
-            logprobs.to("cpu", torch.float64).numpy().tobytes(),
-            sampled_logprobs.to("cpu", torch.float64).numpy().tobytes(),
+            *(values.to("cpu", torch.float64).numpy().tobytes() for values in logprobs[: 3 if limits.members else 2]),
         )

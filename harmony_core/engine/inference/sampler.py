@@ -7,6 +7,7 @@ rounded up to whole chunks, with probability 0 beyond V.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,6 +29,7 @@ from harmony_core.engine.inference.step import (
 )
 from harmony_core.engine.models.heads import token_logprobs
 from harmony_core.engine.models.model import CausalLM
+from harmony_core.grammar import Limits, Mask
 
 CHUNK = 256
 """Ids per chunk: the id is searched in the sums of chunks first, then within its chunk."""
@@ -95,6 +97,63 @@ def _sample_alike(
     heated = bool((parameters[TEMPERATURE] != 1).any())
     ranked = bool(((parameters[TOP_K] > 0) | (parameters[TOP_P] < 1)).any())
     return _draw(logits, settings, work, heated=heated, filtered=parameters[KIND, 0] == FILTERED, ranked=ranked)
+
+
+def draw(
+    model: CausalLM,
+    hidden: Tensor,
+    parameters: SamplingParameters,
+    limits: Limits,
+    tokenless: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """Sample a token for each row of `hidden` `[N, d]`. Returns a `Sampled` and the log-probs of `Masking`, `[N]`."""
+    if model.deterministic:
+        return _sample_alone(model, hidden, parameters, limits, tokenless)
+    logits = model.logits(hidden)
+    masking = Masking(logits, limits.allowed) if limits.allowed else None
+    sampled = sample(logits, parameters, limits.suppressed, tokenless)
+    if masking is None:
+        return *sampled, sampled.logprobs
+    numbers = torch.stack([sampled.tokens, sampled.logprobs, sampled.sampled_logprobs, sampled.logprobs]).double()
+    masking.record(numbers)
+    return sampled.tokens, *numbers[1:]
+
+
+class Masking:
+    """Removes all but the `allowed` tokens of constrained rows from `logits` `[N, V]`, in place."""
+
+    def __init__(self, logits: Tensor, allowed: Mapping[int, Mask]) -> None:
+        self._logits = logits
+        self._rows = put(np.array(list(allowed), dtype=np.int64), logits.device)
+        part = logits[self._rows]
+        self._total = _total(part)
+        part.masked_fill_(_forbidden(np.stack(list(allowed.values())), part), float("-inf"))
+        self._masked_total = _total(part)
+        logits[self._rows] = part
+
+    def record(self, numbers: Tensor) -> None:
+        """Given the tokens in row 0 of `numbers` `[4, N]`, set their log-probs at temperature 1: the raw ones, which
+        ignore the mask, in row 1, and those over the allowed tokens in row 3."""
+        rows = self._rows
+        chosen = self._logits[rows, numbers[0, rows].long()].double()
+        numbers[1, rows] = (chosen - self._total).to(numbers.dtype)
+        numbers[3, rows] = (chosen - self._masked_total).to(numbers.dtype)
+
+
+def _total(logits: Tensor) -> Tensor:
+    """The log of the sum of exponentials, `[N]` float64."""
+    best = logits.amax(-1, keepdim=True)
+    return best[:, 0].double() + (logits - best).exp_().sum(-1, dtype=torch.float64).log()
+
+
+def _forbidden(masks: NDArray[np.int32], like: Tensor) -> Tensor:
+    """Where `masks` `[R, words]` forbid a token, `[R, V]` bool."""
+    size = like.shape[-1]
+    if like.is_cpu:
+        bits = np.unpackbits(~masks.view(np.uint8), axis=1, count=size, bitorder="little")
+        return torch.from_numpy(bits.view(np.bool_))
+    words, places = put(masks, like.device), torch.arange(32, dtype=torch.int32, device=like.device)
+    return ((words[:, :, None] >> places) & 1).flatten(1)[:, :size] == 0
 
 
 def sample_on_device(logits: Tensor, settings: Tensor, kind: int) -> Sampled:
@@ -231,15 +290,16 @@ def _descending(values: Tensor) -> Tensor:
     return values.sort(dim=-1, descending=True).values
 
 
-def sample_alone(
+def _sample_alone(
     model: CausalLM,
     hidden: Tensor,
     parameters: SamplingParameters,
-    suppressed: dict[int, list[int]],
-    tokenless: Tensor | None = None,
-) -> Sampled:
-    """As `sample(model.logits(hidden), ...)`, with bits that depend on a row's own `hidden` only; `hidden` `[N, d]`."""
-    logits = model.logits(hidden)
+    limits: Limits,
+    tokenless: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """As `draw`, with bits that depend on a row's own `hidden` only."""
+    logits, suppressed, allowed = model.logits(hidden), limits.suppressed, limits.allowed
+    maskings = {i: Masking(logits[i : i + 1], {0: mask}) for i, mask in allowed.items()}
     rows = [
         sample(logits[i : i + 1], parameters[:, i : i + 1], {0: suppressed[i]} if i in suppressed else None, tokenless)
         for i in range(len(logits))
@@ -247,6 +307,9 @@ def sample_alone(
     tokens, _, processed = map(torch.cat, zip(*rows, strict=True))
     logprobs = token_logprobs(model, hidden, tokens)
     raw = (parameters[KIND] == PLAIN) & (parameters[TEMPERATURE] == 1) & (tokenless is None)
-    raw[list(suppressed)] = False
+    raw[[*suppressed, *allowed]] = False
+    masked = torch.stack([tokens, logprobs, processed, logprobs]).double()
+    for i, masking in maskings.items():
+        masking.record(masked[:, i : i + 1])
     # Rows sampled from the raw distribution get the same number for both, not two that differ in the last bit.
-    return Sampled(tokens, logprobs, torch.where(torch.from_numpy(raw), logprobs, processed))
+    return tokens, logprobs, torch.where(torch.from_numpy(raw), logprobs, processed), masked[3]

@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
-from collections.abc import Sequence as Items
+from collections.abc import Callable, Sequence as Items
 from dataclasses import asdict
 
 import numpy as np
@@ -149,12 +148,13 @@ class Scheduler:
         self._notice_version()
         tokens = int32(result.tokens)
         logprobs, sampled_logprobs = float64(result.logprobs), float64(result.sampled_logprobs)
+        masked_logprobs = float64(result.masked_logprobs or bytes(len(result.logprobs)))
         alive = self._table.ticket[flight.targets] == flight.target_tickets
         sound = np.isfinite(logprobs) & np.isfinite(sampled_logprobs)
         finished = []
         for place in np.flatnonzero(alive & ~sound).tolist():
             sequence = self._table.tenant(int(flight.targets[place]))
-            finished.append(Finished(sequence.id, None, _not_a_number(sequence.id, int(flight.contexts[place]))))
+            finished.append(Finished(sequence.id, None, _not_a_number(sequence, int(flight.contexts[place]))))
             self._leave(sequence)
         alive &= sound
         if flight.prefills:
@@ -165,7 +165,9 @@ class Scheduler:
         if not alive.all():
             req_indices, contexts, tokens = req_indices[alive], contexts[alive], tokens[alive]
             logprobs, sampled_logprobs = logprobs[alive], sampled_logprobs[alive]
-        stopped, full = self._table.record(req_indices, contexts, tokens, (logprobs, sampled_logprobs), plan.version)
+            masked_logprobs = masked_logprobs[alive]
+        values = logprobs, sampled_logprobs, masked_logprobs
+        stopped, full = self._table.record(req_indices, contexts, tokens, values, plan.version)
         self._statistics.generated_tokens += len(req_indices)
         for place in np.flatnonzero(stopped | full).tolist():
             sequence = self._table.tenant(int(req_indices[place]))
@@ -302,10 +304,12 @@ class Scheduler:
         self._admission.left(sequence)
 
 
-def _not_a_number(request: int, position: int) -> EngineError:
-    return EngineError(
-        f"request {request}: the model's output for position {position} is not a number",
-        hint="the weights hold NaN or infinite values, or the activations overflow: look at the last training steps",
-        request=request,
-        position=position,
-    )
+def _not_a_number(sequence: Sequence, position: int) -> EngineError:
+    problem = f"the model's output for position {position} is not a number"
+    hint = "the weights hold NaN or infinite values, or the activations overflow: look at the last training steps"
+    if sequence.sampling.constraint is not None:
+        problem = (
+            f"the {sequence.sampling.constraint.kind} constraint allows no token at position {position}, or {problem}"
+        )
+        hint = f"the tokenizer lacks a character, or the grammar is too large: try a simpler one; otherwise {hint}"
+    return EngineError(f"request {sequence.id}: {problem}", hint=hint, request=sequence.id, position=position)

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harmony_core.errors import HarmonyError
+from harmony_core.grammar import Entry
 from harmony_core.rpc.protocol import Generated, Sampling
 
 TOKEN_BYTES = 4
@@ -63,6 +64,8 @@ class StepPlan(msgspec.Struct, frozen=True):
     """Place in `sampled` -> token ids that must not be sampled there."""
     version: int
     """Policy version of the weights this step runs with."""
+    constrained: dict[int, Entry] = {}
+    """Row of the batch tables -> the constraint of the sequence that samples there for the first time."""
 
     @property
     def is_decode(self) -> bool:
@@ -82,6 +85,9 @@ class StepResult(msgspec.Struct, frozen=True):
     """float64 `[N]`, of the raw distribution (temperature 1)."""
     sampled_logprobs: bytes
     """float64 `[N]`, of the processed distribution, from which the token was sampled."""
+    masked_logprobs: bytes = b""
+    """float64 `[N]`, at temperature 1 over the tokens that the constraint allows; meaningless without a constraint, and
+    empty if no sample has one."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import torch
 
 import tiny_models
 from harmony_core.engine.models import heads
+from harmony_core.engine.models.allowed import AllowedTokens
 from harmony_core.engine.models.heads import DeviceScorer, linear_logprob_loss, token_logprobs
 from harmony_core.engine.models.loading import load_model
 from harmony_core.engine.models.parallel import TensorParallel
@@ -50,21 +51,28 @@ def test_statistics_and_gradient(width: int) -> None:
     torch.testing.assert_close(gradient.double(), wanted, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_head_by_kernels_is_the_head(dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_head_by_kernels_is_the_head(
+    dtype: torch.dtype, masked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = load_model(tiny_models.build(tmp_path), TensorParallel.single(), torch.device("cpu"), dtype)
     weight = model.trainable_parameters(None)["lm_head.weight"]
     hidden = torch.randn(23, 32).to(dtype)
     targets, coefficients = torch.randint(0, 67, (23,)), torch.randn(23)
+    masks = torch.randint(0, 256, (24, 9), dtype=torch.uint8)
+    masks[0] = 255
+    allowed = AllowedTokens(torch.where(targets % 3 == 0, 0, torch.arange(1, 24)), masks) if masked else None
+    masks[range(1, 24), targets // 8] |= (1 << targets % 8).to(torch.uint8)
     found = []
     for kernels in (False, True):
         if kernels:
             monkeypatch.setattr(heads, "make_scorer", lambda m, *_: DeviceScorer(m, 4, 16))
         leaf, into = hidden.clone().requires_grad_(), torch.zeros(weight.shape)
-        loss, logprobs = linear_logprob_loss(model, leaf, targets, coefficients, into=into)
+        loss, logprobs = linear_logprob_loss(model, leaf, targets, coefficients, into=into, allowed=allowed)
         loss.backward()
         assert leaf.grad is not None
-        assert torch.equal(token_logprobs(model, hidden, targets), logprobs)
+        assert torch.equal(token_logprobs(model, hidden, targets, allowed=allowed), logprobs)
         found.append((logprobs, leaf.grad.float(), into))
     # In half precision the logits of the plain path are rounded, and the gradients of the kernels'.
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2

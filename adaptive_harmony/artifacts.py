@@ -1,0 +1,3 @@
+"""What a run leaves."""
+
+from harmony_client.artifacts import *

@@ -1,0 +1,3 @@
+"""Environments."""
+
+from adaptive_harmony.environment.environment import *

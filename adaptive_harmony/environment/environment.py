@@ -1,0 +1,3 @@
+"""Environments, and the histories of their trajectories."""
+
+from harmony_core.environments import *

@@ -1,0 +1,3 @@
+"""Pass or fail."""
+
+from adaptive_harmony.graders.binary_judge.binary_judge import *

@@ -1,0 +1,3 @@
+"""Several graders as one."""
+
+from harmony_core.graders import CombinedGrader as CombinedGrader

@@ -1,0 +1,3 @@
+"""Whether documents help with the question."""
+
+from adaptive_harmony.graders.context_relevancy_judge.context_relevancy_judge import *

@@ -1,0 +1,6 @@
+"""Whether documents help with the question."""
+
+from harmony_core.graders import (
+    ContextRelevancyGrader as ContextRelevancyGrader,
+    DocumentRelevancyResult as DocumentRelevancyResult,
+)

@@ -1,0 +1,3 @@
+"""Grades of a server."""
+
+from harmony_core.graders import RewardServerGrader as RewardServerGrader

@@ -1,0 +1,3 @@
+"""Files."""
+
+from harmony_core.artifacts import CustomArtifact as CustomArtifact

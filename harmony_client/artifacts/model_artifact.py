@@ -1,0 +1,3 @@
+"""Models."""
+
+from harmony_core.artifacts import ModelArtifact as ModelArtifact

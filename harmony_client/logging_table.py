@@ -1,0 +1,3 @@
+"""Tables as metrics."""
+
+from harmony_core.loggers.base import Table as Table

@@ -1,0 +1,3 @@
+"""The configuration."""
+
+from harmony_core.recipe import InputConfig as InputConfig

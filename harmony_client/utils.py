@@ -1,0 +1,3 @@
+"""Identifiers."""
+
+from harmony_core.recipe.platform import uuid_v7 as uuid_v7
