@@ -7,6 +7,7 @@ when the job ends, the file is flushed to disk and moved to its place in one ste
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Awaitable, Callable, Sequence
@@ -14,10 +15,12 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Self
 from uuid import uuid4
 
 from harmony_core.data.samples import (
+    ROWS,
     AdaptiveDatasetKind,
     DatasetMetricSample,
     DatasetPreferenceSample,
@@ -28,10 +31,16 @@ from harmony_core.data.samples import (
     TurnTuple,
 )
 from harmony_core.errors import UsageError, storing
-from harmony_core.graders.evaluation import EvalSample, EvaluationArtifactBase, Scores, compare_models, scores_of
+from harmony_core.graders.evaluation import (
+    EvalSample,
+    EvaluationArtifactBase,
+    evaluation_tables,
+    scores_of,
+    shown_grade,
+)
 from harmony_core.journal import current
 from harmony_core.notifiers import JobNotifier, say
-from harmony_core.plain_files import expanded, fsync_path, plain, size_of, write_json, write_text
+from harmony_core.plain_files import expanded, fsync_path, plain
 from harmony_core.text.image_utils import string_thread_to_html_string
 from harmony_core.text.threads import StringThread
 from harmony_core.text.turns import Text
@@ -69,25 +78,21 @@ class BaseArtifact:
     ) -> None:
         self.ctx, self.id, self.name, self.kind = ctx, id, name, kind
         self.processing_mode, self.metadata = processing_mode, metadata
-        self._place = None if file_path is None else self._checked(file_path)
         self._finalized = False
+        self._folder = Path(os.path.realpath(ctx.job.artifacts_dir or ""))
+        self._place = None if file_path is None else Path(os.path.realpath(self._folder / file_path))
         if self._place is None:
-            self.finalize()
-            return
+            return self.finalize()
+        place, folder = self._place, self._folder
+        if not file_path or not place.is_relative_to(folder) or place == folder or PARTIAL in place.parts:
+            raise UsageError(
+                f"artifact {name!r}: {file_path!r} is not a file below {folder}",
+                hint="give its name there, such as 'table.csv'; copy_from() takes a file from elsewhere",
+            )
         with storing(f"cannot write artifact {name!r}"):
             self.file_path.parent.mkdir(parents=True, exist_ok=True)
             self.file_path.touch()
         ctx.job.add_pending_artifact(self, str(self.file_path))
-
-    def _checked(self, file: str) -> Path:
-        folder = Path(os.path.realpath(self.ctx.artifacts_dir))
-        place = Path(os.path.realpath(folder / file))
-        if not file or not place.is_relative_to(folder) or place == folder or PARTIAL in place.parts:
-            raise UsageError(
-                f"artifact {self.name!r}: {file!r} is not a file below {folder}",
-                hint="give its name there, such as 'table.csv'; copy_from() takes a file from elsewhere",
-            )
-        return place
 
     @property
     def file_path(self) -> Path:
@@ -97,10 +102,8 @@ class BaseArtifact:
         """
         if self._place is None:
             raise ValueError(f"artifact {self.name!r} has no file")
-        if self._place.exists():
-            return self._place
-        folder = Path(os.path.realpath(self.ctx.artifacts_dir))
-        return folder / PARTIAL / self._place.relative_to(folder)
+        hidden = self._folder / PARTIAL / self._place.relative_to(self._folder)
+        return self._place if self._place.exists() else hidden
 
     def finalize(self) -> None:
         """Publish the file and register the artifact now; a second call has no effect. Raises ResourceError."""
@@ -118,9 +121,16 @@ class BaseArtifact:
         self._finalized = True
 
     def record(self) -> dict[str, Any]:
-        """The artifact's entry in the run's record."""
-        size = self._place.stat().st_size if self._place is not None else None
-        return _entry(self.ctx.job.directory, self.id, self.name, self.kind, self._place, size, self.metadata)
+        """The artifact's entry in the run's record; the path is relative to the run's directory if it is below it."""
+        place, root = self._place, Path(os.path.realpath(self.ctx.job.directory or ""))
+        shown = place.relative_to(root) if place is not None and place.is_relative_to(root) else place
+        entry = {"id": self.id, "name": self.name, "kind": self.kind, "path": None if shown is None else str(shown)}
+        size = None if place is None else place.stat().st_size
+        return entry | {"bytes": size, "metadata": plain(self.metadata), "tables": self._tables()}
+
+    def _tables(self) -> dict[str, Any]:
+        """Tables for the report by title."""
+        return {}
 
     def _write(self, content: str | bytes, mode: str) -> None:
         data, path = content.encode() if isinstance(content, str) else content, self.file_path
@@ -204,15 +214,20 @@ class _Lines(BaseArtifact):
 
 
 class EvaluationArtifact(_Lines):
-    """Answers with their grades, `eval_samples_<id>.jsonl`; the report shows means and samples."""
+    """Answers with their grades, `eval_samples_<id>.jsonl`; the report shows means, differences and some answers."""
 
     def __init__(self, name: str, ctx: RecipeContext) -> None:
+        self._samples: list[EvalSample] = []
         super().__init__(name, ctx, EvaluationArtifactBase.kind, "eval_samples")
 
     def add_samples(self, samples: Sequence[EvalSample]) -> Self:
         """Append samples. Raises ValueError for an empty list."""
-        base = EvaluationArtifactBase(self.name, str(self.file_path), self.id)
-        return self._add(base.samples_to_adaptive_json(samples))
+        self._add(EvaluationArtifactBase(self.name, "", self.id).samples_to_adaptive_json(samples))
+        self._samples += samples
+        return self
+
+    def _tables(self) -> dict[str, Any]:
+        return evaluation_tables(self._samples)
 
 
 class DatasetArtifact(_Lines):
@@ -220,13 +235,6 @@ class DatasetArtifact(_Lines):
 
     All methods raise TypeError for rows of another kind, and ValueError for an empty list.
     """
-
-    _ROWS: ClassVar[dict[AdaptiveDatasetKind, type[DatasetPromptSample]]] = {
-        AdaptiveDatasetKind.Prompt: DatasetPromptSample,
-        AdaptiveDatasetKind.Completion: DatasetSample,
-        AdaptiveDatasetKind.Metric: DatasetMetricSample,
-        AdaptiveDatasetKind.Preference: DatasetPreferenceSample,
-    }
 
     def __init__(self, name: str, ctx: RecipeContext, kind: AdaptiveDatasetKind = AdaptiveDatasetKind.Mixed) -> None:
         self.dataset_kind = AdaptiveDatasetKind(kind)
@@ -239,7 +247,7 @@ class DatasetArtifact(_Lines):
 
     def add_samples(self, samples: Sequence[DatasetSampleType]) -> Self:
         """Append rows of the artifact's kind; of any kind if it is Mixed."""
-        return self._rows(samples, *self._ROWS.values())
+        return self._rows(samples, *ROWS.values())
 
     def add_prompt_items(self, items: Sequence[DatasetPromptSample]) -> Self:
         """Append prompts."""
@@ -258,12 +266,11 @@ class DatasetArtifact(_Lines):
         return self._rows(items, DatasetPreferenceSample)
 
     def _rows(self, items: Sequence[DatasetPromptSample], *allowed: type[DatasetPromptSample]) -> Self:
-        own = self._ROWS.get(self.dataset_kind)
+        kind = self.dataset_kind
         for item in items:
             # A subclass has further fields, which the kind does not.
-            if type(item) not in allowed or own not in (None, type(item)):
-                kind = self.dataset_kind.name
-                raise TypeError(f"artifact {self.name!r} of kind {kind} does not take {type(item).__name__} here")
+            if type(item) not in allowed or kind not in ("MIXED", item.KIND):
+                raise TypeError(f"artifact {self.name!r} of kind {kind.name} does not take {type(item).__name__} here")
         return self._add([item.model_dump_json() for item in items])
 
     def add_samples_from_thread(self, threads: Sequence[StringThread]) -> Self:
@@ -291,16 +298,6 @@ class DatasetArtifact(_Lines):
         return DatasetSample(completion=TurnTuple("assistant", last.text) if plain_text else turns[-1], **common)
 
 
-def _entry(
-    directory: Path | None, id: str, name: str, kind: str, path: Path | None, size: int | None, metadata: dict[str, Any]
-) -> dict[str, Any]:
-    """An artifact in the run's record; its path is relative to the run's directory if it is below it."""
-    root = Path(os.path.realpath(directory)) if directory is not None else None
-    below = path is not None and root is not None and path.is_relative_to(root)
-    shown = None if path is None else str(path.relative_to(root) if below and root else path)
-    return {"id": id, "name": name, "kind": kind, "path": shown, "bytes": size, "metadata": plain(metadata)}
-
-
 def log_eval_result(eval_samples: Sequence[EvalSample], job: JobNotifier | None = None) -> None:
     """Print the mean score of each model by each grader, and write the scores and samples among the job's artifacts.
 
@@ -313,59 +310,31 @@ def log_eval_result(eval_samples: Sequence[EvalSample], job: JobNotifier | None 
     if not eval_samples or job is None or job.artifacts_dir is None:
         what = "there are no samples" if not eval_samples else "there is no run to keep the results in"
         raise UsageError(f"log_eval_result: {what}", hint="ctx.log_eval_result(samples) in a recipe or a session")
+    for found in [*evaluation_tables(eval_samples).values()][:-1]:
+        lines = [found["headers"], *found["rows"]]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        for row in lines:
+            say("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     scores = scores_of(eval_samples)
-    for line in _score_lines(scores):
-        say(line)
-    for difference in compare_models(eval_samples):
-        say(f"{difference}, 95 % interval")
+    prompts, graders = {sample.prompt for sample in eval_samples}, list(next(iter(scores.values())))
+    about = {"total_samples": len(eval_samples), "unique_prompts": len(prompts), "models": list(scores)}
     means = {
         model: {grader: None if found.mean is None else round(found.mean, 3) for grader, found in row.items()}
         for model, row in scores.items()
     }
-    about = {
-        "total_samples": len(eval_samples),
-        "unique_prompts": len({sample.prompt for sample in eval_samples}),
-        "models": list(scores),
-        "graders": list(next(iter(scores.values()))),
+    page = ['<!doctype html><meta charset="utf-8">']
+    for sample in eval_samples:
+        page.append(f"<h3>{escape(sample.model)}</h3><p>{escape('; '.join(map(shown_grade, sample.grades)))}</p>")
+        page.append(string_thread_to_html_string(sample.interaction.thread))
+    files = {
+        "aggregate_scores.json": json.dumps(means, indent=2, ensure_ascii=False),
+        "metadata.json": json.dumps(about | {"graders": graders}, indent=2, ensure_ascii=False),
+        "evaluation_samples.html": "\n".join(page),
     }
-    folder = Path(os.path.realpath(job.artifacts_dir))
-    place = folder / "adaptive_eval_samples" / datetime.now(UTC).isoformat().replace(":", "-")
-    partial = folder / PARTIAL / place.name
-    with storing(f"cannot write {place}"):
-        for directory in (partial, place.parent):
-            directory.mkdir(parents=True, exist_ok=True)
-        write_json(partial / "aggregate_scores.json", means)
-        write_json(partial / "metadata.json", about)
-        write_text(partial / "evaluation_samples.html", _samples_page(eval_samples), durable=True)
-        os.replace(partial, place)
-    entry = _entry(job.directory, str(uuid4()), "evaluation results", "custom", place, size_of(place), about)
-    job.list_artifact(entry)
-    say(f"evaluation results: {place}")
-
-
-def _score_lines(scores: dict[str, dict[str, Scores]]) -> list[str]:
-    """The table of means; the best one of each grader has an asterisk."""
-    graders = list(next(iter(scores.values())))
-    best = {g: max((row[g].mean or 0.0 for row in scores.values() if row[g].values), default=0.0) for g in graders}
-    rows = [["model", *graders]]
-    for model, row in scores.items():
-        cells = [model or "-"]
-        for grader, (values, unscored) in row.items():
-            mean, marked = row[grader].mean, "*" if row[grader].mean == best[grader] and len(scores) > 1 else ""
-            told = f" ({unscored} unscored)" if unscored and values else ""
-            cells.append("all failed" if mean is None else f"{mean:.3f}{marked}{told}")
-        rows.append(cells)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-
-
-def _samples_page(samples: Sequence[EvalSample]) -> str:
-    """All samples as one page of HTML that loads nothing."""
-    parts = ['<!doctype html><meta charset="utf-8"><title>Evaluation samples</title>']
-    for sample in samples:
-        grades = "; ".join(
-            f"{g.grader_key}: {g.value:g}{f' ({g.reasoning})' if g.reasoning else ''}" for g in sample.grades
-        )
-        parts.append(f"<h3>{escape(sample.model)}</h3><p>{escape(grades)}</p>")
-        parts.append(string_thread_to_html_string(sample.interaction.thread))
-    return "\n".join(parts) + "\n"
+    ctx: Any = SimpleNamespace(job=job)  # artifacts use nothing else of it, and the job has no context
+    folder = f"adaptive_eval_samples/{datetime.now(UTC).isoformat().replace(':', '-')}"
+    for name, text in files.items():
+        artifact = CustomArtifact(name, ctx, file=f"{folder}/{name}")
+        artifact.write(text + "\n")
+        artifact.finalize()
+    say(f"evaluation results: {job.artifacts_dir / folder}")

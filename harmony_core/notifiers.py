@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
 if TYPE_CHECKING:
+    from harmony_core.artifacts import BaseArtifact
     from harmony_core.runs.resuming import RunCheckpoints
 
 logger = logging.getLogger(__name__)
@@ -34,24 +35,10 @@ class EventWriter(Protocol):
         """Write one event."""
 
 
-class Artifact(Protocol):
-    """What a notifier asks of an artifact."""
-
-    @property
-    def id(self) -> str:
-        """Its identifier."""
-
-    def publish(self) -> None:
-        """Make its file durable and move it to its place."""
-
-    def record(self) -> dict[str, Any]:
-        """Its entry in the run's record."""
-
-
 class PendingArtifact(NamedTuple):
     """An artifact that is finalised when the job ends, and its file until then."""
 
-    artifact: Artifact
+    artifact: BaseArtifact
     file_path: str
 
 
@@ -197,15 +184,11 @@ class JobNotifier:
             "checkpoint", id=checkpoint_id, step=step, percent=completion_percentage, models=models, stage=stage_name
         )
 
-    def register_artifact(self, artifact: Artifact, session_id: str | None = None) -> None:
+    def register_artifact(self, artifact: BaseArtifact, session_id: str | None = None) -> None:
         """Write an artifact into the run's record: from now on it is listed."""
-        self.list_artifact(artifact.record())
+        self._event("artifact", **artifact.record())
 
-    def list_artifact(self, entry: dict[str, Any]) -> None:
-        """Write the entry of an artifact into the run's record."""
-        self._event("artifact", **entry)
-
-    def add_pending_artifact(self, artifact: Artifact, file_path: str) -> None:
+    def add_pending_artifact(self, artifact: BaseArtifact, file_path: str) -> None:
         """Finalise the artifact when the job ends, also after a failure."""
         self._pending[artifact.id] = PendingArtifact(artifact, file_path)
 
@@ -213,7 +196,7 @@ class JobNotifier:
         """Forget a pending artifact; it is not listed."""
         self._pending.pop(artifact_id, None)
 
-    def finalize_artifact(self, artifact: Artifact, file_path: str) -> None:
+    def finalize_artifact(self, artifact: BaseArtifact, file_path: str) -> None:
         """Publish the artifact's file and register it. Raises ResourceError."""
         artifact.publish()
         self.remove_pending_artifact(artifact.id)

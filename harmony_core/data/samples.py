@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from enum import StrEnum
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 from uuid import UUID, uuid4
 
 from pydantic import BaseModel, Field
@@ -41,6 +41,7 @@ class TurnTuple(NamedTuple):
 class DatasetPromptSample(BaseModel):
     """A conversation to be answered."""
 
+    KIND: ClassVar = AdaptiveDatasetKind.Prompt
     prompt: list[TurnTuple]
     metadata: SampleMetadata = Field(default_factory=SampleMetadata)
     chat_template_kwargs: dict[str, Any] | None = Field(default=None, exclude_if=lambda value: value is None)
@@ -50,18 +51,21 @@ class DatasetPromptSample(BaseModel):
 class DatasetSample(DatasetPromptSample):
     """A conversation and its answer."""
 
+    KIND: ClassVar = AdaptiveDatasetKind.Completion
     completion: TurnTuple
 
 
 class DatasetMetricSample(DatasetSample):
     """An answer with feedback values."""
 
+    KIND: ClassVar = AdaptiveDatasetKind.Metric
     metrics: dict[str, float]
 
 
 class DatasetPreferenceSample(DatasetPromptSample):
     """A better and a worse answer."""
 
+    KIND: ClassVar = AdaptiveDatasetKind.Preference
     good_completion: TurnTuple
     bad_completion: TurnTuple
     metric: str = "preference"

@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any, NamedTuple
 from uuid import uuid4
 
@@ -18,6 +19,8 @@ from harmony_core.plain_files import plain
 from harmony_core.text.threads import StringThread
 
 SCHEME = "model_registry://"
+MAX_ROWS, MAX_CELL = 50, 2000
+"""Answers that the report shows of an evaluation, and characters of one of its cells."""
 
 
 @dataclass
@@ -129,10 +132,12 @@ class Difference(NamedTuple):
     high: float
     prompts: int
 
-    def __str__(self) -> str:
-        told = f"= {self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}] over {self.prompts} prompts"
-        told = told if self.prompts else "is not known: no prompt has a score of both"
-        return f"{self.grader}: {self.model} - {self.baseline} {told}"
+    @property
+    def cells(self) -> list[str]:
+        """The difference as a row of a table."""
+        interval = f"{self.low:+.3f} to {self.high:+.3f}" if self.prompts else "not known"
+        mean = f"{self.mean:+.3f}" if self.prompts else "-"
+        return [self.grader, f"{self.model} - {self.baseline}", mean, interval, str(self.prompts)]
 
 
 def compare_models(samples: Sequence[EvalSample], **bootstrap: Any) -> list[Difference]:
@@ -172,3 +177,46 @@ def paired_bootstrap(
     means = [differences[draw.integers(0, count, count)].mean() for _ in range(draws)]
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(differences.mean()), float(low), float(high)
+
+
+def shown_grade(grade: Grade) -> str:
+    """The grade in one line, with its reason."""
+    value = f"{grade.value:.5g}" if math.isfinite(grade.value) else "unscored"
+    return f"{grade.grader_key}: {value}{f': {grade.reasoning}' if grade.reasoning else ''}"
+
+
+def evaluation_tables(samples: Sequence[EvalSample]) -> dict[str, dict[str, list[Any]]]:
+    """Tables by title: the mean scores, the differences of models if there are several, and some answers.
+
+    A table has "headers" and "rows". The answers are at most MAX_ROWS, to the same prompts for each model.
+    """
+    scores = scores_of(samples)
+    graders = list(next(iter(scores.values()), {}))
+    best = {g: max((row[g].mean or 0.0 for row in scores.values() if row[g].values), default=0.0) for g in graders}
+    rows = []
+    for model, row in scores.items():
+        cells = []
+        for grader, (values, unscored) in row.items():
+            mean, several = row[grader].mean, len(scores) > 1
+            told = f"{mean:.3f}{'*' if mean == best[grader] and several else ''}" if mean is not None else "all failed"
+            cells.append(f"{told} ({unscored} unscored)" if unscored and values else told)
+        rows.append([model or "-", *cells])
+    tables: dict[str, dict[str, list[Any]]] = {"mean scores": {"headers": ["model", *graders], "rows": rows}}
+    if len(scores) > 1:
+        headers = ["grader", "models", "difference", "95 % interval", "prompts"]
+        tables["differences"] = {"headers": headers, "rows": [found.cells for found in compare_models(samples)]}
+    by_model = [[sample for sample in samples if sample.model == model] for model in scores]
+    chosen = [sample for place in zip_longest(*by_model) for sample in place if sample is not None][:MAX_ROWS]
+    rows = [_answer(sample) for sample in chosen]
+    tables[f"answers ({len(rows)} of {len(samples)})"] = {
+        "headers": ["prompt", "model", "completion", "grades"],
+        "rows": rows,
+    }
+    return tables
+
+
+def _answer(sample: EvalSample) -> list[str]:
+    thread = sample.interaction.thread
+    prompt = "\n".join(f"[{role}] {text}" for role, text in thread.messages())
+    grades = "\n".join(map(shown_grade, sample.grades))
+    return [text[:MAX_CELL] for text in (prompt, sample.model, thread.completion() or "", grades)]

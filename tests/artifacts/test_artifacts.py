@@ -281,12 +281,14 @@ def test_log_eval_result(home: Home, capsys: pytest.CaptureFixture[str]) -> None
     directory = asyncio.run(session())
     said = capsys.readouterr()
     assert said.out == "" and "b@1    1.000* (1 unscored)" in said.err
-    assert "exact: b@1 - a@1 = +0.333 [+0.000, +1.000] over 3 prompts, 95 % interval" in said.err
-    found, _, kept = find_run(home, directory.name).artifacts()
-    folder = directory / found["path"]
+    assert "exact b@1 - a@1 +0.333 +0.000 to +1.000 3" in " ".join(said.err.split())
+    *found, kept = find_run(home, directory.name).artifacts()
+    folder = (directory / found[0]["path"]).parent
+    names = ["aggregate_scores.json", "metadata.json", "evaluation_samples.html"]
+    assert [entry["name"] for entry in found] == names * 2 and folder.parent.name == "adaptive_eval_samples"
     assert json.loads((folder / "aggregate_scores.json").read_text()) == {"a@1": {"exact": 0.5}, "b@1": {"exact": 1.0}}
     about = {"total_samples": 8, "unique_prompts": 4, "models": ["a@1", "b@1"], "graders": ["exact"]}
-    assert json.loads((folder / "metadata.json").read_text()) == found["metadata"] == about
+    assert json.loads((folder / "metadata.json").read_text()) == about
     assert "2?" in (folder / "evaluation_samples.html").read_text() and kept["name"] == "kept"
 
 

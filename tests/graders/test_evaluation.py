@@ -15,6 +15,7 @@ from harmony_core.graders.evaluation import (
     EvalSampleInteraction,
     EvaluationArtifactBase,
     compare_models,
+    evaluation_tables,
     grade_or_reason,
     paired_bootstrap,
     scores_of,
@@ -77,12 +78,27 @@ def test_models_are_compared_on_the_prompts_that_both_have_scores_for() -> None:
     first, second = answers("a", 0, 1, 1, math.nan), answers("b", 1, math.nan, 1, 1)
     (found,) = compare_models(first + second)
     assert (found.model, found.baseline, found.grader, found.mean, found.prompts) == ("b", "a", "g", 0.5, 2)
-    assert str(found) == "g: b - a = +0.500 [+0.000, +1.000] over 2 prompts"
+    assert found.cells == ["g", "b - a", "+0.500", "+0.000 to +1.000", "2"]
     twice = first + answers("a", 1) + second
     assert compare_models(twice)[0].mean == 0.25, "two answers to one prompt count by their mean"
     assert compare_models(first) == []
     (nothing,) = compare_models(first + answers("b", math.nan))
-    assert nothing.prompts == 0 and math.isnan(nothing.mean) and "is not known" in str(nothing)
+    assert nothing.prompts == 0 and math.isnan(nothing.mean) and nothing.cells[3] == "not known"
+
+
+def test_tables() -> None:
+    first = answers("a", *[0.0, 1.0] * 30, prompts="".join(map(chr, range(48, 108))))
+    second = answers("b", *[math.nan] * 60, prompts="".join(map(chr, range(48, 108))))
+    second[0].grades = [Grade(1, "g", "x" * 3000)]
+    found = evaluation_tables(first + second)
+    assert found["mean scores"]["rows"] == [["a", "0.500"], ["b", "1.000* (59 unscored)"]]
+    assert found["differences"]["rows"] == [["g", "b - a", "+1.000", "+1.000 to +1.000", "1"]]
+    rows = found["answers (50 of 120)"]["rows"]
+    assert [row[1] for row in rows[:3]] == ["a", "b", "a"] and rows[0][0] == rows[1][0] == "[user] 0"
+    assert rows[1][3].startswith("g: 1: xxx") and len(rows[1][3]) == 2000 and rows[3][3] == "g: unscored"
+    assert list(evaluation_tables(first)) == ["mean scores", "answers (50 of 60)"]
+    assert evaluation_tables(answers("a", None, grader="g"))["mean scores"]["rows"] == [["a"]]
+    assert evaluation_tables(answers("a", math.nan))["mean scores"]["rows"] == [["a", "all failed"]]
 
 
 class Poisoned(BaseGrader[None]):

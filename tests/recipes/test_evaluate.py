@@ -55,7 +55,8 @@ def test_two_models_and_two_graders(folder: Path) -> None:
     assert found["result"]["graded"] in (2, 4) and found["result"]["answered"] == found["result"]["rows"] == 4
     (difference,) = [d for d in found["result"]["differences"] if d["grader"] == poisoned]
     assert (difference["mean"], difference["low"], difference["high"], difference["prompts"]) == (0.0, 0.0, 0.0, 2)
-    assert f"{poisoned}: twin - builtin:tiny-lm = +0.000 [+0.000, +0.000] over 2 prompts, 95 % interval" in done.stderr
+    row = next(line for line in done.stderr.splitlines() if line.startswith(poisoned))
+    assert row.split() == [poisoned, "twin", "-", "builtin:tiny-lm", "+0.000", "+0.000", "to", "+0.000", "2"]
     assert "0.500* (2 unscored)" in done.stderr
 
     shown = adaptive(folder, "runs", "show", found["run"])
@@ -65,12 +66,10 @@ def test_two_models_and_two_graders(folder: Path) -> None:
     samples = [json.loads(text) for text in file.read_text().splitlines()]
     assert len(samples) == 8 and file.parent.name == "artifacts"
     listed = json.loads(adaptive(folder, "runs", "show", found["run"], "--json").stdout)["artifacts"]
-    assert {(entry["name"], entry["kind"]) for entry in listed} == {
-        ("evaluation", "eval"),
-        ("evaluation results", "custom"),
-    }
+    assert [entry["kind"] for entry in listed] == ["custom"] * 3 + ["eval"]
     page = html.unescape((folder / "home" / "runs" / found["run"] / "report.html").read_text("utf-8"))
-    assert "8 of 8 answers" in page and "(2 unscored)" in page and "it is poisoned" in page
+    for text in ("answers (8 of 8)", "+0.000 to +0.000", "(2 unscored)", "it is poisoned"):
+        assert text in page
 
 
 def test_one_model_and_a_bar(folder: Path) -> None:

@@ -12,7 +12,7 @@ import json
 import math
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -24,7 +24,6 @@ from markupsafe import Markup
 from harmony_core.journal import MAX_TEXT as MAX_SAMPLE_TEXT
 from harmony_core.memory.ledger import format_size
 from harmony_core.plain_files import write_text
-from harmony_core.runs.report.evaluations import read_evaluations
 from harmony_core.runs.report.reading import (
     MAX_CURVES,
     MAX_POINTS,
@@ -74,12 +73,12 @@ def build_report(directory: Path, status: str | None = None) -> str:
         stage_times=[(*found, sum(found[2].values())) for found in zip(data.labels, data.stages, times, strict=True)],
         low=min(rewards, default=0.0),
         high=max(rewards, default=0.0),
-        tables=_tables(data),
+        tables=_tables(_of_stages(data)),
+        artifact_tables=_tables(_of_artifacts(data)),
         texts=[(name, text[: LIMITS["cell"]]) for stage in data.stages for name, text in stage.texts.items()][
             : LIMITS["rows"]
         ],
         spawns=_spawns(data),
-        evaluations=read_evaluations(directory, data.kept["artifact"], LIMITS["rows"], LIMITS["cell"]),
         settings=[s for s in settings if (s[0], s[2]) != ("union_variant", "default")][:500],
         command=f"adaptive {shlex.join(map(str, data.argv))}" if data.argv else None,
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -259,18 +258,34 @@ def _token(piece: list[Any], share: float, marks: str) -> tuple[str, str, str]:
     return text, f"t w{level}{marks}{' nl' if text.endswith(chr(10)) else ''}" if text else "", title
 
 
-def _tables(data: RunData) -> list[tuple[str, list[Any], list[list[str]]]]:
-    """(title, headers, rows) of the last table logged under each name, within a limit of characters."""
+def _tables(tables: Iterable[tuple[str, Any]]) -> list[tuple[str, list[Any], list[list[str]]]]:
+    """(title, headers, rows) of tables as they were logged, within a limit of characters."""
     blocks, room = [], MAX_TABLE_TEXT
-    for name, (step, found) in (entry for stage in data.stages for entry in stage.tables.items()):
+    for name, found in tables:
+        if not isinstance(found, dict) or not isinstance(found.get("rows"), list):
+            continue
         rows = []
         for row in found["rows"][: LIMITS["rows"]]:
             cells = [str(cell)[: LIMITS["cell"]] for cell in row] if isinstance(row, list) else []
             room -= sum(map(len, cells))
             rows += [cells] if isinstance(row, list) and room > 0 else []
-        title = f"{name}, step {step}: {len(rows)} of {len(found['rows'])} rows"
+        title = f"{name}: {len(rows)} of {len(found['rows'])} rows"
         blocks.append((title, list(found.get("headers") or ()), rows))
     return blocks
+
+
+def _of_stages(data: RunData) -> Iterator[tuple[str, Any]]:
+    """The last table logged under each name."""
+    for stage in data.stages:
+        yield from ((f"{name}, step {step}", found) for name, (step, found) in stage.tables.items())
+
+
+def _of_artifacts(data: RunData) -> Iterator[tuple[str, Any]]:
+    """The tables of the run's last evaluations."""
+    for entry in data.kept["artifact"][-LIMITS["rows"] :]:
+        found = entry.get("tables")
+        for name, table in found.items() if isinstance(found, dict) else ():
+            yield f"{entry.get('name')}, {name}", table
 
 
 def _spawns(data: RunData) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
