@@ -14,7 +14,7 @@ from source_tree import modules
 ALIASES = {
     name: file for name, file in modules().items() if name.split(".")[0] in ("adaptive_harmony", "harmony_client")
 }
-OTHERS = ("collections.abc", "pydantic", "typing")
+OTHERS = ("builtins", "collections.abc", "logging", "pydantic", "types", "typing")
 """Where else a documented name may come from."""
 
 
