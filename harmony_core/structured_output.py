@@ -35,6 +35,8 @@ _TAGGED = re.compile(r"<json>(.*?)(?:</json>|\Z)", re.DOTALL | re.IGNORECASE)
 
 def get_pydantic_schema(base_model: type[BaseModel]) -> str:
     """The model's JSON schema as JSON text. Its objects take no other fields; its own fields have no titles."""
+    if not (isclass(base_model) and issubclass(base_model, BaseModel)):
+        raise UsageError(f"a pydantic model is needed, not {base_model!r}", hint="class Answer(BaseModel): ...")
     schema = base_model.model_json_schema()
     for field in schema.get("properties", {}).values():
         field.pop("title", None)
