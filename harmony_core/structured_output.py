@@ -15,7 +15,6 @@ import json_repair
 from pydantic import BaseModel, ValidationError
 
 from harmony_core.errors import JsonParseError, OutputParserException, UndescribedField, UsageError
-from harmony_core.text.reasoning import remove_reasoning
 from harmony_core.text.threads import StringThread
 
 T = TypeVar("T", bound=BaseModel)
@@ -135,11 +134,12 @@ def pydantic_parse(text: str, pydantic_object: type[T]) -> T:
             return pydantic_object.model_validate_json(part)
         except ValidationError as error:
             if error.errors()[0]["type"] != "json_invalid":
-                problem = _first(error)
+                problem = first_problem(error)
     raise OutputParserException(f"the completion is no {pydantic_object.__name__}: {problem}", llm_output=text)
 
 
-def _first(error: ValidationError) -> str:
+def first_problem(error: ValidationError) -> str:
+    """The first problem, with its place."""
     found = error.errors()[0]
     return f"{'.'.join(map(str, found['loc'])) or 'the value'}: {found['msg']}"
 
@@ -153,19 +153,15 @@ def _repaired(text: str) -> str:
     return found if found.startswith(("{", "[")) else ""
 
 
-def parse_constrained(text: str, pydantic_object: type[T], cut_after: int | None) -> T:
-    """Read a completion that was drawn under the model's schema. Raises JsonParseError.
+def remove_reasoning(completion: str) -> str:
+    """The completion without its first `<think>...</think>`, or without all before a `</think>` that none opens.
 
-    `cut_after`: the number of its tokens if it was cut for its length. It is not repaired: what is missing is unknown.
+    Some templates open the reasoning in the prompt. Reasoning that never ends is the rest of the completion.
     """
-    try:
-        return pydantic_object.model_validate_json(text)
-    except ValidationError as error:
-        name = pydantic_object.__name__
-        if cut_after is None:
-            raise JsonParseError(f"the completion is no {name}: {_first(error)}", text) from None
-        what = f"the completion was cut after {cut_after} tokens (max_gen_len), before its {name} was complete"
-        raise JsonParseError(what, text, hint="a larger max_gen_len, or a schema that limits lengths") from None
+    before, opened, rest = completion.partition("<think>")
+    if "</think>" in before or not opened:
+        return completion.partition("</think>")[2] if "</think>" in completion else completion
+    return before + rest.partition("</think>")[2]
 
 
 async def generate_and_validate(

@@ -19,10 +19,10 @@ from harmony_core.structured_output import (
     get_pydantic_schema,
     get_simple_pydantic_schema,
     pydantic_parse,
+    remove_reasoning,
     render_pydantic_model,
     render_schema,
 )
-from harmony_core.text.reasoning import remove_reasoning
 from harmony_core.text.threads import StringThread
 
 
