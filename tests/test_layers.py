@@ -48,7 +48,8 @@ EDGES: dict[str, str] = {
     "loss_checks": "client engine.training errors text",
     "recipe": "client config errors home journal launch memory notifiers "
     "options plain_files recipe_file registry rpc runs text",
-    "adaptive_harmony": "algorithms client config data environments errors graders loggers notifiers recipe returns text",
+    "adaptive_harmony": "algorithms client config data environments errors graders loggers notifiers "
+    "recipe returns text",
     "cli": "config errors home memory notifiers options "
     "plain_files recipe recipe_file redaction registry rpc runs text",
     "recipes": "adaptive_harmony",
