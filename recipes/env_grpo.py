@@ -1,9 +1,8 @@
 """ENVGRPO: a model learns over two turns to call the right tool, from the grades of an environment.
 
 Without any flag: a question is a letter, and the answer a digit that only a tool knows: `!` and the letter asks the new
-directory, `?` the old one, whose digits are wrong. The built-in tiny model is first shown conversations of both kinds,
-mostly with the old one, and so fails; then the environment's grades of its answers, in the second turn, teach it what
-to call in the first. About a minute on two CPU cores.
+directory, `?` the old one, whose digits are wrong. The built-in tiny model is first shown conversations, mostly with
+the old one, and so fails; then the grades of its answers teach it what to call. About a minute on two CPU cores.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from __future__ import annotations
 import random
 import string
 from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 from pydantic import Field
@@ -23,32 +23,18 @@ from adaptive_harmony.metric_logger import get_prod_logger
 from adaptive_harmony.parameters import Model, model_kinds
 from adaptive_harmony.runtime import InputConfig, RecipeContext, recipe_main
 
-HELD_OUT = 60
-
 
 class Config(InputConfig):
     """The model and the hyper-parameters."""
 
     model: Model[model_kinds.Trainable] = Model[model_kinds.Trainable](model_key="builtin:tiny-lm")
     """The policy: a key of the registry."""
-    warm_up_rows: int = Field(default=12000, ge=0, le=10**9)
-    """Conversations of supervised training before, most of which ask the wrong tool; 0 for none."""
+    warm_up_rows: int = Field(default=12000, ge=1, le=10**9)
+    """Conversations of supervised training before, most of which ask the wrong tool."""
     steps: int = Field(default=25, ge=1, le=10**9)
     """Batches of trajectories, each followed by an optimizer step."""
     prompts_per_batch: int = Field(default=24, ge=1, le=10**9)
-    """Prompts in one batch."""
-    completions_per_sample: int = Field(default=8, ge=2, le=10**9)
-    """Trajectories of one prompt: the group that each is compared with."""
-    lr: float = Field(default=1e-3, gt=0, le=100)
-    """Highest learning rate; a tenth of it at the end."""
-    clip_range: float = Field(default=0.2, gt=0, le=100)
-    """How far the ratio of new to old probabilities may move from 1."""
-    kl_beta: float = Field(default=0.0, ge=0, le=100)
-    """Weight of the divergence from the model as it was; 0 needs no reference model."""
-    temperature: float = Field(default=0.7, gt=0, le=100)
-    """Of the turns that are trained: below 1 they are nearer to greedy answers. Log-probs stay those at 1."""
-    max_gen_len: int = Field(default=8, ge=1, le=10**9)
-    """Most tokens of a turn."""
+    """Prompts in one batch, each with eight trajectories: the group that each is compared with."""
     save_as: str | None = "env_grpo"
     """Key under which the policy is saved; null saves nothing."""
     at_least: float = Field(default=0.0, ge=0, le=1)
@@ -83,19 +69,19 @@ class Directories(EnvironmentFactory):
         return Directory(self.add_log, metadata["letter"], metadata["digit"])
 
 
-def prompts() -> list[StringThread]:
-    """Every letter with every digit, in random order."""
-    pairs = [(letter, digit) for letter in string.ascii_lowercase for digit in string.digits]
-    random.Random(0).shuffle(pairs)
-    return [StringThread([("user", letter)], {"letter": letter, "digit": digit}) for letter, digit in pairs]
+def prompts() -> tuple[list[StringThread], list[StringThread]]:
+    """Every letter with every digit: 200 to train on, 60 held out."""
+    pairs = product(string.ascii_lowercase, string.digits)
+    rows = [StringThread([("user", letter)], {"letter": letter, "digit": digit}) for letter, digit in pairs]
+    random.Random(0).shuffle(rows)
+    return rows[60:], rows[:60]
 
 
 def shown(rows: Sequence[StringThread], count: int, seed: int) -> list[StringThread]:
     """Conversations of the right form; one in four asks the new directory."""
     draw = random.Random(seed)
     made = []
-    for row in draw.choices(rows, k=count):
-        letter, digit = row.metadata["letter"], row.metadata["digit"]
+    for letter, digit in [row.metadata.values() for row in draw.choices(rows, k=count)]:
         asked = StringThread([("user", letter), ("assistant", draw.choice("???!") + letter)])
         made.append(asked.tool(digit).assistant(digit).with_weight_all_assistant_turns())
     return made
@@ -104,39 +90,27 @@ def shown(rows: Sequence[StringThread], count: int, seed: int) -> list[StringThr
 @recipe_main
 async def main(config: Config, ctx: RecipeContext) -> str:
     """Show the form, learn from the grades, save."""
-    rows = prompts()
-    rows, held_out = rows[HELD_OUT:], rows[:HELD_OUT]
-    policy = (await config.model.spawn_train("policy", ctx, max_batch_size=2048)).max_gen_len(config.max_gen_len)
-    logger = get_prod_logger(ctx)
+    rows, held_out = prompts()
+    policy = (await config.model.spawn_train("policy", ctx, max_batch_size=2048)).max_gen_len(8)
+    logger, size = get_prod_logger(ctx), config.prompts_per_batch * 8
     solved = EnvironmentValidationCallback(held_out, policy, Directories(), frequency=0.1, log_key="held_out")
-    size = config.prompts_per_batch * config.completions_per_sample
     training = ENVGRPO(
         rows,
-        policy.temperature(config.temperature),
+        policy.temperature(0.7),
         Directories(),
-        logger,
-        ctx.job.stage_notifier("ENVGRPO Training"),
-        [solved],
+        *(logger, ctx.job.stage_notifier("ENVGRPO Training"), [solved]),
         max_num_grpo_steps=config.steps,
-        completions_per_sample=config.completions_per_sample,
-        lr_scheduler=CosineScheduler(config.lr, warmup_percentage=0.02),
+        completions_per_sample=8,
+        lr_scheduler=CosineScheduler(1e-3, warmup_percentage=0.02),
         samples_per_batch=size,
         samples_per_mini_batch=size // 2,
         mini_epochs_per_batch=2,
-        clip_range=config.clip_range,
-        kl_beta=config.kl_beta,
+        clip_range=0.2,
+        kl_beta=0.0,
         data_seed=config.seed,
     )
-    if config.warm_up_rows:
-        stage = ctx.job.stage_notifier("Warm-up")
-        await SFT(
-            shown(rows, config.warm_up_rows, config.seed),
-            policy,
-            logger,
-            stage,
-            lr=3e-3,
-            samples_per_batch=128,
-        ).run()
+    examples, stage = shown(rows, config.warm_up_rows, config.seed), ctx.job.stage_notifier("Warm-up")
+    await SFT(examples, policy, logger, stage, lr=3e-3, samples_per_batch=128).run()
     before = (await solved.callback(0))["env/solved"]
     await training.run()
     after = (await solved.callback(1))["env/solved"]
