@@ -266,7 +266,7 @@ class HarmonyClient:
 
     @checked
     def model(self, path: str, kv_cache_len: int | None = None, tokens_to_generate: int | None = None) -> ModelBuilder:
-        """A builder for a key of the registry, or an external one, which needs no `kv_cache_len`. Raises NotFoundError."""
+        """A builder for a key of the registry, or an external one (without `kv_cache_len`). Raises NotFoundError."""
         address = Address.parse(path)
         if address is not None:
             from harmony_core.client.external_model import ExternalBuilder
