@@ -22,6 +22,7 @@ from harmony_core.grammar import Constraint
 from harmony_core.rpc.tracebacks import callers_line
 from harmony_core.structured_output import get_pydantic_schema
 from harmony_core.text.threads import StringThread
+from harmony_core.text.tool_calls import Tool
 from harmony_core.text.turns import AnyFragment, StructuredOutput, Turn
 
 
@@ -84,7 +85,6 @@ class ExternalModel(InferenceModel):
     def __init__(self, endpoint: Endpoint, built: dict[str, Any], dry_run: bool) -> None:
         self._endpoint, self._built, self._dry_run = endpoint, built, dry_run
         self._settings = SamplingSettings()
-        self._tools: tuple[dict[str, Any], ...] = ()
 
     def __getattr__(self, name: str) -> NoReturn:
         if name != "_live":  # what models on our devices have
@@ -107,11 +107,11 @@ class ExternalModel(InferenceModel):
         return dict(self._built)
 
     def tools(self, tools: Sequence[Any]) -> Self:
-        """A copy whose model may call these tools: objects with `name`, `description` and `parameters`."""
-        other, none = self._with(), {"type": "object", "properties": {}}
-        given = [{"name": t.name, "description": t.description, "parameters": t.parameters or none} for t in tools]
-        other._tools = tuple({"type": "function", "function": function} for function in given)
-        return other
+        """A copy whose model may call these tools: objects with `name`, `description` and `parameters`.
+
+        A thread with tools of its own keeps them.
+        """
+        return self._with(tools=tuple(Tool.definition(tool) for tool in tools))
 
     def constrained_decoding(self, schema_json: str, format: str = "json") -> Self:
         """A copy that asks for JSON of this schema by the provider's JSON mode. Raises UsageError for other formats."""
@@ -153,7 +153,8 @@ class ExternalModel(InferenceModel):
         sampling = {name: value for name, value in given.items() if value != 1}  # some models refuse even the default
         schema = json.loads(settings.constraint.text) if settings.constraint else None
         began, limit = time.monotonic(), min(settings.max_gen_len or cap, cap)
-        reply = await self._endpoint.ask(thread.text_turns, self._tools, schema, limit, sampling)
+        tools = thread.template_kwargs.get("tools") or settings.tools
+        reply = await self._endpoint.ask(thread.text_turns, tools, schema, limit, sampling)
         answered = _with_answer(thread, reply.fragments)
         timings = Timings(time.monotonic() - began, 0.0, reply.completion_tokens)
         return (answered, timings) if return_timings else answered

@@ -266,10 +266,7 @@ class HarmonyClient:
 
     @checked
     def model(self, path: str, kv_cache_len: int | None = None, tokens_to_generate: int | None = None) -> ModelBuilder:
-        """A builder for a registry key, `key@version`, `model_registry://key`, or an external model's key.
-
-        `kv_cache_len` has no effect on an external model. Raises NotFoundError, and UsageError for an unknown scheme.
-        """
+        """A builder for a key of the registry, or an external one (without `kv_cache_len`). Raises NotFoundError."""
         address = Address.parse(path)
         if address is not None:
             from harmony_core.client.external_model import ExternalBuilder

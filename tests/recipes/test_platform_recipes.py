@@ -56,12 +56,15 @@ def test_a_recipe_imports_the_documented_packages_only(file: Path) -> None:
 def test_sft_then_gspo_with_a_judge(home: Path) -> None:
     words = ["--policy", "builtin:tiny-lm", "--judge", "smollm2", "--dataset", "rows.jsonl", "--prompts", "rows.jsonl"]
     report = run(home, "sft_then_gspo", *words)
-    assert [model["ref"] for model in report["models"]] == ["taught@1"]
+    assert [model["ref"] for model in report["models"]] == [report["result"]["model"]] == ["taught@1"]
+    assert report["result"]["score"] in (0.0, 1.0)
 
 
 def test_grpo_with_a_function_and_a_range_judge(home: Path) -> None:
-    report = run(home, "grpo_combined", "--judge-model", "smollm2", "--dataset", "rows.jsonl", "--judge.weight", "2")
+    report = run(home, "grpo_combined", "--judge-model", "smollm2", "--dataset", "rows.jsonl", "--steps", "1")
     assert [model["ref"] for model in report["models"]] == ["combined@1"]
+    assert all(0 <= score <= 1 for score in report["result"]["scores"])
+    assert all("vowels" in reason and "friendly" in reason for reason in report["result"]["reasons"])
 
 
 def test_an_environment_of_two_turns(home: Path) -> None:

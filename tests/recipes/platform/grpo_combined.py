@@ -38,14 +38,14 @@ class GrpoConfig(InputConfig):
     dataset: Dataset[dataset_kinds.Prompt]
     judge: JudgeSettings = JudgeSettings()
     steps: int = 2
-    completions_per_sample: int = 4
+    completions_per_sample: int = 3
 
 
 @recipe_main
 async def train(config: GrpoConfig, ctx: RecipeContext):
     prompts = await config.dataset.load(ctx)
     policy = await config.policy.spawn_train("policy", ctx, max_batch_size=2048)
-    judge_model = await config.judge_model.spawn_inference("judge", ctx, tokens_to_generate=80)
+    judge_model = await config.judge_model.spawn_inference("judge", ctx, tokens_to_generate=48)
 
     judge = RangeJudgeGrader(
         grader_key="friendly",
@@ -80,6 +80,8 @@ async def train(config: GrpoConfig, ctx: RecipeContext):
         samples_per_mini_batch=2 * config.completions_per_sample,
         kl_beta=0.01,
     ).run()
+    threads = [await actor.generate(prompt) for prompt in prompts[:2]]
+    grades = [await grader.grade(thread) for thread in threads]
     await policy.save("combined", inference_only=True, ctx=ctx)
     logger.close()
-    return {key: float(value) for key, value in grader.get_logs().items() if isinstance(value, int | float)}
+    return {"scores": [grade.value for grade in grades], "reasons": [grade.reasoning for grade in grades]}

@@ -69,4 +69,5 @@ async def main(config: SftThenGspo, ctx: RecipeContext):
 
     key = await policy.save(config.new_key, ctx=ctx)
     log.info("saved as {}", key)
-    return {"model": key, "graded": grader.get_logs().get("score/count", 0)}
+    grade = await grader.grade(prompts[0].assistant("Paris"))
+    return {"model": key, "score": grade.value, "reasoning": grade.reasoning}
