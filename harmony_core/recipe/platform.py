@@ -5,6 +5,7 @@ There is no control plane here: constructing something that speaks to one raises
 
 from __future__ import annotations
 
+import math
 import os
 import time
 import uuid
@@ -42,47 +43,23 @@ class utils:
     uuid_v7 = staticmethod(uuid_v7)
 
 
-class _NotHere:
-    """Raises UsageError."""
+def _not_here(name: str, instead: str) -> type:
+    """A class that cannot be constructed."""
 
-    _instead = ""
+    def refuse(self: object, *args: Any, **kwargs: Any) -> None:
+        raise UsageError(f"{name} is not here: there is no control plane", hint=instead)
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        raise UsageError(f"{type(self).__name__} is not here: there is no control plane", hint=self._instead)
-
-
-class ControlPlaneClient(_NotHere):
-    """Models, datasets and graders of the platform. Raises UsageError."""
-
-    _instead = "Model.to_builder and Dataset.load read the local registry (adaptive models list) and files"
+    return type(name, (), {"__init__": refuse, "__doc__": f"Raises UsageError. Instead: {instead}."})
 
 
-class ControlPlaneJobNotifier(_NotHere):
-    """Reports a job to the platform. Raises UsageError."""
-
-    _instead = "StdoutJobNotifier; in a run ctx.job"
-
-
-class ResponseAccumulator(_NotHere):
-    """Joins the parts of a reward server's answer. Raises UsageError."""
-
-    _instead = "RewardClient.score reads whole answers"
-
-
-class read_task(ResponseAccumulator):
-    """Reads a reward server's answers. Raises UsageError."""
-
-
-class main(_NotHere):
-    """Asks a reward server once. Raises UsageError."""
-
-    _instead = "await RewardClient(base_url).score(request)"
-
-
-class ControlPlaneStageNotifier(_NotHere):
-    """Reports a stage to the platform. Raises UsageError."""
-
-    _instead = "ctx.job.stage_notifier(name)"
+ControlPlaneClient = _not_here(
+    "ControlPlaneClient", "Model.to_builder and Dataset.load read the local registry (adaptive models list) and files"
+)
+ControlPlaneJobNotifier = _not_here("ControlPlaneJobNotifier", "StdoutJobNotifier; in a run ctx.job")
+ControlPlaneStageNotifier = _not_here("ControlPlaneStageNotifier", "ctx.job.stage_notifier(name)")
+ResponseAccumulator = _not_here("ResponseAccumulator", "RewardClient.score reads whole answers")
+read_task = _not_here("read_task", "RewardClient.score reads whole answers")
+main = _not_here("main", "await RewardClient(base_url).score(request)")
 
 
 @dataclass(frozen=True)
@@ -139,20 +116,9 @@ class StatDuration:
     num_output_tokens: int
     num_trained_tokens: int
 
-    @property
-    def num_input_tokens_per_s(self) -> float:
-        """Prompt tokens in a second."""
-        return self.num_input_tokens / self.duration_sec if self.duration_sec else 0.0
-
-    @property
-    def num_output_tokens_per_s(self) -> float:
-        """Generated tokens in a second."""
-        return self.num_output_tokens / self.duration_sec if self.duration_sec else 0.0
-
-    @property
-    def num_trained_tokens_per_s(self) -> float:
-        """Trained tokens in a second."""
-        return self.num_trained_tokens / self.duration_sec if self.duration_sec else 0.0
+    num_input_tokens_per_s = property(lambda self: self.num_input_tokens / (self.duration_sec or math.inf))
+    num_output_tokens_per_s = property(lambda self: self.num_output_tokens / (self.duration_sec or math.inf))
+    num_trained_tokens_per_s = property(lambda self: self.num_trained_tokens / (self.duration_sec or math.inf))
 
     def combine(self, other: StatDuration) -> StatDuration:
         """Both stretches together."""
