@@ -26,7 +26,7 @@ while [ $# -gt 0 ]; do
 done
 
 if [ -z "$parts" ]; then
-    parts="decode train loss_head memory grpo parity attention_decode"
+    parts="decode train loss_head memory grpo constrained parity attention_decode"
     [ "$budget" = full ] && parts="$parts startup cpu"
 fi
 

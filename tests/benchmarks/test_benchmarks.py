@@ -71,6 +71,12 @@ def test_decode(tmp_path: Path) -> None:
     assert max(shares) <= 1.02, "the device cannot have worked longer than the job took"
 
 
+def test_constrained(tmp_path: Path) -> None:
+    content = run("constrained.py", tmp_path)
+    check(content, {"constrained over free": 1})
+    assert len(set(content["rows"][0]["detail"]["tokens"].values())) == 1, "the token counts are equal"
+
+
 def test_grpo(tmp_path: Path) -> None:
     content = run("grpo.py", tmp_path)
     expected = {

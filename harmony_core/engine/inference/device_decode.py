@@ -221,6 +221,8 @@ class DeviceState:
     def limiting(self, n: int, limits: Limits) -> Iterator[None]:
         """In the context, rows sample only what the limits leave; raw log-probs ignore them."""
         masking = Masking(self.logits[:n], limits.allowed) if limits.allowed else None
+        if masking is not None:
+            masking.apply()
         with self.suppressing(n, limits.suppressed):
             yield
         if masking is not None:
