@@ -137,21 +137,6 @@ def first_problem(error: ValidationError) -> str:
     return f"{'.'.join(map(str, found['loc'])) or 'the value'}: {found['msg']}"
 
 
-def parse_constrained(text: str, pydantic_object: type[T], cut_after: int | None) -> T:
-    """Read a completion that was drawn under the model's schema. Raises JsonParseError.
-
-    `cut_after`: the number of its tokens if it was cut for its length. It is not repaired: what is missing is unknown.
-    """
-    try:
-        return pydantic_object.model_validate_json(text)
-    except ValidationError as error:
-        why = f"is no {pydantic_object.__name__}: {first_problem(error)}"
-        if cut_after is not None:
-            why = f"was cut after {cut_after} tokens (max_gen_len), before its end"
-        hint = "a larger max_gen_len, or limits in the schema"
-        raise JsonParseError(f"the completion {why}", text, hint=hint) from None
-
-
 def _repaired(text: str) -> str:
     """The JSON object or list in the text, with its strings and brackets closed; "" if there is none."""
     try:

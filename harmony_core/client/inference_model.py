@@ -7,20 +7,20 @@ from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, TypeVar, overload
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from harmony_core.client.allowed_tokens import AllowedTokens, allowed_tokens, packed
 from harmony_core.client.handle import Handle
 from harmony_core.client.live import check_length, of_batch, of_context, of_pool
 from harmony_core.client.losses import AnyThread
 from harmony_core.config.argument_kinds import checked_class
-from harmony_core.errors import DataError, PromptTooLong, UsageError
+from harmony_core.errors import DataError, JsonParseError, PromptTooLong, UsageError
 from harmony_core.rpc.protocol import Generate, Generated, Inspect, Inspected, Sampling, Score, Scored
 from harmony_core.rpc.wire import pack_ints, unpack_floats, unpack_ints
 from harmony_core.structured_output import (
+    first_problem,
     generate_and_validate,
     get_pydantic_schema,
-    parse_constrained,
     render_pydantic_model,
     render_schema,
 )
@@ -145,8 +145,14 @@ class InferenceModel(Handle):
         schema = get_pydantic_schema(wanted)
         drawn = await self.constrained_decoding(schema, "json")._generate_tokens(thread, seed, False)
         *before, last = drawn.token_turns
-        cut = last.generation is not None and last.generation.finish_reason == "length"
-        instance = parse_constrained(last.text, wanted, drawn.len_last_turn() if cut else None)
+        try:
+            instance = wanted.model_validate_json(last.text)
+        except ValidationError as error:
+            why, record = f"is no {wanted.__name__}: {first_problem(error)}", last.generation
+            if record is not None and record.finish_reason == "length":
+                why = f"was cut after {drawn.len_last_turn()} tokens (max_gen_len), before its end"
+            hint = "a larger max_gen_len, or limits in the schema"
+            raise JsonParseError(f"the completion {why}", last.text, hint=hint) from None
         fragment = StructuredOutput(last.text, instance.model_dump_json(), schema)
         answer = TokenizedThread.of(drawn, drawn.token_ids, [*before, replace(last, fragments=(fragment,))])
         return self._live.tokenizer.detokenize(answer) if text else answer, instance
