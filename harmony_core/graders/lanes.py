@@ -1,4 +1,4 @@
-"""Calls of synchronous graders: each waits for a lane, a thread that makes one call after the other.
+"""Calls of synchronous graders, in a process or a thread: each waits for a lane, which makes one after the other.
 
 A lane calls a function itself, or talks to a worker process. A call that takes too long costs its lane: the process is
 killed, while a stuck thread can only be left alone; the next call starts a new lane.
