@@ -69,6 +69,8 @@ def test_every_way_to_fail_costs_one_grade(monkeypatch: pytest.MonkeyPatch) -> N
     assert found["nan"] == "grade_failed: grader 'f' gave the score nan"
     assert workers()
     assert outcomes(grader, "again") == {"again": 5.0}, "from another event loop"
+    # The error raised last in each process refers to the grader, and does not keep it.
+    assert "KeyError" in str(outcomes(grader, "raise"))
     del grader
     until_no_worker()
 
