@@ -20,6 +20,7 @@ from harmony_core.errors import DataError, UsageError
 if TYPE_CHECKING:  # heavy ones: messages name constraints, and few processes use one
     import numpy as np
     from llguidance import LLExecutor, LLMatcher, LLTokenizer
+    from llguidance._lib import JsonCompileOptions
     from numpy.typing import NDArray
 
 Masks: TypeAlias = "NDArray[np.int32]"
@@ -45,7 +46,7 @@ class Constraint(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
         try:
             if self.kind == "json":
                 json.loads(self.text)
-                grammar = str(LLMatcher.grammar_from_json_schema(self.text))
+                grammar = str(LLMatcher.grammar_from_json_schema(self.text, defaults=_JSON))
             elif self.kind == "choice":
                 grammar = str(LLMatcher.grammar_from_lark("start: " + " | ".join(map(json.dumps, self._choices()))))
             else:
@@ -66,6 +67,8 @@ class Constraint(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
         return choices
 
 
+# Blanks between tokens have an end: small models repeat them for ever. A schema's own "x-guidance" comes before this.
+_JSON: JsonCompileOptions = {"whitespace_pattern": r"[ ]|\n[ ]{0,20}"}
 _WAYS_OUT = {
     "json": "leave the named part out of the schema and check it in the answer; json.dumps() writes JSON",
     "regex": "regular expressions have no look-around and no back-references; the whole completion must match",

@@ -57,6 +57,7 @@ EDGES: dict[str, str] = {
 
 OWNERS: dict[str, tuple[str, ...]] = {
     "accelerate": (),  # it is run as a command
+    "json_repair": ("harmony_core.structured_output",),
     "llguidance": ("harmony_core.grammar",),
     "huggingface_hub": ("harmony_core.engine", "harmony_core.registry.sources", "harmony_core.data.datasets"),
     "jinja2": ("harmony_core.text.chat_template", "harmony_core.runs.report.page"),

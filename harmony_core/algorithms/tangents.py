@@ -67,10 +67,7 @@ async def push(model: TrainingModel, scored: ScoredThread, tangents: Sequence[fl
 
 
 def recorded_logprobs(model: TrainingModel, thread: TokenizedThread) -> list[float] | None:
-    """The sampler's log-prob of each weighted token, or None unless all were sampled with the present weights.
-
-    Those of a constrained completion are over the tokens that the constraint allowed, as in `logprobs_per_token`.
-    """
+    """The sampler's log-prob of each weighted token, or None unless all were sampled with the present weights."""
     logprobs, versions = thread.policy_logprobs, thread.versions
     present = model.get_optim_step()
     if logprobs is None or versions is None or set(versions) - {present}:

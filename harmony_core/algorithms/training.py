@@ -26,7 +26,7 @@ from harmony_core.text.threads import StringThread
 
 if TYPE_CHECKING:
     from harmony_core.client import InferenceModel, TrainingModel
-    from harmony_core.client.limits import RowGauge
+    from harmony_core.client.live import RowGauge
 
 log = logging.getLogger(__name__)
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 from harmony_core.errors import DataError, UsageError
-from harmony_core.grammar import GrammarTokenizer
 from harmony_core.rpc.wire import pack_ints
 from harmony_core.text.threads import TokenizedThread
+
+if TYPE_CHECKING:
+    from harmony_core.client.live import LiveModel
 
 
 class AllowedTokens(NamedTuple):
@@ -18,14 +20,13 @@ class AllowedTokens(NamedTuple):
     masks: list[bytes]
 
 
-def allowed_tokens(
-    thread: TokenizedThread, verb: str, tokenizer: str, grammar: Callable[[], GrammarTokenizer]
-) -> AllowedTokens | None:
-    """The allowed tokens of the targets in weighted turns with a constraint; None without such turns.
+def allowed_tokens(live: LiveModel, thread: TokenizedThread, verb: str) -> AllowedTokens | None:
+    """The allowed tokens of the targets in weighted turns with a constraint; None without such turns, or log-probs.
 
-    `tokenizer`: the fingerprint of the one that the `grammar` has. Raises UsageError naming `verb`.
+    Raises UsageError, naming `verb`, if they cannot be known.
     """
-    if not any(turn.weight and turn.generation and turn.generation.constraint for turn in thread.text_turns):
+    constrained = (turn.weight and turn.generation and turn.generation.constraint for turn in thread.text_turns)
+    if live.spawn.scalar or not any(constrained):
         return None
     allowed = AllowedTokens([0] * (len(thread.token_ids) - 1), [])
     for turn in thread.token_turns:
@@ -33,9 +34,10 @@ def allowed_tokens(
         if record is None or record.constraint is None or not turn.weight or turn.start == turn.end:
             continue
         try:
-            if record.tokenizer != tokenizer or not len(record.masked_logprobs) == turn.end - turn.start:
+            complete = len(record.masked_logprobs) == turn.end - turn.start
+            if not complete or record.tokenizer != live.tokenizer.fingerprint:
                 raise DataError("its tokens were not all drawn under it with this model's tokenizer")
-            found = grammar().replay(record.constraint, thread.token_ids[turn.start : turn.end])
+            found = live.grammar.replay(record.constraint, thread.token_ids[turn.start : turn.end])
         except DataError as error:
             kind, hint = record.constraint.kind, "StringThread(thread.get_turns()) of its text has no constraint"
             what = f"{verb} cannot renormalise a completion with a {kind} constraint: {error.message}"

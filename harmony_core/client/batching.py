@@ -30,11 +30,6 @@ class Loss:
     dropout: bool = True
     """False where log-probs are compared with the sampler's, which uses no dropout."""
 
-    @property
-    def verb(self) -> str:
-        """The method that queues samples of this loss."""
-        return "train_language_modelling" if self.name == "linear" else f"train_{self.name}"
-
 
 LINEAR = Loss()
 

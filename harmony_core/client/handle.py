@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self, cast, get_args
 
-from harmony_core.client.limits import Limit
-from harmony_core.client.live import LiveModel
+from harmony_core.client.live import Limit, LiveModel
 from harmony_core.config.argument_kinds import checked_class
 from harmony_core.errors import UsageError, did_you_mean
 from harmony_core.grammar import Constraint, Kind

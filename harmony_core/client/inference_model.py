@@ -7,20 +7,20 @@ from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar, overload
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
-from harmony_core.client.allowed_tokens import AllowedTokens, packed
+from harmony_core.client.allowed_tokens import AllowedTokens, allowed_tokens, packed
 from harmony_core.client.handle import Handle
-from harmony_core.client.limits import check_length, of_batch, of_context, of_pool
+from harmony_core.client.live import check_length, of_batch, of_context, of_pool
 from harmony_core.client.losses import AnyThread
 from harmony_core.config.argument_kinds import checked_class
-from harmony_core.errors import DataError, PromptTooLong, UsageError
+from harmony_core.errors import DataError, JsonParseError, PromptTooLong, UsageError
 from harmony_core.rpc.protocol import Generate, Generated, Inspect, Inspected, Sampling, Score, Scored
 from harmony_core.rpc.wire import pack_ints, unpack_floats, unpack_ints
 from harmony_core.structured_output import (
+    first_problem,
     generate_and_validate,
     get_pydantic_schema,
-    parse_constrained,
     render_pydantic_model,
     render_schema,
 )
@@ -128,19 +128,25 @@ class InferenceModel(Handle):
         return (await self._complete(thread, seed, continue_final))[0]
 
     async def _respond(
-        self, thread: AnyThread, seed: int, response_model: type[BaseModel], continue_final: bool, text: bool
+        self, thread: AnyThread, seed: int, wanted: type[BaseModel], continue_final: bool, text: bool
     ) -> tuple[AnyThread, BaseModel]:
-        """The thread, as text or tokens, with an instance of the model as its last turn, and the instance."""
+        """The thread, as text or tokens, with an instance of the wanted model as its last turn, and the instance."""
         if continue_final:
             raise UsageError("continue_final with a response_model: its grammar begins with the turn")
-        schema, live = get_pydantic_schema(response_model), self._live
+        schema = get_pydantic_schema(wanted)
         drawn = await self.constrained_decoding(schema, "json")._generate_tokens(thread, seed, False)
         *before, last = drawn.token_turns
-        cut = last.generation is not None and last.generation.finish_reason == "length"
-        instance = parse_constrained(last.text, response_model, drawn.len_last_turn() if cut else None)
+        try:
+            instance = wanted.model_validate_json(last.text)
+        except ValidationError as error:
+            why, record = f"is no {wanted.__name__}: {first_problem(error)}", last.generation
+            if record is not None and record.finish_reason == "length":
+                why = f"was cut after {drawn.len_last_turn()} tokens (max_gen_len), before its end"
+            hint = "a larger max_gen_len, or limits in the schema"
+            raise JsonParseError(f"the completion {why}", last.text, hint=hint) from None
         fragment = StructuredOutput(last.text, instance.model_dump_json(), schema)
         answer = TokenizedThread.of(drawn, drawn.token_ids, [*before, replace(last, fragments=(fragment,))])
-        return live.tokenizer.detokenize(answer) if text else answer, instance
+        return self._live.tokenizer.detokenize(answer) if text else answer, instance
 
     async def generate_and_validate(
         self, thread: StringThread, pydantic_model: type[T], max_parsing_retries: int = 1
@@ -231,7 +237,7 @@ class InferenceModel(Handle):
         Those of a turn that was generated under a constraint are renormalised over the tokens that it allowed.
         """
         self._require_head(scalar=False, method="logprobs")
-        return await self._score_weighted(thread, thread.token_ids[1:], self._live.allowed(thread, "logprobs"))
+        return await self._score_weighted(thread, thread.token_ids[1:], allowed_tokens(self._live, thread, "logprobs"))
 
     async def raw_logprobs(self, tokens: Sequence[int]) -> list[float]:
         """The log-prob of each token given those before it; the first is 0."""
@@ -294,9 +300,9 @@ class InferenceModel(Handle):
             check_length(live, PromptTooLong, thread, "the thread to score has {} tokens", limits)
         live.check_ids(ids)
         replica = live.least_busy()
-        packed_tokens = pack_ints(tokens), pack_ints(targets), *packed([(len(tokens), allowed)])
-        names = "tokens", "targets", "allowed", "masks"
-        message = Score(model=live.name, replica=replica, **dict(zip(names, packed_tokens, strict=True)))
+        data = pack_ints(tokens), pack_ints(targets), *packed([(len(tokens), allowed)])
+        fields = dict(zip(("tokens", "targets", "allowed", "masks"), data, strict=True))
+        message = Score(model=live.name, replica=replica, **fields)
         answer = await asyncio.shield(live.post(replica, message, len(tokens)).future)
         assert isinstance(answer, Scored)
         return unpack_floats(answer.logprobs)

@@ -1,4 +1,4 @@
-"""One live model on the driver, shared by its handles."""
+"""One live model on the driver, shared by its handles, and the limits of its sequences."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import asyncio
 import logging
 import math
 from collections.abc import Callable, Coroutine, Sequence
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from msgspec import structs
 
-from harmony_core.client.allowed_tokens import AllowedTokens, allowed_tokens
+from harmony_core.client.allowed_tokens import allowed_tokens
 from harmony_core.client.batching import (
     Accepted,
     Loss,
@@ -19,9 +20,9 @@ from harmony_core.client.batching import (
     SampleQueue,
     TrainSample,
     micro_batch,
+    require_weight,
 )
 from harmony_core.client.engine import Engine, Request, part_of
-from harmony_core.client.limits import check_length, of_batch, of_context
 from harmony_core.client.losses import AnyThread, check_head
 from harmony_core.errors import (
     ConflictError,
@@ -29,6 +30,7 @@ from harmony_core.errors import (
     HarmonyError,
     ModelRefused,
     SampleTooLong,
+    TooLong,
     UsageError,
 )
 from harmony_core.grammar import GrammarTokenizer
@@ -37,11 +39,93 @@ from harmony_core.memory.plan import could_fit, weight_elements
 from harmony_core.request_seeds import request_seed
 from harmony_core.rpc.protocol import Dealloc, Message, Spawn, StepMetrics
 from harmony_core.rpc.tracebacks import callers_line
+from harmony_core.text.row_lengths import Lengths, Rows
 from harmony_core.text.threads import StringThread, TokenizedThread
 
 if TYPE_CHECKING:
     from harmony_core.registry import ModelVersion
     from harmony_core.text.tokenization import ChatTokenizer
+
+
+class Limit(NamedTuple):
+    """A sequence has at most `tokens` because of `name`; raising `setting` raises the limit, "" if no setting does.
+
+    Of equal limits, one that no setting raises sorts first.
+    """
+
+    tokens: int
+    setting: str
+    name: str
+
+
+def of_context(spawn: Spawn) -> list[Limit]:
+    """The model's context, and the part of it that its builder allows."""
+    context = Limit(spawn.spec.max_positions, "", "the model's context")
+    allowed = spawn.max_seqlen
+    return [context] if allowed in (None, context.tokens) else [context, Limit(allowed, "max_seqlen", "max_seqlen")]
+
+
+def of_batch(spawn: Spawn) -> Limit:
+    """Tokens in one pass: the recipe's `max_batch_size`, or the constant of all inference models."""
+    setting = "max_batch_size" if spawn.train else ""
+    return Limit(spawn.max_batch_tokens, setting, setting or "what an inference model scores at once")
+
+
+def of_pool(spawn: Spawn) -> Limit:
+    """Tokens in the page pool of one replica."""
+    return Limit(spawn.kv_tokens, "kv_cache_len", "kv_cache_len")
+
+
+def check_length(
+    live: LiveModel, error: type[TooLong], tokens: int, what: str, limits: Sequence[Limit], beyond: int = 0
+) -> None:
+    """Raise `error` if `tokens + beyond` is above a limit, naming that limit and the settings that help."""
+    needed = tokens + beyond
+    short = [limit for limit in limits if limit.tokens < needed]
+    if not short:
+        return
+    binding, settings = min(short), sorted({limit.setting for limit in short})
+    ways = [" and ".join(f"{setting}={needed}" for setting in settings)] if live.would_fit(settings, needed) else []
+    raise error(
+        f"{what.format(tokens)}; {live.name!r} takes at most {binding.tokens} ({binding.name})",
+        hint="; or ".join([*ways, f"shorten it to at most {binding.tokens - beyond} tokens"]),
+        tokens=tokens,
+        limit=binding.tokens,
+        needed=needed,
+        setting=binding.setting,
+        context=live.version.spec.max_positions,
+    )
+
+
+@dataclass(frozen=True)
+class RowGauge:
+    """Measures rows for a training model. Needs no rank, and outlives the model."""
+
+    tokenizer: ChatTokenizer
+    spawn: Spawn
+
+    def rows(self, name: str, rows: Sequence[Any], prompts: bool, others: Sequence[RowGauge] = ()) -> Rows:
+        """A dataset of samples (threads, or tuples of them) or of prompts; the `others` train on it as well."""
+        spawns = [each.spawn for each in (self, *others)]
+        limits = [limit for each in spawns for limit in (of_context(each)[0], of_batch(each))]
+        limits += [*of_context(self.spawn), of_pool(self.spawn)] if prompts else []
+        limit, context = min(limits), of_context(self.spawn)[0]
+        # A prompt leaves room for at least one token.
+        lengths = Lengths(limit.tokens - prompts, limit.setting, int(prompts), context.tokens)
+        return Rows(name, rows, partial(self._parts, prompts), lengths)
+
+    def _parts(self, prompts: bool, row: Any) -> list[int]:
+        """Tokens of each part of a row; for a tuple, whose threads are not split, those of the longest thread."""
+        if prompts:
+            return [len(self.tokenizer.prompt_ids(row))]
+        if not isinstance(row, StringThread):
+            return [max(len(self._whole([self.tokenizer.tokenize(thread)])[0].token_ids) for thread in row)]
+        return [len(part.token_ids) for part in self._whole(self.tokenizer.parts(row))]
+
+    def _whole(self, parts: list[TokenizedThread]) -> list[TokenizedThread]:
+        if not self.spawn.scalar:
+            require_weight(weight for part in parts for weight in part.token_weights[1:])
+        return parts
 
 
 log = logging.getLogger(__name__)
@@ -171,16 +255,8 @@ class LiveModel:
     ) -> TrainSample:
         """A thread as inputs and targets of a loss, with the targets' recorded log-probs and allowed tokens."""
         tokens, recorded = thread.token_ids, self._recorded(thread)
-        allowed = self.allowed(thread, loss.verb)
+        allowed = allowed_tokens(self, thread, f"train_{loss.name.replace('linear', 'language_modelling')}")
         return TrainSample(tokens[:-1], tokens[1:], coefficients, recorded, loss, fields, allowed=allowed)
-
-    def allowed(self, thread: TokenizedThread, verb: str) -> AllowedTokens | None:
-        """The tokens that the grammars of the thread's constrained turns allowed; None without such turns.
-
-        Raises UsageError, naming `verb`, if they cannot be known.
-        """
-        free = self.spawn.scalar or self._tokenizer is None
-        return None if free else allowed_tokens(thread, verb, self.tokenizer.fingerprint, lambda: self.grammar)
 
     def _recorded(self, thread: TokenizedThread) -> list[float] | None:
         """The sampler's log-prob of each target; NaN where another model or older weights drew it."""

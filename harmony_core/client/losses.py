@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_type_hints
 
+from harmony_core.client.allowed_tokens import allowed_tokens
 from harmony_core.client.batching import Accepted, Loss, TrainSample, require_weight
 from harmony_core.errors import DataError, UsageError
 from harmony_core.recipe_file import RecipeFile
@@ -342,8 +343,7 @@ def groups(
         if isinstance(values, int | float) or len(values) != len(threads):
             found = "one number" if isinstance(values, int | float) else f"{len(values)} entries"
             raise DataError(f"{name}: {found} for {len(threads)} threads", hint=f"{name} takes one for each thread")
-    settings = (("entropies", 1.0),) if takes_entropies(function) else ()
-    loss = Loss("custom", settings, group, source)
+    loss = Loss("custom", (("entropies", 1.0),) if takes_entropies(function) else (), group, source)
     samples, counts = [], []
     for place, given in enumerate(threads):
         thread = live.tokenized(given)
@@ -386,7 +386,7 @@ def linear(
         raise DataError(f"{len(recorded)} sampler_logprobs for {len(tgt_tokens)} tgt_tokens")
     if thread is not None and thread.token_ids != [*tokens, *targets[-1:]]:
         raise DataError(f"the thread's {len(thread.token_ids)} tokens are not inp_tokens and the last of tgt_tokens")
-    allowed = None if thread is None else live.allowed(thread, "train_tangents")
+    allowed = None if thread is None else allowed_tokens(live, thread, "train_tangents")
     sample = TrainSample(tokens, targets, [float(t) for t in tangents], recorded, allowed=allowed)
     if denominator is None:
         return Accepted([sample], "tangents", float(sum(t != 0 for t in tangents)))

@@ -10,7 +10,7 @@ from typing import Any
 from harmony_core.client import losses
 from harmony_core.client.batching import LINEAR, Accepted, require_weight
 from harmony_core.client.inference_model import InferenceModel
-from harmony_core.client.limits import RowGauge
+from harmony_core.client.live import RowGauge
 from harmony_core.client.losses import (
     AboveOne,
     AboveZero,

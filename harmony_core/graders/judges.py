@@ -11,14 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar, cast
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
-from harmony_core.errors import DataError, UsageError
+from harmony_core.errors import DataError, JsonParseError, UsageError
 from harmony_core.graders.base import BaseGrader, FailedJudgeLog, Grade, SuccessJudgeLog
 from harmony_core.graders.verdict_schema import verdict_schema
 from harmony_core.loggers.base import Table
-from harmony_core.structured_output import generate_and_validate, parse_constrained
-from harmony_core.text.reasoning import remove_reasoning
+from harmony_core.structured_output import generate_and_validate, remove_reasoning
 from harmony_core.text.threads import StringThread, StringTurn, stringify_thread
 
 if TYPE_CHECKING:
@@ -132,9 +131,14 @@ class Judge(BaseGrader[SuccessJudgeLog | FailedJudgeLog]):
         room = min(self.model.longest_completion, self.model.get_builder_args()["max_seqlen"] // 4)
         bound = self.model.constrained_decoding(verdict_schema(output, room, items), "json")
         answered = await bound.generate(await self.without_control_tokens(prompt))
-        record = answered.generation
-        cut = len(record.tokens) if record is not None and record.finish_reason == "length" else None
-        return parse_constrained(answered.completion() or "", output, cut)
+        record, text = answered.generation, answered.completion() or ""
+        try:
+            return output.model_validate_json(text)
+        except ValidationError as error:
+            told = f"the judge's answer is no {output.__name__}: {error.errors()[0]['msg']}"
+            if record is not None and record.finish_reason == "length":
+                told = f"the judge's answer was cut after {len(record.tokens)} tokens"
+            raise JsonParseError(told, text, hint="spawn the judge with more tokens_to_generate") from None
 
     async def _tried(self, prompt: StringThread, output: type[V]) -> V:
         for wait in _WAITS:

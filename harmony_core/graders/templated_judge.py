@@ -11,8 +11,7 @@ from harmony_core.errors import UndescribedField
 from harmony_core.graders.binary_judge import BaseTemplatedPromptJudgeOutput
 from harmony_core.graders.judges import Judge, said, separate_context_from_last_user_turn
 from harmony_core.graders.templates import render
-from harmony_core.structured_output import render_schema
-from harmony_core.text.reasoning import remove_reasoning
+from harmony_core.structured_output import remove_reasoning, render_schema
 from harmony_core.text.threads import StringThread
 
 if TYPE_CHECKING:

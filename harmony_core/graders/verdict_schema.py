@@ -14,7 +14,7 @@ LONGEST_TEXT = 300
 MOST_ITEMS = 8
 """Entries of a list whose length is not given."""
 
-_COMPACT = {"whitespace_flexible": False, "key_separator": ": ", "item_separator": ", "}
+_COMPACT = {"whitespace_pattern": None, "whitespace_flexible": False, "key_separator": ": ", "item_separator": ", "}
 _RANGE = {"minimum": -1_000_000, "maximum": 1_000_000}
 _LIMITS: dict[str, dict[str, Any]] = {"integer": _RANGE, "number": {**_RANGE, "multipleOf": 0.001}}
 _NOTES = ("title", "description", "default", "discriminator")

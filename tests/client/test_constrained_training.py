@@ -10,8 +10,10 @@ import pytest
 from engines import LiveEngine, pair
 from harmony_core.algorithms.tangents import push_weights, recorded_logprobs, score
 from harmony_core.client import TrainingModel
-from harmony_core.errors import UsageError
+from harmony_core.client.allowed_tokens import AllowedTokens, packed
+from harmony_core.errors import DataError, UsageError
 from harmony_core.grammar import Constraint
+from harmony_core.rpc.wire import unpack_ints
 from harmony_core.text.threads import StringThread, TokenizedThread
 
 TINY = "builtin:tiny-lm"
@@ -104,6 +106,13 @@ def test_every_loss_compares_with_the_masked_log_probs(one_rank: LiveEngine, ada
     one_rank.run(work())
 
 
+def test_equal_masks_are_sent_once() -> None:
+    samples = [(2, AllowedTokens([1, 2], [b"one_", b"two_"])), (1, None), (2, AllowedTokens([0, 1], [b"two_"]))]
+    index, masks = packed(samples)
+    assert (unpack_ints(index), masks) == ([1, 2, 0, 0, 2], b"one_two_")
+    assert packed([(3, None)]) == (b"", b"")
+
+
 def answered_text(model: TrainingModel, text: str) -> StringThread:
     return model._live.tokenizer.detokenize(answered(model, text))
 
@@ -120,6 +129,10 @@ def test_what_cannot_be_renormalised_is_refused_by_name(one_rank: LiveEngine) ->
             await model.train_language_modelling(answered(model, "no", masked_logprobs=[-1.0]))
         with pytest.raises(UsageError, match="logprobs cannot renormalise"):
             await model.logprobs_per_token(answered(model, "ny"))
+        *ids, last = answered(model, "no").token_ids
+        with pytest.raises(DataError, match="are not inp_tokens and the last of tgt_tokens"):
+            tangents = [0.0] * len(ids)
+            await model.train_tangents(ids, [], tangents, [*ids[1:], last], thread=answered(model, "yes"))
         text = StringThread(answered_text(model, "ny").get_turns())
         assert len(await model.logprobs_per_token(await model.tokenize_thread(text))) == 3
         await model.dealloc()

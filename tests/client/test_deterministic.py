@@ -51,17 +51,19 @@ def test_the_ranks_hear_of_it(tmp_path: Path, deterministic: bool) -> None:
 def test_sampled_scored_and_trained_logprobs_are_equal(tmp_path: Path, ranks: int) -> None:
     engine = start_engine(tmp_path, ranks, deterministic=True)
     try:
-        sampled, scored, metrics = engine.run(a_step(engine, tp=ranks))
+        for regex in ("", "([a-f]|[0-9]+|xyz){20,40}"):
+            sampled, scored, metrics = engine.run(a_step(engine, ranks, regex))
+            assert len(sampled) > 200
+            assert sampled == scored
+            assert metrics["sampler_logprob_diff_max"] == 0.0
     finally:
         stop_engine(engine)
-    assert len(sampled) > 200
-    assert sampled == scored
-    assert metrics["sampler_logprob_diff_max"] == 0.0
 
 
-async def a_step(engine: LiveEngine, tp: int) -> tuple[list[float], list[float], dict[str, float]]:
+async def a_step(engine: LiveEngine, tp: int, regex: str) -> tuple[list[float], list[float], dict[str, float]]:
     """Completions of ragged prompts, their log-probs from sampler and scorer, and a step of training on them."""
-    model = await engine.client.model(TINY).tp(tp).spawn_train("policy", 256)
+    model = await engine.client.model(TINY).tp(tp).spawn_train(f"policy-{bool(regex)}", 256)
+    model = model.constrained_decoding(regex, "regex") if regex else model
     prompts = [StringThread([thread.get_turns()[0]]) for thread in pairs(12, letters=9)]
     made: list[TokenizedThread] = await asyncio.gather(
         *(model.temperature(1.0).max_gen_len(8 + 3 * i).generate_tokens(prompt) for i, prompt in enumerate(prompts))
@@ -69,5 +71,5 @@ async def a_step(engine: LiveEngine, tp: int) -> tuple[list[float], list[float],
     scored = await asyncio.gather(*(model.logprobs_per_token(thread) for thread in made))
     await asyncio.gather(*(model.train_language_modelling(thread) for thread in made))
     metrics = await model.optim_step(1e-3, 0.0, 1.0)
-    sampled = [value for thread in made for value in thread.logprobs or ()]
+    sampled = [value for thread in made for value in thread.policy_logprobs or ()]
     return sampled, [value for values in scored for value in values], metrics

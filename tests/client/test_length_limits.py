@@ -13,7 +13,7 @@ import pytest
 
 from engines import LiveEngine, pair, start_engine, stop_engine
 from harmony_core.client import InferenceModel, ModelBuilder
-from harmony_core.client.limits import check_length, of_batch, of_context
+from harmony_core.client.live import check_length, of_batch, of_context
 from harmony_core.errors import HarmonyError, MemoryRefused, PromptTooLong, SampleTooLong, TooLong
 from harmony_core.text.threads import StringThread
 

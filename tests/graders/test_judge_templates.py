@@ -13,6 +13,7 @@ from harmony_core.errors import UsageError
 from harmony_core.graders import BinaryJudgeOutput, FaithfulnessGraderOutput, SimpleReasonedFloatOutput, split_sentences
 from harmony_core.graders.templates import render
 from harmony_core.graders.verdict_schema import verdict_schema
+from harmony_core.grammar import Constraint
 
 
 class Pair(NamedTuple):
@@ -115,7 +116,7 @@ BYTES = LLTokenizer("byte")
 
 
 def accepts(schema: str, text: str) -> bool:
-    matcher = LLMatcher(BYTES, LLMatcher.grammar_from_json_schema(schema), log_level=0)
+    matcher = LLMatcher(BYTES, Constraint("json", schema).compiled(), log_level=0)  # with the engine's own settings
     assert not matcher.is_error(), matcher.get_error()
     tokens = BYTES.tokenize_str(text)
     for token in tokens:

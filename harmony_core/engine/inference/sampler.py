@@ -27,6 +27,7 @@ from harmony_core.engine.inference.step import (
     UNIFORM,
     SamplingParameters,
 )
+from harmony_core.engine.models.allowed import AllowedTokens
 from harmony_core.engine.models.heads import token_logprobs
 from harmony_core.engine.models.model import CausalLM
 from harmony_core.grammar import Limits, Mask
@@ -299,7 +300,8 @@ def _sample_alone(
 ) -> tuple[Tensor, ...]:
     """As `draw`, with bits that depend on a row's own `hidden` only."""
     logits, suppressed, allowed = model.logits(hidden), limits.suppressed, limits.allowed
-    maskings = {i: Masking(logits[i : i + 1], {0: mask}) for i, mask in allowed.items()}
+    if allowed:
+        Masking(logits, allowed)
     rows = [
         sample(logits[i : i + 1], parameters[:, i : i + 1], {0: suppressed[i]} if i in suppressed else None, tokenless)
         for i in range(len(logits))
@@ -308,8 +310,12 @@ def _sample_alone(
     logprobs = token_logprobs(model, hidden, tokens)
     raw = (parameters[KIND] == PLAIN) & (parameters[TEMPERATURE] == 1) & (tokenless is None)
     raw[[*suppressed, *allowed]] = False
-    masked = torch.stack([tokens, logprobs, processed, logprobs]).double()
-    for i, masking in maskings.items():
-        masking.record(masked[:, i : i + 1])
+    masked = logprobs
+    if allowed:  # as the trainer computes them
+        masks = [np.full_like(next(iter(allowed.values())), -1), *allowed.values()]
+        index = torch.zeros_like(tokens)
+        index[list(allowed)] = torch.arange(1, len(masks))
+        places = AllowedTokens(index, torch.from_numpy(np.stack(masks).view(np.uint8)))
+        masked = token_logprobs(model, hidden, tokens, allowed=places)
     # Rows sampled from the raw distribution get the same number for both, not two that differ in the last bit.
-    return tokens, logprobs, torch.where(torch.from_numpy(raw), logprobs, processed), masked[3]
+    return tokens, logprobs, torch.where(torch.from_numpy(raw), logprobs, processed), masked

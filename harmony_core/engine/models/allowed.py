@@ -49,10 +49,6 @@ class AllowedTokens:
     def __getitem__(self, rows: slice | Tensor) -> AllowedTokens:
         return AllowedTokens(self.index[rows], self.masks)
 
-    def padded(self, count: int) -> AllowedTokens:
-        """With further positions, up to `count`, that allow every token."""
-        return AllowedTokens(torch.cat([self.index, self.index.new_zeros(count - len(self.index))]), self.masks)
-
     def forbid_others(self, logits: Tensor, first: int) -> None:
         """Set the logits `[N, v]` of the tokens `first` to `first + v - 1` that are not allowed, in place."""
         width = logits.shape[1]

@@ -207,7 +207,7 @@ def _score(
     """Log-probs and, if requested, entropies, `[1 or 2, N]`."""
     count, masked = len(targets), allowed is not None
     hidden, targets = pad_rows(model, hidden, targets)
-    allowed = None if allowed is None else allowed.padded(len(targets))
+    allowed = None if allowed is None else AllowedTokens(pad_rows(model, allowed.index)[0], allowed.masks)
     found = hidden.new_empty((1 + entropies, *targets.shape), dtype=wide(hidden.dtype))
     scorer = make_scorer(model, len(targets), chunk, gradients=False, masked=masked, entropies=entropies)
     for rows in _chunks(0, len(targets), scorer.rows):
@@ -244,7 +244,7 @@ def linear_logprob_loss(
     count = len(targets)
     hidden, targets, coefficients = pad_rows(model, hidden, targets, coefficients)
     padded = None if entropy is None else pad_rows(model, entropy)[0]
-    masks = None if allowed is None else allowed.padded(len(targets))
+    masks = None if allowed is None else AllowedTokens(pad_rows(model, allowed.index)[0], allowed.masks)
     loss, logprobs = _LinearLogprobLoss.apply(  # type: ignore[no-untyped-call]
         hidden, model.head_weight, targets, coefficients, model, chunk, into, padded, masks
     )

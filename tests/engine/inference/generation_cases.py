@@ -36,14 +36,19 @@ def add_adapter(model: CausalLM, name: str) -> None:
 
 
 def generate(
-    group: Group, directory: str, prompts: list[list[int]], samplings: list[dict[str, Any]], adapter: bool
+    group: Group,
+    directory: str,
+    prompts: list[list[int]],
+    samplings: list[dict[str, Any]],
+    adapter: bool,
+    tokenizer: str = "",
 ) -> dict[str, Any] | None:
-    """Tokens, raw and processed log-probs of every request, from the first rank."""
+    """Tokens, raw, processed and masked log-probs of every request, from the first rank."""
     tp, _, _ = group.grid(group.size)
     model = load_model(Path(directory), tp, torch.device("cpu"), torch.float32)
     if adapter:
         add_adapter(model, "style")
-    runner = Runner(model, 4096, adapter="style" if adapter else None)
+    runner = Runner(model, 4096, adapter="style" if adapter else None, tokenizer=lambda: tokenizer)
     if group.rank:
         while plan := _broadcast(group, None):
             runner.run(msgspec.msgpack.decode(plan, type=StepPlan))
@@ -56,7 +61,7 @@ def generate(
         prefill_tokens=64,
     )
     for id, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True)):
-        scheduler.submit(id, prompt, Sampling(**sampling))
+        scheduler.submit(id, prompt, msgspec.convert(sampling, Sampling))
     results: dict[str, Any] = {}
     largest = 0
     while scheduler.has_work:
@@ -71,6 +76,7 @@ def generate(
                 unpack_ints(answer.tokens),
                 unpack_floats(answer.logprobs),
                 unpack_floats(answer.sampled_logprobs),
+                unpack_floats(answer.masked_logprobs),
             ]
     _broadcast(group, b"")
     assert scheduler.pool.available == scheduler.pool.capacity
