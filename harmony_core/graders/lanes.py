@@ -1,4 +1,4 @@
-"""Calls of synchronous graders, in a process or here: each waits for a lane, a thread that makes one after the other.
+"""Calls of synchronous graders, in a process or a thread: each waits for a lane, which makes one after the other.
 
 A lane calls a function itself, or talks to a worker process. A call that takes too long costs its lane: the process is
 killed, while a stuck thread can only be left alone; the next call starts a new lane.
@@ -121,12 +121,19 @@ class _Lane(threading.Thread):
         self.over = False
 
     def run(self) -> None:
-        while not self.over and (job := self._jobs.get()) is not None:
-            if job.answer.set_running_or_notify_cancel():
-                self._answer(job)
+        while not self.over and self._next():
+            pass
         self.end()
         if isinstance(self._callee, WorkerProcess):
             self._callee.close()
+
+    def _next(self) -> bool:
+        # A call is not kept while the lane waits: its error refers to the grader, whose end ends the lane.
+        if (job := self._jobs.get()) is None:
+            return False
+        if job.answer.set_running_or_notify_cancel():
+            self._answer(job)
+        return True
 
     def _answer(self, job: _Job) -> None:
         result, failure = None, None

@@ -11,6 +11,7 @@ import inspect
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -25,15 +26,12 @@ from harmony_core.text.threads import StringThread
 def load(code: dict[str, Any]) -> Callable[[StringThread], Any]:
     """The function that the first line names: `function` of a file, or `grade` of a text."""
     sys.path.extend(entry for entry in code.get("path", ()) if entry not in sys.path)
-    if "source" in code:
-        names: dict[str, Any] = {"__name__": "grader"}
-        exec(compile(code["source"], "<grader>", "exec"), names)
-        found = names["grade"]
-    else:
-        found = getattr(import_file(Path(code["file"]), importable_folder=True), code["function"])
-    if not callable(found):
-        raise TypeError(f"{code.get('function', 'grade')} is not a function")
-    return found  # type: ignore[no-any-return]
+    if "source" not in code:
+        return getattr(import_file(Path(code["file"]), importable_folder=True), code["function"])  # type: ignore[no-any-return]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "grader.py"
+        file.write_text(code["source"], encoding="utf-8")
+        return import_file(file, importable_folder=False).grade  # type: ignore[no-any-return]
 
 
 def graded(function: Callable[[StringThread], Any], line: bytes, runner: asyncio.Runner) -> dict[str, Any]:
