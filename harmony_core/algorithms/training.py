@@ -330,8 +330,9 @@ def keeps_settings(init: Callable[Concatenate[S, P], None]) -> Callable[Concaten
         self.default_settings = {name: signature.parameters[name].default for name in self.settings}
         vars(self).update(self.settings)
         init(self, *args, **kwargs)
-        described = {"algorithm": type(self).__name__, "samples": len(bound.arguments["dataset"])}
-        self.logger.log_config(described | self.settings)
+        self.logger.log_config(
+            {"algorithm": type(self).__name__, "samples": len(bound.arguments["dataset"]), **self.settings}
+        )
 
     update_wrapper(construct, init)
     return construct
@@ -394,8 +395,8 @@ def settle_each(hook: Callable[[Any], Any]) -> Callable[[Sequence[Any]], Awaitab
 def means(prefix: str, measured: Sequence[Any]) -> dict[str, float]:
     """The mean of each number in the dictionaries that a hook returned, one or a list for each sample."""
     found: dict[str, list[float]] = {}
-    for numbers in chain.from_iterable(one if isinstance(one, list) else [one] for one in measured):
-        for name, value in (numbers if isinstance(numbers, dict) else {}).items():
-            if isinstance(value, int | float):
-                found.setdefault(f"{prefix}/{name}", []).append(value)
+    dicts = chain.from_iterable(one if isinstance(one, list) else [one] for one in measured)
+    for name, value in chain.from_iterable(one.items() for one in dicts if isinstance(one, dict)):
+        if isinstance(value, int | float):
+            found.setdefault(f"{prefix}/{name}", []).append(value)
     return {name: fmean(values) for name, values in found.items()}
