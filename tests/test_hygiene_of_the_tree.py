@@ -34,6 +34,7 @@ SWALLOWED = {
     ),
     "harmony_core/environments/environment.py": (2, "an environment is foreign code: its failure is its trajectory's"),
     "harmony_core/graders/judges.py": (1, "a service's errors are of its own kinds; what passes is tried again"),
+    "harmony_core/environments/environment.py": (2, "an environment is foreign code: its failure is its trajectory's"),
     "harmony_core/runs/interruption.py": (1, "the edge of a thread without which no signal is heeded: it ends the run"),
     "harmony_core/loggers/local.py": (1, "a second logger may be the client of any service, and ends nothing"),
     "harmony_core/algorithms/batch_loader.py": (2, "a failure of one item, by contract"),
@@ -56,9 +57,9 @@ SLEEPS = {
     "tests/launch/test_supervisor.py": (1, "a driver that blocks its own loop"),
     "tests/leftovers.py": (2, "what waits for a condition"),
     "tests/sockets.py": (1, "a flood with room to answer"),
-    "tests/environments/test_trajectories.py": (4, "environments that are slow, or hang"),
     "tests/graders/test_combined.py": (1, "a grader that hangs"),
     "tests/graders/test_workers.py": (3, "graders that are slow, or hang"),
+    "tests/environments/test_trajectories.py": (2, "an environment that hangs"),
     "tests/recipes/two_stages.py": (1, "a recipe that is killed meanwhile"),
 }
 """Sleeps outside of slow tests: how many in a file, and why. Nothing depends on how long they are."""

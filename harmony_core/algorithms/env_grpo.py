@@ -17,7 +17,7 @@ from harmony_core.algorithms.callbacks import RecipeCallback, result_of
 from harmony_core.algorithms.grpo import GRPO, GSPO
 from harmony_core.algorithms.rollout import SHOWN, RolloutTraining, longest_trained, show_sample
 from harmony_core.algorithms.tangents import recorded_logprobs
-from harmony_core.algorithms.training import CosineScheduler, Scheduler, keeps_settings
+from harmony_core.algorithms.training import Scheduler, keeps_settings
 from harmony_core.config.argument_kinds import checked
 from harmony_core.environments import EnvironmentFactory, TrajectoryHistory, get_reward_statistics
 from harmony_core.journal import phase
@@ -226,10 +226,7 @@ class ENVGRPO(EnvironmentTraining, GRPO):
         max_failure_rate: float = 0.9,
     ) -> None:
         self.environment_factory, self.weight_decay = environment_factory, weight_decays
-        batches = epochs, max_num_grpo_steps, max_failure_rate
-        saving = checkpoint_frequency, checkpoint_restore_data
-        schedule = lr_scheduler or CosineScheduler(lr)
-        self._set_up(dataset, model, (logger, stage_notifier), callbacks, batches, schedule, saving, loss_options)
+        self._set_up(locals())
 
     def _make_rollout(self) -> Any:
         return Trajectories(self.model, self.reference, self.environment_factory)

@@ -86,10 +86,7 @@ class ENVPPO(EnvironmentTraining, PPO):
         max_failure_rate: float = 0.9,
     ) -> None:
         self.environment_factory = environment_factory
-        models, told = (model, value_model), (logger, stage_notifier)
-        batches, saving = (epochs, max_num_ppo_steps, max_failure_rate), (checkpoint_frequency, checkpoint_restore_data)
-        schedules = lr_scheduler_policy, lr_scheduler_value
-        self._set_up("ENVPPO", dataset, models, told, callbacks, batches, schedules, saving)
+        self._set_up("ENVPPO", locals())
 
     def _make_rollout(self) -> Any:
         return Trajectories(self.model, self.reference, self.environment_factory, self.value_model)

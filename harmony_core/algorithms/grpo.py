@@ -116,39 +116,27 @@ class GRPO(RolloutTraining):
         max_failure_rate: float = 0.5,
     ) -> None:
         self.grader = grader
-        batches = epochs, max_num_grpo_steps, max_failure_rate
-        saving = checkpoint_frequency, checkpoint_restore_data
-        schedule = lr_scheduler or CosineScheduler(lr)
-        self._set_up(dataset, model, (logger, stage_notifier), callbacks, batches, schedule, saving, loss_options)
+        self._set_up(locals())
 
-    def _set_up(
-        self,
-        dataset: Sequence[StringThread],
-        model: TrainingModel,
-        told: tuple[Logger | None, StageNotifier | None],
-        callbacks: Sequence[RecipeCallback],
-        batches: tuple[float | None, int | None, float],
-        schedule: Scheduler,
-        saving: tuple[float, dict[str, Any] | None],
-        loss_options: Mapping[str, Any] | None,
-    ) -> None:
-        """What the constructors have in common, once the plain settings are attributes."""
-        if self.use_tangents and loss_options:
+    def _set_up(self, given: Mapping[str, Any]) -> None:
+        """What constructors have in common; `given` are their arguments; the plain ones are attributes, too."""
+        if self.use_tangents and given["loss_options"]:
             raise UsageError("loss_options are those of the model's own loss", hint="leave use_tangents out")
         prompts = prompts_per_batch(self.samples_per_batch, self.completions_per_sample)
         at_least(1, samples_per_batch=self.samples_per_batch, samples_per_mini_batch=self.samples_per_mini_batch)
         at_least(1, mini_epochs_per_batch=self.mini_epochs_per_batch)
-        self.model = model
-        name = type(self).__name__
-        self._log_to(*told, f"{name} Training")
-        self.lr_schedule = schedule
-        self.loss_options = dict(loss_options or {})
-        check_loss_options(getattr(model, self._loss), self.loss_options)
-        epochs, steps, rate = batches
-        self.loader = BatchLoader(prompts_of(dataset), prompts, epochs, self.data_seed, rate, steps)
+        self.model, name = given["model"], type(self).__name__
+        self._log_to(given["logger"], given["stage_notifier"], f"{name} Training")
+        self.lr_schedule = given["lr_scheduler"] or CosineScheduler(given["lr"])
+        self.loss_options = dict(given["loss_options"] or {})
+        check_loss_options(getattr(self.model, self._loss), self.loss_options)
+        epochs, rate, steps = given["epochs"], given["max_failure_rate"], given["max_num_grpo_steps"]
+        self.loader = BatchLoader(prompts_of(given["dataset"]), prompts, epochs, self.data_seed, rate, steps)
         if self.kl_beta:
-            model.plan_clone()
-        self.loop = StepLoop(self, name, {"policy": model}, dataset, callbacks, *saving, prompts=True)
+            self.model.plan_clone()
+        saving = given["checkpoint_frequency"], given["checkpoint_restore_data"]
+        models = {"policy": self.model}
+        self.loop = StepLoop(self, name, models, given["dataset"], given["callbacks"], *saving, prompts=True)
 
     async def _prepare(self) -> None:
         self.reference = await self.model.clone_inf() if self.kl_beta else None

@@ -84,9 +84,6 @@ class PPO(RolloutTraining):
     gae_gamma: float
     whiten_advantages: bool = False
     samples_per_batch: int
-    value_only_fraction: float
-    lr_policy: float
-    lr_value: float
 
     @keeps_settings
     def __init__(
@@ -124,42 +121,29 @@ class PPO(RolloutTraining):
         max_failure_rate: float = 0.5,
     ) -> None:
         self.grader = grader
-        batches = epochs, max_num_ppo_steps, max_failure_rate
-        schedules = lr_scheduler_policy, lr_scheduler_value
-        saving = checkpoint_frequency, checkpoint_restore_data
         self.loss_options = dict(loss_options or {})
         check_loss_options(model.train_ppo, self.loss_options)
-        self._set_up(
-            "PPO", dataset, (model, value_model), (logger, stage_notifier), callbacks, batches, schedules, saving
-        )
+        self._set_up("PPO", locals())
 
-    def _set_up(
-        self,
-        name: str,
-        dataset: Sequence[StringThread],
-        models: tuple[TrainingModel, TrainingModel],
-        told: tuple[Logger | None, StageNotifier | None],
-        callbacks: Sequence[RecipeCallback],
-        batches: tuple[float | None, int | None, float],
-        schedules: tuple[Scheduler | None, Scheduler | None],
-        saving: tuple[float, dict[str, Any] | None],
-    ) -> None:
-        """What the constructors have in common, once the plain settings are attributes."""
-        self.model, self.value_model = models
+    def _set_up(self, name: str, given: Mapping[str, Any]) -> None:
+        """What constructors have in common; `given` are their arguments; the plain ones are attributes, too."""
+        self.model, self.value_model = given["model"], given["value_model"]
         if not self.value_model.is_scalar():
             raise UsageError("PPO's value model needs a scalar head", hint="spawn it with into_scoring_model()")
         at_least(1, samples_per_batch=self.samples_per_batch, samples_per_mini_batch=self.samples_per_mini_batch)
         at_least(1, mini_epochs_per_batch=self.mini_epochs_per_batch)
-        self._log_to(*told, "PPO Training")
-        waiting = CombinedSchedule(lambda _: 0.0, CosineScheduler(self.lr_policy), self.value_only_fraction)
-        self.lr_schedule_policy: Scheduler = schedules[0] or waiting
-        self.lr_schedule_value: Scheduler = schedules[1] or CosineScheduler(self.lr_value)
-        epochs, steps, rate = batches
-        self.loader = BatchLoader(prompts_of(dataset), self.samples_per_batch, epochs, self.data_seed, rate, steps)
+        self._log_to(given["logger"], given["stage_notifier"], "PPO Training")
+        policy = CosineScheduler(given["lr_policy"])
+        waiting = CombinedSchedule(lambda _: 0.0, policy, given["value_only_fraction"])
+        self.lr_schedule_policy: Scheduler = given["lr_scheduler_policy"] or waiting
+        self.lr_schedule_value: Scheduler = given["lr_scheduler_value"] or CosineScheduler(given["lr_value"])
+        rows, rate, steps = prompts_of(given["dataset"]), given["max_failure_rate"], given["max_num_ppo_steps"]
+        self.loader = BatchLoader(rows, self.samples_per_batch, given["epochs"], self.data_seed, rate, steps)
         if self.kl_beta:
             self.model.plan_clone()
-        both = {"policy": self.model, "value": self.value_model}
-        self.loop = StepLoop(self, name, both, dataset, callbacks, *saving, prompts=True)
+        models = {"policy": self.model, "value": self.value_model}
+        saving = given["checkpoint_frequency"], given["checkpoint_restore_data"]
+        self.loop = StepLoop(self, name, models, given["dataset"], given["callbacks"], *saving, prompts=True)
 
     async def _prepare(self) -> None:
         # The value model scores the policy's tokens, so both must tokenize text alike.

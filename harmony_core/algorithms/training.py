@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, update_wrapper
-from itertools import chain
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, ParamSpec, TypeVar
 
@@ -393,8 +392,8 @@ def settle_each(hook: Callable[[Any], Any]) -> Callable[[Sequence[Any]], Awaitab
 def means(prefix: str, measured: Sequence[Any]) -> dict[str, float]:
     """The mean of each number in the dictionaries that a hook returned, one or a list for each sample."""
     found: dict[str, list[float]] = {}
-    for numbers in chain.from_iterable(one if isinstance(one, list) else [one] for one in measured):
-        for name, value in (numbers if isinstance(numbers, dict) else {}).items():
-            if isinstance(value, int | float):
-                found.setdefault(f"{prefix}/{name}", []).append(value)
+    dicts = [d for one in measured for d in (one if isinstance(one, list) else [one]) if isinstance(d, dict)]
+    for name, value in (item for one in dicts for item in one.items()):
+        if isinstance(value, int | float):
+            found.setdefault(f"{prefix}/{name}", []).append(value)
     return {name: fmean(values) for name, values in found.items()}

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from msgspec import structs
+
 from harmony_core.errors import DataError
 from harmony_core.text.threads import StringThread, TokenizedThread
 from harmony_core.text.tokenization import ChatTokenizer
@@ -58,11 +60,14 @@ def with_calls(tokenizer: ChatTokenizer, thread: TokenizedThread) -> TokenizedTh
     source = tokenizer.template.choices[1].source if tokenizer.template is not None else ""
     turn = thread.token_turns[-1]
     try:
-        before, calls, after = _read(turn.text, [mark for mark in _MARKS if mark in source])
+        before, calls, after = _read(turn.text, [mark for mark in _MARKS if mark in source][:1])
     except DataError:
         return thread
     if not calls or after.strip():
         return thread
+    if "[TOOL_CALLS]" in source:  # Mistral's templates need ids of nine characters, which its models do not write
+        place = len(thread.token_turns)
+        calls = [structs.replace(c, call_id=c.call_id or f"call{place:03d}{n:02d}") for n, c in enumerate(calls)]
     text: list[AnyFragment] = [Text(before.rstrip())] if before.strip() else []
     turns = [*thread.token_turns[:-1], replace(turn, fragments=(*text, *calls))]
     made = TokenizedThread.of(thread, thread.token_ids, turns)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -131,7 +130,7 @@ def test_seeds_do_not_depend_on_how_trajectories_mix(one_rank: LiveEngine) -> No
     async def work(slow: int) -> list[list[int]]:
         async def react(world: Scripted, thread: StringThread, turn: int) -> Any:
             for _ in range(20 * (world.metadata["n"] == slow)):
-                await asyncio.sleep(0.001)
+                await asyncio.sleep(0)
             return answers(3)(world, thread, turn)
 
         async with policy(one_rank, "seeds") as model:
@@ -216,10 +215,8 @@ def test_a_plain_react_to_may_block(one_rank: LiveEngine) -> None:
         def create_environment(self, metadata: Any) -> Scripted:
             return Blocking(self.add_log, self.react, metadata)
 
-    started = time.monotonic()
     with pytest.raises(EnvironmentTimeout):
         play(one_rank, Makes(raising, Limits(react_seconds=0.05)))
-    assert time.monotonic() - started < 30
     release.set()
     assert play(one_rank, Makes(raising))[1].get_cumulative_reward() == 1.0
 
