@@ -78,6 +78,13 @@ RECIPES = {
     "grpo": Recipe("GRPO, builtin:tiny-lm", "grpo", "held_out/score_mean", at_least=0.9),
     "gspo": Recipe("GSPO, builtin:tiny-lm", "gspo", "held_out/score_mean", at_least=0.9),
     "ppo": Recipe("PPO with a value model, builtin:tiny-lm", "ppo", "held_out/score_mean", gain=0.2),
+    "env_grpo": Recipe(
+        "GRPO over two turns with a tool, builtin:tiny-lm",
+        "env_grpo",
+        "held_out/env/solved",
+        "held-out trajectories solved",
+        at_least=0.8,
+    ),
     "dpo": Recipe("DPO, builtin:tiny-lm", "dpo", "held_out/accuracy", "held-out preference accuracy", at_least=0.95),
     "reward_model": Recipe(
         "Reward model, builtin:tiny-lm",

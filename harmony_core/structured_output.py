@@ -29,12 +29,13 @@ FIX_OUTPUT_FORMAT = """This text should be one JSON object of the schema below, 
 Write the JSON object that the text means, with the values that stand in it. Answer with the JSON object alone."""
 """The prompt that asks for a completion again; its fields are `schema`, `completion` and `error`."""
 
-_FENCED = re.compile(r"```(?:json)?\s*(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
-_TAGGED = re.compile(r"<json>(.*?)(?:</json>|\Z)", re.DOTALL | re.IGNORECASE)
+_MARKED = re.compile(r"(?:```(?:json)?|<json>)\s*(.*?)(?:```|</json>|\Z)", re.DOTALL | re.IGNORECASE)
 
 
 def get_pydantic_schema(base_model: type[BaseModel]) -> str:
     """The model's JSON schema as JSON text. Its objects take no other fields; its own fields have no titles."""
+    if not (isclass(base_model) and issubclass(base_model, BaseModel)):
+        raise UsageError(f"a pydantic model is needed, not {base_model!r}", hint="class Answer(BaseModel): ...")
     schema = base_model.model_json_schema()
     for field in schema.get("properties", {}).values():
         field.pop("title", None)
@@ -97,27 +98,19 @@ def _spelled(hint: Any, indent: str, inside: tuple[Any, ...]) -> str:
     return str(getattr(hint, "__name__", hint))
 
 
-def _descriptions(model: type[BaseModel], prefix: str, inside: tuple[Any, ...]) -> Iterator[str]:
-    for name, field in model.model_fields.items():
-        if not field.description:
-            raise UndescribedField(
-                f"the field {prefix}{name} of {model.__name__} has no description",
-                hint="Field(description=...), or render_schema(..., with_field_descriptions=False)",
-            )
-        yield f"{prefix}{name}: {field.description}"
-        for inner, suffix in _models(field.annotation, ""):
-            if inner not in (*inside, model):
-                yield from _descriptions(inner, f"{prefix}{name}{suffix}.", (*inside, model))
-
-
-def _models(hint: Any, suffix: str) -> Iterator[tuple[type[BaseModel], str]]:
-    """The models in a type, each with "[]" for every collection around it."""
+def _descriptions(hint: Any, place: str, inside: tuple[Any, ...]) -> Iterator[str]:
+    """Lines for the fields of the models in a type, below `place`, which ends with a dot."""
     origin = get_origin(hint)
-    if isclass(hint) and origin is None and issubclass(hint, BaseModel):
-        yield hint, suffix
-    many = isclass(origin) and issubclass(origin, Collection)
+    if isclass(hint) and origin is None and issubclass(hint, BaseModel) and hint not in inside:
+        for name, field in hint.model_fields.items():
+            if not field.description:
+                what = f"the field {place}{name} of {hint.__name__} has no description"
+                raise UndescribedField(what, hint="Field(description=...), or with_field_descriptions=False")
+            yield f"{place}{name}: {field.description}"
+            yield from _descriptions(field.annotation, f"{place}{name}.", (*inside, hint))
+    below = f"{place[:-1]}[]." if isclass(origin) and issubclass(origin, Collection) else place
     for arg in get_args(hint) if origin is not Literal else ():
-        yield from _models(arg, suffix + "[]" * many)
+        yield from _descriptions(arg, below, inside)
 
 
 def pydantic_parse(text: str, pydantic_object: type[T]) -> T:
@@ -127,7 +120,7 @@ def pydantic_parse(text: str, pydantic_object: type[T]) -> T:
     is. Raises OutputParserException with the text in `llm_output`.
     """
     answer = remove_reasoning(text)
-    parts = [answer.strip("` \n\t"), *_FENCED.findall(answer), *_TAGGED.findall(answer)]
+    parts = [answer.strip("` \n\t"), *_MARKED.findall(answer)]
     problem = "it is not JSON"
     for part in (*parts, *map(_repaired, parts)):
         try:

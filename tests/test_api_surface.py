@@ -8,18 +8,23 @@ is used in a test. The other rows are in the tables of docs/compatibility.md.
 from __future__ import annotations
 
 import ast
+import asyncio
 import fnmatch
 import functools
 import importlib
 import inspect
 import json
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 
+import adaptive_harmony as api
+from harmony_core.errors import HarmonyError
 from source_tree import ROOT
 
 TESTS = Path(__file__).parent
@@ -214,3 +219,55 @@ def problem(row: Row) -> str:
 def test_every_row_works_or_is_in_a_table(module: str) -> None:
     rows = [row for row in ROWS if row.module == module and outcome(row) == "works"]
     assert {row.name: why for row in rows if (why := problem(row))} == {}
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if outcome(row) == "accepted"], ids=lambda row: row.path)
+def test_what_has_no_effect_can_be_used(row: Row) -> None:
+    assert problem(row) == ""
+
+
+def refused_calls() -> dict[str, Callable[[], Any]]:
+    """For each pattern of the table a call that it refuses."""
+    builder: Any = object()
+    live = SimpleNamespace(model=lambda *args, **kwargs: object.__new__(api.ModelBuilder))
+    ctx: Any = SimpleNamespace(client=live)
+    model, tokens = api.parameters.Model("m"), api.TokenizedThread([], [])
+    thread = api.StringThread([("user", "q")])
+    bare = object.__new__(api.InferenceModel)
+    return {
+        "ModelBuilder.with_draft": lambda: api.ModelBuilder.with_draft(builder, "draft"),
+        "Model.with_draft": lambda: model.with_draft("draft").to_builder(ctx),
+        "ModelBuilder.tools": lambda: api.ModelBuilder.tools(builder, ["uri"]),
+        "Model.tools": lambda: model.tools(["uri"]).to_builder(ctx),
+        "InferenceModel.thread_with_tools": lambda: bare.thread_with_tools(thread, ["uri"]),
+        "TrainingModel.thread_with_tools": lambda: bare.thread_with_tools(thread, ["uri"]),
+        "TokenizedThread.assistant": lambda: tokens.assistant([1]),
+    }
+
+
+@pytest.mark.parametrize("pattern", REFUSED)
+def test_what_is_refused_says_what_to_use_instead(pattern: str) -> None:
+    rows = [row for row in ROWS if listed(row, {pattern: ""})]
+    assert rows, "nothing has this name"
+    if pattern in (calls := refused_calls()):
+        call = calls[pattern]
+    else:
+        call = find(rows[0]._replace(name=rows[0].name.split(".")[0]))
+    with pytest.raises(HarmonyError) as caught:
+        returned = call()
+        if inspect.iscoroutine(returned):
+            asyncio.run(returned)
+    told = f"{caught.value.message} {caught.value.hint}"
+    instead = re.findall(r"`([^`]+)`", REFUSED[pattern].split(" (a `Model`")[0])
+    assert caught.value.hint and [code for code in instead if code not in told] == []
+
+
+def test_every_pattern_of_the_tables_names_something() -> None:
+    assert [p for p in (*ACCEPTED, *REFUSED) if not any(listed(row, {p: ""}) for row in ROWS)] == []
+
+
+def test_the_counts_are_those_of_the_page() -> None:
+    counts = Counter(outcome(row) for row in ROWS)
+    text = " ".join(COMPATIBILITY.read_text(encoding="utf-8").split())
+    told = "{} of them: {} work, {} are accepted without effect, {} are refused"
+    assert told.format(len(ROWS), counts["works"], counts["accepted"], counts["refused"]) in text

@@ -12,7 +12,7 @@ import pytest
 
 from adaptive_harmony import StdoutStageNotifier, spawn_inference, spawn_train
 from adaptive_harmony.artifacts import DatasetSampleType
-from adaptive_harmony.common import DPO, GRPO, PPO
+from adaptive_harmony.common import DPO, GRPO, PPO, EnvironmentValidationCallback
 from adaptive_harmony.common.env_grpo import ENVGRPO, ENVGRPO_HYPERPARAMS
 from adaptive_harmony.common.env_gspo import ENVGSPO_HYPERPARAMS
 from adaptive_harmony.common.env_ppo import ENVPPO
@@ -22,7 +22,7 @@ from adaptive_harmony.common.sft import SFT_HYPERPARAMS
 from adaptive_harmony.core.reward_client import MetadataValidationResponse, Response, ServerInfo
 from adaptive_harmony.core.reward_client.client import INFO_PATH, METADATA_SCHEMA_PATH, SCORE_PATH
 from adaptive_harmony.core.reward_client.reward_types import MetadataType
-from adaptive_harmony.environment.environment import GradeAggregator
+from adaptive_harmony.environment.environment import Environment, GradeAggregator
 from adaptive_harmony.graders import BaseGrader, CombinedGrader, Grade
 from adaptive_harmony.graders.answer_relevancy_judge import AnswerRelevancyResults, StatementRelevancy
 from adaptive_harmony.graders.base_grader import get_model
@@ -56,7 +56,7 @@ from harmony_client.runtime.decorators import IN
 from harmony_client.runtime.dto import AdaptiveGrader, CustomJudge, PrebuiltJudge, RemoteRewardEndpoint
 from harmony_client.runtime.job_notifiers import PendingArtifact
 from harmony_core.journal import kept
-from worlds import Factory, answers
+from worlds import Factory, Scripted, answers
 
 TINY = "builtin:tiny-lm"
 PIXEL = (
@@ -74,7 +74,8 @@ def test_fragments_are_plain_dicts() -> None:
     image = dict(ImageFragment(type="image", url=PIXEL))
     thread = asyncio.run(StringThread.from_fragments([("user", [image]), ("assistant", fragments)]))
     assert thread.last_turn_fragments() == fragments and thread.last_content() == "hi"
-    assert asyncio.run(StringThread.from_fragments([("user", [{**fragments[1], "parsed_json": "{}"}])])).messages()
+    parsed = dict(TextFragment(type="text", text="{}", parsed_json="{}"))
+    assert asyncio.run(StringThread.from_fragments([("user", [parsed])])).messages() == [("user", "{}")]
 
 
 def test_the_settings_that_a_checkpoint_compares() -> None:
@@ -161,7 +162,7 @@ def test_the_samples_of_the_training_classes(one_rank: LiveEngine) -> None:
 
 def test_judges_of_records_on_an_engine(one_rank: LiveEngine) -> None:
     ctx: Any = SimpleNamespace(client=one_rank.client)
-    limits = {"kv_cache_len": 16384, "max_tokens": 64}
+    limits = {"kv_cache_len": 16384, "max_tokens": 256}
     thread = StringThread([("user", "What is blue?"), ("assistant", "The sky.")], {"documents": ["The sky is blue."]})
     judge = CustomJudge(model_key=TINY, criteria="short", user_template="{{completion}} {{output_schema}}")
     prebuilt = PrebuiltJudge(model_key=TINY, prebuilt_config_key="ContextRelevancy")
@@ -188,6 +189,26 @@ def test_judges_of_records_on_an_engine(one_rank: LiveEngine) -> None:
     assert all(isinstance(step, str) for step in steps)
     remote = BaseGrader.from_remote_reward_endpoint("s", "s-id", RemoteRewardEndpoint(url="http://127.0.0.1:9"))
     assert remote.grader_key == "s"
+
+
+def test_an_environment_with_a_state_of_its_own_is_validated(one_rank: LiveEngine) -> None:
+    class Stateful(Scripted):
+        async def initialize_state(self, thread: StringThread) -> StringThread:
+            return thread.user(f"state {self.metadata['n']}")
+
+    class States(Factory):
+        def create_environment(self, metadata: Any) -> Environment:
+            return Stateful(self.add_log, self.react, metadata)
+
+    async def work() -> None:
+        model = await one_rank.client.model(TINY, kv_cache_len=4096, tokens_to_generate=4).spawn_inference("v")
+        callback = EnvironmentValidationCallback([], model, States(answers(2)), 0.5)
+        threads, score, turns = await callback.generate_trajectory(StringThread([("user", "q")], {"n": 7}))
+        assert [turn.content for turn in threads[0].get_turns()[:2]] == ["q", "state 7"]
+        assert (score, turns) == (1.0, 2)
+        await model.dealloc()
+
+    one_rank.run(work())
 
 
 def test_what_judges_read_and_answer() -> None:
@@ -290,10 +311,9 @@ def test_a_session_and_its_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_job_keeps_artifacts_until_it_ends(tmp_path: Path) -> None:
-    ctx: Any = SimpleNamespace(job=JobNotifier(), artifacts_dir=tmp_path)
-    job = ctx.job
-    artifact = BaseArtifact(ctx, "id", "name", "custom", str(tmp_path / "file"))
-    (tmp_path / "file").write_text("x")
+    job = JobNotifier()
+    job.artifacts_dir = tmp_path
+    artifact = BaseArtifact(SimpleNamespace(job=job), "id", "name", "custom", "file")
     job.add_pending_artifact(artifact, str(tmp_path / "file"))
     job.remove_pending_artifact("id")
     job.add_pending_artifact(artifact, str(tmp_path / "file"))

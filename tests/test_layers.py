@@ -213,7 +213,7 @@ def with_one_importer() -> dict[str, set[str]]:
         if len(found) <= 1
         and module.rpartition(".")[0] not in found
         and MODULES[module].name != "__init__.py"
-        and not module.startswith(("adaptive_harmony.", "harmony_core.recipes."))
+        and not module.startswith(("adaptive_harmony.", "harmony_client.", "harmony_core.recipes."))
     }
 
 

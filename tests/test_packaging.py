@@ -59,7 +59,7 @@ def test_every_data_file_is_shipped() -> None:
             if kept and not any(fnmatch(inside, pattern) for pattern in patterns.get(name, ())):
                 unlisted.append(f"{folder}/{inside}")
     assert unlisted == []
-    for name in ("harmony_core", "adaptive_harmony"):
+    for name in ("harmony_core", "adaptive_harmony", "harmony_client"):
         assert (ROOT / name / "py.typed").is_file()
 
 
@@ -70,10 +70,10 @@ def test_the_command_is_the_mounted_folder() -> None:
     assert main(["--version"]) == 0
 
 
-def test_only_two_names_are_importable(tmp_path: Path) -> None:
+def test_only_three_names_are_importable(tmp_path: Path) -> None:
     code = (
         "import importlib.util, json, sys\n"
-        "names = ['adaptive_harmony', 'harmony_core', 'harmony_core.cli', 'harmony_core.recipes',"
+        "names = ['adaptive_harmony', 'harmony_client', 'harmony_core', 'harmony_core.cli', 'harmony_core.recipes',"
         " 'cli', 'recipes', 'tests', 'benchmarks', 'docs']\n"
         "print(json.dumps([name for name in names if sys.argv[1] in str(importlib.util.find_spec(name))]))"
     )
@@ -81,12 +81,13 @@ def test_only_two_names_are_importable(tmp_path: Path) -> None:
         [sys.executable, "-c", code, str(ROOT)], capture_output=True, text=True, cwd=tmp_path, timeout=60
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == ["adaptive_harmony", "harmony_core", "harmony_core.cli", "harmony_core.recipes"]
+    mounted = ["harmony_core.cli", "harmony_core.recipes"]
+    assert json.loads(done.stdout) == ["adaptive_harmony", "harmony_client", "harmony_core", *mounted]
 
 
-def test_the_installed_distribution_claims_only_two_names() -> None:
+def test_the_installed_distribution_claims_only_three_names() -> None:
     claimed = (distribution("harmony-core").read_text("top_level.txt") or "").split()
-    assert sorted(claimed) == ["adaptive_harmony", "harmony_core"]
+    assert sorted(claimed) == ["adaptive_harmony", "harmony_client", "harmony_core"]
 
 
 def test_one_version_everywhere() -> None:

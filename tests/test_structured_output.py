@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import pytest
 from pydantic import BaseModel, Field, RootModel
 
-from harmony_core.errors import HarmonyError, JsonParseError, OutputParserException, UndescribedField
+from harmony_core.errors import HarmonyError, JsonParseError, OutputParserException, UndescribedField, UsageError
 from harmony_core.rpc.wire import error_of, failure_of
 from harmony_core.structured_output import (
     FIX_OUTPUT_FORMAT,
@@ -98,6 +98,12 @@ def test_a_schema_as_json() -> None:
     assert list(simple) == ["properties", "required", "additionalProperties"]
     small = Small(a=1, b=["é"])
     assert json.loads(render_pydantic_model(small)) == {"a": 1, "b": ["é"]} and "\n" in render_pydantic_model(small)
+
+
+def test_only_pydantic_models_have_schemas() -> None:
+    for wrong in (dict, Small(a=1, b=[]), "Small"):
+        with pytest.raises(UsageError, match="a pydantic model is needed, not"):
+            get_pydantic_schema(wrong)  # type: ignore[arg-type]
 
 
 GOOD = '{"a": 1, "b": ["x"]}'

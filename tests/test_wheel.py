@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("adaptive_harmony", "cli", "harmony_core", "recipes", "tests")
+FOLDERS = ("adaptive_harmony", "cli", "harmony_client", "harmony_core", "recipes", "tests")
 FILES = ("LICENSE", "README.md", "pyproject.toml")
 
 pytestmark = pytest.mark.slow
@@ -72,9 +72,9 @@ def test_what_the_wheel_holds(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         (top_level,) = [name for name in names if name.endswith(".dist-info/top_level.txt")]
-        assert archive.read(top_level).decode().split() == ["adaptive_harmony", "harmony_core"]
+        assert archive.read(top_level).decode().split() == ["adaptive_harmony", "harmony_client", "harmony_core"]
     inside = {name for name in names if ".dist-info/" not in name}
-    assert {name.split("/")[0] for name in inside} == {"adaptive_harmony", "harmony_core"}
+    assert {name.split("/")[0] for name in inside} == {"adaptive_harmony", "harmony_client", "harmony_core"}
     inits = [name for name in inside if name.endswith("/__init__.py")]
     assert {name.rpartition("/")[0].replace("/", ".") for name in inits} == set(packages)
     for folder, mount in {"adaptive_harmony": "adaptive_harmony", "cli": "harmony_core/cli"}.items():
@@ -87,7 +87,7 @@ def test_what_the_wheel_holds(wheel: Path) -> None:
     for file in (ROOT / "recipes" / "data").glob("*.jsonl"):
         assert f"harmony_core/recipes/data/{file.name}" in inside
     assert {f"harmony_core/runs/report/page.{kind}" for kind in ("css", "html", "js")} <= inside
-    assert {"harmony_core/py.typed", "adaptive_harmony/py.typed"} <= inside
+    assert {"harmony_core/py.typed", "adaptive_harmony/py.typed", "harmony_client/py.typed"} <= inside
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 
 

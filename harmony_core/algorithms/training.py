@@ -380,10 +380,9 @@ def check_loss_options(train: Callable[..., Any], options: Mapping[str, Any]) ->
     """Raise UsageError before the first rollout for keywords that a model's loss does not accept."""
     parameters = inspect.signature(train).parameters.values()
     known = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
-    for name in options:
-        if name not in known:
-            taken = ", ".join(known) or "none"
-            raise UsageError(f"loss_options: {train.__name__} takes no {name!r}", hint=f"it takes: {taken}")
+    for name in (name for name in options if name not in known):
+        taken = ", ".join(known) or "none"
+        raise UsageError(f"loss_options: {train.__name__} takes no {name!r}", hint=f"it takes: {taken}")
 
 
 def settle_each(hook: Callable[[Any], Any]) -> Callable[[Sequence[Any]], Awaitable[list[Any]]]:

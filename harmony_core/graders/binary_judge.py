@@ -41,26 +41,28 @@ class BaseTemplatedPromptJudgeOutput(BaseModel):
         raise NotImplementedError(f"{type(self).__name__} has no get_reasoning")
 
 
-class SimpleReasonedFloatOutput(BaseTemplatedPromptJudgeOutput):
-    """A number with its reason."""
-
+class _Reasoned(BaseTemplatedPromptJudgeOutput):
     reasoning: str = Field(description="the reason for the score, in a sentence")
-    score: float = Field(description="the score")
-
-    def get_score(self) -> float:
-        """The score."""
-        return self.score
 
     def get_reasoning(self) -> str:
         """The reason."""
         return self.reasoning
 
 
-class BinaryJudgeOutput(BaseTemplatedPromptJudgeOutput):
+class SimpleReasonedFloatOutput(_Reasoned):
+    """A number with its reason."""
+
+    score: float = Field(description="the score")
+
+    def get_score(self) -> float:
+        """The score."""
+        return self.score
+
+
+class BinaryJudgeOutput(_Reasoned):
     """PASS, FAIL or NA, with the reason."""
 
     SCORES_MAP: ClassVar[ScoresMap] = {"PASS": 1.0, "FAIL": 0.0}
-    reasoning: str = Field(description="the reason for the score, in a sentence")
     score: Literal["PASS", "FAIL", "NA"] = Field(description="PASS, FAIL, or NA if the criterion does not apply")
 
     def get_score(self) -> float:
@@ -68,10 +70,6 @@ class BinaryJudgeOutput(BaseTemplatedPromptJudgeOutput):
         if self.score == "NA":
             raise IgnoreGradeException(f"the criterion does not apply: {self.reasoning}")
         return self.SCORES_MAP[self.score]
-
-    def get_reasoning(self) -> str:
-        """The reason."""
-        return self.reasoning
 
 
 class BinaryJudgeShot(NamedTuple):
@@ -95,6 +93,9 @@ LEAST_CONTEXT = 1024
 class BinaryJudgeGrader(Judge):
     """1 if the completion meets the criteria, 0 if not; a verdict of NA leaves the sample without a score."""
 
+    shots: Sequence[BinaryJudgeShot] = ()
+    """The samples with verdicts that the judge is shown; settable."""
+
     @checked
     def __init__(
         self,
@@ -108,16 +109,7 @@ class BinaryJudgeGrader(Judge):
         super().__init__(grader_key, model, temperature, grader_id)
         self.criteria = criteria
         short = model.get_builder_args().get("max_seqlen", LEAST_CONTEXT) < LEAST_CONTEXT
-        self._shots = list(shots if shots is not None else () if short else DEFAULT_SHOTS)
-
-    @property
-    def shots(self) -> list[BinaryJudgeShot]:
-        """The samples with verdicts that the judge is shown; settable."""
-        return self._shots
-
-    @shots.setter
-    def shots(self, shots: list[BinaryJudgeShot]) -> None:
-        self._shots = list(shots)
+        self.shots = list(shots if shots is not None else () if short else DEFAULT_SHOTS)
 
     def add_log(self, log: SuccessJudgeLog | FailedJudgeLog) -> None:
         """As of every grader, with the documented name of the argument."""
@@ -126,7 +118,7 @@ class BinaryJudgeGrader(Judge):
     async def judge(self, sample: StringThread) -> tuple[float, str]:
         """The verdict's value and its reason."""
         prompt = StringThread([("system", SYSTEM)])
-        for shot in self._shots:
+        for shot in self.shots:
             verdict = BinaryJudgeOutput(reasoning=shot.reasoning or "", score=shot.score)
             prompt = prompt.user(self._shown(shot.thread, shot.criteria)).assistant(verdict.model_dump_json())
         verdict = await self.ask(prompt.user(self._shown(sample)), BinaryJudgeOutput)

@@ -54,6 +54,9 @@ class RangeJudgeGrader(Judge):
     Without `evaluation_steps` the model writes them once. Raises UsageError for a model that is not of the registry.
     """
 
+    evaluation_steps: Sequence[str] | None = None
+    """What the model is told to look at, in order; settable. None until the model has written them."""
+
     @checked
     def __init__(
         self,
@@ -76,7 +79,7 @@ class RangeJudgeGrader(Judge):
         if shots and evaluation_steps is None:
             raise UsageError("shots show evaluation steps at work: give evaluation_steps, too")
         self.criteria, self.score_range, self.shots = criteria, tuple(score_range), list(shots or ())
-        self._normalize, self._steps = normalize_score, None if evaluation_steps is None else list(evaluation_steps)
+        self._normalize, self.evaluation_steps = normalize_score, evaluation_steps
         self._expectations = "\n".join(f"{low} to {high}: {text}" for (low, high), text in subrange_expectations or ())
         self._writing_steps = asyncio.Lock()
         low, high = self.score_range
@@ -85,30 +88,22 @@ class RangeJudgeGrader(Judge):
         self._system = f"Score the completion from {low} (worst) to {high} (best) by the criterion. {DATA}"
 
     @property
-    def evaluation_steps(self) -> list[str] | None:
-        """What the model is told to look at, in order; settable. None until the model has written them."""
-        return self._steps
-
-    @evaluation_steps.setter
-    def evaluation_steps(self, steps: list[str]) -> None:
-        self._steps = list(steps)
-
-    @property
     def str_evaluation_steps(self) -> str | None:
         """The steps as numbered lines."""
-        return None if self._steps is None else "\n".join(f"{i}. {step}" for i, step in enumerate(self._steps, 1))
+        steps = self.evaluation_steps
+        return None if steps is None else "\n".join(f"{i}. {step}" for i, step in enumerate(steps, 1))
 
     async def generate_evaluation_steps(self) -> list[str]:
         """Steps that the model derives from the criteria, at temperature 0."""
         asked = 'List short steps to judge a completion by the criterion. Answer in JSON: {"steps": [text, ...]}'
-        prompt = StringThread([("system", asked), ("user", f"<criterion>\n{self.criteria}\n</criterion>")])
+        prompt = StringThread([("system", asked), ("user", block("criterion", self.criteria))])
         return (await self.ask(prompt, EvaluationSteps)).steps
 
     async def judge(self, sample: StringThread) -> tuple[float, str]:
         """The expected score and the model's reasoning."""
         async with self._writing_steps:
-            if self._steps is None:
-                self._steps = await self.generate_evaluation_steps()
+            if self.evaluation_steps is None:
+                self.evaluation_steps = await self.generate_evaluation_steps()
         reasoned = f'{self._system} Answer in JSON: {{"reasoning": why, in a sentence, "score": whole number}}'
         prompt = StringThread([("system", reasoned)])
         for shot in self.shots:

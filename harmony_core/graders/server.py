@@ -56,7 +56,8 @@ class RewardServer:
         thread = threading.Thread(target=self._http.serve_forever, args=(0.05,), daemon=True)
         thread.start()
         try:
-            await asyncio.Event().wait()
+            while True:  # a signal that arrives just before the loop waits is seen at the next turn
+                await asyncio.sleep(0.5)
         finally:
             self._http.shutdown()
             self._http.server_close()

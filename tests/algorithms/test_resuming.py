@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from engines import LiveEngine, pair, start_engine, stop_engine
-from harmony_core.algorithms import DPO, GRPO, GSPO, PPO, SFT, RecipeCallback, RewardModelling
+from harmony_core.algorithms import DPO, ENVGRPO, ENVPPO, GRPO, GSPO, PPO, SFT, RecipeCallback, RewardModelling
 from harmony_core.client import TrainingModel, batching
 from harmony_core.errors import EngineError, UsageError
 from harmony_core.graders import BaseGrader
@@ -27,6 +27,7 @@ from harmony_core.rpc.wire import pack_doubles
 from harmony_core.runs.checkpoints import CheckpointStore
 from harmony_core.runs.resuming import RunCheckpoints
 from harmony_core.text.threads import StringThread
+from worlds import Factory, answers
 
 FACTS = {"ranks": 1, "device": "cpu", "seed": 0, "deterministic": False}
 PAIRS = [
@@ -105,6 +106,17 @@ def make_ppo(live: list[TrainingModel], logger: Logger, stage: StageNotifier) ->
     return PPO(PROMPTS, *live, grader, logger, stage, [Calls()], epochs=6, lr_policy=1e-2, lr_value=1e-2, **RL)
 
 
+def make_env_grpo(live: list[TrainingModel], logger: Logger, stage: StageNotifier) -> Any:
+    factory = Factory(answers(2, digits))
+    return ENVGRPO(PROMPTS, live[0], factory, logger, stage, [Calls()], max_num_grpo_steps=5, **GROUPS, **RL)
+
+
+def make_env_ppo(live: list[TrainingModel], logger: Logger, stage: StageNotifier) -> Any:
+    factory = Factory(answers(2, digits))
+    rates = {"lr_policy": 1e-2, "lr_value": 1e-2}
+    return ENVPPO(PROMPTS, *live, factory, False, logger, stage, [Calls()], epochs=6, **rates, **RL)
+
+
 CASES: dict[str, tuple[Make, dict[str, bool], int]] = {
     "sft": (make_sft, {"policy": True, "scalar": False}, 3),
     "dpo": (make_dpo, {"policy": True, "scalar": False}, 3),
@@ -112,10 +124,12 @@ CASES: dict[str, tuple[Make, dict[str, bool], int]] = {
     "grpo": (make_grpo, {"policy": True, "scalar": False}, 5),
     "gspo": (make_gspo, {"policy": True, "scalar": False}, 5),
     "ppo": (make_ppo, {"policy": True, "scalar": True}, 4),
+    "env_grpo": (make_env_grpo, {"policy": True, "scalar": False}, 5),
+    "env_ppo": (make_env_ppo, {"policy": True, "scalar": True}, 4),
 }
 """How to make the class, its models, and the logger's step within or after which it is stopped."""
-SKIPPING = [name for name in CASES if name != "gspo"]
-"""Classes that take `skip_nan_gradients`."""
+SKIPPING = [name for name in CASES if name != "gspo" and not name.startswith("env")]
+"""Classes that take `skip_nan_gradients`; those for environments take their steps as the others."""
 
 
 async def digest(live: list[TrainingModel], folder: Path) -> str:

@@ -28,13 +28,15 @@ from harmony_core.data.samples import (
     DatasetPreferenceSample,
     DatasetPromptSample,
     DatasetSample,
+    DatasetSampleType,
+    SampleMetadata,
     TurnTuple,
 )
 from harmony_core.errors import ResourceError, UsageError
 from harmony_core.graders import Grade
 from harmony_core.graders.evaluation import EvalSample, EvalSampleInteraction
 from harmony_core.home import Home
-from harmony_core.notifiers import JobNotifier
+from harmony_core.notifiers import JobNotifier, PendingArtifact, StdoutJobNotifier
 from harmony_core.recipe.context import RecipeConfig, RecipeContext
 from harmony_core.registry import Registry
 from harmony_core.runs.records import find_run
@@ -130,6 +132,22 @@ def test_pending_artifacts_are_finalised_when_the_job_ends(ctx: RecipeContext, e
     assert not (ctx.artifacts_dir / "forgotten.txt").exists()
 
 
+def test_a_job_takes_artifacts_one_by_one(ctx: RecipeContext) -> None:
+    job, events = ctx.job, []
+    first, second = (CustomArtifact(name, ctx, file=name) for name in ("first", "second"))
+    other = StdoutJobNotifier("other", events=lambda kind, data: events.append((kind, data)))
+    for artifact in (first, second):
+        job.remove_pending_artifact(artifact.id)
+        other.add_pending_artifact(artifact, str(artifact.file_path))
+    other.finalize_artifact(first, str(first.file_path))
+    other.finalize_pending_artifacts()
+    other.register_artifact(ModelArtifact("mine@1", ctx), session_id="taken, and without effect")
+    assert [data["name"] for kind, data in events if kind == "artifact"] == ["first", "second", "mine@1"]
+    assert [entry["name"] for entry in listed(ctx)] == ["mine@1"], "this job had none of its own"
+    pending = PendingArtifact(first, "path")
+    assert (pending.artifact, pending.file_path) == (first, "path")
+
+
 def test_one_that_cannot_be_finalised_does_not_keep_the_others(ctx: RecipeContext, caplog: Any) -> None:
     lost = CustomArtifact("lost", ctx, file="lost.txt")
     CustomArtifact("kept", ctx, file="kept.txt")
@@ -197,7 +215,7 @@ def test_a_model_is_registered_at_once(ctx: RecipeContext) -> None:
     assert BaseArtifact(ctx, "id-1", "name", "custom").id == "id-1"
 
 
-ROWS = {
+ROWS: dict[AdaptiveDatasetKind, DatasetSampleType] = {
     AdaptiveDatasetKind.Prompt: DatasetPromptSample(prompt=QUESTION),
     AdaptiveDatasetKind.Completion: DatasetSample(prompt=QUESTION, completion=FOUR),
     AdaptiveDatasetKind.Metric: DatasetMetricSample(prompt=QUESTION, completion=FOUR, metrics={"good": 0.5}),
@@ -219,7 +237,7 @@ def reload(artifact: DatasetArtifact, kind: Any = None, **fields: Any) -> list[S
 @pytest.mark.parametrize("kind", ROWS)
 def test_rows_are_read_again(ctx: RecipeContext, kind: AdaptiveDatasetKind) -> None:
     row = ROWS[kind]
-    row.metadata.external_data = {"topic": "sums"}
+    row.metadata = SampleMetadata(external_data={"topic": "sums"})
     artifact = DatasetArtifact("rows", ctx, kind)
     adders = [artifact.add_prompt_items, artifact.add_completion_items, artifact.add_metric_items]
     own = [*adders, artifact.add_preference_items][list(ROWS).index(kind)]

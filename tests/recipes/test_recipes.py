@@ -41,7 +41,7 @@ def result(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
 
 
 def test_these_recipes_ship() -> None:
-    trained = {"sft", "dpo", "reward_model", "grpo", "gspo", "ppo", "sft_then_grpo"}
+    trained = {"sft", "dpo", "reward_model", "grpo", "gspo", "ppo", "sft_then_grpo", "env_grpo"}
     assert trained | {"generate", "quickstart", "evaluate"} == set(NAMES)
 
 
@@ -129,7 +129,8 @@ def test_from_shuffled_answers_nothing_is_learnt(home: Path, tmp_path: Path) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "least"), [("reward_model", "0.95"), ("dpo", "0.95"), ("grpo", "0.9"), ("sft_then_grpo", "0.9")]
+    ("name", "least"),
+    [("reward_model", "0.95"), ("dpo", "0.95"), ("grpo", "0.9"), ("sft_then_grpo", "0.9"), ("env_grpo", "0.8")],
 )
 def test_a_recipe_learns_what_it_says(home: Path, tmp_path: Path, name: str, least: str) -> None:
     """On rows that were not trained; below `least` the exit code would be 8."""

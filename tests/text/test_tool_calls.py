@@ -14,17 +14,20 @@ from harmony_core.text.tokenization import ChatTokenizer
 from harmony_core.text.tool_calls import Tool, tool_calls, with_calls
 from harmony_core.text.turns import FunctionCall, Text
 
-HEAD = "{%- if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}{%- for m in messages %}<|im_start|>{{ m.role }}\n"
+HEAD = (
+    "{%- if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+    "{%- for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+)
 TAIL = "<|im_end|>\n{% endfor %}{%- if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 CALLS = {
-    "hermes": "{{ m.content }}{%- for c in m.tool_calls %}{%- if m.content or not loop.first %}\n{% endif %}<tool_call>\n"
+    "hermes": "{%- for c in m.tool_calls %}{%- if m.content or not loop.first %}\n{% endif %}<tool_call>\n"
     '{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}\n</tool_call>{% endfor %}',
-    "llama": '{{ m.content }}{%- for c in m.tool_calls %}{"name": "{{ c.function.name }}", '
+    "llama": '{%- for c in m.tool_calls %}{"name": "{{ c.function.name }}", '
     '"parameters": {{ c.function.arguments | tojson }}}{% endfor %}',
-    "mistral": "{{ m.content }}{%- if m.tool_calls %}[TOOL_CALLS] [{%- for c in m.tool_calls %}"
+    "mistral": "{%- if m.tool_calls %}[TOOL_CALLS] [{%- for c in m.tool_calls %}"
     '{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}{{ "" if loop.last else ", " }}'
     "{%- endfor %}]{% endif %}",
-    "none": "{{ m.content }}",
+    "none": "",
 }
 WEATHER = Tool("weather", "Of a city.", {"type": "object", "properties": {"city": {"type": "string"}}})
 ONE = [FunctionCall("", "weather", '{"city": "Rome"}')]

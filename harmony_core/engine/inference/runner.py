@@ -214,7 +214,10 @@ class Runner:
         finally:
             if alone:
                 torch.set_num_threads(threads)
-        return self._launched(Pending(plan, result, time.perf_counter() - start, members=limits.members))
+        pending = Pending(plan, result, time.perf_counter() - start, members=limits.members)
+        if pending.members:
+            self._matchers.expect(pending.members, pending.tokens)
+        return pending
 
     def collect(self, pending: Pending) -> StepResult:
         """Wait for a launched step and read its samples. Collect steps in the order of their launch."""
@@ -241,11 +244,6 @@ class Runner:
             return Limits(plan.suppressed)
         entries = None if plan.is_decode else plan.constrained
         return self._matchers.limits(int32(plan.targets).tolist(), entries, plan.suppressed)
-
-    def _launched(self, pending: Pending) -> Pending:
-        if pending.members:
-            self._matchers.expect(pending.members, pending.tokens)
-        return pending
 
     def prepare(self) -> None:
         """Record the largest decode step, which compiles the layers and allocates the memory that all graphs share.
@@ -298,7 +296,10 @@ class Runner:
             self._copy_blocks(plan.copies)
         state.read(buffers, padded)
         buffers.stop()
-        return self._launched(Pending(plan, buffers=buffers, padded=padded, members=limits.members))
+        pending = Pending(plan, buffers=buffers, padded=padded, members=limits.members)
+        if pending.members:
+            self._matchers.expect(pending.members, pending.tokens)
+        return pending
 
     def _continues(self, plan: StepPlan, state: DeviceState) -> bool:
         """Whether each sequence has one new token and one sample of its own, the step that the graphs are made for."""
