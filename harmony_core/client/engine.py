@@ -203,9 +203,9 @@ class Engine:
         """Stop the ranks; nothing of the run is left afterwards."""
         self._closed = True
         self._held_versions.close()
-        await self.closing.aclose()
         if self._launching is not None:
             await _stop(self._launching, grace)
+        await self.closing.aclose()
 
     @contextlib.asynccontextmanager
     async def unchanged(self, model: str) -> AsyncIterator[None]:

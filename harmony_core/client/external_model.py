@@ -15,7 +15,7 @@ from harmony_core.client.live import DryRunEnded
 from harmony_core.client.losses import AnyThread
 from harmony_core.client.session import TOKENS_TO_GENERATE, ModelBuilder
 from harmony_core.config.argument_kinds import checked, checked_class, whole
-from harmony_core.errors import DataError, UsageError
+from harmony_core.errors import ConflictError, DataError, UsageError
 from harmony_core.external.address import Address
 from harmony_core.external.endpoint import Endpoint, split_params
 from harmony_core.grammar import Constraint
@@ -147,6 +147,8 @@ class ExternalModel(InferenceModel):
             raise UsageError(f"{self._built['path']} has no continue_final, min_gen_len and max_seqlen")
         if [turn.role for turn in thread.text_turns[-1:]] == ["assistant"]:
             raise DataError("the thread ends with an assistant turn", hint="append a user turn")
+        if self._endpoint.client.is_closed():
+            raise ConflictError(f"model {self._endpoint.name!r} was deallocated", hint="spawn it again")
         if self._dry_run:
             raise DryRunEnded(callers_line("the recipe"))
         given = {"temperature": settings.temperature, "top_p": settings.top_p}

@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 from harmony_core.client import DryRunEnded, EngineOptions, HarmonyClient
 from harmony_core.client.engine import Engine
-from harmony_core.errors import DataError, JsonParseError, ProviderError, ResourceError, UsageError
+from harmony_core.errors import ConflictError, DataError, JsonParseError, ProviderError, ResourceError, UsageError
 from harmony_core.home import Home
 from harmony_core.registry import Registry
 from harmony_core.text.threads import StringThread
@@ -307,6 +307,18 @@ def test_what_needs_tokens_or_devices_is_refused(session: Session) -> None:
     with pytest.raises(UsageError, match="takes and gives text"):
         session.run(model.generate_tokens(ASKED))
     assert session.server.requests == []
+
+
+def test_a_freed_model_and_an_answered_thread_are_refused(session: Session) -> None:
+    model = session.spawn("openai://m")
+    with pytest.raises(DataError, match="ends with an assistant turn"):
+        session.run(model.generate(session.run(model.generate(ASKED))))
+    tools = [{"type": "function", "function": {"name": "f", "description": "", "parameters": {"type": "object"}}}]
+    session.run(model.generate(ASKED.with_template_kwargs(tools=tools)))
+    assert session.server.requests[-1]["tools"] == tools
+    session.run(model.dealloc())
+    with pytest.raises(ConflictError, match="'judge' was deallocated"):
+        session.run(model.temperature(0.1).generate(ASKED))
 
 
 def test_a_dry_run_sends_nothing(server: ProviderServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
