@@ -19,7 +19,7 @@ from harmony_core.errors import DataError, UsageError
 
 if TYPE_CHECKING:  # heavy ones: messages name constraints, and few processes use one
     import numpy as np
-    from llguidance import LLExecutor, LLMatcher, LLTokenizer
+    from llguidance import LLMatcher, LLTokenizer
     from llguidance._lib import JsonCompileOptions
     from numpy.typing import NDArray
 
@@ -27,7 +27,6 @@ Masks: TypeAlias = "NDArray[np.int32]"
 """`[N, words]`: bit i of word w of a row says whether token 32 w + i is allowed."""
 Mask: TypeAlias = "NDArray[np.int32]"
 """One row of `Masks`, `[words]`."""
-
 
 Kind = Literal["json", "regex", "choice", "lark"]
 """What the text of a constraint is."""
@@ -156,10 +155,7 @@ Members = dict[int, Running]
 
 @dataclass(frozen=True)
 class Limits:
-    """What the samples of a step must not be (`suppressed`) and may only be (`allowed`), by their place in it.
-
-    `members`: the constrained samples.
-    """
+    """What the samples of a step must not be and what they may only be, by their place in it; the constrained ones."""
 
     suppressed: dict[int, list[int]]
     allowed: dict[int, Mask] = field(default_factory=dict)
@@ -167,8 +163,6 @@ class Limits:
 
     def of(self, start: int, stop: int) -> Limits:
         """Those of the samples from `start` to before `stop`, by their place among these."""
-        if not self.suppressed and not self.allowed:
-            return self
         places = range(start, stop)
         return Limits(
             {place - start: ids for place, ids in self.suppressed.items() if place in places},
@@ -189,7 +183,7 @@ class Matchers:
         # The constrained samples of steps whose tokens are not read yet, with what waits for them; oldest first.
         self._unread: deque[tuple[Members, Callable[[], NDArray[Any]]]] = deque()
         self._grammars: dict[tuple[int, ...], GrammarTokenizer] = {}
-        self._executor: LLExecutor | None = None
+        self._executor: Any = None
 
     def limits(
         self, rows: Sequence[int], entries: Mapping[int, Entry] | None, suppressed: dict[int, list[int]]
@@ -209,7 +203,7 @@ class Matchers:
         while self._unread:
             self._read()
         allowed = self._masks({place: running for place, running in members.items() if not running.ended})
-        held = {p: ids for p, ids in suppressed.items() if p not in allowed or _without(allowed[p], ids).any()}
+        held = {p: ids for p, ids in suppressed.items() if p not in allowed or self._allows_others(allowed[p], ids)}
         return Limits(held, allowed, members)
 
     def expect(self, members: Members, tokens: Callable[[], NDArray[Any]]) -> None:
@@ -218,13 +212,14 @@ class Matchers:
 
     def read_through(self, members: Members) -> None:
         """Read the tokens of the launched steps up to the one with these members, unless that was done."""
-        if any(unread is members for unread, _ in self._unread):
-            while self._read() is not members:
-                pass
+        while any(unread is members for unread, _ in self._unread):
+            self._read()
 
     def _running(self, entry: Entry) -> Running:
         import numpy as np
+        from llguidance import LLExecutor
 
+        self._executor = self._executor or LLExecutor(self._threads)
         stops = tuple(entry.stop_ids)
         if stops not in self._grammars:
             self._grammars[stops] = GrammarTokenizer(self._tokenizer_json(), self._vocab_size, stops)
@@ -236,7 +231,7 @@ class Matchers:
             pass  # nothing is allowed then: its request fails, and the others of the step do not
         return running
 
-    def _read(self) -> Members:
+    def _read(self) -> None:
         """Go on with the sampled tokens of the oldest step that was not read."""
         members, wait = self._unread.popleft()
         tokens, pairs = wait(), []
@@ -246,8 +241,7 @@ class Matchers:
             if running.matcher is not None and not running.ended:
                 pairs.append((running.matcher, token))
         if pairs:
-            self._run().consume_token_par(pairs)
-        return members
+            self._executor.consume_token_par(pairs)
 
     def _masks(self, members: Members) -> dict[int, Mask]:
         """The tokens that each may sample next; none of them if the grammar fails."""
@@ -257,30 +251,16 @@ class Matchers:
         masks = np.zeros((len(members), -(-self._vocab_size // 32)), dtype=np.int32)
         usable = [(r.matcher, i) for i, r in enumerate(members.values()) if r.matcher is not None]
         if usable:
-            fill_next_token_bitmask_par(self._run(), usable, masks)
-        for matcher, place in usable:
-            if matcher.is_error():
-                masks[place] = 0
+            fill_next_token_bitmask_par(self._executor, usable, masks)
         for running, mask in zip(members.values(), masks, strict=True):
-            if not mask.any():
+            if running.matcher is None or running.matcher.is_error():
+                mask[:] = 0
                 running.grammar.forget()
         return dict(zip(members, masks, strict=True))
 
-    def _run(self) -> LLExecutor:
-        from llguidance import LLExecutor
-
-        self._executor = self._executor or LLExecutor(self._threads)
-        return self._executor
-
-
-def _without(mask: Mask, ids: Sequence[int]) -> Mask:
-    """The mask without these tokens."""
-    import numpy as np
-
-    bits = mask.view(np.uint32).copy()
-    for id in ids:
-        bits[id // 32] &= np.uint32(0xFFFFFFFF ^ (1 << id % 32))
-    return bits.view(np.int32)
+    @staticmethod
+    def _allows_others(mask: Mask, ids: Sequence[int]) -> bool:
+        return int.from_bytes(mask.tobytes(), "little") & ~sum(1 << id for id in set(ids)) != 0
 
 
 @lru_cache(maxsize=4)

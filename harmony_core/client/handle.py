@@ -97,16 +97,14 @@ class Handle:
         """
         if format not in get_args(Kind):
             raise UsageError(
-                f"there is no format {format!r} of a constraint",
-                hint=did_you_mean(format, get_args(Kind)) or f"there is: {', '.join(get_args(Kind))}",
+                f"there is no format {format!r} of a constraint", hint=did_you_mean(format, get_args(Kind))
             )
         if not self._live.tokenizer.stop_ids:
             raise UsageError(
                 f"{self._live.name!r} has no stop token, with which a constrained completion ends",
                 hint="name an eos_token in its tokenizer_config.json and import it again",
             )
-        constraint = Constraint(cast(Kind, format), schema_json)
-        constraint.compiled()
+        (constraint := Constraint(cast(Kind, format), schema_json)).compiled()
         return self._with(constraint=constraint)
 
     def max_seqlen(self, max_seqlen: int, setting: str = "max_seqlen") -> Self:

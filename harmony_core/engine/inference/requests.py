@@ -363,13 +363,12 @@ def _suppressed(table: InputBatch, req_indices: Int32s, contexts: Int32s) -> dic
 
 
 def _constrained(table: InputBatch, req_indices: Int32s) -> dict[int, Entry]:
-    found = {}
-    for req_index in req_indices.tolist():
-        sequence = table.tenant(req_index)
-        if (constraint := sequence.sampling.constraint) is not None:
-            sampled = sequence.tokens[sequence.prompt_length * TOKEN_BYTES :]
-            found[req_index] = Entry(constraint, sequence.stop_ids, sampled)
-    return found
+    running = ((req_index, table.tenant(req_index)) for req_index in req_indices.tolist())
+    return {
+        req_index: Entry(constraint, one.stop_ids, one.tokens[one.prompt_length * TOKEN_BYTES :])
+        for req_index, one in running
+        if (constraint := one.sampling.constraint) is not None
+    }
 
 
 def _integers(numbers: list[int]) -> Int32s:

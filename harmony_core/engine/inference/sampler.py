@@ -128,16 +128,13 @@ def _sample_allowed(
     rest = sorted({*range(len(logits))}.difference(few))
     numbers = logits.new_zeros(4, len(logits), dtype=torch.float64)
     if few:
-        ids = np.zeros((len(few), FEW), dtype=np.int64)
-        beyond = np.ones_like(ids, dtype=np.bool_)
+        ids, part = torch.zeros(len(few), FEW, dtype=torch.long), logits.new_full((len(few), FEW), float("-inf"))
         for row, place in enumerate(few):
-            own = np.flatnonzero(bits[place])
-            ids[row, : len(own)], beyond[row, : len(own)] = own, False
-        part = logits[torch.tensor(few)[:, None], torch.from_numpy(ids)]
-        part.masked_fill_(torch.from_numpy(beyond), float("-inf"))
+            own = torch.from_numpy(np.flatnonzero(bits[place]))
+            ids[row, : len(own)], part[row, : len(own)] = own, logits[place, own]
         found = sample(part, parameters[:, few])
-        tokens = torch.from_numpy(ids).gather(1, found.tokens.clamp(max=FEW - 1)[:, None])[:, 0]
-        numbers[:3, few] = torch.stack([tokens.double(), found.logprobs.double(), found.sampled_logprobs.double()])
+        numbers[:3, few] = torch.stack([values.double() for values in found])
+        numbers[0, few] = ids.gather(1, found.tokens[:, None])[:, 0].double()
     if rest:
         for place in bits.keys() & rest:
             logits[place].masked_fill_(torch.from_numpy(~bits[place]), float("-inf"))
@@ -322,11 +319,7 @@ def _descending(values: Tensor) -> Tensor:
 
 
 def _sample_alone(
-    model: CausalLM,
-    hidden: Tensor,
-    parameters: SamplingParameters,
-    limits: Limits,
-    tokenless: Tensor | None,
+    model: CausalLM, hidden: Tensor, parameters: SamplingParameters, limits: Limits, tokenless: Tensor | None
 ) -> tuple[Tensor, ...]:
     """As `draw`, with bits that depend on a row's own `hidden` only."""
     logits, suppressed, allowed = model.logits(hidden), limits.suppressed, limits.allowed
