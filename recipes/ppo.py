@@ -27,9 +27,8 @@ class Config(InputConfig):
     """Prompts with their right answers, which only the grader sees."""
     grader: Grader | None = None
     """Who scores: a grader's key, or mine.py:reward; by default the share of letters in their place."""
-    held_out: Dataset | None = None
-    """Rows to answer before, ten times during and after the training. By default those of the sorted letters, which are
-    not trained on; with another grader the first 64 rows of the dataset."""
+    held_out: Dataset = Dataset(dataset_key="sort-letters-held-out")
+    """Rows to answer before, during and after the training; with a grader by default the first 64 of the dataset."""
     warm_up_epochs: float = Field(default=2.2, ge=0, le=1e6)
     """Passes of supervised training before, over rows with answers: a policy without a reward learns nothing."""
     steps: int = Field(default=120, ge=1, le=10**9)
@@ -71,8 +70,8 @@ async def is_exact(thread: StringThread) -> float:
 
 def questions(rows: Sequence[StringThread]) -> list[StringThread]:
     """The rows' prompts, with the right answers in the metadata."""
-    given = [{"answer": row.completion(), **(row.metadata or {})} for row in rows]
-    threads = [StringThread(row.messages(), metadata=known) for row, known in zip(rows, given, strict=True)]
+    known = [{"answer": row.completion(), **(row.metadata or {})} for row in rows]
+    threads = [StringThread(row.messages(), given) for row, given in zip(rows, known, strict=True)]
     return [t.with_template_kwargs(**row.template_kwargs) for t, row in zip(threads, rows, strict=True)]
 
 
@@ -80,10 +79,9 @@ def questions(rows: Sequence[StringThread]) -> list[StringThread]:
 async def main(config: Config, ctx: RecipeContext) -> str:
     """Warm up, learn from the reward, save."""
     rows = await config.dataset.load(ctx)
-    grader = BaseGrader.from_function("letters-in-place", letters_in_place)
-    exact = BaseGrader.from_function("exact", is_exact)
-    held_out = config.held_out or (None if config.grader else Dataset(dataset_key="sort-letters-held-out"))
-    watched = questions(rows[:64] if held_out is None else await held_out.load(ctx))
+    grader, exact = BaseGrader.from_function("place", letters_in_place), BaseGrader.from_function("exact", is_exact)
+    own = config.grader is not None and "held_out" not in config.model_fields_set
+    watched = questions(rows[:64] if own else await config.held_out.load(ctx))
     if config.grader is not None:
         grader = exact = await config.grader.load(ctx)
     policy = (await config.model.spawn_train("policy", ctx, max_batch_size=2048)).max_gen_len(config.max_gen_len)
@@ -110,8 +108,7 @@ async def main(config: Config, ctx: RecipeContext) -> str:
         data_seed=config.seed,
         whiten_advantages=True,
     )
-    answered = [row for row in rows if row.completion() is not None]
-    if config.warm_up_epochs and answered:
+    if config.warm_up_epochs and (answered := [row for row in rows if row.completion() is not None]):
         stage = ctx.job.stage_notifier("Warm-up")
         await SFT(answered, policy, logger, stage, lr=3e-3, samples_per_batch=128, epochs=config.warm_up_epochs).run()
     before = (await accuracy.callback(0))["score_mean"]

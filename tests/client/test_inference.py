@@ -313,8 +313,8 @@ def test_names_and_keys(one_rank: LiveEngine) -> None:
     async def work() -> None:
         with pytest.raises(NotFoundError, match="tiny-ml"):
             one_rank.client.model("builtin:tiny-ml")
-        with pytest.raises(UsageError, match="openai"):
-            one_rank.client.model("openai://gpt")
+        with pytest.raises(UsageError, match="google"):
+            one_rank.client.model("google://gemini")
         with pytest.raises(ModelRefused, match="tp"):
             one_rank.client.model(TINY).tp(3)
         model = await spawn(one_rank, "unique")

@@ -43,6 +43,7 @@ async def trained(
     return metrics
 
 
+@pytest.mark.slow
 def test_the_reward_of_two_turns_rises(one_rank: LiveEngine) -> None:
     check = Factory(answers(2, digits))
 
