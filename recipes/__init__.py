@@ -1,1 +1,1 @@
-"""Built in: quickstart sft generate dpo reward_model grpo gspo ppo sft_then_grpo evaluate, each with its YAML."""
+"""Built in: quickstart sft generate dpo reward_model grpo gspo ppo env_grpo sft_then_grpo evaluate, each with YAML."""

@@ -1,1 +1,1 @@
-"""Models of external providers, which take and give text: their keys, their messages, and calls through their SDKs."""
+"""Models of external providers, which take and give text: their keys and messages, and calls by their SDKs."""

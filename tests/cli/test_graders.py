@@ -111,4 +111,4 @@ def test_grpo_runs_with_a_grader_and_no_recipe(adaptive: Adaptive) -> None:
     sizes = ["--steps", "2", "--prompts-per-batch", "2", "--save-as", "null"]
     done = adaptive("run", "grpo", "--dataset", "mine.jsonl", "--grader", "mine.py:reward", *sizes)
     assert done.code == 0, done.err
-    assert "held-out accuracy" in done.out
+    assert "held-out score" in done.out
