@@ -154,7 +154,7 @@ class OutputParserException(DataError, ValueError):
 class JsonParseError(DataError, ValueError):
     """A model gave no instance of a pydantic model; `completion` is the text that it gave last."""
 
-    def __init__(self, message: str, completion: str, *, hint: str = "", **details: Any) -> None:
+    def __init__(self, message: str, completion: str = "", *, hint: str = "", **details: Any) -> None:
         super().__init__(message, hint=hint, completion=completion, **details)
         self.completion = completion
 

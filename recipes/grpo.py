@@ -48,8 +48,8 @@ class Config(InputConfig):
     """Most tokens of a completion."""
     save_as: str | None = "grpo"
     """Key under which the policy is saved; null saves nothing."""
-    at_least: float | None = None
-    """Held-out accuracy, or mean score of the grader, below which the run counts as failed; null: there is no bar."""
+    at_least: float = Field(default=0.0, ge=0, le=1)
+    """Held-out accuracy below which the run counts as failed; the scores of a grader have no bar."""
     seed: int = Field(default=42, ge=0, lt=2**63)
     """Order of the data."""
 
@@ -110,7 +110,6 @@ async def main(config: Config, ctx: RecipeContext) -> str:
     after = (await accuracy.callback(1))["score_mean"]
     if config.save_as is not None:
         print(f"saved as {await policy.save(config.save_as, ctx=ctx)}")
-    measured = "held-out accuracy" if config.grader is None else "held-out score"
-    if config.at_least is not None:
-        ctx.gate(measured, after, ">=", config.at_least)
-    return f"{measured}: {before:.2f} before, {after:.2f} after"
+    if config.grader is None:
+        ctx.gate("held-out accuracy", after, ">=", config.at_least)
+    return f"held-out {'score' if config.grader else 'accuracy'}: {before:.2f} before, {after:.2f} after"

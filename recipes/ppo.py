@@ -51,8 +51,8 @@ class Config(InputConfig):
     """Most tokens of a completion."""
     save_as: str | None = "ppo"
     """Key under which the policy is saved; null saves nothing."""
-    at_least: float | None = None
-    """Held-out accuracy, or mean score of the grader, below which the run counts as failed; null: there is no bar."""
+    at_least: float = Field(default=0.0, ge=0, le=1)
+    """Held-out accuracy below which the run counts as failed; the scores of a grader have no bar."""
     seed: int = Field(default=42, ge=0, lt=2**63)
     """Order of the data."""
 
@@ -88,11 +88,10 @@ async def main(config: Config, ctx: RecipeContext) -> str:
     logger = get_prod_logger(ctx)
     accuracy = GraderEvalCallback(watched, policy, exact, frequency=0.1, log_key="held_out")
     # Constructed first: a model that does not fit in memory is refused before the warm-up.
-    builder = await config.model.into_scoring_model().to_builder(ctx)
     training = PPO(
         questions(rows),
         policy.temperature(config.temperature),
-        await builder.spawn_train("value", 2048),
+        await config.model.into_scoring_model().spawn_train("value", ctx, 2048),
         grader,
         logger,
         ctx.job.stage_notifier("PPO Training"),
@@ -116,7 +115,6 @@ async def main(config: Config, ctx: RecipeContext) -> str:
     after = (await accuracy.callback(1))["score_mean"]
     if config.save_as is not None:
         print(f"saved as {await policy.save(config.save_as, ctx=ctx)}")
-    measured = "held-out accuracy" if config.grader is None else "held-out score"
-    if config.at_least is not None:
-        ctx.gate(measured, after, ">=", config.at_least)
-    return f"{measured}: {before:.2f} before, {after:.2f} after"
+    if config.grader is None:
+        ctx.gate("held-out accuracy", after, ">=", config.at_least)
+    return f"held-out {'score' if config.grader else 'accuracy'}: {before:.2f} before, {after:.2f} after"

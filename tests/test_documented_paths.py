@@ -254,7 +254,7 @@ def test_messages_of_reward_servers() -> None:
     assert MetadataType.__bound__.__name__ == "BaseModel" and IN.__bound__.__name__ == "InputConfig"
 
 
-def test_loggers_of_the_platform(tmp_path: Path) -> None:
+def test_the_logger_of_the_platform() -> None:
     events: list[tuple[str, dict[str, Any]]] = []
     with kept(lambda type, data: events.append((type, data))):
         logger = AdaptiveLogger("project", "run", {"lr": 1.0}, api_url="https://platform", api_key="k")
@@ -262,6 +262,10 @@ def test_loggers_of_the_platform(tmp_path: Path) -> None:
     assert events == [("metrics.config", {"lr": 1.0}), ("metrics", {"step": 1, "metrics": {"loss": 0.5}})]
     assert not AdaptiveLogger.is_available() and logger.training_monitoring_link is None
     AdaptiveLogger("project", "run")({"loss": 1.0})  # outside of a run it is dropped
+
+
+@pytest.mark.slow  # tensorboard is installed for these
+def test_tensorboard_takes_the_documented_arguments(tmp_path: Path) -> None:
     board = TBMetricsLogger("run", str(tmp_path))
     board(logs={"loss": 1.0})
     board.create_index_page(str(tmp_path))

@@ -57,7 +57,9 @@ def test_all_formats(one_rank: LiveEngine, two_ranks: LiveEngine, tp: int) -> No
                 assert record.masked_logprobs == pytest.approx(record.sampled_logprobs, abs=1e-5)
                 pairs = zip(record.masked_logprobs, record.logprobs, strict=True)
                 assert all(masked >= raw - 1e-5 for masked, raw in pairs)
-                assert await model.logprobs_per_token(thread) == pytest.approx(record.logprobs, abs=1e-4)
+                assert await model.logprobs_per_token(thread) == pytest.approx(record.masked_logprobs, abs=1e-4)
+                raw = (await model.raw_logprobs(thread.token_ids))[turn.start : turn.end]
+                assert raw == pytest.approx(record.logprobs, abs=1e-4)
         free = await model.max_gen_len(8).generate_tokens(QUESTION)
         assert free.generation is not None
         assert free.generation.constraint is None and free.generation.masked_logprobs == ()

@@ -89,7 +89,7 @@ def test_losses_over_allowed_tokens_are_those_of_the_cpu(tmp_path: Path, dtype: 
     found = []
     for device in (torch.device("cpu"), DEVICE):
         model = load_model(directory, TensorParallel.single(), device, dtype)
-        leaf = hidden.to(device).requires_grad_()
+        leaf = hidden.clone().to(device).requires_grad_()
         weights = torch.ones(50, device=device)
         loss, logprobs = linear_logprob_loss(model, leaf, targets.to(device), weights, allowed=allowed)
         loss.backward()
