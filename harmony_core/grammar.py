@@ -179,6 +179,7 @@ class Matchers:
     def __init__(self, tokenizer_json: Callable[[], str], vocab_size: int, threads: int) -> None:
         self._tokenizer_json = lru_cache(maxsize=1)(tokenizer_json)
         self._vocab_size, self._threads = vocab_size, threads
+        self.words = -(-vocab_size // 32)
         self.rows: dict[int, Running] = {}
         # The constrained samples of steps whose tokens are not read yet, with what waits for them; oldest first.
         self._unread: deque[tuple[Members, Callable[[], NDArray[Any]]]] = deque()
@@ -186,9 +187,15 @@ class Matchers:
         self._executor: Any = None
 
     def limits(
-        self, rows: Sequence[int], entries: Mapping[int, Entry] | None, suppressed: dict[int, list[int]]
+        self,
+        rows: Sequence[int],
+        entries: Mapping[int, Entry] | None,
+        suppressed: dict[int, list[int]],
+        out: Masks | None = None,
     ) -> Limits:
         """The limits of a step that samples for these rows. Waits for the tokens that constrained rows go on from.
+
+        Masks are written to the first rows of `out`, in the order of their places; without it they are new arrays.
 
         With `entries` the rows belong to new sequences, of which those in `entries` are constrained. Suppressed tokens
         are allowed where nothing else is, so that a completion that must end does.
@@ -202,7 +209,7 @@ class Matchers:
             return Limits(suppressed)
         while self._unread:
             self._read()
-        allowed = self._masks({place: running for place, running in members.items() if not running.ended})
+        allowed = self._masks({place: running for place, running in members.items() if not running.ended}, out)
         held = {p: ids for p, ids in suppressed.items() if p not in allowed or self._allows_others(allowed[p], ids)}
         return Limits(held, allowed, members)
 
@@ -243,12 +250,12 @@ class Matchers:
         if pairs:
             self._executor.consume_token_par(pairs)
 
-    def _masks(self, members: Members) -> dict[int, Mask]:
+    def _masks(self, members: Members, out: Masks | None) -> dict[int, Mask]:
         """The tokens that each may sample next; none of them if the grammar fails."""
         import numpy as np
         from llguidance.numpy import fill_next_token_bitmask_par
 
-        masks = np.zeros((len(members), -(-self._vocab_size // 32)), dtype=np.int32)
+        masks = np.empty((len(members), self.words), dtype=np.int32) if out is None else out[: len(members)]
         usable = [(r.matcher, i) for i, r in enumerate(members.values()) if r.matcher is not None]
         if usable:
             fill_next_token_bitmask_par(self._executor, usable, masks)

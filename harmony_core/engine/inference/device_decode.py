@@ -55,11 +55,18 @@ class StepBuffers:
         self._timed = device.type == "cuda"
         self.inputs = torch.empty(ROW_BYTES * rows, dtype=torch.uint8, pin_memory=self._timed)
         self.outputs = torch.empty(4 * rows, dtype=torch.float64, pin_memory=self._timed)
+        self._rows, self._masks = rows, torch.empty(0, 0, dtype=torch.int32)
         self._seconds = 0.0
         if self._timed:
             # Sleep while waiting: a step takes milliseconds, and other threads need the cores.
             self._first = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             self._last = torch.cuda.Event(enable_timing=True, blocking=True)  # type: ignore[no-untyped-call]
+
+    def masks(self, words: int) -> Tensor:
+        """Memory for the masks of constrained rows, `[rows, words]` int32."""
+        if self._masks.shape[1] != words:
+            self._masks = torch.zeros(self._rows, words, dtype=torch.int32, pin_memory=self._timed)
+        return self._masks
 
     def start(self) -> None:
         """Mark the start of the step, after all work enqueued so far."""
@@ -218,11 +225,12 @@ class DeviceState:
             outputs[1] = with_lost(outputs[1], chosen, lost)
 
     @contextmanager
-    def limiting(self, n: int, limits: Limits) -> Iterator[None]:
-        """In the context, rows sample only what the limits leave; raw log-probs ignore them."""
-        masking = Masking(self.logits[:n], limits.allowed) if limits.allowed else None
+    def limiting(self, n: int, limits: Limits, buffers: StepBuffers) -> Iterator[None]:
+        """In the context, rows sample only what the limits leave, whose masks are the first in `buffers`; raw log-probs
+        ignore the limits."""
+        masking = Masking(self.logits[:n], limits.allowed) if (allowed := len(limits.allowed)) else None
         if masking is not None:
-            masking.apply()
+            masking.apply(buffers.masks(-(-self.logits.shape[1] // 32))[:allowed].to(self._device, non_blocking=True))
         with self.suppressing(n, limits.suppressed):
             yield
         if masking is not None:

@@ -238,12 +238,13 @@ class Runner:
         self.statistics["steps"] += 1
         return result
 
-    def _limits(self, plan: StepPlan) -> Limits:
-        """What may be sampled. Call this after the forward pass was enqueued: the device runs it meanwhile."""
+    def _limits(self, plan: StepPlan, buffers: StepBuffers | None = None) -> Limits:
+        """What may be sampled, with masks in `buffers`. The device runs a forward pass that is enqueued meanwhile."""
         if not (plan.constrained or self._matchers.rows):
             return Limits(plan.suppressed)
         entries = None if plan.is_decode else plan.constrained
-        return self._matchers.limits(int32(plan.targets).tolist(), entries, plan.suppressed)
+        out = None if buffers is None else buffers.masks(self._matchers.words).numpy()
+        return self._matchers.limits(int32(plan.targets).tolist(), entries, plan.suppressed, out)
 
     def prepare(self) -> None:
         """Record the largest decode step, which compiles the layers and allocates the memory that all graphs share.
@@ -286,11 +287,11 @@ class Runner:
             buffers.start()
             state.change_table(changes)
             hidden = self._forward(plan)
-            limits = self._limits(plan)
+            limits = self._limits(plan, buffers)
             if padded:
                 state.load(buffers, padded, int32(plan.targets), sampling=sampling)
                 self.model.logits(hidden, out=state.logits[:padded])
-                with state.limiting(padded, limits):
+                with state.limiting(padded, limits, buffers):
                     state.sample(padded, int(sampling[KIND].max()))
         if plan.copies:
             self._copy_blocks(plan.copies)
@@ -324,8 +325,8 @@ class Runner:
             state.forward(self.model, bucket)
         else:
             graphs.run(_FORWARD, bucket, lambda: state.forward(self.model, bucket))
-        limits = self._limits(plan)
-        with state.limiting(bucket, limits):
+        limits = self._limits(plan, buffers)
+        with state.limiting(bucket, limits, buffers):
             if graphs is None:
                 state.sample(bucket, kind)
             else:

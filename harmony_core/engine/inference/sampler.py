@@ -118,12 +118,16 @@ def draw(
 def _sample_allowed(
     logits: Tensor, parameters: SamplingParameters, limits: Limits, tokenless: Tensor | None
 ) -> tuple[Tensor, ...]:
-    """As `draw`, on CPU. A row with few allowed tokens is sampled from these alone, which takes a fraction of the time.
+    """As `draw`. On CPU a row with few allowed tokens is sampled from these alone, which takes a fraction of the time.
 
     It depends on the row itself which way it goes, so that its neighbours do not change what is drawn.
     """
     masking = Masking(logits, limits.allowed)
-    bits = {place: _bits(mask, logits.shape[-1]) for place, mask in limits.allowed.items()}
+    bits: dict[int, NDArray[np.bool_]] = {}
+    if logits.is_cuda:
+        masking.apply()
+    else:
+        bits = {place: _bits(mask, logits.shape[-1]) for place, mask in limits.allowed.items()}
     few = [place for place in bits if place not in limits.suppressed and np.count_nonzero(bits[place]) <= FEW]
     rest = sorted({*range(len(logits))}.difference(few))
     numbers = logits.new_zeros(4, len(logits), dtype=torch.float64)
@@ -154,26 +158,34 @@ class Masking:
     def __init__(self, logits: Tensor, allowed: Mapping[int, Mask]) -> None:
         self._logits, self._allowed = logits, allowed
         self._rows = put(np.array(list(allowed), dtype=np.int64), logits.device)
-        # The places are in order.
-        part = logits if len(allowed) == len(logits) else logits[self._rows]
-        best = part.amax(-1, keepdim=True)
-        self._total = best[:, 0].double() + (part - best).exp_().sum(-1).double().log()
+        self._kernels = logits.is_cuda and logits.dtype == torch.float32
+        if not self._kernels:
+            # The places are in order.
+            part = logits if len(allowed) == len(logits) else logits[self._rows]
+            best = part.amax(-1, keepdim=True)
+            self._total = best[:, 0].double() + (part - best).exp_().sum(-1).double().log()
 
-    def apply(self) -> None:
-        """Remove what is not allowed from the logits, in place."""
-        size, device = self._logits.shape[-1], self._logits.device
-        masks = np.stack(list(self._allowed.values()))
-        if device.type == "cpu":
-            keeps = torch.from_numpy(_bits(masks, size))
-        else:
-            places = torch.arange(32, dtype=torch.int32, device=device)
-            keeps = ((put(masks, device)[:, :, None] >> places) & 1).flatten(1)[:, :size] != 0
+    def apply(self, masks: Tensor | None = None) -> None:
+        """Remove what is not allowed from the logits, in place. `masks`: the masks on the device, if they are there."""
+        if masks is None:
+            masks = put(np.stack(list(self._allowed.values())), self._logits.device)
+        if self._kernels:
+            from harmony_core.engine.kernels.sampling import mask_rows
+
+            self._total = mask_rows(self._logits, self._rows, masks)
+            return
+        size, places = self._logits.shape[-1], torch.arange(32, dtype=torch.int32, device=masks.device)
+        keeps = ((masks[:, :, None] >> places) & 1).flatten(1)[:, :size] != 0
         self._logits[self._rows] = self._logits[self._rows].masked_fill_(~keeps, float("-inf"))
 
     def record(self, numbers: Tensor) -> None:
         """Given tokens and log-probs at temperature 1 over the allowed ones in rows 0 and 1 of `numbers` `[4, N]`, move
         the latter to row 3, and set row 1 to the raw ones."""
         rows = self._rows
+        if self._kernels:
+            from harmony_core.engine.kernels.sampling import record_masked
+
+            return record_masked(self._logits, rows, self._total, numbers)
         chosen = self._logits[rows, numbers[0, rows].long()].double()
         numbers[3, rows] = numbers[1, rows]
         numbers[1, rows] = chosen - self._total

@@ -180,6 +180,61 @@ def _choose_digit(
         tl.store(found + row, key)
 
 
+# fmt: off
+@triton.jit
+def _mask(
+    logits: tl.tensor, rows: tl.tensor, masks: tl.tensor, totals: tl.tensor, stride: int, size: int, words: int,
+    BLOCK: tl.constexpr,
+) -> None:
+    # fmt: on
+    place = tl.program_id(0).to(tl.int64)
+    values = logits + tl.load(rows + place) * stride
+    lane = tl.arange(0, BLOCK)
+    top = tl.full((BLOCK,), -float("inf"), tl.float32)
+    mass = tl.zeros((BLOCK,), tl.float64)
+    for start in range(0, size, BLOCK):
+        index = start + lane
+        x = tl.load(values + index, mask=index < size, other=-float("inf"))
+        word = tl.load(masks + place * words + index // 32, mask=index < size, other=0)
+        higher = tl.maximum(top, x)
+        base = tl.where(higher == -float("inf"), 0.0, higher)
+        mass = mass * tl.exp(top - base).to(tl.float64) + tl.exp(x - base).to(tl.float64)
+        top = higher
+        tl.store(values + index, tl.where((word >> (index % 32)) & 1 != 0, x, -float("inf")), mask=index < size)
+    best = tl.max(top, 0)
+    base = tl.where(best == -float("inf"), 0.0, best)
+    tl.store(totals + place, base.to(tl.float64) + tl.log(tl.sum(mass * tl.exp(top - base).to(tl.float64), 0)))
+
+
+@triton.jit
+def _record_masked(
+    logits: tl.tensor, rows: tl.tensor, totals: tl.tensor, outputs: tl.tensor, stride: int, size: int
+) -> None:
+    place = tl.program_id(0).to(tl.int64)
+    row = tl.load(rows + place)
+    chosen = tl.load(logits + row * stride + tl.load(outputs + row).to(tl.int64)).to(tl.float64)
+    tl.store(outputs + 3 * size + row, tl.load(outputs + size + row))
+    tl.store(outputs + size + row, chosen - tl.load(totals + place))
+
+
+def mask_rows(logits: Tensor, rows: Tensor, masks: Tensor) -> Tensor:
+    """Set the logits that `masks` do not allow to minus infinity, in `rows` of `logits` `[N, V]` float32, in place.
+
+    `rows` `[R]` int64; `masks` `[R, words]` int32, bit i of word w for id 32 w + i. Returns the logs of the rows' sums
+    of exponentials before, `[R]` float64.
+    """
+    assert logits.stride(1) == 1 and masks.is_contiguous()
+    totals = torch.empty(len(rows), dtype=torch.float64, device=logits.device)
+    sizes = (logits.stride(0), logits.shape[1], masks.shape[1])
+    _mask[(len(rows),)](logits, rows, masks, totals, *sizes, BLOCK=_CHUNK, num_warps=8)
+    return totals
+
+
+def record_masked(logits: Tensor, rows: Tensor, totals: Tensor, outputs: Tensor) -> None:
+    """In `outputs` `[4, N]` float64, move row 1, log-probs over allowed ids, to row 3, and set it to the raw ones."""
+    _record_masked[(len(rows),)](logits, rows, totals, outputs, logits.stride(0), outputs.shape[1])
+
+
 def _find_floors(logits: Tensor, draws: Tensor, maxima: Tensor, tops: Tensor, floors: Tensor) -> None:
     """Find the lowest scaled logit that each row keeps, `[N]`, after top-k, then top-p, and min-p.
 

@@ -114,7 +114,36 @@ def check_tokenless(vocab: int, tail: int, device: torch.device) -> None:
     torch.testing.assert_close(outputs[2], expected.sampled_logprobs.double(), atol=2e-5, rtol=1e-6)
 
 
+def check_masks(vocab: int, device: torch.device) -> None:
+    """Logits that are masked in place, the mass of all of them, and both log-probs of a drawn id."""
+    from harmony_core.engine.kernels.sampling import mask_rows, record_masked
+
+    generator = torch.Generator().manual_seed(vocab)
+    logits = 20 * torch.randn(5, vocab, generator=generator)
+    logits[2, : vocab // 2] = -torch.inf
+    keeps = torch.rand(3, vocab, generator=generator) < 0.3
+    keeps[:, vocab - 1] = True
+    bits = np.packbits(keeps.numpy(), axis=-1, bitorder="little")
+    masks = torch.from_numpy(np.pad(bits, ((0, 0), (0, -bits.shape[1] % 4))).view(np.int32).copy()).to(device)
+    rows, held = torch.tensor([0, 2, 3], device=device), logits.clone().to(device)
+    totals = mask_rows(held, rows, masks)
+    expected = logits.clone()
+    expected[rows.cpu()] = logits[rows.cpu()].masked_fill(~keeps, -torch.inf)
+    assert torch.equal(held.cpu(), expected)
+    torch.testing.assert_close(totals.cpu(), logits[rows.cpu()].double().logsumexp(-1), rtol=1e-6, atol=1e-6)
+    outputs = torch.zeros(4, 5, dtype=torch.float64)
+    outputs[0], outputs[1] = vocab - 1, torch.arange(5) / 7
+    found = outputs.clone().to(device)
+    record_masked(held, rows, totals, found)
+    wanted = outputs.clone()
+    wanted[3, rows.cpu()] = outputs[1, rows.cpu()]
+    wanted[1, rows.cpu()] = logits.double().log_softmax(-1)[rows.cpu(), vocab - 1]
+    torch.testing.assert_close(found.cpu(), wanted, rtol=1e-6, atol=1e-5)
+
+
 CHECKS = {
+    "masks of a small vocabulary": lambda device: check_masks(67, device),
+    "masks over several chunks": lambda device: check_masks(9001, device),
     "a draw, greedy": lambda device: check(5000, GREEDY, device),
     "a draw, plain": lambda device: check(9001, PLAIN, device),
     "a draw, filtered": lambda device: check(4500, FILTERED, device),

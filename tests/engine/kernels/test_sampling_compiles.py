@@ -16,8 +16,16 @@ if sys.platform != "linux":
 
 FLAGS = ("DRAWS", "FILTERED", "SCORES", "MASS")
 SIZES = {"CHUNK": 4096, "BLOCK": 256, "PARTS": 16, "CHUNKS_PADDED": 64}
-DOUBLES = ("temperature", "uniform", "wanted", "raw", "sums", "outputs", "needed", "counts")
-INTEGERS = {"ids": "*i32", "found": "*i32", "limits": "*i32", "slots": "*i64", "last": "*i64"}
+DOUBLES = ("temperature", "uniform", "wanted", "raw", "sums", "outputs", "needed", "counts", "totals")
+INTEGERS = {
+    "masks": "*i32",
+    "ids": "*i32",
+    "found": "*i32",
+    "limits": "*i32",
+    "slots": "*i64",
+    "last": "*i64",
+    "rows": "*i64",
+}
 CASES: list[tuple[str, tuple[str, ...]]] = [
     ("_summarise", ("SCORES",)),
     ("_summarise", ("SCORES", "DRAWS")),
@@ -29,13 +37,15 @@ CASES: list[tuple[str, tuple[str, ...]]] = [
     ("_count_keys", ("MASS",)),
     ("_choose_digit", ()),
     ("_choose_digit", ("MASS",)),
+    ("_mask", ()),
+    ("_record_masked", ()),
 ]
 
 
 def type_of(name: str) -> str:
     if name in FLAGS or name in SIZES:
         return "constexpr"
-    if name in ("stride", "size", "chunks", "shift"):
+    if name in ("stride", "size", "chunks", "shift", "words"):
         return "i32"
     return "*fp64" if name in DOUBLES else INTEGERS.get(name, "*fp32")
 
