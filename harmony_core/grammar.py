@@ -173,12 +173,13 @@ class Limits:
 class Matchers:
     """The constrained sequences that run on one rank, by their row; all ranks of a replica hold the same.
 
-    `tokenizer_json` is called once, at the first constraint; at most `threads` threads compute masks.
+    `tokenizer_json` is called once, at the first constraint. One thread computes all masks: several of them took
+    longer.
     """
 
-    def __init__(self, tokenizer_json: Callable[[], str], vocab_size: int, threads: int) -> None:
+    def __init__(self, tokenizer_json: Callable[[], str], vocab_size: int) -> None:
         self._tokenizer_json = lru_cache(maxsize=1)(tokenizer_json)
-        self._vocab_size, self._threads = vocab_size, threads
+        self._vocab_size = vocab_size
         self.words = -(-vocab_size // 32)
         self.rows: dict[int, Running] = {}
         # The constrained samples of steps whose tokens are not read yet, with what waits for them; oldest first.
@@ -226,7 +227,7 @@ class Matchers:
         import numpy as np
         from llguidance import LLExecutor
 
-        self._executor = self._executor or LLExecutor(self._threads)
+        self._executor = self._executor or LLExecutor(1)
         stops = tuple(entry.stop_ids)
         if stops not in self._grammars:
             self._grammars[stops] = GrammarTokenizer(self._tokenizer_json(), self._vocab_size, stops)

@@ -73,10 +73,9 @@ def test_a_replay_gives_the_mask_of_each_token(grammar: GrammarTokenizer) -> Non
             grammar.replay(CHOICE, wrong)
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_matchers_follow_rows(threads: int) -> None:
+def test_matchers_follow_rows() -> None:
     vocab = json.loads(tokenizer_json(VOCAB))["model"]["vocab"]
-    matchers = Matchers(lambda: tokenizer_json(VOCAB), VOCAB, threads)
+    matchers = Matchers(lambda: tokenizer_json(VOCAB), VOCAB)
     yes = np.array([vocab["y"], vocab["e"]], dtype=np.int32).tobytes()
     limits = matchers.limits([7, 4], {4: Entry(CHOICE, list(STOPS), yes)}, {0: [2], 1: [2, 3]})
     assert list(limits.members) == [1] and limits.suppressed == {0: [2], 1: [2, 3]}

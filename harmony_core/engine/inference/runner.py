@@ -42,8 +42,6 @@ _COPIED_AT_ONCE = 16
 """Blocks copied at a time, which bounds the temporary copy."""
 _SECONDS = ("prefill_seconds", "decode_seconds", "graph_seconds")
 _COUNTS = ("prefill_tokens", "decode_tokens", "steps", "graphs")
-_MASK_THREADS = 8
-"""Most threads that compute the masks of constrained sequences."""
 _FORWARD = "forward"
 _SAMPLE = {GREEDY: "draw greedy", PLAIN: "draw", FILTERED: "draw filtered"}
 """Names of the recorded graphs."""
@@ -179,7 +177,7 @@ class Runner:
         least = 2 if on_device and model.compiled else 1
         self._buckets = tuple(buckets) if buckets is not None else buckets_up_to(max_running, least)
         self._idle: list[StepBuffers] = []
-        self._matchers = Matchers(tokenizer, model.vocab_size, min(torch.get_num_threads(), _MASK_THREADS))
+        self._matchers = Matchers(tokenizer, model.vocab_size)
         self._last = self._state.last if self._state else torch.zeros(max_running, dtype=torch.long, device=device)
         self._weights = model.parameter_bytes(adapter) // model.dtype.itemsize
         self.depth = 2 if on_device and static else 0
