@@ -67,7 +67,7 @@ def test_the_head_by_kernels_is_the_head(
     found = []
     for kernels in (False, True):
         if kernels:
-            monkeypatch.setattr(heads, "make_scorer", lambda m, *_: DeviceScorer(m, 4, 16))
+            monkeypatch.setattr(heads, "make_scorer", lambda m, *_, **__: DeviceScorer(m, 4, 16))
         leaf, into = hidden.clone().requires_grad_(), torch.zeros(weight.shape)
         loss, logprobs = linear_logprob_loss(model, leaf, targets, coefficients, into=into, allowed=allowed)
         loss.backward()
