@@ -64,7 +64,7 @@ class Trajectory:
 class Sample:
     """A trajectory and its advantage; lists have, for each thread, a number for each token that the policy drew.
 
-    Of ENVGSPO, `advantage` is one number.
+    Of ENVGSPO, `advantage` is one number. One that a subclass makes need not have a history: its turns are not logged.
     """
 
     threads: list[TokenizedThread]
@@ -74,7 +74,7 @@ class Sample:
     kl_div: list[list[float]]
     cumulative_score: float
     cumulative_gen_len: float
-    history: TrajectoryHistory
+    history: TrajectoryHistory | None = None
 
 
 class Trajectories:
@@ -151,12 +151,16 @@ class EnvironmentTraining(RolloutTraining):
     def get_train_batch_logs(self, data: list[Any]) -> dict[str, Any]:
         """The metrics of a batch, in addition to the environments' logs and the optimizer's metrics."""
         scores = [sample.cumulative_score for sample in data]
+        histories = [sample.history for sample in data if sample.history is not None]
+        played = {
+            "num_turns": [float(history.total_number_of_turns_generated) for history in histories],
+            "percentage_truncated": [float(bool(history.truncated)) for history in histories],
+        }
         return {
             "score_mean": fmean(scores),
             "score_std": pstdev(scores),
             "generation_length": fmean(sample.cumulative_gen_len for sample in data),
-            "num_turns": fmean(sample.history.total_number_of_turns_generated for sample in data),
-            "percentage_truncated": fmean(float(bool(sample.history.truncated)) for sample in data),
+            **{key: fmean(values) for key, values in played.items() if values},
             "percentage_no_advantages": fmean(float(not any(flat(self._credit(sample)))) for sample in data),
             "kl_div": fmean(chain.from_iterable(flat(sample.kl_div) for sample in data)),
         }

@@ -36,7 +36,7 @@ class Sample:
     values: list[list[float]]
     cumulative_score: float
     cumulative_gen_len: float
-    history: TrajectoryHistory
+    history: TrajectoryHistory | None = None
 
 
 class ENVPPO(EnvironmentTraining, PPO):

@@ -9,6 +9,7 @@ import pytest
 
 from engines import LiveEngine
 from harmony_core.algorithms import ENVGRPO, ENVGSPO, ENVPPO, EnvironmentValidationCallback
+from harmony_core.algorithms.env_grpo import Sample
 from harmony_core.environments import Limits
 from harmony_core.errors import DataError, TooManyFailures
 from harmony_core.loggers import EventLogger
@@ -158,3 +159,24 @@ def test_two_ranks_of_one_replica_take_the_steps_of_one(one_rank: LiveEngine, tw
     for a, b in zip(alone, both, strict=True):
         for name in ("score_mean", "generation_length", "grad_norm", "num_tokens", "kl_div"):
             assert b[name] == pytest.approx(a[name], rel=1e-6, abs=1e-9), name
+
+
+def test_a_subclass_may_make_samples_of_the_documented_fields(one_rank: LiveEngine) -> None:
+    class Mine(ENVGRPO):
+        async def gen_data(self, sample: StringThread) -> Any:
+            return [
+                Sample(
+                    threads=one.threads,
+                    logprobs=one.logprobs,
+                    ref_logprobs=one.ref_logprobs,
+                    advantage=one.advantage,
+                    kl_div=one.kl_div,
+                    cumulative_score=one.cumulative_score,
+                    cumulative_gen_len=one.cumulative_gen_len,
+                )
+                for one in await super().gen_data(sample)
+            ]
+
+    sizes = GROUPS | {"samples_per_batch": 8}
+    (step,) = one_rank.run(trained(one_rank, Mine, Factory(answers(2, digits)), max_num_grpo_steps=1, **sizes))
+    assert step["generation_length"] > 0 and "num_turns" not in step
