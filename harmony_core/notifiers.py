@@ -185,7 +185,9 @@ class JobNotifier:
         )
 
     def register_artifact(self, artifact: BaseArtifact, session_id: str | None = None) -> None:
-        """Write an artifact into the run's record: from now on it is listed."""
+        """Write an artifact into the run's record: from now on it is listed. A pending one is finalised."""
+        if artifact.id in self._pending:
+            return self.finalize_artifact(artifact, self._pending[artifact.id].file_path)
         self._event("artifact", **artifact.record())
 
     def add_pending_artifact(self, artifact: BaseArtifact, file_path: str) -> None:

@@ -148,6 +148,17 @@ def test_a_job_takes_artifacts_one_by_one(ctx: RecipeContext) -> None:
     assert (pending.artifact, pending.file_path) == (first, "path")
 
 
+def test_registering_a_pending_artifact_finalises_it(ctx: RecipeContext) -> None:
+    notes = CustomArtifact("notes", ctx, file="notes.txt")
+    notes.write("hello")
+    ctx.job.register_artifact(notes, session_id="mine")
+    assert (ctx.artifacts_dir / "notes.txt").read_text() == "hello"
+    notes.finalize()
+    ctx.job.complete()
+    (entry,) = listed(ctx)
+    assert entry["bytes"] == 5
+
+
 def test_one_that_cannot_be_finalised_does_not_keep_the_others(ctx: RecipeContext, caplog: Any) -> None:
     lost = CustomArtifact("lost", ctx, file="lost.txt")
     CustomArtifact("kept", ctx, file="kept.txt")
