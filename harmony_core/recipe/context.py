@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import operator
-import os
 import traceback
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
@@ -84,12 +83,6 @@ class RecipeConfig(BaseModel):
     save_wait: float | None = None
     """These three in seconds, as in `get_client`."""
 
-    @classmethod
-    def from_environment(cls) -> Self:
-        """Read each field from `ADAPTIVE_<FIELD>` if it is set."""
-        variables = {name: os.environ.get(f"{cls.ENVIRONMENT}{name.upper()}") for name in cls.model_fields}
-        return cls.model_validate({name: value for name, value in variables.items() if value})
-
 
 class RecipeContext:
     """The context that a recipe's main function receives."""
@@ -144,8 +137,13 @@ class RecipeContext:
 
     @classmethod
     async def load(cls) -> RecipeContext:
-        """A context with an engine and a run of its own, configured by `ADAPTIVE_<FIELD>` variables; close it."""
-        return await cls.from_config(RecipeConfig.from_environment())
+        """A context with an engine and a run of its own, configured by `ADAPTIVE_<FIELD>` variables; close it.
+
+        Flags of the program, such as `--num-gpus 2`, win over the variables; flags of other names are the program's.
+        """
+        from harmony_core.recipe.runner import RecipeConfigCli  # the runner needs this module
+
+        return await cls.from_config(RecipeConfigCli())
 
     @property
     def world_size(self) -> int:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -16,6 +17,7 @@ from harmony_core.home import Home
 from harmony_core.loggers import get_prod_logger
 from harmony_core.notifiers import StdoutJobNotifier
 from harmony_core.recipe.context import RecipeConfig, RecipeContext
+from harmony_core.recipe.runner import RecipeConfigCli
 from harmony_core.registry import Registry
 from harmony_core.runs.records import find_run, list_runs
 from harmony_core.runs.run import Run
@@ -127,7 +129,7 @@ def test_configuration_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("ADAPTIVE_NUM_GPUS", "2")
     monkeypatch.setenv("ADAPTIVE_PROJECT", "p")
     monkeypatch.setenv("ADAPTIVE_NAME", "")
-    config = RecipeConfig.from_environment()
+    config = RecipeConfigCli()
     assert (config.num_gpus, config.project, config.name) == (2, "p", None)
     with pytest.raises(ValidationError, match="colour"):
         RecipeConfig(colour="red")  # type: ignore[call-arg]
@@ -190,11 +192,12 @@ def test_load_is_awaited_and_closed(home: Home, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("ADAPTIVE_NUM_GPUS", "1")
     for name, seconds in {"HANG_TIMEOUT": "700", "SILENCE_TIMEOUT": "90", "SAVE_WAIT": "3"}.items():
         monkeypatch.setenv(f"ADAPTIVE_{name}", seconds)
+    monkeypatch.setattr(sys, "argv", ["mine.py", "--silence-timeout", "80", "--steps", "3"])
 
     async def use() -> str:
         ctx = await RecipeContext.load()
         options = ctx.client._engine.options
-        assert (ctx.world_size, options.hang_timeout, options.silence_timeout, options.save_wait) == (1, 700, 90, 3)
+        assert (ctx.world_size, options.hang_timeout, options.silence_timeout, options.save_wait) == (1, 700, 80, 3)
         await ctx.aclose()
         return ctx.run.id
 
