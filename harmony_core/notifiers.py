@@ -163,7 +163,7 @@ class JobNotifier:
         """Report samples done of one stage; with a total of 0 or None the stage has only begun."""
         done, total = processed_num_samples or 0, tot_num_samples or 0
         self._sink(stage, done, total)
-        if monitoring_link is not None and monitoring_link != self._announced:
+        if monitoring_link and monitoring_link != self._announced:
             self._announced = monitoring_link
             say(f"{stage}: watch at {monitoring_link}")
         extra = {"checkpoints": list(checkpoints)} if checkpoints else {}

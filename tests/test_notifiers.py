@@ -41,6 +41,7 @@ def test_the_nearest_link_is_announced_once(capsys: pytest.CaptureFixture[str]) 
     stage = seen.job.stage_notifier("S")
     for _ in range(2):
         stage.report_progress(2, 1)
+    seen.job.report_progress("S", 2, 1, monitoring_link="")
     stage.set_monitoring_link("stage-link")
     stage.report_progress(2, 1)
     stage.report_progress(2, 2, monitoring_link="call-link")
