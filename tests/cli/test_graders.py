@@ -107,6 +107,13 @@ def test_a_set_of_graders_in_a_recipe(adaptive: Adaptive) -> None:
     assert done.code == 3 and "there is no grader 'nope'" in done.err
 
 
+def test_an_evaluation_refuses_two_graders_of_one_name(adaptive: Adaptive) -> None:
+    for name in ("mine.py", "other.py"):
+        Path(name).write_text(MINE)
+    done = adaptive("run", "evaluate", "--graders", "mine.py:reward,other.py:reward", "--dry-run")
+    assert done.code == 1 and "two graders have the name 'reward'" in done.err
+
+
 def test_a_grader_is_served_until_it_is_interrupted(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(MINE)
     command = [sys.executable, "-m", "harmony_core.cli", "graders", "serve", "mine.py:reward"]
