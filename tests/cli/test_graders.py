@@ -114,6 +114,26 @@ def test_an_evaluation_refuses_two_graders_of_one_name(adaptive: Adaptive) -> No
     assert done.code == 1 and "two graders have the name 'reward'" in done.err
 
 
+@pytest.mark.slow
+def test_a_grader_that_always_fails_ends_the_run_with_its_reason(adaptive: Adaptive) -> None:
+    Path("mine.py").write_text("def reward(thread):\n    raise ValueError('never')\n")
+    words = (
+        "--steps",
+        "20",
+        "--prompts-per-batch",
+        "4",
+        "--warm-up-epochs",
+        "0",
+        "--save-as",
+        "null",
+        "--device",
+        "cpu",
+    )
+    done = adaptive("run", "grpo", "--grader", "mine.py:reward", *words)
+    assert done.code == 2 and "the last 64 grades all failed" in done.err and "ValueError: never" in done.err
+    assert "KeyError" not in done.err
+
+
 def test_a_grader_is_served_until_it_is_interrupted(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(MINE)
     command = [sys.executable, "-m", "harmony_core.cli", "graders", "serve", "mine.py:reward"]
