@@ -32,6 +32,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 Key = Annotated[str, typer.Argument(metavar="KEY", help="The grader's name.")]
 Named = Annotated[str, typer.Argument(metavar="KEY", help="A key, builtin:NAME, FILE.py[:FUNCTION] or a YAML file.")]
 _SHOWN = 48
+_REASON = 300
 
 
 @app.command()
@@ -80,16 +81,16 @@ def test(
     table = [("ROW", "SCORE", "ANSWER", "REASON")]
     for row in rows:
         score = "unscored" if row["score"] is None else f"{row['score']:g}"
-        table.append((str(row["row"]), score, _short(row["answer"]), _short(row["reason"])))
+        table.append((str(row["row"]), score, _short(row["answer"]), _short(row["reason"], _REASON)))
     mean = sum(scores) / len(scores) if scores else None
     told = "none is scored" if mean is None else f"mean {mean:g} of {len(scores)} scored"
     answer = {"samples": rows, "mean": mean, "scored": len(scores), "unscored": len(rows) - len(scores)}
     output.answer(as_json, answer, *output.table(table), f"{told}, {len(rows) - len(scores)} unscored")
 
 
-def _short(text: str | None) -> str:
+def _short(text: str | None, shown: int = _SHOWN) -> str:
     line = output.clean(" ".join((text or "").split()))
-    return line if len(line) <= _SHOWN else line[: _SHOWN - 3] + "..."
+    return line if len(line) <= shown else line[: shown - 3] + "..."
 
 
 async def _graded(key: str, dataset: str, limit: int) -> list[dict[str, Any]]:

@@ -62,6 +62,10 @@ async def main(config: Config, ctx: RecipeContext) -> dict[str, Any]:
     prompts = [t.with_template_kwargs(**row.template_kwargs) for t, row in zip(threads, rows, strict=True)]
     graders = [await grader.load(ctx) for grader in sorted(config.graders, key=lambda grader: grader.grader_key)]
     graders = graders or [BaseGrader.from_function("exact", is_exact), BaseGrader.from_function("in_place", in_place)]
+    names = [grader.grader_key for grader in graders]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        hint = f"give one a key of its own: adaptive graders add KEY FILE.py:{twice}"
+        raise ValueError(f"two graders have the name {twice!r}, and scores are told by name; {hint}")
     samples: list[EvalSample] = []
     answered = {}
     for key, model in {model.model_key: model for model in config.models or [config.model]}.items():

@@ -105,9 +105,9 @@ async def main(config: Config, ctx: RecipeContext) -> str:
     if config.warm_up_epochs and (answered := [row for row in rows if row.completion() is not None]):
         stage = ctx.job.stage_notifier("Warm-up")
         await SFT(answered, policy, logger, stage, lr=3e-3, samples_per_batch=128, epochs=config.warm_up_epochs).run()
-    before = (await accuracy.callback(0))["score_mean"]
+    before = (await accuracy.callback(0)).get("score_mean", float("nan"))
     await training.run()
-    after = (await accuracy.callback(1))["score_mean"]
+    after = (await accuracy.callback(1)).get("score_mean", float("nan"))
     if config.save_as is not None:
         print(f"saved as {await policy.save(config.save_as, ctx=ctx)}")
     if config.grader is None:

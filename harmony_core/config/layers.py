@@ -32,7 +32,7 @@ from harmony_core.config.yaml_source import (
     places,
     raise_if_any,
 )
-from harmony_core.errors import HarmonyError
+from harmony_core.errors import ConfigError, HarmonyError
 from harmony_core.registry import ModelVersion, Registry
 
 ENV_PREFIX = "ADAPTIVE_CFG__"
@@ -234,8 +234,11 @@ def sources_of(data: Mapping[str, Any], resolved: Resolved) -> dict[str, str]:
     return {dotted(path): str(resolved.source_at(path)) for path in leaves}
 
 
-def validate(model: type[ModelT], resolved: Resolved, schema: Schema) -> ModelT:
-    """Build the recipe's configuration. Raises ConfigError with every issue, including those of `resolved`."""
+def validate(model: type[ModelT], resolved: Resolved, schema: Schema, only: str = "") -> ModelT:
+    """Build the recipe's configuration. Raises ConfigError with every issue, including those of `resolved`.
+
+    `only` names the file that holds all of it, where no flag can set a value.
+    """
     issues = list(resolved.errors)
     try:
         config = model.model_validate(resolved.data)
@@ -243,7 +246,7 @@ def validate(model: type[ModelT], resolved: Resolved, schema: Schema) -> ModelT:
         known = {issue.path for issue in issues if issue.type != "duplicate"}
         meant = {name for issue in issues for name in _meant_by(issue)}
         details = _one_branch_each(error.errors(include_url=False), resolved.data, schema)
-        found = [_issue(detail, resolved, schema) for detail in details]
+        found = [_issue(detail, resolved, schema, only) for detail in details]
         issues += [i for i in found if i.path not in known and not (i.type == "missing" and i.path in meant)]
         raise_if_any(issues)
         raise
@@ -286,13 +289,15 @@ def _branches(path: Path, schema: Schema) -> list[Node]:
     return schema.follow([str(part) for part in path])[1]
 
 
-def _issue(detail: ErrorDetails, resolved: Resolved, schema: Schema) -> Issue:
+def _issue(detail: ErrorDetails, resolved: Resolved, schema: Schema, only: str) -> Issue:
     path, _ = _place(detail["loc"], resolved.data)
     message = detail["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
     kind = detail["type"]
     source = resolved.source_of(path)
     if kind == "missing":
         name = dotted((*path, detail["loc"][-1]))
+        if only and source is None:
+            return Issue("a value is required", Source("file", only), name, kind)
         flag = f"; give --{name.replace('_', '-')} or set it in a YAML file" if not path else ""
         return Issue(f"a value is required{flag}", source, name, kind)
     if kind == "extra_forbidden":
@@ -345,7 +350,8 @@ def settle_names(
             found = parameter.check(registry)
         except HarmonyError as error:
             told = "; ".join(filter(None, (error.message, error.hint)))
-            failures.append((error, Issue(told, source, dotted(path), error.code)))
+            lines = error.issues if isinstance(error, ConfigError) else [told]
+            failures.extend((error, Issue(line, source, dotted(path), error.code)) for line in lines)
             return parameter
         if isinstance(found, ModelVersion):
             models[dotted(path)] = {"ref": found.ref, "digest": found.digest, "path": str(found.path)}

@@ -112,19 +112,19 @@ def named_place(function: Any) -> tuple[str, str] | None:
     return (os.path.abspath(file), name) if named and file and Path(file).suffix == ".py" else None
 
 
-def functions_in(source: str, where: str) -> dict[str, bool]:
-    """Names that Python text binds at its top level, and whether each is an `async` function. Raises UsageError."""
+def functions_in(source: str, where: str) -> dict[str, bool | None]:
+    """Names bound at the top level: whether a `def` is `async`; None for other names. Raises UsageError."""
     try:
         tree = ast.parse(source)
     except (SyntaxError, ValueError) as error:
-        raise UsageError(f"{where}:{getattr(error, 'lineno', 1)}: {getattr(error, 'msg', error)}") from None
-    names: dict[str, bool] = {}
+        raise UsageError(f"{where}:{getattr(error, 'lineno', None) or 1}: {getattr(error, 'msg', error)}") from None
+    names: dict[str, bool | None] = {}
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             names[node.name] = isinstance(node, ast.AsyncFunctionDef)
         elif isinstance(node, ast.Assign | ast.ImportFrom | ast.Import):
             found: list[Any] = [*(node.targets if isinstance(node, ast.Assign) else node.names)]
-            names |= {getattr(n, "id", "") or getattr(n, "asname", "") or getattr(n, "name", ""): False for n in found}
+            names |= {getattr(n, "id", "") or getattr(n, "asname", "") or getattr(n, "name", ""): None for n in found}
     return names
 
 
@@ -138,13 +138,15 @@ def function_in(file: Path, name: str = "") -> tuple[str, bool]:
     with storing(f"cannot read {file}"):
         source = file.read_text(encoding="utf-8", errors="replace")
     names = functions_in(source, str(file))
-    public = [known for known in names if not known.startswith("_")]
+    public = [known for known, is_async in names.items() if is_async is not None and not known.startswith("_")]
     chosen = name or ("grade" if "grade" in names else public[0] if len(public) == 1 else "")
+    if not chosen and not public:
+        raise UsageError(f"{file} defines no function", hint="def reward(thread): ...")
     if not chosen:
         raise UsageError(f"{file}: which of its functions grades?", hint=f"{file.name}:{(public or ['grade'])[0]}")
     if chosen not in names:
         raise NotFoundError(f"{file} defines no function '{chosen}'", hint=did_you_mean(chosen, public))
-    return chosen, names[chosen]
+    return chosen, bool(names[chosen])
 
 
 def grader_of_file(grader_key: str, file: Path, name: str = "") -> BaseGrader[Any]:

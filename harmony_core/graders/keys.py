@@ -85,7 +85,11 @@ class GraderRegistry:
 
         The file must stand alone: what lies beside it is not copied.
         """
-        check_key(key)
+        check_key(key, "grader")
+        if is_file(key):
+            raise UsageError(
+                f"{key!r} cannot be a grader key: it would name a file", hint=f"for example {Path(key).stem!r}"
+            )
         file, function = _file_and_function(source)
         if file.suffix in (".yaml", ".yml"):
             read_config(file)
@@ -120,9 +124,14 @@ class GraderRegistry:
         directory = self._directory(key)
         if key_problem(key) or not directory.is_dir():
             raise NotFoundError(f"there is no grader '{key[:100]}'", hint=did_you_mean(key, self.names()))
-        record = read_struct(directory / RECORD, StoredGrader, "the record of a grader")
-        if file_hash(directory / record.file) != record.sha256:
-            raise VerificationError(f"{directory / record.file} is not the file that was added")
+        again = f"adaptive graders rm {key}, then add it again"
+        try:
+            record = read_struct(directory / RECORD, StoredGrader, "the record of a grader")
+            same = file_hash(directory / record.file) == record.sha256
+        except VerificationError as error:
+            raise VerificationError(error.message, hint=again) from error
+        if not same:
+            raise VerificationError(f"{directory / record.file} is not the file that was added", hint=again)
         return record
 
     def find(self, name: str) -> GraderSource:

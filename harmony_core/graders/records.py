@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from harmony_core.config.layers import resolve, validate
 from harmony_core.config.parameters import Model
 from harmony_core.config.schema import Schema
-from harmony_core.config.yaml_source import load_yaml_file
+from harmony_core.config.yaml_source import load_yaml_file, raise_if_any
 from harmony_core.errors import UsageError, did_you_mean
 from harmony_core.graders.base import BaseGrader
 from harmony_core.model import Inferable
@@ -135,11 +135,12 @@ def read_config(file: Path) -> Config:
     document = load_yaml_file(file)
     data = document.data if isinstance(document.data, Mapping) else {}
     kind = str(data.get("type"))
-    if not document.issues and kind not in KINDS:
+    if kind not in KINDS:
+        raise_if_any(document.issues)
         raise UsageError(f"{file}: type is {kind!r}, not a kind of grader", hint=did_you_mean(kind, KINDS))
-    cls = KINDS.get(kind, CustomJudge)
+    cls = KINDS[kind]
     schema = Schema(cls.model_json_schema())
-    return validate(cls, resolve(schema, [document]), schema)  # type: ignore[return-value]
+    return validate(cls, resolve(schema, [document]), schema, only=str(file))  # type: ignore[return-value]
 
 
 async def get_model(

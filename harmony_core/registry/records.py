@@ -83,10 +83,10 @@ def key_problem(key: str) -> str:
     return _RULE if len(segments) > 4 else next(filter(None, map(_segment_problem, segments)), "")
 
 
-def check_key(key: str) -> None:
+def check_key(key: str, kind: str = "model") -> None:
     """Raise UsageError, with the rule and a valid example, for an invalid key."""
     if problem := key_problem(key):
-        raise UsageError(f"{key[:100]!r} cannot be a model key: {problem}", hint=f"for example {slugify(key)!r}")
+        raise UsageError(f"{key[:100]!r} cannot be a {kind} key: {problem}", hint=f"for example {slugify(key)!r}")
 
 
 def check_alias(alias: str) -> None:

@@ -61,6 +61,32 @@ def test_a_key_that_does_not_exist_is_found_before_anything_starts(adaptive: Ada
     assert done.code == 3 and "reward" in done.err
 
 
+def test_a_judge_file_tells_all_its_mistakes_and_no_flag_that_is_not_there(adaptive: Adaptive) -> None:
+    Path("bad.yaml").write_text("type: Range\nmodel_keyy: x\nscore_range: [1, two]\n")
+    added = adaptive("graders", "add", "bad", "bad.yaml")
+    run = adaptive("run", "grpo", "--grader", "bad.yaml", "--dry-run")
+    for done in (added, run):
+        assert done.code == 2 and "bad.yaml:2:1: model_keyy: unknown key" in done.err and "score_range.1" in done.err
+        assert "criteria: a value is required" in done.err and "give --" not in done.err
+    Path("list.yaml").write_text("- 1\n")
+    done = adaptive("graders", "add", "list", "list.yaml")
+    assert done.code == 2 and "top level must be a map" in done.err and "required" not in done.err
+
+
+def test_a_key_that_would_name_a_file_and_a_damaged_grader(adaptive: Adaptive) -> None:
+    Path("mine.py").write_text(MINE)
+    done = adaptive("graders", "add", "mine.py", "mine.py")
+    assert done.code == 2 and "cannot be a grader key" in done.err
+    done = adaptive("graders", "add", "Mine", "mine.py")
+    assert done.code == 2 and "cannot be a grader key" in done.err
+    assert adaptive("graders", "add", "mine", "mine.py").code == 0
+    (copy,) = Path(os.environ["ADAPTIVE_HOME"]).glob("graders/mine/mine.py")
+    copy.write_text(MINE + "#")
+    done = adaptive("graders", "list")
+    assert done.code == 7 and "adaptive graders rm mine" in done.err
+    assert adaptive("graders", "rm", "mine").code == 0 and adaptive("graders", "list").code == 0
+
+
 def test_a_set_of_graders_in_a_recipe(adaptive: Adaptive) -> None:
     Path("several.py").write_text(
         "from typing import Set\n"
@@ -79,6 +105,33 @@ def test_a_set_of_graders_in_a_recipe(adaptive: Adaptive) -> None:
     assert done.code == 0 and json.loads(done.out) == ["json", "regex", "reward"]
     done = adaptive("run", "several.py", "--graders", '["builtin:json", "nope"]')
     assert done.code == 3 and "there is no grader 'nope'" in done.err
+
+
+def test_an_evaluation_refuses_two_graders_of_one_name(adaptive: Adaptive) -> None:
+    for name in ("mine.py", "other.py"):
+        Path(name).write_text(MINE)
+    done = adaptive("run", "evaluate", "--graders", "mine.py:reward,other.py:reward", "--dry-run")
+    assert done.code == 1 and "two graders have the name 'reward'" in done.err
+
+
+@pytest.mark.slow
+def test_a_grader_that_always_fails_ends_the_run_with_its_reason(adaptive: Adaptive) -> None:
+    Path("mine.py").write_text("def reward(thread):\n    raise ValueError('never')\n")
+    words = (
+        "--steps",
+        "20",
+        "--prompts-per-batch",
+        "4",
+        "--warm-up-epochs",
+        "0",
+        "--save-as",
+        "null",
+        "--device",
+        "cpu",
+    )
+    done = adaptive("run", "grpo", "--grader", "mine.py:reward", *words)
+    assert done.code == 2 and "the last 64 grades all failed" in done.err and "ValueError: never" in done.err
+    assert "KeyError" not in done.err
 
 
 def test_a_grader_is_served_until_it_is_interrupted(tmp_path: Path) -> None:

@@ -145,9 +145,15 @@ def test_files_and_source_are_checked_before_they_run(tmp_path: Path) -> None:
         function_in(file)
     with pytest.raises(NotFoundError, match="no function 'rewrad'"):
         function_in(file, "rewrad")
+    assert function_in(file, "json") == ("json", False)
     assert function_in(file, "later") == ("later", True)
     assert asyncio.run(score_or_refuse(grader_of_file("k", file, "later"), thread("x"))) == 3.0
     assert asyncio.run(score_or_refuse(grader_of_file("k", file, "reward"), thread("x"))) == 2.0
+    file.write_text("import json\nimport re\nLIMIT = 3\ndef reward(t): return 2\n")
+    assert function_in(file) == ("reward", False)
+    file.write_text("import json\nLIMIT = 3\n")
+    with pytest.raises(UsageError, match="defines no function"):
+        function_in(file)
     with pytest.raises(UsageError, match="defines no `grade`"):
         BaseGrader.from_source_code("s", "def score(t): return 1")
     with pytest.raises(UsageError, match="grader 's':2: expected ':'"):
