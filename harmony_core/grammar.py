@@ -47,7 +47,9 @@ class Constraint(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
                 json.loads(self.text)
                 grammar = str(LLMatcher.grammar_from_json_schema(self.text, defaults=_JSON))
             elif self.kind == "choice":
-                grammar = str(LLMatcher.grammar_from_lark("start: " + " | ".join(map(json.dumps, self._choices()))))
+                # One terminal: as rules, thousands of choices are more than the parser keeps in mind.
+                choices = " | ".join(map(json.dumps, self._choices()))
+                grammar = str(LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {choices}"))
             else:
                 make = LLMatcher.grammar_from_regex if self.kind == "regex" else LLMatcher.grammar_from_lark
                 grammar = str(make(self.text))

@@ -59,6 +59,13 @@ def test_choices_are_literal(grammar: GrammarTokenizer) -> None:
         assert len(found.index) == len(text) + 1
 
 
+def test_thousands_of_choices_can_be_chosen_from(grammar: GrammarTokenizer) -> None:
+    ids = json.loads(tokenizer_json(VOCAB))["model"]["vocab"]
+    choices = json.dumps([f"v{number}" for number in range(5000)])
+    found = grammar.replay(Constraint("choice", choices), [*(ids[c] for c in "v4321"), STOPS[0]])
+    assert len(found.index) == 6
+
+
 def test_a_replay_gives_the_mask_of_each_token(grammar: GrammarTokenizer) -> None:
     vocab = json.loads(tokenizer_json(VOCAB))["model"]["vocab"]
     tokens = [vocab["y"], vocab["e"], vocab["s"], STOPS[1]]

@@ -229,6 +229,9 @@ async def within(seconds: float | None, name: str, work: Awaitable[T]) -> T:
     finally:
         task.cancel()
     if not task.done():
+        # Else the end of the event loop waits for it, or tells of it.
+        asyncio._unregister_task(task)
+        task._log_destroy_pending = False  # type: ignore[attr-defined]
         raise EnvironmentTimeout(f"{name} took longer than {seconds:g} s", hint="raise limits.react_seconds")
     if task.cancelled():
         raise EnvironmentFailed(f"{name} was cancelled from within")

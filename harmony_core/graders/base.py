@@ -233,6 +233,12 @@ async def _refusing(
         score = as_score(grade.value)
     except (EngineError, IgnoreGradeException, GradeFailed):
         raise
+    except (SystemExit, asyncio.CancelledError) as error:  # a grader's own must not end the run
+        task = asyncio.current_task()
+        if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
+            raise
+        told = f"grader {grader.grader_key!r} raised {error!r}"
+        raise GradeFailed(told, grader=grader.grader_key) from error
     except Exception as error:  # a grader is foreign code: its failure concerns one sample
         if clock.expired():
             raise timed_out(grader.grader_key, grader.timeout or 0) from None

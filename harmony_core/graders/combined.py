@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -25,8 +26,8 @@ class CombinedGrader(BaseGrader[dict[str, Any]]):
     reason: a mean over the others would be another quantity. Empty `weights` are all 1. A warning is logged once for
     each grader that leaves more than `failure_rate_warning_threshold` of its samples unscored.
 
-    Raises UsageError without graders, for two of one key, for a number of weights other than that of the graders, and
-    for a mean whose weights sum to 0.
+    Raises UsageError without graders, for two of one key, for a number of weights other than that of the graders, for
+    weights that are not finite, and for a mean whose weights sum to 0.
     """
 
     keeps_time = True
@@ -47,6 +48,8 @@ class CombinedGrader(BaseGrader[dict[str, Any]]):
         self.weights = list(map(float, weights or [1.0] * len(keys)))
         if len(self.weights) != len(keys):
             raise UsageError(f"grader {grader_key!r} has {len(keys)} graders and {len(self.weights)} weights")
+        if not all(map(math.isfinite, self.weights)):
+            raise UsageError(f"the weights of grader {grader_key!r} must be finite, not {self.weights}")
         if aggregation_method == "mean" and sum(self.weights) == 0:
             raise UsageError(f"the weights of grader {grader_key!r} sum to 0", hint="aggregation_method='sum'")
         self.graders, self.aggregation_method = list(graders), aggregation_method

@@ -48,6 +48,8 @@ def tool_calls(thread: StringThread | TokenizedThread) -> list[FunctionCall]:
 
     `arguments` of a call is JSON text. Raises DataError with the place of a call that cannot be read.
     """
+    if not thread.text_turns:
+        return []
     turn = thread.text_turns[-1]
     return [f for f in turn.fragments if isinstance(f, FunctionCall)] or _read(turn.text, _MARKS)[1]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
@@ -14,6 +15,7 @@ import pytest
 from engines import LiveEngine
 from harmony_core.client import TrainingModel
 from harmony_core.environments import Limits, TrajectoryHistory
+from harmony_core.environments.environment import within
 from harmony_core.errors import EnvironmentFailed, EnvironmentTimeout, PromptTooLong
 from harmony_core.graders import Grade
 from harmony_core.text.threads import StringThread, TokenizedThread
@@ -201,6 +203,27 @@ def test_what_an_environment_does_wrong_concerns_its_trajectory(
     limits = Limits(react_seconds=0.05 if react is hanging else 60.0)
     with pytest.raises(error, match=message):
         play(one_rank, Factory(react, limits))
+
+
+def test_code_that_refuses_to_be_cancelled_does_not_hold_up_the_end() -> None:
+    over = threading.Event()
+
+    async def stubborn() -> None:
+        while not over.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(0.01)
+
+    async def work() -> None:
+        with pytest.raises(EnvironmentTimeout):
+            await within(0.05, "World", stubborn())
+
+    running = threading.Thread(target=lambda: asyncio.run(work()), daemon=True)
+    running.start()
+    running.join(30)
+    held_up = running.is_alive()
+    over.set()
+    running.join()
+    assert not held_up
 
 
 def test_a_plain_react_to_may_block(one_rank: LiveEngine) -> None:

@@ -83,3 +83,5 @@ def test_what_cannot_be_combined_is_refused() -> None:
         CombinedGrader("c", [a, b], [1.0])
     with pytest.raises(UsageError, match="sum to 0"):
         CombinedGrader("c", [a, b], [1.0, -1.0])
+    with pytest.raises(UsageError, match="must be finite"):
+        CombinedGrader("c", [a, b], [1.0, float("nan")])

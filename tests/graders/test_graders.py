@@ -104,6 +104,30 @@ def test_every_failure_is_a_counted_reason() -> None:
     assert caught.value.details == {"grader": "length"}
 
 
+@pytest.mark.parametrize("error", [SystemExit(3), asyncio.CancelledError()])
+def test_a_coroutine_that_exits_or_cancels_itself_fails_on_its_sample(error: BaseException) -> None:
+    async def grade(sample: StringThread) -> float:
+        raise error
+
+    with pytest.raises(GradeFailed, match=type(error).__name__):
+        asyncio.run(score_or_refuse(BaseGrader.from_function("ends", grade), thread("a")))
+
+
+def test_a_grade_that_is_waited_for_can_be_cancelled() -> None:
+    async def grade(sample: StringThread) -> float:
+        await asyncio.Event().wait()
+        return 0.0
+
+    async def work() -> None:
+        waiting = asyncio.ensure_future(score_or_refuse(BaseGrader.from_function("waits", grade), thread("a")))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+
+    asyncio.run(work())
+
+
 def test_tables_of_scored_and_unscored_samples() -> None:
     grader = Length("length")
     logs = grader.get_sample_tables(

@@ -137,6 +137,10 @@ def test_what_is_no_call_of_the_template_stays_text(
     assert len(tool_calls(drawn)) == count
 
 
+def test_a_thread_without_turns_has_no_calls() -> None:
+    assert tool_calls(StringThread([])) == []
+
+
 def test_the_prompt_shows_the_definitions(tokenizers: dict[str, ChatTokenizer]) -> None:
     tokenizer = tokenizers["hermes"]
     prompt = tokenizer.decode(tokenizer.prompt_ids(reply(tokenizer, "x").user("y")))
