@@ -51,7 +51,7 @@ SLEEPS = {
     "tests/launch/test_supervisor.py": (1, "a driver that blocks its own loop"),
     "tests/leftovers.py": (2, "what waits for a condition"),
     "tests/sockets.py": (1, "a flood with room to answer"),
-    "tests/environments/test_trajectories.py": (2, "an environment that hangs"),
+    "tests/environments/test_trajectories.py": (3, "an environment that hangs"),
     "tests/recipes/two_stages.py": (1, "a recipe that is killed meanwhile"),
 }
 """Sleeps outside of slow tests: how many in a file, and why. Nothing depends on how long they are."""
