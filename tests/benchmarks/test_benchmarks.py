@@ -73,7 +73,7 @@ def test_decode(tmp_path: Path) -> None:
 
 def test_constrained(tmp_path: Path) -> None:
     content = run("constrained.py", tmp_path)
-    check(content, {"constrained over free": 1})
+    check(content, {"constrained over free": 2})
     assert len(set(content["rows"][0]["detail"]["tokens"].values())) == 1, "the token counts are equal"
 
 
