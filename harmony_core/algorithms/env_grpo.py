@@ -16,7 +16,7 @@ from harmony_core.algorithms.batch_loader import Unusable, async_map, in_words, 
 from harmony_core.algorithms.callbacks import RecipeCallback, result_of
 from harmony_core.algorithms.grpo import GRPO, GSPO
 from harmony_core.algorithms.rollout import SHOWN, RolloutTraining, longest_trained, show_sample
-from harmony_core.algorithms.tangents import recorded_logprobs
+from harmony_core.algorithms.tangents import old_logprobs
 from harmony_core.algorithms.training import Scheduler, keeps_settings
 from harmony_core.config.argument_kinds import checked
 from harmony_core.environments import EnvironmentFactory, TrajectoryHistory, get_reward_statistics
@@ -116,16 +116,11 @@ class Trajectories:
 
     async def _scored(self, played: tuple[list[TokenizedThread], TrajectoryHistory]) -> Trajectory:
         threads, history = played
-        logprobs = await async_map(self._logprobs, threads)
+        logprobs = await async_map(partial(old_logprobs, self.policy), threads)
         other = self.reference
         return Trajectory(
             threads, history, logprobs, await async_map(other.logprobs_per_token, threads) if other else logprobs
         )
-
-    async def _logprobs(self, thread: TokenizedThread) -> list[float]:
-        """Those of the policy that drew the tokens."""
-        recorded = recorded_logprobs(self.policy, thread)
-        return await self.policy.logprobs_per_token(thread) if recorded is None else recorded
 
 
 class EnvironmentTraining(RolloutTraining):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from harmony_core.algorithms.batch_loader import Unscored, async_map, at_least
 from harmony_core.algorithms.callbacks import prompt_of, result_of
-from harmony_core.algorithms.tangents import recorded_logprobs
+from harmony_core.algorithms.tangents import old_logprobs
 from harmony_core.algorithms.training import Training, means
 from harmony_core.errors import GradeFailed, IgnoreGradeException, TooManyFailures, UsageError
 from harmony_core.graders import BaseGrader, score_or_refuse
@@ -201,9 +201,7 @@ class Rollout:
 
     async def _logprobs(self, thread: TokenizedThread) -> tuple[list[float], list[float]]:
         """The log-probs of the policy that drew the thread's completion, and those of the reference."""
-        logprobs = recorded_logprobs(self.policy, thread)
-        if logprobs is None:
-            logprobs = await self.policy.logprobs_per_token(thread)
+        logprobs = await old_logprobs(self.policy, thread)
         return logprobs, logprobs if self.reference is None else await self.reference.logprobs_per_token(thread)
 
     def _warn_of_cap(self, thread: TokenizedThread) -> None:

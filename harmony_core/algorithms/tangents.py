@@ -75,6 +75,12 @@ def recorded_logprobs(model: TrainingModel, thread: TokenizedThread) -> list[flo
     return logprobs
 
 
+async def old_logprobs(model: TrainingModel, thread: TokenizedThread) -> list[float]:
+    """The recorded log-probs of a thread's weighted tokens, or those that the model computes now without a record."""
+    recorded = recorded_logprobs(model, thread)
+    return await model.logprobs_per_token(thread) if recorded is None else recorded
+
+
 async def train_sft_tangents(model: TrainingModel, thread: StringThread) -> Metrics:
     """Language modelling as tangents, which equal the weights; a step divides by their sum.
 
